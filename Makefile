@@ -1,0 +1,61 @@
+# One target for each thing that is done with this project from a fresh clone; `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-long check bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TESTS ?= tests
+PYTEST_ARGS ?=
+BENCH ?= $(filter-out common peer,$(basename $(notdir $(wildcard benchmarks/*.py))))
+
+# Found out, not asked: a working driver means cuda. The lock pins torch's version; the index decides which build comes.
+DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+
+# Several processes on one machine: one thread each, and gloo on the loopback device where there is one.
+LOCAL_RANKS := OMP_NUM_THREADS=1 $(if $(wildcard /sys/class/net/lo),GLOO_SOCKET_IFNAME=lo)
+
+# The first Python from 3.11 on that can make an environment (some systems ship python3 without ensurepip).
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c '$(USABLE)' >/dev/null 2>&1 && { echo $$python; break; }; done)
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(STAMP)  ## make .venv with the exact versions of requirements.lock (nothing to do when they are there)
+
+$(STAMP): pyproject.toml requirements.lock
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 or newer with venv found; name one: make install PYTHON=..." >&2; exit 2; }
+	@echo "install: device $(DEVICE), $$($(PYTHON) --version), into $(VENV); takes some minutes the first time"
+	@[ "$(DEVICE)" = cuda ] || echo "install: torch's CPU build is enough here; where pip's index serves only the CUDA \
+	build (several GB), add an index with CPU builds through PIP_EXTRA_INDEX_URL"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.lock
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "install: done; $(BIN)/longcat --help lists the commands"
+
+train: install  ## build the default corpus and train the default model on 2 local processes (runs/quickstart)
+	@$(BIN)/longcat data build data=python_source model=tiny
+	@$(BIN)/longcat train experiment=quickstart
+
+test: install  ## run the test suite (all but what takes minutes); TESTS=path chooses some
+	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+test-long: install  ## run the tests that take minutes
+	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -m long $(PYTEST_ARGS)
+
+check: install  ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: install  ## run the benchmarks; BENCH="throughput ..." chooses some
+	@for name in $(BENCH); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+
+clean:  ## remove caches and build folders; keeps .venv, data and runs
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

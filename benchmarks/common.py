@@ -1,0 +1,177 @@
+"""What the benchmarks share: GEMM rates, alternating rounds, peak memory, tables and the one JSON line."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longcat.config import ModelConfig
+from longcat.errors import ConfigError
+
+PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
+
+
+@dataclass
+class Rounds:
+    """What alternating rounds of one program gave: seconds a round, and the most memory above rest."""
+
+    seconds: list[float]
+    peak_gib: float | None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronise() -> None:
+    """Wait for the GPU, where there is one: a time that is read before is the time of the launches."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_of(program: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    synchronise()
+    start = time.perf_counter()
+    program()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def gemm_gflops(dtype: torch.dtype, budget_seconds: float = 1.0) -> float:
+    """GFLOP/s of a square GEMM with the threads that torch has now: the median over ``budget_seconds``.
+
+    The size grows from 256 until one product takes 5 ms (or 4096 is reached): small enough for a processor
+    without instructions for the dtype, large enough for one with them. This is what the machine gives in that
+    dtype, so model FLOPs a second over it are an honest utilisation.
+    """
+    size, seconds = 256, 0.0
+    while size < 4096 and seconds < 0.005:
+        a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+        seconds = min(_matmul_seconds(a, b) for _ in range(2))
+        size *= 2 if seconds < 0.005 else 1
+    a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+    deadline = time.perf_counter() + budget_seconds
+    times = [_matmul_seconds(a, b)]
+    while time.perf_counter() < deadline:
+        times.append(_matmul_seconds(a, b))
+    return 2 * size**3 / statistics.median(times) / 1e9
+
+
+def _matmul_seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+    return seconds_of(lambda: torch.matmul(a, b))
+
+
+def peak_memory_gib(program: Callable[[], Any]) -> float | None:
+    """The most memory of one call above what was held before, in GiB; None where nothing tells."""
+    if torch.cuda.is_available():
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        program()
+        synchronise()
+        return (torch.cuda.max_memory_allocated() - held) / 2**30
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        return None
+    _give_freed_memory_back()
+    before = _resident_gib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present size
+    program()
+    return _resident_gib("VmHWM") - before
+
+
+def _give_freed_memory_back() -> None:
+    """Let the C library return what earlier calls freed, or it would hide what this call takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _resident_gib(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) / 2**20
+    raise KeyError(f"/proc/self/status has no {key}")
+
+
+def alternate(
+    programs: Mapping[str, Callable[[], Any]], rounds: int, between: Callable[[], Any] = lambda: None
+) -> dict[str, Rounds]:
+    """Run the programs in turn (A B A B ...), once to warm up, then ``rounds`` times, each after ``between``.
+
+    Taking turns lets a machine that slows down for a while slow all of them, so that the ratio of two
+    neighbouring times says more than the ratio of two separate runs.
+    """
+    peaks = {name: peak_memory_gib(program) for name, program in programs.items()}
+    results = {name: Rounds([], peaks[name]) for name in programs}
+    for _ in range(rounds):
+        between()
+        for name, program in programs.items():
+            results[name].seconds.append(seconds_of(program))
+    return results
+
+
+def pairwise_ratios(slow: Rounds, fast: Rounds) -> list[float]:
+    """How many times faster ``fast`` was than ``slow``, round by round, sorted."""
+    return sorted(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
+
+
+def preset(name: str) -> ModelConfig:
+    """The sizes of configs/model/<name>.yaml, without Hydra."""
+    import yaml
+
+    path = PRESETS / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise ConfigError(f"no model preset {name!r} in configs/model; there are: {known}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values.pop("defaults", None)
+    unknown = values.keys() - {field.name for field in fields(ModelConfig)}
+    if unknown:
+        raise ConfigError(f"{path.name} has unknown keys: {', '.join(sorted(unknown))}")
+    config = ModelConfig(**values)
+    config.validate()
+    return config
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first column is text and whose others are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=max(100, Console().width)).print(table)
+
+
+def print_json(benchmark: str, values: Mapping[str, Any]) -> None:
+    """One line for programs: the benchmark's name, where it ran, and its values."""
+    line = {"benchmark": benchmark, "machine": machine(), **values}
+    print(json.dumps(line), flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to place a number: device, capability, threads, torch."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "process_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }

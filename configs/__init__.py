@@ -1,0 +1,1 @@
+"""Hydra groups: one folder for each group, one file for each choice."""

@@ -1,0 +1,98 @@
+"""Local ranks, started through torch's elastic agent, with the first failing rank's exit code passed on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from longcat.errors import CRASHED, OK
+from train.config import Config
+from train.folder import EXIT, recorded_code
+
+SAVE_SECONDS = 3600  # how long ranks may take to save their state after a signal
+
+
+def num_processes(config: Config) -> int:
+    """`run.num_processes`, with -1 found out: one for each GPU, or one on a CPU. Never more than there are GPUs."""
+    import torch
+
+    asked, gpus = config.run.num_processes, torch.cuda.device_count()
+    if asked == -1:
+        return max(1, gpus)
+    return min(asked, gpus) if gpus else asked
+
+
+def run_ranks(overrides: list[str], config: Config) -> int:
+    """Train on the local ranks that the configuration asks for and return the run's exit code.
+
+    One rank runs in this process; several run as `python -m train` under the elastic agent.
+    """
+    from train.run import check, main
+
+    processes = num_processes(config)
+    if Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    check(config, processes)  # what is wrong with the configuration is said once, before ranks start
+    if processes == 1:
+        return main(config)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    return run_elastic(overrides, config, processes)
+
+
+def run_elastic(overrides: list[str], config: Config, processes: int) -> int:
+    """Ranks under the elastic agent. No restarts: keeping a job alive is the supervisor's business."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks say it in one line
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=f"longcat-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        local_addr="localhost",
+        shutdown_timeout=SAVE_SECONDS,
+    )
+    before = exit_written(config.run.folder)
+    try:
+        with signals_kept():
+            elastic_launch(launch, sys.executable)("-m", "train", *overrides)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else CRASHED
+    except SignalException:  # the agent has lost the ranks' codes; an older run's exit.json says nothing of this one
+        same = exit_written(config.run.folder) == before
+        return CRASHED if same else recorded_code(config.run.folder)
+    return OK
+
+
+def exit_written(folder: Path) -> tuple[int, int] | None:
+    """Which exit.json stands in the folder, if any."""
+    try:
+        status = (folder / EXIT).stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Give signals their meaning back after the agent, which takes them for the rest of the process."""
+    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in taken}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,116 @@
+"""What each verb of `longcat` does; its docstring is its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longcat.errors import ConfigError
+
+
+def train(words: list[str]) -> int:
+    """train key=value …            train a model; -m key=a,b,… trains once for each choice (a Hydra multirun)
+
+    longcat train experiment=quickstart
+    longcat train model=small train.steps=2000 run.name=first run.num_processes=2
+    longcat train -m optim.lr=1e-3,3e-3 model=debug
+
+    The keys are those of the dataclasses in train/config.py; choices of a group stand in configs/<group>. One
+    run folder, runs/<run.name>, is made or continued. Under torchrun: torchrun --nproc-per-node 2 -m train
+    key=value …
+    """
+    from launch.local import run_ranks
+    from launch.sweep import run_sweep
+    from train.config import compose
+
+    if any(word in ("-m", "--multirun") for word in words):
+        return run_sweep([word for word in words if word not in ("-m", "--multirun")])
+    return run_ranks(words, compose(words))
+
+
+def data(words: list[str]) -> int:
+    """data build key=value …       make a tokenizer and a .bin/.idx corpus from any source of the `datasets` package
+
+    longcat data build                                        the default: Python sources of this machine
+    longcat data build data.source=my/folder data.out=data/mine
+    longcat data build data.source=owner/name data.subset=default data.text_field=text data.out=data/hub
+
+    A source is a hub id, a folder, a file or a glob of parquet, JSON lines or text files. The vocabulary's size is
+    model.vocab_size; data.tokenizer=FILE takes a tokenizer instead of training one.
+    """
+    from train.config import compose
+    from train.data.build import build
+
+    if not words or words[0] != "build":
+        raise ConfigError("longcat data knows one word: longcat data build key=value …")
+    config = compose(words[1:])
+    build(config.data, config.model.vocab_size)
+    return 0
+
+
+def report(words: list[str]) -> int:
+    """report RUN [RUN …]           write report.html for a run folder, or a comparison of several
+
+    longcat report runs/quickstart
+    longcat report runs/a runs/b    writes comparison.html beside the first
+    """
+    from train.report import write_comparison, write_report
+
+    if not words:
+        raise ConfigError("longcat report needs a run folder, for instance runs/quickstart")
+    folders = [Path(word) for word in words]
+    if len(folders) == 1:
+        print(write_report(folders[0]))
+    else:
+        print(write_comparison(folders, folders[0].parent / "comparison.html"))
+    return 0
+
+
+def checkpoint(words: list[str]) -> int:
+    """checkpoint list|verify DIR   the checkpoints of a run folder, and whether their hashes hold
+
+    longcat checkpoint list runs/quickstart
+    longcat checkpoint verify runs/quickstart/checkpoints/step-00000100
+    """
+    from train.checkpoint import NAME, list_checkpoints, verify
+
+    if len(words) != 2 or words[0] not in ("list", "verify"):
+        raise ConfigError("say longcat checkpoint list DIR or longcat checkpoint verify DIR")
+    folder = Path(words[1])
+    inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    found = [inside] if NAME.search(inside.name) else list_checkpoints(inside)
+    if not found:
+        raise ConfigError(f"{folder} holds no checkpoint; give a run folder or a step-… folder")
+    broken = 0
+    for path in found:
+        problem = verify(path).problem if words[0] == "verify" else None
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        print(f"{path}  {size / 2**20:.1f} MiB" + ("" if words[0] == "list" else f"  {problem or 'whole'}"))
+        broken += problem is not None
+    if broken:
+        raise ConfigError(
+            f"{broken} of {len(found)} checkpoints in {folder} not whole; restore their files, "
+            f"or leave them to a resume, which passes them over"
+        )
+    return 0
+
+
+def counts(words: list[str]) -> int:
+    """counts model=PRESET …        parameters, active parameters and FLOPs a token; builds nothing
+
+    longcat counts model=flash      560.66B, active 18.69B / 27.15B / 31.38B
+    """
+    from longcat.counts import describe, flops_per_token, human
+    from train.config import compose
+
+    config = compose(words)
+    rows = describe(config.model)
+    flops = flops_per_token(config.model, config.train.sequence_length)
+    rows.append(
+        (
+            "FLOPs a token",
+            f"{human(flops)} forward and backward at train.sequence_length={config.train.sequence_length}",
+        )
+    )
+    for name, value in rows:
+        print(f"{name:18} {value}")
+    return 0

@@ -1,0 +1,29 @@
+"""The errors that end a run with an exit code of their own."""
+
+from __future__ import annotations
+
+OK, CRASHED, BAD_INPUT, STOPPED, UNHEALTHY = 0, 1, 2, 3, 4
+
+
+class LongCatError(Exception):
+    """An expected end of a run: one line for the person, one exit code for the machine."""
+
+    exit_code = CRASHED
+
+
+class ConfigError(LongCatError):
+    """A wrong configuration or input. The message says what, where and what to do; exit code 2."""
+
+    exit_code = BAD_INPUT
+
+
+class StopRequested(LongCatError):
+    """A signal asked for the end and the state has been saved; exit code 3."""
+
+    exit_code = STOPPED
+
+
+class UnhealthyError(LongCatError):
+    """The numbers went bad (NaN, infinity); names the last good checkpoint; exit code 4."""
+
+    exit_code = UNHEALTHY

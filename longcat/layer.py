@@ -1,0 +1,82 @@
+"""The shortcut-connected layer (ScMoE, section 2 of the equations) and the dense MTP layer."""
+
+# B sequences, S positions, D width
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longcat.attention import LatentAttention
+from longcat.config import ModelConfig
+from longcat.layers import FeedForward, Linear, RMSNorm
+from longcat.moe import MoE, RoutingStatistics
+
+
+class ShortcutLayer(nn.Module):
+    """Two attention blocks and two dense FFNs, with a mixture of experts that runs beside all but the first."""
+
+    def __init__(self, config: ModelConfig, balance_groups: int) -> None:
+        super().__init__()
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = nn.ModuleList(RMSNorm(d, eps) for _ in range(2))
+        self.post_attention_layernorm = nn.ModuleList(RMSNorm(d, eps) for _ in range(2))
+        self.self_attn = nn.ModuleList(LatentAttention(config) for _ in range(2))
+        self.mlps = nn.ModuleList(FeedForward(d, config.ffn_hidden_size) for _ in range(2))
+        self.mlp = MoE(config, balance_groups)
+
+    def forward(self, x: Tensor, angles: Tensor, documents: Tensor | None = None) -> tuple[Tensor, RoutingStatistics]:
+        """x [B, S, D] → y [B, S, D] and what the router did.
+
+        The order of these statements is the overlap, in the forward and (reversed) in the backward: what stands
+        between a start and its wait covers the exchange.
+        """
+        attention, ffn, moe = self.self_attn, self.mlps, self.mlp
+        a = x + attention[0](self.input_layernorm[0](x), angles, documents)
+        u = self.post_attention_layernorm[0](a)
+        pending = moe.dispatch(u.flatten(0, 1))  # the exchange starts ...
+        b = a + ffn[0](u)
+        pending = moe.compute(pending)  # ... ends, and the way back starts
+        c = b + attention[1](self.input_layernorm[1](b), angles, documents)
+        y = c + ffn[1](self.post_attention_layernorm[1](c))
+        return y + moe.combine(pending).view_as(y), pending.statistics
+
+
+class NormBeforeProjection(nn.Module):
+    """An RMSNorm under the served name `….m.weight`."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.m = RMSNorm(width, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.m(x)  # type: ignore[no-any-return]
+
+
+class DenseBlock(nn.Module):
+    """Holds the MTP layer's FFN under the served name `transformer_layer.mlp`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mlp = FeedForward(config.hidden_size, config.ffn_hidden_size)
+
+
+class PredictionLayer(nn.Module):
+    """Multi-token prediction: [norm(embedding of the next token), norm(hidden)] → one dense layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = NormBeforeProjection(d, eps)
+        self.hnorm = NormBeforeProjection(d, eps)
+        self.eh_proj = Linear(2 * d, d)
+        self.input_layernorm = RMSNorm(d, eps)
+        self.self_attn = LatentAttention(config)
+        self.post_attention_layernorm = RMSNorm(d, eps)
+        self.transformer_layer = DenseBlock(config)
+
+    def forward(self, hidden: Tensor, embedded: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
+        """hidden, embedded [B, S, D] → [B, S, D], before the final norm of the MTP head."""
+        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
+        a = x + self.self_attn(self.input_layernorm(x), angles, documents)
+        return a + self.transformer_layer.mlp(self.post_attention_layernorm(a))  # type: ignore[no-any-return]

@@ -1,0 +1,105 @@
+"""Logical names: how stored tensors (stacked experts, shards) map to the names and boxes that every layout shares.
+
+A logical tensor is one matrix under its Hugging Face name, for instance
+``model.layers.3.mlp.experts.7.gate_proj.weight``. Stacking the experts of a layer is storage: `gate_up`
+[E, 2F, D] holds `gate_proj` and `up_proj` of E experts, `down` [E, D, F] their `down_proj`. A rank that stores only
+a box of a tensor finds here which boxes of which logical tensors that is; initial values, hashes, exports and
+growth all ask this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Box = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A logical tensor's part of a stored box.
+
+    ``index`` cuts the part out of the local stored tensor; ``box`` says where it lies in the logical tensor of
+    shape ``shape``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    index: tuple[slice | int, ...]
+    box: Box
+
+
+def stored_to_logical(stored_name: str) -> str:
+    """The logical name of a parameter or buffer that is stored whole."""
+    return stored_name if stored_name.startswith("lm_head.") else f"model.{stored_name}"
+
+
+def pieces(stored_name: str, shape: tuple[int, ...], box: Box | None = None) -> Iterator[Piece]:
+    """Yield the logical parts of the stored tensor ``stored_name`` (global ``shape``) that lie inside ``box``.
+
+    ``box`` is the part that this rank stores, in global coordinates; None means all of it.
+    """
+    box = box or tuple((0, size) for size in shape)
+    stack, _, leaf = stored_name.rpartition(".")
+    if not stack.endswith(".experts"):
+        if all(start < stop for start, stop in box):
+            whole = tuple(slice(0, stop - start) for start, stop in box)
+            yield Piece(stored_to_logical(stored_name), tuple(shape), whole, box)
+        return
+    rows = shape[1] // 2 if leaf == "gate_up" else shape[1]
+    matrices = ("gate_proj", "up_proj") if leaf == "gate_up" else ("down_proj",)
+    (first, last), (row_start, row_stop), columns = box
+    for expert in range(first, last):
+        for number, matrix in enumerate(matrices):
+            start = max(row_start, number * rows)
+            stop = min(row_stop, (number + 1) * rows)
+            if start >= stop or columns[0] >= columns[1]:
+                continue
+            yield Piece(
+                name=f"model.{stack}.{expert}.{matrix}.weight",
+                shape=(rows, shape[2]),
+                index=(expert - first, slice(start - row_start, stop - row_start), slice(None)),
+                box=((start - number * rows, stop - number * rows), columns),
+            )
+
+
+def stored_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers under their stored names, in a fixed order."""
+    yield from model.named_parameters()
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield name, buffer
+
+
+def logical_tensors(model: nn.Module, grads: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield (logical name, view) of every parameter and buffer of a model in one process; views share storage.
+
+    With ``grads`` the views are of the gradients, and what has none (buffers, unused parts) is left out.
+    """
+    for stored_name, tensor in stored_state(model):
+        stored = tensor.grad if grads else tensor.detach()
+        if stored is None:
+            continue
+        for piece in pieces(stored_name, tuple(tensor.shape)):
+            yield piece.name, stored[piece.index]
+
+
+def role(stored_name: str) -> str:
+    """The parameter's role: embedding, head, router, norm, expert or hidden (everything else)."""
+    if stored_name.startswith("embed_tokens."):
+        return "embedding"
+    if stored_name.startswith("lm_head."):
+        return "head"
+    if "norm" in stored_name:
+        return "norm"
+    if ".router." in stored_name:
+        return "router"
+    return "expert" if ".experts." in stored_name else "hidden"
+
+
+def writes_to_residual(stored_name: str) -> bool:
+    """Whether a matrix is the last of a block: what it gives is added to the residual stream."""
+    return stored_name.endswith(("o_proj.weight", "down_proj.weight", "experts.down"))

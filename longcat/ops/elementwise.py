@@ -1,0 +1,88 @@
+"""RMSNorm, SwiGLU and rotary positions, each with a backward that recomputes what is cheap instead of saving it."""
+
+# T rows (tokens), D width, F expert or FFN width, S positions, H heads, R rotary width
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
+        ctx.save_for_backward(x, gain, inverse)
+        return (wide * inverse).to(x.dtype) * gain
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain, inverse = ctx.saved_tensors
+        normed = x.float() * inverse
+        grad = grads[0].float()
+        grad_gain = (grad * normed).reshape(-1, gain.shape[0]).sum(0).to(gain.dtype)
+        grad_normed = grad * gain.float()
+        mean = (grad_normed * normed).mean(-1, keepdim=True)
+        grad_x = grad_normed.sub_(normed.mul_(mean)).mul_(inverse)
+        return grad_x.to(x.dtype), grad_gain, None
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) in float32, cast to x's dtype, times ``gain`` [D]: the released model's order."""
+    return _RMSNorm.apply(x, gain, eps)  # type: ignore[no-any-return]
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad = grads[0]
+        grad_up = silu(gate).mul_(grad)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, grad_up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, elementwise."""
+    return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return]
+
+
+def rotary_angles(positions: Tensor, width: int, theta: float) -> Tensor:
+    """Unit complex numbers [S, width/2] that turn the pairs at ``positions`` [S].
+
+    Pair i has frequency θ^(-2i/width).
+    """
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+    angles = positions.float()[:, None] * (1.0 / theta**exponents)[None, :]
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, angles: Tensor) -> Tensor:
+        ctx.save_for_backward(angles)
+        return _turn(x, angles)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _turn(grads[0], ctx.saved_tensors[0].conj()), None
+
+
+def _turn(x: Tensor, angles: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.float().contiguous().view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * angles[:, None, :]).flatten(-2).to(x.dtype)
+
+
+def rotary(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn the interleaved pairs of x [..., S, H, R] by ``angles`` [S, R/2] (`rotary_angles`), in float32."""
+    return _Rotary.apply(x, angles)  # type: ignore[no-any-return]

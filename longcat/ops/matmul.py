@@ -1,0 +1,98 @@
+"""Matrix products: dense and grouped linear layers whose backward this project controls.
+
+bfloat16 inputs are multiplied with float32 accumulation and rounded once, on every machine. A processor without
+bfloat16 instructions runs torch's bfloat16 GEMM at about 1 % of its float32 rate, so there the operands are widened
+(which is exact), multiplied in float32 and rounded: the same contract, at float32 speed.
+"""
+
+# T rows (tokens), I input width, O output width, E experts
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm, pad
+
+
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has bfloat16 dot products (AVX512-BF16 or AMX, or Arm's BF16)."""
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(probe and probe()) or "SVE" in capabilities
+
+
+def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    first = tensors[0]
+    if first.dtype is torch.bfloat16 and first.device.type == "cpu" and not cpu_multiplies_bfloat16():
+        return tuple(tensor.float() for tensor in tensors)
+    return tensors
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for matrices or batches of them, float32 accumulation, in the dtype of ``a``."""
+    wide_a, wide_b = _widen(a, b)
+    return torch.matmul(wide_a, wide_b).to(a.dtype)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as float32, for what is exponentiated next; rounded to the inputs' dtype only where the GEMM does that."""
+    return torch.matmul(*_widen(a, b)).float()
+
+
+def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm` under the same contract: groups end at the rows (or columns) ``ends`` [E] int32."""
+    wide_a, wide_b = _widen(a, b)
+    return grouped_mm(wide_a, wide_b, offs=ends).to(a.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        grad_x = product(grad, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_w = product(grad.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_w
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., I], weight [O, I] → [..., O]."""
+    return _Linear.apply(x, weight)  # type: ignore[no-any-return]
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return grouped_product(x, weight.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, ends = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_x = grouped_product(grad, weight, ends) if ctx.needs_input_grad[0] else None
+        grad_w = grouped_product(grad.t(), x, ends) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_w, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x [T, I] sorted by expert, weight [E, O, I], ``ends`` [E] int32: the row after each expert's last → [T, O].
+
+    Experts without rows, and no rows at all, are fine; their weight gradient is zero.
+    """
+    width, height = weight.shape[2], weight.shape[1]
+    align = 16 // x.element_size()  # grouped_mm wants rows of whole 16 bytes
+    pad_in, pad_out = -width % align, -height % align
+    if pad_in or pad_out:
+        padded = _GroupedLinear.apply(pad(x, (0, pad_in)), pad(weight, (0, pad_in, 0, pad_out)), ends)
+        return padded[:, :height]  # type: ignore[no-any-return]
+    return _GroupedLinear.apply(x, weight, ends)  # type: ignore[no-any-return]

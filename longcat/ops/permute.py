@@ -1,0 +1,108 @@
+"""Tokens to the order of their experts and back: gathers and sums in a fixed order, never an atomic.
+
+The plan of one routing sorts the FFN selections by expert (stably, so by token within an expert). Identity
+experts are in no plan: they cost a multiplication where the results are combined.
+"""
+
+# T tokens, K chosen, N FFN experts, Z identity experts, P FFN selections (rows), D width
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Where each FFN selection of a routing goes."""
+
+    is_ffn: Tensor  # [T, K] bool
+    token: Tensor  # [P] the token of each row, rows sorted by (expert, token)
+    selection: Tensor  # [P] the flat (token · K + k) selection of each row
+    row: Tensor  # [P] the row of each FFN selection, in the order of selections
+    ffn_selection: Tensor  # [P] the FFN selections in that order: by token, then by choice
+    first: Tensor  # [T] the first place in ``row`` of each token
+    counts: Tensor  # [N + Z] int64, selections of each expert
+
+
+def plan_permutation(indices: Tensor, num_experts: int, num_routed: int) -> Permutation:
+    """Plan for expert numbers ``indices`` [T, K] below ``num_routed``; from ``num_experts`` on they are identity."""
+    top_k = indices.shape[1]
+    flat = indices.reshape(-1)
+    counts = torch.zeros(num_routed, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))  # integers: any order gives the same sum
+    is_ffn = indices < num_experts
+    per_token = is_ffn.sum(1)
+    num_rows = int(counts[:num_experts].sum())  # on a GPU the one wait for the host, which split sizes need
+    ffn_selection = torch.nonzero_static(is_ffn.reshape(-1), size=num_rows)[:, 0]
+    selection = torch.sort(flat, stable=True).indices[:num_rows]
+    place = torch.empty_like(flat)
+    place.scatter_(0, selection, torch.arange(num_rows, device=flat.device))
+    return Permutation(
+        is_ffn=is_ffn,
+        token=selection // top_k,
+        selection=selection,
+        row=place[ffn_selection],
+        ffn_selection=ffn_selection,
+        first=per_token.cumsum(0) - per_token,
+        counts=counts,
+    )
+
+
+def _sum_rows(rows: Tensor, plan: Permutation, weights: Tensor | None) -> Tensor:
+    """For each token the (weighted) sum of its rows, in the order of its selections: [P, D] → [T, D]."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(plan.first.shape[0], rows.shape[1])
+    return embedding_bag(plan.row, rows, plan.first, mode="sum", per_sample_weights=weights)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Permutation) -> Tensor:
+        ctx.plan = plan
+        return x.index_select(0, plan.token)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum_rows(grads[0].contiguous(), ctx.plan, None), None
+
+
+def permute(x: Tensor, plan: Permutation) -> Tensor:
+    """x [T, D] → rows [P, D] sorted by expert."""
+    return _Permute.apply(x, plan)  # type: ignore[no-any-return]
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, x: Tensor, plan: Permutation) -> Tensor:
+        row_gates = gates.reshape(-1)[plan.ffn_selection].to(rows.dtype)
+        identity_gate = gates.masked_fill(plan.is_ffn, 0.0).sum(1, keepdim=True)
+        ctx.plan = plan
+        ctx.save_for_backward(rows, gates, x, identity_gate)
+        out = _sum_rows(rows, plan, row_gates)
+        return out.add_((x * identity_gate).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        rows, gates, x, identity_gate = ctx.saved_tensors
+        plan: Permutation = ctx.plan
+        grad = grads[0].contiguous()
+        grad_rows = grad.index_select(0, plan.token)
+        grad_row_gates = (rows * grad_rows).sum(1, dtype=gates.dtype)
+        grad_rows.mul_(gates.reshape(-1)[plan.selection].to(rows.dtype)[:, None])
+        grad_identity = (x * grad).sum(1, keepdim=True, dtype=gates.dtype)
+        grad_gates = torch.where(plan.is_ffn, 0.0, grad_identity).reshape(-1)
+        grad_gates = grad_gates.scatter(0, plan.selection, grad_row_gates)
+        return grad_rows, grad_gates.view_as(gates), (grad * identity_gate).to(x.dtype), None
+
+
+def combine(rows: Tensor, gates: Tensor, x: Tensor, plan: Permutation) -> Tensor:
+    """Σ_k gate · expert output for each token: FFN experts from ``rows`` [P, D], identity experts from x [T, D].
+
+    ``gates`` [T, K] float32 are γ·R of the selections (section 3 of the model's equations).
+    """
+    return _Combine.apply(rows, gates, x, plan)  # type: ignore[no-any-return]

@@ -1,0 +1,73 @@
+"""What the device can do: its rate of matrix products, and the memory a process has used."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+
+import torch
+
+from longcat.ops.matmul import cpu_multiplies_bfloat16, product
+
+# The makers' data sheets, FLOP/s: dense bfloat16 by tensor cores, and float32 (torch's default is not TF32)
+GPU_PEAKS = {
+    "B200": (2.25e15, 75e12),
+    "H200": (989e12, 67e12),
+    "H100": (989e12, 67e12),
+    "H800": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "A800": (312e12, 19.5e12),
+}
+
+
+def fastest_dtype() -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32."""
+    native = torch.cuda.is_available() or cpu_multiplies_bfloat16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> tuple[float, str]:
+    """FLOP/s of one rank for MFU, and where the figure comes from: a data sheet, or a GEMM measured here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for model, (bfloat16, float32) in GPU_PEAKS.items():
+            if model in name:
+                return (bfloat16 if dtype is torch.bfloat16 else float32), f"{model} data sheet"
+    size = 8192 if device.type == "cuda" else 1024
+    return measured_gemm_rate(device, dtype, seconds, size), f"measured {size}³ GEMM"
+
+
+def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float, size: int) -> float:
+    """FLOP/s of the best of some size³ products within about ``seconds``."""
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    b = torch.randn(size, size, dtype=dtype, device=device)
+    best, end = float("inf"), time.perf_counter() + seconds
+    product(a, b)
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        product(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that this process has held: resident set on a CPU, allocated on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({os.cpu_count()} cores)"
+
+
+def make_deterministic() -> None:
+    """Ask torch for deterministic kernels, without the NaN fill of new tensors that comes with it."""
+    torch.use_deterministic_algorithms(True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (a property of the module)

@@ -1,0 +1,89 @@
+"""A corpus that is missing, empty, damaged, of other ids or too short: exit code 2 and one line with the remedy."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import Refused
+from tests.train.running import NARROW, ended
+from train.checkpoint import list_checkpoints
+
+
+@pytest.fixture
+def broken(corpus: Path, tmp_path: Path) -> Path:
+    """The prefix of a copy of the corpus, to be broken."""
+    shutil.copytree(corpus.parent, tmp_path / "broken", ignore=shutil.ignore_patterns("index", "straight"))
+    return tmp_path / "broken" / "corpus"
+
+
+def remove(prefix: Path) -> None:
+    prefix.with_suffix(".bin").unlink()
+
+
+def empty(prefix: Path) -> None:
+    prefix.with_suffix(".bin").write_bytes(b"")
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 0, 1)  # no sequence, one document boundary
+    prefix.with_suffix(".idx").write_bytes(header + bytes(8))
+
+
+def overwrite_index(prefix: Path) -> None:
+    prefix.with_suffix(".idx").write_text("this is no index" * 10)
+
+
+def truncate_index(prefix: Path) -> None:
+    path = prefix.with_suffix(".idx")
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def truncate(prefix: Path) -> None:
+    path = prefix.with_suffix(".bin")
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def damage_description(prefix: Path) -> None:
+    prefix.with_suffix(".json").write_text("{")
+
+
+def forget_description(prefix: Path) -> None:
+    """As other tools leave a corpus: which ids it holds shows only when they are read."""
+    prefix.with_suffix(".json").unlink()
+    (prefix.parent / "tokenizer.json").unlink()
+
+
+def leave(prefix: Path) -> None:
+    """The corpus itself is fine."""
+
+
+@pytest.mark.parametrize(
+    "damage,words,telling",
+    [
+        (remove, [], ["corpus has no corpus.bin", "longcat data build"]),
+        (empty, [], ["is empty (0 tokens)", "longcat data build"]),
+        (overwrite_index, [], ["corpus.idx is not a Megatron index", "build it"]),
+        (truncate_index, [], ["corpus.idx has", "truncated", "build it again"]),
+        (truncate, [], ["corpus.bin has", "truncated", "build it again"]),
+        (damage_description, [], ["corpus.json is damaged", "data.overwrite=true"]),
+        (leave, ["model.vocab_size=400"], ["token id", "model.vocab_size=400", "raise model.vocab_size"]),
+        (forget_description, ["model.vocab_size=400"], ["token id", "model.vocab_size=400", "raise model.vocab_size"]),
+        (leave, ["train.sequence_length=500000"], ["one sample needs 500001", "lower train.sequence_length"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_a_wrong_corpus_is_refused(
+    damage: Callable[[Path], None],
+    words: list[str],
+    telling: list[str],
+    broken: Path,
+    overrides: list[str],
+    refused: Refused,
+    tmp_path: Path,
+) -> None:
+    damage(broken)
+    said = refused(["train", *overrides, *NARROW, f"data.paths=[{broken}]", *words], *telling, str(broken.parent))
+    assert ended(tmp_path / "run") == {"code": 2, "message": said.removeprefix("error: ")}
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []

@@ -1,0 +1,132 @@
+"""Each operator with a backward of its own against plain torch expressions and torch's autograd.
+
+In float64 and float32.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longcat.ops.attention import causal_attention
+from longcat.ops.cross_entropy import linear_cross_entropy
+from longcat.ops.elementwise import rms_norm, rotary, rotary_angles, swiglu
+from longcat.ops.matmul import cpu_multiplies_bfloat16, grouped_linear, linear, product
+from longcat.ops.permute import combine, permute, plan_permutation
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, requires_grad=True)
+
+
+def assert_same(ours: Tensor, reference: Tensor, inputs: list[Tensor], tolerance: float = 2e-5) -> None:
+    """Values and the gradients of every input agree, for one random upstream gradient."""
+    torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
+    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(99))
+    got = torch.autograd.grad(ours, inputs, upstream.to(ours.dtype))
+    wanted = torch.autograd.grad(reference, inputs, upstream.to(reference.dtype))
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_linear() -> None:
+    x, weight = draw(0, 2, 3, 5), draw(1, 7, 5)
+    assert_same(linear(x, weight), torch.nn.functional.linear(x, weight), [x, weight])
+
+
+@pytest.mark.parametrize("width,height", [(8, 12), (5, 7), (8, 7)], ids=["aligned", "odd", "odd_output"])
+@pytest.mark.parametrize("counts", [[3, 0, 2], [0, 0, 0], [0, 4, 0]], ids=["some_empty", "no_rows", "one"])
+def test_grouped_linear(width: int, height: int, counts: list[int]) -> None:
+    x, weight = draw(0, sum(counts), width), draw(1, 3, height, width)
+    parts = torch.split(x, counts)
+    reference = torch.cat([part @ w.t() for part, w in zip(parts, weight, strict=True)])
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    assert_same(grouped_linear(x, weight, ends), reference, [x, weight])
+
+
+def test_bfloat16_product_is_rounded_once() -> None:
+    """Both on processors with bfloat16 instructions and without: float32 accumulation, one rounding."""
+    a, b = draw(0, 33, 500).detach().bfloat16(), draw(1, 500, 17).detach().bfloat16()
+    exact = (a.double() @ b.double()).float()
+    error = (product(a, b).float() - exact).abs() / exact.abs().clamp_min(1.0)
+    assert product(a, b).dtype is torch.bfloat16
+    assert float(error.max()) < 2**-8 * 1.01
+    assert isinstance(cpu_multiplies_bfloat16(), bool)
+
+
+def test_rms_norm() -> None:
+    x, gain = draw(0, 4, 9), draw(1, 9)
+    reference = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * gain
+    assert_same(rms_norm(x, gain, 1e-5), reference, [x, gain])
+
+
+def test_swiglu() -> None:
+    gate, up = draw(0, 4, 6), draw(1, 4, 6)
+    assert_same(swiglu(gate, up), torch.nn.functional.silu(gate) * up, [gate, up])
+
+
+def test_rotary_turns_interleaved_pairs() -> None:
+    x = draw(0, 2, 5, 3, 8)
+    angles = rotary_angles(torch.arange(5), 8, 1e4)
+    position = torch.arange(5.0)[:, None, None]
+    theta = position / 1e4 ** (torch.arange(0, 8, 2) / 8)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = (even * theta.cos() - odd * theta.sin(), even * theta.sin() + odd * theta.cos())
+    assert_same(rotary(x, angles), torch.stack(turned, -1).flatten(-2), [x])
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
+@pytest.mark.parametrize("masked", [False, True], ids=["one_document", "documents"])
+def test_causal_attention(length: int, masked: bool) -> None:
+    query, key, value = draw(0, 2, 3, length, 6), draw(1, 2, 3, length, 6), draw(2, 2, 3, length, 4)
+    documents = torch.randint(0, 2, (2, length)).cumsum(1) // 8 if masked else None
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    if documents is not None:
+        hidden = hidden | (documents[:, :, None] != documents[:, None, :])[:, None]
+    scores = (query @ key.transpose(-1, -2) * 0.3).masked_fill(hidden, float("-inf"))
+    reference = torch.softmax(scores, -1) @ value
+    ours = causal_attention(query, key, value, 0.3, documents)
+    assert_same(ours, reference, [query, key, value])
+
+
+@pytest.mark.parametrize("chunk", [1 << 22, 40], ids=["one_chunk", "many_chunks"])
+def test_linear_cross_entropy(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longcat.ops.cross_entropy.CHUNK_LOGITS", chunk)
+    hidden, weight = draw(0, 11, 6), draw(1, 13, 6)
+    labels = torch.arange(11)
+    valid = torch.arange(11) % 3 != 0
+    each = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    total, losses = linear_cross_entropy(hidden, weight, labels, valid)
+    torch.testing.assert_close(losses, torch.where(valid, each, 0.0).detach())
+    assert_same(total, each[valid].sum(), [hidden, weight])
+
+
+@given(tokens=st.integers(1, 9), experts=st.integers(1, 5), zero=st.integers(0, 4), seed=st.integers(0, 2**20))
+@settings(max_examples=60, deadline=None)
+def test_permute_and_combine_equal_a_loop_over_tokens(tokens: int, experts: int, zero: int, seed: int) -> None:
+    """Any routing: no FFN expert, only FFN experts, empty experts."""
+    generator = torch.Generator().manual_seed(seed)
+    top_k = int(torch.randint(1, experts + zero + 1, (), generator=generator))
+    scores = torch.rand(tokens, experts + zero, generator=generator)
+    indices = scores.topk(top_k).indices
+    x, gates = draw(seed + 1, tokens, 3), draw(seed + 2, tokens, top_k)
+    scale = draw(seed + 3, experts)
+    plan = plan_permutation(indices, experts, experts + zero)
+    of_row = torch.repeat_interleave(torch.arange(experts), plan.counts[:experts])
+    ours = combine(permute(x, plan) * scale[of_row, None], gates, x, plan)
+    rows = []
+    for token in range(tokens):
+        total = torch.zeros(3)
+        for choice, expert in enumerate(indices[token].tolist()):
+            factor = scale[expert] if expert < experts else 1.0
+            total = total + gates[token, choice] * factor * x[token]
+        rows.append(total)
+    reference = torch.stack(rows)
+    assert plan.counts.tolist() == torch.bincount(indices.flatten(), minlength=experts + zero).tolist()
+    torch.testing.assert_close(ours, reference)
+    if bool(plan.is_ffn.any()):
+        assert_same(ours, reference, [x, gates, scale])

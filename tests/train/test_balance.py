@@ -1,0 +1,124 @@
+"""Bias control: the report's rule to the letter, and the compute budget on a recorded routing problem."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from longcat.config import ModelConfig
+from train.balance import BalanceConfig, build_controller
+from train.config import compose
+
+MODEL = ModelConfig(num_layers=1, num_experts=8, num_zero_experts=4, top_k=3, expected_ffn_experts=2)  # debug
+TARGET = 2 / 3 / 8  # the share of all selections that each FFN expert should get
+BAND = 0.01
+
+
+def recorded_scores() -> Tensor:
+    """[T, N+Z] router scores of a real run (see record_routing.py for where they come from)."""
+    scores = torch.from_numpy(np.load(Path(__file__).with_name("recorded_routing.npz"))["scores"])
+    return scores.flatten(0, 1).float()
+
+
+def control(config: BalanceConfig, steps: int) -> tuple[list[float], Tensor]:
+    """Close the loop over the recorded scores, all of them each step.
+
+    Mean FFN experts a token at each step, and the last step's counts.
+    """
+    controller = build_controller(config, MODEL)
+    scores = recorded_scores()
+    bias = torch.zeros(1, MODEL.num_routed)
+    used = []
+    counts = torch.zeros(1, MODEL.num_routed, dtype=torch.int64)
+    for _ in range(steps):
+        chosen = torch.topk(scores + bias, MODEL.top_k, -1).indices
+        counts = torch.bincount(chosen.flatten(), minlength=MODEL.num_routed)[None]
+        used.append(float(counts[:, : MODEL.num_experts].sum()) / scores.shape[0])
+        bias = controller.update(counts)
+    return used, counts
+
+
+def settled_after(used: list[float]) -> int:
+    """The first step from which the budget stays inside the 1 % band."""
+    outside = [step for step, value in enumerate(used) if abs(value / MODEL.expected_ffn_experts - 1) > BAND]
+    return outside[-1] + 1 if outside else 0
+
+
+def overshoots(used: list[float]) -> int:
+    """How often the budget leaves the band on the side that it did not start from, as excursions."""
+    errors = [value / MODEL.expected_ffn_experts - 1 for value in used]
+    side = 1 if errors[0] > 0 else -1
+    beyond = [-side * error > BAND for error in errors]
+    return sum(now and not before for before, now in zip([False, *beyond], beyond, strict=False))
+
+
+def test_the_integral_part_alone_is_the_report_s_rule() -> None:
+    controller = build_controller(BalanceConfig(kp=0, ki=0.3, kd=0, decay=0, smoothing=0), MODEL)
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.zeros(MODEL.num_routed, dtype=torch.float64)
+    for _ in range(5):
+        counts = torch.randint(0, 100, (1, MODEL.num_routed), generator=generator)
+        total = int(counts.sum())  # K·T_all
+        for expert in range(MODEL.num_experts):
+            expected[expert] += 0.3 * (TARGET - int(counts[0, expert]) / total)
+        bias = controller.update(counts)
+        torch.testing.assert_close(bias[0], expected.float())
+        assert torch.equal(bias[0, MODEL.num_experts :], torch.zeros(MODEL.num_zero_experts))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.75])
+def test_each_part_of_the_pid(smoothing: float) -> None:
+    """Proportional and derivative parts act on the (filtered) error and its change; the first step has no change."""
+    parts = BalanceConfig(kp=2.0, ki=0.0, kd=0.5, decay=0, smoothing=smoothing)
+    controller = build_controller(parts, MODEL)
+    even = torch.full((1, MODEL.num_routed), 10)
+    skewed = even.clone()
+    skewed[0, 0] = 34
+    total = 10 * MODEL.num_routed
+    first, raw = TARGET - 10 / total, TARGET - 34 / (total + 24)
+    second = smoothing * first + (1 - smoothing) * raw
+    assert float(controller.update(even)[0, 0]) == pytest.approx(2.0 * first)
+    assert float(controller.update(skewed)[0, 0]) == pytest.approx(2.0 * second + 0.5 * (second - first))
+
+
+def test_decay_shrinks_every_gain() -> None:
+    counts = torch.zeros(1, MODEL.num_routed, dtype=torch.int64)
+    counts[0, 0] = 240
+    controller = build_controller(BalanceConfig(kp=0, ki=1.0, kd=0, decay=1.0, smoothing=0), MODEL)
+    total = 0.0
+    for step in range(4):
+        total += (TARGET - 1) / (1 + step)
+        assert float(controller.update(counts)[0, 0]) == pytest.approx(total)
+
+
+def test_sign_moves_every_bias_by_the_same_amount() -> None:
+    counts = torch.full((1, MODEL.num_routed), 10)
+    counts[0, 0] = 100
+    bias = build_controller(BalanceConfig(method="sign", ki=0.01, decay=0), MODEL).update(counts)
+    assert float(bias[0, 0]) == pytest.approx(-0.01)
+    assert torch.allclose(bias[0, 1 : MODEL.num_experts], torch.tensor(0.01))
+    assert torch.equal(bias[0, MODEL.num_experts :], torch.zeros(MODEL.num_zero_experts))
+
+
+def test_pid_reaches_the_budget_before_the_integral_part_alone() -> None:
+    """On the recorded problem the quick start's gains settle before any integral gain alone, passing at most once."""
+    pid = compose(["experiment=quickstart"]).balance
+    with_pid, counts = control(pid, 100)
+    alone = {
+        (smoothing, ki): settled_after(control(BalanceConfig(ki=ki, smoothing=smoothing), 100)[0])
+        for smoothing in (0.0, pid.smoothing)
+        for ki in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+    }
+    steps = settled_after(with_pid)
+    print(f"steps to the 1 % band: PID {steps}; integral part alone, by (smoothing, ki): {alone}")
+    assert abs(with_pid[0] / MODEL.expected_ffn_experts - 1) > 40 * BAND, "the recorded problem is no problem"
+    assert steps <= 20
+    assert steps < alone[pid.smoothing, pid.ki]
+    assert steps < min(alone.values())
+    assert overshoots(with_pid) <= 1
+    ffn = counts[0, : MODEL.num_experts].double()
+    assert float(ffn.max() / ffn.mean()) < 1.1, "the budget holds but single experts do not"

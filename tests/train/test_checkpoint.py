@@ -1,0 +1,275 @@
+"""Checkpoints: committed at once or not at all, believed only when whole, readable in any layout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from longcat.errors import ConfigError, UnhealthyError
+from parallel.mesh import Topology, connect
+from parallel.sharding import local_part
+from tests.distributed import run_ranks
+from tests.train.running import TINY, contents, free_ports, trained_state
+from train import checkpoint
+from train.checkpoint import find, last_good, list_checkpoints, load, save, tidy, verify
+from train.config import Config, compose
+from train.folder import as_mapping, lock
+from train.run import build_state
+from train.state import TrainState
+from train.state_hash import state_hash
+
+
+class Saver:
+    """A state of this process and how it is saved."""
+
+    def __init__(self, state: TrainState, topology: Topology, config: Config, folder: Path) -> None:
+        self.state, self.topology, self.config, self.folder = state, topology, config, folder
+
+    def save(self, step: int, keep: int = 0) -> Path:
+        self.state.counters.step = step
+        return save(self.state, self.folder, as_mapping(self.config), self.topology, keep)
+
+    def load(self, path: Path) -> str:
+        """Load into the state; its hash."""
+        load(self.state, path, as_mapping(self.config))
+        return self.hash()
+
+    def hash(self) -> str:
+        return state_hash(self.state, self.topology)
+
+    @property
+    def names(self) -> list[str]:
+        """Committed checkpoints."""
+        return [path.name for path in list_checkpoints(self.folder)]
+
+    @property
+    def everything(self) -> list[str]:
+        """All that lies in the folder."""
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def assembled() -> Iterator[tuple[TrainState, Topology, Config]]:
+    yield trained_state(TINY, steps=2)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def saver(assembled: tuple[TrainState, Topology, Config], tmp_path: Path) -> Saver:
+    return Saver(*assembled, tmp_path / "checkpoints")
+
+
+# ------------------------------------------------------------------------------------- committed at once or not at all
+
+
+class PowerCut(BaseException):
+    """What ends a process in the middle of a save."""
+
+
+def cut_at(patch: pytest.MonkeyPatch, holder: object, name: str, when: Callable[..., bool]) -> None:
+    """Let a call of ``holder.name`` for which ``when(arguments…)`` holds be the last thing that happens."""
+    real = getattr(holder, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if when(*arguments):
+            raise PowerCut(name)
+        return real(*arguments, **named)
+
+    patch.setattr(holder, name, call)
+
+
+POINTS: dict[str, tuple[object, str, Callable[..., bool]]] = {
+    "before-the-shards": (dcp, "save", lambda *_: True),
+    "after-the-shards": (checkpoint, "file_hash", lambda *_: True),
+    "before-the-state": (checkpoint, "write_synced", lambda path, _: path.name == "state.json"),
+    "before-the-manifest": (checkpoint, "write_synced", lambda path, _: path.name == "manifest.json"),
+    "before-the-folder-is-synced": (checkpoint, "sync_folder", lambda path: path.suffix == ".partial"),
+    "before-the-commit": (os, "rename", lambda old, _: str(old).endswith("step-00000002.partial")),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_save_that_is_cut_leaves_the_previous_one(point: str, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = saver.save(1)
+    expected = saver.hash()
+    with monkeypatch.context() as patch:
+        cut_at(patch, *POINTS[point])
+        with pytest.raises(PowerCut):
+            saver.save(2)
+    assert saver.names == ["step-00000001"]
+    assert find(saver.folder, "auto") == (first, [])
+    assert saver.load(first) == expected
+    assert verify(saver.save(2)).problem is None, "what the cut left is in the way"
+    assert saver.everything == ["step-00000001", "step-00000002"]
+
+
+def test_a_cut_removal_leaves_whole_ones(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the renaming of an old checkpoint and its removal."""
+    for step in (1, 2):
+        saver.save(step)
+    with monkeypatch.context() as patch:
+        cut_at(patch, shutil, "rmtree", lambda path, *_: path.suffix == ".removed")
+        with pytest.raises(PowerCut):
+            saver.save(3, keep=2)
+    assert saver.names == ["step-00000002", "step-00000003"]
+    assert find(saver.folder, "auto") == (saver.folder / "step-00000003", [])
+    assert verify(saver.folder / "step-00000002").problem is None
+    assert saver.everything == ["step-00000001.removed", "step-00000002", "step-00000003"]
+    (saver.folder / "step-00000009.partial").mkdir()
+    assert tidy(saver.folder, saver.folder / "step-00000003", []) == []
+    assert saver.everything == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("keep,left", [(0, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
+def test_the_newest_are_kept(keep: int, left: list[int], saver: Saver) -> None:
+    for step in (1, 2, 3, 4):
+        saver.save(step, keep)
+    assert saver.everything == [f"step-{step:08d}" for step in left]
+
+
+def test_the_same_step_is_written_anew(saver: Saver) -> None:
+    """A run that went back must not take what another past had saved there for its own; that stays beside it."""
+    path = saver.save(2)
+    before = contents(path)
+    saver.state.counters.tokens += 7
+    assert saver.save(2) == path and saver.save(2) == path
+    assert verify(path).problem is None and contents(path) != before
+    assert saver.everything == ["step-00000002", "step-00000002.replaced", "step-00000002.replaced-1"]
+    assert contents(saver.folder / "step-00000002.replaced") == before
+    assert saver.names == ["step-00000002"]
+
+
+def test_what_is_not_finite_is_not_saved(saver: Saver) -> None:
+    path = saver.save(1)
+    before = contents(path)
+    _, moment = next(pair for pair in saver.state.sharded() if pair[0].startswith("exp_avg/"))
+    moment = local_part(moment)[0]
+    value = float(moment.view(-1)[3])
+    moment.view(-1)[3] = float("nan")
+    with pytest.raises(
+        UnhealthyError, match=r"step 2: a weight or a moment is not finite.* last good checkpoint is .*step-00000001;"
+    ):
+        saver.save(2)
+    moment.view(-1)[3] = value
+    assert saver.everything == ["step-00000001"] and contents(path) == before
+
+
+# ------------------------------------------------------------------------------------- believed only when whole
+
+
+def shard(path: Path) -> Path:
+    return next(path.glob("*.distcp"))
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(shard(path).read_bytes())
+    data[len(data) // 3] ^= 16
+    shard(path).write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    shard(path).write_bytes(shard(path).read_bytes()[:-1])
+
+
+def lose_a_shard(path: Path) -> None:
+    shard(path).unlink()
+
+
+def lose_the_metadata(path: Path) -> None:
+    (path / ".metadata").unlink()
+
+
+def change_a_counter(path: Path) -> None:
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace('"samples": ', '"samples": 1'))
+
+
+def lose_the_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def tear_the_manifest(path: Path) -> None:
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text[: len(text) // 2])
+
+
+def replace_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("[]")
+
+
+DAMAGE: dict[Callable[[Path], None], str] = {
+    flip_a_bit: "__0_0.distcp does not have the hash of the manifest",
+    truncate: "__0_0.distcp does not have the hash of the manifest",
+    lose_a_shard: "__0_0.distcp is missing",
+    lose_the_metadata: ".metadata is missing",
+    change_a_counter: "state.json does not have the hash of the manifest",
+    lose_the_manifest: "no readable manifest.json",
+    tear_the_manifest: "no readable manifest.json",
+    replace_the_manifest: "no readable manifest.json",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_one_is_passed_over(damage: Callable[[Path], None], saver: Saver) -> None:
+    first, second = saver.save(1), saver.save(2)
+    damage(second)
+    found, passed_over = find(saver.folder, "auto")
+    assert found == first
+    assert [(verdict.folder, verdict.step, verdict.problem) for verdict in passed_over] == [(second, 2, DAMAGE[damage])]
+    with pytest.raises(ConfigError, match="is not whole"):
+        find(saver.folder, str(second))
+    damage(first)
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole \(step-00000002: .*; step-00000001: "):
+        find(saver.folder, "auto")
+
+
+# ------------------------------------------------------------------------------------- one run at a time
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    with lock(tmp_path), pytest.raises(ConfigError, match="in use by a run that is still going"):
+        lock(tmp_path)
+    lock(tmp_path).close()
+
+
+# ------------------------------------------------------------------------------------- any layout
+
+
+def exchange(theirs: str, ours: str, ports: list[int]) -> tuple[str, str, str]:
+    """On two ranks: the hash of the state loaded from ``theirs``, of the one saved into ``ours``, the last good one."""
+    os.environ["MASTER_PORT"] = str(ports[0])
+    config = compose([*TINY, "train.seed=9"])
+    topology = connect(config.parallel)
+    state = build_state(config, topology)
+    load(state, Path(theirs), as_mapping(config))
+    loaded = state_hash(state, topology)
+    dist.destroy_process_group()
+
+    os.environ["MASTER_PORT"] = str(ports[1])
+    state, topology, config = trained_state([*TINY, "train.seed=7"], steps=2)
+    save(state, Path(ours), as_mapping(config), topology, keep=0)
+    trained = state_hash(state, topology)
+    words = last_good(Path(ours), topology)
+    dist.destroy_process_group()
+    return loaded, trained, words
+
+
+def test_one_process_reads_what_two_wrote_and_the_other_way_round(saver: Saver, tmp_path: Path) -> None:
+    path = saver.save(2)
+    expected = saver.hash()
+    first, second = run_ranks(exchange, 2, str(path), str(tmp_path / "theirs"), free_ports(2))
+    assert first == second, "ranks disagree"
+    assert first[2] == f"the last good checkpoint is {tmp_path / 'theirs' / 'step-00000002'}"
+    assert first[0] == expected, "two ranks read another state than one wrote"
+    theirs = tmp_path / "theirs" / "step-00000002"
+    assert sorted(path.name for path in theirs.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+    assert verify(theirs).problem is None
+    assert saver.hash() != first[1]
+    assert saver.load(theirs) == first[1], "one rank reads another state than two wrote"

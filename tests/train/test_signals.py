@@ -1,0 +1,267 @@
+"""How a run ends before its last step: signals, time limit, bad numbers, crashes; and the exit code of each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.__main__ import main as longcat
+from launch.local import run_elastic
+from tests.train.running import (
+    NARROW,
+    ended,
+    exact,
+    lines,
+    ranks_below,
+    straight,
+    tidily,
+    train_here,
+    wait_for_step,
+)
+from train.checkpoint import list_checkpoints, verify
+from train.config import compose
+from train.metrics import MetricsWriter
+
+ENDLESS = "train.steps=100000"
+BLOWS_UP = ["optim.lr=1e30", "optim.grad_clip=0", "schedule.warmup_steps=0"]
+
+
+def stopped_at(folder: Path, errors: str, reason: str) -> int:
+    """Check that a run stopped cleanly and saved its last step; returns that step."""
+    step = len(lines(folder))
+    assert errors.strip() == (
+        f"stopped: stopped on {reason} after step {step}; state saved, the same command goes on from there"
+    )
+    assert ended(folder)["code"] == 3
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    assert newest.name == f"step-{step:08d}" and verify(newest).problem is None
+    return step
+
+
+def in_step(step: int, action: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
+    """Do something in this process as soon as ``step`` is written down."""
+    write = MetricsWriter.write
+
+    def then_act(self: MetricsWriter, metrics: dict[str, Any], *rest: Any) -> None:
+        write(self, metrics, *rest)
+        if metrics["step"] == step:
+            action()
+
+    patch.setattr(MetricsWriter, "write", then_act)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: signal.Signals,
+    corpus: Path,
+    overrides: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [*overrides, *NARROW, "train.steps=10"]
+    with monkeypatch.context() as patch:
+        in_step(5, lambda: os.kill(os.getpid(), number), patch)
+        assert tidily(lambda: longcat(["train", *words])) == 3
+    assert stopped_at(tmp_path / "run", capfd.readouterr().err, number.name) == 6, "the next step carries the wish"
+    assert tidily(lambda: longcat(["train", *words])) == 0
+    assert exact(tmp_path / "run") == straight(corpus, words)
+
+
+def through_the_agent(
+    overrides: list[str], capfd: pytest.CaptureFixture[str], meanwhile: Callable[[], None] | None = None
+) -> tuple[int, str]:
+    """`longcat train` with two ranks, its agent in this process; the exit code and standard error."""
+    other = threading.Thread(target=meanwhile or (lambda: None))
+    other.start()
+    code = tidily(lambda: longcat(["train", *overrides, "run.num_processes=2"]))
+    other.join()
+    return code, capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "number,to_agent,to_ranks",
+    [(signal.SIGTERM, True, []), (signal.SIGINT, True, [0, 1]), (signal.SIGTERM, False, [1])],
+    ids=["sigterm_to_the_agent", "ctrl_c_to_all", "sigterm_to_one_rank"],
+)
+def test_a_signal_saves_with_two_processes(
+    number: signal.Signals,
+    to_agent: bool,
+    to_ranks: list[int],
+    overrides: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A step's exchange carries the wish, so all ranks stop after the same step, whichever of them was told."""
+    folder = tmp_path / "run"
+
+    def send() -> None:
+        wait_for_step(folder, 2)
+        for pid in [ranks_below(os.getpid())[rank] for rank in to_ranks] + [os.getpid()] * to_agent:
+            os.kill(pid, number)
+
+    code, errors = through_the_agent([*overrides, *NARROW, ENDLESS], capfd, send)
+    assert code == 3, errors
+    step = stopped_at(folder, errors, "request" if "request" in errors else number.name)
+    assert exact(folder).keys() == set(range(1, step + 1))
+
+
+def test_a_killed_rank_is_a_crash(overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What the kernel does to a process that takes too much memory. The other rank ends too and says why, once."""
+    folder = tmp_path / "run"
+
+    def kill() -> None:
+        wait_for_step(folder, 2)
+        os.kill(ranks_below(os.getpid())[1], signal.SIGKILL)
+
+    code, errors = through_the_agent([*overrides, *NARROW, ENDLESS], capfd, kill)
+    assert code == 1, errors
+    assert ended(folder)["code"] == 1
+    assert errors.count("Traceback (most recent call last)") == 1
+
+
+@pytest.mark.parametrize(
+    "script,code",
+    [
+        ("import sys; sys.exit(2)", 2),
+        ("import sys; sys.exit(3)", 3),
+        ("import os, sys, time; os.environ['RANK'] == '1' and sys.exit(4) or time.sleep(60)", 4),
+        ("import os, time; os.environ['RANK'] == '1' and os.abort() or time.sleep(60)", 1),
+        ("raise ValueError", 1),
+        ("", 0),
+    ],
+    ids=["2", "3", "4_by_one_rank", "abort_of_one_rank", "exception", "done"],
+)
+def test_the_agent_passes_on(
+    script: str, code: int, overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first failing rank's exit code, whatever the ranks are."""
+    (tmp_path / "train.py").write_text(script)
+    config = compose([*overrides, "run.num_processes=2"])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert tidily(lambda: run_elastic([], config, 2)) == code
+
+
+def test_a_crash_leaves_its_reason(overrides: list[str], tmp_path: Path) -> None:
+    """A fault that nobody foresaw: a traceback for the person, code 1 for the machine, and the folder is free again."""
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        train_here([*overrides, *NARROW])
+    assert ended(tmp_path / "run")["code"] == 1
+    assert "IsADirectoryError" in ended(tmp_path / "run")["message"]
+    (tmp_path / "run" / "metrics.jsonl").rmdir()
+    assert train_here([*overrides, *NARROW, "train.steps=1"]) == 0
+
+
+def test_a_signal_while_the_run_is_being_assembled_is_not_lost(overrides: list[str], tmp_path: Path) -> None:
+    """It counts from the moment the ranks have met: one step is trained and saved."""
+    import train.run
+
+    build = train.run.build_data
+
+    def interrupted(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build(*arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.run, "build_data", interrupted)
+        assert train_here([*overrides, *NARROW]) == 3
+    assert len(lines(tmp_path / "run")) == 1
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
+
+
+def test_before_the_ranks_have_met_a_signal_ends_them(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that took it for a wish would wait minutes for one that has not, and is gone."""
+    import train.run
+
+    usual = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    connect, seen = train.run.connect, []
+
+    def watched(*arguments: Any) -> Any:
+        seen.append([signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)])
+        return connect(*arguments)
+
+    monkeypatch.setattr(train.run, "connect", watched)
+    assert train_here([*overrides, *NARROW, "train.steps=1"]) == 0
+    assert seen == [usual]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    in_step(2, twice, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train_here([*overrides, *NARROW])
+    assert ended(tmp_path / "run")["code"] == 1
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2]
+
+
+def test_the_time_limit_saves_and_the_same_command_goes_on(
+    corpus: Path, overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*overrides, *NARROW, "train.steps=10"]
+    assert train_here([*words, "train.stop_after_seconds=0.01"]) == 3
+    assert stopped_at(tmp_path / "run", capfd.readouterr().err, "train.stop_after_seconds") == 1
+    assert train_here(words) == 0
+    assert exact(tmp_path / "run") == straight(corpus, words)
+
+
+def test_a_signal_in_the_last_step_is_no_stop(overrides: list[str], tmp_path: Path) -> None:
+    """There is nothing left to do: the run is done and says so."""
+    assert train_here([*overrides, *NARROW, "train.steps=1", "train.stop_after_seconds=0.01"]) == 0
+    assert ended(tmp_path / "run")["code"] == 0
+
+
+def test_bad_numbers_end_with_4_and_name_the_last_good_checkpoint(
+    overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert train_here([*overrides, *NARROW, *BLOWS_UP, "checkpoint.every=1"]) == 4
+    errors = capfd.readouterr().err
+    good = list_checkpoints(folder / "checkpoints")
+    step = len(lines(folder)) + 1
+    assert errors.startswith(f"error: step {step}: loss ") and errors.count("\n") == 1
+    assert f"the last good checkpoint is {good[-1]};" in errors and "lower optim.lr" in errors
+    assert good[-1].name == f"step-{step - 1:08d}" and verify(good[-1]).problem is None
+    assert ended(folder) == {"code": 4, "message": errors.strip().removeprefix("error: ")}
+    assert (folder / "report.html").is_file()
+
+
+def test_bad_numbers_in_the_first_step_leave_nothing_to_go_on_from(
+    overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here([*overrides, *NARROW, "model.hidden_std=1e30"]) == 4
+    errors = capfd.readouterr().err
+    assert errors.startswith("error: step 1: loss ") and "there is no checkpoint yet" in errors
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+    assert ended(tmp_path / "run")["code"] == 4
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_called_good(
+    overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*overrides, *NARROW, "checkpoint.every=1", "train.steps=3"]
+    assert train_here(words) == 0
+    kept = list_checkpoints(tmp_path / "run" / "checkpoints")
+    (kept[-1] / "manifest.json").unlink()
+    blown = [*words, *BLOWS_UP, "run.name=blown", "train.steps=30", "checkpoint.every=0"]
+    for path in kept:
+        path.rename(tmp_path / path.name)
+    (tmp_path / "blown").mkdir()
+    (tmp_path / "blown" / "checkpoints").mkdir()
+    for path in kept:
+        (tmp_path / path.name).rename(tmp_path / "blown" / "checkpoints" / path.name)
+    assert train_here(blown) == 4
+    assert f"the last good checkpoint is {tmp_path / 'blown' / 'checkpoints' / kept[0].name};" in capfd.readouterr().err

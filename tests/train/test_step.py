@@ -1,0 +1,146 @@
+"""One step's objective and the health figures that it reports, against their definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longcat.init import initialise
+from longcat.model import LongCat
+from longcat.moe import Router
+from parallel.mesh import connect
+from train.batches import BatchReader, document_numbers, label_counts
+from train.config import Config, compose
+from train.objective import objective
+from train.run import build_state
+from train.step import Stepper
+
+OVERRIDES = [
+    "model=debug",
+    "model.vocab_size=61",
+    "model.hidden_size=16",
+    "train.sequence_length=12",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "train.dtype=float32",
+    "balance.group_loss_weight=0.01",
+    "balance.num_groups=2",
+    "loss.hidden_z_weight=1e-3",
+]
+
+
+class Windows:
+    """Random windows that depend on the sample's number."""
+
+    eod = 0
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.random.default_rng(index).integers(0, 61, 13)
+
+
+def build(config: Config) -> Any:
+    topology = connect(config.parallel)
+    state = build_state(config, topology)
+    reader = BatchReader(Windows(), config, topology)  # type: ignore[arg-type]
+    return Stepper(state, reader, config, topology), reader, state
+
+
+@pytest.fixture
+def closing() -> Any:
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("closing")
+def test_router_grad_ratio_is_the_ratio_of_the_gradients_by_the_mean_probability(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """δ added to every token's R, separately where it weighs and where it balances: ∇_δ is ∇_P."""
+    config = compose(OVERRIDES)
+    stepper, reader, _ = build(config)
+    ratio = stepper.step(stop_requested=False).metrics["router_grad_ratio"]
+
+    model = LongCat(config.model, 2)
+    initialise(model, config.model, config.train.seed)
+    deltas: dict[int, tuple[Tensor, Tensor]] = {}
+    plain = Router.forward
+
+    def shifted(self: Router, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        zeros = [torch.zeros(config.model.num_routed, requires_grad=True) for _ in range(2)]
+        weigh, balance = deltas.setdefault(id(self), (zeros[0], zeros[1]))
+        probabilities, indices, gates = plain(self, u)
+        extra = (torch.zeros_like(probabilities) + weigh).gather(1, indices)
+        return probabilities + balance, indices, gates + extra * config.model.routed_scaling_factor
+
+    monkeypatch.setattr(Router, "forward", shifted)
+    batches = list(reader.read(0))
+    divisors = reader.divisors(batches)
+    for batch in batches:
+        losses = model(batch.tokens, batch.labels, batch.valid)
+        objective(losses, divisors, config.loss, config.balance.group_loss_weight).backward()
+    # P is the mean over a micro-batch's tokens, so a shift of every R by δ is a shift of P by δ
+    ratios = [float(balance.grad.norm() / weigh.grad.norm()) for weigh, balance in deltas.values()]
+    assert ratio == pytest.approx(max(ratios), rel=1e-4)
+
+
+@pytest.mark.usefixtures("closing")
+def test_mtp_switches_on_at_its_token_count() -> None:
+    """48 tokens a step, on from 96: off in steps 1 and 2, and the MTP layer's weights do not move before."""
+    config = compose([*OVERRIDES, "loss.mtp_start_tokens=96", "optim.weight_decay=0"])
+    stepper, _, state = build(config)
+    name = "mtp.layers.0.eh_proj.weight"
+    seen = []
+    weights = [dict(state.parameters)[name].full_tensor().clone()]
+    for _ in range(3):
+        seen.append(stepper.step(stop_requested=False).metrics["loss_mtp"])
+        weights.append(dict(state.parameters)[name].full_tensor().clone())
+    assert seen[:2] == [None, None]
+    assert seen[2] == pytest.approx(np.log(61), rel=0.1)
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[2], weights[3])
+
+
+@pytest.mark.usefixtures("closing")
+def test_router_similarity_is_the_mean_pairwise_cosine() -> None:
+    stepper, _, state = build(compose(OVERRIDES))
+    expected = []
+    for router in state.model.routers():
+        rows = router.classifier.weight.full_tensor().detach()
+        cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
+        expected.append(float(cosines[~torch.eye(len(rows), dtype=torch.bool)].mean()))
+    found = stepper.step(stop_requested=False).metrics["router_similarity"]  # of the weights that the step used
+    assert found == pytest.approx(max(expected), abs=1e-6)
+
+
+@pytest.mark.usefixtures("closing")
+def test_accumulation_and_micro_batch_size_do_not_change_the_gradient() -> None:
+    """Without the balance loss (whose T is the micro-batch) one micro-batch of 4 equals four of 1."""
+    norms = []
+    for size in (4, 1):
+        words = [*OVERRIDES, f"train.micro_batch_size={size}", "balance.group_loss_weight=0"]
+        stepper, _, _ = build(compose(words))
+        norms.append(stepper.step(stop_requested=False).metrics["grad_norm"])
+        if size == 4:
+            dist.destroy_process_group()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_document_numbers_count_from_the_end_token() -> None:
+    tokens = torch.tensor([[5, 0, 7, 8, 0, 0, 9]])
+    assert document_numbers(tokens, 0).tolist() == [[0, 0, 1, 1, 1, 2, 3]]
+
+
+@pytest.mark.usefixtures("closing")
+def test_labels_are_counted_before_the_backward() -> None:
+    config = compose([*OVERRIDES, "data.mask_documents=true"])
+    _, reader, _ = build(config)
+    batches = list(reader.read(0))
+    labels, mtp_labels = label_counts(batches, num_mtp_layers=1)
+    assert labels == 4 * 12
+    inside = sum(int((b.documents[:, 1:] == b.documents[:, :-1]).sum()) for b in batches)
+    assert mtp_labels == inside

@@ -1,0 +1,1 @@
+"""How it is trained: data, optimizer, bias control, loop, checkpoints, metrics, report."""

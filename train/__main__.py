@@ -1,0 +1,23 @@
+"""`python -m train key=value …`: one rank, under torchrun or alone."""
+
+from __future__ import annotations
+
+import sys
+
+from longcat.errors import ConfigError
+from train.config import compose, named_folder
+from train.folder import refuse
+
+
+def main(overrides: list[str]) -> int:
+    try:
+        config = compose(overrides)
+    except ConfigError as error:
+        return refuse(named_folder(overrides), error)
+    from train.run import main as train
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,118 @@
+"""Control of the compute budget: selection biases from the loads of the global batch, outside the loss (section 4)."""
+
+# L layers, N FFN experts, Z identity experts
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longcat.config import ModelConfig
+from longcat.errors import ConfigError
+
+
+@dataclass
+class BalanceConfig:
+    """The bias controller and the device-level balance loss.
+
+    The default is the report's rule, ``ki`` alone (its μ); its values, and how μ decays, are unpublished. Here
+    every gain of step t is divided by 1 + decay·t. With ``smoothing`` the loads pass a first-order filter: it keeps
+    single experts from swinging from full to empty, and so allows an integral gain that brings the whole budget in
+    line in tens of steps; the proportional part makes up for the filter's lag (configs/experiment/quickstart.yaml).
+    """
+
+    method: str = "pid"  # pid | sign
+    kp: float = 0.0
+    ki: float = 0.1
+    kd: float = 0.0
+    decay: float = 0.0
+    smoothing: float = 0.0  # of the measured loads: error ← smoothing·error + (1 - smoothing)·this step's
+    num_groups: int = 1  # D of the balance loss: a setting of the model, never read from the layout
+    group_loss_weight: float = 1e-3  # α; unpublished
+
+    def validate(self) -> None:
+        if self.method not in CONTROLLERS:
+            raise ConfigError(f"balance.method={self.method} is not known; use {' or '.join(CONTROLLERS)}")
+        for name in ("kp", "ki", "kd", "decay", "group_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"balance.{name}={getattr(self, name)} must not be negative")
+        if not 0.0 <= self.smoothing < 1.0:
+            raise ConfigError(f"balance.smoothing={self.smoothing} must be from 0 up to, not including, 1")
+        if self.num_groups < 1:
+            raise ConfigError(f"balance.num_groups={self.num_groups} must be at least 1")
+
+
+class BiasController(Protocol):
+    """Turns the global batch's selection counts into the next step's biases. Holds its own state."""
+
+    def update(self, counts: Tensor) -> Tensor:
+        """counts [L, N+Z] int64 of one global batch → biases [L, N+Z] float32, 0 for identity experts."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Named tensors that a checkpoint must hold; `load` writes into them in place."""
+
+
+def load_error(counts: Tensor, model: ModelConfig) -> Tensor:
+    """(K_e/K)/N - T_i/(K·T_all) for FFN experts [L, N] float64: positive where an expert gets too few tokens."""
+    selections = counts.sum(1, keepdim=True).double()  # K·T_all
+    target = model.expected_ffn_experts / (model.top_k * model.num_experts)
+    return target - counts[:, : model.num_experts].double() / selections.clamp_min(1.0)
+
+
+class PID:
+    """b = kp·e + Σ ki·e + kd·Δe with gains that shrink over the steps; the report's rule is kp = kd = 0."""
+
+    def __init__(self, config: BalanceConfig, model: ModelConfig) -> None:
+        self.config, self.model = config, model
+        shape = (model.num_layers, model.num_experts)
+        self.integral = torch.zeros(shape, dtype=torch.float64)
+        self.previous = torch.zeros(shape, dtype=torch.float64)
+        self.steps = torch.zeros((), dtype=torch.int64)
+
+    def update(self, counts: Tensor) -> Tensor:
+        gain = 1.0 / (1.0 + self.config.decay * float(self.steps))
+        error = load_error(counts, self.model)
+        if int(self.steps):
+            error = self.config.smoothing * self.previous + (1.0 - self.config.smoothing) * error
+        change = error - self.previous if int(self.steps) else torch.zeros_like(error)
+        self.integral += gain * self.config.ki * error
+        self.previous.copy_(error)
+        self.steps += 1
+        bias = self.integral + gain * (self.config.kp * error + self.config.kd * change)
+        return with_identity(bias, self.model)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"integral": self.integral, "previous": self.previous, "steps": self.steps}
+
+
+class Sign:
+    """b += ki·sign(error), with the same decay: the field's usual rule, to compare with."""
+
+    def __init__(self, config: BalanceConfig, model: ModelConfig) -> None:
+        self.config, self.model = config, model
+        self.bias = torch.zeros(model.num_layers, model.num_experts, dtype=torch.float64)
+        self.steps = torch.zeros((), dtype=torch.int64)
+
+    def update(self, counts: Tensor) -> Tensor:
+        gain = self.config.ki / (1.0 + self.config.decay * float(self.steps))
+        self.bias += gain * load_error(counts, self.model).sign()
+        self.steps += 1
+        return with_identity(self.bias, self.model)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"bias": self.bias, "steps": self.steps}
+
+
+def with_identity(bias: Tensor, model: ModelConfig) -> Tensor:
+    """Append the identity experts' zeros: [L, N] → [L, N+Z] float32."""
+    return torch.nn.functional.pad(bias, (0, model.num_zero_experts)).float()
+
+
+CONTROLLERS: dict[str, type[PID] | type[Sign]] = {"pid": PID, "sign": Sign}
+
+
+def build_controller(config: BalanceConfig, model: ModelConfig) -> BiasController:
+    return CONTROLLERS[config.method](config, model)

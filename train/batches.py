@@ -1,0 +1,88 @@
+"""From global sample numbers to this rank's micro-batches."""
+
+# B sequences of a micro-batch, S positions
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longcat.model import mtp_valid
+from parallel.mesh import Topology
+from parallel.reduce import sum_scalars
+from train.config import Config
+from train.data.samples import TokenSamples
+from train.objective import Divisors
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on this rank's device."""
+
+    tokens: Tensor  # [B, S] int64
+    labels: Tensor  # [B, S] the next token of each
+    valid: Tensor  # [B, S] bool, where the label counts
+    documents: Tensor | None  # [B, S] document numbers, with data.mask_documents
+
+
+class BatchReader:
+    """Cuts the global batch that starts at a sample number into micro-batches; rank r takes the r-th share of them."""
+
+    def __init__(self, samples: TokenSamples, config: Config, topology: Topology) -> None:
+        self.samples = samples
+        self.config = config
+        self.topology = topology
+        self.size = config.train.micro_batch_size
+        self.num_micro_batches = config.train.global_batch_size // self.size
+
+    def read(self, first_sample: int) -> Iterator[Batch]:
+        """This rank's micro-batches of the global batch ``first_sample`` ..., in order."""
+        share = self.num_micro_batches // self.topology.data_ranks
+        start = self.topology.data_rank * share
+        for number in range(start, start + share):
+            yield self.micro_batch(first_sample + number * self.size)
+
+    def micro_batch(self, first_sample: int) -> Batch:
+        """The samples ``first_sample`` ... ``first_sample + micro_batch_size - 1``."""
+        windows = np.stack([self.samples[first_sample + row] for row in range(self.size)])
+        return self.to_batch(torch.from_numpy(windows))
+
+    def to_batch(self, windows: Tensor) -> Batch:
+        """Windows [B, S+1] → inputs and labels."""
+        windows = windows.to(self.topology.device)
+        tokens, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        documents = None
+        if self.config.data.mask_documents:
+            documents = document_numbers(tokens, self.samples.eod)
+        return Batch(tokens, labels, torch.ones_like(tokens, dtype=torch.bool), documents)
+
+    def divisors(self, batches: list[Batch]) -> Divisors:
+        """What the sums of this step are divided by; a collective."""
+        tokens = self.config.train.global_batch_size * self.config.train.sequence_length
+        counts = label_counts(batches, self.config.model.num_mtp_layers)
+        if self.config.data.mask_documents:
+            labels, mtp_labels = sum_scalars(counts)
+        else:  # every window has as many: no need to ask the others
+            labels, mtp_labels = (count * self.topology.data_ranks for count in counts)
+        return Divisors(int(labels), int(mtp_labels), tokens, self.num_micro_batches)
+
+
+def document_numbers(tokens: Tensor, eod: int) -> Tensor:
+    """0, 1, 2 … along each row; the end-of-document token belongs to the document that it ends."""
+    ends = (tokens == eod).to(torch.int64)
+    return ends.cumsum(1) - ends
+
+
+def label_counts(batches: list[Batch], num_mtp_layers: int) -> list[float]:
+    """[labels of the language model, labels of the MTP layers] in these micro-batches."""
+    main = sum(int(batch.valid.sum()) for batch in batches)
+    further = sum(
+        int(mtp_valid(batch.valid, batch.documents, depth).sum())
+        for batch in batches
+        for depth in range(1, num_mtp_layers + 1)
+    )
+    return [float(main), float(further)]

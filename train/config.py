@@ -1,0 +1,290 @@
+"""The whole configuration: one typed tree, composed by Hydra, checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from longcat.config import ModelConfig
+from longcat.errors import ConfigError
+from parallel.mesh import ParallelConfig
+from train.balance import BalanceConfig
+from train.data.config import DataConfig
+from train.identity import flatten
+from train.objective import LossConfig
+from train.optimizer import OptimConfig
+from train.schedule import ScheduleConfig
+
+GROUPS = ("model", "data", "schedule", "experiment")  # folders of configs/, each file a choice
+
+
+@dataclass
+class TrainConfig:
+    """How long, how much at once, in which numbers. Batch sizes are in sequences."""
+
+    steps: int = 1000
+    seed: int = 0
+    sequence_length: int = 256
+    global_batch_size: int = 8
+    micro_batch_size: int = 1
+    dtype: str = "auto"  # bfloat16 | float32 | auto = bfloat16 where the device multiplies it natively
+    deterministic: bool = True
+    stop_after_seconds: float = 0.0  # 0 = no limit; else save and stop cleanly (exit code 3) after this long
+
+    def validate(self) -> None:
+        for name in ("steps", "sequence_length", "global_batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.sequence_length < 2:
+            raise ConfigError(f"train.sequence_length={self.sequence_length} must be at least 2")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ConfigError(f"train.dtype={self.dtype} is not known; use bfloat16, float32 or auto")
+        if self.stop_after_seconds < 0:
+            raise ConfigError(f"train.stop_after_seconds={self.stop_after_seconds} must not be negative")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"train.micro_batch_size={self.micro_batch_size} does not divide train.global_batch_size="
+                f"{self.global_batch_size}; change either"
+            )
+
+
+@dataclass
+class ValidationConfig:
+    """Validation on the held-out documents: the same sequences every time."""
+
+    every: int = 100  # steps; 0 = never
+    batches: int = 8  # global batches
+    ngram_baselines: bool = False  # at the end, n-gram models of the tokens that were trained on
+    documents: int = 3  # validation documents that the report colours by FFN experts a token; 0 = none
+
+    def validate(self) -> None:
+        for name in ("every", "documents"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"validation.{name}={getattr(self, name)} must not be negative")
+        if self.batches < 1:
+            raise ConfigError(f"validation.batches={self.batches} must be at least 1")
+
+
+@dataclass
+class CheckpointConfig:
+    """When state is saved, how many are kept, and where a run starts from."""
+
+    every: int = 200  # steps; 0 = only at the end and when stopped
+    keep: int = 2  # newest checkpoints that stay; 0 = all
+    resume: str = "auto"  # auto = the newest whole one of this run, if any | never | a folder where a new run starts
+
+    def validate(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must not be negative")
+        if not self.resume:
+            raise ConfigError("checkpoint.resume is empty; use auto, never or a checkpoint's folder")
+
+
+@dataclass
+class LoggingConfig:
+    """What is written down, and how often. metrics.jsonl gets every step whatever stands here."""
+
+    every: int = 1  # steps between terminal lines
+    wandb: str = "offline"  # offline | online | disabled
+    hash_every: int = 0  # steps between state hashes; 0 = never
+    routing_every: int = 5  # steps between the loads and biases in routing.jsonl; 0 = never
+
+    def validate(self) -> None:
+        if self.wandb not in ("offline", "online", "disabled"):
+            raise ConfigError(f"logging.wandb={self.wandb} is not known; use offline, online or disabled")
+        if self.every < 1:
+            raise ConfigError(f"logging.every={self.every} must be at least 1")
+        for name in ("hash_every", "routing_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"logging.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass
+class RunConfig:
+    """Where the run's folder is and how many local processes `longcat train` starts."""
+
+    name: str = "default"
+    dir: str = "runs"  # the run's folder is <dir>/<name>
+    num_processes: int = -1  # -1 = one for each GPU, or one on a CPU; never more than GPUs; torchrun sets its own
+
+    def validate(self) -> None:
+        if not re.fullmatch(r"[\w.,=+-]+", self.name) or self.name in (".", ".."):
+            raise ConfigError(f"run.name={self.name!r} must be one folder name of letters, digits and . , = + - _")
+        if self.num_processes < 1 and self.num_processes != -1:
+            raise ConfigError(f"run.num_processes={self.num_processes} must be at least 1, or -1 to find out")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir) / self.name
+
+
+@dataclass
+class Config:
+    """Everything a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(name="python_source", source="python_source"))
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def validate(self) -> None:
+        """Check every section, then what only several of them together can show."""
+        for key, value in flatten(asdict(self)).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{key}={value} must be a finite number")
+        for section in fields(self):
+            getattr(self, section.name).validate()
+        if self.model.num_experts % self.balance.num_groups:
+            raise ConfigError(
+                f"balance.num_groups={self.balance.num_groups} does not divide model.num_experts="
+                f"{self.model.num_experts}; use a divisor of it"
+            )
+
+    def validate_world(self, data_ranks: int) -> None:
+        """Check what depends on the number of ranks that read data."""
+        micro_batches = self.train.global_batch_size // self.train.micro_batch_size
+        if micro_batches % data_ranks:
+            raise ConfigError(
+                f"train.global_batch_size={self.train.global_batch_size} is {micro_batches} micro-batches of "
+                f"{self.train.micro_batch_size}, which {data_ranks} data-parallel ranks cannot share equally; make "
+                f"train.global_batch_size a multiple of {self.train.micro_batch_size * data_ranks} or lower "
+                f"train.micro_batch_size"
+            )
+
+
+def register() -> None:
+    """Make the typed tree known to Hydra under the name `schema`."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose(overrides: list[str]) -> Config:
+    """Compose and validate the configuration from `key=value` overrides.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest one), a wrong type, a missing choice, or sizes that cannot be.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register()
+    check_keys(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("configs", version_base="1.3"):
+            tree = hydra_compose("config", overrides=overrides)
+        config = from_tree(tree)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    config.validate()
+    return config
+
+
+def named_folder(overrides: list[str]) -> Path | None:
+    """The run folder that overrides name, without composing them.
+
+    They may be what is wrong. None where that is not sure.
+    """
+    given = dict(word.split("=", maxsplit=1) for word in overrides if "=" in word)
+    if "experiment" in given and "run.name" not in given:
+        return None
+    run = RunConfig(name=given.get("run.name", RunConfig.name), dir=given.get("run.dir", RunConfig.dir))
+    try:
+        run.validate()
+    except ConfigError:
+        return None
+    return run.folder
+
+
+def from_tree(tree: Any) -> Config:
+    """A Hydra tree → the typed configuration."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_object(tree)
+    if not isinstance(config, Config):
+        raise ConfigError("the configuration does not start from the schema; keep `- schema` first in its defaults")
+    return config
+
+
+def check_keys(overrides: list[str]) -> None:
+    """Refuse overrides whose key is no key of the schema, naming the nearest one."""
+    sections = {section.name for section in fields(Config)}
+    known = {*leaf_keys(Config), *sections, *GROUPS}
+    for override in overrides:
+        key = re.split(r"=", override, maxsplit=1)[0]
+        if "=" not in override and not override.startswith("~"):
+            raise ConfigError(f"{override!r} is no override; write key=value, for instance train.steps=100")
+        key = key.lstrip("+~").split("@")[0]
+        if key in GROUPS and re.fullmatch(r"[^=]*=(null|)", override):
+            raise ConfigError(f"{override!r} names no choice; give the name of a file in configs/{key}")
+        if key.startswith("hydra") or key in known or any(name.startswith(f"{key}.") for name in known):
+            continue
+        if re.sub(r"\.\d+(\..*)?$", "", key) in known:
+            continue
+        candidates = leaf_keys(Config) if "." in key else [*sections, *GROUPS]
+        nearest = difflib.get_close_matches(key, sorted(candidates), n=1, cutoff=0.0)
+        raise ConfigError(f"unknown key {key!r}; the nearest is {nearest[0]!r}")
+
+
+def leaf_keys(kind: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a tree of dataclasses."""
+    from typing import get_type_hints
+
+    keys = []
+    for name, annotation in get_type_hints(kind).items():
+        if is_dataclass(annotation):
+            keys += leaf_keys(annotation, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def one_line(error: BaseException) -> str:
+    """The telling part of a Hydra or OmegaConf error in one line, and what to do about it."""
+    text = str(error).split("Config search path")[0]
+    cause = error.__cause__
+    if cause is not None and str(cause) not in text:
+        text = f"{text}\n{cause}"
+    if (override := getattr(error, "override", None)) and override not in text:
+        text = f"{override}: {text}"
+    lines = [line.strip() for line in text.splitlines()]
+    skip = ("object_type", "reference_type", "Set the environment", "See https", "To append", "Did you mean")
+    kept = [line.rstrip(".;") for line in lines if line and not line.startswith(skip)]
+    if kept[0].startswith("In 'config'"):  # a missing choice of a group, and the choices one a line
+        return f"{kept[0].partition(': ')[2]}; use {', '.join(kept[2:])}"
+    key = next((line.partition(": ")[2] for line in kept if line.startswith("full_key")), None)
+    kept = [line.removeprefix("Error merging override ") for line in kept if not line.startswith("full_key")]
+    return ": ".join(kept) + ("" if key is None else f"; {default_of(key)}")
+
+
+def default_of(key: str) -> str:
+    """What to give for a key whose value does not fit, by its default."""
+    value: Any = Config()
+    for part in re.split(r"[.\[]", key.partition("[")[0]):
+        if not hasattr(value, part):
+            return f"correct {key}"
+        value = getattr(value, part)
+    return f"{key} is a section: set its keys" if is_dataclass(value) else f"the default of {key} is {value!r}"
+
+
+def to_yaml(config: Config) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

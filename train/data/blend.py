@@ -1,0 +1,69 @@
+"""Which corpus each global sample comes from: weighted mixtures, in stages by tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.data.config import MixtureStage
+
+BLOCK = 1 << 20
+"""Samples after which a mixture's pattern repeats: 10 MB in memory however long the run is. In a block each
+corpus stays about one sample from its share, so a whole run stays within a millionth of it."""
+
+
+class Blend:
+    """Samples of several corpora in fixed shares, as Megatron's greedy blending deals them out."""
+
+    def __init__(self, weights: list[float]) -> None:
+        from megatron.core.datasets.helpers import build_blending_indices
+
+        shares = np.asarray(weights, dtype=np.float64) / sum(weights)
+        self._corpus = np.zeros(BLOCK, dtype=np.int16)
+        self._number = np.zeros(BLOCK, dtype=np.int64)
+        build_blending_indices(self._corpus, self._number, shares, len(shares), BLOCK, False)
+        self._totals = np.bincount(self._corpus, minlength=len(shares))
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Global sample → (corpus, the how-manieth sample of that corpus)."""
+        block, place = divmod(index, BLOCK)
+        corpus = int(self._corpus[place])
+        return corpus, block * int(self._totals[corpus]) + int(self._number[place])
+
+    def drawn(self, count: int) -> np.ndarray:
+        """Samples of each corpus among the first `count`, int64 [corpora]."""
+        blocks, rest = divmod(count, BLOCK)
+        return blocks * self._totals + np.bincount(self._corpus[:rest], minlength=len(self._totals))
+
+
+@dataclass
+class _Stage:
+    start: int  # first global sample
+    blend: Blend
+    before: np.ndarray  # samples of each corpus drawn earlier, int64 [corpora]
+
+
+class Mixture:
+    """A sequence of blends; a corpus goes on where the stage before left it."""
+
+    def __init__(self, weights: list[float], stages: list[MixtureStage], sequence_length: int) -> None:
+        self._stages: list[_Stage] = []
+        if len(weights) == 1:
+            return
+        starts = [0, *(-(-stage.start_tokens // sequence_length) for stage in stages)]
+        tables = [weights, *(stage.weights for stage in stages)]
+        before = np.zeros(len(weights), dtype=np.int64)
+        for start, table in zip(starts, tables, strict=True):
+            if self._stages:
+                last = self._stages[-1]
+                before = last.before + last.blend.drawn(start - last.start)
+            self._stages.append(_Stage(start, Blend(table), before))
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Global sample → (corpus, the how-manieth sample of that corpus since the start of training)."""
+        if not self._stages:
+            return 0, index
+        stage = next(stage for stage in reversed(self._stages) if stage.start <= index)
+        corpus, number = stage.blend.locate(index - stage.start)
+        return corpus, number + int(stage.before[corpus])

@@ -1,0 +1,247 @@
+"""Build a corpus: a source and a tokenizer in; `.bin`, `.idx`, `tokenizer.json` and `corpus.json` out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from longcat.errors import ConfigError
+from train.data.config import PYTHON_SOURCE, DataConfig
+from train.data.corpus import INFO_NAME, TOKENIZER_NAME, CorpusInfo, check_corpus, read_info, write_info
+from train.data.sources import Source
+from train.data.tokens import MIN_VOCAB_SIZE, end_of_document_id, load_tokenizer, train_bpe
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_BATCH_BYTES = 4_000_000
+_BATCH_DOCUMENTS = 1024
+_FILES = ("corpus.bin", "corpus.idx", TOKENIZER_NAME, INFO_NAME)  # in the order of being put into place
+_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
+_PACKAGES = ("datasets", "tokenizers", "megatron-core", "numpy")
+
+
+def build(config: DataConfig, vocab_size: int) -> CorpusInfo:
+    """Build `<data.out>/corpus.bin`, `corpus.idx`, `tokenizer.json` and `corpus.json` from `data.source`.
+
+    The text is read twice, in a stream: once for the tokenizer (the first `data.tokenizer_bytes`), once to
+    encode it. Nothing stands under its final name before all is written; `corpus.json` comes last. A finished
+    corpus of the same settings is left as it is.
+
+    Args:
+        vocab_size: most ids that the tokenizer may have (`model.vocab_size`).
+
+    Raises:
+        ConfigError: the source cannot be read, or `data.out` holds another corpus and `data.overwrite` is
+        false.
+    """
+    config.validate()
+    settings = _settings(config, vocab_size)
+    out = Path(config.out)
+    console = Console(stderr=True)
+    finished = _finished(config, out, settings)
+    if finished is not None:
+        console.print(f"{out}/corpus is there already: {_summary(finished)}", **_PLAIN)
+        return finished
+    temporary = out / f".building-{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        info = _write(config, vocab_size, settings, temporary, console)
+        _put_in_place(temporary, out)
+    except OSError as error:
+        raise ConfigError(f"data.out={out} cannot be written ({error}); free space or give another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    console.print(f"{out}/corpus: {_summary(info)} in {info.seconds:.1f} s", **_PLAIN)
+    if config.max_bytes and info.bytes >= config.max_bytes:
+        console.print(f"reading stopped at data.max_bytes={config.max_bytes}; data.max_bytes=0 reads all", **_PLAIN)
+    return info
+
+
+def _summary(info: CorpusInfo) -> str:
+    return (
+        f"{info.tokens:,} tokens, {info.documents:,} documents, {info.bytes:,} bytes "
+        f"({info.bytes_per_token:.2f} a token), vocabulary {info.vocab_size:,}"
+    )
+
+
+def _settings(config: DataConfig, vocab_size: int) -> dict[str, Any]:
+    """What the result depends on, as far as the configuration says it."""
+    keys = ("source", "text_field", "split", "subset", "max_bytes")
+    settings: dict[str, Any] = {key: getattr(config, key) for key in keys} | {"vocab_size": vocab_size}
+    if config.tokenizer is None:
+        return settings | {"tokenizer_bytes": config.tokenizer_bytes}
+    if not Path(config.tokenizer).is_file():
+        raise ConfigError(
+            f"data.tokenizer={config.tokenizer} does not exist; give a tokenizer.json, or null to train one"
+        )
+    return settings | {"tokenizer": _digest(Path(config.tokenizer))}
+
+
+def _finished(config: DataConfig, out: Path, settings: dict[str, Any]) -> CorpusInfo | None:
+    """The corpus that is there, if it is whole and has the same settings.
+
+    Raises:
+        ConfigError: something else is there and must not be overwritten.
+    """
+    there = [name for name in _FILES if (out / name).exists()]
+    if not there or config.overwrite:
+        return None
+    cure = "give another data.out, or data.overwrite=true to replace it"
+    if INFO_NAME not in there:
+        raise ConfigError(f"data.out={out} holds {', '.join(there)} that no finished build left; {cure}")
+    prefix = out / "corpus"
+    check_corpus(prefix)
+    info = read_info(prefix)
+    if info is None or info.settings != settings:
+        old = {} if info is None else info.settings
+        changed = sorted(key for key in settings.keys() | old.keys() if settings.get(key) != old.get(key))
+        changes = ", ".join(f"{key} {old.get(key)} instead of {settings.get(key)}" for key in changed)
+        raise ConfigError(f"data.out={out} holds a corpus of other settings ({changes}); {cure}")
+    return info
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    (out / INFO_NAME).unlink(missing_ok=True)  # from here on an old corpus does not count as finished
+    for name in _FILES:
+        os.replace(temporary / name, out / name)
+
+
+def _write(config: DataConfig, vocab_size: int, settings: dict[str, Any], folder: Path, console: Console) -> CorpusInfo:
+    """Write the four files into `folder`."""
+    began = time.perf_counter()
+    if config.tokenizer is None and vocab_size < MIN_VOCAB_SIZE:
+        train_bpe([], vocab_size)  # raises, before anything is read
+    with _progress(console) as progress:
+        source = Source(config)
+        tokenizer = _tokenizer(config, vocab_size, source, progress)
+        tokenizer.save(str(folder / TOKENIZER_NAME))
+        where = config.tokenizer or "the trained tokenizer"
+        totals = _Totals(eod=end_of_document_id(tokenizer, where))
+        _encode(config, source, tokenizer, folder, totals, progress)
+    info = CorpusInfo(
+        documents=totals.documents,
+        tokens=totals.tokens,
+        bytes=totals.bytes,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_token_id=totals.max_token_id,
+        eod=totals.eod,
+        source=config.source,
+        tokenizer_sha256=_digest(folder / TOKENIZER_NAME),
+        settings=settings,
+        versions=_versions(config),
+        seconds=time.perf_counter() - began,
+    )
+    write_info(folder / INFO_NAME, info)
+    return info
+
+
+def _tokenizer(config: DataConfig, vocab_size: int, source: Source, progress: Progress) -> Tokenizer:
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+        size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if size > vocab_size:
+            raise ConfigError(
+                f"data.tokenizer={config.tokenizer} has {size} ids but model.vocab_size={vocab_size}; raise "
+                f"model.vocab_size to {size} or give a smaller tokenizer"
+            )
+        return tokenizer
+    limits = [limit for limit in (config.tokenizer_bytes, config.max_bytes) if limit]
+    limit = min(limits, default=0)
+    task = progress.add_task("training the tokenizer", total=limit or None)
+    tokenizer = train_bpe(_counted(source.texts(limit), progress, task), vocab_size)
+    progress.update(task, description="tokenizer trained")
+    return tokenizer
+
+
+@dataclass
+class _Totals:
+    """What is counted while encoding."""
+
+    eod: int
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    max_token_id: int = 0
+
+
+def _encode(
+    config: DataConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    totals: _Totals,
+    progress: Progress,
+) -> None:
+    """Encode all documents in batches and write `corpus.bin` and `corpus.idx`."""
+    from train.data.epochs import megatron_builder  # megatron-core: seconds and 460 MB
+
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
+    builder = megatron_builder(str(folder / "corpus.bin"), dtype)
+    # Text that spells a special token is text, not the end of a document.
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    task = progress.add_task("encoding", total=config.max_bytes or None)
+    for batch in _batches(_counted(source.texts(config.max_bytes), progress, task)):
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            ids = np.array([*encoding.ids, totals.eod], dtype=dtype)
+            builder.add_document(ids, [len(ids)])
+            totals.documents += 1
+            totals.tokens += len(ids)
+            totals.max_token_id = max(totals.max_token_id, int(ids.max()))
+        totals.bytes += sum(_size(text) for text in batch)
+    builder.finalize(str(folder / "corpus.idx"))
+    if totals.documents == 0:
+        raise ConfigError(f"data.source={config.source} holds no text in the field {config.text_field}; give another")
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _counted(texts: Iterable[str], progress: Progress, task: TaskID) -> Iterator[str]:
+    for text in texts:
+        yield text
+        progress.advance(task, _size(text))
+
+
+def _size(text: str) -> int:
+    return len(text.encode("utf-8", errors="replace"))
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _versions(config: DataConfig) -> dict[str, str]:
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    if config.source == PYTHON_SOURCE:
+        versions |= {"python": sys.version.split()[0], "torch": metadata.version("torch")}
+    return versions

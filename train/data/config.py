@@ -1,0 +1,99 @@
+"""The `data` group of the configuration: what a corpus is built from and what training reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from longcat.errors import ConfigError
+
+PYTHON_SOURCE = "python_source"
+
+
+@dataclass
+class MixtureStage:
+    """From `start_tokens` on, the corpora are mixed with these `weights` (one for each of `data.paths`)."""
+
+    start_tokens: int
+    weights: list[float] = field(default_factory=list)
+
+
+@dataclass
+class DataConfig:
+    """One choice of the `data` group.
+
+    `source` is a hub id, a folder, a file or a glob of parquet / JSON (lines) / text files, or the word
+    `python_source`: the Python sources of the running interpreter's standard library and of torch. Sizes are
+    in bytes of UTF-8 text; 0 means no limit. `paths` are prefixes of `.bin`/`.idx` pairs in Megatron's
+    format.
+    """
+
+    name: str
+    source: str
+    out: str = ""
+    tokenizer: str | None = None
+    text_field: str = "text"
+    split: str = "train"
+    subset: str | None = None
+    streaming: bool = True
+    max_bytes: int = 0
+    tokenizer_bytes: int = 6_000_000
+    overwrite: bool = False
+    paths: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    stages: list[MixtureStage] = field(default_factory=list)
+    validation_fraction: float = 0.02
+    mask_documents: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            self.out = f"data/{self.name}"
+        if not self.paths:
+            self.paths = [str(Path(self.out) / "corpus")]
+
+    def validate(self) -> None:
+        """Check what can be checked without opening a file.
+
+        Raises:
+            ConfigError: a field is out of its range; the message names the key.
+        """
+        for key in ("name", "source", "text_field", "split"):
+            if not getattr(self, key).strip():
+                raise ConfigError(f"data.{key} is empty; give it a value")
+        for key in ("max_bytes", "tokenizer_bytes"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"data.{key}={getattr(self, key)} is negative; use 0 for no limit")
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise ConfigError(
+                f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, such as 0.02"
+            )
+        if any(not path.strip() for path in self.paths):
+            raise ConfigError(
+                "data.paths holds an empty prefix; each is the path of a .bin/.idx pair without the suffix"
+            )
+        if self.weights:
+            self._check_weights("data.weights", self.weights)
+        self._check_stages()
+
+    def _check_weights(self, key: str, weights: list[float]) -> None:
+        if len(weights) != len(self.paths):
+            raise ConfigError(
+                f"{key} has {len(weights)} entries for {len(self.paths)} corpora in data.paths; give one for each"
+            )
+        if any(not math.isfinite(weight) or weight < 0 for weight in weights):
+            raise ConfigError(f"{key}={list(weights)} must be finite and not negative")
+        if sum(weights) == 0:
+            raise ConfigError(f"{key}={list(weights)} are all zero; at least one corpus needs a positive weight")
+
+    def _check_stages(self) -> None:
+        previous = 0
+        for number, stage in enumerate(self.stages):
+            if stage.start_tokens <= previous:
+                raise ConfigError(
+                    f"data.stages[{number}].start_tokens={stage.start_tokens} must be larger than "
+                    f"{previous}, where the"
+                    " mixture before it starts; before the first stage data.weights hold"
+                )
+            self._check_weights(f"data.stages[{number}].weights", stage.weights)
+            previous = stage.start_tokens

@@ -1,0 +1,187 @@
+"""Samples of one corpus, epoch after epoch, from megatron-core; to be imported late (seconds, 460 MB).
+
+megatron's GPTDataset shuffles differently when more samples are asked for, so each epoch here is a data set
+of its own with its own seed; then the order is a function of (seed, epoch, index) alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from longcat.errors import ConfigError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it warns of optional GPU packages that reading data does not need
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.utils import Split
+
+# It warns for each data set that has no cache of megatron's own kind; ours is _Epoch's.
+logging.getLogger(GPTDataset.__module__).setLevel(logging.ERROR)
+
+SplitName = Literal["train", "validation"]
+_SPLIT_SEED = 20_250_917
+_KEPT_EPOCHS = 2
+_FILES = ("documents", "samples", "shuffle")
+
+
+class _NoPadding:
+    """The part of a tokenizer that GPTDataset asks for: no id is padding, so none is rewritten."""
+
+    vocab_size = None
+    eod, pad = -1, -(1 << 62)
+    unique_identifiers: ClassVar[dict[str, Any]] = {}
+
+
+class _Epoch(GPTDataset):
+    """One epoch whose indices are shared through files.
+
+    megatron lets rank 0 write its cache and expects a barrier before the others read. Ranks reach a new epoch
+    at different moments, or never (inner pipeline stages), so a barrier could hang. Here whoever comes first
+    writes a folder and renames it into place; all would write the same, so a loser throws its own away and
+    nobody waits.
+    """
+
+    def __init__(self, cache: Path, *arguments: Any) -> None:
+        self.cache = cache
+        super().__init__(*arguments)
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        try:
+            return self._read()
+        except (OSError, ValueError):  # absent, or torn by a lost machine: build it
+            built = super()._build_document_sample_shuffle_indices()
+        self._publish(built)
+        return built
+
+    def _read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        documents, samples, shuffle = (np.load(self.cache / f"{name}.npy", mmap_mode="r") for name in _FILES)
+        return documents, samples, shuffle
+
+    def _publish(self, arrays: tuple[np.ndarray, ...]) -> None:
+        temporary = self.cache.with_name(f".{self.cache.name}-{uuid.uuid4().hex}")
+        try:
+            temporary.mkdir(parents=True)
+            for name, array in zip(_FILES, arrays, strict=True):
+                np.save(temporary / f"{name}.npy", array)
+            if not self.cache.exists():
+                os.rename(temporary, self.cache)
+        except OSError as error:
+            if not self.cache.exists():  # not a lost race but a folder that cannot be written
+                raise ConfigError(
+                    f"cannot write the sample index {self.cache} ({error}); free or move its folder"
+                ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def megatron_builder(path: str, dtype: type[np.number[Any]]) -> IndexedDatasetBuilder:
+    """The writer of a `.bin`/`.idx` pair; it stands here so that one module imports megatron-core."""
+    return IndexedDatasetBuilder(path, dtype=dtype)
+
+
+class CorpusReader:
+    """The samples of one split of one corpus, numbered without end.
+
+    Documents are split between training and validation by a fixed permutation, the same for every seed of
+    training and every sequence length, so runs can be compared and no document is in both.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        *,
+        sequence_length: int,
+        seed: int,
+        split: SplitName,
+        validation_fraction: float,
+        cache_dir: Path,
+    ) -> None:
+        self.prefix, self.split, self._seed, self._cache_dir = prefix, split, seed, cache_dir
+        self._sequence_length = sequence_length
+        self._indexed = IndexedDataset(prefix)
+        self.validation_documents, self._sequences = self._split(validation_fraction)
+        self.num_tokens = int(self._indexed.sequence_lengths[self._sequences].sum(dtype=np.int64))
+        self.samples_per_epoch = (self.num_tokens - 1) // sequence_length
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        if self.samples_per_epoch < 1:
+            raise ConfigError(self._too_small(validation_fraction))
+        self._identity = self._describe(validation_fraction)
+
+    def sample(self, number: int) -> np.ndarray:
+        """Sample `number` = epoch · samples_per_epoch + place, int64 [sequence_length + 1]."""
+        epoch, place = divmod(number, self.samples_per_epoch)
+        item = self._epoch(epoch)[place]
+        return np.concatenate((item["tokens"].numpy(), item["labels"][-1:].numpy()))
+
+    def document(self, number: int) -> np.ndarray:
+        """All token ids of one document, int64 [length]."""
+        first, last = self._indexed.document_indices[number : number + 2]
+        parts = [self._indexed[sequence] for sequence in range(int(first), int(last))]
+        return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+
+    def last_tokens(self, limit: int = 256) -> set[int]:
+        """The different ids that the first `limit` documents end with."""
+        count = min(limit, len(self._indexed.document_indices) - 1)
+        return {int(self.document(number)[-1]) for number in range(count) if len(self.document(number))}
+
+    def _split(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the validation documents, and of the sequences of this reader's split."""
+        bounds = np.asarray(self._indexed.document_indices)
+        documents = len(bounds) - 1
+        if documents < 2:
+            raise ConfigError(f"the corpus {self.prefix} has {documents} document; a validation split needs at least 2")
+        count = min(max(1, round(fraction * documents)), documents - 1)
+        chosen = np.zeros(documents, dtype=bool)
+        chosen[np.random.RandomState(_SPLIT_SEED).permutation(documents)[:count]] = True
+        wanted = chosen if self.split == "validation" else ~chosen
+        return np.flatnonzero(chosen), np.flatnonzero(np.repeat(wanted, np.diff(bounds)))
+
+    def _too_small(self, fraction: float) -> str:
+        need = self._sequence_length + 1
+        cure = f"raise data.validation_fraction={fraction}, " if self.split == "validation" else ""
+        return (
+            f"the {self.split} split of the corpus {self.prefix} has {self.num_tokens} tokens, one sample "
+            f"needs {need}: "
+            f"{cure}lower train.sequence_length={self._sequence_length} or build a larger corpus"
+        )
+
+    def _describe(self, fraction: float) -> list[Any]:
+        """Everything that the order of an epoch depends on, apart from the seed."""
+        status = Path(f"{self.prefix}.idx").stat()
+        where = str(Path(self.prefix).resolve())
+        file = [where, status.st_size, status.st_mtime_ns]
+        return [*file, self.split, fraction, self._sequence_length, _SPLIT_SEED]
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        if epoch in self._epochs:
+            return self._epochs[epoch]
+        seed = (self._seed + epoch) % (1 << 32)
+        # Without a blend in its configuration megatron reads the data set it is given and keeps no cache.
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=self._sequence_length,
+            tokenizer=_NoPadding(),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        key = hashlib.sha256(json.dumps([*self._identity, seed]).encode()).hexdigest()[:24]
+        cache = self._cache_dir / f"epoch-{key}"
+        split = Split.train if self.split == "train" else Split.valid
+        self._epochs[epoch] = _Epoch(cache, self._indexed, self.prefix, self._sequences, None, split, config)
+        if len(self._epochs) > _KEPT_EPOCHS:
+            self._epochs.popitem(last=False)
+        return self._epochs[epoch]

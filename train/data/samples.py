@@ -1,0 +1,149 @@
+"""Training and validation samples: one number in, one window of token ids out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from longcat.errors import ConfigError
+from train.data.blend import Mixture
+from train.data.config import DataConfig
+from train.data.corpus import TOKENIZER_NAME, CorpusInfo, check_corpus, read_info
+from train.data.tokens import end_of_document_id, load_tokenizer
+
+_VALIDATION_SEED = 0
+
+
+class TokenSamples:
+    """Windows of token ids from the corpora of `data.paths`, numbered 0, 1, 2, … without end.
+
+    Which window a number stands for is a function of (seed, number, sequence_length, corpora, weights) and of
+    nothing else: not of the number of steps, of ranks or of samples read before. Within an epoch of a corpus
+    each window comes once. The validation split has a fixed order, whatever the seed, and ignores
+    `data.stages`.
+
+    Attributes:
+        eod: id that ends a document; -1 when the corpora do not say (and `data.mask_documents` is off).
+        num_tokens: tokens of the split, all corpora together, which is one epoch when weights are in
+        proportion. num_samples: samples of the split in one epoch of every corpus.
+
+    Raises:
+        ConfigError: a corpus is missing, damaged, too small, or does not fit the vocabulary.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        sequence_length: int,
+        seed: int,
+        vocab_size: int,
+        split: Literal["train", "validation"],
+        cache_dir: Path,
+    ) -> None:
+        config.validate()
+        if sequence_length < 2:
+            raise ConfigError(f"train.sequence_length={sequence_length} must be at least 2")
+        infos = [_checked_info(prefix, vocab_size) for prefix in config.paths]
+        _check_one_tokenizer(config.paths, infos)
+        from train.data.epochs import CorpusReader  # megatron-core: seconds and 460 MB
+
+        self._vocab_size = vocab_size
+        self._readers = [
+            CorpusReader(
+                prefix,
+                sequence_length=sequence_length,
+                seed=seed if split == "train" else _VALIDATION_SEED,
+                split=split,
+                validation_fraction=config.validation_fraction,
+                cache_dir=Path(cache_dir),
+            )
+            for prefix in config.paths
+        ]
+        self.num_tokens = sum(reader.num_tokens for reader in self._readers)
+        self.num_samples = sum(reader.samples_per_epoch for reader in self._readers)
+        weights = list(config.weights) or [float(reader.num_tokens) for reader in self._readers]
+        self._mixture = Mixture(weights, config.stages if split == "train" else [], sequence_length)
+        self.eod = self._find_eod(config, infos)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Global sample `index`, int64 [sequence_length + 1]: inputs are [:-1], labels [1:]."""
+        if index < 0:
+            raise IndexError(f"sample {index}: numbers start at 0")
+        corpus, number = self._mixture.locate(int(index))
+        reader = self._readers[corpus]
+        return self._checked(reader.sample(number), reader.prefix)
+
+    def corpus_of(self, index: int) -> int:
+        """The place in `data.paths` of the corpus that global sample `index` comes from."""
+        return self._mixture.locate(int(index))[0]
+
+    def validation_documents(self, count: int) -> list[np.ndarray]:
+        """The first `count` whole documents of the validation split, int64 [length] each, corpora in turn."""
+        if count < 0:
+            raise ValueError(f"count={count} is negative")
+        found: list[np.ndarray] = []
+        for place in range(max(len(reader.validation_documents) for reader in self._readers)):
+            for reader in self._readers:
+                if len(found) == count:
+                    return found
+                if place < len(reader.validation_documents):
+                    ids = reader.document(int(reader.validation_documents[place]))
+                    found.append(self._checked(ids, reader.prefix))
+        return found
+
+    def _checked(self, ids: np.ndarray, prefix: str) -> np.ndarray:
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+            wrong = int(ids.max()) if int(ids.max()) >= self._vocab_size else int(ids.min())
+            raise ConfigError(_outside(prefix, wrong, self._vocab_size))
+        return ids
+
+    def _find_eod(self, config: DataConfig, infos: list[CorpusInfo | None]) -> int:
+        """The end-of-document id: from `corpus.json`, else the tokenizer beside, else how documents end."""
+        found = set()
+        for prefix, info, reader in zip(config.paths, infos, self._readers, strict=True):
+            beside = Path(prefix).parent / TOKENIZER_NAME
+            if info is not None:
+                found.add(info.eod)
+            elif beside.is_file():
+                found.add(end_of_document_id(load_tokenizer(beside), str(beside)))
+            else:
+                found |= reader.last_tokens()
+        if len(found) == 1:
+            return found.pop()
+        if config.mask_documents:
+            raise ConfigError(
+                "data.mask_documents=true needs one end-of-document id, but the corpora of data.paths end "
+                "documents with "
+                f"{len(found)} different ids; put their tokenizer.json beside them or set it to false"
+            )
+        return -1
+
+
+def _outside(prefix: str, token_id: int, vocab_size: int) -> str:
+    return (
+        f"the corpus {prefix} holds the token id {token_id} but model.vocab_size={vocab_size}; "
+        "raise model.vocab_size past it or build the corpus with a smaller vocabulary"
+    )
+
+
+def _checked_info(prefix: str, vocab_size: int) -> CorpusInfo | None:
+    check_corpus(prefix)
+    info = read_info(prefix)
+    if info is not None and info.max_token_id >= vocab_size:
+        raise ConfigError(_outside(prefix, info.max_token_id, vocab_size))
+    return info
+
+
+def _check_one_tokenizer(paths: list[str], infos: list[CorpusInfo | None]) -> None:
+    pairs = zip(paths, infos, strict=True)
+    known = [(path, info.tokenizer_sha256) for path, info in pairs if info is not None]
+    for path, digest in known[1:]:
+        if digest != known[0][1]:
+            raise ConfigError(
+                f"data.paths: {path} was made with another tokenizer than {known[0][0]}, so ids mean "
+                "different text; build "
+                f"it with data.tokenizer={Path(known[0][0]).parent / TOKENIZER_NAME}"
+            )

@@ -1,0 +1,123 @@
+"""The training loop. What a step is stands in step.py; what happens after it, in observers and policy here."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from longcat.errors import StopRequested, UnhealthyError
+from parallel.device import peak_memory_gib
+from parallel.mesh import Topology
+from train import checkpoint
+from train.config import Config
+from train.folder import as_mapping
+from train.metrics import MetricsWriter
+from train.state import TrainState, biases
+from train.state_hash import state_hash
+from train.step import Stepper, StepResult
+from train.stop import StopWish
+from train.terminal import Terminal
+from train.validation import Validator
+
+
+def due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class Loop:
+    """Runs steps until the last one, or until it is told to stop."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        stepper: Stepper,
+        validator: Validator,
+        config: Config,
+        topology: Topology,
+        peak_flops: float,
+        writer: MetricsWriter | None,
+        terminal: Terminal | None,
+        wish: StopWish,
+    ) -> None:
+        self.state, self.stepper, self.validator = state, stepper, validator
+        self.config, self.topology, self.peak_flops = config, topology, peak_flops
+        self.writer, self.terminal = writer, terminal  # on the first rank only
+        self.wish = wish
+
+    def run(self) -> None:
+        """Train to ``train.steps``.
+
+        Raises:
+            StopRequested: a signal or the time limit asked for it; the state is saved.
+            UnhealthyError: the loss or a gradient is not finite; nothing was updated, the last checkpoint is named.
+        """
+        counters, config = self.state.counters, self.config
+        while counters.step < config.train.steps:
+            start = time.perf_counter()
+            result = self.stepper.step(bool(self.wish))
+            if not result.healthy:
+                raise UnhealthyError(self._describe_bad_step(result))
+            last = counters.step == config.train.steps
+            self._finish_metrics(result, time.perf_counter() - start)
+            if due(config.validation.every, counters.step) or (last and config.validation.every):
+                self._validate(result.metrics)
+            if due(config.logging.hash_every, counters.step):
+                result.metrics["state_hash"] = state_hash(self.state, self.topology)
+            self._report(result, last)
+            if last or result.stop or due(config.checkpoint.every, counters.step):
+                self.save()
+            if result.stop and not last:
+                raise StopRequested(
+                    f"stopped on {self.wish.reason or 'request'} after step {counters.step}; state saved, "
+                    f"the same command{self._with_auto()} goes on from there"
+                )
+
+    def save(self) -> None:
+        """Commit a checkpoint of the present step; a collective."""
+        folder = self.config.run.folder / "checkpoints"
+        mapping = as_mapping(self.config)
+        checkpoint.save(self.state, folder, mapping, self.topology, self.config.checkpoint.keep)
+
+    def _finish_metrics(self, result: StepResult, seconds: float) -> None:
+        """Add what needs a clock, the device or the weights."""
+        metrics = result.metrics
+        flops = metrics.pop("flops")
+        tokens = self.config.train.global_batch_size * self.config.train.sequence_length
+        now = biases(self.state.model)
+        metrics["step_seconds"] = seconds
+        metrics["tokens_per_second"] = tokens / seconds
+        metrics["mfu"] = flops / seconds / (self.peak_flops * self.topology.world_size)
+        metrics["bias_range"] = float(now.max() - now.min())
+        metrics["exposed_comm_share"] = None  # nothing that waits for an exchange runs yet
+        metrics["memory_gib"] = peak_memory_gib(self.topology.device)
+
+    def _validate(self, metrics: dict[str, Any]) -> None:
+        measured = self.validator.measure(self.state)
+        metrics["val_loss"] = measured.loss
+        metrics["val_bits_per_byte"] = measured.bits_per_byte
+
+    def _report(self, result: StepResult, last: bool) -> None:
+        step = self.state.counters.step
+        if self.writer is not None:
+            self.writer.write(result.metrics, result.counts, biases(self.state.model))
+        if self.terminal is None:
+            return
+        if due(self.config.logging.every, step) or last or step == 1:
+            self.terminal.step(result.metrics)
+        if last:
+            ffn = result.counts[:, : self.config.model.num_experts].double()
+            loads = (ffn.amax(1) / ffn.mean(1).clamp_min(1e-9)).tolist()
+            text = ", ".join(f"{layer}: {load:.2f}" for layer, load in enumerate(loads))
+            self.terminal.note(f"expert load, max/mean by layer: {text}")
+        if result.metrics.get("val_loss") is not None:
+            self.terminal.validation(step, result.metrics["val_loss"], result.metrics["val_bits_per_byte"])
+
+    def _with_auto(self) -> str:
+        return "" if self.config.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
+
+    def _describe_bad_step(self, result: StepResult) -> str:
+        good = checkpoint.last_good(self.config.run.folder / "checkpoints", self.topology)
+        return (
+            f"step {self.state.counters.step}: loss {result.metrics['loss']}, gradient norm "
+            f"{result.metrics['grad_norm']}; nothing was updated and {good}; lower optim.lr or look at the data"
+        )

@@ -1,0 +1,42 @@
+"""The number that is minimised: sums of the losses over the global batch, each divided once by what it counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from longcat.errors import ConfigError
+from longcat.model import Losses
+
+
+@dataclass
+class LossConfig:
+    """Weights of the losses beside the language model's own. The report publishes none for MTP."""
+
+    mtp_weight: float = 0.3  # unpublished
+    mtp_start_tokens: int = 0  # MTP switches on once this many tokens have been seen
+    hidden_z_weight: float = 1e-7  # λ of section 9
+
+    def validate(self) -> None:
+        for name in ("mtp_weight", "mtp_start_tokens", "hidden_z_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"loss.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True)
+class Divisors:
+    """What the sums of one step are divided by; the same on every rank, known before the first backward."""
+
+    valid_tokens: int  # labels of the language model in the global batch
+    mtp_tokens: int  # labels of all MTP layers
+    tokens: int  # all positions
+    micro_batches: int  # of the global batch: the balance loss is a mean over them
+
+
+def objective(losses: Losses, divisors: Divisors, config: LossConfig, balance_weight: float) -> Tensor:
+    """One micro-batch's part of the step's loss; the parts of all ranks and micro-batches add up to it."""
+    total = losses.lm / max(divisors.valid_tokens, 1)
+    total = total + config.mtp_weight * losses.mtp / max(divisors.mtp_tokens, 1)
+    total = total + balance_weight * losses.balance / divisors.micro_batches
+    return total + config.hidden_z_weight * losses.hidden_z / divisors.tokens

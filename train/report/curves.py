@@ -1,0 +1,76 @@
+"""Curves made small: a long series as bucket means with the envelope of what was averaged away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.report.reading import Array
+
+BUCKETS = 400
+SMOOTHING = 60  # a drawn point averages this fraction of the series, so that noise does not hide the course
+
+
+@dataclass(frozen=True)
+class Curve:
+    """P points: the mean around each point, the smallest and the largest value at it."""
+
+    x: Array  # [P]
+    mean: Array  # [P]
+    low: Array  # [P]
+    high: Array  # [P]
+
+    @property
+    def has_envelope(self) -> bool:
+        """Whether any bucket holds more than one value."""
+        return bool((self.high > self.low).any())
+
+
+def downsample(x: Array, y: Array, buckets: int = BUCKETS, exact: bool = False) -> Curve:
+    """Reduce a series to at most `buckets` points, keeping minima and maxima.
+
+    Each point is the mean over a window centred on its bucket, at most 1/SMOOTHING of the series wide and
+    narrower towards the beginning, so that a steep start stays steep. The extremes are those of the bucket
+    (three values at least), so that a single bad step stays visible. With `exact` only the bucket counts.
+    """
+    count = len(x)
+    edges = np.linspace(0, count, min(buckets, count) + 1).astype(int)
+    start, stop = edges[:-1], edges[1:]
+    near = 0 if exact or count < SMOOTHING else 1
+    pairs = list(zip(np.maximum(0, start - near), np.minimum(count, stop + near), strict=True))
+    low, high = np.array([y[a:b].min() for a, b in pairs]), np.array([y[a:b].max() for a, b in pairs])
+    if not exact:
+        reach = np.minimum(count // (2 * SMOOTHING), start)
+        start, stop = start - reach, np.minimum(count, stop + reach)
+    sums = np.cumsum(np.insert(y, 0, 0.0))
+    middle = np.add.reduceat(x, edges[:-1]) / np.diff(edges)
+    return Curve(middle, (sums[stop] - sums[start]) / (stop - start), low, high)
+
+
+def smooth(y: Array, window: int) -> Array:
+    """Return the trailing mean over at most `window` values, shorter at the start."""
+    sums = np.cumsum(np.insert(y, 0, 0.0))
+    ends = np.arange(1, len(y) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def noise_window(count: int) -> int:
+    """Return how many steps to average so that noise goes and shape stays: 2 % of them, 1 to 200."""
+    return max(1, min(200, count // 50))
+
+
+def first_below(x: Array, y: Array, limit: float) -> float | None:
+    """Return the first x at which y is below `limit`, None where it never is."""
+    below = np.flatnonzero(y < limit)
+    return float(x[below[0]]) if len(below) else None
+
+
+def settled_from(x: Array, y: Array, low: float, high: float) -> float | None:
+    """Return the x from which the averaged series stays inside [low, high] to its end, else None."""
+    averaged = smooth(y, noise_window(len(y)))
+    outside = np.flatnonzero((averaged < low) | (averaged > high))
+    if not len(outside):
+        return float(x[0]) if len(x) else None
+    return float(x[outside[-1] + 1]) if outside[-1] + 1 < len(x) else None

@@ -1,0 +1,121 @@
+"""What the model learned: losses against the n-gram baselines, learning rates, auxiliary losses."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from train.report.chart import Chart, Guide, Series, render
+from train.report.curves import first_below
+from train.report.numbers import compact, exact, plain
+from train.report.reading import RunData
+
+NGRAMS = ("unigram", "bigram", "trigram")
+
+
+def charts(run: RunData) -> list[str]:
+    """Return the pictures of this subject; those without data are empty strings."""
+    return [loss_chart(run), rate_chart(run), auxiliary_chart(run)]
+
+
+def loss_chart(run: RunData) -> str:
+    """Train, MTP and validation loss in nats, with the n-gram models as horizontal lines."""
+    series = [
+        Series("train", *run.series("loss"), colour=0, end=f"train {run.final('loss'):.2f}"),
+        Series("MTP", *run.series("loss_mtp"), colour=3, end=f"MTP {run.final('loss_mtp'):.2f}"),
+        Series(
+            "validation",
+            *run.series("val_loss"),
+            colour=1,
+            points=True,
+            end=f"val {run.last('val_loss'):.2f}",
+        ),
+    ]
+    guides = [
+        Guide(run.baselines[name], f"{name} {run.baselines[name]:.2f}") for name in NGRAMS if name in run.baselines
+    ]
+    final = run.final("loss")
+    return render(
+        Chart(
+            "Loss",
+            loss_sentence(run),
+            [one for one in series if len(one.x)],
+            f"{plain(final)} nats",
+            guides,
+            log=True,
+            wide=True,
+            axis_name=run.axis_name,
+        )
+    )
+
+
+def loss_sentence(run: RunData) -> str:
+    """Say how far the loss fell and which n-gram models it passed, where."""
+    y = run.series("loss")[1]
+    if not len(y):
+        return "Validation loss in nats per token."
+    text = f"The training loss falls from {y[0]:.2f} to {run.final('loss'):.2f} nats per token"
+    val = run.last("val_loss")
+    if np.isfinite(val):
+        gap = val - run.final("loss")
+        where = "level with" if abs(gap) < 0.005 else f"{abs(gap):.2f} {'above' if gap > 0 else 'below'}"
+        text += f"; validation ends at {val:.2f}, {where} it"
+    passed = crossings(run)
+    if passed:
+        text += ". Look where the model crosses the dashed n-gram models: " + ", ".join(passed)
+    else:
+        text += ". Look for a steady fall without jumps"
+    return text + "."
+
+
+def crossings(run: RunData) -> list[str]:
+    """Return for each n-gram baseline where the validation loss (the loss without any) passes below it."""
+    x, y = run.series("val_loss")
+    if not len(y):
+        x, y = run.series("loss")
+    unit = " tokens" if run.axis_name == "tokens" else ""
+    said = []
+    for name in NGRAMS:
+        if name not in run.baselines or not len(y):
+            continue
+        where = first_below(x, y, run.baselines[name])
+        if where is None:
+            said.append(f"{name} not passed yet ({float(y.min()) - run.baselines[name]:.2f} above)")
+        else:
+            at = f"by {compact(where)}{unit}" if run.axis_name == "tokens" else f"by step {compact(where)}"
+            said.append(f"{name} ({run.baselines[name]:.2f}) {at}")
+    return said
+
+
+def rate_chart(run: RunData) -> str:
+    """Every learning rate in the metrics: `lr` and any `lr_…` of a parameter group."""
+    keys = [key for key in run.columns if key == "lr" or key.startswith("lr_")]
+    series = [Series(key, *run.series(key), number % 8, exact=True) for number, key in enumerate(sorted(keys))]
+    series = [one for one in series if len(one.x)]
+    if not series:
+        return ""
+    peak = max(float(one.y.max()) for one in series)
+    last = run.last("lr")
+    sentence = f"The rate peaks at {exact(peak, 3)}; the last step used {exact(last, 3)}."
+    return render(Chart("Learning rate", sentence, series, exact(last, 3), from_zero=True, axis_name=run.axis_name))
+
+
+def auxiliary_chart(run: RunData) -> str:
+    """Balance loss and hidden z-loss as they enter the total, on a logarithmic axis."""
+    pairs = (("balance", "loss_balance", 2), ("hidden z", "loss_z", 4))
+    series = [Series(label, *run.series(key), colour=colour) for label, key, colour in pairs]
+    series = [one for one in series if len(one.x) and (one.y > 0).any()]
+    if not series:
+        return ""
+    parts = [f"{one.label} ends at {plain(run.final(key))}" for one, key in _named(series, pairs)]
+    main = run.final("loss")
+    sentence = " and ".join(parts) + f"; both should stay far below the loss itself ({plain(main)})."
+    return render(Chart("Auxiliary losses", _capital(sentence), series, log=True, axis_name=run.axis_name))
+
+
+def _named(series: list[Series], pairs: tuple[tuple[str, str, int], ...]) -> list[tuple[Series, str]]:
+    keys = {label: key for label, key, _ in pairs}
+    return [(one, keys[one.label]) for one in series]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

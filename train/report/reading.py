@@ -1,0 +1,239 @@
+"""Reading a run folder: metrics, configuration, routing, baselines and text, each of them optional."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longcat.errors import ConfigError
+
+Array = NDArray[np.float64]
+MAX_ROUTING_LINES = 480  # read evenly out of any number of them: one line of a large model is 100 kB
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Selections and biases over time. S rows read, L layers, E = FFN experts then identity experts."""
+
+    steps: Array  # [S]
+    counts: Array  # [S, L, E]
+    bias: Array  # [S, L, E]
+
+
+@dataclass
+class RunData:
+    """What the files of one run folder say. `notes` holds what could not be read, for the page to show."""
+
+    path: Path
+    config: dict[str, Any]
+    columns: dict[str, Array]  # one value for each step, NaN where the key was absent
+    routing: Routing | None = None
+    baselines: dict[str, float] = field(default_factory=dict)
+    documents: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    total_seconds: float = math.nan
+    last_written: datetime | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's name from the configuration, or the folder's."""
+        return str(self.setting("run.name") or self.path.resolve().name)
+
+    def setting(self, dotted: str) -> Any:
+        """Return a configuration value by its dotted key, None when it is absent."""
+        value: Any = self.config
+        for part in dotted.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def number(self, dotted: str) -> float | None:
+        """Return a configuration value when it is a finite number, else None."""
+        value = self.setting(dotted)
+        usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if usable else None
+
+    def series(self, key: str) -> tuple[Array, Array]:
+        """Return (x, y) of one metric where both are finite; x is tokens seen, or steps without tokens."""
+        if key not in self.columns:
+            return np.empty(0), np.empty(0)
+        x, y = self.axis, self.columns[key]
+        keep = np.isfinite(x) & np.isfinite(y)
+        return x[keep], y[keep]
+
+    @property
+    def axis(self) -> Array:
+        """The horizontal axis of every curve."""
+        return self.columns[self.axis_name] if self.columns else np.empty(0)
+
+    @property
+    def axis_name(self) -> str:
+        """`tokens` where the metrics carry it, else `step`."""
+        return "tokens" if np.isfinite(self.columns.get("tokens", np.empty(0))).any() else "step"
+
+    def final(self, key: str) -> float:
+        """Return the mean of a metric's last finite values (2 %, at most 50 of them); NaN without any."""
+        values = self.series(key)[1]
+        return float(values[-tail_length(len(values)) :].mean()) if len(values) else math.nan
+
+    def last(self, key: str) -> float:
+        """Return the last finite value of a metric, NaN without any."""
+        values = self.series(key)[1]
+        return float(values[-1]) if len(values) else math.nan
+
+    def at_steps(self, steps: Array) -> Array:
+        """Return the horizontal position of the given steps."""
+        if not self.columns:
+            return steps
+        known = np.isfinite(self.axis)
+        return np.interp(steps, self.columns["step"][known], self.axis[known])
+
+
+def tail_length(count: int) -> int:
+    """Return over how many last steps a final figure is averaged."""
+    return max(1, min(50, count // 50))
+
+
+def read_run(run_dir: Path) -> RunData:
+    """Read a run folder. Raises ConfigError where `run_dir` holds neither config.yaml nor metrics.jsonl."""
+    run_dir = Path(run_dir)
+    metrics = run_dir / "metrics.jsonl"
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir} is no folder; give the folder of a run, such as runs/quickstart")
+    if not metrics.is_file() and not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir} is no run: it has no config.yaml and no metrics.jsonl; give runs/<name>")
+    run = RunData(run_dir, _read_config(run_dir / "config.yaml"), {})
+    if metrics.is_file():
+        _read_metrics(metrics, run)
+    _read_routing(run_dir / "routing.jsonl", run)
+    baselines = _read_json(run_dir / "baselines.json", run)
+    run.baselines = {k: float(v) for k, v in baselines.items() if _is_number(v)}
+    documents = _read_json(run_dir / "text.json", run).get("documents")
+    run.documents = [d for d in documents if _is_document(d)] if isinstance(documents, list) else []
+    return run
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {_one_line(error)}; restore or remove it") from error
+    except Exception as error:  # PyYAML's own errors, by name: it is no direct dependency
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path} is not YAML: {_one_line(error)}; restore or remove it") from error
+        raise
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds a list, not a mapping; restore or remove it")
+    return {str(key): value for key, value in config.items()}
+
+
+def _read_metrics(path: Path, run: RunData) -> None:
+    rows: dict[int, dict[str, Any]] = {}
+    seconds = 0.0
+    for row in _json_lines(path, run):
+        if not _is_number(row.get("step")):
+            continue
+        rows[int(row["step"])] = row  # a step done again after a restart replaces the lost one
+        spent = _value(row.get("step_seconds"))
+        seconds += spent if math.isfinite(spent) else 0.0
+    run.last_written = datetime.fromtimestamp(path.stat().st_mtime, tz=UTC)
+    if not rows:
+        return
+    ordered = [rows[step] for step in sorted(rows)]
+    keys: set[str] = set().union(*ordered)
+    run.columns = {key: np.array([_value(row.get(key)) for row in ordered]) for key in sorted(keys)}
+    run.total_seconds = seconds or math.nan
+
+
+def _value(value: Any) -> float:
+    return float(value) if type(value) in (float, int) else math.nan
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_document(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    pieces, counts = value.get("pieces"), value.get("ffn_experts")
+    return isinstance(pieces, list) and isinstance(counts, list) and 0 < len(pieces) == len(counts)
+
+
+def _json_lines(path: Path, run: RunData, every: int = 1) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a .jsonl file; a cut last line is expected after a kill, others are noted."""
+    broken = 0
+    pending = False
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if number % every or not line.strip():
+                continue
+            broken += pending
+            try:
+                value = json.loads(line)
+                pending = not isinstance(value, dict)
+            except ValueError:
+                pending = True
+            if not pending:
+                yield value
+    if broken:
+        what = "1 line" if broken == 1 else f"{broken} lines"
+        run.notes.append(f"{path.name}: {what} could not be read and left out")
+
+
+def _read_routing(path: Path, run: RunData) -> None:
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        lines = sum(1 for _ in file)
+    shape: tuple[int, ...] | None = None
+    steps, counts, biases, odd = [], [], [], 0
+    for row in _json_lines(path, run, every=max(1, math.ceil(lines / MAX_ROUTING_LINES))):
+        count, bias = _matrix(row.get("counts")), _matrix(row.get("bias"))
+        shape = shape or (count.shape if count is not None else None)
+        if count is None or bias is None or not count.shape == bias.shape == shape or "step" not in row:
+            odd += 1
+            continue
+        steps.append(float(row["step"]))
+        counts.append(count)
+        biases.append(bias)
+    if odd:
+        run.notes.append(f"{path.name}: {odd} rows have another shape and are left out")
+    if len(steps) >= 2:
+        order = np.argsort(np.array(steps), kind="stable")
+        run.routing = Routing(np.array(steps)[order], np.array(counts)[order], np.array(biases)[order])
+
+
+def _matrix(value: Any) -> Array | None:
+    try:
+        matrix = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    return matrix if matrix.ndim == 2 and matrix.size else None
+
+
+def _read_json(path: Path, run: RunData) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        run.notes.append(f"{path.name} is left out: {_one_line(error)}")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

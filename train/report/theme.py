@@ -1,0 +1,157 @@
+"""The look of the page: the style sheet for light and dark schemes."""
+
+from __future__ import annotations
+
+from train.report.heatmap import DARK, LIGHT
+
+_PALETTE_LIGHT = ("#1f5fa8", "#c24f0c", "#0b7a66", "#7b4aa6", "#8a6d10", "#b0305c", "#51606f", "#2a8fb5")
+_PALETTE_DARK = ("#78b4f2", "#f29a55", "#55c4ad", "#c3a2ea", "#d9bb58", "#f08bac", "#a3b0bd", "#72cbe8")
+
+
+def _colours(palette: tuple[str, ...]) -> str:
+    return "".join(f"--c{number}:{colour};" for number, colour in enumerate(palette))
+
+
+def _diverging(anchors: tuple[tuple[int, int, int], ...]) -> str:
+    low, middle, high = (f"rgb({r},{g},{b})" for r, g, b in anchors)
+    return f"--map:linear-gradient(90deg,{low},{middle},{high});"
+
+
+def _token_levels() -> str:
+    rules = ["".join(f".u{n}{{background:rgb(var(--under)/{0.16 * n:.2f})}}" for n in range(1, 5))]
+    rules += [f".o{n}{{background:rgb(var(--over)/{0.16 * n:.2f})}}" for n in range(1, 5)]
+    return "".join(rules) + ".o0{background:rgb(var(--even))}"
+
+
+_VARIABLES = (
+    ":root{color-scheme:light dark;--bg:#fff;--ink:#191d22;--soft:#5a636e;--line:#e4e7eb;--grid:#edeff2;"
+    f"--panel:#f6f7f9;--under:59 125 201;--over:226 118 38;--even:0 0 0/.03;"
+    f"{_colours(_PALETTE_LIGHT)}{_diverging(LIGHT)}}}"
+    "@media(prefers-color-scheme:dark){:root{--bg:#13161a;--ink:#e7e9ec;--soft:#9aa4af;--line:#2c3138;"
+    "--grid:#22272d;--panel:#1b1f24;--under:72 143 224;--over:222 120 42;--even:255 255 255/.05;"
+    f"{_colours(_PALETTE_DARK)}{_diverging(DARK)}}}}}"
+)
+
+_PAGE = """
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
+body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
+"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums;overflow-wrap:break-word}
+main{max-width:1120px;margin:0 auto;padding:40px clamp(16px,4vw,40px) 64px}
+p{margin:0 0 12px;max-width:74ch}
+header .kind{margin:0 0 4px;color:var(--soft);font-size:14px}
+h1{font-size:clamp(28px,5vw,42px);line-height:1.15;font-weight:650;letter-spacing:-.02em;margin:0 0 12px;
+overflow-wrap:anywhere}
+header p{color:var(--soft)}
+header p.lead{color:var(--ink);font-size:18px;margin-bottom:16px}
+dl.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(46%,190px),1fr));gap:24px 24px;
+margin:28px 0 8px;padding:24px 0;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
+dl.figures dt{color:var(--soft);font-size:14px}
+dl.figures dd{margin:0;font-size:27px;line-height:1.25;font-weight:600;letter-spacing:-.01em}
+dl.figures dd small{display:block;font-size:13px;font-weight:400;letter-spacing:0;color:var(--soft);
+line-height:1.4}
+nav{display:flex;flex-wrap:wrap;gap:4px 20px;margin:16px 0 0;font-size:15px}
+a{color:var(--c0);text-decoration:none;padding:4px 0}a:hover{text-decoration:underline}
+section{margin-top:56px}
+h2{font-size:24px;font-weight:650;letter-spacing:-.01em;margin:0 0 20px}
+h3{font-size:17px;font-weight:600;margin:0}
+.grid{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:44px 56px}
+.wide,.block{grid-column:1/-1}
+.block{margin-top:44px}.block p{color:var(--soft);font-size:15px;margin:4px 0 12px}
+footer{margin-top:56px;padding-top:16px;border-top:1px solid var(--line);color:var(--soft);font-size:14px}
+@media(max-width:760px){main{padding-top:24px}.grid{grid-template-columns:minmax(0,1fr);
+gap:40px}section{margin-top:44px}}
+"""
+
+_CHARTS = """
+figure{margin:0;min-width:0}
+.chart{display:flex;flex-direction:column}
+.chart figcaption{display:grid;grid-template-columns:1fr auto;gap:0 16px;align-items:baseline;
+margin-bottom:10px;flex:1;
+align-content:start}
+.chart .value{font-size:17px;font-weight:600}
+.chart figcaption p{grid-column:1/-1;color:var(--soft);font-size:15px;margin:2px 0 0}
+.frame{display:grid;grid-template-columns:44px minmax(0,1fr);grid-template-rows:220px 24px}
+.frame.tall{grid-template-rows:300px 24px}
+.frame.labelled{grid-template-columns:44px minmax(0,1fr) 112px}
+.plot{position:relative;border-bottom:1px solid var(--line);touch-action:pan-y}
+.plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:hidden;display:block}
+.ends{grid-column:3;grid-row:1}
+.up,.across,.ends{position:relative;font-size:12px;line-height:15px;color:var(--soft)}
+.up span{position:absolute;right:8px;transform:translateY(50%);white-space:nowrap}
+.across{grid-column:2}
+.across span{position:absolute;top:6px;transform:translateX(-50%);white-space:nowrap}
+.across span.first{transform:none}.across span.last{transform:translateX(-100%)}
+.across em{position:absolute;right:0;top:6px;font-style:normal;display:none}
+.frame.labelled .across{grid-column:2/4;margin-right:112px}
+.frame.labelled .across em{display:block;right:-104px;width:96px}
+.ends span{position:absolute;left:8px;transform:translateY(-50%);white-space:nowrap;font-weight:600;
+color:var(--c)}
+.ends .guide{font-weight:400;color:var(--soft)}
+.inner{position:absolute;right:0;font-size:12px;line-height:16px;color:var(--soft);background:var(--bg);
+padding:0 4px;
+margin-bottom:2px}
+svg path{fill:none;vector-effect:non-scaling-stroke}
+svg .grid{stroke:var(--grid);stroke-width:1}
+svg .guide{stroke:var(--soft);stroke-width:1;stroke-dasharray:5 4}
+svg .target{fill:var(--c2);opacity:.16}
+svg .curve{stroke:var(--c);stroke-width:1.6;stroke-linejoin:round}
+svg .dashed{stroke-dasharray:6 3}
+svg .envelope{fill:var(--c);opacity:.17}
+svg .dots{stroke:var(--c);stroke-width:6;stroke-linecap:round}
+svg .bundle{stroke:var(--c);stroke-width:1;opacity:.6;stroke-linejoin:round}
+.cursor{position:absolute;top:0;bottom:0;width:1px;background:var(--soft);display:none;pointer-events:none}
+.tip{position:absolute;z-index:2;pointer-events:none;background:var(--bg);border:1px solid var(--line);
+border-radius:6px;
+padding:6px 10px;font-size:13px;line-height:1.45;white-space:nowrap;box-shadow:0 4px 16px rgb(0 0 0/.12)}
+.tip b{color:var(--c);font-weight:600}
+.layers{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,230px),1fr));gap:20px 24px}
+.layer figcaption{font-size:13px;color:var(--soft);margin-bottom:4px}
+.layer img{display:block;width:100%;height:150px;image-rendering:pixelated}
+.layer .frame{grid-template-rows:120px 24px}
+.key{display:inline-flex;flex-wrap:wrap;align-items:center;gap:0;color:var(--ink);margin-right:4px;
+vertical-align:bottom}
+.key i{font-style:normal}.key i:first-child{margin-right:8px}.key i:last-child{margin-left:8px}
+.key b{width:22px;height:14px}.key b.diverging{width:120px;background:var(--map)}
+"""
+
+_TEXT = """
+.tokens{font:14px/1.75 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
+white-space:pre-wrap;
+overflow-wrap:anywhere;tab-size:4;margin:16px 0 0;padding:16px;border:1px solid var(--line);border-radius:8px;
+max-height:640px;overflow-y:auto}
+.tokens span{padding:2px 0}.tokens span:hover{outline:1px solid var(--ink)}
+.tokens .nl::before{content:"\\21b5";opacity:.45}
+p.legend{color:var(--soft);font-size:14px}
+details{border-top:1px solid var(--line)}details:last-of-type{border-bottom:1px solid var(--line)}
+summary{cursor:pointer;padding:12px 0;font-weight:600}
+.settings{columns:2;column-gap:56px;padding-bottom:20px}
+.settings div{break-inside:avoid-column;margin-bottom:16px}
+.settings h4{margin:0 0 4px;font-size:14px;color:var(--soft);font-weight:600}
+.settings dl{margin:0;display:grid;grid-template-columns:minmax(0,auto) minmax(0,1fr);gap:0 16px;
+font-size:14px}
+.settings dd{margin:0;text-align:right;overflow-wrap:anywhere}
+.settings dt{overflow-wrap:anywhere}
+table{border-collapse:collapse;width:100%;font-size:15px;margin-bottom:8px}
+th{font-weight:600;font-size:13px;color:var(--soft);text-align:right;vertical-align:bottom;
+overflow-wrap:break-word}
+th,td{padding:8px 0 8px 16px;border-bottom:1px solid var(--line)}
+td{text-align:right}th:first-child,td:first-child{text-align:left;padding-left:0;overflow-wrap:anywhere}
+.tag{font-weight:700;color:var(--c);margin-right:8px}
+td.best{font-weight:650}
+@media(max-width:760px){.settings{columns:1}
+.frame.labelled{grid-template-columns:36px minmax(0,1fr) 92px}.frame{grid-template-columns:36px minmax(0,1fr)}
+.frame.labelled .across{margin-right:92px}.frame.labelled .across em{right:-88px;width:80px}
+.ends span{left:5px}.up span{right:5px}
+table,tbody,tr,td{display:block}thead{display:none}tr{padding:12px 0;border-bottom:1px solid var(--line)}
+td,td:first-child{border:0;padding:2px 0;display:flex;justify-content:space-between;gap:16px;text-align:right}
+td:first-child{justify-content:start;font-weight:600}
+td[data-label]::before{content:attr(data-label);color:var(--soft);text-align:left}}
+@media print{.tokens{max-height:none}}
+"""
+
+
+def style_sheet() -> str:
+    """Return the whole style sheet."""
+    classes = "".join(f".c{number}{{--c:var(--c{number})}}" for number in range(len(_PALETTE_LIGHT)))
+    return _VARIABLES + classes + _PAGE + _CHARTS + _TEXT + _token_levels()

@@ -1,0 +1,271 @@
+"""A training run, assembled: folder, mesh, model, data, state, loop, report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longcat.counts import active_range, count_parameters, describe, flops_per_token, human
+from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
+from longcat.model import LongCat
+from parallel.device import device_name, fastest_dtype, make_deterministic, peak_flops
+from parallel.mesh import Topology, connect, resolve_sizes, world_from_environment
+from parallel.reduce import from_first_rank
+from parallel.sharding import materialise, shard
+from train import checkpoint
+from train.balance import build_controller
+from train.batches import BatchReader
+from train.config import Config
+from train.data.samples import TokenSamples
+from train.folder import (
+    EXIT,
+    as_mapping,
+    check_folder,
+    claim_exit,
+    lock,
+    recorded_code,
+    refuse,
+    write_config,
+)
+from train.loop import Loop
+from train.metrics import SUPERSEDED, MetricsWriter
+from train.optimizer import build_optimizer
+from train.report import write_report
+from train.state import Counters, TrainState
+from train.step import Stepper
+from train.stop import StopWish
+from train.terminal import Terminal
+from train.validation import Validator, write_json
+
+LOG = "run.log"  # the lines that the terminal showed, of every start of this run
+
+
+def main(config: Config) -> int:
+    """Train in this process, one rank of as many as the environment says; returns the exit code."""
+    folder = config.run.folder
+    try:
+        held = enter(config)
+    except LongCatError as error:
+        return refuse(folder, error)
+    with held, StopWish(config.train.stop_after_seconds) as wish:
+        try:
+            code, message = outcome(config, wish)
+        except BaseException as error:
+            if dist.is_initialized() and dist.get_world_size() == 1:
+                dist.destroy_process_group()  # a sweep goes on in this process
+            if claim_exit(folder, CRASHED, f"{type(error).__name__}: {error}"):
+                raise
+            return recorded_code(folder)  # another rank ended the run: this failure only follows from that
+        claimed = claim_exit(folder, code, message)
+        if claimed and code != OK:
+            print(f"{'stopped' if code == STOPPED else 'error'}: {message}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code if claimed else recorded_code(folder)
+
+
+def enter(config: Config) -> AbstractContextManager[Any]:
+    """Check what can be checked before ranks meet.
+
+    The first rank takes the folder for as long as the context is held.
+    """
+    rank, _, world_size = world_from_environment()
+    check(config, world_size)
+    if rank:
+        return nullcontext()
+    held = lock(config.run.folder)
+    (config.run.folder / EXIT).unlink(missing_ok=True)
+    return held
+
+
+def outcome(config: Config, wish: StopWish) -> tuple[int, str]:
+    """Train; returns the exit code and what to say of it."""
+    code, message = OK, "done"
+    try:
+        train(config, wish)
+    except ConfigError as error:
+        return error.exit_code, str(error)  # it may be this rank's alone
+    except LongCatError as error:
+        code, message = error.exit_code, str(error)
+    dist.barrier()  # all ranks come to these ends, and the agent ends the others with the first: none may still write
+    return code, message
+
+
+def check(config: Config, world_size: int) -> None:
+    """Everything that can be refused before ranks start: sizes, folder. Raises ConfigError."""
+    sizes = resolve_sizes(config.parallel, world_size)
+    data_ranks = 1
+    for size in sizes.values():
+        data_ranks *= size
+    config.validate_world(data_ranks)
+    check_folder(config)
+
+
+def train(config: Config, wish: StopWish) -> None:
+    """Assemble the run and run it."""
+    torch.use_deterministic_algorithms(False)
+    if config.train.deterministic:
+        make_deterministic()
+    topology = connect(config.parallel)
+    wish.listen()  # not before all ranks have met: one that outlives a signal would wait minutes for one that did not
+    config.train.dtype = resolve_dtype(config)
+    state = build_state(config, topology)
+    train_samples, validator = build_data(config, topology)
+    log = (config.run.folder / LOG).open("a") if topology.is_first else None
+    terminal = Terminal(config.train.steps, config.model.expected_ffn_experts, config.model.top_k, log=log)
+    resume(state, config, topology, terminal if topology.is_first else None)
+    if state.counters.step >= config.train.steps:
+        if topology.is_first:
+            terminal.note(f"already at step {state.counters.step} of train.steps={config.train.steps}: nothing to do")
+        return
+    peak, peak_source = peak_flops(topology.device, getattr(torch, config.train.dtype))
+    writer = None
+    if topology.is_first:
+        derived = derived_values(config, peak)
+        write_config(config, derived, device_name(topology.device), topology.world_size)
+        terminal.header(header(config, topology, peak, peak_source))
+        writer = MetricsWriter(config, state.counters.step)
+        if writer.num_moved:
+            terminal.note(
+                f"{writer.num_moved} logged steps after step {state.counters.step} have no checkpoint: they are "
+                f"trained again, and their old lines are kept in {SUPERSEDED}"
+            )
+    stepper = Stepper(state, BatchReader(train_samples, config, topology), config, topology)
+    loop = Loop(
+        state,
+        stepper,
+        validator,
+        config,
+        topology,
+        peak,
+        writer,
+        terminal if topology.is_first else None,
+        wish,
+    )
+    started = time.perf_counter()
+    try:
+        loop.run()
+        finish(state, train_samples, validator, config, topology, terminal)
+    finally:
+        if writer is not None:
+            terminal.note(f"trained for {time.perf_counter() - started:.0f} s")
+            close(writer, config, terminal)
+
+
+def close(writer: MetricsWriter, config: Config, terminal: Terminal) -> None:
+    """Close the logs and write the report. Neither may hide how the run itself ended."""
+    try:
+        writer.close()
+        terminal.note(f"report: {write_report(config.run.folder)}")
+    except Exception as error:
+        terminal.note(f"no report: {type(error).__name__}: {error}; try longcat report {config.run.folder}")
+
+
+def resolve_dtype(config: Config) -> str:
+    """`train.dtype` with `auto` found out, by the first rank for all: ranks may differ in what they can do."""
+    if config.train.dtype != "auto":
+        return config.train.dtype
+    return str(from_first_rank(str(fastest_dtype()).removeprefix("torch.")))
+
+
+def build_state(config: Config, topology: Topology) -> TrainState:
+    """Meta device → sharding → values from (seed, name) → optimizer."""
+    with torch.device("meta"):
+        model = LongCat(config.model, config.balance.num_groups)
+    shard(model, topology, config.parallel, getattr(torch, config.train.dtype))
+    materialise(model, config.model, config.train.seed, topology.device)
+    optimizer = build_optimizer(model, config.optim)
+    return TrainState(model, optimizer, build_controller(config.balance, config.model), Counters())
+
+
+def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Validator]:
+    """Training samples and the validator. Whichever rank comes first leaves its sample index for the others."""
+    made = {
+        split: TokenSamples(
+            config.data,
+            sequence_length=config.train.sequence_length,
+            seed=config.train.seed,
+            vocab_size=config.model.vocab_size,
+            split=split,  # type: ignore[arg-type]
+            cache_dir=Path(config.data.paths[0]).parent / "index",
+        )
+        for split in ("train", "validation")
+    }
+    return made["train"], Validator(made["validation"], config, topology)
+
+
+def resume(state: TrainState, config: Config, topology: Topology, terminal: Terminal | None) -> None:
+    """Continue from the checkpoint that ``checkpoint.resume`` means, and say which and why."""
+    folder = config.run.folder / "checkpoints"
+    found = checkpoint.find(folder, config.checkpoint.resume) if topology.is_first else None
+    path, passed_over = from_first_rank(found)
+    if path is not None:
+        checkpoint.load(state, path, as_mapping(config))
+    if terminal:
+        for verdict in passed_over:
+            terminal.note(f"passed over {verdict.folder}: {verdict.problem}")
+        for aside in checkpoint.tidy(folder, path, passed_over):
+            terminal.note(f"set aside as {aside}")
+    if terminal and path is not None:
+        terminal.note(f"resumed from {path}: step {state.counters.step}, {state.counters.tokens:,} tokens")
+
+
+def finish(
+    state: TrainState,
+    train_samples: TokenSamples,
+    validator: Validator,
+    config: Config,
+    topology: Topology,
+    terminal: Terminal,
+) -> None:
+    """After the last step: coloured text for the report, and n-gram baselines beside the final validation loss."""
+    folder = config.run.folder
+    if config.validation.documents:
+        documents = validator.colour_documents(state)
+        if topology.is_first and documents:
+            write_json(folder / "text.json", {"documents": documents})
+    if not (config.validation.ngram_baselines and topology.is_first):
+        return
+    baselines = validator.baselines(train_samples, state.counters.samples)
+    if baselines is None:
+        terminal.note("n-gram baselines left out: more tokens than they take in minutes")
+        return
+    write_json(folder / "baselines.json", baselines)
+    rows = ", ".join(f"{name} {baselines[name]:.3f}" for name in ("unigram", "bigram", "trigram"))
+    terminal.note(f"n-gram models of the same tokens (interpolated Kneser-Ney), nats a token: {rows}")
+
+
+def derived_values(config: Config, peak: float) -> dict[str, Any]:
+    counts = count_parameters(config.model)
+    return {
+        "parameters": counts.total,
+        "mtp_parameters": counts.mtp,
+        "active_parameters": list(active_range(config.model)),
+        "flops_per_token": flops_per_token(config.model, config.train.sequence_length),
+        "peak_gflops_per_rank": peak / 1e9,
+    }
+
+
+def header(config: Config, topology: Topology, peak: float, peak_source: str) -> list[tuple[str, str]]:
+    """What a person wants to see before the first step, derived values among it."""
+    train = config.train
+    batch_tokens = train.global_batch_size * train.sequence_length
+    sizes = ", ".join(f"{name} {topology.mesh[name].size()}" for name in topology.mesh.mesh_dim_names or ())
+    return [
+        ("run", str(config.run.folder)),
+        ("model", config.model.name),
+        *describe(config.model),
+        (
+            "batch",
+            f"{train.global_batch_size} × {train.sequence_length} = {human(batch_tokens)} tokens a step",
+        ),
+        ("steps", f"{train.steps}, {human(train.steps * batch_tokens)} tokens"),
+        ("ranks", f"{topology.world_size} on {topology.device.type} ({sizes})"),
+        ("compute", f"{train.dtype}, {peak / 1e9:,.0f} GFLOP/s a rank ({peak_source})"),
+    ]

@@ -1,0 +1,57 @@
+"""Learning-rate schedules: constant, warm-up/stable/decay and cosine, as a factor of the peak rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from longcat.errors import ConfigError
+
+
+@dataclass
+class ScheduleConfig:
+    """A warm-up, a hold and a decay, in steps.
+
+    The schedule never reads how many steps were asked for, so a run that is resumed with a larger
+    ``train.steps`` goes on exactly as one that was asked for them at the start.
+    """
+
+    name: str = "wsd"  # wsd | constant | cosine
+    warmup_steps: int = 100
+    decay_start: int | None = None  # wsd: the first step of the decay; None = not yet
+    decay_steps: int = 0  # wsd and cosine: how long the decay takes
+    final_factor: float = 0.0  # the rate after the decay, as a factor of the peak
+
+    def validate(self) -> None:
+        if self.name not in ("wsd", "constant", "cosine"):
+            raise ConfigError(f"schedule.name={self.name} is not known; use wsd, constant or cosine")
+        if self.warmup_steps < 0 or self.decay_steps < 0:
+            raise ConfigError("schedule.warmup_steps and schedule.decay_steps must not be negative")
+        if not 0.0 <= self.final_factor <= 1.0:
+            raise ConfigError(f"schedule.final_factor={self.final_factor} must lie between 0 and 1")
+        if self.name == "cosine" and self.decay_steps < 1:
+            raise ConfigError("schedule=cosine needs schedule.decay_steps, the length of the decay in steps")
+        if self.name == "wsd" and self.decay_start is not None and self.decay_steps < 1:
+            raise ConfigError(
+                f"schedule.decay_start={self.decay_start} needs schedule.decay_steps, the length of the decay in steps"
+            )
+        if self.decay_start is not None and self.decay_start < self.warmup_steps:
+            raise ConfigError(
+                f"schedule.decay_start={self.decay_start} lies inside the warm-up of {self.warmup_steps} steps; "
+                f"raise it"
+            )
+
+
+def rate_factor(config: ScheduleConfig, step: int) -> float:
+    """The factor of the peak rate in ``step``, counted from 1."""
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    if config.name == "constant":
+        return 1.0
+    if config.name == "cosine":
+        done = min(1.0, (step - config.warmup_steps) / config.decay_steps)
+        return config.final_factor + (1 - config.final_factor) * 0.5 * (1 + math.cos(math.pi * done))
+    if config.decay_start is None or step < config.decay_start:
+        return 1.0
+    done = min(1.0, (step - config.decay_start + 1) / config.decay_steps)
+    return 1.0 + (config.final_factor - 1.0) * done
