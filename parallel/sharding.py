@@ -41,11 +41,18 @@ def shard(model: LongCat, topology: Topology, config: ParallelConfig, compute_dt
             module.set_force_sum_reduction_for_comms(True)
 
 
-def set_gradient_sync(model: nn.Module, last: bool) -> None:
-    """Reduce gradients in the ``last`` micro-batch of a step only; before it they add up on this rank, in float32."""
+def set_gradient_sync(model: LongCat, last: bool, mtp: bool) -> None:
+    """Reduce gradients in the ``last`` micro-batch of a step only; before it they add up on this rank, in float32.
+
+    MTP layers that are not in use keep reducing what they do not have: FSDP2 asks all others for gathered weights.
+    """
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)
     model.set_is_last_backward(last)
+    if model.mtp is not None and not mtp:
+        for predictor in model.mtp.layers:
+            assert isinstance(predictor, FSDPModule)
+            predictor.set_requires_gradient_sync(True)
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, Box | None]:

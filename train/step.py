@@ -87,7 +87,7 @@ class Stepper:
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> Tally:
         tally = Tally()
         for number, batch in enumerate(batches, start=1):
-            set_gradient_sync(self.state.model, last=number == len(batches))
+            set_gradient_sync(self.state.model, last=number == len(batches), mtp=use_mtp)
             losses: Losses = self.state.model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=use_mtp)
             objective(losses, divisors, self.config.loss, self.config.balance.group_loss_weight).backward()
             tally.add(losses)

@@ -227,10 +227,10 @@ def test_what_decides_the_numbers_makes_another_run(key: str) -> None:
         assert bool(found) == (key in decisive)
 
 
-def test_a_configuration_on_disk_is_the_same_run(tmp_path: Path) -> None:
+def test_a_configuration_on_disk_is_the_same_run(corpus: Path, tmp_path: Path) -> None:
     """Floats, nulls and lists come back from config.yaml as they went in."""
     words = ["model=debug", "optim.lr=0.1", "optim.eps=1e-16", "loss.hidden_z_weight=1e-7", f"run.dir={tmp_path}"]
-    config = compose([*words, "run.name=x"])
+    config = compose([*words, f"data.paths=[{corpus}]", "run.name=x"])
     (tmp_path / "x").mkdir()
     write_config(config, {"parameters": 1}, "cpu", 1)
     stored = read_config(tmp_path / "x")

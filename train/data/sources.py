@@ -187,6 +187,7 @@ class _Reports(logging.Handler):
         for kind in ("json", "parquet"):
             logger = logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}")
             logger.handlers, logger.propagate = [self], False  # else it is printed besides our own error
+            logger.disabled = False  # a logging configuration made after the import (Hydra's) switches loggers off
 
     def emit(self, record: logging.LogRecord) -> None:
         self.last = " ".join(record.getMessage().split())[:300]
