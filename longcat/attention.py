@@ -1,6 +1,7 @@
 """Multi-head latent attention with variance alignment (sections 2 and 6 of the model's equations)."""
 
-# B sequences, S positions, D width, H heads
+# B sequences, D width, H heads, C query/key width, V value width, R latent rank
+# S all positions, q positions with queries here, s positions held here (longcat/seams.py)
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from longcat.config import ModelConfig
 from longcat.layers import Linear, RMSNorm
 from longcat.ops.attention import causal_attention
 from longcat.ops.elementwise import rotary
+from longcat.seams import WHOLE_SEQUENCE, Sequence
 
 
 class LatentAttention(nn.Module):
@@ -27,27 +29,39 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, d)
+        self.sequence: Sequence = WHOLE_SEQUENCE
 
     def forward(self, x: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
-        """x [B, S, D], angles [S, rotary/2] complex, documents [B, S] or None → [B, S, D]."""
-        config = self.config
-        batch, length, _ = x.shape
-        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).view(batch, length, -1, nope + rope)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, rope), -1)
+        """x [B, s, D], angles [S, rotary/2] complex, documents [B, S] or None → [B, s, D].
+
+        What travels between processes that share a sequence are the normed latents of keys and values: they are
+        small. Heads are expanded from them, on each process those heads that it has the weights of.
+        """
+        config, sequence = self.config, self.sequence
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         # α_kv scales what comes out of the latent; the shared rotary key is not scaled
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent) * config.latent_scale)
-        k_nope, value = kv.view(batch, length, -1, nope + config.v_head_dim).split((nope, config.v_head_dim), -1)
-        heads = k_nope.shape[2]
-        q_nope, q_rope = q.split((nope, rope), -1)
-        query = torch.cat((q_nope, rotary(q_rope, angles)), -1)
-        k_rope = rotary(k_rope[:, :, None], angles).expand(-1, -1, heads, -1)
-        key = torch.cat((k_nope, k_rope), -1)
+        latent = self.kv_a_layernorm(latent) * config.latent_scale
+        pending = sequence.start_keys(torch.cat((latent, k_rope), -1))  # covered by the queries
+        query = self.q_b_proj(sequence.gather(self.q_a_layernorm(self.q_a_proj(x))))
+        out = self.attend(query, sequence.wait_keys(pending), angles, documents)
+        return sequence.reduce(self.o_proj(out))
+
+    def attend(self, query: Tensor, latents: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
+        """query [B, q, H·C] and latents [B, S, R + rotary] → what the heads give, [B, q, H·V]."""
+        config = self.config
+        nope, rope, width = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        runs = self.sequence.runs(latents.shape[1])
+        latent, k_rope = latents.split((config.kv_lora_rank, rope), -1)
+        k_nope, value = self.kv_b_proj(latent).unflatten(-1, (-1, nope + width)).split((nope, width), -1)
+        q_nope, q_rope = query.unflatten(-1, (-1, nope + rope)).split((nope, rope), -1)
+        query_angles = torch.cat([angles[start:stop] for start, stop in runs])
+        k_rope = rotary(k_rope[:, :, None], angles).expand(-1, -1, k_nope.shape[2], -1)
         out = causal_attention(
-            query.transpose(1, 2).contiguous(),
-            key.transpose(1, 2).contiguous(),
+            torch.cat((q_nope, rotary(q_rope, query_angles)), -1).transpose(1, 2).contiguous(),
+            torch.cat((k_nope, k_rope), -1).transpose(1, 2).contiguous(),
             value.transpose(1, 2).contiguous(),
             config.softmax_scale * config.query_scale,  # α_q multiplies both parts of the query: so the scores
             documents,
+            runs,
         )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))  # type: ignore[no-any-return]
+        return out.transpose(1, 2).flatten(2)

@@ -1,6 +1,6 @@
 """The shortcut-connected layer (ScMoE, section 2 of the equations) and the dense MTP layer."""
 
-# B sequences, S positions, D width
+# B sequences, s positions held here, D width
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ShortcutLayer(nn.Module):
         self.mlp = MoE(config, balance_groups)
 
     def forward(self, x: Tensor, angles: Tensor, documents: Tensor | None = None) -> tuple[Tensor, RoutingStatistics]:
-        """x [B, S, D] → y [B, S, D] and what the router did.
+        """x [B, s, D] → y [B, s, D] and what the router did.
 
         The order of these statements is the overlap, in the forward and (reversed) in the backward: what stands
         between a start and its wait covers the exchange.
@@ -39,7 +39,8 @@ class ShortcutLayer(nn.Module):
         pending = moe.compute(pending)  # ... ends, and the way back starts
         c = b + attention[1](self.input_layernorm[1](b), angles, documents)
         y = c + ffn[1](self.post_attention_layernorm[1](c))
-        return y + moe.combine(pending).view_as(y), pending.statistics
+        m, statistics = moe.combine(pending)
+        return y + m.view_as(y), statistics
 
 
 class NormBeforeProjection(nn.Module):
@@ -76,7 +77,7 @@ class PredictionLayer(nn.Module):
         self.transformer_layer = DenseBlock(config)
 
     def forward(self, hidden: Tensor, embedded: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
-        """hidden, embedded [B, S, D] → [B, S, D], before the final norm of the MTP head."""
+        """hidden, embedded [B, s, D] → [B, s, D], before the final norm of the MTP head."""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
         a = x + self.self_attn(self.input_layernorm(x), angles, documents)
         return a + self.transformer_layer.mlp(self.post_attention_layernorm(a))  # type: ignore[no-any-return]

@@ -5,12 +5,20 @@ They hold weights without values: `longcat.init` fills them, wherever and in wha
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 
 from longcat.ops.elementwise import rms_norm, swiglu
-from longcat.ops.matmul import linear
+from longcat.ops.matmul import PutOff, linear
+from longcat.seams import WHOLE_SEQUENCE, WHOLE_VOCABULARY, Sequence, Vocabulary, WeightGradients, local
+
+
+def put_off(module: nn.Module, name: str) -> PutOff | None:
+    """Where the gradient of ``module``'s parameter ``name`` is to be left by the backward; None = compute it there."""
+    gradients: WeightGradients | None = module.gradients  # type: ignore[assignment]
+    return None if gradients is None else partial(gradients.put, module, name)
 
 
 class Linear(nn.Module):
@@ -19,9 +27,10 @@ class Linear(nn.Module):
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
+        self.gradients: WeightGradients | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, local(self.weight), put_off(self, "weight"))
 
 
 class RMSNorm(nn.Module):
@@ -37,14 +46,17 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids [...] → [..., D]; weight [V, D]."""
+    """Token ids [B, S] → rows [B, s, D] of the positions that are here; weight [V, D]."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.sequence: Sequence = WHOLE_SEQUENCE
+        self.vocabulary: Vocabulary = WHOLE_VOCABULARY
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return embedding(tokens, self.weight)
+        rows = self.vocabulary.lookup(self.sequence.select(tokens), local(self.weight))
+        return self.sequence.reduce(rows)
 
 
 class FeedForward(nn.Module):
@@ -55,6 +67,9 @@ class FeedForward(nn.Module):
         self.gate_proj = Linear(width, hidden)
         self.up_proj = Linear(width, hidden)
         self.down_proj = Linear(hidden, width)
+        self.sequence: Sequence = WHOLE_SEQUENCE
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        """x [B, s, D] → [B, s, D]."""
+        x = self.sequence.gather(x)
+        return self.sequence.reduce(self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x))))

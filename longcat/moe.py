@@ -1,66 +1,36 @@
-"""The mixture of experts: router, zero-computation experts, stacked SwiGLU experts, and the exchange seam.
+"""The mixture of experts: router, zero-computation experts, stacked SwiGLU experts.
 
 `MoE` is used in three calls, in the order in which the layer overlaps them with its dense path: `dispatch`
 starts the exchange, `compute` waits for it, computes and starts the way back, `combine` waits for that. In one
 process the exchange does nothing.
 """
 
-# T tokens, K chosen, N FFN experts, Z identity experts, P rows (FFN selections), D width, F expert width
+# T tokens held here, K chosen, N FFN experts, Z identity experts, E FFN experts held here, P rows for them,
+# D width, F expert width
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from longcat.config import ModelConfig
-from longcat.layers import Linear
+from longcat.dispatch import LOCAL_DISPATCHER, Dispatcher, Routing
+from longcat.layers import Linear, put_off
 from longcat.ops.elementwise import swiglu
 from longcat.ops.matmul import grouped_linear
-from longcat.ops.permute import Permutation, combine, permute, plan_permutation
+from longcat.seams import WHOLE_SEQUENCE, Sequence, WeightGradients, local
 
 
 class RoutingStatistics(NamedTuple):
     """What one layer reports of one micro-batch; returned, not stored, so that a recomputed layer counts once."""
 
-    balance: Tensor  # scalar, Σ_j f_j P_j of the device-level balance loss (without its weight α)
+    balance: Tensor  # scalar, the tokens' part of Σ_j f_j P_j, the balance loss without its weight α
     balance_slope: Tensor  # [N + Z], its derivative by the mean probability of each expert: f of its group
-    counts: Tensor  # [N + Z] int64, selections of each expert
+    counts: Tensor  # [N + Z] int64, the tokens' selections of each expert
     ffn_experts: Tensor  # [T] int64, FFN experts of each token
-
-
-class Exchange(Protocol):
-    """Moves rows to the ranks of their experts and back. Both ways are a start, which returns at once, and a wait."""
-
-    def start(self, rows: Tensor, counts: Tensor) -> Any:
-        """rows [P, D] sorted by expert and counts [N] int64 of each expert → handle."""
-
-    def wait(self, handle: Any) -> tuple[Tensor, Tensor]:
-        """→ the rows for this rank's experts, sorted by expert, and how many each has."""
-
-    def start_back(self, rows: Tensor, handle: Any) -> Any:
-        """Rows in the order that `wait` gave → handle."""
-
-    def wait_back(self, handle: Any) -> Tensor:
-        """→ rows [P, D] in the order that `start` took."""
-
-
-class LocalExchange:
-    """The exchange of one process: every expert is here."""
-
-    def start(self, rows: Tensor, counts: Tensor) -> Any:
-        return rows, counts
-
-    def wait(self, handle: Any) -> tuple[Tensor, Tensor]:
-        return handle  # type: ignore[no-any-return]
-
-    def start_back(self, rows: Tensor, handle: Any) -> Any:
-        return rows
-
-    def wait_back(self, handle: Any) -> Tensor:
-        return handle  # type: ignore[no-any-return]
 
 
 class Router(nn.Module):
@@ -77,7 +47,7 @@ class Router(nn.Module):
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u [T, D] → probabilities R [T, N+Z], chosen experts [T, K], gates γ·R [T, K]; all float32."""
-        logits = torch.nn.functional.linear(u.float(), self.classifier.weight.float())
+        logits = torch.nn.functional.linear(u.float(), local(self.classifier.weight).float())
         probabilities = torch.softmax(logits, -1)
         with torch.no_grad():
             choice = probabilities + self.e_score_correction_bias
@@ -94,30 +64,31 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stacked SwiGLU experts: gate_up [E, 2F, D], down [E, D, F]."""
+    """Stacked SwiGLU experts: gate_up [N, 2F, D], down [N, D, F]; a process may hold E of the N."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         num, width, hidden = config.num_experts, config.hidden_size, config.expert_hidden_size
         self.gate_up = nn.Parameter(torch.empty(num, 2 * hidden, width))
         self.down = nn.Parameter(torch.empty(num, width, hidden))
+        self.gradients: WeightGradients | None = None
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [P, D] sorted by expert, counts [E] → [P, D]."""
         ends = counts.cumsum(0).to(torch.int32)
-        gate, up = grouped_linear(rows, self.gate_up, ends).chunk(2, -1)
-        return grouped_linear(swiglu(gate, up), self.down, ends)
+        gate, up = grouped_linear(rows, local(self.gate_up), ends, put_off(self, "gate_up")).chunk(2, -1)
+        return grouped_linear(swiglu(gate, up), local(self.down), ends, put_off(self, "down"))
 
 
 @dataclass
 class PendingMoE:
     """A mixture of experts between its three calls."""
 
-    u: Tensor  # [T, D]
-    gates: Tensor  # [T, K]
-    plan: Permutation
-    handle: Any
-    statistics: RoutingStatistics
+    chunks: list[Any]  # what the dispatcher has under way, one for each chunk of tokens
+    probabilities: Tensor  # [T, N + Z]
+    indices: Tensor  # [T, K]
+    counts: Tensor  # [N + Z]
+    total: Any  # the counts' sum over the micro-batch, under way
 
 
 class MoE(nn.Module):
@@ -129,35 +100,44 @@ class MoE(nn.Module):
         self.balance_groups = balance_groups
         self.router = Router(config)
         self.experts = Experts(config)
-        self.exchange: Exchange = LocalExchange()
+        self.num_chunks = 1  # of the tokens, so that exchange and experts of different chunks overlap
+        self.dispatcher: Dispatcher = LOCAL_DISPATCHER
+        self.sequence: Sequence = WHOLE_SEQUENCE
 
     def dispatch(self, u: Tensor) -> PendingMoE:
-        """Route u [T, D] and start sending the rows of FFN experts; identity experts' tokens stay."""
+        """Route u [T, D] and start sending the tokens of FFN experts; identity experts' tokens stay."""
+        sizes = self.config.num_experts, self.config.num_routed
         probabilities, indices, gates = self.router(u)
-        plan = plan_permutation(indices, self.config.num_experts, self.config.num_routed)
-        balance, slope = balance_loss(probabilities, plan.counts, self.config, self.balance_groups)
-        statistics = RoutingStatistics(balance, slope, plan.counts, plan.is_ffn.sum(1))
-        handle = self.exchange.start(permute(u, plan), plan.counts[: self.config.num_experts])
-        return PendingMoE(u, gates, plan, handle, statistics)
+        parts = zip(*(whole.tensor_split(self.num_chunks) for whole in (u, indices, gates)), strict=True)
+        chunks = [self.dispatcher.start(x, Routing(index, gate, *sizes)) for x, index, gate in parts]
+        counts = torch.zeros(self.config.num_routed, dtype=torch.int64, device=u.device)
+        counts.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))  # integers: any order will do
+        return PendingMoE(chunks, probabilities, indices, counts, self.sequence.start_count(counts))
 
     def compute(self, pending: PendingMoE) -> PendingMoE:
         """Wait for the rows, run the experts on them and start the way back."""
-        rows, counts = self.exchange.wait(pending.handle)
-        pending.handle = self.exchange.start_back(self.experts(rows, counts), pending.handle)
+        for place, chunk in enumerate(pending.chunks):
+            rows, counts = self.dispatcher.wait(chunk)
+            pending.chunks[place] = self.dispatcher.start_back(self.experts(rows, counts), chunk)
         return pending
 
-    def combine(self, pending: PendingMoE) -> Tensor:
-        """Wait for the results and sum them with the identity experts' share → [T, D]."""
-        rows = self.exchange.wait_back(pending.handle)
-        return combine(rows, pending.gates, pending.u, pending.plan)
+    def combine(self, pending: PendingMoE) -> tuple[Tensor, RoutingStatistics]:
+        """Wait for the results → [T, D], and what the router did."""
+        out = torch.cat([self.dispatcher.wait_back(chunk) for chunk in pending.chunks])
+        total = self.sequence.wait_count(pending.total)
+        num_tokens = pending.probabilities.shape[0] * self.sequence.num_shards
+        slope = balance_slope(total, num_tokens, self.config, self.balance_groups)
+        balance = (pending.probabilities.sum(0) / num_tokens * slope).sum()
+        used = (pending.indices < self.config.num_experts).sum(1)
+        return out, RoutingStatistics(balance, slope, pending.counts, used)
 
 
-def balance_loss(probabilities: Tensor, counts: Tensor, config: ModelConfig, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Device-level balance loss Σ_j f_j P_j (section 5) and f of each expert's group [N + Z].
+def balance_slope(counts: Tensor, num_tokens: int, config: ModelConfig, num_groups: int) -> Tensor:
+    """f of each expert's group [N + Z] in the device-level balance loss Σ_j f_j P_j (section 5).
 
-    Counts are selections; T is this micro-batch. With no identity experts, or none expected, their group is absent.
+    Counts are the selections of the micro-batch's ``num_tokens``. With no identity experts, or none expected, their
+    group is absent.
     """
-    num_tokens = probabilities.shape[0]
     num_experts, expected = config.num_experts, config.expected_ffn_experts
     size = num_experts // num_groups
     by_group = counts[:num_experts].view(num_groups, size).sum(1).float()
@@ -166,5 +146,4 @@ def balance_loss(probabilities: Tensor, counts: Tensor, config: ModelConfig, num
     if config.top_k > expected:
         share = counts[num_experts:].sum().float() / ((config.top_k - expected) * num_tokens)
         identity = identity + share
-    slope = torch.cat((slope, identity))
-    return (probabilities.mean(0) * slope).sum(), slope
+    return torch.cat((slope, identity))

@@ -15,54 +15,129 @@ from longcat.errors import ConfigError
 
 
 class Axis(StrEnum):
-    """Axes of the mesh, outermost first. ``dp`` replicates the weights, ``fsdp`` shards them."""
+    """Axes of the mesh, outermost first; neighbours on the innermost axis sit next to each other in rank order.
 
-    DP = "dp"
-    FSDP = "fsdp"
+    For the experts the ranks of fsdp × cp × tp are folded anew into efsdp × ep, ep innermost: an expert-parallel group
+    can span context- and tensor-parallel ranks.
+    """
+
+    PP = "pp"  # stages of layers
+    DP = "dp"  # replicates the weights
+    FSDP = "fsdp"  # shards the weights
+    CP = "cp"  # spreads the positions of a sequence
+    TP = "tp"  # spreads heads, FFN columns, vocabulary, and the positions between them
+
+
+SCHEDULES = ("zbv", "1f1b", "interleaved", "dualpipev")
+SHARDINGS = ("fsdp", "zero1", "zero2", "zero3")
+RECOMPUTES = ("none", "selective", "full")
+TRANSPORTS = ("all_to_all", "all_gather")
 
 
 @dataclass
 class ParallelConfig:
-    """Sizes of the mesh axes; -1 takes the ranks that are left over (one axis at most)."""
+    """Sizes of the mesh axes (-1 takes the ranks that are left over, one axis at most) and how they are used."""
 
+    pp: int = 1
     dp: int = 1
     fsdp: int = -1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1  # of the ranks of fsdp × cp × tp
+    schedule: str = "zbv"  # of the pipeline: zbv | 1f1b | interleaved | dualpipev
+    sharding: str = "fsdp"  # fsdp | zero1 | zero2 | zero3
+    recompute: str = "none"  # none | selective (attention from its latents on) | full (whole layers)
+    transport: str = "all_to_all"  # of tokens to their experts: all_to_all | all_gather
     reshard_after_forward: bool = True  # False keeps gathered weights until the backward: faster, more memory
     timeout_seconds: float = 600.0  # a collective that takes longer ends the run
 
     def validate(self) -> None:
-        for name in (axis.value for axis in Axis):
-            size = getattr(self, name)
+        sizes = {name: getattr(self, name) for name in (*(axis.value for axis in Axis), "ep")}
+        for name, size in sizes.items():
             if size != -1 and size < 1:
                 raise ConfigError(f"parallel.{name}={size} must be at least 1, or -1 for the ranks left over")
-        if self.dp == -1 and self.fsdp == -1:
-            raise ConfigError("parallel.dp and parallel.fsdp are both -1; only one axis can take the ranks left over")
+        free = [f"parallel.{name}" for name, size in sizes.items() if size == -1 and name != "ep"]
+        if len(free) > 1:
+            raise ConfigError(f"{' and '.join(free)} are both -1; only one axis can take the ranks left over")
+        choices = {"schedule": SCHEDULES, "sharding": SHARDINGS, "recompute": RECOMPUTES, "transport": TRANSPORTS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"parallel.{name}={getattr(self, name)} is not known; use {', '.join(known)}")
         if not self.timeout_seconds > 0:
             raise ConfigError(f"parallel.timeout_seconds={self.timeout_seconds} must be above 0")
 
 
-def resolve_sizes(config: ParallelConfig, world_size: int) -> dict[Axis, int]:
-    """Fill in -1 and check that the axes multiply to ``world_size`` ranks."""
+@dataclass(frozen=True)
+class Sizes:
+    """A mesh's sizes with every -1 filled in."""
+
+    pp: int
+    dp: int
+    fsdp: int
+    cp: int
+    tp: int
+    ep: int
+
+    @property
+    def efsdp(self) -> int:
+        """Ranks over which each expert's weights are sharded."""
+        return self.fsdp * self.cp * self.tp // self.ep
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks read different samples."""
+        return self.dp * self.fsdp
+
+    @property
+    def dense_shards(self) -> int:
+        """Ranks over which a dense weight that tensor parallelism has not split is sharded."""
+        return self.fsdp * self.cp * self.tp
+
+
+def resolve_sizes(config: ParallelConfig, world_size: int) -> Sizes:
+    """Fill in -1 and check that the axes multiply to ``world_size`` ranks.
+
+    Raises:
+        ConfigError: they do not, or ep does not divide the ranks that experts can use.
+    """
     config.validate()
     sizes = {axis: getattr(config, axis.value) for axis in Axis}
     known = 1
     for size in sizes.values():
         known *= max(size, 1)
-    names = "×".join(f"parallel.{axis.value}" for axis in Axis)
     if world_size % known or (known != world_size and -1 not in sizes.values()):
-        given = "×".join(str(size) for size in sizes.values())
+        names, given = "×".join(axis.value for axis in Axis), "×".join(str(size) for size in sizes.values())
         raise ConfigError(
-            f"{names}={given} does not give the {world_size} ranks that were started; "
+            f"parallel: {names}={given} does not give the {world_size} ranks that were started; "
             f"set one axis to -1, or start {known} ranks"
         )
-    return {axis: world_size // known if size == -1 else size for axis, size in sizes.items()}
+    filled = {axis: world_size // known if size == -1 else size for axis, size in sizes.items()}
+    folded = filled[Axis.FSDP] * filled[Axis.CP] * filled[Axis.TP]
+    ep = folded if config.ep == -1 else config.ep
+    if folded % ep:
+        divisors = [str(size) for size in range(1, folded + 1) if folded % size == 0]
+        raise ConfigError(
+            f"parallel.ep={ep} does not divide the {folded} ranks of fsdp×cp×tp; use {', '.join(divisors)}, "
+            f"or raise parallel.fsdp"
+        )
+    return Sizes(**{axis.value: size for axis, size in filled.items()}, ep=ep)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place. ``device`` is where its tensors live."""
+    """This rank's place. ``device`` is where its tensors live.
+
+    The one place that makes process groups: ``mesh`` has the axes of `Axis`; ``dense`` shards weights that tensor
+    parallelism has split (over fsdp × cp), ``replicated`` those it has not (over fsdp × cp × tp, so that summing
+    gradients over them sums over tp too), ``experts`` is dp × efsdp × ep. With dp > 1 each has the axis dp in front.
+    """
 
     mesh: DeviceMesh
+    dense: DeviceMesh
+    replicated: DeviceMesh
+    experts: DeviceMesh
+    shared: DeviceMesh  # cp × tp: the ranks that share a micro-batch
+    sizes: Sizes
     rank: int
     world_size: int
     device: torch.device
@@ -71,25 +146,36 @@ class Topology:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def size(self, axis: Axis) -> int:
-        return self.mesh[axis.value].size()
-
     def coordinate(self, axis: Axis) -> int:
         return self.mesh[axis.value].get_local_rank()
+
+    def group(self, axis: Axis) -> dist.ProcessGroup:
+        return self.mesh[axis.value].get_group()
 
     @property
     def data_ranks(self) -> int:
         """How many ranks read different samples."""
-        return self.size(Axis.DP) * self.size(Axis.FSDP)
+        return self.sizes.data_ranks
 
     @property
     def data_rank(self) -> int:
-        return self.coordinate(Axis.DP) * self.size(Axis.FSDP) + self.coordinate(Axis.FSDP)
+        return self.coordinate(Axis.DP) * self.sizes.fsdp + self.coordinate(Axis.FSDP)
 
     @property
     def holds_first_replica(self) -> bool:
         """Whether this rank's shards are the ones that sums over unique shards count."""
         return self.coordinate(Axis.DP) == 0
+
+
+def make_topology(sizes: Sizes, rank: int, world_size: int, device: torch.device) -> Topology:
+    """The mesh and its foldings. A collective of all ranks."""
+    lengths = tuple(getattr(sizes, axis.value) for axis in Axis)
+    mesh = init_device_mesh(device.type, lengths, mesh_dim_names=tuple(axis.value for axis in Axis))
+    dense = mesh[Axis.FSDP, Axis.CP]._flatten("fsdp_cp")
+    replicated = mesh[Axis.FSDP, Axis.CP, Axis.TP]._flatten("fsdp_cp_tp")
+    experts = replicated._unflatten(0, (sizes.efsdp, sizes.ep), ("efsdp", "ep"))
+    shared = mesh[Axis.CP, Axis.TP]._flatten("cp_tp")
+    return Topology(mesh, dense, replicated, experts, shared, sizes, rank, world_size, device)
 
 
 def world_from_environment() -> tuple[int, int, int]:
@@ -120,5 +206,4 @@ def connect(config: ParallelConfig) -> Topology:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=config.timeout_seconds)
         )
-    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(axis.value for axis in sizes))
-    return Topology(mesh, rank, world_size, device)
+    return make_topology(sizes, rank, world_size, device)

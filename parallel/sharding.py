@@ -22,8 +22,7 @@ def shard(model: LongCat, topology: Topology, config: ParallelConfig, compute_dt
     that stays in float32. Gradients are SUMS over ranks in float32: the loss is divided by the valid tokens of
     the global batch, so nothing here may divide again.
     """
-    dims = (Axis.DP.value, Axis.FSDP.value) if topology.size(Axis.DP) > 1 else (Axis.FSDP.value,)
-    mesh = topology.mesh[dims]
+    mesh = topology.mesh[Axis.DP, Axis.FSDP] if topology.sizes.dp > 1 else topology.mesh[Axis.FSDP]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
     reshard = config.reshard_after_forward

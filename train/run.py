@@ -99,11 +99,7 @@ def outcome(config: Config, wish: StopWish) -> tuple[int, str]:
 
 def check(config: Config, world_size: int) -> None:
     """Everything that can be refused before ranks start: sizes, folder. Raises ConfigError."""
-    sizes = resolve_sizes(config.parallel, world_size)
-    data_ranks = 1
-    for size in sizes.values():
-        data_ranks *= size
-    config.validate_world(data_ranks)
+    config.validate_world(resolve_sizes(config.parallel, world_size).data_ranks)
     check_folder(config)
 
 
@@ -256,7 +252,7 @@ def header(config: Config, topology: Topology, peak: float, peak_source: str) ->
     """What a person wants to see before the first step, derived values among it."""
     train = config.train
     batch_tokens = train.global_batch_size * train.sequence_length
-    sizes = ", ".join(f"{name} {topology.mesh[name].size()}" for name in topology.mesh.mesh_dim_names or ())
+    sizes = ", ".join(f"{name} {size}" for name, size in vars(topology.sizes).items())
     return [
         ("run", str(config.run.folder)),
         ("model", config.model.name),

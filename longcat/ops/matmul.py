@@ -9,12 +9,15 @@ bfloat16 instructions runs torch's bfloat16 GEMM at about 1 % of its float32 rat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
+
+PutOff = Callable[[Callable[[], Tensor]], None]  # takes a computation of a weight's gradient
 
 
 @cache
@@ -51,48 +54,67 @@ def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, put: PutOff | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.put = put
         return product(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_x = product(grad, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_w = product(grad.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_w
+        grad_w = None
+        if ctx.needs_input_grad[1]:
+            grad_w = _now_or_later(ctx.put, lambda: product(grad.t(), x.reshape(-1, x.shape[-1])))
+        return grad_x, grad_w, None
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., I], weight [O, I] → [..., O]."""
-    return _Linear.apply(x, weight)  # type: ignore[no-any-return]
+def _now_or_later(put: PutOff | None, compute: Callable[[], Tensor]) -> Tensor | None:
+    if put is None:
+        return compute()
+    put(compute)
+    return None
+
+
+def linear(x: Tensor, weight: Tensor, put: PutOff | None = None) -> Tensor:
+    """x [..., I], weight [O, I] → [..., O]. ``put`` takes the computation of the weight's gradient, for later."""
+    return _Linear.apply(x, weight, put)  # type: ignore[no-any-return]
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
+        ctx.put = put
         return grouped_product(x, weight.transpose(1, 2), ends)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, ends = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_x = grouped_product(grad, weight, ends) if ctx.needs_input_grad[0] else None
-        grad_w = grouped_product(grad.t(), x, ends) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_w, None
+        grad_w = None
+        if ctx.needs_input_grad[1]:
+            grad_w = _now_or_later(ctx.put, lambda: grouped_product(grad.t(), x, ends))
+        return grad_x, grad_w, None, None
 
 
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None = None) -> Tensor:
     """x [T, I] sorted by expert, weight [E, O, I], ``ends`` [E] int32: the row after each expert's last → [T, O].
 
-    Experts without rows, and no rows at all, are fine; their weight gradient is zero.
+    Experts without rows, and no rows at all, are fine; their weight gradient is zero. ``put`` as in `linear`.
     """
     width, height = weight.shape[2], weight.shape[1]
     align = 16 // x.element_size()  # grouped_mm wants rows of whole 16 bytes
     pad_in, pad_out = -width % align, -height % align
     if pad_in or pad_out:
-        padded = _GroupedLinear.apply(pad(x, (0, pad_in)), pad(weight, (0, pad_in, 0, pad_out)), ends)
+
+        def put_cut(compute: Callable[[], Tensor]) -> None:
+            assert put is not None
+            put(lambda: compute()[:, :height, :width])
+
+        padded_weight = pad(weight, (0, pad_in, 0, pad_out))
+        padded = _GroupedLinear.apply(pad(x, (0, pad_in)), padded_weight, ends, None if put is None else put_cut)
         return padded[:, :height]  # type: ignore[no-any-return]
-    return _GroupedLinear.apply(x, weight, ends)  # type: ignore[no-any-return]
+    return _GroupedLinear.apply(x, weight, ends, put)  # type: ignore[no-any-return]

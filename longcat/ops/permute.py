@@ -78,31 +78,39 @@ def permute(x: Tensor, plan: Permutation) -> Tensor:
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gates: Tensor, x: Tensor, plan: Permutation) -> Tensor:
-        row_gates = gates.reshape(-1)[plan.ffn_selection].to(rows.dtype)
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) -> Tensor:
+        ctx.plan, ctx.identity = plan, x is not None
+        out = _sum_rows(rows, plan, gates.reshape(-1)[plan.ffn_selection].to(rows.dtype))
+        if x is None:
+            ctx.save_for_backward(rows, gates)
+            return out
         identity_gate = gates.masked_fill(plan.is_ffn, 0.0).sum(1, keepdim=True)
-        ctx.plan = plan
         ctx.save_for_backward(rows, gates, x, identity_gate)
-        out = _sum_rows(rows, plan, row_gates)
         return out.add_((x * identity_gate).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        rows, gates, x, identity_gate = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        rows, gates, *others = ctx.saved_tensors
         plan: Permutation = ctx.plan
         grad = grads[0].contiguous()
         grad_rows = grad.index_select(0, plan.token)
         grad_row_gates = (rows * grad_rows).sum(1, dtype=gates.dtype)
         grad_rows.mul_(gates.reshape(-1)[plan.selection].to(rows.dtype)[:, None])
-        grad_identity = (x * grad).sum(1, keepdim=True, dtype=gates.dtype)
-        grad_gates = torch.where(plan.is_ffn, 0.0, grad_identity).reshape(-1)
+        if ctx.identity:
+            x, identity_gate = others
+            grad_identity = (x * grad).sum(1, keepdim=True, dtype=gates.dtype)
+            grad_gates = torch.where(plan.is_ffn, 0.0, grad_identity).reshape(-1)
+            grad_x = (grad * identity_gate).to(x.dtype)
+        else:
+            grad_gates, grad_x = torch.zeros_like(gates).reshape(-1), None
         grad_gates = grad_gates.scatter(0, plan.selection, grad_row_gates)
-        return grad_rows, grad_gates.view_as(gates), (grad * identity_gate).to(x.dtype), None
+        return grad_rows, grad_gates.view_as(gates), None, grad_x
 
 
-def combine(rows: Tensor, gates: Tensor, x: Tensor, plan: Permutation) -> Tensor:
-    """Σ_k gate · expert output for each token: FFN experts from ``rows`` [P, D], identity experts from x [T, D].
+def combine(rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) -> Tensor:
+    """Σ_k gate · expert output for each token [T, D]: FFN experts from ``rows`` [P, D], identity experts from x [T, D].
 
-    ``gates`` [T, K] float32 are γ·R of the selections (section 3 of the model's equations).
+    ``gates`` [T, K] float32 are γ·R of the selections (section 3 of the model's equations). Without ``x`` the
+    identity experts' share is left out.
     """
-    return _Combine.apply(rows, gates, x, plan)  # type: ignore[no-any-return]
+    return _Combine.apply(rows, gates, plan, x)  # type: ignore[no-any-return]

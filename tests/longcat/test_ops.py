@@ -117,7 +117,7 @@ def test_permute_and_combine_equal_a_loop_over_tokens(tokens: int, experts: int,
     scale = draw(seed + 3, experts)
     plan = plan_permutation(indices, experts, experts + zero)
     of_row = torch.repeat_interleave(torch.arange(experts), plan.counts[:experts])
-    ours = combine(permute(x, plan) * scale[of_row, None], gates, x, plan)
+    ours = combine(permute(x, plan) * scale[of_row, None], gates, plan, x)
     rows = []
     for token in range(tokens):
         total = torch.zeros(3)

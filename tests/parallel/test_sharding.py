@@ -10,7 +10,7 @@ import torch
 
 from longcat.errors import ConfigError
 from longcat.names import pieces
-from parallel.mesh import Axis, ParallelConfig, connect, resolve_sizes
+from parallel.mesh import ParallelConfig, connect, resolve_sizes
 from parallel.sharding import local_part
 from tests.distributed import run_ranks
 from train.batches import BatchReader
@@ -138,7 +138,7 @@ def test_shards_are_shards(alone: dict[str, Any]) -> None:
 )
 def test_sizes_are_filled_in(dp: int, fsdp: int, world: int, expected: tuple[int, int]) -> None:
     sizes = resolve_sizes(ParallelConfig(dp=dp, fsdp=fsdp), world)
-    assert (sizes[Axis.DP], sizes[Axis.FSDP]) == expected
+    assert (sizes.dp, sizes.fsdp) == expected
 
 
 @pytest.mark.parametrize("dp,fsdp,world", [(3, -1, 8), (2, 2, 8), (-1, -1, 8), (0, 1, 1), (1, -2, 2)])

@@ -1,0 +1,72 @@
+"""The way of tokens to their FFN experts and back: the interface, and its one-process version.
+
+Both ways are a start, which returns at once, and a wait, so that what stands between them covers the exchange.
+"""
+
+# T tokens, K chosen, D width, P rows for the experts that are here, E experts that are here
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from longcat.ops.permute import Permutation, combine, permute, plan_permutation
+
+
+class Routing(NamedTuple):
+    """Where the tokens of one chunk go: what a router says."""
+
+    indices: Tensor  # [T, K] expert numbers below N + Z; those from N on are identity experts
+    gates: Tensor  # [T, K] float32, γ·R of each choice
+    num_experts: int  # N
+    num_routed: int  # N + Z
+
+
+class Dispatcher(Protocol):
+    """Moves tokens to the processes of their FFN experts. Identity experts are served where the token is."""
+
+    def start(self, x: Tensor, routing: Routing) -> Any:
+        """Start sending tokens x [T, D] → pending."""
+
+    def wait(self, pending: Any) -> tuple[Tensor, Tensor]:
+        """→ rows [P, D] for the experts that are here, sorted by expert, and how many each has [E]."""
+
+    def start_back(self, rows: Tensor, pending: Any) -> Any:
+        """Start the way back of the experts' results, in the order that `wait` gave → pending."""
+
+    def wait_back(self, pending: Any) -> Tensor:
+        """→ Σ over each token's choices of gate · result, identity experts among them, [T, D]."""
+
+
+@dataclass
+class LocalPending:
+    """Between the calls of `LocalDispatcher`."""
+
+    x: Tensor
+    gates: Tensor
+    plan: Permutation
+    rows: Tensor
+    num_experts: int
+
+
+class LocalDispatcher:
+    """Every expert is here."""
+
+    def start(self, x: Tensor, routing: Routing) -> LocalPending:
+        plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed)
+        return LocalPending(x, routing.gates, plan, permute(x, plan), routing.num_experts)
+
+    def wait(self, pending: LocalPending) -> tuple[Tensor, Tensor]:
+        return pending.rows, pending.plan.counts[: pending.num_experts]
+
+    def start_back(self, rows: Tensor, pending: LocalPending) -> LocalPending:
+        pending.rows = rows
+        return pending
+
+    def wait_back(self, pending: LocalPending) -> Tensor:
+        return combine(pending.rows, pending.gates, pending.plan, pending.x)
+
+
+LOCAL_DISPATCHER = LocalDispatcher()
