@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
@@ -29,6 +30,9 @@ class Sequence(Protocol):
 
     def runs(self, length: int) -> list[tuple[int, int]]:
         """(start, stop) of the q positions in the sequence of ``length``, in the order in which they are held."""
+
+    def held(self, length: int) -> Tensor:
+        """The s positions of the residual stream in the sequence of ``length``, int64 on the CPU."""
 
     def select(self, values: Tensor) -> Tensor:
         """Values of all positions [B, S, ...] → of the q positions."""
@@ -59,6 +63,9 @@ class WholeSequence:
 
     def runs(self, length: int) -> list[tuple[int, int]]:
         return [(0, length)]
+
+    def held(self, length: int) -> Tensor:
+        return torch.arange(length)
 
     def select(self, values: Tensor) -> Tensor:
         return values

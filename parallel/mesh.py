@@ -162,6 +162,16 @@ class Topology:
         return self.coordinate(Axis.DP) * self.sizes.fsdp + self.coordinate(Axis.FSDP)
 
     @property
+    def reads_first(self) -> bool:
+        """Whether this rank is the first of those that read the same samples."""
+        return all(self.coordinate(axis) == 0 for axis in (Axis.PP, Axis.CP, Axis.TP))
+
+    @property
+    def holds_first_shards(self) -> bool:
+        """Whether this rank is the first of its pipeline stage."""
+        return all(self.coordinate(axis) == 0 for axis in Axis if axis is not Axis.PP)
+
+    @property
     def holds_first_replica(self) -> bool:
         """Whether this rank's shards are the ones that sums over unique shards count."""
         return self.coordinate(Axis.DP) == 0

@@ -2,56 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from longcat.config import ModelConfig
 from longcat.init import fill
 from longcat.model import LongCat
 from longcat.names import Box, stored_state
-from parallel.mesh import Axis, ParallelConfig, Topology
+from parallel.mesh import Axis, Topology
 
 
-def shard(model: LongCat, topology: Topology, config: ParallelConfig, compute_dtype: torch.dtype) -> None:
+def shard(model: LongCat, topology: Topology, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
     """Shard a model that lives on the meta device, layer by layer, in place.
+
+    Each parameter is sharded over all ranks that hold the same part of it: experts over efsdp, what tensor parallelism
+    has split over fsdp × cp, all else over fsdp × cp × tp. So summing gradients where they are sharded also adds up
+    the partial sums of context and tensor parallelism, and nothing but ``dp`` holds a value twice.
 
     Weights stay float32 and are cast to ``compute_dtype`` where they are gathered; the router is a unit of its own
     that stays in float32. Gradients are SUMS over ranks in float32: the loss is divided by the valid tokens of
     the global batch, so nothing here may divide again.
     """
-    mesh = topology.mesh[Axis.DP, Axis.FSDP] if topology.sizes.dp > 1 else topology.mesh[Axis.FSDP]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-    reshard = config.reshard_after_forward
+    mesh = with_replicas(topology, topology.replicated)
+    place = placements(topology)
+
+    def unit(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool = reshard_after_forward) -> None:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=place)
+
     for layer in model.shortcut_layers():
         if compute_dtype is not torch.float32:
-            fully_shard(layer.mlp.router, mesh=mesh, mp_policy=exact, reshard_after_forward=reshard)
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+            unit(layer.mlp.router, exact)
+        unit(layer, policy)
     if model.mtp is not None:
         for predictor in model.mtp.layers:
-            fully_shard(predictor, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            unit(predictor, policy)
+    unit(model, policy, reshard=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def set_gradient_sync(model: LongCat, last: bool, mtp: bool) -> None:
-    """Reduce gradients in the ``last`` micro-batch of a step only; before it they add up on this rank, in float32.
+def with_replicas(topology: Topology, mesh: DeviceMesh) -> DeviceMesh:
+    """A sharding mesh with the replicating axis in front where there is one."""
+    if topology.sizes.dp == 1:
+        return mesh
+    return DeviceMesh._concatenate([topology.mesh[Axis.DP], mesh])
 
-    MTP layers that are not in use keep reducing what they do not have: FSDP2 asks all others for gathered weights.
-    """
+
+def placements(topology: Topology) -> Callable[[nn.Parameter], Shard | ShardPlacementResult]:
+    """Where FSDP2 shards a parameter: the mesh by what the parameter has been split over before, and the dimension."""
+    known: dict[str, FSDPMeshInfo] = {}
+    units = topology.replicated.get_group().group_name
+
+    def on(mesh: DeviceMesh, dim: int) -> Shard | ShardPlacementResult:
+        name = mesh.get_group().group_name
+        if name == units:
+            return Shard(dim)  # the unit's own mesh
+        if name not in known:  # FSDP2 wants one object for each group
+            mesh = with_replicas(topology, mesh)
+            known[name] = FSDPMeshInfo(mesh, 0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
+        return ShardPlacementResult(Shard(dim), known[name])
+
+    def place(parameter: nn.Parameter) -> Shard | ShardPlacementResult:
+        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if parameter.ndim == 3:  # a stack of experts: where they are too few, each of them is cut
+            shards = topology.sizes.efsdp
+            across = held.shape[0] < shards and held.shape[1] % shards == 0
+            return on(topology.experts["efsdp"] if held is not parameter else topology.replicated, 1 if across else 0)
+        return on(topology.dense if held is not parameter else topology.replicated, 0)
+
+    return place
+
+
+def set_gradient_sync(model: nn.Module, last: bool) -> None:
+    """Reduce gradients in the ``last`` micro-batch of a step only; before it they add up on this rank, in float32."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)
     model.set_is_last_backward(last)
-    if model.mtp is not None and not mtp:
-        for predictor in model.mtp.layers:
-            assert isinstance(predictor, FSDPModule)
-            predictor.set_requires_gradient_sync(True)
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, Box | None]:
@@ -68,3 +105,7 @@ def materialise(model: LongCat, config: ModelConfig, seed: int, device: torch.de
     for name, tensor in stored_state(model):
         local, box = local_part(tensor.detach())
         fill(local, name, tuple(tensor.shape), box, config, seed)
+    for layer in model.mtp.layers if model.mtp is not None else ():
+        assert isinstance(layer, FSDPModule)  # MTP may join late, and FSDP2 wants to have gathered a unit once
+        layer.unshard()
+        layer.reshard()

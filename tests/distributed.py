@@ -40,6 +40,13 @@ def _rank_main(
         queue.put((rank, None, traceback.format_exc()))
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120) -> list[Any]:
     """Call ``function(*arguments)`` on each of ``world_size`` new processes; returns their results in rank order.
 
@@ -47,9 +54,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [
         context.Process(target=_rank_main, args=(function, rank, world_size, port, queue, arguments))
         for rank in range(world_size)

@@ -38,12 +38,12 @@ class BatchReader:
         self.topology = topology
         self.size = config.train.micro_batch_size
         self.num_micro_batches = config.train.global_batch_size // self.size
+        self.share = self.num_micro_batches // topology.data_ranks  # of one rank
 
     def read(self, first_sample: int) -> Iterator[Batch]:
         """This rank's micro-batches of the global batch ``first_sample`` ..., in order."""
-        share = self.num_micro_batches // self.topology.data_ranks
-        start = self.topology.data_rank * share
-        for number in range(start, start + share):
+        start = self.topology.data_rank * self.share
+        for number in range(start, start + self.share):
             yield self.micro_batch(first_sample + number * self.size)
 
     def micro_batch(self, first_sample: int) -> Batch:
@@ -65,7 +65,8 @@ class BatchReader:
         tokens = self.config.train.global_batch_size * self.config.train.sequence_length
         counts = label_counts(batches, self.config.model.num_mtp_layers)
         if self.config.data.mask_documents:
-            labels, mtp_labels = sum_scalars(counts)
+            once = float(self.topology.reads_first)
+            labels, mtp_labels = sum_scalars([count * once for count in counts])
         else:  # every window has as many: no need to ask the others
             labels, mtp_labels = (count * self.topology.data_ranks for count in counts)
         return Divisors(int(labels), int(mtp_labels), tokens, self.num_micro_batches)

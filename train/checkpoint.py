@@ -200,6 +200,7 @@ def load(state: TrainState, path: Path, configuration: dict[str, Any]) -> None:
     if wrong:
         raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(wrong)}; set them alike")
     dcp.load(state.tensors(), checkpoint_id=path)
+    state.set_biases(state.biases)
     for name, value in stored["counters"].items():
         setattr(state.counters, name, value)
 

@@ -12,7 +12,7 @@ from train import checkpoint
 from train.config import Config
 from train.folder import as_mapping
 from train.metrics import MetricsWriter
-from train.state import TrainState, biases
+from train.state import TrainState
 from train.state_hash import state_hash
 from train.step import Stepper, StepResult
 from train.stop import StopWish
@@ -83,7 +83,7 @@ class Loop:
         metrics = result.metrics
         flops = metrics.pop("flops")
         tokens = self.config.train.global_batch_size * self.config.train.sequence_length
-        now = biases(self.state.model)
+        now = self.state.biases
         metrics["step_seconds"] = seconds
         metrics["tokens_per_second"] = tokens / seconds
         metrics["mfu"] = flops / seconds / (self.peak_flops * self.topology.world_size)
@@ -99,7 +99,7 @@ class Loop:
     def _report(self, result: StepResult, last: bool) -> None:
         step = self.state.counters.step
         if self.writer is not None:
-            self.writer.write(result.metrics, result.counts, biases(self.state.model))
+            self.writer.write(result.metrics, result.counts, self.state.biases)
         if self.terminal is None:
             return
         if due(self.config.logging.every, step) or last or step == 1:

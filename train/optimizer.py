@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,13 +57,13 @@ class OptimConfig:
                 raise ConfigError(f"optim.lr_scale.{name}={scale} must not be negative")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(models: Sequence[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with one group for each role, and moments that exist from the start.
 
     Moments made at once mean that a part which joins late (MTP) is in every checkpoint and every hash.
     """
     by_role: dict[str, list[nn.Parameter]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
+    for name, parameter in (pair for model in models for pair in model.named_parameters()):
         by_role[role(name)].append(parameter)
     groups = [
         {
@@ -75,7 +76,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     ]
     betas = (config.betas[0], config.betas[1])
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    for parameter in model.parameters():
+    for parameter in (parameter for model in models for parameter in model.parameters()):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter, requires_grad=False),

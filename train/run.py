@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from longcat.counts import active_range, count_parameters, describe, flops_per_token, human
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
-from longcat.model import LongCat
 from parallel.device import device_name, fastest_dtype, make_deterministic, peak_flops
+from parallel.engine import InTurn
 from parallel.mesh import Topology, connect, resolve_sizes, world_from_environment
+from parallel.prepare import check_model, prepare
 from parallel.reduce import from_first_rank
-from parallel.sharding import materialise, shard
 from train import checkpoint
 from train.balance import build_controller
 from train.batches import BatchReader
@@ -99,7 +99,9 @@ def outcome(config: Config, wish: StopWish) -> tuple[int, str]:
 
 def check(config: Config, world_size: int) -> None:
     """Everything that can be refused before ranks start: sizes, folder. Raises ConfigError."""
-    config.validate_world(resolve_sizes(config.parallel, world_size).data_ranks)
+    sizes = resolve_sizes(config.parallel, world_size)
+    config.validate_world(sizes.data_ranks)
+    check_model(config.model, sizes, config.train.sequence_length)
     check_folder(config)
 
 
@@ -171,13 +173,20 @@ def resolve_dtype(config: Config) -> str:
 
 
 def build_state(config: Config, topology: Topology) -> TrainState:
-    """Meta device → sharding → values from (seed, name) → optimizer."""
-    with torch.device("meta"):
-        model = LongCat(config.model, config.balance.num_groups)
-    shard(model, topology, config.parallel, getattr(torch, config.train.dtype))
-    materialise(model, config.model, config.train.seed, topology.device)
-    optimizer = build_optimizer(model, config.optim)
-    return TrainState(model, optimizer, build_controller(config.balance, config.model), Counters())
+    """The model as this rank holds it, its optimizer and bias controller."""
+    model = prepare(
+        config.model,
+        config.balance.num_groups,
+        None,
+        config.parallel,
+        topology,
+        getattr(torch, config.train.dtype),
+        config.train.seed,
+    )
+    engine = InTurn(model)
+    optimizer = build_optimizer(engine.parts, config.optim)
+    biases = torch.zeros(config.model.num_layers, config.model.num_routed, device=topology.device)
+    return TrainState(engine, optimizer, build_controller(config.balance, config.model), Counters(), biases)
 
 
 def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Validator]:

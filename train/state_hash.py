@@ -32,6 +32,9 @@ def state_hash(state: TrainState, topology: Topology) -> str:
         if counts_here:
             kind, _, name = key.partition("/")
             total += hash_stored(kind, name, local, tuple(tensor.shape), box)
+    if topology.holds_first_shards:
+        for key, tensor in state.steps():
+            total += name_key(key) * hash_range(bits(tensor.detach()).flatten(), 0)
     if topology.is_first:
         for key, tensor in state.replicated():
             total += name_key(key) * hash_range(bits(tensor.detach()).flatten(), 0)

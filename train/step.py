@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,30 +13,24 @@ from torch import Tensor
 
 from longcat.counts import flops_per_token
 from longcat.model import Losses
-from parallel.mesh import Topology
+from parallel.mesh import Axis, Topology
 from parallel.reduce import gradient_square, scale_gradients, sum_over_ranks, sum_together
-from parallel.sharding import local_part, set_gradient_sync
+from parallel.sharding import local_part
 from train.batches import Batch, BatchReader
 from train.config import Config
 from train.objective import Divisors, objective
 from train.optimizer import set_rates
 from train.schedule import rate_factor
-from train.state import TrainState, set_biases
+from train.state import TrainState
 
 
 @dataclass
 class Tally:
-    """What this rank's micro-batches add up to."""
+    """What this rank's micro-batches add up to; over all ranks each figure counts once."""
 
-    sums: list[Tensor] = field(default_factory=list)  # [5] lm, mtp, balance, hidden z, hidden norm; on the device
-    counts: list[Tensor] = field(default_factory=list)
-    balance_slope: list[Tensor] = field(default_factory=list)
-
-    def add(self, losses: Losses) -> None:
-        parts = (losses.lm, losses.mtp, losses.balance, losses.hidden_z, losses.hidden_norm)
-        self.sums.append(torch.stack([part.detach().double() for part in parts]))
-        self.counts.append(losses.counts)
-        self.balance_slope.append(losses.balance_slope)
+    sums: Tensor  # [5] float64: lm, mtp, balance, hidden z, hidden norm
+    counts: Tensor  # [L, N + Z] int64
+    balance_slope: Tensor  # [L, N + Z]
 
 
 @dataclass
@@ -55,6 +49,7 @@ class Stepper:
     def __init__(self, state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> None:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
         self.parameters = [parameter for _, parameter in state.parameters]
+        self.unique = [parameter for _, parameter in state.unique]
 
     def step(self, stop_requested: bool) -> StepResult:
         """Train on the next global batch. With a loss or gradient that is not finite, nothing is updated."""
@@ -66,12 +61,12 @@ class Stepper:
         tally = self._backward(batches, divisors, use_mtp)
 
         square, sums, slopes, directions = sum_together(
-            gradient_square(self.parameters, self.topology),
-            torch.cat((torch.stack(tally.sums).sum(0).cpu(), torch.tensor([float(stop_requested)]))),
+            gradient_square(self.unique, self.topology),
+            torch.cat((tally.sums, torch.tensor([float(stop_requested)]))),
             self._slopes(tally),
             router_directions(self.state, self.topology),
         )
-        counts = sum_over_ranks(torch.stack(tally.counts).sum(0).cpu())
+        counts = sum_over_ranks(tally.counts)
         norm = math.sqrt(square)
         healthy = math.isfinite(norm) and bool(torch.isfinite(sums).all())
         factor = rate_factor(config.schedule, counters.step + 1)
@@ -85,12 +80,24 @@ class Stepper:
         return StepResult(metrics, counts, healthy, stop=bool(sums[5] > 0))
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> Tally:
-        tally = Tally()
-        for number, batch in enumerate(batches, start=1):
-            set_gradient_sync(self.state.model, last=number == len(batches), mtp=use_mtp)
-            losses: Losses = self.state.model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=use_mtp)
-            objective(losses, divisors, self.config.loss, self.config.balance.group_loss_weight).backward()
-            tally.add(losses)
+        weights = self.config.loss, self.config.balance.group_loss_weight
+        found = self.state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), use_mtp)
+        return self._tally(found)
+
+    def _tally(self, found: list[list[Losses]]) -> Tally:
+        """Ranks that share a vocabulary have the same `lm`, those that share a micro-batch the same slope."""
+        one_of_vocabulary = float(self.topology.coordinate(Axis.TP) == 0)
+        one_of_batch = one_of_vocabulary * float(self.topology.coordinate(Axis.CP) == 0)
+        shape = self.state.biases.shape
+        tally = Tally(torch.zeros(5, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
+        once = torch.tensor([one_of_vocabulary, one_of_vocabulary, 1.0, 1.0, 1.0], dtype=torch.float64)
+        for model, of_part in zip(self.state.models, found, strict=True):
+            layers = slice(model.part.first, model.part.last)
+            parts = [(one.lm, one.mtp, one.balance, one.hidden_z, one.hidden_norm) for one in of_part]
+            tally.sums += torch.stack([torch.stack([p.double() for p in part]) for part in parts]).sum(0).cpu() * once
+            tally.counts[layers] += torch.stack([one.counts for one in of_part]).sum(0).cpu()
+            tally.balance_slope[layers] += torch.stack([one.balance_slope for one in of_part]).sum(0).cpu()
+        tally.balance_slope *= one_of_batch
         return tally
 
     def _update(self, norm: float, factor: float, counts: Tensor) -> None:
@@ -100,19 +107,20 @@ class Stepper:
         set_rates(self.state.optimizer, self.config.optim, factor)
         self.state.optimizer.step()
         self.state.optimizer.zero_grad(set_to_none=True)
-        set_biases(self.state.model, self.state.controller.update(counts))
+        self.state.set_biases(self.state.controller.update(counts))
 
     def _watch_gates(self) -> None:
         """Let the routers gather Σ_t ∂loss/∂R_t of this step's backward."""
-        for router in self.state.model.routers():
+        for _, router in self.state.routers():
             router.gate_slope = torch.zeros_like(router.e_score_correction_bias)
 
     def _slopes(self, tally: Tally) -> Tensor:
         """This rank's share of ∇_P of the task's loss and of the balance loss: [2, L, N+Z]."""
-        slopes = [router.gate_slope for router in self.state.model.routers()]
-        gates = torch.stack([slope for slope in slopes if slope is not None])
-        balance = torch.stack(tally.balance_slope).sum(0) / self.reader.num_micro_batches
-        balance = balance * self.config.balance.group_loss_weight
+        gates = torch.zeros_like(tally.balance_slope)
+        for number, router in self.state.routers():
+            assert router.gate_slope is not None
+            gates[number] = router.gate_slope.cpu()
+        balance = tally.balance_slope / self.reader.num_micro_batches * self.config.balance.group_loss_weight
         return torch.stack((gates, balance))
 
     def _metrics(
@@ -149,11 +157,12 @@ class Stepper:
 
 def router_directions(state: TrainState, topology: Topology) -> Tensor:
     """This rank's share of the sum of each router's rows, scaled to length 1: [L, D]; replicas count once."""
-    shares = []
-    for router in state.model.routers():
+    config = state.models[0].config
+    shares = torch.zeros(config.num_layers, config.hidden_size, dtype=torch.float64)
+    for number, router in state.routers():
         rows = local_part(router.classifier.weight.detach())[0].double()
-        shares.append(torch.nn.functional.normalize(rows, dim=1).sum(0))
-    return torch.stack(shares) * float(topology.holds_first_replica)
+        shares[number] = torch.nn.functional.normalize(rows, dim=1).sum(0).cpu()
+    return shares * float(topology.holds_first_replica)
 
 
 def router_similarity(directions: Tensor, num_rows: int) -> float:

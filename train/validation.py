@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from parallel.mesh import Topology
-from parallel.reduce import sum_scalars
+from parallel.mesh import Axis, Topology
+from parallel.reduce import sum_over_ranks, sum_scalars
 from train.batches import BatchReader
 from train.config import Config
 from train.data.samples import TokenSamples
@@ -35,7 +36,7 @@ class Validator:
 
     def __init__(self, samples: TokenSamples, config: Config, topology: Topology) -> None:
         self.reader = BatchReader(samples, config, topology)
-        self.config = config
+        self.config, self.topology = config, topology
         path = tokenizer_path(config.data)
         self.tokenizer = None if path is None else load_tokenizer(path)
         lengths = None if path is None else token_byte_lengths(path, config.model.vocab_size)
@@ -48,17 +49,21 @@ class Validator:
         whole = max(1, self.reader.samples.num_samples // size)
         return min(self.config.validation.batches, whole) * size
 
-    @torch.no_grad()
     def measure(self, state: TrainState) -> ValidationResult:
         """A collective of all ranks."""
         nats, tokens, text_bytes = 0.0, 0.0, 0.0
         for first in range(0, self.num_samples, self.config.train.global_batch_size):
-            for batch in self.reader.read(first):
-                losses = state.model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=False)
-                nats += float(losses.lm)
+            batches = list(self.reader.read(first))
+            for of_part in state.engine.evaluate(batches):
+                nats += sum(float(losses.lm) for losses in of_part)
+            for batch in batches:
                 tokens += float(batch.valid.sum())
                 if self.byte_lengths is not None:
                     text_bytes += float(self.byte_lengths[batch.labels[batch.valid]].sum())
+        if self.topology.coordinate(Axis.TP):  # the same loss as the first rank that shares the vocabulary
+            nats = 0.0
+        if not self.topology.reads_first:
+            tokens, text_bytes = 0.0, 0.0
         nats, tokens, text_bytes = sum_scalars([nats, tokens, text_bytes])
         bits = nats / math.log(2) / text_bytes if text_bytes else None
         return ValidationResult(nats / tokens, bits)
@@ -73,7 +78,6 @@ class Validator:
             self.config.model.vocab_size,
         )
 
-    @torch.no_grad()
     def colour_documents(self, state: TrainState) -> list[dict[str, list[str] | list[float]]]:
         """Pieces of validation documents and the FFN experts that each token used.
 
@@ -87,11 +91,20 @@ class Validator:
             window = np.asarray(ids[:length], dtype=np.int64)
             padded = np.zeros(length + 1, dtype=np.int64)
             padded[: len(window)] = window
-            batch = self.reader.to_batch(torch.from_numpy(padded)[None])
-            losses = state.model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=False)
-            used = losses.ffn_experts[:, 0, : len(window)].double().mean(0)
+            used = self._ffn_experts(state, torch.from_numpy(padded)[None])[: len(window)]
             documents.append({"pieces": pieces(self.tokenizer, window), "ffn_experts": used.tolist()})
         return documents
+
+    def _ffn_experts(self, state: TrainState, window: Tensor) -> Tensor:
+        """FFN experts of each token [S] of one window [1, S + 1], mean over layers; every data rank reads the same."""
+        batches = [self.reader.to_batch(window)] * self.reader.share
+        used = torch.zeros(window.shape[1] - 1, dtype=torch.float64)
+        if self.topology.data_rank == 0:
+            for model, of_part in zip(state.models, state.engine.evaluate(batches), strict=True):
+                used[model.sequence.held(len(used))] += of_part[0].ffn_experts[:, 0].double().sum(0).cpu()
+        else:
+            state.engine.evaluate(batches)
+        return sum_over_ranks(used) / self.config.model.num_layers
 
 
 def write_json(path: Path, value: object) -> None:

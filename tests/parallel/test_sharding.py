@@ -16,7 +16,7 @@ from tests.distributed import run_ranks
 from train.batches import BatchReader
 from train.config import Config, compose
 from train.run import build_state
-from train.state import TrainState, biases
+from train.state import TrainState
 from train.state_hash import state_hash
 from train.step import Stepper
 
@@ -86,7 +86,7 @@ def train_three_steps(overrides: list[str]) -> dict[str, Any]:
         "grads": grads,
         "metrics": [result.metrics for result in results],
         "counts": [result.counts for result in results],
-        "biases": biases(state.model),
+        "biases": state.biases,
         "held": sum(local_part(p)[0].numel() for _, p in state.parameters),
     }
 

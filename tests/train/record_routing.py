@@ -42,13 +42,13 @@ def main(folder: Path) -> None:
     checkpoint.load(state, found, {**read_config(folder)})
     samples, _ = build_data(config, topology)
     scores: list[np.ndarray] = []
-    router = state.model.layers[LAYER].mlp.router
+    router = state.models[0].layers[LAYER].mlp.router
     router.register_forward_hook(lambda module, inputs, outputs: scores.append(outputs[0].half().numpy()))
     with torch.no_grad():
         for number in range(BATCHES):
             window = torch.from_numpy(np.stack([samples[4 * number + row] for row in range(4)]))
             tokens, labels = window[:, :-1], window[:, 1:]
-            state.model(tokens, labels, torch.ones_like(tokens, dtype=torch.bool), mtp=False)
+            state.models[0](tokens, labels, torch.ones_like(tokens, dtype=torch.bool), mtp=False)
     target = Path(__file__).with_name("recorded_routing.npz")
     np.savez_compressed(target, scores=np.stack(scores), step=state.counters.step)
     print(target, np.stack(scores).shape, target.stat().st_size)

@@ -82,7 +82,7 @@ def slow_hash(state: TrainState) -> str:
         kind, _, name = key.partition("/")
         for logical_name, matrix in logical(name, local_part(tensor.detach())[0]):
             total += name_of(f"{kind}/{logical_name}") * slow_sum(integers(matrix))
-    for key, tensor in state.replicated():
+    for key, tensor in [*state.steps(), *state.replicated()]:
         total += name_of(key) * slow_sum(integers(tensor))
     for key in ("step", "samples", "tokens"):
         total += name_of(f"counter/{key}") * getattr(state.counters, key)
@@ -99,7 +99,7 @@ def trained() -> Iterator[tuple[TrainState, Any]]:
 
 def test_equals_the_slow_reference(trained: tuple[TrainState, Any]) -> None:
     state, topology = trained
-    names = [name for name, _ in [*state.sharded(), *state.replicated()]]
+    names = [name for name, _ in [*state.sharded(), *state.steps(), *state.replicated()]]
     assert any("experts.gate_up" in name for name in names) and any("mtp" in name for name in names)
     assert sum(tensor.numel() for _, tensor in state.sharded()) > 10_000
     assert state_hash(state, topology) == slow_hash(state)
@@ -118,7 +118,7 @@ def raw(tensor: torch.Tensor) -> np.ndarray:
 def test_changes_with_any_one_bit(data: st.DataObject, trained: tuple[TrainState, Any]) -> None:
     """Of a weight, a moment, a bias, the controller or an optimizer's step count."""
     state, topology = trained
-    tensors = [*state.sharded(), *state.replicated()]
+    tensors = [*state.sharded(), *state.steps(), *state.replicated()]
     kinds = sorted({name.partition("/")[0] for name, _ in tensors})
     assert kinds == ["bias", "controller", "exp_avg", "exp_avg_sq", "optimizer_step", "weight"]
     kind = data.draw(st.sampled_from(kinds))

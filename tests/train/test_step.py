@@ -109,7 +109,7 @@ def test_mtp_switches_on_at_its_token_count() -> None:
 def test_router_similarity_is_the_mean_pairwise_cosine() -> None:
     stepper, _, state = build(compose(OVERRIDES))
     expected = []
-    for router in state.model.routers():
+    for router in state.models[0].routers():
         rows = router.classifier.weight.full_tensor().detach()
         cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
         expected.append(float(cosines[~torch.eye(len(rows), dtype=torch.bool)].mean()))

@@ -1,0 +1,36 @@
+"""Activation recomputation: what the backward computes again instead of keeping it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longcat.attention import LatentAttention
+from longcat.layer import PredictionLayer, ShortcutLayer
+from longcat.model import LongCat
+
+
+def recompute(model: LongCat, how: str) -> None:
+    """Recompute nothing (`none`), attention from its latents on (`selective`) or whole layers (`full`), in place.
+
+    Attention's probabilities are what grows with the square of the sequence, so `selective` gives up most of the
+    memory for the cost of expanding and attending once more. A layer's statistics are returned by its first
+    forward; what the second one counts goes nowhere.
+    """
+    for module in model.modules():
+        if how == "selective" and isinstance(module, LatentAttention):
+            _again(module, "attend")
+        elif how == "full" and isinstance(module, ShortcutLayer | PredictionLayer):
+            _again(module, "forward")
+
+
+def _again(module: nn.Module, method: str) -> None:
+    once = getattr(module, method)
+
+    def twice(*arguments: Tensor | None) -> Any:
+        # Not stopped early: an exchange that the second run starts has to be awaited, on every rank
+        return checkpoint(once, *arguments, use_reentrant=False, preserve_rng_state=False, early_stop=False)
+
+    setattr(module, method, twice)

@@ -1,0 +1,117 @@
+"""Positions of a sequence spread over context- and tensor-parallel ranks: the seam `Sequence` of the model.
+
+Context parallelism cuts a sequence into 2·cp stretches and gives rank r the stretches r and 2·cp - 1 - r: with a causal
+mask all ranks then have the same work. What travels for attention are the normed latents of keys and values and the
+shared rotary key: R + rotary numbers a position, where exchanging heads would move the latents of queries too and
+the heads' results back, and passing keys and values around would move H·(C + V). Each rank expands the heads of all
+positions from the latents.
+
+Tensor parallelism cuts the positions of a context rank into tp stretches between the parts that are split by heads
+or columns (sequence parallelism): norms, latents, router and residual work on s = S/(cp·tp) positions.
+"""
+
+# B sequences, S all positions, q = S/cp, s = q/tp, D width, R latent width
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longcat.errors import ConfigError
+from longcat.model import LongCat
+from longcat.seams import parts
+from parallel.exchange import AllGather, Flight, ReduceScatter, exchanged, start, wait
+from parallel.mesh import Axis, Topology
+
+
+def spread_sequence(model: LongCat, topology: Topology) -> None:
+    """Let a model work on this rank's share of each sequence, in place."""
+    if topology.sizes.cp * topology.sizes.tp == 1:
+        return
+    for module in parts(model):
+        if "sequence" in vars(module):
+            module.sequence = SpreadSequence(topology, place_of(model, module))  # type: ignore[assignment]
+
+
+def place_of(model: LongCat, module: torch.nn.Module) -> str:
+    """What a person calls a module: `layers.3.self_attn.0`."""
+    return next(name for name, candidate in model.named_modules() if candidate is module) or "model"
+
+
+def check_length(length: int, cp: int, tp: int) -> None:
+    """Raise ConfigError where a sequence cannot be cut into equal stretches."""
+    stretches = (2 * cp if cp > 1 else 1) * tp
+    if length % stretches:
+        raise ConfigError(
+            f"train.sequence_length={length} does not divide into the {stretches} equal stretches of parallel.cp={cp} "
+            f"(two a rank) and parallel.tp={tp}; use a multiple of {stretches}"
+        )
+
+
+class SpreadSequence:
+    """This rank's positions. ``place`` names the module in messages."""
+
+    def __init__(self, topology: Topology, place: str) -> None:
+        self.place = place
+        self.cp, self.tp = topology.sizes.cp, topology.sizes.tp
+        self.cp_rank = topology.coordinate(Axis.CP)
+        self.tp_rank = topology.coordinate(Axis.TP)
+        self.tp_group = topology.group(Axis.TP)
+        self.shared_group = topology.shared.get_group()  # cp × tp, tp innermost
+        self.num_shards = self.cp * self.tp
+
+    def runs(self, length: int) -> list[tuple[int, int]]:
+        return cp_runs(length, self.cp, self.cp_rank)
+
+    def held(self, length: int) -> Tensor:
+        queries = torch.cat([torch.arange(start, stop) for start, stop in self.runs(length)])
+        return queries.tensor_split(self.tp)[self.tp_rank]
+
+    def select(self, values: Tensor) -> Tensor:
+        if self.cp == 1:
+            return values
+        return torch.cat([values[:, start:stop] for start, stop in self.runs(values.shape[1])], 1)
+
+    def gather(self, x: Tensor) -> Tensor:
+        if self.tp == 1:
+            return x
+        gathered = exchanged(x, AllGather(f"positions of tensor-parallel ranks, {self.place}", self.tp_group))
+        return gathered.transpose(0, 1).flatten(1, 2)  # [tp, B, s, D] → [B, q, D]
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        if self.tp == 1:
+            return partial
+        stretches = partial.unflatten(1, (self.tp, -1)).transpose(0, 1)  # [tp, B, s, D]
+        return exchanged(stretches, ReduceScatter(f"sum over tensor-parallel ranks, {self.place}", self.tp_group))
+
+    def start_keys(self, latents: Tensor) -> Flight:
+        return start(latents, AllGather(f"attention latents, {self.place}", self.shared_group))
+
+    def wait_keys(self, handle: Flight) -> Tensor:
+        gathered = wait(handle)  # [cp·tp, B, s, R]
+        by_context = gathered.unflatten(0, (self.cp, self.tp)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [cp, B, q, R]
+        if self.cp == 1:
+            return by_context[0]
+        early, late = by_context.chunk(2, 2)  # rank r: stretches r and 2·cp - 1 - r
+        stretches = torch.cat((early, late.flip(0)))  # [2·cp, B, S/(2·cp), R]
+        return stretches.transpose(0, 1).flatten(1, 2)
+
+    def start_count(self, counts: Tensor) -> Any:
+        total = counts.clone()
+        return dist.all_reduce(total, group=self.shared_group, async_op=True), total
+
+    def wait_count(self, handle: Any) -> Tensor:
+        work, total = handle
+        work.wait()
+        return total  # type: ignore[no-any-return]
+
+
+def cp_runs(length: int, cp: int, rank: int) -> list[tuple[int, int]]:
+    """(start, stop) of the two stretches of a context-parallel rank."""
+    if cp == 1:
+        return [(0, length)]
+    width = length // (2 * cp)
+    return [(place * width, (place + 1) * width) for place in (rank, 2 * cp - 1 - rank)]

@@ -1,0 +1,54 @@
+"""The layouts of the suite: a name, the ranks, and the overrides; and the problems that they are compared on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Layout(NamedTuple):
+    """One layout. ``problem`` names what is computed; one process computes the same."""
+
+    name: str
+    ranks: int
+    parallel: str  # overrides of parallel.*, overlap.* as words
+    problem: str = "plain"
+
+    @property
+    def overrides(self) -> list[str]:
+        words = [word if "." in word.partition("=")[0] else f"parallel.{word}" for word in self.parallel.split()]
+        return [*words, *PROBLEMS[self.problem]]
+
+
+PROBLEMS: dict[str, list[str]] = {
+    "plain": [],
+    "two_a_micro_batch": ["train.micro_batch_size=2"],
+    "documents": ["data.mask_documents=true"],
+    "no_mtp": ["model.num_mtp_layers=0"],
+    "seven_layers": ["model.num_layers=7"],
+    "eight_layers": ["model.num_layers=8"],
+}
+
+LAYOUTS = [
+    Layout("fsdp2", 2, "fsdp=2"),
+    Layout("dp2", 2, "fsdp=1 dp=2"),
+    Layout("ep2", 2, "ep=2"),
+    Layout("ep2-all_gather", 2, "ep=2 transport=all_gather"),
+    Layout("ep2-chunks2", 2, "ep=2 overlap.num_chunks=2"),
+    Layout("ep2-chunks3", 2, "ep=2 overlap.num_chunks=3", "two_a_micro_batch"),
+    Layout("tp2", 2, "tp=2"),
+    Layout("cp2", 2, "cp=2"),
+    Layout("cp2-documents", 2, "cp=2", "documents"),
+    Layout("cp2-ep2", 2, "cp=2 ep=2"),
+    Layout("tp2-ep2", 2, "tp=2 ep=2", "two_a_micro_batch"),
+    Layout("ep2-recompute_full", 2, "ep=2 recompute=full"),
+    Layout("ep2-recompute_selective", 2, "ep=2 recompute=selective"),
+    Layout("cp2-tp2-ep4", 4, "cp=2 tp=2 ep=4", "documents"),
+    Layout("fsdp2-cp2-ep4", 4, "fsdp=2 cp=2 ep=4"),
+    Layout("dp2-fsdp2-ep2", 4, "dp=2 fsdp=2 ep=2"),
+    Layout("fsdp4-ep2", 4, "fsdp=4 ep=2", "two_a_micro_batch"),
+    Layout("cp4-ep2", 4, "cp=4 ep=2"),
+    Layout("tp4", 4, "tp=4"),
+    Layout("fsdp2-tp2-ep2-recompute_full", 4, "fsdp=2 tp=2 ep=2 recompute=full", "documents"),
+    Layout("fsdp2-cp2-tp2-ep8", 8, "fsdp=2 cp=2 tp=2 ep=8"),
+    Layout("dp2-fsdp2-cp2-ep4", 8, "dp=2 fsdp=2 cp=2 ep=4"),
+]

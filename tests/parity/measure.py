@@ -1,0 +1,182 @@
+"""What a layout computes in some steps: the bits of all that the suite compares, by logical name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longcat.moe import Router
+from longcat.names import Box, pieces
+from parallel.mesh import Topology, make_topology, resolve_sizes, world_from_environment
+from parallel.sharding import local_part
+from train.batches import BatchReader
+from train.config import Config, compose
+from train.run import build_state
+from train.state import TrainState
+from train.state_hash import state_hash
+from train.step import Stepper
+
+VOCABULARY, LENGTH = 96, 32
+MODEL = [
+    "model=debug",
+    "model.num_layers=4",
+    "model.hidden_size=24",
+    f"model.vocab_size={VOCABULARY}",
+    "model.num_experts=8",
+    "model.num_zero_experts=4",
+    "model.ffn_hidden_size=24",
+    "model.expert_hidden_size=12",
+    "model.hidden_std=0.2",
+    "model.embedding_std=0.5",
+    f"train.sequence_length={LENGTH}",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=1",
+    "train.dtype=float32",
+    "balance.group_loss_weight=0.01",
+    "balance.num_groups=4",
+    "loss.hidden_z_weight=1e-3",
+    "optim.grad_clip=0.5",
+    "balance.ki=0.1",
+    "schedule.warmup_steps=0",
+]
+Held = tuple[str, tuple[int, ...], Box, Tensor]  # logical name, shape, box, values
+
+
+@dataclass
+class Measured:
+    """Of one rank; `assemble` puts ranks together."""
+
+    hashes: list[str] = field(default_factory=list)
+    losses: list[dict[str, float]] = field(default_factory=list)  # of each step
+    selections: list[int] = field(default_factory=list)  # one number for all choices of a step, summed over ranks
+    counts: list[Tensor] = field(default_factory=list)
+    smallest_gap: float = float("inf")
+    initial: list[Held] = field(default_factory=list)
+    first_gradients: list[Held] = field(default_factory=list)
+    last_gradients: list[Held] = field(default_factory=list)
+    weights: list[Held] = field(default_factory=list)
+    exp_avg: list[Held] = field(default_factory=list)
+    exp_avg_sq: list[Held] = field(default_factory=list)
+    biases: Tensor | None = None
+
+
+class RandomSamples:
+    """Windows of random ids that depend on the sample's number alone; id 0 ends documents."""
+
+    eod = 0
+    num_samples = 64
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.random.default_rng(index).integers(0, VOCABULARY // 4, LENGTH + 1)
+
+
+class SelectionLog:
+    """Adds up a number for each (step, sample, position, layer, expert) chosen: equal sums mean equal selections."""
+
+    def __init__(self, state: TrainState, config: Config) -> None:
+        self.total, self.smallest_gap = 0, float("inf")
+        self.config = config
+        self.samples: list[int] = []
+        self.calls: dict[int, int] = {}
+        for model in state.models:
+            for number, layer in model.layers.items():
+                layer.mlp.router.register_forward_hook(self._hook(int(number), layer.mlp.sequence.held(LENGTH)))
+
+    def _hook(self, layer: int, positions: Tensor) -> Callable[[Router, Any, Any], None]:
+        def hook(router: Router, _: Any, output: Any) -> None:
+            probabilities, indices, _ = output
+            call = self.calls.get(layer, 0)
+            self.calls[layer] = call + 1
+            if call >= len(self.samples) // self.config.train.micro_batch_size:
+                return  # recomputed
+            size = self.config.train.micro_batch_size
+            samples = torch.tensor(self.samples[call * size : (call + 1) * size])
+            token = (samples[:, None] * LENGTH + positions[None, :]).flatten()
+            key = (token[:, None] * 64 + layer) * 64 + indices
+            self.total += int((((key * 2654435761) ^ (key >> 7)) % 1000003).sum())
+            scores = (probabilities + router.e_score_correction_bias).detach().sort(1, descending=True).values
+            chosen = self.config.model.top_k
+            gap = (scores[:, chosen - 1] - scores[:, chosen]) / scores[:, chosen - 1].abs()
+            self.smallest_gap = min(self.smallest_gap, float(gap.min()))
+
+        return hook
+
+    def begin(self, samples: list[int]) -> None:
+        self.samples, self.calls, self.total = samples, {}, 0
+
+
+def held(tensors: Iterator[tuple[str, Tensor]]) -> list[Held]:
+    """Logical pieces of stored tensors that are on this rank."""
+    found = []
+    for name, tensor in tensors:
+        local, box = local_part(tensor.detach())
+        for piece in pieces(name, tuple(tensor.shape), box):
+            found.append((piece.name, piece.shape, piece.box, local[piece.index].clone()))
+    return found
+
+
+def measure(overrides: list[str], steps: int, full: bool = True) -> Measured:
+    """Train ``steps`` steps in this rank's layout. A collective."""
+    config = compose([*MODEL, *overrides])
+    rank, _, world_size = world_from_environment()
+    sizes = resolve_sizes(config.parallel, world_size)
+    topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
+    state = build_state(config, topology)
+    reader = BatchReader(RandomSamples(), config, topology)  # type: ignore[arg-type]
+    stepper = Stepper(state, reader, config, topology)
+    log, out = SelectionLog(state, config), Measured()
+    first = topology.holds_first_replica
+    if full and first:
+        out.initial = held(iter(state.unique))
+    out.hashes.append(state_hash(state, topology))
+    update = stepper._update
+
+    def keep_gradients(*arguments: Any) -> None:
+        if full and first and len(out.losses) in (0, steps - 1):
+            gradients = held((name, parameter.grad) for name, parameter in state.unique)
+            if len(out.losses) == 0:
+                out.first_gradients = gradients
+            out.last_gradients = gradients
+        update(*arguments)
+
+    stepper._update = keep_gradients  # type: ignore[method-assign]
+    for _ in range(steps):
+        log.begin(own_samples(state, reader, config, topology))
+        result = stepper.step(False)
+        assert result.healthy
+        out.losses.append({key: value for key, value in result.metrics.items() if isinstance(value, float)})
+        out.selections.append(log.total)
+        out.counts.append(result.counts)
+        out.hashes.append(state_hash(state, topology))
+    out.smallest_gap = log.smallest_gap
+    out.biases = state.biases
+    if full and first:
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            tensors = [(key.partition("/")[2], value) for key, value in state.sharded() if key.startswith(f"{kind}/")]
+            setattr(out, "weights" if kind == "weight" else kind, held(iter(tensors)))
+    return out
+
+
+def own_samples(state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> list[int]:
+    """Numbers of the samples that this rank reads in the next step."""
+    share = config.train.global_batch_size // topology.data_ranks
+    start = state.counters.samples + topology.data_rank * share
+    return list(range(start, start + share))
+
+
+def assemble(ranks: list[list[Held]]) -> dict[str, Tensor]:
+    """Whole logical tensors from the ranks' pieces; every element must be held exactly once."""
+    whole: dict[str, Tensor] = {}
+    times: dict[str, Tensor] = {}
+    for name, shape, box, values in (piece for pieces_of_rank in ranks for piece in pieces_of_rank):
+        index = tuple(slice(start, stop) for start, stop in box)
+        whole.setdefault(name, torch.zeros(shape, dtype=values.dtype))[index] = values
+        times.setdefault(name, torch.zeros(shape, dtype=torch.int8))[index] += 1
+    wrong = [name for name, count in times.items() if not bool((count == 1).all())]
+    assert not wrong, f"not held exactly once: {wrong[:3]}"
+    return whole

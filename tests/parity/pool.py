@@ -1,0 +1,100 @@
+"""A pool of gloo ranks for each world size: started once, asked many times; a rank that fails or hangs is named."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from queue import Empty
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed import free_port
+
+
+def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    while (task := tasks.get()) is not None:
+        function, arguments = task
+        try:
+            answer = io.BytesIO()  # bytes: tensors in a queue would share memory with a process that may end
+            torch.save(function(*arguments), answer)
+            answers.put((rank, answer.getvalue(), None))
+        except BaseException:
+            answers.put((rank, None, traceback.format_exc()))
+
+
+class Pool:
+    """``world_size`` ranks in one process group. A failure ends the pool: its ranks may no longer be in step."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self.answers = context.Queue()
+        self.tasks = [context.Queue() for _ in range(world_size)]
+        self.ranks = [
+            context.Process(target=_serve, args=(rank, world_size, port, self.tasks[rank], self.answers), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+        """Call ``function(*arguments)`` on every rank; returns their results in rank order."""
+        for queue in self.tasks:
+            queue.put((function, arguments))
+        results: dict[int, Any] = {}
+        failures = {}
+        try:
+            while len(results) < len(self.ranks):
+                rank, result, failure = self.answers.get(timeout=10 if failures else timeout)
+                if failure:
+                    failures[rank] = failure
+                    continue
+                results[rank] = torch.load(io.BytesIO(result), weights_only=False)
+        except Empty:
+            self.close()
+            if failures:
+                first = min(failures)
+                raise AssertionError(f"ranks {sorted(failures)} failed, rank {first} so:\n{failures[first]}") from None
+            missing = sorted(set(range(len(self.ranks))) - results.keys())
+            raise TimeoutError(f"ranks {missing} did not answer within {timeout} s") from None
+        return [results[rank] for rank in range(len(self.ranks))]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.ranks)
+
+    def close(self) -> None:
+        for process in self.ranks:
+            process.kill()
+
+
+_pools: dict[int, Pool] = {}
+
+
+def pool(world_size: int) -> Pool:
+    """The pool of this world size; a new one where the last one has failed."""
+    if world_size not in _pools or not _pools[world_size].alive:
+        _pools[world_size] = Pool(world_size)
+    return _pools[world_size]
+
+
+def close_pools() -> None:
+    for one in _pools.values():
+        one.close()
+    _pools.clear()
