@@ -52,7 +52,7 @@ class AllGather(Exchange):
 
     def launch(self, x: Tensor) -> tuple[dist.Work | None, Tensor]:
         out = x.new_empty(dist.get_world_size(self.group), *x.shape)
-        return dist.all_gather_into_tensor(out.flatten(0, 1), x, self.group, async_op=True), out
+        return dist.all_gather_single(out.flatten(0, 1), x, self.group, async_op=True), out
 
     def reverse(self) -> Exchange:
         return ReduceScatter(self.name, self.group)
@@ -63,7 +63,7 @@ class ReduceScatter(Exchange):
 
     def launch(self, x: Tensor) -> tuple[dist.Work | None, Tensor]:
         out = x.new_empty(x.shape[1:])
-        return dist.reduce_scatter_tensor(out, x.flatten(0, 1), group=self.group, async_op=True), out
+        return dist.reduce_scatter_single(out, x.flatten(0, 1), group=self.group, async_op=True), out
 
     def reverse(self) -> Exchange:
         return AllGather(self.name, self.group)

@@ -138,7 +138,7 @@ class AllGatherDispatcher:
 
     def start(self, x: Tensor, routing: Routing) -> _Gathered:
         indices = routing.indices.new_empty(dist.get_world_size(self.group), *routing.indices.shape)
-        dist.all_gather_into_tensor(indices.flatten(0, 1), routing.indices.contiguous(), self.group)
+        dist.all_gather_single(indices.flatten(0, 1), routing.indices.contiguous(), self.group)
         gather = AllGather(f"expert dispatch, {self.place}", self.group)
         return _Gathered(x, routing, start(x, gather), start(routing.gates, gather), indices.flatten(0, 1))
 

@@ -8,6 +8,7 @@ from longcat.config import ModelConfig
 from longcat.model import LongCat, Part
 from parallel.expert import check_experts, spread_experts
 from parallel.mesh import ParallelConfig, Sizes, Topology
+from parallel.overlap import OverlapConfig, set_chunks
 from parallel.recompute import recompute
 from parallel.sequence import check_length, spread_sequence
 from parallel.sharding import materialise, shard
@@ -26,6 +27,7 @@ def prepare(
     balance_groups: int,
     part: Part | None,
     parallel: ParallelConfig,
+    overlap: OverlapConfig,
     topology: Topology,
     compute_dtype: torch.dtype,
     seed: int,
@@ -36,6 +38,7 @@ def prepare(
     spread_tensors(model, topology)
     spread_experts(model, topology, parallel.transport)
     spread_sequence(model, topology)
+    set_chunks(model, overlap)
     recompute(model, parallel.recompute)
     # A pipeline keeps gathered weights through a step: it visits each stage many times
     reshard = parallel.reshard_after_forward and topology.sizes.pp == 1

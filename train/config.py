@@ -12,6 +12,7 @@ from typing import Any
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from parallel.mesh import ParallelConfig
+from parallel.overlap import OverlapConfig
 from train.balance import BalanceConfig
 from train.data.config import DataConfig
 from train.identity import flatten
@@ -131,6 +132,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -179,6 +179,7 @@ def build_state(config: Config, topology: Topology) -> TrainState:
         config.balance.num_groups,
         None,
         config.parallel,
+        config.overlap,
         topology,
         getattr(torch, config.train.dtype),
         config.train.seed,

@@ -89,11 +89,11 @@ class SelectionLog:
 
     def _hook(self, layer: int, positions: Tensor) -> Callable[[Router, Any, Any], None]:
         def hook(router: Router, _: Any, output: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # recomputed in a backward
             probabilities, indices, _ = output
             call = self.calls.get(layer, 0)
             self.calls[layer] = call + 1
-            if call >= len(self.samples) // self.config.train.micro_batch_size:
-                return  # recomputed
             size = self.config.train.micro_batch_size
             samples = torch.tensor(self.samples[call * size : (call + 1) * size])
             token = (samples[:, None] * LENGTH + positions[None, :]).flatten()

@@ -42,6 +42,7 @@ class Pool:
     """``world_size`` ranks in one process group. A failure ends the pool: its ranks may no longer be in step."""
 
     def __init__(self, world_size: int) -> None:
+        self.closed = False
         context = multiprocessing.get_context("spawn")
         port = free_port()
         self.answers = context.Queue()
@@ -60,26 +61,25 @@ class Pool:
         results: dict[int, Any] = {}
         failures = {}
         try:
-            while len(results) < len(self.ranks):
+            while len(results) + len(failures) < len(self.ranks):
                 rank, result, failure = self.answers.get(timeout=10 if failures else timeout)
                 if failure:
                     failures[rank] = failure
                     continue
                 results[rank] = torch.load(io.BytesIO(result), weights_only=False)
         except Empty:
+            if not failures:
+                self.close()
+                missing = sorted(set(range(len(self.ranks))) - results.keys())
+                raise TimeoutError(f"ranks {missing} did not answer within {timeout} s") from None
+        if failures:
             self.close()
-            if failures:
-                first = min(failures)
-                raise AssertionError(f"ranks {sorted(failures)} failed, rank {first} so:\n{failures[first]}") from None
-            missing = sorted(set(range(len(self.ranks))) - results.keys())
-            raise TimeoutError(f"ranks {missing} did not answer within {timeout} s") from None
+            first = min(failures)
+            raise AssertionError(f"ranks {sorted(failures)} failed, rank {first} so:\n{failures[first]}")
         return [results[rank] for rank in range(len(self.ranks))]
 
-    @property
-    def alive(self) -> bool:
-        return all(process.is_alive() for process in self.ranks)
-
     def close(self) -> None:
+        self.closed = True
         for process in self.ranks:
             process.kill()
 
@@ -89,7 +89,7 @@ _pools: dict[int, Pool] = {}
 
 def pool(world_size: int) -> Pool:
     """The pool of this world size; a new one where the last one has failed."""
-    if world_size not in _pools or not _pools[world_size].alive:
+    if world_size not in _pools or _pools[world_size].closed:
         _pools[world_size] = Pool(world_size)
     return _pools[world_size]
 

@@ -1,0 +1,68 @@
+"""Bytes of weights, gradients and moments that each rank holds, by formula: from sizes alone, nothing is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longcat.config import ModelConfig
+from longcat.counts import count_parameters
+from longcat.model import Part
+from parallel.mesh import Sizes
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """What stays on a rank from step to step, and the gradients between backward and update, all in float32."""
+
+    weights: float
+    gradients: float
+    moments: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.moments
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Elements of a part of a model by what they are spread over."""
+
+    experts: int  # over ep × efsdp
+    split: int  # heads, columns and vocabulary: over tp, then fsdp × cp
+    whole: int  # latents, router, norms: over fsdp × cp × tp
+
+    @property
+    def total(self) -> int:
+        return self.experts + self.split + self.whole
+
+
+def elements(config: ModelConfig, part: Part | None = None) -> Elements:
+    """Count the elements of a part (None = all) by kind."""
+    part = part or Part(0, config.num_layers, embedding=True, head=True)
+    counts, d, heads = count_parameters(config), config.hidden_size, config.num_heads
+    by_heads = heads * (
+        config.q_lora_rank * config.qk_head_dim
+        + config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+        + config.v_head_dim * d
+    )
+    layers = part.last - part.first
+    split = layers * (2 * by_heads + 2 * counts.dense_ffn)
+    whole = layers * (2 * (counts.attention - by_heads) + counts.router + counts.norms)
+    predictors = config.num_mtp_layers if part.head else 0
+    if predictors:
+        split += predictors * (by_heads + counts.dense_ffn)
+        whole += counts.mtp - predictors * (by_heads + counts.dense_ffn)
+    split += counts.embedding * (part.embedding or predictors > 0) + counts.head * part.head
+    whole += d * part.head
+    return Elements(layers * config.num_experts * counts.expert, split, whole)
+
+
+def held_bytes(config: ModelConfig, sizes: Sizes, parts: list[Part | None]) -> HeldBytes:
+    """What one rank holds of its ``parts``: every element is on one rank of each replica, whatever it is spread over.
+
+    So the three kinds shrink alike with fsdp × cp × tp; experts are no exception, since ep × efsdp is the same ranks.
+    """
+    held = sum(elements(config, part).total for part in parts) / sizes.dense_shards * FLOAT32
+    return HeldBytes(weights=held, gradients=held, moments=2 * held)
