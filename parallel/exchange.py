@@ -9,8 +9,8 @@ were made later first, so what stands between the two calls covers the exchange 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,18 @@ from torch import Tensor
 class Exchange(ABC):
     """One kind of exchange over one group: how to launch it, and which exchange brings gradients back."""
 
+    bytes_sent: ClassVar[int] = 0  # by this process to others, in all exchanges; for measurements
+
     def __init__(self, name: str, group: dist.ProcessGroup) -> None:
         self.name, self.group = name, group  # the name is what a person reads where an exchange hangs
 
     @abstractmethod
     def launch(self, x: Tensor) -> tuple[dist.Work | None, Tensor]:
         """Start moving ``x``, which stays as it is until the work is done → (work, where the result will be)."""
+
+    @abstractmethod
+    def elements_sent(self, x: Tensor) -> float:
+        """Elements of ``x`` that must leave this rank, whatever algorithm moves them."""
 
     @abstractmethod
     def reverse(self) -> Exchange:
@@ -43,6 +49,9 @@ class AllToAll(Exchange):
         out = x.new_empty(sum(self.received), *x.shape[1:])
         return dist.all_to_all_single(out, x, self.received, self.sent, self.group, async_op=True), out
 
+    def elements_sent(self, x: Tensor) -> float:
+        return (x.shape[0] - self.sent[dist.get_rank(self.group)]) * x[:1].numel()
+
     def reverse(self) -> Exchange:
         return AllToAll(self.name, self.group, self.received, self.sent)
 
@@ -54,6 +63,9 @@ class AllGather(Exchange):
         out = x.new_empty(dist.get_world_size(self.group), *x.shape)
         return dist.all_gather_single(out.flatten(0, 1), x, self.group, async_op=True), out
 
+    def elements_sent(self, x: Tensor) -> float:
+        return x.numel() * (dist.get_world_size(self.group) - 1)
+
     def reverse(self) -> Exchange:
         return ReduceScatter(self.name, self.group)
 
@@ -64,6 +76,9 @@ class ReduceScatter(Exchange):
     def launch(self, x: Tensor) -> tuple[dist.Work | None, Tensor]:
         out = x.new_empty(x.shape[1:])
         return dist.reduce_scatter_single(out, x.flatten(0, 1), group=self.group, async_op=True), out
+
+    def elements_sent(self, x: Tensor) -> float:
+        return x.numel() * (1 - 1 / dist.get_world_size(self.group))
 
     def reverse(self) -> Exchange:
         return AllGather(self.name, self.group)
@@ -83,16 +98,17 @@ class Flight:
 class Landing:
     """One direction of a flight: what is awaited, and what must stay alive until then."""
 
+    name: str
     work: dist.Work | None
     result: Tensor
     kept: Tensor
-    name: str = field(default="")
 
     @classmethod
     def launch(cls, exchange: Exchange, x: Tensor) -> Landing:
         x = x.contiguous()
+        Exchange.bytes_sent += int(exchange.elements_sent(x)) * x.element_size()
         work, result = exchange.launch(x)
-        return cls(work, result, x, exchange.name)
+        return cls(exchange.name, work, result, x)
 
     def wait(self) -> Tensor:
         if self.work is not None:

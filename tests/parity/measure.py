@@ -12,8 +12,10 @@ from torch import Tensor
 
 from longcat.moe import Router
 from longcat.names import Box, pieces
+from parallel.memory import HeldBytes, held_bytes
 from parallel.mesh import Topology, make_topology, resolve_sizes, world_from_environment
 from parallel.sharding import local_part
+from tests.parity.mutations import MUTATIONS
 from train.batches import BatchReader
 from train.config import Config, compose
 from train.run import build_state
@@ -56,6 +58,8 @@ class Measured:
     selections: list[int] = field(default_factory=list)  # one number for all choices of a step, summed over ranks
     counts: list[Tensor] = field(default_factory=list)
     smallest_gap: float = float("inf")
+    bytes_held: HeldBytes | None = None
+    bytes_by_formula: HeldBytes | None = None
     initial: list[Held] = field(default_factory=list)
     first_gradients: list[Held] = field(default_factory=list)
     last_gradients: list[Held] = field(default_factory=list)
@@ -63,6 +67,9 @@ class Measured:
     exp_avg: list[Held] = field(default_factory=list)
     exp_avg_sq: list[Held] = field(default_factory=list)
     biases: Tensor | None = None
+
+
+KINDS = ("exp_avg", "exp_avg_sq")
 
 
 class RandomSamples:
@@ -120,8 +127,11 @@ def held(tensors: Iterator[tuple[str, Tensor]]) -> list[Held]:
     return found
 
 
-def measure(overrides: list[str], steps: int, full: bool = True) -> Measured:
-    """Train ``steps`` steps in this rank's layout. A collective."""
+def measure(overrides: list[str], steps: int, full: bool = True, mutation: str | None = None) -> Measured:
+    """Train ``steps`` steps in this rank's layout, perhaps with something broken on purpose. A collective.
+
+    ``full`` keeps tensors too, not only losses and hashes.
+    """
     config = compose([*MODEL, *overrides])
     rank, _, world_size = world_from_environment()
     sizes = resolve_sizes(config.parallel, world_size)
@@ -130,6 +140,10 @@ def measure(overrides: list[str], steps: int, full: bool = True) -> Measured:
     reader = BatchReader(RandomSamples(), config, topology)  # type: ignore[arg-type]
     stepper = Stepper(state, reader, config, topology)
     log, out = SelectionLog(state, config), Measured()
+    if mutation:
+        MUTATIONS[mutation](stepper)
+    out.bytes_held = held_now(state)
+    out.bytes_by_formula = held_bytes(config.model, sizes, [model.part for model in state.models])
     first = topology.holds_first_replica
     if full and first:
         out.initial = held(iter(state.unique))
@@ -160,6 +174,16 @@ def measure(overrides: list[str], steps: int, full: bool = True) -> Measured:
             tensors = [(key.partition("/")[2], value) for key, value in state.sharded() if key.startswith(f"{kind}/")]
             setattr(out, "weights" if kind == "weight" else kind, held(iter(tensors)))
     return out
+
+
+def held_now(state: TrainState) -> HeldBytes:
+    """Bytes of the shards on this rank; gradients are shaped as the weights are."""
+    shards = [local_part(parameter.detach())[0] for _, parameter in state.parameters]
+    moments = [
+        local_part(moment)[0] for _, p in state.parameters for moment in map(state.optimizer.state[p].get, KINDS)
+    ]
+    weights = float(sum(tensor.nbytes for tensor in shards))
+    return HeldBytes(weights, weights, float(sum(tensor.nbytes for tensor in moments)))
 
 
 def own_samples(state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> list[int]:

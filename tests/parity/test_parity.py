@@ -46,9 +46,58 @@ def largest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_layout_equals_one_process(layout: Layout) -> None:
     expected = reference(layout.problem)
-    ranks: list[Measured] = pool(layout.ranks).run(measure, layout.overrides, STEPS)
-    errors = compare(ranks, expected)
+    errors = compare(measured_on(layout), expected)
     ERRORS[layout.name] = errors
+    check(errors)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "layout"),
+    [
+        ("double_one_expert", "ep2"),
+        ("drop_a_shard_from_the_norm", "ep2"),
+        ("count_a_chunk_twice", "ep2-chunks2"),
+        ("read_the_mesh_in_the_balance_loss", "ep2"),
+        ("normalise_by_rank", "fsdp2"),
+        ("count_replicas_in_the_norm", "dp2"),
+    ],
+)
+def test_the_suite_sees(mutation: str, layout: str) -> None:
+    chosen = next(one for one in LAYOUTS if one.name == layout)
+    ranks = pool(chosen.ranks).run(measure, chosen.overrides, STEPS, True, mutation)
+    with pytest.raises(AssertionError):
+        check(compare(ranks, reference(chosen.problem)))
+
+
+@pytest.mark.parametrize("layout", ["ep2", "tp2-ep2", "cp2-tp2-ep4"])
+def test_bfloat16_losses_stay_close_for_20_steps(layout: str) -> None:
+    """|Δloss| ≤ 0.01 nat against one process in bfloat16."""
+    chosen = next(one for one in LAYOUTS if one.name == layout)
+    words = [*chosen.overrides, "train.dtype=bfloat16"]
+    (expected,) = pool(1).run(measure, [*PROBLEMS[chosen.problem], "train.dtype=bfloat16"], 20, False)
+    ours = pool(chosen.ranks).run(measure, words, 20, False)[0]
+    pairs = zip(ours.losses, expected.losses, strict=True)
+    assert max(abs(a["loss"] - b["loss"]) for a, b in pairs) <= 1e-2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_bytes_held_are_those_of_the_formula(layout: Layout) -> None:
+    """Mean over ranks within 2 % for weights, gradients and moments."""
+    ranks = measured_on(layout)
+    for kind in ("weights", "gradients", "moments"):
+        held = sum(getattr(rank.bytes_held, kind) for rank in ranks)
+        formula = sum(getattr(rank.bytes_by_formula, kind) for rank in ranks)
+        assert abs(held / formula - 1) <= 0.02, (
+            f"{kind}: {held / len(ranks):.0f} bytes a rank, {formula / len(ranks):.0f}"
+        )
+
+
+@cache
+def measured_on(layout: Layout) -> list[Measured]:
+    return pool(layout.ranks).run(measure, layout.overrides, STEPS)
+
+
+def check(errors: dict[str, float]) -> None:
     assert errors["first gradients"] <= FIRST, errors
     assert max(errors.values()) <= LATER, errors
 

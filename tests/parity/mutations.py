@@ -1,0 +1,100 @@
+"""The commonest silent bugs of parallel training, put in on purpose: the suite must see each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+import train.step
+from longcat.moe import MoE
+from parallel.sharding import local_part
+from train.step import Stepper
+
+
+def double_one_expert(stepper: Stepper) -> None:
+    """One expert's gradient counts twice on its rank."""
+    run = stepper.state.engine.run
+
+    def mutated(*arguments: Any) -> Any:
+        found = run(*arguments)
+        for name, parameter in stepper.state.parameters:
+            if name == "layers.1.mlp.experts.down" and dist.get_rank() == 0:
+                local_part(parameter.grad)[0][0] *= 2
+        return found
+
+    stepper.state.engine.run = mutated  # type: ignore[method-assign]
+
+
+def drop_a_shard_from_the_norm(stepper: Stepper) -> None:
+    """The last rank leaves one tensor's shard out of the gradient norm."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        stepper.unique = [parameter for parameter in stepper.unique if parameter is not stepper.unique[2]]
+
+
+def count_a_chunk_twice(stepper: Stepper) -> None:
+    """The selections of a micro-batch's first half are counted again, as a recomputed chunk would be."""
+    for _, layer in layers(stepper):
+        layer.mlp.dispatch = _with_counts_of_half(layer.mlp)
+
+
+def _with_counts_of_half(moe: MoE) -> Callable[[Any], Any]:
+    plain = moe.dispatch
+
+    def dispatch(u: Any) -> Any:
+        pending = plain(u)
+        first = pending.indices[: len(u) // 2].flatten()
+        pending.counts.scatter_add_(0, first, first.new_ones(len(first)))
+        return pending
+
+    return dispatch
+
+
+def read_the_mesh_in_the_balance_loss(stepper: Stepper) -> None:
+    """The number of groups is the expert-parallel size, whatever `balance.num_groups` says."""
+    for _, layer in layers(stepper):
+        layer.mlp.balance_groups = stepper.topology.sizes.ep
+
+
+def normalise_by_rank(stepper: Stepper) -> None:
+    """Each rank divides by its own valid tokens instead of the global batch's."""
+    divisors = stepper.reader.divisors
+
+    def mutated(batches: Any) -> Any:
+        whole = divisors(batches)
+        own = sum(int(batch.valid.sum()) for batch in batches)
+        return type(whole)(own, whole.mtp_tokens, whole.tokens, whole.micro_batches)
+
+    stepper.reader.divisors = mutated  # type: ignore[method-assign]
+
+
+def count_replicas_in_the_norm(stepper: Stepper) -> None:
+    """Shards that several replicas hold are added up as if they were different ones."""
+    plain = train.step.gradient_square
+
+    class Everyone:
+        holds_first_replica = True
+
+    def mutated(parameters: Any, _: Any) -> Any:
+        train.step.gradient_square = plain
+        return plain(parameters, Everyone())  # type: ignore[arg-type]
+
+    train.step.gradient_square = mutated
+
+
+def layers(stepper: Stepper) -> list[tuple[str, Any]]:
+    return [pair for model in stepper.state.models for pair in model.layers.items()]
+
+
+MUTATIONS: dict[str, Callable[[Stepper], None]] = {
+    function.__name__: function
+    for function in (
+        double_one_expert,
+        drop_a_shard_from_the_norm,
+        count_a_chunk_twice,
+        read_the_mesh_in_the_balance_loss,
+        normalise_by_rank,
+        count_replicas_in_the_norm,
+    )
+}
