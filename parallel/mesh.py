@@ -47,6 +47,7 @@ class ParallelConfig:
     schedule: str = "zbv"  # of the pipeline: zbv | 1f1b | interleaved | dualpipev
     sharding: str = "fsdp"  # fsdp | zero1 | zero2 | zero3
     recompute: str = "none"  # none | selective (attention from its latents on) | full (whole layers)
+    compile: bool = False  # torch.compile for norms and dense FFNs
     transport: str = "all_to_all"  # of tokens to their experts: all_to_all | all_gather
     reshard_after_forward: bool = True  # False keeps gathered weights until the backward: faster, more memory
     timeout_seconds: float = 600.0  # a collective that takes longer ends the run

@@ -1,4 +1,4 @@
-"""A model made ready for this rank, in a fixed order: parts → TP → EP → CP → recompute → sharding → values."""
+"""A model made ready for this rank, in a fixed order: parts → TP → EP → CP → recompute → compile → sharding → values."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from longcat.config import ModelConfig
 from longcat.model import LongCat, Part
+from parallel.compiled import check_compile, compile_dense
 from parallel.expert import check_experts, spread_experts
 from parallel.mesh import ParallelConfig, Sizes, Topology
 from parallel.overlap import OverlapConfig, set_chunks
@@ -15,8 +16,9 @@ from parallel.sharding import materialise, shard
 from parallel.tensor import check_tensor, spread_tensors
 
 
-def check_model(config: ModelConfig, sizes: Sizes, sequence_length: int) -> None:
+def check_model(config: ModelConfig, parallel: ParallelConfig, sizes: Sizes, sequence_length: int) -> None:
     """Raise ConfigError where a model or a sequence cannot be spread over a mesh of these sizes."""
+    check_compile(parallel, sizes)
     check_tensor(config, sizes.tp)
     check_experts(config, sizes.ep)
     check_length(sequence_length, sizes.cp, sizes.tp)
@@ -40,6 +42,8 @@ def prepare(
     spread_sequence(model, topology)
     set_chunks(model, overlap)
     recompute(model, parallel.recompute)
+    if parallel.compile:
+        compile_dense(model)
     # A pipeline keeps gathered weights through a step: it visits each stage many times
     reshard = parallel.reshard_after_forward and topology.sizes.pp == 1
     shard(model, topology, compute_dtype, reshard)

@@ -101,7 +101,7 @@ def check(config: Config, world_size: int) -> None:
     """Everything that can be refused before ranks start: sizes, folder. Raises ConfigError."""
     sizes = resolve_sizes(config.parallel, world_size)
     config.validate_world(sizes.data_ranks)
-    check_model(config.model, sizes, config.train.sequence_length)
+    check_model(config.model, config.parallel, sizes, config.train.sequence_length)
     check_folder(config)
 
 

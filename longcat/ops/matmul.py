@@ -10,7 +10,6 @@ bfloat16 instructions runs torch's bfloat16 GEMM at about 1 % of its float32 rat
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch.nn.functional import grouped_mm, pad
 PutOff = Callable[[Callable[[], Tensor]], None]  # takes a computation of a weight's gradient
 
 
-@cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this processor has bfloat16 dot products (AVX512-BF16 or AMX, or Arm's BF16)."""
     capabilities = torch.backends.cpu.get_cpu_capability()
@@ -28,9 +26,12 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(probe and probe()) or "SVE" in capabilities
 
 
+_NATIVE_BFLOAT16 = cpu_multiplies_bfloat16()  # known before any graph is traced
+
+
 def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     first = tensors[0]
-    if first.dtype is torch.bfloat16 and first.device.type == "cpu" and not cpu_multiplies_bfloat16():
+    if first.dtype is torch.bfloat16 and first.device.type == "cpu" and not _NATIVE_BFLOAT16:
         return tuple(tensor.float() for tensor in tensors)
     return tensors
 
