@@ -1,4 +1,4 @@
-"""`torch.compile` for the dense parts: norms and dense FFNs, whose elementwise work is fused with nothing in between."""
+"""`torch.compile` for the dense parts: norms and dense FFNs, whose elementwise work is fused."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def check_compile(config: ParallelConfig, sizes: Sizes) -> None:
         return
     if sizes.tp > 1:
         raise ConfigError(
-            "parallel.compile=true does not go with parallel.tp above 1: ranks exchange positions inside each dense FFN, "
-            "and a traced graph cannot hold that; leave one of them"
+            "parallel.compile=true does not go with parallel.tp above 1: ranks exchange positions inside each dense "
+            "FFN, and a traced graph cannot hold that; leave one of them"
         )
     if sizes.pp > 1 and config.schedule in SPLIT_BACKWARD:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A model made ready for this rank, in a fixed order: parts → TP → EP → CP → recompute → compile → sharding → values."""
+"""A model made ready for this rank, in a fixed order: TP → EP → CP → recompute → compile → sharding → values."""
 
 from __future__ import annotations
 
