@@ -23,7 +23,6 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from longcat.errors import ConfigError
 from longcat.model import LongCat, Losses
 from parallel import held_gradients
 from parallel.mesh import Axis, Topology
@@ -106,7 +105,7 @@ def detached(losses: Losses) -> Losses:
 class Pipeline:
     """This rank's stages and their schedule.
 
-    ``models`` are the parts that `parallel.stages.stages_of` names for this rank, with their values in place and perhaps
+    ``models`` are the parts that `parallel.stages.stages_of` names for this rank, with their values in place, plain or
     sharded by `parallel.sharding.shard` with ``reshard_after_forward=False``. ``hidden_shape`` is [B, s, D] of a
     micro-batch's hidden states on this rank, which travel in ``compute_dtype``.
 
@@ -129,7 +128,7 @@ class Pipeline:
         self.schedule_name, self.num_micro_batches, self.pp = schedule, num_micro_batches, pp
         self.numbers, self._num_stages = stages_of(schedule, pp, rank), num_stages(schedule, pp)
         if len(self.numbers) != len(self.models):
-            raise ConfigError(f"parallel.schedule={schedule} wants stages {self.numbers} on this rank, not {len(models)}")
+            raise ValueError(f"{len(models)} models for the stages {self.numbers} of parallel.schedule={schedule}")
         self.device, self.group = topology.device, topology.group(Axis.PP)
         self.shape, self.dtype = hidden_shape, compute_dtype
         self.modules = [Stage(model) for model in self.models]

@@ -107,8 +107,7 @@ def alone(case: Case) -> dict[str, Any]:
 
 def summary(losses: Losses) -> dict[str, Tensor]:
     """What a step's metrics are made of."""
-    names = ("lm", "mtp", "balance", "hidden_z", "hidden_norm", "token_losses", "counts", "balance_slope", "ffn_experts")
-    return {name: getattr(losses, name).detach() for name in names}
+    return {name: value.detach() for name, value in losses._asdict().items() if name != "hidden"}
 
 
 def whole_gradients(model: LongCat) -> Iterator[tuple[str, Tensor]]:
