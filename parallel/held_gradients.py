@@ -1,0 +1,73 @@
+"""FSDP2 under a pipeline: gradients add up through all micro-batches of a step and are reduced once at its end.
+
+Torch's pipeline does this for a stage that is itself an FSDP module. Ours is a wrapper around one, and weight
+gradients come late, so the same calls are made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from longcat.model import LongCat
+
+
+def prepare(model: LongCat) -> None:
+    """Once, after the weights have their values.
+
+    With gradients held, FSDP2 asks every unit for the weights that it last gathered, also one that has never run:
+    MTP layers that are not in use yet. So they are gathered here for once.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]  # the root first, or a unit takes itself for it
+    for module in model.mtp.modules() if model.mtp is not None else ():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+
+
+def hold(model: LongCat) -> None:
+    """Before a step: keep gathered weights and whole gradients until `reduce`."""
+    if isinstance(model, FSDPModule):
+        _set(model, last=False)
+
+
+def fold(model: LongCat) -> None:
+    """Add late weight gradients to what is held in float32, so that two in a row are not added in bfloat16."""
+    for group in _groups(model):
+        for parameter in group.fsdp_params:
+            if hasattr(parameter, "_unsharded_param"):
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+
+def reduce(model: LongCat) -> None:
+    """After a step: reduce the gradients over the ranks and give the gathered weights back. A collective."""
+    if not isinstance(model, FSDPModule):
+        return
+    _set(model, last=True)
+    for group in _groups(model):
+        group.post_backward()
+    fully_shard.state(model)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+
+def release(model: LongCat) -> None:
+    """Give gathered weights back after forwards without a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _set(model: FSDPModule, last: bool) -> None:
+    model.set_requires_gradient_sync(last)
+    model.set_reshard_after_backward(last)
+    model.set_is_last_backward(last)
+
+
+def _groups(model: LongCat) -> Iterator[Any]:
+    if isinstance(model, FSDPModule):
+        for state in fully_shard.state(model)._state_ctx.all_states:  # type: ignore[attr-defined]
+            yield from state._fsdp_param_groups
