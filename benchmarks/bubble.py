@@ -128,7 +128,7 @@ def record(schedule: str, config: ModelConfig, args: argparse.Namespace) -> list
     steps = []
     for _ in range(args.steps + 1):
         log.clear()
-        pipeline.step(batches, objective, mtp=False)
+        pipeline.run(batches, objective, mtp=False)
         steps.append(list(log))
         for model in models:
             model.zero_grad(set_to_none=True)

@@ -35,10 +35,10 @@ class Engine(Protocol):
 
     parts: list[LongCat]
 
-    def run(self, batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
+    def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
         """Forward and backward of a step; gradients are complete then → for each part its micro-batches' losses."""
 
-    def evaluate(self, batches: Sequence[MicroBatch]) -> list[list[Losses]]:
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
         """Forward without gradients and MTP → the same."""
 
 
@@ -48,20 +48,20 @@ class InTurn:
     def __init__(self, model: LongCat) -> None:
         self.parts = [model]
 
-    def run(self, batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
+    def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
         model = self.parts[0]
         found = []
-        for number, batch in enumerate(batches, start=1):
-            set_gradient_sync(model, last=number == len(batches))
+        for number, batch in enumerate(micro_batches, start=1):
+            set_gradient_sync(model, last=number == len(micro_batches))
             losses: Losses = model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=mtp)
             objective(losses).backward()
             found.append(detached(losses))
         return [found]
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch]) -> list[list[Losses]]:
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
         model = self.parts[0]
-        return [[model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=False) for batch in batches]]
+        return [[model(one.tokens, one.labels, one.valid, one.documents, mtp=False) for one in micro_batches]]
 
 
 def detached(losses: Losses) -> Losses:

@@ -14,21 +14,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from longcat.model import LongCat
 
 
-def prepare(model: LongCat) -> None:
-    """Once, after the weights have their values.
-
-    With gradients held, FSDP2 asks every unit for the weights that it last gathered, also one that has never run:
-    MTP layers that are not in use yet. So they are gathered here for once.
-    """
-    if not isinstance(model, FSDPModule):
-        return
-    fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]  # the root first, or a unit takes itself for it
-    for module in model.mtp.modules() if model.mtp is not None else ():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-            module.reshard()
-
-
 def hold(model: LongCat) -> None:
     """Before a step: keep gathered weights and whole gradients until `reduce`."""
     if isinstance(model, FSDPModule):

@@ -10,7 +10,7 @@ torch's schedules know a loss at the last stage only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,25 +25,11 @@ from torch.distributed.pipelining import (
 
 from longcat.model import LongCat, Losses
 from parallel import held_gradients
+from parallel.engine import MicroBatch, Objective, detached
 from parallel.mesh import Axis, Topology
 from parallel.sharding import local_part
 from parallel.stages import SPLIT_BACKWARD, check_micro_batches, num_stages, rank_of, stages_of
 from parallel.weight_gradients import WeightGradientQueue, install
-
-Objective = Callable[[Losses], Tensor]
-
-
-class MicroBatch(Protocol):
-    """What a stage reads of a micro-batch; see `train.batches.Batch`."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def valid(self) -> Tensor: ...
-    @property
-    def documents(self) -> Tensor | None: ...
 
 
 class AddLoss(torch.autograd.Function):
@@ -96,12 +82,6 @@ class Stage(nn.Module):
         return [found[place] for place in sorted(found)]
 
 
-def detached(losses: Losses) -> Losses:
-    """Losses without graph, and without the hidden states, which would hold memory through the step."""
-    kept = losses._replace(hidden=losses.hidden.new_empty(0))
-    return Losses(*(value.detach() for value in kept))
-
-
 class Pipeline:
     """This rank's stages and their schedule.
 
@@ -124,23 +104,21 @@ class Pipeline:
     ) -> None:
         pp, rank = topology.sizes.pp, topology.coordinate(Axis.PP)
         check_micro_batches(schedule, pp, num_micro_batches)
-        self.models = list(models)
+        self.parts = list(models)
         self.schedule_name, self.num_micro_batches, self.pp = schedule, num_micro_batches, pp
         self.numbers, self._num_stages = stages_of(schedule, pp, rank), num_stages(schedule, pp)
-        if len(self.numbers) != len(self.models):
+        if len(self.numbers) != len(self.parts):
             raise ValueError(f"{len(models)} models for the stages {self.numbers} of parallel.schedule={schedule}")
         self.device, self.group = topology.device, topology.group(Axis.PP)
         self.shape, self.dtype = hidden_shape, compute_dtype
-        self.modules = [Stage(model) for model in self.models]
-        self.queues = [WeightGradientQueue() for _ in self.models] if schedule in SPLIT_BACKWARD else []
-        for model, queue in zip(self.models, self.queues, strict=False):
+        self.modules = [Stage(model) for model in self.parts]
+        self.queues = [WeightGradientQueue() for _ in self.parts] if schedule in SPLIT_BACKWARD else []
+        for model, queue in zip(self.parts, self.queues, strict=False):
             install(model, queue)
-        for model in self.models:
-            held_gradients.prepare(model)
-        self.stages = [self._stage(place) for place in range(len(self.models))]
+        self.stages = [self._stage(place) for place in range(len(self.parts))]
         self.schedule = self._schedule()
 
-    def step(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
+    def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
         """Forward and backward of the micro-batches; gradients are left reduced in the parameters.
 
         ``objective`` gives this part's share of the step's loss [] of a micro-batch, divided by what it counts over the
@@ -158,14 +136,14 @@ class Pipeline:
             *((numbers,) if first else ()), number=numbers, target=numbers if last else None, return_outputs=False
         )
         assert not any(len(queue) for queue in self.queues), "weight gradients were left behind"
-        for model in self.models:
+        for model in self.parts:
             held_gradients.reduce(model)
         self._sum_embedding_gradients()
         return [module.take() for module in self.modules]
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
-        """Forward of any number of micro-batches without gradients and MTP; losses as `step` gives them.
+        """Forward of any number of micro-batches without gradients and MTP; losses as `run` gives them.
 
         Each local stage runs all micro-batches before the next one does. All receives of a stage are posted at its
         start, so that two ranks that exchange in both directions do so in the same order. A collective of the pipeline.
@@ -189,7 +167,7 @@ class Pipeline:
             between = outputs if number + 1 in self.numbers else []
         for work in sends:
             work.wait()
-        for model in self.models:
+        for model in self.parts:
             held_gradients.release(model)
         return [module.take() for module in self.modules]
 
@@ -210,7 +188,7 @@ class Pipeline:
         )
 
     def _late_gradients(self, place: int) -> Callable[[], Callable[[], None]]:
-        queue, model = self.queues[place], self.models[place]
+        queue, model = self.queues[place], self.parts[place]
 
         def build() -> Callable[[], None]:
             compute = queue.take()
@@ -243,7 +221,7 @@ class Pipeline:
 
         Both then get the same update, and stay equal bit for bit.
         """
-        copies = [model for model in self.models if is_copied(model)]
+        copies = [model for model in self.parts if is_copied(model)]
         grads = [_gradient(model.embed_tokens.weight) for model in copies]  # type: ignore[union-attr]
         if len(grads) == 2:
             grads[0].add_(grads[1])

@@ -105,7 +105,17 @@ def materialise(model: LongCat, config: ModelConfig, seed: int, device: torch.de
     for name, tensor in stored_state(model):
         local, box = local_part(tensor.detach())
         fill(local, name, tuple(tensor.shape), box, config, seed)
-    for layer in model.mtp.layers if model.mtp is not None else ():
-        assert isinstance(layer, FSDPModule)  # MTP may join late, and FSDP2 wants to have gathered a unit once
-        layer.unshard()
-        layer.reshard()
+    _gather_once(model)
+
+
+def _gather_once(model: LongCat) -> None:
+    """Gather the units that may join late, the MTP layers.
+
+    Where gradients are held back FSDP2 asks every unit for the weights that it last gathered, even one that never ran.
+    """
+    if isinstance(model, FSDPModule) and model.mtp is not None:
+        fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]  # the root first, or a unit takes itself for it
+        for layer in model.mtp.layers:
+            assert isinstance(layer, FSDPModule)
+            layer.unshard()
+            layer.reshard()

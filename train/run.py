@@ -14,9 +14,8 @@ import torch.distributed as dist
 from longcat.counts import active_range, count_parameters, describe, flops_per_token, human
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
 from parallel.device import device_name, fastest_dtype, make_deterministic, peak_flops
-from parallel.engine import InTurn
 from parallel.mesh import Topology, connect, resolve_sizes, world_from_environment
-from parallel.prepare import check_model, prepare
+from parallel.prepare import BatchShape, check_layout, prepare
 from parallel.reduce import from_first_rank
 from train import checkpoint
 from train.balance import build_controller
@@ -101,7 +100,8 @@ def check(config: Config, world_size: int) -> None:
     """Everything that can be refused before ranks start: sizes, folder. Raises ConfigError."""
     sizes = resolve_sizes(config.parallel, world_size)
     config.validate_world(sizes.data_ranks)
-    check_model(config.model, config.parallel, sizes, config.train.sequence_length)
+    share = batch_shape(config, sizes.data_ranks).num_micro_batches
+    check_layout(config.model, config.parallel, sizes, config.train.sequence_length, share)
     check_folder(config)
 
 
@@ -174,20 +174,26 @@ def resolve_dtype(config: Config) -> str:
 
 def build_state(config: Config, topology: Topology) -> TrainState:
     """The model as this rank holds it, its optimizer and bias controller."""
-    model = prepare(
+    engine = prepare(
         config.model,
         config.balance.num_groups,
-        None,
         config.parallel,
         config.overlap,
         topology,
+        batch_shape(config, topology.data_ranks),
         getattr(torch, config.train.dtype),
         config.train.seed,
     )
-    engine = InTurn(model)
     optimizer = build_optimizer(engine.parts, config.optim)
     biases = torch.zeros(config.model.num_layers, config.model.num_routed, device=topology.device)
     return TrainState(engine, optimizer, build_controller(config.balance, config.model), Counters(), biases)
+
+
+def batch_shape(config: Config, data_ranks: int) -> BatchShape:
+    """What each of ``data_ranks`` reads for a step."""
+    train = config.train
+    share = train.global_batch_size // train.micro_batch_size // data_ranks
+    return BatchShape(share, train.micro_batch_size, train.sequence_length)
 
 
 def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Validator]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from longcat.model import LongCat
 from longcat.moe import Router
 from parallel.engine import Engine
+from parallel.stages import is_replica
 from train.balance import BiasController
 
 
@@ -36,8 +37,13 @@ class TrainState:
     def __post_init__(self) -> None:
         # The sharded parameters: while a module is gathered, FSDP2 shows whole ones under the same names
         self.parameters = [pair for model in self.models for pair in model.named_parameters()]
-        copies = {id(model.embed_tokens.weight) for model in self.models if model.embed_tokens and is_copy(model)}
-        self.unique = [(name, parameter) for name, parameter in self.parameters if id(parameter) not in copies]
+        # without the second embedding, which MTP has beside a pipeline's head
+        self.unique = [
+            (name, parameter)
+            for model in self.models
+            for name, parameter in model.named_parameters()
+            if not is_replica(model.part, name)
+        ]
 
     @property
     def models(self) -> list[LongCat]:
@@ -78,8 +84,3 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """All of it, as a checkpoint stores it; loading writes into these tensors in place."""
         return dict([*self.sharded(), *self.steps(), *self.replicated()])
-
-
-def is_copy(model: LongCat) -> bool:
-    """Whether a part's embedding is the second one, which MTP has beside a pipeline's head."""
-    return not model.part.embedding

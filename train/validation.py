@@ -97,7 +97,7 @@ class Validator:
 
     def _ffn_experts(self, state: TrainState, window: Tensor) -> Tensor:
         """FFN experts of each token [S] of one window [1, S + 1], mean over layers; every data rank reads the same."""
-        batches = [self.reader.to_batch(window)] * self.reader.share
+        batches = [self.reader.to_batch(window.expand(self.reader.size, -1))]  # a pipeline has one shape
         used = torch.zeros(window.shape[1] - 1, dtype=torch.float64)
         if self.topology.data_rank == 0:
             for model, of_part in zip(state.models, state.engine.evaluate(batches), strict=True):

@@ -128,7 +128,7 @@ def build(case: Case, topology: Topology) -> list[LongCat]:
             model = LongCat(case.config, part=parts[stage])
         if case.sharded:
             settings = ParallelConfig(reshard_after_forward=False)
-            shard(model, topology, settings, getattr(torch, case.dtype))
+            shard(model, topology, getattr(torch, case.dtype), reshard_after_forward=False)
         materialise(model, case.config, SEED, topology.device)
         models.append(model)
     return models
@@ -147,12 +147,12 @@ def run_case(case: Case) -> dict[str, Any]:
     batches = [micro_batch(first + n, case.documents) for n in range(case.micro_batches)]
     weigh = partial(objective, case.total)
 
-    losses = pipeline.step(batches, weigh, case.mtp)
+    losses = pipeline.run(batches, weigh, case.mtp)
     calls = {number: count for counter in counters for number, count in counter.calls.items()}
     grads = [dict(whole_gradients(model)) for model in models]
     evaluated = pipeline.evaluate(batches[:3])
     clear(models)
-    pipeline.step(batches, weigh, case.mtp)
+    pipeline.run(batches, weigh, case.mtp)
     again = [dict(whole_gradients(model)) for model in models]
     clear(models)
     return {
