@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from longcat.counts import active_range, count_parameters, describe, flops_per_token, human
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
+from longcat.model import LongCat, Part
 from parallel.device import device_name, fastest_dtype, make_deterministic, peak_flops
+from parallel.memory import held_bytes
 from parallel.mesh import Topology, connect, resolve_sizes, world_from_environment
 from parallel.prepare import BatchShape, check_layout, prepare
 from parallel.reduce import from_first_rank
@@ -127,7 +129,7 @@ def train(config: Config, wish: StopWish) -> None:
     if topology.is_first:
         derived = derived_values(config, peak)
         write_config(config, derived, device_name(topology.device), topology.world_size)
-        terminal.header(header(config, topology, peak, peak_source))
+        terminal.header(header(config, topology, state.models, peak, peak_source))
         writer = MetricsWriter(config, state.counters.step)
         if writer.num_moved:
             terminal.note(
@@ -264,11 +266,28 @@ def derived_values(config: Config, peak: float) -> dict[str, Any]:
     }
 
 
-def header(config: Config, topology: Topology, peak: float, peak_source: str) -> list[tuple[str, str]]:
+def layers_of(part: Part) -> str:
+    """Embedding, layers 0-3."""
+    names = ["embedding"] if part.embedding else []
+    names.append(f"layers {part.first}-{part.last - 1}" if part.last - part.first > 1 else f"layer {part.first}")
+    return ", ".join([*names, *(["head"] if part.head else [])])
+
+
+def mib(count: float) -> str:
+    """12.3 MiB, 4.56 GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def header(
+    config: Config, topology: Topology, parts: list[LongCat], peak: float, peak_source: str
+) -> list[tuple[str, str]]:
     """What a person wants to see before the first step, derived values among it."""
     train = config.train
     batch_tokens = train.global_batch_size * train.sequence_length
-    sizes = ", ".join(f"{name} {size}" for name, size in vars(topology.sizes).items())
+    sizes = topology.sizes
+    axes = ", ".join(f"{name} {size}" for name, size in vars(sizes).items() if size > 1) or "one of each"
+    stages = [layers_of(model.part) for model in parts]
+    held = held_bytes(config.model, sizes, [model.part for model in parts])
     return [
         ("run", str(config.run.folder)),
         ("model", config.model.name),
@@ -278,6 +297,11 @@ def header(config: Config, topology: Topology, peak: float, peak_source: str) ->
             f"{train.global_batch_size} × {train.sequence_length} = {human(batch_tokens)} tokens a step",
         ),
         ("steps", f"{train.steps}, {human(train.steps * batch_tokens)} tokens"),
-        ("ranks", f"{topology.world_size} on {topology.device.type} ({sizes})"),
+        ("ranks", f"{topology.world_size} on {topology.device.type} ({axes})"),
+        *([("pipeline", f"{config.parallel.schedule}; this rank: {' and '.join(stages)}")] if sizes.pp > 1 else []),
+        (
+            "memory a rank",
+            f"weights {mib(held.weights)}, gradients {mib(held.gradients)}, moments {mib(held.moments)} (by formula)",
+        ),
         ("compute", f"{train.dtype}, {peak / 1e9:,.0f} GFLOP/s a rank ({peak_source})"),
     ]
