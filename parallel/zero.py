@@ -171,11 +171,11 @@ class ZeroEngine:
     # State
 
     def shards(self) -> Iterator[Shard]:
-        """This rank's parts of masters and moments, in place. Under NVMe offload each lives until the next is asked for.
+        """This rank's parts of masters and moments, to read and to write; after writing masters call `refresh`.
 
-        Call `refresh` once masters have been written.
+        Under NVMe offload a shard's values are in memory until the next is asked for.
         """
-        for number, flat, pieces in self._held():
+        for _, flat, pieces in self._held():
             state = self.optimizer.state[flat]
             for piece in pieces:
                 yield self._shard("weight", flat, piece)

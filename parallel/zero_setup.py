@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def quiet_import(device_type: str) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # it uses old names
     if device_type == "cpu":
         # It would compile an all-reduce over shared memory before the first collective; gloo's serves
         vars(deepspeed.ops)["__compatible_ops__"] = {}
@@ -225,5 +227,3 @@ def first_expert(model: LongCat, topology: Topology) -> int:
 def data_parallel_size(topology: Topology) -> int:
     """All ranks: those of dp, fsdp and cp alike are data-parallel ranks to DeepSpeed."""
     return topology.sizes.dp * topology.sizes.fsdp * topology.sizes.cp
-
-
