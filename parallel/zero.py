@@ -63,7 +63,8 @@ class ZeroEngine:
         self.offloads, self.swaps = config.offload != "none", config.offload == "nvme"
         self.num_ranks, self.first_expert = data_parallel_size(topology), first_expert(model, topology)
         keep_own_experts(model, topology)
-        settings = deepspeed_settings(config, sum(weight.numel() for weight in model.parameters()))
+        numels = [weight.numel() for weight in model.parameters()]
+        settings = deepspeed_settings(config, sum(numels), max(numels))
         allocate(model, topology, settings)
         if compute_dtype is not torch.float32:
             for module in parts(model):
@@ -89,7 +90,7 @@ class ZeroEngine:
 
     def _make_moments(self) -> None:
         """Moments from the start, so that checkpoints and hashes hold them before the first step."""
-        for _, flat, _ in self._held():
+        for _, flat, _ in self._held(write=True):
             flat.data.zero_()  # padding too, which nobody writes
             state = self.optimizer.state[flat]
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -98,7 +99,7 @@ class ZeroEngine:
 
     def initialise(self, seed: int) -> None:
         """Give every weight its value from (seed, logical name): this rank draws what it holds, and all gather it."""
-        for shard in self.shards():
+        for shard in self.shards(write=True):
             if shard.kind == "weight":
                 for box, values in shard.boxes():
                     fill(values, shard.name, shard.shape, box, self.model.config, seed)
@@ -122,24 +123,18 @@ class ZeroEngine:
         if last and self.stage == 3:
             self.scale_gradients(float(self.num_ranks))  # it averages; the loss's scale is left alone for its hooks
 
-    def gradient_tensors(self) -> list[Tensor]:
-        """This rank's unique parts of the reduced gradients, padding (zeros) among them."""
-        if self.offloads:
-            return [flat.grad for _, flat, _ in self._held() if flat.grad is not None]
-        found = [self.zero.averaged_gradients.get(number) for number in range(len(self._flats()))]
-        return [grad for group in found if group is not None for grad in group]
-
     def gradient_square(self) -> Tensor:
         """This rank's share of ‖all gradients‖₂², float64; every element counts on exactly one rank."""
-        grads = self.gradient_tensors()
-        if not grads:
-            return torch.zeros((), dtype=torch.float64)
-        return torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu()
+        square = torch.zeros((), dtype=torch.float64)
+        for grads in self._gradient_lists(write=False):
+            square += torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu()
+        return square
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
         """Multiply every gradient by ``factor``, in place."""
-        torch._foreach_mul_(self.gradient_tensors(), factor)
+        for grads in self._gradient_lists(write=True):
+            torch._foreach_mul_(grads, factor)
 
     def step(self) -> None:
         """AdamW on this rank's parts, and the new weights to all ranks; gradients are dropped."""
@@ -151,7 +146,7 @@ class ZeroEngine:
         for group, rate in zip(idle, rates, strict=True):
             group["lr"] = rate
         if idle:
-            for number, flat, _ in self._held():
+            for number, flat in enumerate(self._flats()):
                 if self._group(number)["mtp"]:
                     self.optimizer.state[flat]["step"].zero_()
         self.mtp_used = False
@@ -170,12 +165,13 @@ class ZeroEngine:
 
     # State
 
-    def shards(self) -> Iterator[Shard]:
-        """This rank's parts of masters and moments, to read and to write; after writing masters call `refresh`.
+    def shards(self, write: bool = False) -> Iterator[Shard]:
+        """This rank's parts of masters and moments; with ``write`` what is written into them stays.
 
-        Under NVMe offload a shard's values are in memory until the next is asked for.
+        After writing masters call `refresh`. Under NVMe offload a shard is in memory until the next is asked for, and
+        only whole rounds are written back.
         """
-        for _, flat, pieces in self._held():
+        for _, flat, pieces in self._held(write):
             state = self.optimizer.state[flat]
             for piece in pieces:
                 yield self._shard("weight", flat, piece)
@@ -195,7 +191,7 @@ class ZeroEngine:
 
     def steps(self) -> Iterator[tuple[str, Tensor]]:
         """(stored name, AdamW's count of its steps, in place) of every weight; names of one group share a tensor."""
-        for number, flat, _ in self._held():
+        for number, flat in enumerate(self._flats()):
             for weight in self._members(number):
                 yield self.names[weight], self.optimizer.state[flat]["step"]
 
@@ -205,7 +201,7 @@ class ZeroEngine:
             self.zero.update_lp_params()
             return
         self.zero._partition_all_parameters()
-        for number in range(len(self._flats())):
+        for number, _, _ in self._held():
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
@@ -218,6 +214,15 @@ class ZeroEngine:
         self.engine.destroy()
         groups._release_process_group_references()
         comm.cdb = None
+
+    def _gradient_lists(self, write: bool) -> Iterator[list[Tensor]]:
+        """This rank's unique parts of the reduced gradients, padding (zeros) among them, group by group."""
+        if self.offloads:
+            yield from ([flat.grad] for _, flat, _ in self._held(write) if flat.grad is not None)
+            return
+        for number in range(len(self._flats())):
+            if self.zero.averaged_gradients.get(number):
+                yield self.zero.averaged_gradients[number]
 
     def _shard(self, kind: str, flat: Tensor, piece: Fragment) -> Shard:
         name = self.names[piece.weight]
@@ -240,12 +245,17 @@ class ZeroEngine:
     def _group(self, number: int) -> dict[str, Any]:
         return self.optimizer.param_groups[self.zero.sub_group_to_group_id[number] if self.stage == 3 else number]
 
-    def _held(self) -> Iterator[tuple[int, Tensor, list[Fragment]]]:
-        """Of each of DeepSpeed's groups the flat master here and which parts of which weights it is."""
+    def _held(self, write: bool = False) -> Iterator[tuple[int, Tensor, list[Fragment]]]:
+        """Of each of DeepSpeed's groups the flat master here and which parts of which weights it is.
+
+        Groups that live on NVMe are read in turn, and written back if ``write``.
+        """
         for number, flat in enumerate(self._flats()):
             swapped = self.swaps and self.zero._swappable_optimizer_subgroup(number)
             if swapped:
                 self.zero._optimizer_states_and_gradient_swap_in(number)
             yield number, flat, fragments(self.zero, number, self.stage)
-            if swapped:
-                self.zero._optimizer_states_and_gradient_swap_out(number)
+            if swapped and write:
+                self.zero._writeback_swap_state(number, write_opt_state=True, write_gradients=True)
+            elif swapped:
+                self.zero._release_swap_buffers(number)

@@ -22,6 +22,7 @@ from parallel.mesh import ParallelConfig, Sizes, Topology
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 BUCKET_NUMEL = 1 << 26  # gradients reduced at once; each bucket is a buffer of as many float32
+NVME_NUMEL = 100_000_000
 PERSISTENT_NUMEL = 10_000  # under ZeRO-3 smaller tensors stay whole: gathering gains would cost more than it saves
 
 
@@ -84,8 +85,8 @@ def quiet_import(device_type: str) -> Any:
     return deepspeed
 
 
-def deepspeed_settings(config: ParallelConfig, num_weights: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. Batch sizes are for its log only."""
+def deepspeed_settings(config: ParallelConfig, num_weights: int, largest: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for ``num_weights`` elements, ``largest`` in one tensor. Batch sizes: for its log."""
     stage = STAGES[config.sharding]
     bucket = min(BUCKET_NUMEL, num_weights)
     zero: dict[str, Any] = {
@@ -107,9 +108,11 @@ def deepspeed_settings(config: ParallelConfig, num_weights: int) -> dict[str, An
         place: dict[str, Any] = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
         if config.offload == "nvme":
             place["nvme_path"] = config.offload_path
+            zero["sub_group_size"] = NVME_NUMEL  # weights updated at once; they and their moments are buffers of it
         zero["offload_optimizer"] = dict(place)
         if stage == 3:
-            zero["offload_param"] = dict(place)
+            # A buffer holds this rank's part of any one weight
+            zero["offload_param"] = place | {"buffer_size": max(largest, 1)} if config.offload == "nvme" else place
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -69,7 +69,7 @@ def move(engine: ZeroEngine, config: Config, topology: Topology) -> ZeroEngine:
     biases = [router.e_score_correction_bias for router in engine.model.routers()]
     engine.close()
     moved = build(config, topology)
-    for shard in moved.shards():
+    for shard in moved.shards(write=True):
         for box, values in shard.boxes():
             values.copy_(whole[shard.kind, shard.name][tuple(slice(*edge) for edge in box)])
     for name, step in moved.steps():
