@@ -34,6 +34,7 @@ from parallel.zero_setup import (
     quiet_import,
 )
 
+NORM_CHUNK = 1 << 22  # elements cast to float64 at once: a flat partition may hold billions
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.AdamW]
 
@@ -127,7 +128,8 @@ class ZeroEngine:
         """This rank's share of ‖all gradients‖₂², float64; every element counts on exactly one rank."""
         square = torch.zeros((), dtype=torch.float64)
         for grads in self._gradient_lists(write=False):
-            square += torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu()
+            for chunk in (chunk for grad in grads for chunk in grad.reshape(-1).split(NORM_CHUNK)):
+                square += torch.linalg.vector_norm(chunk, dtype=torch.float64).square().cpu()
         return square
 
     @torch.no_grad()

@@ -103,7 +103,7 @@ def deepspeed_settings(config: ParallelConfig, num_weights: int, largest: int) -
             "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
         }
     elif config.offload == "none":
-        zero["compute_grad_norm"] = False  # we compute it, over experts too; with offload it cannot be left out
+        zero["compute_grad_norm"] = False  # ours is known before the step; with offload theirs cannot be left out
     if config.offload != "none":
         place: dict[str, Any] = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
         if config.offload == "nvme":
@@ -116,7 +116,7 @@ def deepspeed_settings(config: ParallelConfig, num_weights: int, largest: int) -
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # ours, over the norm of all experts; DeepSpeed would clip at 1
+        "gradient_clipping": 0.0,  # clipping is ours; DeepSpeed's default is to clip at 1
         "gradient_allreduce_op": "sum" if stage < 3 else "mean",  # ZeRO-3 always averages: `ZeroEngine` multiplies
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW was the faster one, and needs no compiler
