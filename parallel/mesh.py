@@ -32,6 +32,7 @@ SCHEDULES = ("zbv", "1f1b", "interleaved", "dualpipev")
 SHARDINGS = ("fsdp", "zero1", "zero2", "zero3")
 RECOMPUTES = ("none", "selective", "full")
 TRANSPORTS = ("all_to_all", "all_gather")
+OFFLOADS = ("none", "cpu", "nvme")
 
 
 @dataclass
@@ -46,6 +47,8 @@ class ParallelConfig:
     ep: int = 1  # of the ranks of fsdp × cp × tp
     schedule: str = "zbv"  # of the pipeline: zbv | 1f1b | interleaved | dualpipev
     sharding: str = "fsdp"  # fsdp | zero1 | zero2 | zero3
+    offload: str = "none"  # of the optimizer, and of weights under zero3: none | cpu | nvme (zero3)
+    offload_path: str = ""  # the folder for nvme
     recompute: str = "none"  # none | selective (attention from its latents on) | full (whole layers)
     compile: bool = False  # torch.compile for norms and dense FFNs
     transport: str = "all_to_all"  # of tokens to their experts: all_to_all | all_gather
@@ -60,10 +63,20 @@ class ParallelConfig:
         free = [f"parallel.{name}" for name, size in sizes.items() if size == -1 and name != "ep"]
         if len(free) > 1:
             raise ConfigError(f"{' and '.join(free)} are both -1; only one axis can take the ranks left over")
-        choices = {"schedule": SCHEDULES, "sharding": SHARDINGS, "recompute": RECOMPUTES, "transport": TRANSPORTS}
+        choices = {
+            "schedule": SCHEDULES,
+            "sharding": SHARDINGS,
+            "offload": OFFLOADS,
+            "recompute": RECOMPUTES,
+            "transport": TRANSPORTS,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)} is not known; use {', '.join(known)}")
+        if self.offload != "none" and self.sharding == "fsdp":
+            raise ConfigError(
+                f"parallel.offload={self.offload} needs parallel.sharding=zero1, zero2 or zero3; set one of them"
+            )
         if not self.timeout_seconds > 0:
             raise ConfigError(f"parallel.timeout_seconds={self.timeout_seconds} must be above 0")
 

@@ -24,6 +24,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        ctx.weight_dtype = weight.dtype
+        weight = weight.to(hidden.dtype)
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, labels.shape[0], rows):
             chunk = slice(start, start + rows)
@@ -44,7 +46,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += product(grad.t(), hidden[chunk])
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 

@@ -18,7 +18,7 @@ class _RMSNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, gain, inverse)
-        return (wide * inverse).to(x.dtype) * gain
+        return (wide * inverse).to(x.dtype) * gain.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -26,7 +26,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = x.float() * inverse
         grad = grads[0].float()
         grad_gain = (grad * normed).reshape(-1, gain.shape[0]).sum(0).to(gain.dtype)
-        grad_normed = grad * gain.float()
+        grad_normed = grad * gain.to(x.dtype).float()
         mean = (grad_normed * normed).mean(-1, keepdim=True)
         grad_x = grad_normed.sub_(normed.mul_(mean)).mul_(inverse)
         return grad_x.to(x.dtype), grad_gain, None

@@ -3,6 +3,9 @@
 bfloat16 inputs are multiplied with float32 accumulation and rounded once, on every machine. A processor without
 bfloat16 instructions runs torch's bfloat16 GEMM at about 1 % of its float32 rate, so there the operands are widened
 (which is exact), multiplied in float32 and rounded: the same contract, at float32 speed.
+
+A float32 weight is cast to the dtype of x where it is multiplied, in the forward and again in the backward, so that no
+second copy of the weights outlives a product.
 """
 
 # T rows (tokens), I input width, O output width, E experts
@@ -58,13 +61,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, put: PutOff | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.put = put
-        return product(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], weight.shape[0])
+        return product(x.reshape(-1, x.shape[-1]), weight.to(x.dtype).t()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
-        grad_x = product(grad, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_x = product(grad, weight.to(grad.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
         grad_w = None
         if ctx.needs_input_grad[1]:
             grad_w = _now_or_later(ctx.put, lambda: product(grad.t(), x.reshape(-1, x.shape[-1])))
@@ -88,13 +91,13 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
         ctx.put = put
-        return grouped_product(x, weight.transpose(1, 2), ends)
+        return grouped_product(x, weight.to(x.dtype).transpose(1, 2), ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, ends = ctx.saved_tensors
         grad = grads[0].contiguous()
-        grad_x = grouped_product(grad, weight, ends) if ctx.needs_input_grad[0] else None
+        grad_x = grouped_product(grad, weight.to(grad.dtype), ends) if ctx.needs_input_grad[0] else None
         grad_w = None
         if ctx.needs_input_grad[1]:
             grad_w = _now_or_later(ctx.put, lambda: grouped_product(grad.t(), x, ends))
