@@ -44,10 +44,14 @@ class Router(nn.Module):
         self.classifier = Linear(config.hidden_size, config.num_routed)
         self.register_buffer("e_score_correction_bias", torch.empty(config.num_routed))
         self.gate_slope: Tensor | None = None  # set to zeros [N + Z] to gather Σ_t ∂loss/∂R_t in the backward
+        self.direction: Tensor | None = None  # [D] float64, with gate_slope set: Σ of the rows, each scaled to length 1
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u [T, D] → probabilities R [T, N+Z], chosen experts [T, K], gates γ·R [T, K]; all float32."""
-        logits = torch.nn.functional.linear(u.float(), local(self.classifier.weight).float())
+        weight = local(self.classifier.weight).float()
+        if self.gate_slope is not None and self.direction is None:
+            self.direction = torch.nn.functional.normalize(weight.detach().double(), dim=1).sum(0)
+        logits = torch.nn.functional.linear(u.float(), weight)
         probabilities = torch.softmax(logits, -1)
         with torch.no_grad():
             choice = probabilities + self.e_score_correction_bias

@@ -11,7 +11,7 @@ Identity experts are served where the token is, whatever the transport.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from longcat.config import ModelConfig
-from longcat.dispatch import Dispatcher, Routing
+from longcat.dispatch import Routing
 from longcat.errors import ConfigError
+from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
 from longcat.ops.permute import Permutation, combine, permute, plan_permutation
 from parallel.exchange import AllGather, AllToAll, Flight, ReduceScatter, start, wait
@@ -42,17 +43,24 @@ def spread_experts(model: LongCat, topology: Topology, transport: str) -> None:
     if size == 1:
         return
     mesh = topology.experts["ep"]
-    kind: type[AllToAllDispatcher] | type[AllGatherDispatcher] = (
-        AllToAllDispatcher if transport == "all_to_all" else AllGatherDispatcher
-    )
-    for number, layer in model.layers.items():
-        moe: Any = layer.mlp
-        for name, weight in list(moe.experts.named_parameters(recurse=False)):
+    for layer in model.shortcut_layers():
+        experts = layer.mlp.experts
+        for name, weight in list(experts.named_parameters(recurse=False)):
             part = torch.empty(num_experts // size, *weight.shape[1:], device=weight.device)
             spread = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
-            moe.experts.register_parameter(name, nn.Parameter(spread))
-        dispatcher: Dispatcher = kind(mesh.get_group(), f"layer {number}")
-        moe.dispatcher = dispatcher
+            experts.register_parameter(name, nn.Parameter(spread))
+    send_to_experts(model, topology, transport)
+
+
+def send_to_experts(model: LongCat, topology: Topology, transport: str) -> None:
+    """Let every layer send tokens to the ranks of their experts, in place."""
+    if topology.sizes.ep > 1:
+        group = topology.experts["ep"].get_group()
+        for number, layer in model.layers.items():
+            place, moe = f"layer {number}", cast(ShortcutLayer, layer).mlp
+            moe.dispatcher = (
+                AllToAllDispatcher(group, place) if transport == "all_to_all" else AllGatherDispatcher(group, place)
+            )
 
 
 class _Reorder(torch.autograd.Function):

@@ -10,7 +10,7 @@ from longcat.config import ModelConfig
 from longcat.model import LongCat, Part
 from parallel.compiled import check_compile, compile_dense
 from parallel.engine import Engine, InTurn
-from parallel.expert import check_experts, spread_experts
+from parallel.expert import check_experts, send_to_experts, spread_experts
 from parallel.mesh import Axis, ParallelConfig, Sizes, Topology
 from parallel.overlap import OverlapConfig, set_chunks
 from parallel.pipeline import Pipeline
@@ -18,7 +18,10 @@ from parallel.recompute import recompute
 from parallel.sequence import check_length, spread_sequence
 from parallel.sharding import materialise, shard
 from parallel.stages import check_micro_batches, num_stages, split, stages_of
+from parallel.store import MakeOptimizer, ShardedAdamW, Store
 from parallel.tensor import check_tensor, spread_tensors
+from parallel.zero import ZeroEngine
+from parallel.zero_setup import check as check_deepspeed
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ def check_layout(
     if sizes.pp > 1:
         split(config, num_stages(parallel.schedule, sizes.pp), sequence_length)
         check_micro_batches(parallel.schedule, sizes.pp, num_micro_batches)
+    if parallel.sharding != "fsdp":
+        check_deepspeed(parallel, sizes)
     check_compile(parallel, sizes)
     check_tensor(config, sizes.tp)
     check_experts(config, sizes.ep)
@@ -55,8 +60,13 @@ def prepare(
     batch: BatchShape,
     compute_dtype: torch.dtype,
     seed: int,
-) -> Engine:
-    """Build the parts of a model that this rank holds, with their initial values, and what runs them. A collective."""
+    make_optimizer: MakeOptimizer,
+) -> tuple[Engine, Store]:
+    """Build what this rank holds of a model, with initial values: what runs it, and what holds it. A collective."""
+    if parallel.sharding != "fsdp":
+        return _under_deepspeed(
+            config, balance_groups, parallel, overlap, topology, compute_dtype, seed, make_optimizer
+        )
     sizes = topology.sizes
     parts: list[Part | None] = [None]
     if sizes.pp > 1:
@@ -68,16 +78,41 @@ def prepare(
             model = LongCat(config, balance_groups, part)
         spread_tensors(model, topology)
         spread_experts(model, topology, parallel.transport)
-        spread_sequence(model, topology)
-        set_chunks(model, overlap)
-        recompute(model, parallel.recompute)
-        if parallel.compile:
-            compile_dense(model)
+        _set_up(model, parallel, overlap, topology)
         # A pipeline keeps gathered weights through a step: it visits each stage many times
         shard(model, topology, compute_dtype, parallel.reshard_after_forward and sizes.pp == 1)
         materialise(model, config, seed, topology.device)
         models.append(model)
+    store = ShardedAdamW(models, topology, make_optimizer)
     if sizes.pp == 1:
-        return InTurn(models[0])
+        return InTurn(models[0]), store
     hidden = (batch.sequences, batch.length // (sizes.cp * sizes.tp), config.hidden_size)
-    return Pipeline(models, topology, parallel.schedule, batch.num_micro_batches, hidden, compute_dtype)
+    return Pipeline(models, topology, parallel.schedule, batch.num_micro_batches, hidden, compute_dtype), store
+
+
+def _set_up(model: LongCat, parallel: ParallelConfig, overlap: OverlapConfig, topology: Topology) -> None:
+    """What both sharding engines have done to a model before they take it."""
+    spread_sequence(model, topology)
+    set_chunks(model, overlap)
+    recompute(model, parallel.recompute)
+    if parallel.compile:
+        compile_dense(model)
+
+
+def _under_deepspeed(
+    config: ModelConfig,
+    balance_groups: int,
+    parallel: ParallelConfig,
+    overlap: OverlapConfig,
+    topology: Topology,
+    compute_dtype: torch.dtype,
+    seed: int,
+    make_optimizer: MakeOptimizer,
+) -> tuple[Engine, Store]:
+    with torch.device("meta"):
+        model = LongCat(config, balance_groups)
+    send_to_experts(model, topology, parallel.transport)
+    _set_up(model, parallel, overlap, topology)
+    engine = ZeroEngine(model, topology, parallel, compute_dtype, make_optimizer)
+    engine.initialise(seed)
+    return engine, engine

@@ -1,4 +1,4 @@
-"""Sums over ranks: integers as integers, floats in float64, norms over unique shards in a fixed order."""
+"""Sums over ranks: integers as integers, floats in float64."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from parallel.mesh import Topology
-from parallel.sharding import local_part
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -41,26 +38,9 @@ def sum_together(*parts: Tensor) -> list[Tensor]:
     return [one.view(part.shape) for one, part in zip(summed, parts, strict=True)]
 
 
-def gradient_square(parameters: Iterable[torch.nn.Parameter], topology: Topology) -> Tensor:
-    """This rank's share of ‖all gradients‖₂²: its unique shards in parameter order; replicas count once."""
-    grads = [local_part(p.grad)[0] for p in parameters if p.grad is not None]
-    if not grads or not topology.holds_first_replica:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(grads)).double().square().sum()
-
-
-@torch.no_grad()
-def all_finite(tensors: Iterable[Tensor], topology: Topology) -> bool:
-    """Whether every value of every rank's shards is finite; a collective."""
-    norms = torch._foreach_norm([local_part(tensor.detach())[0] for tensor in tensors], float("inf"))
-    bad = torch.zeros((), dtype=torch.int64)
-    if norms:
-        bad += int((~torch.isfinite(torch.stack([norm.float() for norm in norms]))).sum())
-    return int(sum_over_ranks(bad)) == 0
-
-
-@torch.no_grad()
-def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: float) -> None:
-    """Multiply every gradient by ``factor``, in place."""
-    grads = [local_part(p.grad)[0] for p in parameters if p.grad is not None]
-    torch._foreach_mul_(grads, factor)
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every value of every rank's tensors is finite; a collective."""
+    bad = sum(
+        int(not torch.isfinite(torch.linalg.vector_norm(tensor, float("inf")))) for tensor in tensors if tensor.numel()
+    )
+    return int(sum_over_ranks(torch.tensor(bad))) == 0

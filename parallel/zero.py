@@ -7,18 +7,20 @@ it. The norm, clipping and rates are the caller's: DeepSpeed reduces, updates an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longcat.init import fill
-from longcat.model import LongCat
+from longcat.model import LongCat, Losses
 from longcat.names import role
 from longcat.seams import parts
+from parallel.engine import MicroBatch, Objective, detached
 from parallel.flat import Shard
 from parallel.mesh import ParallelConfig, Topology
+from parallel.store import MOMENTS, Held, MakeOptimizer
 from parallel.zero_layout import Fragment, fragments
 from parallel.zero_setup import (
     STAGES,
@@ -35,8 +37,6 @@ from parallel.zero_setup import (
 )
 
 NORM_CHUNK = 1 << 22  # elements cast to float64 at once: a flat partition may hold billions
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.AdamW]
 
 
 class ZeroEngine:
@@ -60,8 +60,8 @@ class ZeroEngine:
     ) -> None:
         check(config, topology.sizes)
         deepspeed = quiet_import(topology.device.type)
-        self.model, self.stage = model, STAGES[config.sharding]
-        self.offloads, self.swaps = config.offload != "none", config.offload == "nvme"
+        self.model, self.stage, self.parts = model, STAGES[config.sharding], [model]
+        self.offloads, self.transient = config.offload != "none", config.offload == "nvme"
         self.num_ranks, self.first_expert = data_parallel_size(topology), first_expert(model, topology)
         keep_own_experts(model, topology)
         numels = [weight.numel() for weight in model.parameters()]
@@ -107,6 +107,18 @@ class ZeroEngine:
         self.refresh()
 
     # One step
+
+    def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
+        found = []
+        for number, batch in enumerate(micro_batches, start=1):
+            losses: Losses = self.forward(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=mtp)
+            self.backward(objective(losses), last=number == len(micro_batches), mtp=mtp)
+            found.append(detached(losses))
+        return [found]
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
+        return [[self.forward(one.tokens, one.labels, one.valid, one.documents, mtp=False) for one in micro_batches]]
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """The model's losses; ``mtp=False`` leaves MTP out, whose state then stands still."""
@@ -167,6 +179,18 @@ class ZeroEngine:
 
     # State
 
+    def held(self, write: bool = False) -> Iterator[Held]:
+        yield from self._boxes(self.shards(write))
+
+    def _boxes(self, shards: Iterator[Shard]) -> Iterator[Held]:
+        for shard in shards:
+            for box, values in shard.boxes():
+                yield Held(shard.kind, shard.name, shard.shape, box, values)
+
+    def gradients(self) -> Iterator[Held]:
+        """The reduced gradients by name: copies, to look at."""
+        yield from self._boxes(self._gradient_shards())
+
     def shards(self, write: bool = False) -> Iterator[Shard]:
         """This rank's parts of masters and moments; with ``write`` what is written into them stays.
 
@@ -180,8 +204,7 @@ class ZeroEngine:
                 for kind in MOMENTS:
                     yield self._shard(kind, state[kind], piece)
 
-    def gradients(self) -> Iterator[Shard]:
-        """The reduced gradients by name: copies, to look at."""
+    def _gradient_shards(self) -> Iterator[Shard]:
         for number, flat, pieces in self._held():
             grad = flat.grad
             if not self.offloads:
@@ -191,7 +214,7 @@ class ZeroEngine:
                 for piece in pieces:
                     yield self._shard("grad", grad, piece)
 
-    def steps(self) -> Iterator[tuple[str, Tensor]]:
+    def steps(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
         """(stored name, AdamW's count of its steps, in place) of every weight; names of one group share a tensor."""
         for number, flat in enumerate(self._flats()):
             for weight in self._members(number):
@@ -253,7 +276,7 @@ class ZeroEngine:
         Groups that live on NVMe are read in turn, and written back if ``write``.
         """
         for number, flat in enumerate(self._flats()):
-            swapped = self.swaps and self.zero._swappable_optimizer_subgroup(number)
+            swapped = self.transient and self.zero._swappable_optimizer_subgroup(number)
             if swapped:
                 self.zero._optimizer_states_and_gradient_swap_in(number)
             yield number, flat, fragments(self.zero, number, self.stage)

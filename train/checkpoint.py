@@ -23,6 +23,7 @@ from longcat.errors import ConfigError, UnhealthyError
 from parallel.mesh import Topology
 from parallel.reduce import all_finite, from_first_rank
 from train.identity import differences
+from train.spread import finish_load, loaded, saved
 from train.state import TrainState
 
 NAME = re.compile(r"step-(\d{8})$")
@@ -47,7 +48,7 @@ def save(state: TrainState, folder: Path, configuration: dict[str, Any], topolog
     """
     import torch.distributed.checkpoint as dcp
 
-    if not all_finite((tensor for _, tensor in state.sharded()), topology):
+    if not all_finite(held.values for held in state.store.held()):
         raise UnhealthyError(
             f"step {state.counters.step}: a weight or a moment is not finite, so the state is not saved; "
             f"{last_good(folder, topology)}; lower optim.lr or look at the data"
@@ -58,7 +59,7 @@ def save(state: TrainState, folder: Path, configuration: dict[str, Any], topolog
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(state.tensors(), checkpoint_id=partial)
+    dcp.save(saved(state), checkpoint_id=partial)
     own = {path.name: file_hash(path) for path in partial.glob(f"__{topology.rank}_*.distcp")}
     gathered: list[dict[str, str] | None] = [None] * topology.world_size
     dist.all_gather_object(gathered, own)
@@ -199,8 +200,9 @@ def load(state: TrainState, path: Path, configuration: dict[str, Any]) -> None:
     wrong = differences(stored["configuration"], configuration, ("model", "balance.method"))
     if wrong:
         raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(wrong)}; set them alike")
-    dcp.load(state.tensors(), checkpoint_id=path)
-    state.set_biases(state.biases)
+    tensors, boxes = loaded(state)
+    dcp.load(tensors, checkpoint_id=path)
+    finish_load(state, boxes)
     for name, value in stored["counters"].items():
         setattr(state.counters, name, value)
 

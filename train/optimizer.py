@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
 
 from longcat.errors import ConfigError
-from longcat.names import role
 
 DECAYED_ROLES = (
     "hidden",
@@ -57,32 +54,13 @@ class OptimConfig:
                 raise ConfigError(f"optim.lr_scale.{name}={scale} must not be negative")
 
 
-def build_optimizer(models: Sequence[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with one group for each role, and moments that exist from the start.
-
-    Moments made at once mean that a part which joins late (MTP) is in every checkpoint and every hash.
-    """
-    by_role: dict[str, list[nn.Parameter]] = defaultdict(list)
-    for name, parameter in (pair for model in models for pair in model.named_parameters()):
-        by_role[role(name)].append(parameter)
-    groups = [
-        {
-            "params": parameters,
-            "role": kind,
-            "lr": config.lr * getattr(config.lr_scale, kind),
-            "weight_decay": config.weight_decay if kind in DECAYED_ROLES else 0.0,
-        }
-        for kind, parameters in by_role.items()
-    ]
+def make_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over groups of parameters that name their "role", with its rate and decay."""
+    for group in groups:
+        group["lr"] = config.lr * getattr(config.lr_scale, group["role"])
+        group["weight_decay"] = config.weight_decay if group["role"] in DECAYED_ROLES else 0.0
     betas = (config.betas[0], config.betas[1])
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    for parameter in (parameter for model in models for parameter in model.parameters()):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-        }
-    return optimizer
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def set_rates(optimizer: torch.optim.AdamW, config: OptimConfig, factor: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from train.folder import (
 )
 from train.loop import Loop
 from train.metrics import SUPERSEDED, MetricsWriter
-from train.optimizer import build_optimizer
+from train.optimizer import make_adamw
 from train.report import write_report
 from train.state import Counters, TrainState
 from train.step import Stepper
@@ -176,7 +177,7 @@ def resolve_dtype(config: Config) -> str:
 
 def build_state(config: Config, topology: Topology) -> TrainState:
     """The model as this rank holds it, its optimizer and bias controller."""
-    engine = prepare(
+    engine, store = prepare(
         config.model,
         config.balance.num_groups,
         config.parallel,
@@ -185,10 +186,10 @@ def build_state(config: Config, topology: Topology) -> TrainState:
         batch_shape(config, topology.data_ranks),
         getattr(torch, config.train.dtype),
         config.train.seed,
+        partial(make_adamw, config=config.optim),
     )
-    optimizer = build_optimizer(engine.parts, config.optim)
     biases = torch.zeros(config.model.num_layers, config.model.num_routed, device=topology.device)
-    return TrainState(engine, optimizer, build_controller(config.balance, config.model), Counters(), biases)
+    return TrainState(engine, store, build_controller(config.balance, config.model), Counters(), biases)
 
 
 def batch_shape(config: Config, data_ranks: int) -> BatchShape:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from longcat.model import LongCat
 from longcat.moe import Router
 from parallel.engine import Engine
-from parallel.stages import is_replica
+from parallel.store import Store
 from train.balance import BiasController
 
 
@@ -29,21 +28,10 @@ class TrainState:
     """What a checkpoint holds and a resumed run continues from."""
 
     engine: Engine
-    optimizer: torch.optim.AdamW
+    store: Store
     controller: BiasController
     counters: Counters
     biases: Tensor  # [L, N + Z] of all layers, the same on every rank; `set_biases` gives them to the routers here
-
-    def __post_init__(self) -> None:
-        # The sharded parameters: while a module is gathered, FSDP2 shows whole ones under the same names
-        self.parameters = [pair for model in self.models for pair in model.named_parameters()]
-        # without the second embedding, which MTP has beside a pipeline's head
-        self.unique = [
-            (name, parameter)
-            for model in self.models
-            for name, parameter in model.named_parameters()
-            if not is_replica(model.part, name)
-        ]
 
     @property
     def models(self) -> list[LongCat]:
@@ -61,26 +49,9 @@ class TrainState:
         for number, router in self.routers():
             router.e_score_correction_bias.copy_(self.biases[number])
 
-    def sharded(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights and moments, one entry a stored tensor; the keys of the moments carry their kind."""
-        for name, parameter in self.unique:
-            moments = self.optimizer.state[parameter]
-            yield f"weight/{name}", parameter
-            yield f"exp_avg/{name}", moments["exp_avg"]
-            yield f"exp_avg_sq/{name}", moments["exp_avg_sq"]
-
-    def steps(self) -> Iterator[tuple[str, Tensor]]:
-        """The optimizer's step counts of the tensors on this rank."""
-        for name, parameter in self.unique:
-            yield f"optimizer_step/{name}", self.optimizer.state[parameter]["step"]
-
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """What every rank holds whole: biases and the controller's state."""
         for number, bias in enumerate(self.biases):
             yield f"bias/layers.{number}.mlp.router.e_score_correction_bias", bias
         for name, tensor in self.controller.state().items():
             yield f"controller/{name}", tensor
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it, as a checkpoint stores it; loading writes into these tensors in place."""
-        return dict([*self.sharded(), *self.steps(), *self.replicated()])

@@ -13,10 +13,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from longcat.names import Box, pieces
+from longcat.names import pieces
 from parallel.mesh import Topology
 from parallel.reduce import sum_over_ranks
-from parallel.sharding import local_part
+from parallel.store import Held
 from train.state import TrainState
 
 COLUMNS = 1 << 15  # C; a product of bits and B stays in the processor's cache
@@ -27,14 +27,12 @@ def state_hash(state: TrainState, topology: Topology) -> str:
     """The hash of the state of all ranks as 16 hexadecimal digits; a collective."""
     total = 0
     counts_here = topology.holds_first_replica  # asked once: torch cuts a mesh anew for each question
-    for key, tensor in state.sharded():
-        local, box = local_part(tensor.detach())
+    for held in state.store.held():
         if counts_here:
-            kind, _, name = key.partition("/")
-            total += hash_stored(kind, name, local, tuple(tensor.shape), box)
+            total += hash_stored(held)
     if topology.holds_first_shards:
-        for key, tensor in state.steps():
-            total += name_key(key) * hash_range(bits(tensor.detach()).flatten(), 0)
+        for name, tensor in state.store.steps():
+            total += name_key(f"optimizer_step/{name}") * hash_range(bits(tensor.detach()).flatten(), 0)
     if topology.is_first:
         for key, tensor in state.replicated():
             total += name_key(key) * hash_range(bits(tensor.detach()).flatten(), 0)
@@ -44,18 +42,18 @@ def state_hash(state: TrainState, topology: Topology) -> str:
     return f"{int(summed) & MASK:016x}"
 
 
-def hash_stored(kind: str, name: str, local: Tensor, shape: tuple[int, ...], box: Box | None) -> int:
-    """The share of one stored tensor's local part in the sum."""
+def hash_stored(held: Held) -> int:
+    """The share of one box of a stored tensor in the sum."""
     total = 0
-    for piece in pieces(name, shape, box):
-        values = bits(local[piece.index])
+    for piece in pieces(held.name, held.shape, held.box):
+        values = bits(held.values[piece.index])
         if len(piece.shape) == 1 or piece.box[1] == (0, piece.shape[1]):
             width = piece.shape[1] if len(piece.shape) == 2 else 1
             part = hash_range(values.flatten(), piece.box[0][0] * width)
         else:
             rows = enumerate(values, start=piece.box[0][0])
             part = sum(hash_range(row, number * piece.shape[1] + piece.box[1][0]) for number, row in rows)
-        total += name_key(f"{kind}/{piece.name}") * part
+        total += name_key(f"{held.kind}/{piece.name}") * part
     return total & MASK
 
 

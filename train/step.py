@@ -14,8 +14,7 @@ from torch import Tensor
 from longcat.counts import flops_per_token
 from longcat.model import Losses
 from parallel.mesh import Axis, Topology
-from parallel.reduce import gradient_square, scale_gradients, sum_over_ranks, sum_together
-from parallel.sharding import local_part
+from parallel.reduce import sum_over_ranks, sum_together
 from train.batches import Batch, BatchReader
 from train.config import Config
 from train.objective import Divisors, objective
@@ -48,8 +47,6 @@ class Stepper:
 
     def __init__(self, state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> None:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
-        self.parameters = [parameter for _, parameter in state.parameters]
-        self.unique = [parameter for _, parameter in state.unique]
 
     def step(self, stop_requested: bool) -> StepResult:
         """Train on the next global batch. With a loss or gradient that is not finite, nothing is updated."""
@@ -61,10 +58,10 @@ class Stepper:
         tally = self._backward(batches, divisors, use_mtp)
 
         square, sums, slopes, directions = sum_together(
-            gradient_square(self.unique, self.topology),
+            self.state.store.gradient_square(),
             torch.cat((tally.sums, torch.tensor([float(stop_requested)]))),
             self._slopes(tally),
-            router_directions(self.state, self.topology),
+            self._directions(),
         )
         counts = sum_over_ranks(tally.counts)
         norm = math.sqrt(square)
@@ -103,16 +100,24 @@ class Stepper:
     def _update(self, norm: float, factor: float, counts: Tensor) -> None:
         limit = self.config.optim.grad_clip
         if limit and norm > limit:
-            scale_gradients(self.parameters, limit / norm)
-        set_rates(self.state.optimizer, self.config.optim, factor)
-        self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=True)
+            self.state.store.scale_gradients(limit / norm)
+        set_rates(self.state.store.optimizer, self.config.optim, factor)
+        self.state.store.step()
         self.state.set_biases(self.state.controller.update(counts))
 
     def _watch_gates(self) -> None:
         """Let the routers gather Σ_t ∂loss/∂R_t of this step's backward."""
         for _, router in self.state.routers():
-            router.gate_slope = torch.zeros_like(router.e_score_correction_bias)
+            router.gate_slope, router.direction = torch.zeros_like(router.e_score_correction_bias), None
+
+    def _directions(self) -> Tensor:
+        """This rank's share of the sums of each router's rows, scaled to length 1: [L, D]; a stage counts once."""
+        model = self.config.model
+        shares = torch.zeros(model.num_layers, model.hidden_size, dtype=torch.float64)
+        for number, router in self.state.routers():
+            assert router.direction is not None
+            shares[number] = router.direction.cpu() * float(self.topology.holds_first_shards)
+        return shares
 
     def _slopes(self, tally: Tally) -> Tensor:
         """This rank's share of ∇_P of the task's loss and of the balance loss: [2, L, N+Z]."""
@@ -153,16 +158,6 @@ class Stepper:
             "hidden_norm": sums[4] / divisors.tokens,
             "flops": divisors.tokens * flops_per_token(config.model, config.train.sequence_length, used, mtp=use_mtp),
         }
-
-
-def router_directions(state: TrainState, topology: Topology) -> Tensor:
-    """This rank's share of the sum of each router's rows, scaled to length 1: [L, D]; replicas count once."""
-    config = state.models[0].config
-    shares = torch.zeros(config.num_layers, config.hidden_size, dtype=torch.float64)
-    for number, router in state.routers():
-        rows = local_part(router.classifier.weight.detach())[0].double()
-        shares[number] = torch.nn.functional.normalize(rows, dim=1).sum(0).cpu()
-    return shares * float(topology.holds_first_replica)
 
 
 def router_similarity(directions: Tensor, num_rows: int) -> float:

@@ -127,7 +127,6 @@ def build(case: Case, topology: Topology) -> list[LongCat]:
         with torch.device("meta"):
             model = LongCat(case.config, part=parts[stage])
         if case.sharded:
-            settings = ParallelConfig(reshard_after_forward=False)
             shard(model, topology, getattr(torch, case.dtype), reshard_after_forward=False)
         materialise(model, case.config, SEED, topology.device)
         models.append(model)

@@ -51,7 +51,7 @@ class RandomSamples:
 def gather_logical(state: TrainState, grads: bool) -> dict[str, torch.Tensor]:
     """Whole logical tensors on every rank."""
     whole: dict[str, torch.Tensor] = {}
-    for name, parameter in state.parameters:
+    for name, parameter in state.store.parameters:  # type: ignore[attr-defined]
         tensor = parameter.grad if grads else parameter.detach()
         assert tensor is not None
         full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -87,7 +87,7 @@ def train_three_steps(overrides: list[str]) -> dict[str, Any]:
         "metrics": [result.metrics for result in results],
         "counts": [result.counts for result in results],
         "biases": state.biases,
-        "held": sum(local_part(p)[0].numel() for _, p in state.parameters),
+        "held": sum(local_part(p)[0].numel() for _, p in state.store.parameters),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from longcat.moe import Router
 from longcat.names import Box, pieces
 from parallel.memory import HeldBytes, held_bytes
 from parallel.mesh import Topology, make_topology, resolve_sizes, world_from_environment
-from parallel.sharding import local_part
+from parallel.store import Held
 from tests.parity.mutations import MUTATIONS
 from train.batches import BatchReader
 from train.config import Config, compose
@@ -46,7 +46,7 @@ MODEL = [
     "balance.ki=0.1",
     "schedule.warmup_steps=0",
 ]
-Held = tuple[str, tuple[int, ...], Box, Tensor]  # logical name, shape, box, values
+Piece = tuple[str, tuple[int, ...], Box, Tensor]  # logical name, shape, box, values
 
 
 @dataclass
@@ -60,16 +60,13 @@ class Measured:
     smallest_gap: float = float("inf")
     bytes_held: HeldBytes | None = None
     bytes_by_formula: HeldBytes | None = None
-    initial: list[Held] = field(default_factory=list)
-    first_gradients: list[Held] = field(default_factory=list)
-    last_gradients: list[Held] = field(default_factory=list)
-    weights: list[Held] = field(default_factory=list)
-    exp_avg: list[Held] = field(default_factory=list)
-    exp_avg_sq: list[Held] = field(default_factory=list)
+    initial: list[Piece] = field(default_factory=list)
+    first_gradients: list[Piece] = field(default_factory=list)
+    last_gradients: list[Piece] = field(default_factory=list)
+    weights: list[Piece] = field(default_factory=list)
+    exp_avg: list[Piece] = field(default_factory=list)
+    exp_avg_sq: list[Piece] = field(default_factory=list)
     biases: Tensor | None = None
-
-
-KINDS = ("exp_avg", "exp_avg_sq")
 
 
 class RandomSamples:
@@ -117,13 +114,12 @@ class SelectionLog:
         self.samples, self.calls, self.total = samples, {}, 0
 
 
-def held(tensors: Iterator[tuple[str, Tensor]]) -> list[Held]:
-    """Logical pieces of stored tensors that are on this rank."""
+def logical(held: Iterable[Held]) -> list[Piece]:
+    """Boxes of stored tensors as pieces of logical ones."""
     found = []
-    for name, tensor in tensors:
-        local, box = local_part(tensor.detach())
-        for piece in pieces(name, tuple(tensor.shape), box):
-            found.append((piece.name, piece.shape, piece.box, local[piece.index].clone()))
+    for one in held:
+        for piece in pieces(one.name, one.shape, one.box):
+            found.append((piece.name, piece.shape, piece.box, one.values[piece.index].clone()))
     return found
 
 
@@ -146,13 +142,13 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
     out.bytes_by_formula = held_bytes(config.model, sizes, [model.part for model in state.models])
     first = topology.holds_first_replica
     if full and first:
-        out.initial = held(iter(state.unique))
+        out.initial = logical(one for one in state.store.held() if one.kind == "weight")
     out.hashes.append(state_hash(state, topology))
     update = stepper._update
 
     def keep_gradients(*arguments: Any) -> None:
         if full and first and len(out.losses) in (0, steps - 1):
-            gradients = held((name, parameter.grad) for name, parameter in state.unique)
+            gradients = logical(state.store.gradients())
             if len(out.losses) == 0:
                 out.first_gradients = gradients
             out.last_gradients = gradients
@@ -171,19 +167,16 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
     out.biases = state.biases
     if full and first:
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            tensors = [(key.partition("/")[2], value) for key, value in state.sharded() if key.startswith(f"{kind}/")]
-            setattr(out, "weights" if kind == "weight" else kind, held(iter(tensors)))
+            of_kind = (one for one in state.store.held() if one.kind == kind)
+            setattr(out, "weights" if kind == "weight" else kind, logical(of_kind))
     return out
 
 
 def held_now(state: TrainState) -> HeldBytes:
     """Bytes of the shards on this rank; gradients are shaped as the weights are."""
-    shards = [local_part(parameter.detach())[0] for _, parameter in state.parameters]
-    moments = [
-        local_part(moment)[0] for _, p in state.parameters for moment in map(state.optimizer.state[p].get, KINDS)
-    ]
-    weights = float(sum(tensor.nbytes for tensor in shards))
-    return HeldBytes(weights, weights, float(sum(tensor.nbytes for tensor in moments)))
+    held = list(state.store.held())
+    weights = float(sum(one.values.nbytes for one in held if one.kind == "weight"))
+    return HeldBytes(weights, weights, float(sum(one.values.nbytes for one in held if one.kind != "weight")))
 
 
 def own_samples(state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> list[int]:
@@ -193,7 +186,7 @@ def own_samples(state: TrainState, reader: BatchReader, config: Config, topology
     return list(range(start, start + share))
 
 
-def assemble(ranks: list[list[Held]]) -> dict[str, Tensor]:
+def assemble(ranks: list[list[Piece]]) -> dict[str, Tensor]:
     """Whole logical tensors from the ranks' pieces; every element must be held exactly once."""
     whole: dict[str, Tensor] = {}
     times: dict[str, Tensor] = {}

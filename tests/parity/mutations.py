@@ -7,9 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-import train.step
 from longcat.moe import MoE
-from parallel.sharding import local_part
+from parallel.store import ShardedAdamW
 from train.step import Stepper
 
 
@@ -19,9 +18,9 @@ def double_one_expert(stepper: Stepper) -> None:
 
     def mutated(*arguments: Any) -> Any:
         found = run(*arguments)
-        for name, parameter in stepper.state.parameters:
-            if name == "layers.1.mlp.experts.down" and dist.get_rank() == 0:
-                local_part(parameter.grad)[0][0] *= 2
+        for held in stepper.state.store.gradients():
+            if held.name == "layers.1.mlp.experts.down" and dist.get_rank() == 0:
+                held.values[0] *= 2
         return found
 
     stepper.state.engine.run = mutated  # type: ignore[method-assign]
@@ -29,8 +28,11 @@ def double_one_expert(stepper: Stepper) -> None:
 
 def drop_a_shard_from_the_norm(stepper: Stepper) -> None:
     """The last rank leaves one tensor's shard out of the gradient norm."""
+    store = stepper.state.store
+    assert isinstance(store, ShardedAdamW)
+    gradients = store.gradients
     if dist.get_rank() == dist.get_world_size() - 1:
-        stepper.unique = [parameter for parameter in stepper.unique if parameter is not stepper.unique[2]]
+        store.gradients = lambda: (one for one in gradients() if "layers.2" not in one.name)  # type: ignore[method-assign]
 
 
 def count_a_chunk_twice(stepper: Stepper) -> None:
@@ -71,16 +73,12 @@ def normalise_by_rank(stepper: Stepper) -> None:
 
 def count_replicas_in_the_norm(stepper: Stepper) -> None:
     """Shards that several replicas hold are added up as if they were different ones."""
-    plain = train.step.gradient_square
+    store = stepper.state.store
 
-    class Everyone:
-        holds_first_replica = True
+    def mutated() -> Any:
+        return sum(held.values.double().square().sum() for held in store.gradients())
 
-    def mutated(parameters: Any, _: Any) -> Any:
-        train.step.gradient_square = plain
-        return plain(parameters, Everyone())  # type: ignore[arg-type]
-
-    train.step.gradient_square = mutated
+    store.gradient_square = mutated  # type: ignore[method-assign]
 
 
 def layers(stepper: Stepper) -> list[tuple[str, Any]]:

@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.mesh import connect
-from parallel.sharding import local_part
 from tests.distributed import run_ranks
 from tests.train.running import TINY, free_ports, trained_state
 from train.checkpoint import load, save
@@ -76,13 +75,20 @@ def logical(name: str, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
             yield f"model.{stack}.{expert}.up_proj.weight", up
 
 
+def steps(state: TrainState) -> list[tuple[str, torch.Tensor]]:
+    return [(f"optimizer_step/{name}", step) for name, step in state.store.steps()]
+
+
+def everything(state: TrainState) -> list[tuple[str, torch.Tensor]]:
+    return [*((held.key, held.values) for held in state.store.held()), *steps(state), *state.replicated()]
+
+
 def slow_hash(state: TrainState) -> str:
     total = 0
-    for key, tensor in state.sharded():
-        kind, _, name = key.partition("/")
-        for logical_name, matrix in logical(name, local_part(tensor.detach())[0]):
-            total += name_of(f"{kind}/{logical_name}") * slow_sum(integers(matrix))
-    for key, tensor in [*state.steps(), *state.replicated()]:
+    for held in state.store.held():
+        for logical_name, matrix in logical(held.name, held.values):
+            total += name_of(f"{held.kind}/{logical_name}") * slow_sum(integers(matrix))
+    for key, tensor in [*steps(state), *state.replicated()]:
         total += name_of(key) * slow_sum(integers(tensor))
     for key in ("step", "samples", "tokens"):
         total += name_of(f"counter/{key}") * getattr(state.counters, key)
@@ -99,9 +105,9 @@ def trained() -> Iterator[tuple[TrainState, Any]]:
 
 def test_equals_the_slow_reference(trained: tuple[TrainState, Any]) -> None:
     state, topology = trained
-    names = [name for name, _ in [*state.sharded(), *state.steps(), *state.replicated()]]
+    names = [name for name, _ in everything(state)]
     assert any("experts.gate_up" in name for name in names) and any("mtp" in name for name in names)
-    assert sum(tensor.numel() for _, tensor in state.sharded()) > 10_000
+    assert sum(held.values.numel() for held in state.store.held()) > 10_000
     assert state_hash(state, topology) == slow_hash(state)
 
 
@@ -110,15 +116,14 @@ def test_equals_the_slow_reference(trained: tuple[TrainState, Any]) -> None:
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
     """The bytes of a tensor's own memory."""
-    local = local_part(tensor.detach())[0]
-    return local.numpy().reshape(-1).view(np.uint8)
+    return tensor.detach().numpy().reshape(-1).view(np.uint8)
 
 
 @given(data=st.data())
 def test_changes_with_any_one_bit(data: st.DataObject, trained: tuple[TrainState, Any]) -> None:
     """Of a weight, a moment, a bias, the controller or an optimizer's step count."""
     state, topology = trained
-    tensors = [*state.sharded(), *state.steps(), *state.replicated()]
+    tensors = everything(state)
     kinds = sorted({name.partition("/")[0] for name, _ in tensors})
     assert kinds == ["bias", "controller", "exp_avg", "exp_avg_sq", "optimizer_step", "weight"]
     kind = data.draw(st.sampled_from(kinds))
@@ -148,7 +153,7 @@ def test_changes_when_two_values_change_places(trained: tuple[TrainState, Any]) 
     """A plain sum would not see it."""
     state, topology = trained
     before = state_hash(state, topology)
-    rows = local_part(dict(state.sharded())["weight/embed_tokens.weight"].detach())[0]
+    rows = dict(everything(state))["weight/embed_tokens.weight"]
     rows[[0, 1]] = rows[[1, 0]]
     assert state_hash(state, topology) != before
     rows[[0, 1]] = rows[[1, 0]]

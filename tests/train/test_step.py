@@ -95,10 +95,10 @@ def test_mtp_switches_on_at_its_token_count() -> None:
     stepper, _, state = build(config)
     name = "mtp.layers.0.eh_proj.weight"
     seen = []
-    weights = [dict(state.parameters)[name].full_tensor().clone()]
+    weights = [dict(state.store.parameters)[name].full_tensor().clone()]
     for _ in range(3):
         seen.append(stepper.step(stop_requested=False).metrics["loss_mtp"])
-        weights.append(dict(state.parameters)[name].full_tensor().clone())
+        weights.append(dict(state.store.parameters)[name].full_tensor().clone())
     assert seen[:2] == [None, None]
     assert seen[2] == pytest.approx(np.log(61), rel=0.1)
     assert torch.equal(weights[0], weights[2])

@@ -1,0 +1,141 @@
+"""Weights, moments and gradients of this rank: the interface of a sharding engine, and FSDP2's with torch's AdamW."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from longcat.model import LongCat
+from longcat.names import Box, role
+from parallel.mesh import Topology
+from parallel.sharding import local_part
+from parallel.stages import is_replica
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Groups = list[dict[str, Any]]  # each with "params" and "role"
+MakeOptimizer = Callable[[Groups], torch.optim.AdamW]  # AdamW over them, with rates and decay by role
+
+
+@dataclass(frozen=True)
+class Held:
+    """A box of a stored tensor that is on this rank. Over the ranks of a replica each element is held once."""
+
+    kind: str  # weight | exp_avg | exp_avg_sq | grad
+    name: str  # the stored name, as in model.named_parameters()
+    shape: tuple[int, ...]  # of the whole stored tensor, all experts of a layer together
+    box: Box
+    values: Tensor  # float32, shaped as the box, a view that may be written in place
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+
+class Store(Protocol):
+    """Holds what training changes, and updates it. Gradients are complete when a step's micro-batches have run."""
+
+    optimizer: torch.optim.AdamW  # rates are set in its groups
+    transient: bool  # whether values of `held` are in memory only until the next one is asked for
+
+    def held(self, write: bool = False) -> Iterator[Held]:
+        """Weights and moments. With ``write`` all that must be written to change them, and `refresh` has to follow."""
+
+    def gradients(self) -> Iterator[Held]:
+        """The gradients, where there are any."""
+
+    def steps(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """(stored name, AdamW's count of its steps) of each tensor here."""
+
+    def gradient_square(self) -> Tensor:
+        """This rank's share of ‖all gradients‖₂², float64; each element counts on one rank."""
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply every gradient, in place."""
+
+    def step(self) -> None:
+        """Update and drop the gradients."""
+
+    def refresh(self) -> None:
+        """After writing: make all that depends on weights and moments agree. A collective."""
+
+
+class ShardedAdamW:
+    """FSDP2's shards under torch's AdamW, with a group for each role and moments that exist from the start.
+
+    Moments made at once mean that a part which joins late (MTP) is in every checkpoint and every hash.
+    """
+
+    transient = False
+
+    def __init__(self, models: Sequence[LongCat], topology: Topology, make_optimizer: MakeOptimizer) -> None:
+        self.models, self.topology = models, topology
+        # Listed once: while a module is gathered, FSDP2 shows whole parameters under the same names
+        self.parameters = [pair for model in models for pair in model.named_parameters()]
+        # The second embedding, which MTP has beside a pipeline's head: where the first is not on this rank too
+        seconds = {id(p) for model in models for name, p in model.named_parameters() if is_replica(model.part, name)}
+        self.unique = [pair for pair in self.parameters if id(pair[1]) not in seconds]
+        names = {name for name, _ in self.unique}
+        self.copies = [pair for pair in self.parameters if id(pair[1]) in seconds and pair[0] not in names]
+        by_role: dict[str, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in self.parameters:
+            by_role[role(name)].append(parameter)
+        self.optimizer = make_optimizer([{"params": members, "role": kind} for kind, members in by_role.items()])
+        for _, parameter in self.parameters:
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS},
+            }
+
+    def held(self, write: bool = False) -> Iterator[Held]:
+        for name, parameter in self.unique + (self.copies if write else []):
+            yield held("weight", name, parameter)
+            for kind in MOMENTS:
+                yield held(kind, name, self.optimizer.state[parameter][kind])
+
+    def gradients(self) -> Iterator[Held]:
+        yield from (held("grad", name, p.grad) for name, p in self.unique if p.grad is not None)
+
+    def steps(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.unique + (self.copies if write else []):
+            yield name, self.optimizer.state[parameter]["step"]
+
+    def gradient_square(self) -> Tensor:
+        """Tensor by tensor in a fixed order; replicas count once."""
+        grads = [grad.values for grad in self.gradients()]
+        if not grads or not self.topology.holds_first_replica:
+            return torch.zeros((), dtype=torch.float64)
+        return torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu()
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float) -> None:
+        grads = [local_part(p.grad)[0] for _, p in self.parameters if p.grad is not None]
+        torch._foreach_mul_(grads, factor)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Give a pipeline's second embedding what has been loaded into the first, where both are on this rank."""
+        first = dict(self.unique)
+        for name, parameter in self.parameters:
+            if name in first and parameter is not first[name]:
+                for mine, theirs in zip(self._state(parameter), self._state(first[name]), strict=True):
+                    local_part(mine)[0].copy_(local_part(theirs)[0])
+
+    def _state(self, parameter: nn.Parameter) -> list[Tensor]:
+        state = self.optimizer.state[parameter]
+        return [parameter.detach(), *(state[kind] for kind in MOMENTS), state["step"]]
+
+
+def held(kind: str, name: str, tensor: Tensor) -> Held:
+    """What this rank holds of a tensor that may be sharded."""
+    values, box = local_part(tensor.detach())
+    shape = tuple(tensor.shape)
+    return Held(kind, name, shape, box or tuple((0, size) for size in shape), values)
