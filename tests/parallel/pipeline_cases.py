@@ -38,6 +38,7 @@ class Case:
     schedule: str
     pp: int
     fsdp: int = 1
+    dp: int = 1
     layers: int = 5
     mtp: bool = True
     documents: bool = False
@@ -49,7 +50,11 @@ class Case:
     @property
     def total(self) -> int:
         """Micro-batches of the global batch."""
-        return self.micro_batches * self.fsdp
+        return self.micro_batches * self.data_ranks
+
+    @property
+    def data_ranks(self) -> int:
+        return self.dp * self.fsdp
 
     @property
     def config(self) -> ModelConfig:
@@ -184,14 +189,14 @@ def run_case(case: Case) -> dict[str, Any]:
 
 
 @cache
-def topology_of_sizes(pp: int, fsdp: int) -> Topology:
-    sizes = Sizes(pp=pp, dp=1, fsdp=fsdp, cp=1, tp=1, ep=1)
-    return make_topology(sizes, torch.distributed.get_rank(), pp * fsdp, torch.device("cpu"))
+def topology_of_sizes(pp: int, dp: int, fsdp: int) -> Topology:
+    sizes = Sizes(pp=pp, dp=dp, fsdp=fsdp, cp=1, tp=1, ep=1)
+    return make_topology(sizes, torch.distributed.get_rank(), pp * dp * fsdp, torch.device("cpu"))
 
 
 def topology_of(case: Case) -> Topology:
     """One mesh for all cases of the same sizes: groups are not given back."""
-    return topology_of_sizes(case.pp, case.fsdp)
+    return topology_of_sizes(case.pp, case.dp, case.fsdp)
 
 
 def clear(models: list[LongCat]) -> None:

@@ -26,6 +26,7 @@ FOUR = [
     Case("interleaved", 2, fsdp=2, micro_batches=2, documents=True),
     Case("zbv", 2, fsdp=2, micro_batches=3, recompute=True),
     Case("dualpipev", 2, fsdp=2, recompute=True),
+    Case("1f1b", 2, dp=2, micro_batches=2),
     Case("zbv", 4, layers=9, micro_batches=8, recompute=True),
     Case("interleaved", 4, layers=8, micro_batches=3, mtp=False),
 ]
@@ -33,7 +34,13 @@ ALL = [*TWO, *FOUR]
 
 
 def name(case: Case) -> str:
-    words = [f"pp{case.pp}_{case.schedule}", f"fsdp{case.fsdp}", f"layers{case.layers}", f"micro{case.micro_batches}"]
+    words = [
+        f"pp{case.pp}_{case.schedule}",
+        f"dp{case.dp}",
+        f"fsdp{case.fsdp}",
+        f"layers{case.layers}",
+        f"micro{case.micro_batches}",
+    ]
     words += [word for word, on in [("mtp", case.mtp), ("masks", case.documents), ("recompute", case.recompute)] if on]
     return "-".join([*words, *([] if case.sharded else ["plain"]), *(["bf16"] if case.dtype != "float32" else [])])
 
@@ -47,7 +54,7 @@ def pool(world_size: int) -> list[list[dict[str, Any]]]:
 def found(case: Case) -> list[dict[str, Any]]:
     """What each rank found."""
     cases = TWO if case in TWO else FOUR
-    return [rank[cases.index(case)] for rank in pool(case.pp * case.fsdp)]
+    return [rank[cases.index(case)] for rank in pool(case.pp * case.data_ranks)]
 
 
 one_process = cache(alone)
@@ -116,7 +123,7 @@ def test_evaluation_equals_one_process(case: Case) -> None:
                 assert torch.allclose(one["token_losses"], whole["token_losses"], rtol=1e-4, atol=1e-5)
                 assert float(one["mtp"]) == 0
                 evaluated += 1
-    assert evaluated == case.fsdp * min(EVALUATED, case.micro_batches)
+    assert evaluated == case.data_ranks * min(EVALUATED, case.micro_batches)
 
 
 @every
@@ -134,11 +141,11 @@ def test_copies_of_the_embedding_keep_equal_gradients(case: Case) -> None:
         for grads in rank["grads"]
         if "model.embed_tokens.weight" in grads
     ]
-    assert len(held) == 2 * case.fsdp
+    assert len(held) == 2 * case.data_ranks
     assert all(torch.equal(held[0][1], grad) for _, grad in held), "the copies would drift apart"
     replicas = [names for rank in found(case) for names in rank["replicas"]]
-    assert sum(names == {"embed_tokens.weight"} for names in replicas) == case.fsdp
-    assert sum(not names for names in replicas) == len(replicas) - case.fsdp
+    assert sum(names == {"embed_tokens.weight"} for names in replicas) == case.data_ranks
+    assert sum(not names for names in replicas) == len(replicas) - case.data_ranks
 
 
 @rounded
