@@ -181,8 +181,8 @@ def theory(schedule: str, pp: int, forward: float, inputs: float, weights: float
     The three times are a rank's whole share of one micro-batch: all its stages. 1F1B and interleaved: Narayanan et al.
     2021, micro-batches a multiple of ``pp``. Zero-bubble V (Qi et al. 2024, zero inside a rank's own span where the
     three times are equal): what its order gives where weights <= forward <= inputs, with at least 2 pp - 1
-    micro-batches; at equal times it is all in that ranks start one after another. DualPipeV: DeepSeek-AI 2025 for a forward and a
-    backward that gain nothing by running together, an upper bound.
+    micro-batches; at equal times it is all in that ranks start one after another. DualPipeV: DeepSeek-AI 2025 for a
+    forward and a backward that gain nothing by running together, an upper bound.
     """
     whole = forward + inputs + weights
     idle = {

@@ -149,8 +149,7 @@ class Pipeline:
         start, so that two ranks that exchange in both directions do so in the same order. A collective of the pipeline.
         """
         between: list[Tensor] = []  # from the stage before, where that is local too
-        sends: list[dist.Work] = []
-        kept: list[Tensor] = []  # what is being sent
+        sends: list[tuple[dist.Work, Tensor]] = []  # and what is being sent, which must live until then
         for module, number in zip(self.modules, self.numbers, strict=True):
             module.micro_batches, module.objective, module.mtp = micro_batches, None, False
             arrivals = self._post_receives(number, len(micro_batches))
@@ -160,12 +159,13 @@ class Pipeline:
                 if arrivals:
                     work, x = arrivals[place]
                     work.wait()
-                outputs.append(module(x, torch.tensor([place])))
-                if self._is_remote(number + 1):
-                    sends.append(self._send(outputs[-1], number + 1))
-            kept += outputs
-            between = outputs if number + 1 in self.numbers else []
-        for work in sends:
+                hidden = module(x, torch.tensor([place]))
+                if number + 1 in self.numbers:
+                    outputs.append(hidden)
+                elif number + 1 < self._num_stages:
+                    sends.append(self._send(hidden, number + 1))
+            between = outputs
+        for work, _ in sends:
             work.wait()
         for model in self.parts:
             held_gradients.release(model)
@@ -254,14 +254,12 @@ class Pipeline:
             arrivals.append((work, buffer))
         return arrivals
 
-    def _send(self, hidden: Tensor, stage: int) -> dist.Work:
+    def _send(self, hidden: Tensor, stage: int) -> tuple[dist.Work, Tensor]:
         peer = dist.get_global_rank(self.group, rank_of(self.schedule_name, self.pp, stage))
-        work = dist.isend(hidden.contiguous(), peer, group=self.group)
+        hidden = hidden.contiguous()
+        work = dist.isend(hidden, peer, group=self.group)
         assert work is not None
-        return work
-
-    def _is_remote(self, stage: int) -> bool:
-        return stage < self._num_stages and stage not in self.numbers
+        return work, hidden
 
 
 def is_copied(model: LongCat) -> bool:

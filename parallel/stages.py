@@ -75,8 +75,8 @@ def split(config: ModelConfig, stages: int, sequence_length: int) -> list[Part]:
     if stages > config.num_layers:
         raise ConfigError(
             f"parallel.pp and parallel.schedule make {stages} pipeline stages, but with "
-            f"model.num_layers={config.num_layers} not every one gets a layer; lower parallel.pp, use parallel.schedule=1f1b (one "
-            f"stage a rank instead of two) or raise model.num_layers"
+            f"model.num_layers={config.num_layers} not every one gets a layer; lower parallel.pp, use "
+            f"parallel.schedule=1f1b (one stage a rank instead of two) or raise model.num_layers"
         )
     layer, last = stage_costs(config, sequence_length)
     sizes = _sizes(config.num_layers, stages, layer, last)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from longcat.config import ModelConfig
@@ -18,10 +19,11 @@ from longcat.model import LongCat, Losses
 from longcat.names import pieces
 from parallel.mesh import Axis, ParallelConfig, Sizes, Topology, connect, make_topology
 from parallel.pipeline import Pipeline
-from parallel.sharding import materialise, shard
+from parallel.sharding import materialise, set_gradient_sync, shard
 from parallel.stages import is_replica, num_stages, split, stages_of
 
 SEED, LENGTH, ROWS = 5, 12, 2
+EVALUATED = 3  # micro-batches, another number than is trained on
 CONFIG = ModelConfig(
     name="test", vocab_size=61, num_layers=5, hidden_size=24, num_heads=2, q_lora_rank=16, kv_lora_rank=16,
     qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, ffn_hidden_size=32, num_experts=5, num_zero_experts=3,
@@ -36,6 +38,7 @@ class Case:
     schedule: str
     pp: int
     fsdp: int = 1
+    dp: int = 1
     layers: int = 5
     mtp: bool = True
     documents: bool = False
@@ -47,7 +50,11 @@ class Case:
     @property
     def total(self) -> int:
         """Micro-batches of the global batch."""
-        return self.micro_batches * self.fsdp
+        return self.micro_batches * self.data_ranks
+
+    @property
+    def data_ranks(self) -> int:
+        return self.dp * self.fsdp
 
     @property
     def config(self) -> ModelConfig:
@@ -119,6 +126,20 @@ def whole_gradients(model: LongCat) -> Iterator[tuple[str, Tensor]]:
             yield piece.name, grad[piece.index].clone()
 
 
+def alone_in_bfloat16(case: Case, topology: Topology) -> dict[str, Tensor]:
+    """Gradients of the whole model on this rank, as training without a pipeline adds them up."""
+    with torch.device("meta"):
+        model = LongCat(case.config)
+    shard(model, topology, ParallelConfig(), torch.bfloat16)
+    materialise(model, case.config, SEED, topology.device)
+    for number in range(case.total):
+        set_gradient_sync(model, last=number == case.total - 1, mtp=case.mtp)
+        batch = micro_batch(number, case.documents)
+        losses = model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=case.mtp)
+        objective(case.total, losses).backward()
+    return dict(whole_gradients(model))
+
+
 def build(case: Case, topology: Topology) -> list[LongCat]:
     """This rank's parts, sharded as training shards them, or plain."""
     parts = split(case.config, num_stages(case.schedule, case.pp), LENGTH)
@@ -134,10 +155,8 @@ def build(case: Case, topology: Topology) -> list[LongCat]:
 
 
 def run_case(case: Case) -> dict[str, Any]:
-    """One rank's step and evaluation, then a second step on the same weights."""
-    sizes = Sizes(pp=case.pp, dp=1, fsdp=case.fsdp, cp=1, tp=1, ep=1)
-    rank = torch.distributed.get_rank()
-    topology = make_topology(sizes, rank, sizes.pp * sizes.fsdp, torch.device("cpu"))
+    """One rank's step, an evaluation, then the same step again."""
+    topology = topology_of(case)
     models = build(case, topology)
     counters = [Counter(model, case.recompute) for model in models]
     shape = (ROWS, LENGTH, case.config.hidden_size)
@@ -149,30 +168,44 @@ def run_case(case: Case) -> dict[str, Any]:
     losses = pipeline.run(batches, weigh, case.mtp)
     calls = {number: count for counter in counters for number, count in counter.calls.items()}
     grads = [dict(whole_gradients(model)) for model in models]
-    evaluated = pipeline.evaluate(batches[:3])
+    evaluated = pipeline.evaluate(batches[:EVALUATED])
+    gathered = sum(isinstance(p, DTensor) != case.sharded for model in models for p in model.parameters())
     clear(models)
     pipeline.run(batches, weigh, case.mtp)
     again = [dict(whole_gradients(model)) for model in models]
-    clear(models)
     return {
-        "stages": [(model.part.first, model.part.last) for model in models],
-        "replicas": [[name for name, _ in m.named_parameters() if is_replica(m.part, name)] for m in models],
-        "losses": [[summary(one) for one in stage] for stage in losses],
-        "evaluated": [[summary(one) for one in stage] for stage in evaluated],
+        "layers": {number for model in models for number in model.layers},
+        "replicas": [{n for n, _ in model.named_parameters() if is_replica(model.part, n)} for model in models],
+        "losses": dict(zip(pipeline.numbers, [[summary(one) for one in stage] for stage in losses], strict=True)),
+        "evaluated": dict(zip(pipeline.numbers, [[summary(one) for one in stage] for stage in evaluated], strict=True)),
         "first": first,
         "calls": calls,
         "grads": grads,
         "again": again,
-        "hidden": max(one.hidden.numel() for stage in losses for one in stage),
+        "gathered": gathered,
+        "reference": alone_in_bfloat16(case, topology) if case.dtype == "bfloat16" else None,
     }
+
+
+@cache
+def topology_of_sizes(pp: int, dp: int, fsdp: int) -> Topology:
+    sizes = Sizes(pp=pp, dp=dp, fsdp=fsdp, cp=1, tp=1, ep=1)
+    return make_topology(sizes, torch.distributed.get_rank(), pp * dp * fsdp, torch.device("cpu"))
+
+
+def topology_of(case: Case) -> Topology:
+    """One mesh for all cases of the same sizes: groups are not given back."""
+    return topology_of_sizes(case.pp, case.dp, case.fsdp)
 
 
 def clear(models: list[LongCat]) -> None:
     for model in models:
-        nn.Module.zero_grad(model, set_to_none=True)
+        model.zero_grad(set_to_none=True)
 
 
 def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
-    """All cases of one world size, in one process group."""
-    connect(ParallelConfig(pp=1, timeout_seconds=60))
-    return [run_case(case) for case in cases]
+    """All cases of one number of ranks, in one process group."""
+    connect(ParallelConfig(timeout_seconds=60))
+    found = [run_case(case) for case in cases]
+    torch.distributed.destroy_process_group()
+    return found
