@@ -164,6 +164,7 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
         out.counts.append(result.counts)
         out.hashes.append(state_hash(state, topology))
     out.smallest_gap = log.smallest_gap
+    first = first or config.parallel.sharding != "fsdp"  # to DeepSpeed replicas are one more way of sharding
     out.biases = state.biases
     if full and first:
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
