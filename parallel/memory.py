@@ -16,13 +16,18 @@ FLOAT32 = 4
 class HeldBytes:
     """What stays on a rank from step to step, and the gradients between backward and update, all in float32."""
 
-    weights: float
+    weights: float  # what is computed with, and the masters where those are apart
     gradients: float
     moments: float
 
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.moments
+    def __str__(self) -> str:
+        named = (f"{name} {mib(count)}" for name, count in vars(self).items())
+        return ", ".join(named)
+
+
+def mib(count: float) -> str:
+    """12.3 MiB, 4.56 GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,18 @@ def elements(config: ModelConfig, part: Part | None = None) -> Elements:
     return Elements(layers * config.num_experts * counts.expert, split, whole)
 
 
-def held_bytes(config: ModelConfig, sizes: Sizes, parts: list[Part | None]) -> HeldBytes:
-    """What one rank holds of its ``parts``: every element is on one rank of each replica, whatever it is spread over.
+def held_bytes(config: ModelConfig, sizes: Sizes, sharding: str, parts: list[Part | None]) -> HeldBytes:
+    """What one rank holds of its ``parts``.
 
-    So the three kinds shrink alike with fsdp × cp × tp; experts are no exception, since ep × efsdp is the same ranks.
+    FSDP2 shards everything over fsdp × cp × tp, whatever else it is spread over: experts are no exception, since
+    ep × efsdp is the same ranks. DeepSpeed shards over dp × fsdp × cp. ZeRO 1 and 2 compute with whole weights (and this
+    rank's experts) beside float32 masters; ZeRO-3 computes with shards that are gathered in turn.
     """
-    held = sum(elements(config, part).total for part in parts) / sizes.dense_shards * FLOAT32
-    return HeldBytes(weights=held, gradients=held, moments=2 * held)
+    counted = [elements(config, part) for part in parts]
+    total = sum(one.total for one in counted)
+    if sharding == "fsdp":
+        share = total / sizes.dense_shards
+        return HeldBytes(weights=share * FLOAT32, gradients=share * FLOAT32, moments=2 * share * FLOAT32)
+    share = total / (sizes.dp * sizes.fsdp * sizes.cp)
+    computed = share if sharding == "zero3" else sum(one.split + one.whole + one.experts / sizes.ep for one in counted)
+    return HeldBytes(weights=(computed + share) * FLOAT32, gradients=share * FLOAT32, moments=2 * share * FLOAT32)

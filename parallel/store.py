@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from longcat.model import LongCat
 from longcat.names import Box, role
+from parallel.memory import HeldBytes
 from parallel.mesh import Topology
 from parallel.sharding import local_part
 from parallel.stages import is_replica
@@ -53,6 +54,9 @@ class Store(Protocol):
 
     def gradient_square(self) -> Tensor:
         """This rank's share of ‖all gradients‖₂², float64; each element counts on one rank."""
+
+    def bytes_held(self) -> HeldBytes:
+        """Measured; to be asked between backward and update."""
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply every gradient, in place."""
@@ -110,6 +114,12 @@ class ShardedAdamW:
         if not grads or not self.topology.holds_first_replica:
             return torch.zeros((), dtype=torch.float64)
         return torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu()
+
+    def bytes_held(self) -> HeldBytes:
+        weights = [local_part(parameter.detach())[0] for _, parameter in self.parameters]
+        grads = [local_part(parameter.grad)[0] for _, parameter in self.parameters if parameter.grad is not None]
+        moments = [local_part(self.optimizer.state[p][kind])[0] for _, p in self.parameters for kind in MOMENTS]
+        return HeldBytes(*(float(sum(tensor.nbytes for tensor in kind)) for kind in (weights, grads, moments)))
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:

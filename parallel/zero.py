@@ -19,6 +19,7 @@ from longcat.names import role
 from longcat.seams import parts
 from parallel.engine import MicroBatch, Objective, detached
 from parallel.flat import Shard
+from parallel.memory import HeldBytes
 from parallel.mesh import ParallelConfig, Topology
 from parallel.store import MOMENTS, Held, MakeOptimizer
 from parallel.zero_layout import Fragment, fragments
@@ -143,6 +144,15 @@ class ZeroEngine:
             for chunk in (chunk for grad in grads for chunk in grad.reshape(-1).split(NORM_CHUNK)):
                 square += torch.linalg.vector_norm(chunk, dtype=torch.float64).square().cpu()
         return square
+
+    def bytes_held(self) -> HeldBytes:
+        """Weights count what is computed with and the masters; gathered weights of ZeRO-3 count as their shards."""
+        computed = sum(getattr(weight, "ds_tensor", weight).nbytes for weight in self.model.parameters())
+        flats = self._flats()
+        masters = sum(flat.nbytes for flat in flats)
+        grads = sum(grad.nbytes for grads in self._gradient_lists(write=False) for grad in grads)
+        moments = sum(self.optimizer.state[flat][kind].nbytes for flat in flats for kind in MOMENTS)
+        return HeldBytes(float(computed + masters), float(grads), float(moments))
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:

@@ -274,11 +274,6 @@ def layers_of(part: Part) -> str:
     return ", ".join([*names, *(["head"] if part.head else [])])
 
 
-def mib(count: float) -> str:
-    """12.3 MiB, 4.56 GiB."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 def header(
     config: Config, topology: Topology, parts: list[LongCat], peak: float, peak_source: str
 ) -> list[tuple[str, str]]:
@@ -288,7 +283,7 @@ def header(
     sizes = topology.sizes
     axes = ", ".join(f"{name} {size}" for name, size in vars(sizes).items() if size > 1) or "one of each"
     stages = [layers_of(model.part) for model in parts]
-    held = held_bytes(config.model, sizes, [model.part for model in parts])
+    held = held_bytes(config.model, sizes, config.parallel.sharding, [model.part for model in parts])
     return [
         ("run", str(config.run.folder)),
         ("model", config.model.name),
@@ -300,9 +295,6 @@ def header(
         ("steps", f"{train.steps}, {human(train.steps * batch_tokens)} tokens"),
         ("ranks", f"{topology.world_size} on {topology.device.type} ({axes})"),
         *([("pipeline", f"{config.parallel.schedule}; this rank: {' and '.join(stages)}")] if sizes.pp > 1 else []),
-        (
-            "memory a rank",
-            f"weights {mib(held.weights)}, gradients {mib(held.gradients)}, moments {mib(held.moments)} (by formula)",
-        ),
+        ("memory a rank", f"{held} (by formula; activations come on top)"),
         ("compute", f"{train.dtype}, {peak / 1e9:,.0f} GFLOP/s a rank ({peak_source})"),
     ]

@@ -138,8 +138,8 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
     log, out = SelectionLog(state, config), Measured()
     if mutation:
         MUTATIONS[mutation](stepper)
-    out.bytes_held = held_now(state)
-    out.bytes_by_formula = held_bytes(config.model, sizes, [model.part for model in state.models])
+    parts = [model.part for model in state.models]
+    out.bytes_by_formula = held_bytes(config.model, sizes, config.parallel.sharding, parts)
     first = topology.holds_first_replica
     if full and first:
         out.initial = logical(one for one in state.store.held() if one.kind == "weight")
@@ -147,6 +147,7 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
     update = stepper._update
 
     def keep_gradients(*arguments: Any) -> None:
+        out.bytes_held = state.store.bytes_held()
         if full and first and len(out.losses) in (0, steps - 1):
             gradients = logical(state.store.gradients())
             if len(out.losses) == 0:
@@ -171,13 +172,6 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
             of_kind = (one for one in state.store.held() if one.kind == kind)
             setattr(out, "weights" if kind == "weight" else kind, logical(of_kind))
     return out
-
-
-def held_now(state: TrainState) -> HeldBytes:
-    """Bytes of the shards on this rank; gradients are shaped as the weights are."""
-    held = list(state.store.held())
-    weights = float(sum(one.values.nbytes for one in held if one.kind == "weight"))
-    return HeldBytes(weights, weights, float(sum(one.values.nbytes for one in held if one.kind != "weight")))
 
 
 def own_samples(state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> list[int]:

@@ -82,7 +82,7 @@ def test_bfloat16_losses_stay_close_for_20_steps(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_bytes_held_are_those_of_the_formula(layout: Layout) -> None:
-    """Mean over ranks within 2 % for weights, gradients and moments."""
+    """Sum over ranks within 2 % for weights, gradients and moments."""
     ranks = measured_on(layout)
     for kind in ("weights", "gradients", "moments"):
         held = sum(getattr(rank.bytes_held, kind) for rank in ranks)
