@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longcat.counts import flops_per_token
 from longcat.model import Losses
+from parallel.crumbs import begin_step, phase
 from parallel.mesh import Topology
 from parallel.reduce import gradient_square, scale_gradients, sum_over_ranks, sum_together
 from parallel.sharding import local_part, set_gradient_sync
@@ -59,24 +60,27 @@ class Stepper:
     def step(self, stop_requested: bool) -> StepResult:
         """Train on the next global batch. With a loss or gradient that is not finite, nothing is updated."""
         counters, config = self.state.counters, self.config
+        begin_step(counters.step + 1)
         batches = list(self.reader.read(counters.samples))
         divisors = self.reader.divisors(batches)
         use_mtp = counters.tokens >= config.loss.mtp_start_tokens and config.model.num_mtp_layers > 0
         self._watch_gates()
         tally = self._backward(batches, divisors, use_mtp)
 
-        square, sums, slopes, directions = sum_together(
-            gradient_square(self.parameters, self.topology),
-            torch.cat((torch.stack(tally.sums).sum(0).cpu(), torch.tensor([float(stop_requested)]))),
-            self._slopes(tally),
-            router_directions(self.state, self.topology),
-        )
-        counts = sum_over_ranks(torch.stack(tally.counts).sum(0).cpu())
+        with phase("norm and numbers"):
+            square, sums, slopes, directions = sum_together(
+                gradient_square(self.parameters, self.topology),
+                torch.cat((torch.stack(tally.sums).sum(0).cpu(), torch.tensor([float(stop_requested)]))),
+                self._slopes(tally),
+                router_directions(self.state, self.topology),
+            )
+            counts = sum_over_ranks(torch.stack(tally.counts).sum(0).cpu())
         norm = math.sqrt(square)
         healthy = math.isfinite(norm) and bool(torch.isfinite(sums).all())
         factor = rate_factor(config.schedule, counters.step + 1)
         if healthy:
-            self._update(norm, factor, counts)
+            with phase("optimizer"):
+                self._update(norm, factor, counts)
         counters.step += 1
         counters.samples += config.train.global_batch_size
         counters.tokens += divisors.tokens
@@ -88,8 +92,10 @@ class Stepper:
         tally = Tally()
         for number, batch in enumerate(batches, start=1):
             set_gradient_sync(self.state.model, last=number == len(batches), mtp=use_mtp)
-            losses: Losses = self.state.model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=use_mtp)
-            objective(losses, divisors, self.config.loss, self.config.balance.group_loss_weight).backward()
+            with phase(f"forward of micro-batch {number}"):
+                losses: Losses = self.state.model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=use_mtp)
+            with phase(f"backward of micro-batch {number}"):
+                objective(losses, divisors, self.config.loss, self.config.balance.group_loss_weight).backward()
             tally.add(losses)
         return tally
 
