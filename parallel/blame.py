@@ -84,17 +84,16 @@ def verdict(
         first = sorted(ranks & signs.keys(), key=lambda rank: (signs[rank].state == FAILED, signs[rank].wall))
         if first:
             return Blame(kind, tuple(first), missing(first, signs, happened, now), advice)
-    alive = {rank: sign for rank, sign in signs.items() if sign.state != FAILED}
-    waiting = [rank for rank, sign in alive.items() if sign.state == WAITS]
+    waiting = {rank: sign for rank, sign in signs.items() if sign.state != WORKS}  # or have waited until they failed
+    working = signs.keys() - waiting.keys()
     if not waiting:
         return None
-    working = [rank for rank, sign in alive.items() if sign.state == WORKS]
     if working:
         late = min(working, key=lambda rank: (signs[rank].step, signs[rank].sequence, -signs[rank].still_seconds))
         seconds = signs[late].still_seconds
         why = f"{named(late, signs)} has not come to it (for {seconds:.0f} s at {signs[late].place})"
         return Blame(LATE, (late,), why)
-    return odd_one_out(me, alive)
+    return odd_one_out(me, waiting)
 
 
 def missing(ranks: list[int], signs: Mapping[int, Sign], happened: str, now: float) -> str:

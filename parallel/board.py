@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from parallel.blame import Sign
 
-REMEMBERED = 64  # up to so many ranks each keeps the others' last signs, for when the store is lost
 Result = TypeVar("Result")
 
 
@@ -45,16 +44,15 @@ class Board:
         within(1.0, lambda: self.reading.set(self.verdict, verdict))
 
     def remember(self) -> None:
-        """Keep what a lost store would take along: all signs of a small run, rank 0's of a large one."""
-        for rank in range(self.world_size if self.world_size <= REMEMBERED else 1):
-            if rank != self.rank and self.writing.check([self.keys[rank]]):
-                self.known[rank] = Sign.parse(self.writing.get(self.keys[rank]))
+        """Keep rank 0's sign where it would take the store along."""
+        if self.at_rank_0 and self.rank != 0 and self.writing.check(self.keys[:1]):
+            self.known[0] = Sign.parse(self.writing.get(self.keys[0]))
 
     def read(self, seconds: float) -> dict[int, Sign] | None:
         """Every rank's newest sign; None if the store does not answer within ``seconds``."""
         answer = within(seconds, self._read)
         if answer is not None:
-            self.known = answer
+            self.known = dict(answer)  # `remember` goes on writing into it
         return answer
 
     def _read(self) -> dict[int, Sign]:

@@ -17,7 +17,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ from parallel.blame import GONE, NOBODY, SILENT, WAITS, Blame, Sign, sentence, v
 from parallel.board import Board, has_ended, this_machine, within
 from parallel.crumbs import TRAIL, begin_step, crumb, phase
 
-__all__ = ["Watch", "begin_step", "crumb", "explain", "phase", "record_flights", "start", "stop"]
+__all__ = ["Watch", "begin_step", "crumb", "explain", "leave", "phase", "record_flights", "start", "stop"]
 
 BEAT_SECONDS = 1.0
 BEATS_OF_SILENCE = 2.5  # a rank whose sign stands still for as many has stopped
@@ -120,9 +122,8 @@ class Watch:
                 TRAIL.failed = (error, TRAIL.failed[1] if TRAIL.failed else crumb(type(error).__name__))
             TRAIL.top = None  # this thread is out of every crumb
             signs, blame = self._judge(lambda: True)
-            first_line = str(error).splitlines()[0][:200]
             why = blame or Blame(NOBODY, (), "no rank is missing", "look at the network between them")
-            message = f"{sentence(signs.get(self.board.rank), why)} [{first_line}]"
+            message = f"{sentence(signs.get(self.board.rank), why)} ({gist(error)})"
             self._tell(message, signs, why)
             return message
 
@@ -131,20 +132,21 @@ class Watch:
             self.beat += 1
             try:
                 told = self.board.publish(self.sign())
-                if self.beat % 5 == 1:
-                    self.board.remember()
-            except (RuntimeError, OSError, ValueError):  # the store is lost; that matters once somebody waits in vain
-                continue
+                self.board.remember()
+            except (RuntimeError, OSError, ValueError):
+                return  # the store is lost; that matters once somebody waits in vain, and each try logs a page
             if told is not None and not self.stopped.is_set():
                 with self.ending:
                     self._end(told)
 
     def _look(self) -> None:
-        while not self.stopped.wait(self.beat_seconds / 2):
-            mark = TRAIL.changed
+        pause = self.beat_seconds / 2
+        while not self.stopped.wait(pause):
+            mark, pause = TRAIL.changed, self.beat_seconds / 2
             if time.monotonic() - mark > self.timeout_seconds:
                 with self.ending:
                     self._judge_and_end(mark)
+                pause = max(pause, self.timeout_seconds / 8)  # long work is no fault: ask the store seldom
 
     def _judge_and_end(self, mark: float) -> None:
         """End the run if somebody has waited for too long, or is waited for by nobody but is missing."""
@@ -153,14 +155,17 @@ class Watch:
             return
         seen = witness(self.board.rank, signs, blame)
         waited = seen is not None and seen.state == WAITS and seen.still_seconds > self.timeout_seconds
-        if waited or blame.kind in (GONE, SILENT):
+        last = min((signs[rank].wall for rank in blame.ranks), default=time.time())
+        lost = blame.kind == GONE or (blame.kind == SILENT and time.time() - last > self.timeout_seconds)
+        if waited or lost:  # torch waits where no crumb is, too, and a rank that cannot answer for a moment is no loss
             message = sentence(seen or signs[self.board.rank], blame)
             self._end(message, lambda: self._tell(message, signs, blame))
 
     def _judge(self, still: Callable[[], bool]) -> tuple[dict[int, Sign], Blame | None]:
         """Look at all signs, twice if no process is known to have ended, and decide."""
         me, wait = self.board.rank, BEATS_OF_SILENCE * self.beat_seconds
-        first = self.board.read(wait)
+        zero_is_gone = self.board.at_rank_0 and 0 in self._gone(self.board.known)
+        first = None if zero_is_gone else self.board.read(wait)
         if first is None:
             return self._without_store()
         gone = self._gone(first)
@@ -208,10 +213,20 @@ class Watch:
             if self.record is not None:
                 dump_flights(self.record)
         finally:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(CRASHED)
+            leave(CRASHED)
+
+
+def gist(error: BaseException) -> str:
+    """The first sentence of an error of torch's, without the source file that it begins with."""
+    return str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0][:200]
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: what is left of its process group may never come down in an orderly way."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 _present: Watch | None = None
@@ -231,6 +246,8 @@ def start(timeout_seconds: float, on_hang: Callable[[str], None], folder: Path) 
     if dist.get_world_size() == 1:
         return
     rank = dist.get_rank()
+    for group in list(dist.distributed_c10d._world.pg_map):  # groups of a mesh come with torch's half hour
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
     record = flight_file(folder, rank) if torch.cuda.is_available() else None
     board = Board(dist.distributed_c10d._get_default_store(), rank, dist.get_world_size())
     _present = Watch(board, timeout_seconds, on_hang, record)

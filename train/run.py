@@ -63,7 +63,7 @@ def main(config: Config) -> int:
             lost = watch.explain(error)
             if lost is not None:
                 say_hang(folder, lost)
-                return recorded_code(folder)
+                watch.leave(recorded_code(folder))
             if dist.is_initialized() and dist.get_world_size() == 1:
                 dist.destroy_process_group()  # a sweep goes on in this process
             if claim_exit(folder, CRASHED, f"{type(error).__name__}: {error}"):
