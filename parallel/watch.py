@@ -198,6 +198,8 @@ class Watch:
     def _tell(self, message: str, signs: dict[int, Sign], blame: Blame) -> None:
         """Tell the other ranks; end those on this machine that have stopped and cannot hear it."""
         self.board.announce(message)
+        if self.board.at_rank_0 and self.board.rank == 0:
+            time.sleep(1.5 * self.beat_seconds)  # the store ends with this process: let the others hear first
         for rank in blame.ranks if blame.kind == SILENT else ():
             if rank in signs and signs[rank].machine == self.machine:
                 with contextlib.suppress(OSError):
