@@ -30,7 +30,7 @@ from parallel.blame import GONE, NOBODY, SILENT, WAITS, Blame, Sign, sentence, v
 from parallel.board import Board, has_ended, this_machine, within
 from parallel.crumbs import TRAIL, begin_step, crumb, phase
 
-__all__ = ["Watch", "begin_step", "crumb", "explain", "leave", "phase", "record_flights", "start", "stop"]
+__all__ = ["Watch", "begin_step", "crumb", "explain", "leave", "limit", "phase", "record_flights", "start", "stop"]
 
 BEAT_SECONDS = 1.0
 BEATS_OF_SILENCE = 2.5  # a rank whose sign stands still for as many has stopped
@@ -248,12 +248,19 @@ def start(timeout_seconds: float, on_hang: Callable[[str], None], folder: Path) 
     if dist.get_world_size() == 1:
         return
     rank = dist.get_rank()
-    for group in list(dist.distributed_c10d._world.pg_map):  # groups of a mesh come with torch's half hour
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
     record = flight_file(folder, rank) if torch.cuda.is_available() else None
     board = Board(dist.distributed_c10d._get_default_store(), rank, dist.get_world_size())
     _present = Watch(board, timeout_seconds, on_hang, record)
+    limit(timeout_seconds)
     _present.start()
+
+
+def limit(timeout_seconds: float) -> None:
+    """How long a crumb may wait from here on, and torch's own exchanges too: a mesh's groups come with half an hour."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+    if _present is not None:
+        _present.timeout_seconds = timeout_seconds
 
 
 def stop() -> None:

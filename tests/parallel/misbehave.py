@@ -1,7 +1,8 @@
 """A rank of a training run, one of which dies, stops or sleeps inside a layer: `python -m tests.parallel.misbehave`.
 
 Arguments: the rank that misbehaves, how (dies | stops | sleeps), in which step, before which layer's forward of that
-step, a folder in which ranks wait for each other (time-outs are short here, imports are not), overrides.
+step, the time-out in seconds from the first step on (before it, busy cores are slow), a folder that learns of the
+fault, overrides.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat.layer import ShortcutLayer
+from parallel import watch
 from parallel.crumbs import TRAIL
 from train.config import compose
 from train.run import main
@@ -26,33 +28,27 @@ ACTIONS: dict[str, Callable[[], None]] = {
 }
 
 
-def misbehave(action: str, step: int, layer: int, meeting: Path) -> None:
-    """Act once, before the given layer's forward of the given step (layers are counted as they come)."""
+def misbehave(action: str | None, step: int, layer: int, seconds: float, folder: Path) -> None:
+    """Act once, before the given layer's forward of the given step (layers are counted as they come).
+
+    Every rank shortens its time-out when it has made its first step.
+    """
     forward, seen = ShortcutLayer.forward, [0, 0]
 
     def then_act(self: Any, *arguments: Any, **keywords: Any) -> Any:
         seen[:] = [TRAIL.step, seen[1] + 1 if seen[0] == TRAIL.step else 0]
-        if seen == [step, layer]:
-            (meeting / "acted").touch()
+        if seen == [2, 0]:
+            watch.limit(seconds)
+        if action is not None and seen == [step, layer]:
+            (folder / "acted").touch()
             ACTIONS[action]()
         return forward(self, *arguments, **keywords)
 
     ShortcutLayer.forward = then_act  # type: ignore[method-assign]
 
 
-def meet(folder: Path) -> None:
-    """Return once every rank has come here."""
-    (folder / f"rank{os.environ['RANK']}").touch()
-    while len(list(folder.glob("rank*"))) < int(os.environ["WORLD_SIZE"]):
-        time.sleep(0.05)
-
-
 if __name__ == "__main__":
-    rank, action, step, layer, meeting, *words = sys.argv[1:]
-    import parallel.watch_sharding  # noqa: F401
-    import train.data.samples  # noqa: F401
-
-    meet(Path(meeting))
-    if os.environ["RANK"] == rank:
-        misbehave(action, int(step), int(layer), Path(meeting))
+    rank, action, step, layer, seconds, folder, *words = sys.argv[1:]
+    own = action if os.environ["RANK"] == rank else None
+    misbehave(own, int(step), int(layer), float(seconds), Path(folder))
     sys.exit(main(compose(words)))
