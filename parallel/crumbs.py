@@ -1,7 +1,7 @@
 """Breadcrumbs: what this rank does at present, kept so cheaply that every exchange can leave one.
 
-A crumb cost 0.7 to 1.0 µs on busy cores; `python -m benchmarks.crumbs` measures it. No lock: each change is one assignment, and the
-watching thread reads a crumb that is at most one change old.
+A crumb cost 0.7 to 1.0 µs on busy cores; `python -m benchmarks.crumbs` measures it. No lock: each change is one
+assignment, and the watching thread reads a crumb that is at most one change old.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def ranks_of_a_run(
     """Ranks without an agent, one of which misbehaves in step 3 before the second layer's forward."""
     port = free_ports(1)[0]
     meeting.mkdir()
-    command = [sys.executable, "-m", "tests.parallel.misbehave", *map(str, wrong), "3", "1", str(meeting), *words]
+    fault = [*map(str, wrong), "3", "1", str(TIMEOUT), str(meeting)]
+    command = [sys.executable, "-m", "tests.parallel.misbehave", *fault, *words]
     common = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     common |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": ROOT}
     ranks = []
@@ -55,7 +56,7 @@ def outcome(
 ) -> tuple[str, float, list[int | None], str]:
     """(exit.json's message, seconds from the fault to the last end, exit codes, what all ranks printed)."""
     meeting = folder / "meeting"
-    words = [*words, "train.steps=100000", "logging.hash_every=0", f"parallel.timeout_seconds={TIMEOUT}"]
+    words = [*words, "train.steps=100000", "logging.hash_every=0", "parallel.timeout_seconds=120"]
     with ranks_of_a_run(words, world_size, wrong, meeting) as ranks:
         end = time.monotonic() + 240
         while not (meeting / "acted").exists():
@@ -88,7 +89,6 @@ NEXT = r'"gathered weights, layers\.1[.a-z]*" \(fsdp\) of forward of micro-batch
         (3, 0, "dies", "is gone .*; rank 0, which keeps the ranks' signs, does not answer"),
         (3, 1, "stops", "has stopped answering"),
         (2, 0, "stops", "has stopped answering .*; rank 0, which keeps the ranks' signs, does not answer"),
-        (2, 0, "sleeps", r'has not come to it .*"forward of micro-batch 1" after "gathered weights, layers\.1"'),
         (3, 2, "sleeps", r'has not come to it .*"forward of micro-batch 1" after "gathered weights, layers\.1"'),
     ],
     ids=lambda value: str(value).partition(" ")[0],
@@ -126,12 +126,12 @@ def test_the_agent_ends_soon_when_a_rank_stops(
 
     other = threading.Thread(target=stop)
     other.start()
-    words = [*overrides, *NARROW, "train.steps=100000", "run.num_processes=2", "parallel.timeout_seconds=10"]
+    words = [*overrides, *NARROW, "train.steps=100000", "run.num_processes=2", "parallel.timeout_seconds=20"]
     code = tidily(lambda: longcat(["train", *words]))
     seconds = time.monotonic() - stopped[0]
     other.join()
     errors = capfd.readouterr().err
-    assert code == 1 and seconds < 10 + AFTERWARDS, (code, seconds, errors)
+    assert code == 1 and seconds < 20 + AFTERWARDS, (code, seconds, errors)
     assert errors.count("rank 1 (process") == 1 and "has stopped answering" in errors, errors
     assert errors.count("error: ") == 1, errors
     assert json.loads((folder / "exit.json").read_text())["message"] in errors
