@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longcat.model import LongCat, Losses
+from parallel.crumbs import phase
 from parallel.sharding import set_gradient_sync
 
 Objective = Callable[[Losses], Tensor]  # one micro-batch's part of the step's loss, as far as it arises in one part
@@ -53,8 +54,10 @@ class InTurn:
         found = []
         for number, batch in enumerate(micro_batches, start=1):
             set_gradient_sync(model, last=number == len(micro_batches))
-            losses: Losses = model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=mtp)
-            objective(losses).backward()
+            with phase(f"forward of micro-batch {number}"):
+                losses: Losses = model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=mtp)
+            with phase(f"backward of micro-batch {number}"):
+                objective(losses).backward()
             found.append(detached(losses))
         return [found]
 

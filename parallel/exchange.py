@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.crumbs import crumb
+
 
 class Exchange(ABC):
     """One kind of exchange over one group: how to launch it, and which exchange brings gradients back."""
@@ -112,7 +114,8 @@ class Landing:
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            self.work.wait()
+            with crumb(self.name):
+                self.work.wait()
         return self.result
 
 

@@ -24,6 +24,7 @@ from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
 from longcat.ops.permute import Permutation, combine, permute, plan_permutation
+from parallel.crumbs import crumb
 from parallel.exchange import AllGather, AllToAll, Flight, ReduceScatter, start, wait
 from parallel.mesh import Topology
 
@@ -100,8 +101,9 @@ class AllToAllDispatcher:
         plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed)
         counts = plan.counts[: routing.num_experts].view(self.num_ranks, -1)
         received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=self.group)
-        splits = torch.stack((counts.sum(1), received.sum(1))).tolist()  # the one wait for the host
+        with crumb(f"expert counts, {self.place}"):
+            dist.all_to_all_single(received, counts, group=self.group)
+            splits = torch.stack((counts.sum(1), received.sum(1))).tolist()  # the one wait for the host
         exchange = AllToAll(f"expert dispatch, {self.place}", self.group, splits[0], splits[1])
         flight = start(permute(x, plan), exchange)
         expert = torch.arange(counts.shape[1], device=x.device).repeat(self.num_ranks)
@@ -146,7 +148,8 @@ class AllGatherDispatcher:
 
     def start(self, x: Tensor, routing: Routing) -> _Gathered:
         indices = routing.indices.new_empty(dist.get_world_size(self.group), *routing.indices.shape)
-        dist.all_gather_single(indices.flatten(0, 1), routing.indices.contiguous(), self.group)
+        with crumb(f"expert choices, {self.place}"):
+            dist.all_gather_single(indices.flatten(0, 1), routing.indices.contiguous(), self.group)
         gather = AllGather(f"expert dispatch, {self.place}", self.group)
         return _Gathered(x, routing, start(x, gather), start(routing.gates, gather), indices.flatten(0, 1))
 

@@ -68,8 +68,8 @@ def held_bytes(config: ModelConfig, sizes: Sizes, sharding: str, parts: list[Par
     """What one rank holds of its ``parts``.
 
     FSDP2 shards everything over fsdp × cp × tp, whatever else it is spread over: experts are no exception, since
-    ep × efsdp is the same ranks. DeepSpeed shards over dp × fsdp × cp. ZeRO 1 and 2 compute with whole weights (and this
-    rank's experts) beside float32 masters; ZeRO-3 computes with shards that are gathered in turn.
+    ep × efsdp is the same ranks. DeepSpeed shards over dp × fsdp × cp. ZeRO 1 and 2 compute with whole weights (and
+    this rank's experts) beside float32 masters; ZeRO-3 computes with shards that are gathered in turn.
     """
     counted = [elements(config, part) for part in parts]
     total = sum(one.total for one in counted)

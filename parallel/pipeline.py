@@ -25,6 +25,7 @@ from torch.distributed.pipelining import (
 
 from longcat.model import LongCat, Losses
 from parallel import held_gradients
+from parallel.crumbs import crumb, phase
 from parallel.engine import MicroBatch, Objective, detached
 from parallel.mesh import Axis, Topology
 from parallel.sharding import local_part
@@ -68,7 +69,10 @@ class Stage(nn.Module):
         place = int(x if number is None else number)
         batch = self.micro_batches[place]
         hidden = None if first else x
-        losses: Losses = self.model(batch.tokens, batch.labels, batch.valid, batch.documents, self.mtp, hidden)
+        with phase(
+            f"forward of micro-batch {place + 1} in layers {self.model.part.first} to {self.model.part.last - 1}"
+        ):
+            losses: Losses = self.model(batch.tokens, batch.labels, batch.valid, batch.documents, self.mtp, hidden)
         self.found[place] = detached(losses)
         if self.objective is None:
             return losses.hidden
@@ -132,9 +136,9 @@ class Pipeline:
             held_gradients.hold(module.model)
         numbers = torch.arange(self.num_micro_batches)
         first, last = (any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last"))
-        self.schedule.step(
-            *((numbers,) if first else ()), number=numbers, target=numbers if last else None, return_outputs=False
-        )
+        given = (numbers,) if first else ()
+        with crumb("the other stages of the pipeline", Axis.PP):  # torch's own sends and receives
+            self.schedule.step(*given, number=numbers, target=numbers if last else None, return_outputs=False)
         assert not any(len(queue) for queue in self.queues), "weight gradients were left behind"
         for model in self.parts:
             held_gradients.reduce(model)

@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.crumbs import crumb
+
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum a small tensor over all ranks, in place (over gloo when it lies on the CPU)."""
     if dist.get_world_size() > 1:
-        dist.all_reduce(values)
+        with crumb("sum over all ranks"):
+            dist.all_reduce(values)
     return values
 
 
@@ -21,7 +24,8 @@ def from_first_rank(value: Any) -> Any:
     """What the first rank says: ranks must not decide apart on what they see of a machine or a file system."""
     shared = [value]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(shared, src=0)
+        with crumb("word of the first rank"):
+            dist.broadcast_object_list(shared, src=0)
     return shared[0]
 
 

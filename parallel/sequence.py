@@ -23,6 +23,7 @@ from torch import Tensor
 from longcat.errors import ConfigError
 from longcat.model import LongCat
 from longcat.seams import parts
+from parallel.crumbs import crumb
 from parallel.exchange import AllGather, Flight, ReduceScatter, exchanged, start, wait
 from parallel.mesh import Axis, Topology
 
@@ -105,7 +106,8 @@ class SpreadSequence:
 
     def wait_count(self, handle: Any) -> Tensor:
         work, total = handle
-        work.wait()
+        with crumb(f"counts of the micro-batch, {self.place}"):
+            work.wait()
         return total  # type: ignore[no-any-return]
 
 

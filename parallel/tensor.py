@@ -25,6 +25,7 @@ from longcat.model import LongCat
 from longcat.ops.cross_entropy import CHUNK_LOGITS
 from longcat.ops.matmul import product, wide_product
 from longcat.seams import parts
+from parallel.crumbs import crumb
 from parallel.mesh import Axis, Topology
 
 ROWS, COLUMNS = Shard(0), Shard(1)
@@ -125,14 +126,16 @@ def _one_chunk(
     """hidden [T, D], labels and keep [T, 1] → losses [T] and their gradient by this rank's logits [T, v]."""
     logits = wide_product(hidden, weight.t())
     peak = logits.amax(1, keepdim=True)
-    dist.all_reduce(peak, dist.ReduceOp.MAX, group=vocabulary.group)
+    with crumb("largest logits of the vocabulary"):
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=vocabulary.group)
     row = labels - vocabulary.place * weight.shape[0]
     here = (row >= 0) & (row < weight.shape[0])
     row = torch.where(here, row, 0)
     chosen = (logits.gather(1, row) - peak) * here
     weights = logits.sub_(peak).exp_()
     sums = torch.cat((weights.sum(1, keepdim=True), chosen), 1)
-    dist.all_reduce(sums, group=vocabulary.group)
+    with crumb("sums over the vocabulary"):
+        dist.all_reduce(sums, group=vocabulary.group)
     total, chosen = sums.split(1, 1)
     losses = ((total.log() - chosen) * keep)[:, 0]
     grad = weights.mul_(keep / total)

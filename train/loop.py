@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from longcat.errors import StopRequested, UnhealthyError
+from parallel.crumbs import crumb, phase
 from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
 from train import checkpoint
@@ -76,7 +77,8 @@ class Loop:
         """Commit a checkpoint of the present step; a collective."""
         folder = self.config.run.folder / "checkpoints"
         mapping = as_mapping(self.config)
-        checkpoint.save(self.state, folder, mapping, self.topology, self.config.checkpoint.keep)
+        with crumb(f"checkpoint of step {self.state.counters.step}"):
+            checkpoint.save(self.state, folder, mapping, self.topology, self.config.checkpoint.keep)
 
     def _finish_metrics(self, result: StepResult, seconds: float) -> None:
         """Add what needs a clock, the device or the weights."""
@@ -92,7 +94,8 @@ class Loop:
         metrics["memory_gib"] = peak_memory_gib(self.topology.device)
 
     def _validate(self, metrics: dict[str, Any]) -> None:
-        measured = self.validator.measure(self.state)
+        with phase("validation"):
+            measured = self.validator.measure(self.state)
         metrics["val_loss"] = measured.loss
         metrics["val_bits_per_byte"] = measured.bits_per_byte
 

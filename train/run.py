@@ -15,6 +15,7 @@ import torch.distributed as dist
 from longcat.counts import active_range, count_parameters, describe, flops_per_token, human
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.model import LongCat, Part
+from parallel import watch
 from parallel.device import device_name, fastest_dtype, make_deterministic, peak_flops
 from parallel.memory import held_bytes
 from parallel.mesh import Topology, connect, resolve_sizes, world_from_environment
@@ -59,11 +60,17 @@ def main(config: Config) -> int:
         try:
             code, message = outcome(config, wish)
         except BaseException as error:
+            lost = watch.explain(error)
+            if lost is not None:
+                say_hang(folder, lost)
+                watch.leave(recorded_code(folder))
             if dist.is_initialized() and dist.get_world_size() == 1:
                 dist.destroy_process_group()  # a sweep goes on in this process
             if claim_exit(folder, CRASHED, f"{type(error).__name__}: {error}"):
                 raise
             return recorded_code(folder)  # another rank ended the run: this failure only follows from that
+        finally:
+            watch.stop()
         claimed = claim_exit(folder, code, message)
         if claimed and code != OK:
             print(f"{'stopped' if code == STOPPED else 'error'}: {message}", file=sys.stderr, flush=True)
@@ -95,8 +102,15 @@ def outcome(config: Config, wish: StopWish) -> tuple[int, str]:
         return error.exit_code, str(error)  # it may be this rank's alone
     except LongCatError as error:
         code, message = error.exit_code, str(error)
-    dist.barrier()  # all ranks come to these ends, and the agent ends the others with the first: none may still write
+    with watch.crumb("end of the run"):  # all ranks come to these ends, and the agent ends the others with the first
+        dist.barrier()  # none may still write
     return code, message
+
+
+def say_hang(folder: Path, message: str) -> None:
+    """Record and say, once for all ranks, who held the run up. Called from the watch's thread too."""
+    if claim_exit(folder, CRASHED, message):
+        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def check(config: Config, world_size: int) -> None:
@@ -113,7 +127,9 @@ def train(config: Config, wish: StopWish) -> None:
     torch.use_deterministic_algorithms(False)
     if config.train.deterministic:
         make_deterministic()
+    watch.record_flights(config.run.folder)
     topology = connect(config.parallel)
+    watch.start(config.parallel.timeout_seconds, partial(say_hang, config.run.folder), config.run.folder)
     wish.listen()  # not before all ranks have met: one that outlives a signal would wait minutes for one that did not
     config.train.dtype = resolve_dtype(config)
     state = build_state(config, topology)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longcat.counts import flops_per_token
 from longcat.model import Losses
+from parallel.crumbs import begin_step, phase
 from parallel.mesh import Axis, Topology
 from parallel.reduce import sum_over_ranks, sum_together
 from train.batches import Batch, BatchReader
@@ -51,24 +52,27 @@ class Stepper:
     def step(self, stop_requested: bool) -> StepResult:
         """Train on the next global batch. With a loss or gradient that is not finite, nothing is updated."""
         counters, config = self.state.counters, self.config
+        begin_step(counters.step + 1)
         batches = list(self.reader.read(counters.samples))
         divisors = self.reader.divisors(batches)
         use_mtp = counters.tokens >= config.loss.mtp_start_tokens and config.model.num_mtp_layers > 0
         self._watch_gates()
         tally = self._backward(batches, divisors, use_mtp)
 
-        square, sums, slopes, directions = sum_together(
-            self.state.store.gradient_square(),
-            torch.cat((tally.sums, torch.tensor([float(stop_requested)]))),
-            self._slopes(tally),
-            self._directions(),
-        )
-        counts = sum_over_ranks(tally.counts)
+        with phase("norm and numbers"):
+            square, sums, slopes, directions = sum_together(
+                self.state.store.gradient_square(),
+                torch.cat((tally.sums, torch.tensor([float(stop_requested)]))),
+                self._slopes(tally),
+                self._directions(),
+            )
+            counts = sum_over_ranks(tally.counts)
         norm = math.sqrt(square)
         healthy = math.isfinite(norm) and bool(torch.isfinite(sums).all())
         factor = rate_factor(config.schedule, counters.step + 1)
         if healthy:
-            self._update(norm, factor, counts)
+            with phase("optimizer"):
+                self._update(norm, factor, counts)
         counters.step += 1
         counters.samples += config.train.global_batch_size
         counters.tokens += divisors.tokens

@@ -1,0 +1,304 @@
+"""The watch: when ranks wait too long for each other, one line says who holds them up, and all end.
+
+Each rank's newest crumb (parallel/crumbs.py) goes to the ranks' store about once a second, from a thread. When an
+exchange has been waited for longer than `parallel.timeout_seconds`, all ranks' crumbs are read, parallel/blame.py
+decides who is to blame, and the process ends: a collective that is stuck in C++ cannot be interrupted from Python.
+
+On GPUs NCCL's flight recorder is on beside it, and a hang leaves its record in the run's folder. That part has never
+run on a GPU here: kernels wait there, not the host, so a hang shows at the host's next wait for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from longcat.errors import CRASHED
+from parallel import crumbs
+from parallel.blame import GONE, NOBODY, SILENT, WAITS, Blame, Sign, sentence, verdict, witness
+from parallel.board import Board, has_ended, this_machine, within
+from parallel.crumbs import TRAIL, begin_step, crumb, phase
+
+__all__ = ["Watch", "begin_step", "crumb", "explain", "leave", "limit", "phase", "record_flights", "start", "stop"]
+
+BEAT_SECONDS = 1.0
+BEATS_OF_SILENCE = 2.5  # a rank whose sign stands still for as many has stopped
+RANKS_PER_SECOND = 2000  # signs a second that the store is to bear
+# What gloo, NCCL and the store say when a rank is lost or an exchange takes too long
+LOST = (
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "timed out",
+    "timeout",
+    "connection refused",
+    "remote process exited",
+    "nccl communicator was aborted",
+    "unhandled system error",
+    "application timeout caused pair closure",
+)
+
+
+class Watch:
+    """Publishes this rank's crumbs and ends the process when ranks wait longer than ``timeout_seconds``.
+
+    Args:
+        on_hang: called with the line, from a thread, just before the process ends with code 1.
+        record: file that gets NCCL's flight record on a hang; None without a GPU.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        timeout_seconds: float,
+        on_hang: Callable[[str], None],
+        record: Path | None = None,
+        beat_seconds: float = BEAT_SECONDS,
+    ) -> None:
+        self.board, self.timeout_seconds, self.on_hang, self.record = board, timeout_seconds, on_hang, record
+        self.beat_seconds = max(beat_seconds, board.world_size / RANKS_PER_SECOND)
+        self.machine = this_machine()
+        self.beat = 0
+        self.stopped = threading.Event()
+        self.ending = threading.RLock()  # one thread at a time says how the run ends
+        self.threads = [
+            threading.Thread(target=target, daemon=True, name=name)
+            for name, target in (("watch-signs", self._give_signs), ("watch-judge", self._look))
+        ]
+
+    def start(self) -> None:
+        self.board.publish(self.sign())
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """No more signs and no more verdicts. Threads that a lost store holds up are left behind."""
+        self.stopped.set()
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=2 * self.beat_seconds)
+
+    def sign(self) -> Sign:
+        """What this rank does at this moment."""
+        state, what, group, around, still = crumbs.state()
+        return Sign(
+            rank=self.board.rank,
+            beat=self.beat,
+            wall=time.time(),
+            step=TRAIL.step,
+            sequence=TRAIL.sequence,
+            state=state,
+            what=what,
+            group=group,
+            phase=around,
+            before=TRAIL.before,
+            still_seconds=still,
+            machine=self.machine,
+            pid=os.getpid(),
+        )
+
+    def explain(self, error: BaseException) -> str | None:
+        """One line for an error that a lost rank or a time-out caused, after looking who is to blame.
+
+        It takes until silence is certain (some beats), less where the lost process ran on this machine. All other ranks
+        are told. None for any other error.
+        """
+        text = str(error).lower()
+        if not isinstance(error, RuntimeError | OSError) or not any(sign in text for sign in LOST):
+            return None
+        with self.ending:
+            if TRAIL.failed is None or TRAIL.failed[0] is not error:
+                TRAIL.failed = (error, TRAIL.failed[1] if TRAIL.failed else crumb(type(error).__name__))
+            TRAIL.top = None  # this thread is out of every crumb
+            signs, blame = self._judge(lambda: True)
+            why = blame or Blame(NOBODY, (), "no rank is missing", "look at the network between them")
+            message = f"{sentence(signs.get(self.board.rank), why)} ({gist(error)})"
+            self._tell(message, signs, why)
+            return message
+
+    def _give_signs(self) -> None:
+        while not self.stopped.wait(self.beat_seconds):
+            self.beat += 1
+            try:
+                told = self.board.publish(self.sign())
+                self.board.remember()
+            except (RuntimeError, OSError, ValueError):
+                return  # the store is lost; that matters once somebody waits in vain, and each try logs a page
+            if told is not None and not self.stopped.is_set():
+                with self.ending:
+                    self._end(told)
+
+    def _look(self) -> None:
+        pause = self.beat_seconds / 2
+        while not self.stopped.wait(pause):
+            mark, pause = TRAIL.changed, self.beat_seconds / 2
+            if time.monotonic() - mark > self.timeout_seconds:
+                with self.ending:
+                    self._judge_and_end(mark)
+                pause = max(pause, self.timeout_seconds / 8)  # long work is no fault: ask the store seldom
+
+    def _judge_and_end(self, mark: float) -> None:
+        """End the run if somebody has waited for too long, or is waited for by nobody but is missing."""
+        signs, blame = self._judge(lambda: TRAIL.changed == mark and not self.stopped.is_set())
+        if blame is None or TRAIL.changed != mark or self.stopped.is_set():
+            return
+        seen = witness(self.board.rank, signs, blame)
+        waited = seen is not None and seen.state == WAITS and seen.still_seconds > self.timeout_seconds
+        last = min((signs[rank].wall for rank in blame.ranks), default=time.time())
+        lost = blame.kind == GONE or (blame.kind == SILENT and time.time() - last > self.timeout_seconds)
+        if waited or lost:  # torch waits where no crumb is, too, and a rank that cannot answer for a moment is no loss
+            message = sentence(seen or signs[self.board.rank], blame)
+            self._end(message, lambda: self._tell(message, signs, blame))
+
+    def _judge(self, still: Callable[[], bool]) -> tuple[dict[int, Sign], Blame | None]:
+        """Look at all signs, twice if no process is known to have ended, and decide."""
+        me, wait = self.board.rank, BEATS_OF_SILENCE * self.beat_seconds
+        zero_is_gone = self.board.at_rank_0 and 0 in self._gone(self.board.known)
+        first = None if zero_is_gone else self.board.read(wait)
+        if first is None:
+            return self._without_store()
+        gone = self._gone(first)
+        until = time.monotonic() + wait
+        while not gone and still() and time.monotonic() < until:
+            time.sleep(self.beat_seconds / 10)
+            gone = self._gone(first)
+        second = self.board.read(wait)
+        if second is None:
+            return self._without_store()
+        second[me] = self.sign()
+        silent = {rank for rank in first if rank != me and second[rank].beat == first[rank].beat}
+        return second, verdict(me, second, set() if gone else silent, gone, time.time())
+
+    def _gone(self, signs: dict[int, Sign]) -> set[int]:
+        return {rank for rank, sign in signs.items() if rank != self.board.rank and has_ended(sign, self.machine)}
+
+    def _without_store(self) -> tuple[dict[int, Sign], Blame]:
+        """The store does not answer: whoever holds it is to blame, as far as the last signs say."""
+        signs = self.board.known | {self.board.rank: self.sign()}
+        gone = self._gone(signs)
+        silent = {0} if self.board.at_rank_0 and self.board.rank != 0 and not gone else set()
+        blame = verdict(self.board.rank, signs, silent, gone, time.time()) if silent | gone else None
+        holder = "rank 0" if self.board.at_rank_0 else "the agent of the first host"
+        lost = f"{holder}, which keeps the ranks' signs, does not answer"
+        if blame is None:
+            return signs, Blame(SILENT, (), lost, "look whether its machine is alive")
+        return signs, Blame(blame.kind, blame.ranks, f"{blame.why}; {lost}", blame.advice)
+
+    def _tell(self, message: str, signs: dict[int, Sign], blame: Blame) -> None:
+        """Tell the other ranks; end those on this machine that have stopped and cannot hear it."""
+        self.board.announce(message)
+        if self.board.at_rank_0 and self.board.rank == 0:
+            time.sleep(1.5 * self.beat_seconds)  # the store ends with this process: let the others hear first
+        for rank in blame.ranks if blame.kind == SILENT else ():
+            if rank in signs and signs[rank].machine == self.machine:
+                with contextlib.suppress(OSError):
+                    os.kill(signs[rank].pid, signal.SIGKILL)  # an agent would wait half a minute for it
+
+    def _end(self, message: str, tell: Callable[[], None] = lambda: None) -> None:
+        """Say why and end this process."""
+        if self.stopped.is_set():
+            return
+        try:
+            self.on_hang(message)
+            tell()
+            if self.record is not None:
+                dump_flights(self.record)
+        finally:
+            leave(CRASHED)
+
+
+def gist(error: BaseException) -> str:
+    """The first sentence of an error of torch's, without the source file that it begins with."""
+    return str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0][:200]
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: what is left of its process group may never come down in an orderly way."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+_present: Watch | None = None
+
+
+def start(timeout_seconds: float, on_hang: Callable[[str], None], folder: Path) -> None:
+    """Watch this rank from here to `stop`; nothing where there is one rank. All ranks call it after they have met.
+
+    Args:
+        timeout_seconds: how long one crumb may wait.
+        on_hang: is given the line to say; called from a thread, and the process ends when it returns.
+        folder: the run's, for NCCL's flight records.
+    """
+    global _present
+    stop()
+    TRAIL.clear()
+    if dist.get_world_size() == 1:
+        return
+    rank = dist.get_rank()
+    record = flight_file(folder, rank) if torch.cuda.is_available() else None
+    board = Board(dist.distributed_c10d._get_default_store(), rank, dist.get_world_size())
+    _present = Watch(board, timeout_seconds, on_hang, record)
+    limit(timeout_seconds)
+    _present.start()
+
+
+def limit(timeout_seconds: float) -> None:
+    """How long a crumb may wait from here on, and torch's own exchanges too: a mesh's groups come with half an hour."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+    if _present is not None:
+        _present.timeout_seconds = timeout_seconds
+
+
+def stop() -> None:
+    """End the watch, if one is kept."""
+    global _present
+    if _present is not None:
+        _present.stop()
+    _present = None
+
+
+def explain(error: BaseException) -> str | None:
+    """`Watch.explain` of the watch that is kept; None without one."""
+    return None if _present is None else _present.explain(error)
+
+
+def flight_file(folder: Path, rank: int) -> Path:
+    return folder / "traces" / f"nccl_{rank}"
+
+
+def record_flights(folder: Path) -> None:
+    """Have NCCL keep its last collectives and write them to `traces/nccl_<rank>` when one times out.
+
+    Environment defaults, to be set before the process group is made; what a person has set stays. Read the files with
+    `torchfrtrace runs/<name>/traces -p nccl_`. Never run on a GPU here.
+    """
+    if not torch.cuda.is_available():
+        return
+    path = flight_file(folder, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name of the same
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(path).removesuffix("0"))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def dump_flights(path: Path) -> None:
+    """Write NCCL's flight record of this rank now: the process ends before NCCL's own time-out."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if dump is not None:
+        within(5.0, lambda: path.write_bytes(dump()))

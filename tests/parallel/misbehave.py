@@ -1,0 +1,54 @@
+"""A rank of a training run, one of which dies, stops or sleeps inside a layer: `python -m tests.parallel.misbehave`.
+
+Arguments: the rank that misbehaves, how (dies | stops | sleeps), in which step, before which layer's forward of that
+step, the time-out in seconds from the first step on (before it, busy cores are slow), a folder that learns of the
+fault, overrides.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from longcat.layer import ShortcutLayer
+from parallel import watch
+from parallel.crumbs import TRAIL
+from train.config import compose
+from train.run import main
+
+ACTIONS: dict[str, Callable[[], None]] = {
+    "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleeps": lambda: time.sleep(1000),
+}
+
+
+def misbehave(action: str | None, step: int, layer: int, seconds: float, folder: Path) -> None:
+    """Act once, before the given layer's forward of the given step (layers are counted as they come).
+
+    Every rank shortens its time-out when it has made its first step.
+    """
+    forward, seen = ShortcutLayer.forward, [0, 0]
+
+    def then_act(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        seen[:] = [TRAIL.step, seen[1] + 1 if seen[0] == TRAIL.step else 0]
+        if seen == [2, 0]:
+            watch.limit(seconds)
+        if action is not None and seen == [step, layer]:
+            (folder / "acted").touch()
+            ACTIONS[action]()
+        return forward(self, *arguments, **keywords)
+
+    ShortcutLayer.forward = then_act  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    rank, action, step, layer, seconds, folder, *words = sys.argv[1:]
+    own = action if os.environ["RANK"] == rank else None
+    misbehave(own, int(step), int(layer), float(seconds), Path(folder))
+    sys.exit(main(compose(words)))
