@@ -44,5 +44,7 @@ def watch_sharding(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             unit = name or "embedding, head and norm"
-            module.set_custom_all_gather(WatchedAllGather(f"gathered weights, {unit}"))
-            module.set_custom_reduce_scatter(WatchedReduceScatter(f"summed gradients, {unit}"))
+            # A unit with experts has a group of parameters for each mesh; the public setters know one group only
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                group._all_gather_comm = WatchedAllGather(f"gathered weights, {unit}")
+                group._reduce_scatter_comm = WatchedReduceScatter(f"summed gradients, {unit}")
