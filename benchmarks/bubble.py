@@ -2,9 +2,10 @@
 
 First the seconds of a layer's forward (F), input gradient (I) and weight gradient (W) are measured in one process that
 is alone, on layers of equal cost. The simulation runs each schedule's actions with these. Then ranks run the schedule
-and each action's seconds are recorded as processor time of its thread, because ranks that share processors would
-measure each other; the recorded bubble comes from replaying these, each rank in its recorded order, as soon as what
-an action needs is there. So it holds what differs between actions, and not the time that messages take.
+and each action's processor seconds are recorded. Ranks that share processors would measure each other, so they take
+turns: one action at a time on the machine, under a lock, with real messages between. The recorded bubble comes from
+replaying these seconds, each rank in its recorded order, as soon as what an action needs is there. So it holds what
+differs between actions, and not the time that messages take.
 
     python -m benchmarks.bubble --ranks 4 --micro-batches 8
 """
@@ -12,11 +13,13 @@ an action needs is there. So it holds what differs between actions, and not the 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import statistics
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from tempfile import NamedTemporaryFile
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -110,8 +113,8 @@ def measure(config: ModelConfig, size: int, length: int, rounds: int) -> Times:
     return Times(*(statistics.median(part) for part in zip(*found[3:], strict=True)))
 
 
-def record(schedule: str, config: ModelConfig, args: argparse.Namespace) -> list[list[tuple[Action, float]]]:
-    """On one rank: each step's actions in their order, with the processor seconds of this thread."""
+def record(schedule: str, config: ModelConfig, args: argparse.Namespace, turn: str) -> list[list[tuple[Action, float]]]:
+    """On one rank: each step's actions in their order, with their seconds. ``turn`` is a file to lock."""
     topology = connect(ParallelConfig(pp=args.ranks, fsdp=1))
     parts = split(config, num_stages(schedule, args.ranks), args.length)
     models = []
@@ -123,8 +126,9 @@ def record(schedule: str, config: ModelConfig, args: argparse.Namespace) -> list
     pipeline = Pipeline(models, topology, schedule, args.micro_batches, shape, torch.float32)
     batches = [make_batch(number, args.batch, args.length) for number in range(args.micro_batches)]
     log: list[tuple[Action, float]] = []
+    lock = open(turn)  # noqa: SIM115  (held as long as the rank runs)
     for stage in pipeline.stages:
-        watch(stage, log)
+        watch(stage, log, lock)
     steps = []
     for _ in range(args.steps + 1):
         log.clear()
@@ -136,16 +140,18 @@ def record(schedule: str, config: ModelConfig, args: argparse.Namespace) -> list
     return steps[1:]
 
 
-def watch(stage: Any, log: list[tuple[Action, float]]) -> None:
-    """Let a torch stage log its forward, backward and weight-gradient calls."""
+def watch(stage: Any, log: list[tuple[Action, float]], lock: IO[str]) -> None:
+    """Let a torch stage log its forward, backward and weight-gradient calls, and run them when it is its turn."""
 
     def logged(name: str, kind: str) -> None:
         inner = getattr(stage, name)
 
         def call(number: int, *positional: Any, **named: Any) -> Any:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             start = time.thread_time()
             result = inner(number, *positional, **named)
             took = time.thread_time() - start
+            fcntl.flock(lock, fcntl.LOCK_UN)
             split_off = kind == "B" and not named.get("full_backward", True)
             log.append((Action("I" if split_off else kind, stage.stage_index, number), took))
             return result
@@ -175,7 +181,8 @@ def row(schedule: str, times: Times, config: ModelConfig, args: argparse.Namespa
     layers = config.num_layers // num_stages(schedule, ranks)
     share = layers * STAGES_PER_RANK[schedule]  # layers of a rank
     simulated = simulate(schedule, order, lambda _, action: times.of(action, layers))
-    recordings = run_ranks(record, ranks, schedule, config, args, timeout=300)
+    with NamedTemporaryFile() as turn:
+        recordings = run_ranks(record, ranks, schedule, config, args, turn.name, timeout=600)
     recorded_order = {rank: [action for action, _ in steps[0]] for rank, steps in enumerate(recordings)}
     recorded = replay(schedule, recordings)
     idle = theory(schedule, ranks, share * times.forward, share * times.inputs, share * times.weights)
@@ -218,7 +225,7 @@ def show(rows: list[dict[str, Any]], times: Times, args: argparse.Namespace) -> 
         f"F : I : W of a layer = 1 : {i / f:.2f} : {w / f:.2f} ({f:.1f}, {i:.1f}, {w:.1f} ms). The bubble is the share "
         f"of the step, from the first start to the last end on all ranks, in which a rank stands still. Inside: the "
         f"worst rank's, between its own first start and last end, as papers count it. Recorded: processor time of each "
-        f"action, replayed in dependency order."
+        f"action, run when no other rank computes, and replayed in dependency order."
     )
 
 
