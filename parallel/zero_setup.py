@@ -212,11 +212,13 @@ def allocate(model: LongCat, topology: Topology, settings: dict[str, Any]) -> No
     else:
         import deepspeed
 
+        swapper = None  # one for all weights: making another clears the files of the first
         for module in model.modules():
             if module._parameters or module._buffers:
                 module.to_empty(device=topology.device, recurse=False)
-                if module._parameters:
-                    deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=torch.float32)
+                if module._parameters:  # without dtype=, which it takes for bfloat16 on a CPU whatever is asked for
+                    cut = deepspeed.zero.Init(module=module, config_dict_or_path=settings, param_swapper=swapper)
+                    swapper = cut.param_swapper
     for name, buffer in model.named_buffers():
         fill(buffer, name, tuple(buffer.shape), None, model.config, seed=0)  # zeros: buffers are not drawn
 
