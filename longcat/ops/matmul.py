@@ -69,7 +69,7 @@ class _Linear(torch.autograd.Function):
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_x = product(grad, weight.to(grad.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
         grad_w = None
-        if ctx.needs_input_grad[1]:
+        if ctx.put is not None or ctx.needs_input_grad[1]:
             grad_w = _now_or_later(ctx.put, lambda: product(grad.t(), x.reshape(-1, x.shape[-1])))
         return grad_x, grad_w, None
 
@@ -81,9 +81,14 @@ def _now_or_later(put: PutOff | None, compute: Callable[[], Tensor]) -> Tensor |
     return None
 
 
+def _source(weight: Tensor, put: PutOff | None) -> Tensor:
+    """Without a way back in autograd's graph where the gradient is put off: it would carry zeros."""
+    return weight if put is None else weight.detach()
+
+
 def linear(x: Tensor, weight: Tensor, put: PutOff | None = None) -> Tensor:
     """x [..., I], weight [O, I] → [..., O]. ``put`` takes the computation of the weight's gradient, for later."""
-    return _Linear.apply(x, weight, put)  # type: ignore[no-any-return]
+    return _Linear.apply(x, _source(weight, put), put)  # type: ignore[no-any-return]
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -99,7 +104,7 @@ class _GroupedLinear(torch.autograd.Function):
         grad = grads[0].contiguous()
         grad_x = grouped_product(grad, weight.to(grad.dtype), ends) if ctx.needs_input_grad[0] else None
         grad_w = None
-        if ctx.needs_input_grad[1]:
+        if ctx.put is not None or ctx.needs_input_grad[1]:
             grad_w = _now_or_later(ctx.put, lambda: grouped_product(grad.t(), x, ends))
         return grad_x, grad_w, None, None
 
@@ -109,6 +114,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None =
 
     Experts without rows, and no rows at all, are fine; their weight gradient is zero. ``put`` as in `linear`.
     """
+    weight = _source(weight, put)
     width, height = weight.shape[2], weight.shape[1]
     align = 16 // x.element_size()  # grouped_mm wants rows of whole 16 bytes
     pad_in, pad_out = -width % align, -height % align
