@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-long check bench clean
+.PHONY: help install train test test-long parity check bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,6 +47,9 @@ test: install  ## run the test suite (all but what takes minutes); TESTS=path ch
 
 test-long: install  ## run the tests that take minutes
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -m long $(PYTEST_ARGS)
+
+parity: install  ## every layout against one process; writes the table of errors to docs/parity.md
+	@$(LOCAL_RANKS) $(BIN)/python -m pytest tests/parity -k equals_one_process --parity-table docs/parity.md $(PYTEST_ARGS)
 
 check: install  ## lint, format and types
 	@$(BIN)/ruff check .

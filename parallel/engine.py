@@ -42,6 +42,9 @@ class Engine(Protocol):
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
         """Forward without gradients and MTP → the same."""
 
+    def close(self) -> None:
+        """Let go of what outlives the object, so that another run can start in this process."""
+
 
 class InTurn:
     """One micro-batch after the other through a model that is all here."""
@@ -65,6 +68,9 @@ class InTurn:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
         model = self.parts[0]
         return [[model(one.tokens, one.labels, one.valid, one.documents, mtp=False) for one in micro_batches]]
+
+    def close(self) -> None:
+        pass
 
 
 def detached(losses: Losses) -> Losses:

@@ -175,6 +175,9 @@ class Pipeline:
             held_gradients.release(model)
         return [module.take() for module in self.modules]
 
+    def close(self) -> None:
+        pass
+
     def _stage(self, place: int) -> PipelineStage:
         """Shapes are given, or torch would run a forward and backward to learn them."""
         module, number, stages = self.modules[place], self.numbers[place], self._num_stages

@@ -130,10 +130,10 @@ def alone_in_bfloat16(case: Case, topology: Topology) -> dict[str, Tensor]:
     """Gradients of the whole model on this rank, as training without a pipeline adds them up."""
     with torch.device("meta"):
         model = LongCat(case.config)
-    shard(model, topology, ParallelConfig(), torch.bfloat16)
+    shard(model, topology, torch.bfloat16, reshard_after_forward=True)
     materialise(model, case.config, SEED, topology.device)
     for number in range(case.total):
-        set_gradient_sync(model, last=number == case.total - 1, mtp=case.mtp)
+        set_gradient_sync(model, last=number == case.total - 1)
         batch = micro_batch(number, case.documents)
         losses = model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=case.mtp)
         objective(case.total, losses).backward()

@@ -24,6 +24,7 @@ PROBLEMS: dict[str, list[str]] = {
     "two_a_micro_batch": ["train.micro_batch_size=2"],
     "documents": ["data.mask_documents=true"],
     "no_mtp": ["model.num_mtp_layers=0", "train.seed=1"],
+    "late_mtp": ["loss.mtp_start_tokens=256"],  # on from the second step
     "seven_layers": ["model.num_layers=7"],
     "eight_layers": ["model.num_layers=8"],
 }
@@ -57,9 +58,14 @@ LAYOUTS = [
     Layout("zero1", 2, "sharding=zero1"),
     Layout("zero2", 2, "sharding=zero2", "two_a_micro_batch"),
     Layout("zero3", 2, "sharding=zero3"),
+    Layout("ep2-late_mtp", 2, "ep=2", "late_mtp"),
+    Layout("pp2-zbv-late_mtp", 2, "pp=2 schedule=zbv", "late_mtp"),
+    Layout("zero1-late_mtp", 2, "sharding=zero1", "late_mtp"),
+    Layout("zero3-late_mtp", 2, "sharding=zero3", "late_mtp"),
     Layout("zero1-ep2", 2, "sharding=zero1 ep=2"),
     Layout("zero2-ep2-recompute_full", 2, "sharding=zero2 ep=2 recompute=full", "documents"),
     Layout("zero2-offload", 2, "sharding=zero2 offload=cpu", "two_a_micro_batch"),
+    Layout("zero1-dp2-fsdp2-ep2", 4, "sharding=zero1 dp=2 fsdp=2 ep=2"),
     Layout("zero1-cp2-ep2", 4, "sharding=zero1 fsdp=2 cp=2 ep=2"),
     Layout("zero3-recompute_selective", 4, "sharding=zero3 recompute=selective", "two_a_micro_batch"),
     Layout("cp2-tp2-ep4", 4, "cp=2 tp=2 ep=4", "documents"),

@@ -171,6 +171,7 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             of_kind = (one for one in state.store.held() if one.kind == kind)
             setattr(out, "weights" if kind == "weight" else kind, logical(of_kind))
+    state.engine.close()
     return out
 
 

@@ -9,21 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.parity.conftest import ERRORS
 from tests.parity.layouts import LAYOUTS, PROBLEMS, Layout
 from tests.parity.measure import Measured, assemble, measure
 from tests.parity.pool import close_pools, pool
 
 STEPS = 3
 FIRST, LATER = 2e-6, 1e-5  # ‖Δ‖/‖ref‖ of each tensor: gradients of step 1, and everything after 3 steps
-ERRORS: dict[str, dict[str, float]] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _pools() -> Iterator[None]:
     yield
     close_pools()
-    for name, errors in ERRORS.items():
-        print(f"{name:32}", "  ".join(f"{kind} {error:.1e}" for kind, error in errors.items()))
 
 
 @cache
@@ -47,7 +45,7 @@ def largest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def test_layout_equals_one_process(layout: Layout) -> None:
     expected = reference(layout.problem)
     errors = compare(measured_on(layout), expected)
-    ERRORS[layout.name] = errors
+    ERRORS[layout.name] = (layout.ranks, " ".join(layout.overrides), errors)
     check(errors)
 
 
