@@ -81,14 +81,14 @@ def _now_or_later(put: PutOff | None, compute: Callable[[], Tensor]) -> Tensor |
     return None
 
 
-def _source(weight: Tensor, put: PutOff | None) -> Tensor:
+def _source(weight: Tensor, x: Tensor, put: PutOff | None) -> Tensor:
     """Without a way back in autograd's graph where the gradient is put off: it would carry zeros."""
-    return weight if put is None else weight.detach()
+    return weight.detach() if put is not None and x.requires_grad else weight
 
 
 def linear(x: Tensor, weight: Tensor, put: PutOff | None = None) -> Tensor:
     """x [..., I], weight [O, I] → [..., O]. ``put`` takes the computation of the weight's gradient, for later."""
-    return _Linear.apply(x, _source(weight, put), put)  # type: ignore[no-any-return]
+    return _Linear.apply(x, _source(weight, x, put), put)  # type: ignore[no-any-return]
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -114,7 +114,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None =
 
     Experts without rows, and no rows at all, are fine; their weight gradient is zero. ``put`` as in `linear`.
     """
-    weight = _source(weight, put)
+    weight = _source(weight, x, put)
     width, height = weight.shape[2], weight.shape[1]
     align = 16 // x.element_size()  # grouped_mm wants rows of whole 16 bytes
     pad_in, pad_out = -width % align, -height % align

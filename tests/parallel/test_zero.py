@@ -36,6 +36,7 @@ def test_masters_keep_their_float32_bits_under_bfloat16(layout: str) -> None:
         assert torch.equal(initial[name], value), f"{name} starts with other bits"
     for kind in ("weights", "exp_avg", "exp_avg_sq"):
         for name, value in assemble([getattr(rank, kind) for rank in ranks]).items():
+            value = value[value != 0]  # rows of the embedding that no token met
             rounded = (value.bfloat16().float() == value).double().mean()
             assert rounded < 0.2, f"{kind} of {name} looks rounded to bfloat16"
 
