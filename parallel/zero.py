@@ -32,6 +32,7 @@ from parallel.zero_setup import (
     data_parallel_size,
     deepspeed_settings,
     first_expert,
+    keep_gradients_in_memory,
     keep_own_experts,
     parameter_groups,
     quiet_import,
@@ -83,6 +84,8 @@ class ZeroEngine:
         )
         if self.stage == 3 and model.lm_head is not None:  # its weight is fetched by the model's own forward
             deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
+        if self.swaps:
+            keep_gradients_in_memory(self.zero.optimizer_swapper)
         self.mtp_used = False
         self._make_moments()
 
