@@ -42,6 +42,7 @@ class Store(Protocol):
 
     optimizer: torch.optim.AdamW  # rates are set in its groups
     transient: bool  # whether values of `held` are in memory only until the next one is asked for
+    counts_here: bool  # whether sums over all ranks count what is held here; a replica's copy is not counted
 
     def held(self, write: bool = False) -> Iterator[Held]:
         """Weights and moments. With ``write`` all that must be written to change them, and `refresh` has to follow."""
@@ -77,7 +78,7 @@ class ShardedAdamW:
     transient = False
 
     def __init__(self, models: Sequence[LongCat], topology: Topology, make_optimizer: MakeOptimizer) -> None:
-        self.models, self.topology = models, topology
+        self.counts_here = topology.holds_first_replica
         # Listed once: while a module is gathered, FSDP2 shows whole parameters under the same names
         self.parameters = [pair for model in models for pair in model.named_parameters()]
         # The second embedding, which MTP has beside a pipeline's head: where the first is not on this rank too
@@ -111,7 +112,7 @@ class ShardedAdamW:
     def gradient_square(self) -> Tensor:
         """Tensor by tensor in a fixed order; replicas count once."""
         grads = [grad.values for grad in self.gradients()]
-        if not grads or not self.topology.holds_first_replica:
+        if not grads or not self.counts_here:
             return torch.zeros((), dtype=torch.float64)
         return torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu()
 

@@ -84,9 +84,9 @@ class ZeroEngine:
         )
         if self.stage == 3 and model.lm_head is not None:  # its weight is fetched by the model's own forward
             deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
-        if self.swaps:
+        if self.transient:
             keep_gradients_in_memory(self.zero.optimizer_swapper)
-        self.mtp_used = False
+        self.mtp_used, self.counts_here = False, True
         self._make_moments()
 
     def _whole_shape(self, name: str, weight: nn.Parameter) -> tuple[int, ...]:

@@ -26,9 +26,8 @@ MASK = (1 << 64) - 1
 def state_hash(state: TrainState, topology: Topology) -> str:
     """The hash of the state of all ranks as 16 hexadecimal digits; a collective."""
     total = 0
-    counts_here = topology.holds_first_replica  # asked once: torch cuts a mesh anew for each question
     for held in state.store.held():
-        if counts_here:
+        if state.store.counts_here:
             total += hash_stored(held)
     if topology.holds_first_shards:
         for name, tensor in state.store.steps():

@@ -140,7 +140,7 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
         MUTATIONS[mutation](stepper)
     parts = [model.part for model in state.models]
     out.bytes_by_formula = held_bytes(config.model, sizes, config.parallel.sharding, parts)
-    first = topology.holds_first_replica
+    first = state.store.counts_here
     if full and first:
         out.initial = logical(one for one in state.store.held() if one.kind == "weight")
     out.hashes.append(state_hash(state, topology))
@@ -165,7 +165,6 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
         out.counts.append(result.counts)
         out.hashes.append(state_hash(state, topology))
     out.smallest_gap = log.smallest_gap
-    first = first or config.parallel.sharding != "fsdp"  # to DeepSpeed replicas are one more way of sharding
     out.biases = state.biases
     if full and first:
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
