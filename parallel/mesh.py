@@ -120,10 +120,10 @@ def resolve_sizes(config: ParallelConfig, world_size: int) -> Sizes:
     for size in sizes.values():
         known *= max(size, 1)
     if world_size % known or (known != world_size and -1 not in sizes.values()):
-        names, given = "×".join(axis.value for axis in Axis), "×".join(str(size) for size in sizes.values())
+        given = " × ".join(f"parallel.{axis.value}={size}" for axis, size in sizes.items() if size != 1)
         raise ConfigError(
-            f"parallel: {names}={given} does not give the {world_size} ranks that were started; "
-            f"set one axis to -1, or start {known} ranks"
+            f"{given} does not give the {world_size} ranks that were started; set one axis to -1, "
+            f"or start {known} ranks"
         )
     filled = {axis: world_size // known if size == -1 else size for axis, size in sizes.items()}
     folded = filled[Axis.FSDP] * filled[Axis.CP] * filled[Axis.TP]

@@ -23,10 +23,10 @@ PROBLEMS: dict[str, list[str]] = {
     "plain": [],
     "two_a_micro_batch": ["train.micro_batch_size=2"],
     "documents": ["data.mask_documents=true"],
-    "no_mtp": ["model.num_mtp_layers=0", "train.seed=1"],
+    "no_mtp": ["model.num_mtp_layers=0", "train.seed=3"],
     "late_mtp": ["loss.mtp_start_tokens=256"],  # on from the second step
     "seven_layers": ["model.num_layers=7"],
-    "eight_layers": ["model.num_layers=8"],
+    "eight_layers": ["model.num_layers=8", "train.seed=2"],
 }
 
 LAYOUTS = [
@@ -79,5 +79,5 @@ LAYOUTS = [
     Layout("dp2-fsdp2-cp2-ep4", 8, "dp=2 fsdp=2 cp=2 ep=4"),
     Layout("pp2-zbv-fsdp2-ep2", 4, "pp=2 schedule=zbv fsdp=2 ep=2"),
     Layout("pp2-zbv-tp2-ep4-chunks2", 8, "pp=2 schedule=zbv fsdp=2 tp=2 ep=4 overlap.num_chunks=2 recompute=full"),
-    Layout("pp2-dualpipev-fsdp2-cp2-ep4", 8, "pp=2 schedule=zbv fsdp=2 cp=2 ep=4 recompute=selective"),
+    Layout("pp2-1f1b-fsdp2-cp2-ep4", 8, "pp=2 schedule=1f1b fsdp=2 cp=2 ep=4 recompute=selective"),
 ]

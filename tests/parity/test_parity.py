@@ -37,7 +37,9 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def largest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    assert ours.keys() == theirs.keys()
+    """DeepSpeed has zeros where torch has no gradient: MTP's before it joins."""
+    assert ours.keys() >= theirs.keys()
+    assert not any(ours[name].any() for name in ours.keys() - theirs.keys())
     return max(relative(ours[name], theirs[name]) for name in theirs)
 
 
