@@ -100,7 +100,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     def blow_up(self: Stepper, *arguments: Any) -> None:
         plain(self, *arguments)
         if self.state.counters.step == 2:
-            self.parameters[0].data.fill_(float("nan"))
+            next(iter(self.state.store.held())).values.fill_(float("nan"))
 
     monkeypatch.setattr(Stepper, "_update", blow_up)
     assert train_here([*narrow, "train.steps=5", "checkpoint.every=1"]) == 4
