@@ -12,22 +12,22 @@ from torch.nn.functional import silu
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Products of x and float32 are float32 without a widened copy of x."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, gain, inverse)
-        return (wide * inverse).to(x.dtype) * gain.to(x.dtype)
+        return (x * inverse).to(x.dtype) * gain.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gain, inverse = ctx.saved_tensors
-        normed = x.float() * inverse
-        grad = grads[0].float()
-        grad_gain = (grad * normed).reshape(-1, gain.shape[0]).sum(0).to(gain.dtype)
-        grad_normed = grad * gain.to(x.dtype).float()
-        mean = (grad_normed * normed).mean(-1, keepdim=True)
+        normed = x * inverse
+        grad_gain = (grads[0] * normed).reshape(-1, gain.shape[0]).sum(0).to(gain.dtype)
+        grad_normed = grads[0] * gain.to(x.dtype).float()
+        mean = torch.linalg.vecdot(grad_normed, normed)[..., None].div_(x.shape[-1])
         grad_x = grad_normed.sub_(normed.mul_(mean)).mul_(inverse)
         return grad_x.to(x.dtype), grad_gain, None
 
