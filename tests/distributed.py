@@ -14,14 +14,8 @@ from typing import Any
 import torch
 
 
-def _rank_main(
-    function: Callable[..., Any],
-    rank: int,
-    world_size: int,
-    port: int,
-    queue: Any,
-    arguments: tuple[Any, ...],
-) -> None:
+def become(rank: int, world_size: int, port: int) -> None:
+    """Make this process a rank, as torchrun would: one thread, on the loopback device."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -32,6 +26,17 @@ def _rank_main(
         GLOO_SOCKET_IFNAME="lo",
     )
     torch.set_num_threads(1)
+
+
+def _rank_main(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    queue: Any,
+    arguments: tuple[Any, ...],
+) -> None:
+    become(rank, world_size, port)
     try:
         answer = io.BytesIO()  # bytes: tensors in a queue would share memory with a process that has ended
         torch.save(function(*arguments), answer)

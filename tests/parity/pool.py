@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 import traceback
 from collections.abc import Callable
 from queue import Empty
@@ -13,20 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.distributed import free_port
+from tests.distributed import become, free_port
 
 
 def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        GLOO_SOCKET_IFNAME="lo",
-    )
-    torch.set_num_threads(1)
+    become(rank, world_size, port)
     dist.init_process_group("gloo")
     while (task := tasks.get()) is not None:
         function, arguments = task
