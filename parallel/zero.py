@@ -178,18 +178,6 @@ class ZeroEngine:
                     self.optimizer.state[flat]["step"].zero_()
         self.mtp_used = False
 
-    def zero_grad(self) -> None:
-        """Drop the gradients of a step that is not taken."""
-        self.zero.zero_grad(set_to_none=True)
-        if self.offloads:
-            self.zero.reset_cpu_buffers()
-        for grads in (self.zero.averaged_gradients, getattr(self.zero, "all_grad_tensors", {})):
-            for key in grads:
-                grads[key] = None
-        if self.stage < 3:
-            self.zero.micro_step_id = -1
-        self.mtp_used = False
-
     # State
 
     def held(self, write: bool = False) -> Iterator[Held]:
