@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from longcat.config import ModelConfig
@@ -95,8 +96,13 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Box | None]:
     """This rank's part of a tensor and its box in the whole; None for a tensor that is not sharded."""
     if not isinstance(tensor, DTensor):
         return tensor, None
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), tuple((o, o + s) for o, s in zip(offset, shape, strict=True))
+    return tensor.to_local(), _box(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+@cache  # torch takes a tenth of a millisecond, and every step asks for every tensor
+def _box(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Box:
+    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple((o, o + s) for o, s in zip(offset, local, strict=True))
 
 
 def materialise(model: LongCat, config: ModelConfig, seed: int, device: torch.device) -> None:

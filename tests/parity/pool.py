@@ -44,7 +44,7 @@ class Pool:
         for process in self.ranks:
             process.start()
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
         """Call ``function(*arguments)`` on every rank; returns their results in rank order."""
         for queue in self.tasks:
             queue.put((function, arguments))
