@@ -35,11 +35,21 @@ def sum_scalars(values: list[float]) -> list[float]:
     return summed
 
 
-def sum_together(*parts: Tensor) -> list[Tensor]:
-    """Sum several float64 tensors over all ranks in one collective; shapes as they came."""
-    flat = sum_over_ranks(torch.cat([part.double().cpu().flatten() for part in parts]))
-    summed = flat.split([part.numel() for part in parts])
-    return [one.view(part.shape) for one, part in zip(summed, parts, strict=True)]
+def sum_together(numbers: Tensor, *parts: Tensor) -> list[Tensor]:
+    """Sum ``numbers`` [n] and float64 tensors over all ranks in one collective; shapes as they came.
+
+    The numbers, on which the update depends, are added up in the order of ranks: each rank sends them in a place of
+    its own where all others send zeros, so that they arrive as they were, whatever order the reduction takes.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    places = torch.zeros(world_size, numbers.numel(), dtype=torch.float64)
+    places[rank] = numbers.double().cpu()
+    flat = sum_over_ranks(torch.cat([places.flatten(), *(part.double().cpu().flatten() for part in parts)]))
+    summed = flat.split([places.numel(), *(part.numel() for part in parts)])
+    total = torch.zeros(numbers.numel(), dtype=torch.float64)
+    for place in summed[0].view(world_size, -1):
+        total += place
+    return [total, *(one.view(part.shape) for one, part in zip(summed[1:], parts, strict=True))]
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

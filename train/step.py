@@ -60,15 +60,13 @@ class Stepper:
         tally = self._backward(batches, divisors, use_mtp)
 
         with phase("norm and numbers"):
-            square, sums, slopes, directions = sum_together(
-                self.state.store.gradient_square(),
-                torch.cat((tally.sums, torch.tensor([float(stop_requested)]))),
-                self._slopes(tally),
-                self._directions(),
-            )
+            square = self.state.store.gradient_square().reshape(1)
+            own = torch.cat((square, tally.sums, torch.tensor([float(stop_requested)])))
+            numbers, slopes, directions = sum_together(own, self._slopes(tally), self._directions())
             counts = sum_over_ranks(tally.counts)
-        norm = math.sqrt(square)
-        healthy = math.isfinite(norm) and bool(torch.isfinite(sums).all())
+        square_of_all, *sums, stop_wishes = numbers.tolist()
+        norm = math.sqrt(square_of_all)
+        healthy = all(map(math.isfinite, (norm, *sums)))
         factor = rate_factor(config.schedule, counters.step + 1)
         if healthy:
             with phase("optimizer"):
@@ -76,9 +74,9 @@ class Stepper:
         counters.step += 1
         counters.samples += config.train.global_batch_size
         counters.tokens += divisors.tokens
-        metrics = self._metrics(sums.tolist(), divisors, norm, factor, counts, slopes, use_mtp)
+        metrics = self._metrics(sums, divisors, norm, factor, counts, slopes, use_mtp)
         metrics["router_similarity"] = router_similarity(directions, config.model.num_routed)
-        return StepResult(metrics, counts, healthy, stop=bool(sums[5] > 0))
+        return StepResult(metrics, counts, healthy, stop=stop_wishes > 0)
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> Tally:
         weights = self.config.loss, self.config.balance.group_loss_weight

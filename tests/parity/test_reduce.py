@@ -1,0 +1,33 @@
+"""Sums over ranks that the update depends on do not depend on the order in which a reduction adds."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from parallel.reduce import sum_together
+from tests.parity.pool import pool
+
+LARGE = 2.0**60
+OF_RANKS = [LARGE, 1.0, -LARGE, 3.0]  # by rank 3.0; in other orders up to 4.0
+
+
+def summed() -> tuple[list[float], list[float]]:
+    rank = dist.get_rank()
+    numbers, others = sum_together(torch.tensor([OF_RANKS[rank], float(rank)]), torch.full((2, 1), 0.5))
+    return numbers.tolist(), others.flatten().tolist()
+
+
+def test_numbers_are_added_in_the_order_of_ranks() -> None:
+    assert pool(4).run(summed) == [([3.0, 6.0], [2.0, 2.0])] * 4
+
+
+def not_a_number() -> list[float]:
+    value = float("nan") if dist.get_rank() == 1 else 1.0
+    return sum_together(torch.tensor([value, 1.0]))[0].tolist()
+
+
+def test_a_number_that_is_not_one_stays_in_its_place() -> None:
+    for first, second in pool(4).run(not_a_number):
+        assert first != first
+        assert second == 4.0
