@@ -41,6 +41,7 @@ LAYOUTS = [
     Layout("cp2-documents", 2, "cp=2", "documents"),
     Layout("cp2-ep2", 2, "cp=2 ep=2"),
     Layout("tp2-ep2", 2, "tp=2 ep=2", "two_a_micro_batch"),
+    Layout("ep2-compile", 2, "ep=2 compile=true", "two_a_micro_batch"),
     Layout("ep2-recompute_full", 2, "ep=2 recompute=full"),
     Layout("ep2-recompute_selective", 2, "ep=2 recompute=selective"),
     Layout("pp2-1f1b", 2, "pp=2 schedule=1f1b"),
