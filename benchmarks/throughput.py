@@ -13,7 +13,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from longcat.config import ModelConfig
 from longcat.counts import flops_per_token
 from longcat.init import initialise
 from longcat.model import LongCat
+from longcat.ops.fusion import fuse
 from longcat.ops.matmul import cpu_multiplies_bfloat16
 
 # Largest relative difference of the two losses that still counts as the same computation
@@ -43,12 +44,23 @@ LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 PEER_ATTENTION = ("sdpa", "eager")
 
 
-@dataclass
 class Batch:
-    """tokens and labels [B, S]."""
+    """Tokens and labels [B, S], drawn anew for each round: no step of a training sees a batch twice.
+
+    It matters: a processor's library prepares code for each number of rows that an expert gets.
+    """
 
     tokens: Tensor
     labels: Tensor
+
+    def __init__(self, config: ModelConfig, size: int, length: int) -> None:
+        self.vocab_size, self.shape = config.vocab_size, (size, length + 1)
+        self.generator = torch.Generator().manual_seed(0)
+        self.draw()
+
+    def draw(self) -> None:
+        sample = torch.randint(self.vocab_size, self.shape, generator=self.generator).to(device())
+        self.tokens, self.labels = sample[:, :-1].contiguous(), sample[:, 1:].contiguous()
 
     @property
     def num_tokens(self) -> int:
@@ -62,21 +74,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="sequences; 4, or 1 where bfloat16 has no instructions")
     parser.add_argument("--length", type=int, help="tokens a sequence; 512, or 128 where bfloat16 has none")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=N", help="fields of the model, as num_layers=2")
+    parser.add_argument("--no-compile", action="store_true", help="as parallel.compile=false: nothing fused")
     parser.add_argument("--rounds", type=int, help="timed rounds; 5, or 3 where bfloat16 has none")
     return parser.parse_args()
 
 
-def make_batch(config: ModelConfig, size: int, length: int) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randint(config.vocab_size, (size, length + 1), generator=generator).to(device())
-    return Batch(sample[:, :-1].contiguous(), sample[:, 1:].contiguous())
-
-
 def our_step(model: LongCat, batch: Batch) -> Callable[[], float]:
     """Forward and backward of our model; gives the mean loss."""
-    valid = torch.ones_like(batch.labels, dtype=torch.bool)
 
     def step() -> float:
+        valid = torch.ones_like(batch.labels, dtype=torch.bool)
         loss = model(batch.tokens, batch.labels, valid, mtp=False).lm / batch.num_tokens
         loss.backward()
         model.zero_grad(set_to_none=True)  # at rest neither program holds gradients
@@ -128,12 +136,13 @@ def compare(config: ModelConfig, dtype: torch.dtype, batch: Batch, rounds: int) 
     flops = flops_per_token(config, batch.tokens.shape[1], used) * batch.num_tokens
     rates = {"float32": 0.0, "bfloat16": 0.0}
 
-    def watch_gemm() -> None:
-        # Between rounds, and the best counts: a machine that others slow down must not flatter us.
+    def between_rounds() -> None:
+        batch.draw()
+        # The best rate counts: a machine that others slow down must not flatter us.
         for name in rates:
             rates[name] = max(rates[name], gemm_gflops(getattr(torch, name), budget_seconds=0.3))
 
-    timed = alternate({"longcat": ours, "transformers": theirs}, rounds, between=watch_gemm)
+    timed = alternate({"longcat": ours, "transformers": theirs}, rounds, between=between_rounds)
     ratios = pairwise_ratios(timed["transformers"], timed["longcat"])
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -192,15 +201,18 @@ def show(result: dict[str, Any], name: str, config: ModelConfig) -> None:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    config = replace(preset(args.model), num_mtp_layers=0)
+    fields = {name: int(value) for name, value in (one.split("=") for one in args.set)}
+    config = replace(preset(args.model), num_mtp_layers=0, **fields)
+    config.validate()
+    fuse(not args.no_compile)
     results = []
     for name in args.dtype:
         dtype = getattr(torch, name)
         slow = dtype is torch.bfloat16 and device().type == "cpu" and not cpu_multiplies_bfloat16()
-        batch = make_batch(config, args.batch or (1 if slow else 4), args.length or (128 if slow else 512))
+        batch = Batch(config, args.batch or (1 if slow else 4), args.length or (128 if slow else 512))
         results.append(compare(config, dtype, batch, args.rounds or (3 if slow else 5)))
         show(results[-1], args.model, config)
-    print_json("throughput", {"model": args.model, "results": results})
+    print_json("throughput", {"model": args.model, "set": fields, "fused": not args.no_compile, "results": results})
 
 
 if __name__ == "__main__":

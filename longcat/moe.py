@@ -20,7 +20,7 @@ from longcat.config import ModelConfig
 from longcat.dispatch import LOCAL_DISPATCHER, Dispatcher, Routing
 from longcat.layers import Linear, put_off
 from longcat.ops.elementwise import swiglu
-from longcat.ops.matmul import grouped_linear
+from longcat.ops.grouped import grouped_linear
 from longcat.seams import WHOLE_SEQUENCE, Sequence, WeightGradients, local
 
 

@@ -8,7 +8,8 @@ import torch
 
 from longcat.config import ModelConfig
 from longcat.model import LongCat, Part
-from parallel.compiled import check_compile, compile_dense
+from longcat.ops.fusion import fuse
+from parallel.compiled import check_compile
 from parallel.engine import Engine, InTurn
 from parallel.expert import check_experts, send_to_experts, spread_experts
 from parallel.mesh import Axis, ParallelConfig, Sizes, Topology
@@ -46,7 +47,7 @@ def check_layout(
         check_micro_batches(parallel.schedule, sizes.pp, num_micro_batches)
     if parallel.sharding != "fsdp":
         check_deepspeed(parallel, sizes)
-    check_compile(parallel, sizes)
+    check_compile(parallel)
     check_tensor(config, sizes.tp)
     check_experts(config, sizes.ep)
     check_length(sequence_length, sizes.cp, sizes.tp)
@@ -97,8 +98,7 @@ def _set_up(model: LongCat, parallel: ParallelConfig, overlap: OverlapConfig, to
     spread_sequence(model, topology)
     set_chunks(model, overlap)
     recompute(model, parallel.recompute)
-    if parallel.compile:
-        compile_dense(model)
+    fuse(parallel.compile)
 
 
 def _under_deepspeed(

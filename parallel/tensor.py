@@ -23,7 +23,8 @@ from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.model import LongCat
 from longcat.ops.cross_entropy import CHUNK_LOGITS
-from longcat.ops.matmul import product, wide_product
+from longcat.ops.fusion import add_to, scaled
+from longcat.ops.matmul import product, raw_product
 from longcat.seams import parts
 from parallel.crumbs import crumb
 from parallel.mesh import Axis, Topology
@@ -106,7 +107,7 @@ class _SpreadCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[chunk] = product(grad, weight)
             if grad_weight is not None:
-                grad_weight += product(grad.t(), hidden[chunk])
+                add_to(grad_weight, product(grad.t(), hidden[chunk]))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
@@ -115,8 +116,8 @@ class _SpreadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scaled_hidden = None if grad_hidden is None else (grad_hidden * grads[0]).to(grad_hidden.dtype)
-        scaled_weight = None if grad_weight is None else (grad_weight * grads[0]).to(ctx.weight_dtype)
+        scaled_hidden = None if grad_hidden is None else scaled(grad_hidden, grads[0], grad_hidden.dtype)
+        scaled_weight = None if grad_weight is None else scaled(grad_weight, grads[0], ctx.weight_dtype)
         return scaled_hidden, scaled_weight, None, None, None
 
 
@@ -124,7 +125,7 @@ def _one_chunk(
     hidden: Tensor, weight: Tensor, labels: Tensor, keep: Tensor, vocabulary: SpreadVocabulary
 ) -> tuple[Tensor, Tensor]:
     """hidden [T, D], labels and keep [T, 1] → losses [T] and their gradient by this rank's logits [T, v]."""
-    logits = wide_product(hidden, weight.t())
+    logits = raw_product(hidden, weight.t()).float()
     peak = logits.amax(1, keepdim=True)
     with crumb("largest logits of the vocabulary"):
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=vocabulary.group)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from longcat.ops.matmul import product, wide_product
+from longcat.ops.fusion import Fusible, add_to
+from longcat.ops.matmul import product, raw_product
 
 QUERY_BLOCK = 128  # rows of the triangle computed at once: smaller wastes less above the diagonal
 
@@ -59,47 +60,62 @@ def _blocks(runs: Runs) -> Iterator[tuple[slice, int, int]]:
             held += stop - start
 
 
-def _hide(scores: Tensor, start: int, documents: Tensor | None) -> Tensor:
-    """Set to -inf what the queries ``start``... may not see, in place; scores [B, H, rows, start + rows]."""
+@Fusible
+def _probabilities(scores: Tensor, scale: float, start: int, documents: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """softmax(scale · scores) [B, H, rows, start + rows], without what the queries ``start``... may not see."""
     rows, stop = scores.shape[-2], scores.shape[-1]
-    future = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1)
-    scores[..., start:].masked_fill_(future, float("-inf"))
+    wide = scores.float() * scale
+    position = torch.arange(stop, device=scores.device)
+    hidden = position[None, :] > position[start:, None]
     if documents is not None:
         other = documents[:, start:stop, None] != documents[:, None, :stop]
-        scores.masked_fill_(other[:, None], float("-inf"))
-    return scores
+        hidden = (hidden | other)[:, None]
+    return torch.softmax(wide.masked_fill_(hidden, float("-inf")), -1).to(dtype)
+
+
+@Fusible
+def _scores_gradient(grad: Tensor, probabilities: Tensor, scale: float) -> Tensor:
+    """Of the scores, from that of the probabilities and in their dtype."""
+    grad = torch.ops.aten._softmax_backward_data(grad.float(), probabilities.float(), -1, torch.float32)
+    return grad.mul_(scale).to(probabilities.dtype)
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Saves the probabilities of the lower triangle: S²/2 numbers a head, and no GEMM is done twice."""
+    """Saves the probabilities of the lower triangle: S²/2 numbers a head, and no GEMM is done twice.
+
+    Heads of all sequences are one batch here [B·H, ...], so that a stretch of positions is a view and not a copy.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Tensor | None, runs: Runs
     ) -> Tensor:
+        shape = query.shape[:2]
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
         out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=value.dtype, device=value.device)
         saved = []
         for held, start, stop in _blocks(runs):
-            scores = wide_product(query[:, :, held], key[:, :, :stop].transpose(-1, -2)).mul_(scale)
-            probabilities = torch.softmax(_hide(scores, start, documents), -1).to(value.dtype)
-            out[:, :, held] = product(probabilities, value[:, :, :stop])
+            scores = raw_product(query[:, held], key[:, :stop].mT).unflatten(0, shape)
+            probabilities = _probabilities(scores, scale, start, documents, value.dtype).flatten(0, 1)
+            out[:, held] = product(probabilities, value[:, :stop])
             saved.append(probabilities)
-        ctx.scale, ctx.runs = scale, runs
+        ctx.scale, ctx.runs, ctx.shape = scale, runs, shape
         ctx.save_for_backward(query, key, value, *saved)
-        return out
+        return out.unflatten(0, shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, *saved = ctx.saved_tensors
+        grad_out = grads[0].flatten(0, 1)
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
         for (held, _, stop), probabilities in zip(_blocks(ctx.runs), saved, strict=True):
-            grad = grads[0][:, :, held]
-            grad_value[:, :, :stop] += product(probabilities.transpose(-1, -2), grad)
-            grad_scores = wide_product(grad, value[:, :, :stop].transpose(-1, -2))
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_scores, probabilities.float(), -1, torch.float32)
-            grad_scores = grad_scores.mul_(ctx.scale).to(query.dtype)
-            grad_query[:, :, held] = product(grad_scores, key[:, :, :stop])
-            grad_key[:, :, :stop] += product(grad_scores.transpose(-1, -2), query[:, :, held])
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+            grad = grad_out[:, held]
+            add_to(grad_value[:, :stop], product(probabilities.mT, grad))
+            grad_scores = raw_product(grad, value[:, :stop].mT)
+            grad_scores = _scores_gradient(grad_scores, probabilities, ctx.scale)
+            grad_query[:, held] = product(grad_scores, key[:, :stop])
+            add_to(grad_key[:, :stop], product(grad_scores.mT, query[:, held]))
+        grad_key, grad_value = grad_key.to(key.dtype), grad_value.to(value.dtype)
+        return *(x.unflatten(0, ctx.shape) for x in (grad_query, grad_key, grad_value)), None, None, None  # type: ignore[return-value]

@@ -12,9 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat.ops.matmul import product, wide_product
+from longcat.ops.fusion import Fusible, add_to, scaled
+from longcat.ops.matmul import product, raw_product
 
 CHUNK_LOGITS = 1 << 22  # at most this many logits at once: 16 MiB in float32
+
+
+@Fusible
+def _softmax_loss(logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [T, V], which may be overwritten → losses [T] float32, and their sum's gradient in two parts: of all
+    logits [T, V] as if none were a label's, and of those that are [T, 1].
+    """
+    wide, keep = logits.float(), valid[:, None].float()
+    peak = wide.amax(1, keepdim=True)
+    chosen = wide.gather(1, labels[:, None]) - peak
+    weights = wide.sub_(peak).exp_()
+    total = weights.sum(1, keepdim=True)
+    share = keep / total  # 0 where the label does not count
+    at_labels = chosen.exp() * share - keep
+    return ((total.log() - chosen) * keep)[:, 0], weights.mul_(share).to(dtype), at_labels.to(dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -29,22 +45,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, labels.shape[0], rows):
             chunk = slice(start, start + rows)
-            logits = wide_product(hidden[chunk], weight.t())
-            target = labels[chunk, None]
-            keep = valid[chunk, None].float()
-            peak = logits.amax(1, keepdim=True)
-            chosen = logits.gather(1, target)
-            weights = logits.sub_(peak).exp_()
-            total = weights.sum(1, keepdim=True)
-            losses[chunk] = ((total.log() + peak - chosen) * keep)[:, 0]
-            if not (need_hidden or need_weight):
-                continue
-            grad = weights.mul_(keep / total)  # the softmax, 0 where the label does not count
-            grad = grad.scatter_(1, target, grad.gather(1, target) - keep).to(hidden.dtype)
+            logits = raw_product(hidden[chunk], weight.t())
+            losses[chunk], grad, at_labels = _softmax_loss(logits, labels[chunk], valid[chunk], hidden.dtype)
+            grad[torch.arange(grad.shape[0], device=grad.device), labels[chunk]] = at_labels[
+                :, 0
+            ]  # scatter_ would copy
             if grad_hidden is not None:
                 grad_hidden[chunk] = product(grad, weight)
             if grad_weight is not None:
-                grad_weight += product(grad.t(), hidden[chunk])
+                add_to(grad_weight, product(grad.t(), hidden[chunk]))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -52,8 +61,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scaled_hidden = None if grad_hidden is None else (grad_hidden * grads[0]).to(grad_hidden.dtype)
-        scaled_weight = None if grad_weight is None else (grad_weight * grads[0]).to(ctx.weight_dtype)
+        scaled_hidden = None if grad_hidden is None else scaled(grad_hidden, grads[0], grad_hidden.dtype)
+        scaled_weight = None if grad_weight is None else scaled(grad_weight, grads[0], ctx.weight_dtype)
         return scaled_hidden, scaled_weight, None, None
 
 

@@ -10,26 +10,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from longcat.ops.fusion import Fusible
+
+
+@Fusible
+def _norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Products of x and float32 are float32 without a widened copy of x."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    inverse = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
+    return (x * inverse).to(x.dtype) * gain.to(x.dtype), inverse
+
+
+@Fusible
+def _norm_backward(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    normed = x * inverse
+    grad_gain = (grad * normed).reshape(-1, gain.shape[0]).sum(0).to(gain.dtype)
+    grad_normed = grad * gain.to(x.dtype).float()
+    mean = (grad_normed * normed).sum(-1, keepdim=True).div_(x.shape[-1])
+    return grad_normed.sub_(normed.mul_(mean)).mul_(inverse).to(x.dtype), grad_gain
+
 
 class _RMSNorm(torch.autograd.Function):
-    """Products of x and float32 are float32 without a widened copy of x."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
+        out, inverse = _norm(x, gain, eps)
         ctx.save_for_backward(x, gain, inverse)
-        return (x * inverse).to(x.dtype) * gain.to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, gain, inverse = ctx.saved_tensors
-        normed = x * inverse
-        grad_gain = (grads[0] * normed).reshape(-1, gain.shape[0]).sum(0).to(gain.dtype)
-        grad_normed = grads[0] * gain.to(x.dtype).float()
-        mean = torch.linalg.vecdot(grad_normed, normed)[..., None].div_(x.shape[-1])
-        grad_x = grad_normed.sub_(normed.mul_(mean)).mul_(inverse)
-        return grad_x.to(x.dtype), grad_gain, None
+        return *_norm_backward(grads[0], *ctx.saved_tensors), None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -37,19 +47,26 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, gain, eps)  # type: ignore[no-any-return]
 
 
+@Fusible
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return silu(gate).mul_(up)
+
+
+@Fusible
+def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_up = silu(gate).mul_(grad)
+    return torch.ops.aten.silu_backward(grad * up, gate), grad_up
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grad = grads[0]
-        grad_up = silu(gate).mul_(grad)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, grad_up
+        return _gated_backward(grads[0], *ctx.saved_tensors)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Matrix products: dense and grouped linear layers whose backward this project controls.
+"""Matrix products: linear layers whose backward this project controls (experts' are in `grouped.py`).
 
 bfloat16 inputs are multiplied with float32 accumulation and rounded once, on every machine. A processor without
 bfloat16 instructions runs torch's bfloat16 GEMM at about 1 % of its float32 rate, so there the operands are widened
@@ -8,7 +8,7 @@ A float32 weight is cast to the dtype of x where it is multiplied, in the forwar
 second copy of the weights outlives a product.
 """
 
-# T rows (tokens), I input width, O output width, E experts
+# T rows (tokens), I input width, O output width
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm, pad
 
 PutOff = Callable[[Callable[[], Tensor]], None]  # takes a computation of a weight's gradient
 
@@ -32,7 +31,8 @@ def cpu_multiplies_bfloat16() -> bool:
 _NATIVE_BFLOAT16 = cpu_multiplies_bfloat16()  # known before any graph is traced
 
 
-def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In float32 where this processor would multiply bfloat16 slowly."""
     first = tensors[0]
     if first.dtype is torch.bfloat16 and first.device.type == "cpu" and not _NATIVE_BFLOAT16:
         return tuple(tensor.float() for tensor in tensors)
@@ -41,19 +41,13 @@ def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for matrices or batches of them, float32 accumulation, in the dtype of ``a``."""
-    wide_a, wide_b = _widen(a, b)
+    wide_a, wide_b = widened(a, b)
     return torch.matmul(wide_a, wide_b).to(a.dtype)
 
 
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b as float32, for what is exponentiated next; rounded to the inputs' dtype only where the GEMM does that."""
-    return torch.matmul(*_widen(a, b)).float()
-
-
-def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_mm` under the same contract: groups end at the rows (or columns) ``ends`` [E] int32."""
-    wide_a, wide_b = _widen(a, b)
-    return grouped_mm(wide_a, wide_b, offs=ends).to(a.dtype)
+def raw_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the dtype in which this processor's GEMM leaves it, for what is widened to float32 next."""
+    return torch.matmul(*widened(a, b))
 
 
 class _Linear(torch.autograd.Function):
@@ -70,61 +64,23 @@ class _Linear(torch.autograd.Function):
         grad_x = product(grad, weight.to(grad.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
         grad_w = None
         if ctx.put is not None or ctx.needs_input_grad[1]:
-            grad_w = _now_or_later(ctx.put, lambda: product(grad.t(), x.reshape(-1, x.shape[-1])))
+            grad_w = now_or_later(ctx.put, lambda: product(grad.t(), x.reshape(-1, x.shape[-1])))
         return grad_x, grad_w, None
 
 
-def _now_or_later(put: PutOff | None, compute: Callable[[], Tensor]) -> Tensor | None:
+def now_or_later(put: PutOff | None, compute: Callable[[], Tensor]) -> Tensor | None:
+    """A weight's gradient, or None where it is left for later."""
     if put is None:
         return compute()
     put(compute)
     return None
 
 
-def _source(weight: Tensor, x: Tensor, put: PutOff | None) -> Tensor:
+def source_of(weight: Tensor, x: Tensor, put: PutOff | None) -> Tensor:
     """Without a way back in autograd's graph where the gradient is put off: it would carry zeros."""
     return weight.detach() if put is not None and x.requires_grad else weight
 
 
 def linear(x: Tensor, weight: Tensor, put: PutOff | None = None) -> Tensor:
     """x [..., I], weight [O, I] → [..., O]. ``put`` takes the computation of the weight's gradient, for later."""
-    return _Linear.apply(x, _source(weight, x, put), put)  # type: ignore[no-any-return]
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None) -> Tensor:
-        ctx.save_for_backward(x, weight, ends)
-        ctx.put = put
-        return grouped_product(x, weight.to(x.dtype).transpose(1, 2), ends)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight, ends = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        grad_x = grouped_product(grad, weight.to(grad.dtype), ends) if ctx.needs_input_grad[0] else None
-        grad_w = None
-        if ctx.put is not None or ctx.needs_input_grad[1]:
-            grad_w = _now_or_later(ctx.put, lambda: grouped_product(grad.t(), x, ends))
-        return grad_x, grad_w, None, None
-
-
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None = None) -> Tensor:
-    """x [T, I] sorted by expert, weight [E, O, I], ``ends`` [E] int32: the row after each expert's last → [T, O].
-
-    Experts without rows, and no rows at all, are fine; their weight gradient is zero. ``put`` as in `linear`.
-    """
-    weight = _source(weight, x, put)
-    width, height = weight.shape[2], weight.shape[1]
-    align = 16 // x.element_size()  # grouped_mm wants rows of whole 16 bytes
-    pad_in, pad_out = -width % align, -height % align
-    if pad_in or pad_out:
-
-        def put_cut(compute: Callable[[], Tensor]) -> None:
-            assert put is not None
-            put(lambda: compute()[:, :height, :width])
-
-        padded_weight = pad(weight, (0, pad_in, 0, pad_out))
-        padded = _GroupedLinear.apply(pad(x, (0, pad_in)), padded_weight, ends, None if put is None else put_cut)
-        return padded[:, :height]  # type: ignore[no-any-return]
-    return _GroupedLinear.apply(x, weight, ends, put)  # type: ignore[no-any-return]
+    return _Linear.apply(x, source_of(weight, x, put), put)  # type: ignore[no-any-return]

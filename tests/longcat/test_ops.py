@@ -14,7 +14,8 @@ from torch import Tensor
 from longcat.ops.attention import causal_attention
 from longcat.ops.cross_entropy import linear_cross_entropy
 from longcat.ops.elementwise import rms_norm, rotary, rotary_angles, swiglu
-from longcat.ops.matmul import cpu_multiplies_bfloat16, grouped_linear, linear, product
+from longcat.ops.grouped import grouped_linear
+from longcat.ops.matmul import cpu_multiplies_bfloat16, linear, product
 from longcat.ops.permute import combine, permute, plan_permutation
 
 

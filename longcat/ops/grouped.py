@@ -1,0 +1,105 @@
+"""Grouped products: every expert's rows by that expert's matrix, in one call.
+
+A GPU has a kernel for it (`grouped_mm`). A CPU multiplies expert by expert, whatever the call, and its library prepares
+code for every new shape: half a millisecond and half a MiB for each number of rows that an expert ever gets. So here
+the products take whole blocks of rows: a product over rows runs on into rows of the next experts, which overwrite what
+it left there; a sum over rows gets zeros.
+"""
+
+# P rows sorted by expert, I input width, O output width, E experts
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm, pad
+
+from longcat.ops.matmul import PutOff, now_or_later, source_of, widened
+
+BLOCK = 16  # rows; the products' shapes differ by multiples of it
+
+
+def _stretches(ends: Tensor, total: int) -> Iterator[tuple[int, int, int, int]]:
+    """(start, end) of each expert's rows, and the (first, last) of whole blocks around them, inside ``total`` rows."""
+    start = 0
+    for end in ends.tolist():
+        last = start + -(-(end - start) // BLOCK) * BLOCK
+        yield start, end, (start if last <= total else max(0, start + total - last)), min(last, total)
+        start = end
+
+
+def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """Rows a [P, I] times their expert's b [E, I, O] → [P, O]; ``ends`` [E] int32: the row after each expert's last.
+
+    Accumulates in float32, rounds once.
+    """
+    wide_a, wide_b = widened(a, b)
+    if a.device.type != "cpu":
+        return grouped_mm(wide_a, wide_b, offs=ends).to(a.dtype)
+    out = wide_a.new_empty(a.shape[0], b.shape[2])
+    for (start, end, first, last), matrix in zip(_stretches(ends, a.shape[0]), wide_b.unbind(0), strict=True):
+        if first == start < end:
+            torch.mm(wide_a[start:last], matrix, out=out[start:last])
+        elif start < end:  # the block would end after the last row: it begins earlier, where others' results stand
+            out[start:end] = torch.mm(wide_a[first:last], matrix)[start - first : end - first]
+    return out.to(a.dtype)
+
+
+def grouped_sum(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """Σ over each expert's rows of a [P, O] ⊗ b [P, I] → [E, O, I]; zeros for an expert without rows."""
+    wide_a, wide_b = widened(a, b)
+    if a.device.type != "cpu":
+        return grouped_mm(wide_a.t(), wide_b, offs=ends).to(a.dtype)
+    out = wide_a.new_empty(ends.shape[0], a.shape[1], b.shape[1])
+    for (start, end, first, last), place in zip(_stretches(ends, a.shape[0]), out.unbind(0), strict=True):
+        rows = wide_a[first:last]
+        if start == end:
+            place.zero_()
+            continue
+        if (first, last) != (start, end):
+            rows = torch.zeros_like(rows)
+            rows[start - first : end - first] = wide_a[start:end]
+        torch.mm(rows.t(), wide_b[first:last], out=place)
+    return out.to(a.dtype)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        ctx.put = put
+        return grouped_product(x, weight.to(x.dtype).transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight, ends = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_x = grouped_product(grad, weight.to(grad.dtype), ends) if ctx.needs_input_grad[0] else None
+        grad_w = None
+        if ctx.put is not None or ctx.needs_input_grad[1]:
+            grad_w = now_or_later(ctx.put, lambda: grouped_sum(grad, x, ends))
+        return grad_x, grad_w, None, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None = None) -> Tensor:
+    """x [P, I] sorted by expert, weight [E, O, I], ``ends`` [E] int32: the row after each expert's last → [P, O].
+
+    Experts without rows, and no rows at all, are fine; their weight gradient is zero. ``put`` as in `linear`.
+    """
+    weight = source_of(weight, x, put)
+    width, height = weight.shape[2], weight.shape[1]
+    align = 16 // x.element_size()  # grouped_mm wants rows of whole 16 bytes
+    pad_in, pad_out = -width % align, -height % align
+    if pad_in or pad_out:
+
+        def put_cut(compute: Callable[[], Tensor]) -> None:
+            assert put is not None
+            put(lambda: compute()[:, :height, :width])
+
+        padded_weight = pad(weight, (0, pad_in, 0, pad_out))
+        padded = _GroupedLinear.apply(pad(x, (0, pad_in)), padded_weight, ends, None if put is None else put_cut)
+        return padded[:, :height]  # type: ignore[no-any-return]
+    return _GroupedLinear.apply(x, weight, ends, put)  # type: ignore[no-any-return]
