@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 
-from parallel.waits import End, ends
+from parallel.waits import ends, way
 
 WAITS, WORKS, FAILED = "waits", "works", "failed"  # states of a rank
 GONE, SILENT, LATE, NOBODY = "gone", "silent", "late", "nobody"  # kinds of blame
@@ -103,33 +103,32 @@ def verdict(
         return None
     start = me if me in waiting else max(waiting, key=lambda rank: signs[rank].still_seconds)
     found = ends(start, signs)
-    if signs[found[0].ranks[0]].waits:
+    if signs[found[0][0]].waits:
         return circle(start, found[0], signs)
-    return at_work(found, signs)
+    return at_work(start, [rank for (rank,) in found], signs)
 
 
-def at_work(found: list[End], signs: Mapping[int, Sign]) -> Blame:
+def at_work(start: int, ranks: list[int], signs: Mapping[int, Sign]) -> Blame:
     """Of ranks that work while others wait: the one furthest behind, of equals the one that has not moved for longest.
 
     One in a part that may take long comes last.
     """
 
-    def order(end: End) -> tuple[bool, int, float, int]:
-        sign = signs[end.ranks[0]]
+    def order(rank: int) -> tuple[bool, int, float, int]:
+        sign = signs[rank]
         return sign.slow_seconds_ago == 0, sign.step, -sign.still_seconds, sign.sequence
 
-    end = min(found, key=order)
-    late = signs[end.ranks[0]]
-    return Blame(LATE, (late.rank,), f"{named(late.rank, signs)} {not_come(end)} (for {seconds_at(late)})")
+    late = min(ranks, key=order)
+    seconds = signs[late].still_seconds
+    why = f"{not_come(start, late, signs)} (for {seconds:.0f} s at {signs[late].place})"
+    return Blame(LATE, (late,), why)
 
 
-def not_come(end: End) -> str:
-    """`has not come to it`, or by way of whom it holds it up."""
-    return f"holds it up by way of {listed(end.by_way_of, by_number=False)}" if end.by_way_of else "has not come to it"
-
-
-def seconds_at(sign: Sign) -> str:
-    return f"{sign.still_seconds:.0f} s at {sign.place}"
+def not_come(start: int, late: int, signs: Mapping[int, Sign]) -> str:
+    """`rank 2 (…) has not come to it`, or by way of whom it holds ``start`` up."""
+    between = way(start, late, signs)
+    how = f"holds it up by way of {listed(between, by_number=False)}" if between else "has not come to it"
+    return f"{named(late, signs)} {how}"
 
 
 def missing(ranks: list[int], signs: Mapping[int, Sign], happened: str, now: float) -> str:
@@ -143,21 +142,21 @@ def missing(ranks: list[int], signs: Mapping[int, Sign], happened: str, now: flo
     )
 
 
-def circle(me: int, end: End, signs: Mapping[int, Sign]) -> Blame:
+def circle(start: int, ranks: tuple[int, ...], signs: Mapping[int, Sign]) -> Blame:
     """All wait: of those that wait for each other who is behind, or in another exchange than most; and who is not."""
-    calls = [signs[rank].call for rank in end.ranks]
+    calls = [signs[rank].call for rank in ranks]
     if len(set(calls)) == 1:
         return Blame(NOBODY, (), "every rank waits in the same place: look at the network between them")
 
     def order(rank: int) -> tuple[int, int, int, bool, int]:
         sign = signs[rank]
-        return sign.step, sign.sequence, calls.count(sign.call), rank == me, rank
+        return sign.step, sign.sequence, calls.count(sign.call), rank == start, rank
 
-    late = min(end.ranks, key=order)
-    others = [rank for rank in end.ranks if signs[rank].call != signs[late].call]
-    other = me if me in others else max(others, key=lambda rank: (calls.count(signs[rank].call), -rank))
-    why = f"{named(late, signs)} {not_come(end)}: it waits at {signs[late].place}"
-    if other != me:  # the sentence begins with where that one is
+    late = min(ranks, key=order)
+    others = [rank for rank in ranks if signs[rank].call != signs[late].call]
+    other = start if start in others else max(others, key=lambda rank: (calls.count(signs[rank].call), -rank))
+    why = f"{not_come(start, late, signs)}: it waits at {signs[late].place}"
+    if other != start:  # the sentence begins with where that one is
         why += f", while {named(other, signs)} waits at {signs[other].place}"
     return Blame(LATE, (late,), why)
 

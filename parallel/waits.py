@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 Node = tuple[object, ...]  # an exchange that ranks wait in, or a rank that waits in none
@@ -26,15 +25,7 @@ class Waits(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class End:
-    """Where the chain ends. Ranks that wait for each other in a circle are one end."""
-
-    ranks: tuple[int, ...]
-    by_way_of: tuple[int, ...]  # ranks between the first and the end
-
-
-class Board:
+class Exchanges:
     """The exchanges that ranks wait in, and who is missing from each."""
 
     def __init__(self, signs: Mapping[int, Waits]) -> None:
@@ -53,8 +44,12 @@ class Board:
         return ranks - self.here[node]
 
     def after(self, node: Node) -> dict[Node, int]:
-        """The nodes next on the chain, each with a rank that leads there."""
-        return {self.node[rank]: rank for rank in sorted(self.missing(node), reverse=True)}
+        """The nodes next on the chain, each with a rank that leads there.
+
+        An exchange that lacks nobody is about to end, and holds nobody up.
+        """
+        found = {self.node[rank]: rank for rank in sorted(self.missing(node), reverse=True)}
+        return {other: rank for other, rank in found.items() if not self.signs[rank].waits or self.missing(other)}
 
     def reach(self, start: Node, after: Callable[[Node], Iterable[Node]]) -> dict[Node, Node]:
         """Every node on a way from ``start``, with the one before it."""
@@ -81,30 +76,28 @@ class Board:
             start = further
 
 
-def ends(start: int, signs: Mapping[int, Waits]) -> list[End]:
+def ends(start: int, signs: Mapping[int, Waits]) -> list[tuple[int, ...]]:
     """Whom ``start``, which waits, waits for in the end: each rank that works on a way from it.
 
-    Where all on the way wait, the one circle that they lead to, or the exchange that lacks nobody.
+    Where all on the way wait: the ranks of the one circle that they lead to.
     """
-    board = Board(signs)
-    first = board.node[start]
-    before = board.reach(first, board.after)
-    working = sorted(rank for node in before for rank in board.here[node] if not signs[rank].waits)
+    board = Exchanges(signs)
+    reached = board.reach(board.node[start], board.after)
+    working = sorted(rank for node in reached for rank in board.here[node] if not signs[rank].waits)
     if working:
-        return [End((rank,), _way(board, before, board.node[rank])) for rank in working]
-    circle = board.circle(first)
-    ranks = sorted(rank for node in circle for rank in board.here[node])
-    nearest = next(node for node in before if node in circle)  # in the order of their distance
-    return [End(tuple(ranks), _way(board, before, nearest))]
+        return [(rank,) for rank in working]
+    return [tuple(sorted(rank for node in board.circle(board.node[start]) for rank in board.here[node]))]
 
 
-def _way(board: Board, before: Mapping[Node, Node], node: Node) -> tuple[int, ...]:
-    """Ranks that lead to ``node``, without the first and the last."""
-    way = []
+def way(start: int, end: int, signs: Mapping[int, Waits]) -> tuple[int, ...]:
+    """Ranks on the shortest way between the two, of which ``start`` waits."""
+    board = Exchanges(signs)
+    before, node = board.reach(board.node[start], board.after), board.node[end]
+    ranks = []
     while before[node] != node:
-        way.append(board.after(before[node])[node])
+        ranks.append(board.after(before[node])[node])
         node = before[node]
-    return tuple(reversed(way[1:]))
+    return tuple(reversed(ranks[1:]))
 
 
 def spell(ranks: Iterable[int]) -> str:

@@ -87,13 +87,13 @@ def shard_writer(folder: Path) -> Any:
     from torch.distributed.checkpoint import FileSystemWriter
 
     class Writer(FileSystemWriter):
-        def write_data(self, *args: Any) -> Any:
+        def write_data(self, *args: Any, **keywords: Any) -> Any:
             with phase("writing the checkpoint", slow=True):
-                return super().write_data(*args)
+                return super().write_data(*args, **keywords)
 
-        def finish(self, *args: Any) -> None:
+        def finish(self, *args: Any, **keywords: Any) -> None:
             with phase("writing the checkpoint's index", slow=True):
-                super().finish(*args)
+                super().finish(*args, **keywords)
 
     return Writer(folder)
 
@@ -246,9 +246,9 @@ def shard_reader(folder: Path) -> Any:
     from torch.distributed.checkpoint import FileSystemReader
 
     class Reader(FileSystemReader):
-        def read_data(self, *args: Any) -> Any:
+        def read_data(self, *args: Any, **keywords: Any) -> Any:
             with phase("reading the checkpoint", slow=True):
-                return super().read_data(*args)
+                return super().read_data(*args, **keywords)
 
     return Reader(folder)
 

@@ -125,11 +125,30 @@ def test_the_run_ends_within_its_time_out_and_names_the_rank(
     assert seconds < timeout, message
 
 
+@pytest.mark.parametrize("action", ["sleeps", "stops"])
+def test_a_stage_of_a_pipeline_is_named_with_its_layers(
+    action: str,
+    overrides: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The second stage hangs in its second micro-batch; the first one waits for the gradients of its first."""
+    words = [*overrides, "parallel.pp=2", "parallel.schedule=1f1b"]
+    message, seconds, _, _ = outcome(words, 2, (1, action), 4, tmp_path)
+    print(f"pp2, rank 1 {action}: all ended after {seconds:.2f} of 4 s: {message}")
+    waits = (
+        r'"(gradients of micro-batch \d into|hidden states of micro-batch \d out of) layers 0 to 0" \(pp\) of pipeline'
+    )
+    assert re.match(rf"rank 0 has waited \d+ s in step 3 for {waits}: rank 1 \(process", message), message
+    says = {"stops": SILENT, "sleeps": r'has not come to it .* "forward of micro-batch 2 in layers 1 to 1"'}[action]
+    assert re.search(says, message), message
+    assert seconds < 4, message
+
+
 def test_a_slow_disk_ends_no_run_before_its_patience(
     overrides: list[str],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """One rank's disk takes two time-outs for a shard, and the run goes on; where it takes twenty, it ends after six."""
+    """A disk that takes two time-outs for a shard is waited for; one that takes twenty ends the run after six."""
     timeout, words = 1.0, [*overrides, "train.global_batch_size=8", "train.steps=3", "parallel.timeout_seconds=120"]
     with ranks_of_a_run(words, 2, (1, "saves slowly"), timeout, tmp_path / "meeting") as ranks:
         codes = [rank.wait(120) for rank in ranks]
