@@ -190,34 +190,41 @@ class Watch:
             mark, pause = TRAIL.changed, self.pace.beat / 4
             if time.monotonic() - mark > self.pace.look:
                 with self.ending:
-                    self._judge_and_end(mark)
-                pause = max(pause, self.pace.timeout / 16)  # long work is no fault: ask the store seldom
+                    pause = self._judge_and_end(mark)
 
-    def _judge_and_end(self, mark: float) -> None:
-        """End the run if somebody has waited for too long, or is waited for by nobody but is missing."""
+    def _judge_and_end(self, mark: float) -> float:
+        """End the run if somebody has waited for too long, or is waited for by nobody but is missing.
+
+        Returns after how many seconds to look again.
+        """
+        seldom = self.pace.timeout / 16  # long work is no fault: spare the store
 
         def still() -> bool:
             return TRAIL.changed == mark and not self.stopped.is_set() and not self.told.is_set()
 
         signs, blame = self._judge(still)
         if blame is None or not still():
-            return
+            return self.pace.beat if blame else seldom
         seen = witness(self.board.rank, signs, blame)
-        waited = seen is not None and seen.state == WAITS and self._too_long(seen.still_seconds, signs, blame)
+        slow = min(signs[rank].slow_seconds_ago for rank in blame.ranks or signs)
+        waited = seen is not None and seen.state == WAITS and self._too_long(seen.still_seconds, slow, blame)
         last = min((signs[rank].wall for rank in blame.ranks), default=time.time())
         lost = blame.kind == GONE or (blame.kind == SILENT and time.time() - last > self.pace.look)
         if waited or lost:  # torch waits where no crumb is, too, and a rank that cannot answer for a moment is no loss
             message = sentence(seen or signs[self.board.rank], blame)
             self._end(message, lambda: self._tell(message, signs, blame))
+        if blame.kind == SILENT:
+            return self.pace.beat
+        return min(seldom, self.pace.look - slow) if 0 < slow < self.pace.look else seldom
 
-    def _too_long(self, seconds: float, signs: dict[int, Sign], blame: Blame) -> bool:
-        """Whether a wait of ``seconds`` ends the run.
+    def _too_long(self, seconds: float, slow: float, blame: Blame) -> bool:
+        """Whether a wait of ``seconds`` ends the run, where the rank to blame was in a slow phase ``slow`` seconds ago.
 
-        A rank that answers and is in a slow phase has `PATIENCE`, and the others as long again from its end.
+        One that answers has `PATIENCE`, and the usual time from its end; one that does not, the usual time from
+        its last sign, since what is slow may keep it from answering for a moment.
         """
-        slow = min(signs[rank].slow_seconds_ago for rank in blame.ranks or signs)
-        if blame.kind in (LATE, NOBODY) and slow <= self.pace.look:
-            return seconds > self.pace.slow_look
+        if slow <= self.pace.look:
+            return blame.kind in (LATE, NOBODY) and seconds > self.pace.slow_look
         return seconds > self.pace.look
 
     def _judge(self, still: Callable[[], bool]) -> tuple[dict[int, Sign], Blame | None]:

@@ -19,7 +19,11 @@ import torch
 
 from launch.__main__ import main as longcat
 from parallel import watch
+from parallel.blame import LATE, Blame
+from parallel.blame import SILENT as SILENT_KIND
+from parallel.board import Board
 from parallel.crumbs import TRAIL, state
+from parallel.watch import Pace, Watch, causes, is_lost
 from tests.train.conftest import corpus, overrides  # noqa: F401  (fixtures)
 from tests.train.running import NARROW, ROOT, ended, free_ports, ranks_below, tidily, wait_for_step
 
@@ -125,7 +129,7 @@ def test_the_run_ends_within_its_time_out_and_names_the_rank(
     assert seconds < timeout, message
 
 
-@pytest.mark.parametrize("action", ["sleeps", "stops"])
+@pytest.mark.parametrize("action", ["sleeps", "stops", "dies"])
 def test_a_stage_of_a_pipeline_is_named_with_its_layers(
     action: str,
     overrides: list[str],  # noqa: F811
@@ -138,8 +142,13 @@ def test_a_stage_of_a_pipeline_is_named_with_its_layers(
     waits = (
         r'"(gradients of micro-batch \d into|hidden states of micro-batch \d out of) layers 0 to 0" \(pp\) of pipeline'
     )
-    assert re.match(rf"rank 0 has waited \d+ s in step 3 for {waits}: rank 1 \(process", message), message
-    says = {"stops": SILENT, "sleeps": r'has not come to it .* "forward of micro-batch 2 in layers 1 to 1"'}[action]
+    place = rf"(could not finish step 3's|has waited \d+ s in step 3 for) {waits}"
+    assert re.match(rf"rank 0 {place}: rank 1 \(process", message), message
+    says = {
+        "stops": SILENT,
+        "dies": GONE,
+        "sleeps": r'has not come to it .* "forward of micro-batch 2 in layers 1 to 1"',
+    }[action]
     assert re.search(says, message), message
     assert seconds < 4, message
 
@@ -202,6 +211,36 @@ def test_crumbs_nest_and_an_error_leaves_the_innermost() -> None:
     watch.begin_step(2)
     assert state()[0] == "works", "who goes on has dealt with it"
     TRAIL.clear()
+
+
+@pytest.mark.parametrize("timeout", [0.5, 1, 4, 10, 60, 600])
+@pytest.mark.parametrize("world_size", [2, 8192])
+def test_looking_begins_early_enough_to_end_in_time(timeout: float, world_size: int) -> None:
+    pace = Pace.of(timeout, world_size)
+    assert timeout / 2 <= pace.look < timeout
+    assert pace.beat < pace.silence
+    if world_size == 2:
+        assert pace.look + pace.silence + 3 * pace.beat < timeout
+        assert pace.look > timeout - 6.6, "a wait may take nearly as long as the key says"
+
+
+def test_a_time_out_counts_anew_after_a_slow_phase() -> None:
+    kept = Watch(Board(torch.distributed.HashStore(), 0, 2), 10.0, lambda message: None)
+    late, silent = Blame(LATE, (1,), ""), Blame(SILENT_KIND, (1,), "")
+    assert kept._too_long(9.0, float("inf"), late) and not kept._too_long(6.0, float("inf"), late)
+    assert not kept._too_long(50.0, 0.0, late) and kept._too_long(58.0, 0.0, late)
+    assert not kept._too_long(50.0, 3.0, late) and kept._too_long(50.0, 9.0, late)
+    assert not kept._too_long(50.0, 0.0, silent), "until its last sign is that old"
+
+
+def test_what_a_pipeline_raises_is_known_by_its_cause() -> None:
+    try:
+        try:
+            raise RuntimeError("Connection closed by peer")
+        except RuntimeError as error:
+            raise RuntimeError("stage 1 failed to run forward") from error
+    except RuntimeError as error:
+        assert [is_lost(cause) for cause in causes(error)] == [False, True]
 
 
 def test_one_process_keeps_no_watch(tmp_path: Path) -> None:
