@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 
+from parallel.waits import ends, way
+
 WAITS, WORKS, FAILED = "waits", "works", "failed"  # states of a rank
 GONE, SILENT, LATE, NOBODY = "gone", "silent", "late", "nobody"  # kinds of blame
 SLOW = "raise parallel.timeout_seconds if it is only slow"
@@ -25,9 +27,11 @@ class Sign:
     state: str  # waits (for other ranks) | works | failed (an exchange raised)
     what: str  # the innermost crumb, "" between crumbs
     group: str  # the axis that it is an exchange of, "" where nobody said
+    among: str  # the ranks of the exchange or the peer, as `waits.spell` writes them; "" is all
     phase: str  # the crumb around it, "" without one
     before: str  # the exchange that ended last
     still_seconds: float  # since a crumb last began or ended
+    slow_seconds_ago: float  # since a part that may take long (a checkpoint's writing) ended; 0 in one, else infinite
     machine: str
     pid: int
 
@@ -38,6 +42,16 @@ class Sign:
     @staticmethod
     def parse(text: str | bytes) -> Sign:
         return Sign(**json.loads(text))
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for others, or did until its exchange failed."""
+        return self.state != WORKS
+
+    @property
+    def call(self) -> tuple[object, ...]:
+        """Equal on ranks in one and the same call of an exchange."""
+        return self.step, self.phase, self.what, self.among
 
     @property
     def place(self) -> str:
@@ -69,8 +83,8 @@ def verdict(
 ) -> Blame | None:
     """Decide from the ranks' signs who is to blame; None where nobody waits and nobody is missing.
 
-    In this order: a process that is no more, a rank whose signs have stopped, one that is at work while others wait
-    for it, one that waits for something earlier than the rest, one that waits for something else than most.
+    In this order: a process that is no more, a rank whose signs have stopped, one at work at the end of the chain of
+    waits that begins here, ranks that wait for each other in different exchanges.
 
     Args:
         silent: ranks whose beat did not move while we looked.
@@ -84,16 +98,37 @@ def verdict(
         first = sorted(ranks & signs.keys(), key=lambda rank: (signs[rank].state == FAILED, signs[rank].wall))
         if first:
             return Blame(kind, tuple(first), missing(first, signs, happened, now), advice)
-    waiting = {rank: sign for rank, sign in signs.items() if sign.state != WORKS}  # or have waited until they failed
-    working = signs.keys() - waiting.keys()
+    waiting = [rank for rank, sign in signs.items() if sign.waits]
     if not waiting:
         return None
-    if working:
-        late = min(working, key=lambda rank: (signs[rank].step, signs[rank].sequence, -signs[rank].still_seconds))
-        seconds = signs[late].still_seconds
-        why = f"{named(late, signs)} has not come to it (for {seconds:.0f} s at {signs[late].place})"
-        return Blame(LATE, (late,), why)
-    return odd_one_out(me, waiting)
+    start = me if me in waiting else max(waiting, key=lambda rank: signs[rank].still_seconds)
+    found = ends(start, signs)
+    if signs[found[0][0]].waits:
+        return circle(start, found[0], signs)
+    return at_work(start, [rank for (rank,) in found], signs)
+
+
+def at_work(start: int, ranks: list[int], signs: Mapping[int, Sign]) -> Blame:
+    """Of ranks that work while others wait: the one furthest behind, of equals the one that has not moved for longest.
+
+    One in a part that may take long comes last.
+    """
+
+    def order(rank: int) -> tuple[bool, int, float, int]:
+        sign = signs[rank]
+        return sign.slow_seconds_ago == 0, sign.step, -sign.still_seconds, sign.sequence
+
+    late = min(ranks, key=order)
+    seconds = signs[late].still_seconds
+    why = f"{not_come(start, late, signs)} (for {seconds:.0f} s at {signs[late].place})"
+    return Blame(LATE, (late,), why)
+
+
+def not_come(start: int, late: int, signs: Mapping[int, Sign]) -> str:
+    """`rank 2 (…) has not come to it`, or by way of whom it holds ``start`` up."""
+    between = way(start, late, signs)
+    how = f"holds it up by way of {listed(between, by_number=False)}" if between else "has not come to it"
+    return f"{named(late, signs)} {how}"
 
 
 def missing(ranks: list[int], signs: Mapping[int, Sign], happened: str, now: float) -> str:
@@ -107,22 +142,28 @@ def missing(ranks: list[int], signs: Mapping[int, Sign], happened: str, now: flo
     )
 
 
-def odd_one_out(me: int, waiting: Mapping[int, Sign]) -> Blame:
-    """All wait: who is behind, or in another exchange than most."""
-    places = {rank: (sign.step, sign.what) for rank, sign in waiting.items()}
-    order = sorted(waiting, key=lambda rank: (waiting[rank].step, waiting[rank].sequence))
-    if len(set(places.values())) == 1:
+def circle(start: int, ranks: tuple[int, ...], signs: Mapping[int, Sign]) -> Blame:
+    """All wait: of those that wait for each other who is behind, or in another exchange than most; and who is not."""
+    calls = [signs[rank].call for rank in ranks]
+    if len(set(calls)) == 1:
         return Blame(NOBODY, (), "every rank waits in the same place: look at the network between them")
-    late, ahead = order[0], order[-1]
-    if (waiting[late].step, waiting[late].sequence) == (waiting[ahead].step, waiting[ahead].sequence):
-        kinds = list(places.values())
-        late = min(order, key=lambda rank: (kinds.count(places[rank]), rank == me, rank))
-    return Blame(LATE, (late,), f"{named(late, waiting)} has not come to it: it waits at {waiting[late].place}")
+
+    def order(rank: int) -> tuple[int, int, int, bool, int]:
+        sign = signs[rank]
+        return sign.step, sign.sequence, calls.count(sign.call), rank == start, rank
+
+    late = min(ranks, key=order)
+    others = [rank for rank in ranks if signs[rank].call != signs[late].call]
+    other = start if start in others else max(others, key=lambda rank: (calls.count(signs[rank].call), -rank))
+    why = f"{not_come(start, late, signs)}: it waits at {signs[late].place}"
+    if other != start:  # the sentence begins with where that one is
+        why += f", while {named(other, signs)} waits at {signs[other].place}"
+    return Blame(LATE, (late,), why)
 
 
 def witness(me: int, signs: Mapping[int, Sign], blame: Blame) -> Sign | None:
     """The rank that the sentence begins with: this one, or the longest waiting one where this one is to blame."""
-    candidates = [sign for rank, sign in signs.items() if rank not in blame.ranks and sign.state != WORKS]
+    candidates = [sign for rank, sign in signs.items() if rank not in blame.ranks and sign.waits]
     mine = next((sign for sign in candidates if sign.rank == me), None)
     return mine or max(candidates, key=lambda sign: sign.still_seconds, default=None)
 
@@ -146,9 +187,9 @@ def named(rank: int, signs: Mapping[int, Sign]) -> str:
     return f"rank {rank} (process {sign.pid} on {sign.machine.partition('/')[0]})"
 
 
-def listed(ranks: Iterable[int]) -> str:
-    """`ranks 1, 2`, or the first few and how many more."""
-    ranks = sorted(ranks)
+def listed(ranks: Iterable[int], by_number: bool = True) -> str:
+    """`ranks 1, 2`, or the first few and how many more; in their own order where that says something."""
+    ranks = sorted(ranks) if by_number else list(ranks)
     text = ", ".join(str(rank) for rank in ranks[:MAX_NAMED])
     more = f" and {len(ranks) - MAX_NAMED} more" if len(ranks) > MAX_NAMED else ""
     return f"rank{'s' * (len(ranks) > 1)} {text}{more}"

@@ -7,6 +7,7 @@ assignment, and the watching thread reads a crumb that is at most one change old
 from __future__ import annotations
 
 from time import monotonic
+from typing import Any, NamedTuple
 
 from parallel.blame import FAILED, WAITS, WORKS
 
@@ -14,7 +15,7 @@ from parallel.blame import FAILED, WAITS, WORKS
 class Trail:
     """This process's newest crumb. One for the process: exchanges are nested in one thread of control."""
 
-    __slots__ = ("before", "changed", "failed", "sequence", "step", "top")
+    __slots__ = ("before", "changed", "failed", "sequence", "slow_ended", "step", "top")
 
     def __init__(self) -> None:
         self.clear()
@@ -25,6 +26,7 @@ class Trail:
         self.top: Crumb | None = None
         self.before = ""  # the exchange that ended last
         self.changed = monotonic()
+        self.slow_ended = float("-inf")  # when the last part that may take long ended
         self.failed: tuple[BaseException, Crumb] | None = None  # the innermost crumb that an error went through
 
 
@@ -34,10 +36,10 @@ TRAIL = Trail()
 class Crumb:
     """A context: from entering to leaving, this is what the rank does."""
 
-    __slots__ = ("group", "outer", "state", "what")
+    __slots__ = ("among", "group", "outer", "slow", "state", "what")
 
-    def __init__(self, what: str, group: str, state: str) -> None:
-        self.what, self.group, self.state = what, group, state
+    def __init__(self, what: str, group: str, state: str, among: Any = None, slow: bool = False) -> None:
+        self.what, self.group, self.state, self.among, self.slow = what, group, state, among, slow
         self.outer: Crumb | None = None
 
     def __enter__(self) -> Crumb:
@@ -48,15 +50,17 @@ class Crumb:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and (TRAIL.failed is None or TRAIL.failed[0] is not error):
+        if error is not None and (TRAIL.failed is None or TRAIL.failed[0] not in (error, error.__cause__)):
             TRAIL.failed = (error, self)
         TRAIL.top = self.outer
         if self.state is WAITS:
             TRAIL.before = self.what
         TRAIL.changed = monotonic()
+        if self.slow:
+            TRAIL.slow_ended = TRAIL.changed
 
 
-def crumb(what: str, group: str = "") -> Crumb:
+def crumb(what: str, group: str = "", among: Any = None) -> Crumb:
     """Around the blocking wait of an exchange, or a call of torch's that waits for other ranks.
 
     It is what `parallel.timeout_seconds` limits.
@@ -64,13 +68,18 @@ def crumb(what: str, group: str = "") -> Crumb:
     Args:
         what: the exchange and its layer, as a person calls it: `expert dispatch of chunk 0, layer 3`.
         group: the mesh axis that the exchange is on.
+        among: whom it is with: a process group, the ranks waited for, or None for all ranks.
     """
-    return Crumb(what, group, WAITS)
+    return Crumb(what, group, WAITS, among)
 
 
-def phase(what: str) -> Crumb:
-    """Around a part of the run in which this rank works: it says where crumbs inside it are, and is not limited."""
-    return Crumb(what, "", WORKS)
+def phase(what: str, slow: bool = False) -> Crumb:
+    """Around a part of the run in which this rank works: it says where crumbs inside it are, and is not limited.
+
+    Others that wait meanwhile are: by `parallel.timeout_seconds`, or by `watch.PATIENCE` times that where a rank that
+    is alive may take long, ``slow`` (writing a checkpoint).
+    """
+    return Crumb(what, "", WORKS, None, slow)
 
 
 def begin_step(number: int) -> None:
@@ -80,15 +89,28 @@ def begin_step(number: int) -> None:
     TRAIL.changed = monotonic()
 
 
-def state() -> tuple[str, str, str, str, float]:
-    """(state, what, group, phase around it, seconds since anything changed) of this moment."""
-    failed, top, changed = TRAIL.failed, TRAIL.top, TRAIL.changed
-    if failed is not None and top is None:
+class State(NamedTuple):
+    """What this rank does at one moment."""
+
+    state: str
+    what: str
+    group: str
+    phase: str  # the crumb around it
+    still_seconds: float  # since anything changed
+    among: Any
+    slow_seconds_ago: float  # 0 in a slow part
+
+
+def state() -> State:
+    """This moment's."""
+    failed, top, changed, now = TRAIL.failed, TRAIL.top, TRAIL.changed, monotonic()
+    is_failed = failed is not None and top is None
+    if failed is not None and is_failed:
         top = failed[1]
-        return FAILED, top.what, top.group, _around(top), monotonic() - changed
     if top is None:
-        return WORKS, "", "", "", monotonic() - changed
-    return top.state, top.what, top.group, _around(top), monotonic() - changed
+        return State(WORKS, "", "", "", now - changed, None, now - TRAIL.slow_ended)
+    ago = 0.0 if top.slow and not is_failed else now - TRAIL.slow_ended
+    return State(FAILED if is_failed else top.state, top.what, top.group, _around(top), now - changed, top.among, ago)
 
 
 def _around(inner: Crumb) -> str:

@@ -100,7 +100,7 @@ class Flight:
 class Landing:
     """One direction of a flight: what is awaited, and what must stay alive until then."""
 
-    name: str
+    exchange: Exchange
     work: dist.Work | None
     result: Tensor
     kept: Tensor
@@ -110,11 +110,11 @@ class Landing:
         x = x.contiguous()
         Exchange.bytes_sent += int(exchange.elements_sent(x)) * x.element_size()
         work, result = exchange.launch(x)
-        return cls(exchange.name, work, result, x)
+        return cls(exchange, work, result, x)
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            with crumb(self.name):
+            with crumb(self.exchange.name, among=self.exchange.group):
                 self.work.wait()
         return self.result
 

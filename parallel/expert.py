@@ -101,7 +101,7 @@ class AllToAllDispatcher:
         plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed)
         counts = plan.counts[: routing.num_experts].view(self.num_ranks, -1)
         received = torch.empty_like(counts)
-        with crumb(f"expert counts, {self.place}"):
+        with crumb(f"expert counts, {self.place}", among=self.group):
             dist.all_to_all_single(received, counts, group=self.group)
             splits = torch.stack((counts.sum(1), received.sum(1))).tolist()  # the one wait for the host
         exchange = AllToAll(f"expert dispatch, {self.place}", self.group, splits[0], splits[1])
@@ -148,7 +148,7 @@ class AllGatherDispatcher:
 
     def start(self, x: Tensor, routing: Routing) -> _Gathered:
         indices = routing.indices.new_empty(dist.get_world_size(self.group), *routing.indices.shape)
-        with crumb(f"expert choices, {self.place}"):
+        with crumb(f"expert choices, {self.place}", among=self.group):
             dist.all_gather_single(indices.flatten(0, 1), routing.indices.contiguous(), self.group)
         gather = AllGather(f"expert dispatch, {self.place}", self.group)
         return _Gathered(x, routing, start(x, gather), start(routing.gates, gather), indices.flatten(0, 1))

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleDualPipeV,
     ScheduleInterleaved1F1B,
@@ -30,6 +29,7 @@ from parallel.engine import MicroBatch, Objective, detached
 from parallel.mesh import Axis, Topology
 from parallel.sharding import local_part
 from parallel.stages import SPLIT_BACKWARD, check_micro_batches, num_stages, rank_of, stages_of
+from parallel.watch_pipeline import WatchedStage
 from parallel.weight_gradients import WeightGradientQueue, install
 
 
@@ -69,9 +69,7 @@ class Stage(nn.Module):
         place = int(x if number is None else number)
         batch = self.micro_batches[place]
         hidden = None if first else x
-        with phase(
-            f"forward of micro-batch {place + 1} in layers {self.model.part.first} to {self.model.part.last - 1}"
-        ):
+        with phase(f"forward of micro-batch {place + 1} in {layers_of(self.model)}"):
             losses: Losses = self.model(batch.tokens, batch.labels, batch.valid, batch.documents, self.mtp, hidden)
         self.found[place] = detached(losses)
         if self.objective is None:
@@ -137,7 +135,7 @@ class Pipeline:
         numbers = torch.arange(self.num_micro_batches)
         first, last = (any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last"))
         given = (numbers,) if first else ()
-        with crumb("the other stages of the pipeline", Axis.PP):  # torch's own sends and receives
+        with phase("pipeline"):
             self.schedule.step(*given, number=numbers, target=numbers if last else None, return_outputs=False)
         assert not any(len(queue) for queue in self.queues), "weight gradients were left behind"
         for model in self.parts:
@@ -153,7 +151,7 @@ class Pipeline:
         start, so that two ranks that exchange in both directions do so in the same order. A collective of the pipeline.
         """
         between: list[Tensor] = []  # from the stage before, where that is local too
-        sends: list[tuple[dist.Work, Tensor]] = []  # and what is being sent, which must live until then
+        sends: list[tuple[dist.Work, Tensor, int]] = []  # and what is being sent, which must live until then
         for module, number in zip(self.modules, self.numbers, strict=True):
             module.micro_batches, module.objective, module.mtp = micro_batches, None, False
             arrivals = self._post_receives(number, len(micro_batches))
@@ -162,15 +160,18 @@ class Pipeline:
                 x = between[place] if between else torch.tensor([place])
                 if arrivals:
                     work, x = arrivals[place]
-                    work.wait()
+                    what = f"hidden states of micro-batch {place + 1} into {layers_of(module.model)}"
+                    with crumb(what, Axis.PP, self._holders(number - 1)):
+                        work.wait()
                 hidden = module(x, torch.tensor([place]))
                 if number + 1 in self.numbers:
                     outputs.append(hidden)
                 elif number + 1 < self._num_stages:
-                    sends.append(self._send(hidden, number + 1))
+                    sends.append((*self._send(hidden, number + 1), number + 1))
             between = outputs
-        for work, _ in sends:
-            work.wait()
+        for work, _, stage in sends:
+            with crumb(f"hidden states to stage {stage}", Axis.PP, self._holders(stage)):
+                work.wait()
         for model in self.parts:
             held_gradients.release(model)
         return [module.take() for module in self.modules]
@@ -178,12 +179,12 @@ class Pipeline:
     def close(self) -> None:
         pass
 
-    def _stage(self, place: int) -> PipelineStage:
+    def _stage(self, place: int) -> WatchedStage:
         """Shapes are given, or torch would run a forward and backward to learn them."""
         module, number, stages = self.modules[place], self.numbers[place], self._num_stages
         hidden = torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
-        return PipelineStage(
+        return WatchedStage(
             module,
             number,
             stages,
@@ -192,6 +193,7 @@ class Pipeline:
             output_args=loss if number == stages - 1 else hidden,
             group=self.group,
             dw_builder=self._late_gradients(place) if self.queues else None,
+            layers=layers_of(self.parts[place]),
         )
 
     def _late_gradients(self, place: int) -> Callable[[], Callable[[], None]]:
@@ -242,17 +244,18 @@ class Pipeline:
         theirs = torch.empty_like(mine)
         leads = self.group.rank() == ends[0]
         peer = dist.get_global_rank(self.group, ends[1] if leads else ends[0])
-        for sending in (leads, not leads):
-            if sending:
-                dist.send(mine, peer, group=self.group)
-            else:
-                dist.recv(theirs, peer, group=self.group)
+        with crumb("gradients of the embedding's other copy", Axis.PP, [peer]):
+            for sending in (leads, not leads):
+                if sending:
+                    dist.send(mine, peer, group=self.group)
+                else:
+                    dist.recv(theirs, peer, group=self.group)
         return theirs
 
     def _post_receives(self, stage: int, count: int) -> list[tuple[dist.Work, Tensor]]:
         if stage == 0 or stage - 1 in self.numbers:
             return []
-        peer = dist.get_global_rank(self.group, rank_of(self.schedule_name, self.pp, stage - 1))
+        (peer,) = self._holders(stage - 1)
         arrivals = []
         for _ in range(count):
             buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -261,12 +264,20 @@ class Pipeline:
             arrivals.append((work, buffer))
         return arrivals
 
+    def _holders(self, stage: int) -> list[int]:
+        """The rank that has the stage."""
+        return [dist.get_global_rank(self.group, rank_of(self.schedule_name, self.pp, stage))]
+
     def _send(self, hidden: Tensor, stage: int) -> tuple[dist.Work, Tensor]:
-        peer = dist.get_global_rank(self.group, rank_of(self.schedule_name, self.pp, stage))
+        (peer,) = self._holders(stage)
         hidden = hidden.contiguous()
         work = dist.isend(hidden, peer, group=self.group)
         assert work is not None
         return work, hidden
+
+
+def layers_of(model: LongCat) -> str:
+    return f"layers {model.part.first} to {model.part.last - 1}"
 
 
 def is_copied(model: LongCat) -> bool:

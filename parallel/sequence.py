@@ -106,7 +106,7 @@ class SpreadSequence:
 
     def wait_count(self, handle: Any) -> Tensor:
         work, total = handle
-        with crumb(f"counts of the micro-batch, {self.place}"):
+        with crumb(f"counts of the micro-batch, {self.place}", among=self.shared_group):
             work.wait()
         return total  # type: ignore[no-any-return]
 

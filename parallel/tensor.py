@@ -127,7 +127,7 @@ def _one_chunk(
     """hidden [T, D], labels and keep [T, 1] → losses [T] and their gradient by this rank's logits [T, v]."""
     logits = raw_product(hidden, weight.t()).float()
     peak = logits.amax(1, keepdim=True)
-    with crumb("largest logits of the vocabulary"):
+    with crumb("largest logits of the vocabulary", among=vocabulary.group):
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=vocabulary.group)
     row = labels - vocabulary.place * weight.shape[0]
     here = (row >= 0) & (row < weight.shape[0])
@@ -135,7 +135,7 @@ def _one_chunk(
     chosen = (logits.gather(1, row) - peak) * here
     weights = logits.sub_(peak).exp_()
     sums = torch.cat((weights.sum(1, keepdim=True), chosen), 1)
-    with crumb("sums over the vocabulary"):
+    with crumb("sums over the vocabulary", among=vocabulary.group):
         dist.all_reduce(sums, group=vocabulary.group)
     total, chosen = sums.split(1, 1)
     losses = ((total.log() - chosen) * keep)[:, 0]

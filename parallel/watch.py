@@ -1,8 +1,9 @@
 """The watch: when ranks wait too long for each other, one line says who holds them up, and all end.
 
 Each rank's newest crumb (parallel/crumbs.py) goes to the ranks' store about once a second, from a thread. When an
-exchange has been waited for longer than `parallel.timeout_seconds`, all ranks' crumbs are read, parallel/blame.py
-decides who is to blame, and the process ends: a collective that is stuck in C++ cannot be interrupted from Python.
+exchange has been waited for long, all ranks' crumbs are read, parallel/blame.py decides who is to blame, and the
+process ends: a collective that is stuck in C++ cannot be interrupted from Python. The looking begins so early that all
+have ended when `parallel.timeout_seconds` are over (`Pace`).
 
 On GPUs NCCL's flight recorder is on beside it, and a hang leaves its record in the run's folder. That part has never
 run on a GPU here: kernels wait there, not the host, so a hang shows at the host's next wait for the device.
@@ -16,24 +17,39 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from longcat.errors import CRASHED
 from parallel import crumbs
-from parallel.blame import GONE, NOBODY, SILENT, WAITS, Blame, Sign, sentence, verdict, witness
-from parallel.board import Board, has_ended, this_machine, within
+from parallel.blame import GONE, LATE, NOBODY, SILENT, WAITS, Blame, Sign, sentence, verdict, witness
+from parallel.board import Board, has_ended, this_machine
 from parallel.crumbs import TRAIL, begin_step, crumb, phase
+from parallel.flights import dump_flights, flight_file, record_flights
+from parallel.waits import spell
 
-__all__ = ["Watch", "begin_step", "crumb", "explain", "leave", "limit", "phase", "record_flights", "start", "stop"]
+__all__ = [
+    "Watch",
+    "begin_step",
+    "crumb",
+    "explain",
+    "leave",
+    "limit",
+    "patience",
+    "phase",
+    "record_flights",
+    "start",
+    "stop",
+]
 
-BEAT_SECONDS = 1.0
-BEATS_OF_SILENCE = 2.5  # a rank whose sign stands still for as many has stopped
+PATIENCE = 6  # times the time-out: how long a rank in a slow phase, writing a checkpoint, may be waited for
+SECOND_NET = 1.25  # times the time-out: when the process groups give up, where no crumb is or no thread runs
 RANKS_PER_SECOND = 2000  # signs a second that the store is to bear
 # What gloo, NCCL and the store say when a rank is lost or an exchange takes too long
 LOST = (
@@ -50,8 +66,34 @@ LOST = (
 )
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How the time-out is spent: waiting, then being certain of silence, then telling all and ending.
+
+    Measured with 3 ranks on two idle cores: exit.json stands 0.02 s after silence is certain (noticing, two readings,
+    judging, writing), the last process ends 0.2 s later. The rest of what is kept back is for busy cores.
+    """
+
+    timeout: float
+    beat: float  # between signs
+    silence: float  # a rank whose sign stands still for as long has stopped
+    look: float  # a wait that is as long is looked into
+
+    @classmethod
+    def of(cls, timeout: float, world_size: int) -> Pace:
+        beat = max(min(1.0, timeout / 40), world_size / RANKS_PER_SECOND)
+        silence = max(2.5 * beat, min(1.0, timeout / 5))
+        ending = 3 * beat + min(1.0, timeout / 5)
+        return cls(timeout, beat, silence, max(timeout - silence - ending, timeout / 2))
+
+    @property
+    def slow_look(self) -> float:
+        """The same where the rank that is waited for may take long."""
+        return self.look + (PATIENCE - 1) * self.timeout
+
+
 class Watch:
-    """Publishes this rank's crumbs and ends the process when ranks wait longer than ``timeout_seconds``.
+    """Publishes this rank's crumbs and ends the process when ranks wait as long as ``timeout_seconds``.
 
     Args:
         on_hang: called with the line, from a thread, just before the process ends with code 1.
@@ -64,13 +106,13 @@ class Watch:
         timeout_seconds: float,
         on_hang: Callable[[str], None],
         record: Path | None = None,
-        beat_seconds: float = BEAT_SECONDS,
     ) -> None:
-        self.board, self.timeout_seconds, self.on_hang, self.record = board, timeout_seconds, on_hang, record
-        self.beat_seconds = max(beat_seconds, board.world_size / RANKS_PER_SECOND)
+        self.board, self.on_hang, self.record = board, on_hang, record
+        self.pace = Pace.of(timeout_seconds, board.world_size)
         self.machine = this_machine()
         self.beat = 0
         self.stopped = threading.Event()
+        self.told = threading.Event()  # another rank has given the verdict
         self.ending = threading.RLock()  # one thread at a time says how the run ends
         self.threads = [
             threading.Thread(target=target, daemon=True, name=name)
@@ -87,23 +129,25 @@ class Watch:
         self.stopped.set()
         for thread in self.threads:
             if thread is not threading.current_thread():
-                thread.join(timeout=2 * self.beat_seconds)
+                thread.join(timeout=2 * self.pace.beat)
 
     def sign(self) -> Sign:
         """What this rank does at this moment."""
-        state, what, group, around, still = crumbs.state()
+        now = crumbs.state()
         return Sign(
             rank=self.board.rank,
             beat=self.beat,
             wall=time.time(),
             step=TRAIL.step,
             sequence=TRAIL.sequence,
-            state=state,
-            what=what,
-            group=group,
-            phase=around,
+            state=now.state,
+            what=now.what,
+            group=now.group,
+            among=members(now.among),
+            phase=now.phase,
             before=TRAIL.before,
-            still_seconds=still,
+            still_seconds=now.still_seconds,
+            slow_seconds_ago=now.slow_seconds_ago,
             machine=self.machine,
             pid=os.getpid(),
         )
@@ -111,24 +155,24 @@ class Watch:
     def explain(self, error: BaseException) -> str | None:
         """One line for an error that a lost rank or a time-out caused, after looking who is to blame.
 
-        It takes until silence is certain (some beats), less where the lost process ran on this machine. All other ranks
+        It takes until silence is certain, less where the lost process ran on this machine. All other ranks
         are told. None for any other error.
         """
-        text = str(error).lower()
-        if not isinstance(error, RuntimeError | OSError) or not any(sign in text for sign in LOST):
+        lost = next((cause for cause in causes(error) if is_lost(cause)), None)
+        if lost is None:
             return None
         with self.ending:
-            if TRAIL.failed is None or TRAIL.failed[0] is not error:
+            if TRAIL.failed is None or TRAIL.failed[0] not in causes(error):
                 TRAIL.failed = (error, TRAIL.failed[1] if TRAIL.failed else crumb(type(error).__name__))
             TRAIL.top = None  # this thread is out of every crumb
-            signs, blame = self._judge(lambda: True)
+            signs, blame = self._judge(lambda: not self.told.is_set())
             why = blame or Blame(NOBODY, (), "no rank is missing", "look at the network between them")
-            message = f"{sentence(signs.get(self.board.rank), why)} ({gist(error)})"
+            message = f"{sentence(signs.get(self.board.rank), why)} ({gist(lost)})"
             self._tell(message, signs, why)
             return message
 
     def _give_signs(self) -> None:
-        while not self.stopped.wait(self.beat_seconds):
+        while not self.stopped.wait(self.pace.beat):
             self.beat += 1
             try:
                 told = self.board.publish(self.sign())
@@ -136,34 +180,56 @@ class Watch:
             except (RuntimeError, OSError, ValueError):
                 return  # the store is lost; that matters once somebody waits in vain, and each try logs a page
             if told is not None and not self.stopped.is_set():
+                self.told.set()
                 with self.ending:
                     self._end(told)
 
     def _look(self) -> None:
-        pause = self.beat_seconds / 2
+        pause = self.pace.beat / 4
         while not self.stopped.wait(pause):
-            mark, pause = TRAIL.changed, self.beat_seconds / 2
-            if time.monotonic() - mark > self.timeout_seconds:
+            mark, pause = TRAIL.changed, self.pace.beat / 4
+            if time.monotonic() - mark > self.pace.look:
                 with self.ending:
-                    self._judge_and_end(mark)
-                pause = max(pause, self.timeout_seconds / 8)  # long work is no fault: ask the store seldom
+                    pause = self._judge_and_end(mark)
 
-    def _judge_and_end(self, mark: float) -> None:
-        """End the run if somebody has waited for too long, or is waited for by nobody but is missing."""
-        signs, blame = self._judge(lambda: TRAIL.changed == mark and not self.stopped.is_set())
-        if blame is None or TRAIL.changed != mark or self.stopped.is_set():
-            return
+    def _judge_and_end(self, mark: float) -> float:
+        """End the run if somebody has waited for too long, or is waited for by nobody but is missing.
+
+        Returns after how many seconds to look again.
+        """
+        seldom = self.pace.timeout / 16  # long work is no fault: spare the store
+
+        def still() -> bool:
+            return TRAIL.changed == mark and not self.stopped.is_set() and not self.told.is_set()
+
+        signs, blame = self._judge(still)
+        if blame is None or not still():
+            return self.pace.beat if blame else seldom
         seen = witness(self.board.rank, signs, blame)
-        waited = seen is not None and seen.state == WAITS and seen.still_seconds > self.timeout_seconds
+        slow = min(signs[rank].slow_seconds_ago for rank in blame.ranks or signs)
+        waited = seen is not None and seen.state == WAITS and self._too_long(seen.still_seconds, slow, blame)
         last = min((signs[rank].wall for rank in blame.ranks), default=time.time())
-        lost = blame.kind == GONE or (blame.kind == SILENT and time.time() - last > self.timeout_seconds)
+        lost = blame.kind == GONE or (blame.kind == SILENT and time.time() - last > self.pace.look)
         if waited or lost:  # torch waits where no crumb is, too, and a rank that cannot answer for a moment is no loss
             message = sentence(seen or signs[self.board.rank], blame)
             self._end(message, lambda: self._tell(message, signs, blame))
+        if blame.kind == SILENT:
+            return self.pace.beat
+        return min(seldom, self.pace.look - slow) if 0 < slow < self.pace.look else seldom
+
+    def _too_long(self, seconds: float, slow: float, blame: Blame) -> bool:
+        """Whether a wait of ``seconds`` ends the run, where the rank to blame was in a slow phase ``slow`` seconds ago.
+
+        One that answers has `PATIENCE`, and the usual time from its end; one that does not, the usual time from
+        its last sign, since what is slow may keep it from answering for a moment.
+        """
+        if slow <= self.pace.look:
+            return blame.kind in (LATE, NOBODY) and seconds > self.pace.slow_look
+        return seconds > self.pace.look
 
     def _judge(self, still: Callable[[], bool]) -> tuple[dict[int, Sign], Blame | None]:
         """Look at all signs, twice if no process is known to have ended, and decide."""
-        me, wait = self.board.rank, BEATS_OF_SILENCE * self.beat_seconds
+        me, wait = self.board.rank, self.pace.silence
         zero_is_gone = self.board.at_rank_0 and 0 in self._gone(self.board.known)
         first = None if zero_is_gone else self.board.read(wait)
         if first is None:
@@ -171,7 +237,7 @@ class Watch:
         gone = self._gone(first)
         until = time.monotonic() + wait
         while not gone and still() and time.monotonic() < until:
-            time.sleep(self.beat_seconds / 10)
+            time.sleep(self.pace.beat / 10)
             gone = self._gone(first)
         second = self.board.read(wait)
         if second is None:
@@ -197,10 +263,12 @@ class Watch:
 
     def _tell(self, message: str, signs: dict[int, Sign], blame: Blame) -> None:
         """Tell the other ranks; end those on this machine that have stopped and cannot hear it."""
-        self.board.announce(message)
+        silent = blame.ranks if blame.kind == SILENT else ()
+        if not (self.board.at_rank_0 and 0 in blame.ranks):  # who holds the store has stopped or is gone
+            self.board.announce(message)
         if self.board.at_rank_0 and self.board.rank == 0:
-            time.sleep(1.5 * self.beat_seconds)  # the store ends with this process: let the others hear first
-        for rank in blame.ranks if blame.kind == SILENT else ():
+            time.sleep(1.5 * self.pace.beat)  # the store ends with this process: let the others hear first
+        for rank in silent:
             if rank in signs and signs[rank].machine == self.machine:
                 with contextlib.suppress(OSError):
                     os.kill(signs[rank].pid, signal.SIGKILL)  # an agent would wait half a minute for it
@@ -216,6 +284,27 @@ class Watch:
                 dump_flights(self.record)
         finally:
             leave(CRASHED)
+
+
+def members(among: Any) -> str:
+    """What a crumb says of whom it is with, as a sign carries it."""
+    if among is None:
+        return ""
+    return spell(dist.get_process_group_ranks(among) if isinstance(among, dist.ProcessGroup) else among)
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from: torch's pipeline wraps what an exchange raised."""
+    found = [error]
+    while (cause := found[-1].__cause__) is not None and cause not in found:
+        found.append(cause)
+    return found
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an exchange failed for want of another rank."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(sign in text for sign in LOST)
 
 
 def gist(error: BaseException) -> str:
@@ -257,10 +346,26 @@ def start(timeout_seconds: float, on_hang: Callable[[str], None], folder: Path) 
 
 def limit(timeout_seconds: float) -> None:
     """How long a crumb may wait from here on, and torch's own exchanges too: a mesh's groups come with half an hour."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+    _limit_groups(timeout_seconds * SECOND_NET)
     if _present is not None:
-        _present.timeout_seconds = timeout_seconds
+        _present.pace = Pace.of(timeout_seconds, _present.board.world_size)
+
+
+def _limit_groups(seconds: float) -> None:
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """Exchanges that begin in it wait for ranks in slow phases: the process groups do not give up before the watch."""
+    if _present is not None:
+        _limit_groups(_present.pace.timeout * PATIENCE * SECOND_NET)
+    try:
+        yield
+    finally:
+        if _present is not None:
+            _limit_groups(_present.pace.timeout * SECOND_NET)
 
 
 def stop() -> None:
@@ -274,31 +379,3 @@ def stop() -> None:
 def explain(error: BaseException) -> str | None:
     """`Watch.explain` of the watch that is kept; None without one."""
     return None if _present is None else _present.explain(error)
-
-
-def flight_file(folder: Path, rank: int) -> Path:
-    return folder / "traces" / f"nccl_{rank}"
-
-
-def record_flights(folder: Path) -> None:
-    """Have NCCL keep its last collectives and write them to `traces/nccl_<rank>` when one times out.
-
-    Environment defaults, to be set before the process group is made; what a person has set stays. Read the files with
-    `torchfrtrace runs/<name>/traces -p nccl_`. Never run on a GPU here.
-    """
-    if not torch.cuda.is_available():
-        return
-    path = flight_file(folder, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name of the same
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:
-        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(path).removesuffix("0"))
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-
-
-def dump_flights(path: Path) -> None:
-    """Write NCCL's flight record of this rank now: the process ends before NCCL's own time-out."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
-    if dump is not None:
-        within(5.0, lambda: path.write_bytes(dump()))

@@ -22,7 +22,7 @@ class WatchedAllGather(DefaultAllGather):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        with crumb(self.what, Axis.FSDP):
+        with crumb(self.what, Axis.FSDP, group):
             return super().__call__(output_tensor, input_tensor, group, async_op)
 
 
@@ -35,7 +35,7 @@ class WatchedReduceScatter(DefaultReduceScatter):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work:
-        with crumb(self.what, Axis.FSDP):
+        with crumb(self.what, Axis.FSDP, group):
             return super().__call__(output_tensor, input_tensor, group, op, async_op)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from longcat.errors import ConfigError, UnhealthyError
+from parallel.crumbs import crumb, phase
 from parallel.mesh import Topology
 from parallel.reduce import all_finite, from_first_rank
 from train.identity import differences
@@ -56,27 +57,57 @@ def save(state: TrainState, folder: Path, configuration: dict[str, Any], topolog
     target = folder / f"step-{state.counters.step:08d}"
     partial = folder / f"{target.name}{PARTIAL}"
     if topology.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dcp.save(saved(state), checkpoint_id=partial)
-    own = {path.name: file_hash(path) for path in partial.glob(f"__{topology.rank}_*.distcp")}
+        with phase("making the checkpoint's folder", slow=True):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    with crumb("the checkpoint's folder"):
+        dist.barrier()
+    with phase("gathering what the checkpoint holds", slow=True):
+        tensors = saved(state)
+    with crumb("plan of the checkpoint, or its end on all ranks"):
+        dcp.save(tensors, storage_writer=shard_writer(partial))
+    with phase("hashing the checkpoint", slow=True):
+        own = {path.name: file_hash(path) for path in partial.glob(f"__{topology.rank}_*.distcp")}
     gathered: list[dict[str, str] | None] = [None] * topology.world_size
-    dist.all_gather_object(gathered, own)
+    with crumb("hashes of the checkpoint"):
+        dist.all_gather_object(gathered, own)
     if topology.is_first:
         text = {"counters": asdict(state.counters), "configuration": configuration}
-        write_synced(partial / STATE, json.dumps(text))
         files = {name: value for part in gathered if part for name, value in part.items()}
-        for name in (STATE, ".metadata"):
-            files[name] = file_hash(partial / name)
-        write_synced(partial / MANIFEST, json.dumps({"files": files}, indent=1))
-        sync_folder(partial)
-        set_aside(target, "replaced")
-        os.rename(partial, target)
-        sync_folder(folder)
-        prune(folder, keep)
-    dist.barrier()
+        with phase("committing the checkpoint", slow=True):
+            commit(partial, target, json.dumps(text), files)
+            prune(folder, keep)
+    with crumb("the checkpoint's commit"):
+        dist.barrier()
     return target
+
+
+def shard_writer(folder: Path) -> Any:
+    """Torch's writer of shards; while it writes this rank works, and may take long."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    class Writer(FileSystemWriter):
+        def write_data(self, *args: Any, **keywords: Any) -> Any:
+            with phase("writing the checkpoint", slow=True):
+                return super().write_data(*args, **keywords)
+
+        def finish(self, *args: Any, **keywords: Any) -> None:
+            with phase("writing the checkpoint's index", slow=True):
+                super().finish(*args, **keywords)
+
+    return Writer(folder)
+
+
+def commit(partial: Path, target: Path, text: str, files: dict[str, str]) -> None:
+    """Write the state and the manifest of ``files`` (name → hash) beside the shards, and give the folder its name."""
+    write_synced(partial / STATE, text)
+    for name in (STATE, ".metadata"):
+        files[name] = file_hash(partial / name)
+    write_synced(partial / MANIFEST, json.dumps({"files": files}, indent=1))
+    sync_folder(partial)
+    set_aside(target, "replaced")
+    os.rename(partial, target)
+    sync_folder(target.parent)
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -139,10 +170,11 @@ def verify(path: Path) -> Verdict:
 def last_good(folder: Path, topology: Topology) -> str:
     """The newest whole checkpoint in words; looked up by the first rank, as any of them may be the one that speaks."""
     words = "there is no checkpoint yet"
-    for path in reversed(list_checkpoints(folder) if topology.is_first else []):
-        if verify(path).problem is None:
-            words = f"the last good checkpoint is {path}"
-            break
+    with phase("looking for a whole checkpoint", slow=True):
+        for path in reversed(list_checkpoints(folder) if topology.is_first else []):
+            if verify(path).problem is None:
+                words = f"the last good checkpoint is {path}"
+                break
     return str(from_first_rank(words))
 
 
@@ -200,11 +232,25 @@ def load(state: TrainState, path: Path, configuration: dict[str, Any]) -> None:
     wrong = differences(stored["configuration"], configuration, ("model", "balance.method"))
     if wrong:
         raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(wrong)}; set them alike")
-    tensors, boxes = loaded(state)
-    dcp.load(tensors, checkpoint_id=path)
+    with phase("reading the checkpoint", slow=True):
+        tensors, boxes = loaded(state)
+    with crumb("plan of the checkpoint, or its reading on all ranks"):
+        dcp.load(tensors, storage_reader=shard_reader(path))
     finish_load(state, boxes)
     for name, value in stored["counters"].items():
         setattr(state.counters, name, value)
+
+
+def shard_reader(folder: Path) -> Any:
+    """Torch's reader of shards; while it reads this rank works, and may take long."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    class Reader(FileSystemReader):
+        def read_data(self, *args: Any, **keywords: Any) -> Any:
+            with phase("reading the checkpoint", slow=True):
+                return super().read_data(*args, **keywords)
+
+    return Reader(folder)
 
 
 def is_inside(path: Path, folder: Path) -> bool:

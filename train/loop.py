@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from longcat.errors import StopRequested, UnhealthyError
-from parallel.crumbs import crumb, phase
+from parallel import watch
+from parallel.crumbs import phase
 from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
 from train import checkpoint
@@ -77,7 +78,7 @@ class Loop:
         """Commit a checkpoint of the present step; a collective."""
         folder = self.config.run.folder / "checkpoints"
         mapping = as_mapping(self.config)
-        with crumb(f"checkpoint of step {self.state.counters.step}"):
+        with watch.patience(), phase("saving"):
             checkpoint.save(self.state, folder, mapping, self.topology, self.config.checkpoint.keep)
 
     def _finish_metrics(self, result: StepResult, seconds: float) -> None:

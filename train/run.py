@@ -102,7 +102,8 @@ def outcome(config: Config, wish: StopWish) -> tuple[int, str]:
         return error.exit_code, str(error)  # it may be this rank's alone
     except LongCatError as error:
         code, message = error.exit_code, str(error)
-    with watch.crumb("end of the run"):  # all ranks come to these ends, and the agent ends the others with the first
+    # All ranks come to these ends, and the agent ends the others with the first
+    with watch.patience(), watch.crumb("end of the run"):
         dist.barrier()  # none may still write
     return code, message
 
@@ -179,8 +180,9 @@ def train(config: Config, wish: StopWish) -> None:
 def close(writer: MetricsWriter, config: Config, terminal: Terminal) -> None:
     """Close the logs and write the report. Neither may hide how the run itself ended."""
     try:
-        writer.close()
-        terminal.note(f"report: {write_report(config.run.folder)}")
+        with watch.phase("logs and report", slow=True):
+            writer.close()
+            terminal.note(f"report: {write_report(config.run.folder)}")
     except Exception as error:
         terminal.note(f"no report: {type(error).__name__}: {error}; try longcat report {config.run.folder}")
 
@@ -218,31 +220,36 @@ def batch_shape(config: Config, data_ranks: int) -> BatchShape:
 
 def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Validator]:
     """Training samples and the validator. Whichever rank comes first leaves its sample index for the others."""
-    made = {
-        split: TokenSamples(
-            config.data,
-            sequence_length=config.train.sequence_length,
-            seed=config.train.seed,
-            vocab_size=config.model.vocab_size,
-            split=split,  # type: ignore[arg-type]
-            cache_dir=Path(config.data.paths[0]).parent / "index",
-        )
-        for split in ("train", "validation")
-    }
+    with watch.phase("indexing the corpora", slow=True):
+        made = {
+            split: TokenSamples(
+                config.data,
+                sequence_length=config.train.sequence_length,
+                seed=config.train.seed,
+                vocab_size=config.model.vocab_size,
+                split=split,  # type: ignore[arg-type]
+                cache_dir=Path(config.data.paths[0]).parent / "index",
+            )
+            for split in ("train", "validation")
+        }
     return made["train"], Validator(made["validation"], config, topology)
 
 
 def resume(state: TrainState, config: Config, topology: Topology, terminal: Terminal | None) -> None:
     """Continue from the checkpoint that ``checkpoint.resume`` means, and say which and why."""
     folder = config.run.folder / "checkpoints"
-    found = checkpoint.find(folder, config.checkpoint.resume) if topology.is_first else None
-    path, passed_over = from_first_rank(found)
-    if path is not None:
-        checkpoint.load(state, path, as_mapping(config))
+    with watch.patience():
+        with watch.phase("looking for a checkpoint", slow=True):
+            found = checkpoint.find(folder, config.checkpoint.resume) if topology.is_first else None
+        path, passed_over = from_first_rank(found)
+        if path is not None:
+            checkpoint.load(state, path, as_mapping(config))
     if terminal:
         for verdict in passed_over:
             terminal.note(f"passed over {verdict.folder}: {verdict.problem}")
-        for aside in checkpoint.tidy(folder, path, passed_over):
+        with watch.phase("tidying checkpoints", slow=True):
+            set_aside = checkpoint.tidy(folder, path, passed_over)
+        for aside in set_aside:
             terminal.note(f"set aside as {aside}")
     if terminal and path is not None:
         terminal.note(f"resumed from {path}: step {state.counters.step}, {state.counters.tokens:,} tokens")
@@ -264,7 +271,8 @@ def finish(
             write_json(folder / "text.json", {"documents": documents})
     if not (config.validation.ngram_baselines and topology.is_first):
         return
-    baselines = validator.baselines(train_samples, state.counters.samples)
+    with watch.phase("n-gram baselines", slow=True):
+        baselines = validator.baselines(train_samples, state.counters.samples)
     if baselines is None:
         terminal.note("n-gram baselines left out: more tokens than they take in minutes")
         return

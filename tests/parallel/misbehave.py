@@ -1,8 +1,8 @@
-"""A rank of a training run, one of which dies, stops or sleeps inside a layer: `python -m tests.parallel.misbehave`.
+"""A rank of a training run, one of which goes wrong inside a layer: `python -m tests.parallel.misbehave`.
 
-Arguments: the rank that misbehaves, how (dies | stops | sleeps), in which step, before which layer's forward of that
-step, the time-out in seconds from the first step on (before it, busy cores are slow), a folder that learns of the
-fault, overrides.
+Arguments: the rank that misbehaves, how (a key of ACTIONS or SLOW), in which step, before
+which layer's forward of that step, the time-out in seconds from the first step on (before it, busy cores are slow), a
+folder whose file `acted` gets the time of the fault (of the machine's monotonic clock), overrides.
 """
 
 from __future__ import annotations
@@ -15,17 +15,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint import FileSystemWriter
+
 from longcat.layer import ShortcutLayer
 from parallel import watch
 from parallel.crumbs import TRAIL
+from parallel.reduce import sum_scalars
 from train.config import compose
 from train.run import main
 
-ACTIONS: dict[str, Callable[[], None]] = {
+ACTIONS: dict[str, Callable[[], object]] = {
     "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "sleeps": lambda: time.sleep(1000),
+    "differs": lambda: sum_scalars([0.0]),  # issues another collective than the others
 }
+
+SLOW = {"saves slowly": 2.0, "hardly saves": 20.0}  # time-outs that the disk takes
 
 
 def misbehave(action: str | None, step: int, layer: int, seconds: float, folder: Path) -> None:
@@ -40,15 +46,30 @@ def misbehave(action: str | None, step: int, layer: int, seconds: float, folder:
         if seen == [2, 0]:
             watch.limit(seconds)
         if action is not None and seen == [step, layer]:
-            (folder / "acted").touch()
+            (folder / "acting").write_text(str(time.monotonic()))
+            (folder / "acting").rename(folder / "acted")
             ACTIONS[action]()
         return forward(self, *arguments, **keywords)
 
     ShortcutLayer.forward = then_act  # type: ignore[method-assign]
 
 
+def save_slowly(seconds: float) -> None:
+    """A disk that takes ``seconds`` for each shard that this rank writes."""
+    write = FileSystemWriter._write_data
+
+    def then_write(self: Any, *arguments: Any) -> Any:
+        time.sleep(seconds)
+        return write(self, *arguments)
+
+    FileSystemWriter._write_data = then_write
+
+
 if __name__ == "__main__":
     rank, action, step, layer, seconds, folder, *words = sys.argv[1:]
     own = action if os.environ["RANK"] == rank else None
+    if own in SLOW:
+        save_slowly(SLOW[own] * float(seconds))
+        own = None
     misbehave(own, int(step), int(layer), float(seconds), Path(folder))
     sys.exit(main(compose(words)))

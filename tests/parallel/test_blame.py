@@ -19,8 +19,10 @@ WAITING = Sign(
     what="expert dispatch, layer 3",
     group="ep",
     phase="forward of micro-batch 1",
+    among="",
     before="gathered weights, layers.3",
     still_seconds=30.0,
+    slow_seconds_ago=float("inf"),
     machine="host/1",
     pid=40,
 )
