@@ -50,7 +50,7 @@ class ParallelConfig:
     offload: str = "none"  # of the optimizer, and of weights under zero3: none | cpu | nvme (zero3)
     offload_path: str = ""  # the folder for nvme
     recompute: str = "none"  # none | selective (attention from its latents on) | full (whole layers)
-    compile: bool = False  # torch.compile for norms and dense FFNs
+    compile: bool = False  # torch.compile fuses what stands between matrix products
     transport: str = "all_to_all"  # of tokens to their experts: all_to_all | all_gather
     reshard_after_forward: bool = True  # False keeps gathered weights until the backward: faster, more memory
     timeout_seconds: float = 600.0  # a collective that takes longer ends the run

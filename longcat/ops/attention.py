@@ -63,7 +63,7 @@ def _blocks(runs: Runs) -> Iterator[tuple[slice, int, int]]:
 @Fusible
 def _probabilities(scores: Tensor, scale: float, start: int, documents: Tensor | None, dtype: torch.dtype) -> Tensor:
     """softmax(scale · scores) [B, H, rows, start + rows], without what the queries ``start``... may not see."""
-    rows, stop = scores.shape[-2], scores.shape[-1]
+    stop = scores.shape[-1]
     wide = scores.float() * scale
     position = torch.arange(stop, device=scores.device)
     hidden = position[None, :] > position[start:, None]

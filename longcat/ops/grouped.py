@@ -10,7 +10,7 @@ it left there; a sum over rows gets zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
