@@ -1,5 +1,7 @@
 """Breadcrumbs: what this rank does at present, kept so cheaply that every exchange can leave one.
 
+Crumbs also keep the clock of a step's blocked seconds, and tell a `Recorder` what happened while a step is profiled.
+
 A crumb cost 0.7 to 1.0 µs on busy cores; `python -m benchmarks.crumbs` measures it. No lock: each change is one
 assignment, and the watching thread reads a crumb that is at most one change old.
 """
@@ -7,16 +9,42 @@ assignment, and the watching thread reads a crumb that is at most one change old
 from __future__ import annotations
 
 from time import monotonic
+from typing import Any, Protocol
 
 from parallel.blame import FAILED, WAITS, WORKS
+
+
+class Recorder(Protocol):
+    """Hears of everything while a step is profiled; times are in seconds of `time.monotonic`."""
+
+    def left(self, crumb: Crumb, now: float) -> None:
+        """A crumb ends."""
+
+    def departed(self, name: str, num_bytes: int, work: Any) -> None:
+        """An exchange that a crumb of the same name will wait for has been started."""
+
+
+class StreamClock(Protocol):
+    """Measures on the device's own clock how long its compute stream stands at waits, which no host clock sees."""
+
+    def enter(self) -> None:
+        """A wait begins."""
+
+    def leave(self) -> None:
+        """It has ended as far as the host is concerned."""
+
+    def take(self) -> float:
+        """Seconds since the last call; waits for the device."""
 
 
 class Trail:
     """This process's newest crumb. One for the process: exchanges are nested in one thread of control."""
 
-    __slots__ = ("before", "changed", "failed", "sequence", "step", "top")
+    __slots__ = ("before", "blocked", "changed", "failed", "recorder", "sequence", "step", "streams", "top", "waiting")
 
     def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+        self.streams: StreamClock | None = None  # on a GPU
         self.clear()
 
     def clear(self) -> None:
@@ -26,6 +54,8 @@ class Trail:
         self.before = ""  # the exchange that ended last
         self.changed = monotonic()
         self.failed: tuple[BaseException, Crumb] | None = None  # the innermost crumb that an error went through
+        self.waiting: Crumb | None = None  # the outermost crumb whose seconds are blocked ones
+        self.blocked = 0.0  # seconds of this step in such crumbs
 
 
 TRAIL = Trail()
@@ -34,17 +64,22 @@ TRAIL = Trail()
 class Crumb:
     """A context: from entering to leaving, this is what the rank does."""
 
-    __slots__ = ("group", "outer", "state", "what")
+    __slots__ = ("blocks", "entered", "group", "outer", "state", "what")
 
-    def __init__(self, what: str, group: str, state: str) -> None:
-        self.what, self.group, self.state = what, group, state
+    def __init__(self, what: str, group: str, state: str, blocks: bool) -> None:
+        self.what, self.group, self.state, self.blocks = what, group, state, blocks
         self.outer: Crumb | None = None
+        self.entered = 0.0
 
     def __enter__(self) -> Crumb:
         self.outer = TRAIL.top
         TRAIL.sequence += 1
-        TRAIL.changed = monotonic()
+        self.entered = TRAIL.changed = monotonic()
         TRAIL.top = self
+        if self.blocks and TRAIL.waiting is None:
+            TRAIL.waiting = self
+            if TRAIL.streams is not None:
+                TRAIL.streams.enter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -53,10 +88,17 @@ class Crumb:
         TRAIL.top = self.outer
         if self.state is WAITS:
             TRAIL.before = self.what
-        TRAIL.changed = monotonic()
+        TRAIL.changed = now = monotonic()
+        if TRAIL.recorder is not None:
+            TRAIL.recorder.left(self, now)
+        if TRAIL.waiting is self:
+            TRAIL.waiting = None
+            TRAIL.blocked += now - self.entered
+            if TRAIL.streams is not None:
+                TRAIL.streams.leave()
 
 
-def crumb(what: str, group: str = "") -> Crumb:
+def crumb(what: str, group: str = "", blocks: bool = True) -> Crumb:
     """Around the blocking wait of an exchange, or a call of torch's that waits for other ranks.
 
     It is what `parallel.timeout_seconds` limits.
@@ -64,20 +106,38 @@ def crumb(what: str, group: str = "") -> Crumb:
     Args:
         what: the exchange and its layer, as a person calls it: `expert dispatch of chunk 0, layer 3`.
         group: the mesh axis that the exchange is on.
+        blocks: whether its seconds are blocked ones; False around a call that also computes.
     """
-    return Crumb(what, group, WAITS)
+    return Crumb(what, group, WAITS, blocks)
 
 
 def phase(what: str) -> Crumb:
     """Around a part of the run in which this rank works: it says where crumbs inside it are, and is not limited."""
-    return Crumb(what, "", WORKS)
+    return Crumb(what, "", WORKS, False)
 
 
 def begin_step(number: int) -> None:
     """Crumbs from here on belong to this step."""
     TRAIL.step = number
     TRAIL.failed = None  # who goes on has dealt with it
+    TRAIL.waiting, TRAIL.blocked = None, 0.0
+    if TRAIL.streams is not None:
+        TRAIL.streams.take()
     TRAIL.changed = monotonic()
+
+
+def blocked_seconds() -> float:
+    """How long this rank has stood at waits for other ranks since `begin_step`.
+
+    On a CPU from entering a wait to leaving it, the outermost of nested ones. On a GPU what its compute stream stood.
+    """
+    return TRAIL.blocked if TRAIL.streams is None else TRAIL.streams.take()
+
+
+def departed(name: str, num_bytes: int, work: Any) -> None:
+    """An exchange of ``num_bytes`` from this rank has been started; the crumb around its wait has the same name."""
+    if TRAIL.recorder is not None:
+        TRAIL.recorder.departed(name, num_bytes, work)
 
 
 def state() -> tuple[str, str, str, str, float]:

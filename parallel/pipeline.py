@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleDualPipeV,
     ScheduleInterleaved1F1B,
@@ -30,6 +29,7 @@ from parallel.engine import MicroBatch, Objective, detached
 from parallel.mesh import Axis, Topology
 from parallel.sharding import local_part
 from parallel.stages import SPLIT_BACKWARD, check_micro_batches, num_stages, rank_of, stages_of
+from parallel.watch_pipeline import WatchedStage, watched_exchanges
 from parallel.weight_gradients import WeightGradientQueue, install
 
 
@@ -137,7 +137,8 @@ class Pipeline:
         numbers = torch.arange(self.num_micro_batches)
         first, last = (any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last"))
         given = (numbers,) if first else ()
-        with crumb("the other stages of the pipeline", Axis.PP):  # torch's own sends and receives
+        # Torch's waits have crumbs of their own but for the first step's, so the seconds of this one are not blocked ones
+        with crumb("the schedule of the pipeline", Axis.PP, blocks=False), watched_exchanges():
             self.schedule.step(*given, number=numbers, target=numbers if last else None, return_outputs=False)
         assert not any(len(queue) for queue in self.queues), "weight gradients were left behind"
         for model in self.parts:
@@ -178,12 +179,12 @@ class Pipeline:
     def close(self) -> None:
         pass
 
-    def _stage(self, place: int) -> PipelineStage:
+    def _stage(self, place: int) -> WatchedStage:
         """Shapes are given, or torch would run a forward and backward to learn them."""
         module, number, stages = self.modules[place], self.numbers[place], self._num_stages
         hidden = torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
-        return PipelineStage(
+        return WatchedStage(
             module,
             number,
             stages,
@@ -243,10 +244,11 @@ class Pipeline:
         leads = self.group.rank() == ends[0]
         peer = dist.get_global_rank(self.group, ends[1] if leads else ends[0])
         for sending in (leads, not leads):
-            if sending:
-                dist.send(mine, peer, group=self.group)
-            else:
-                dist.recv(theirs, peer, group=self.group)
+            with crumb("embedding gradients of both ends of the pipeline", Axis.PP):
+                if sending:
+                    dist.send(mine, peer, group=self.group)
+                else:
+                    dist.recv(theirs, peer, group=self.group)
         return theirs
 
     def _post_receives(self, stage: int, count: int) -> list[tuple[dist.Work, Tensor]]:
