@@ -91,7 +91,8 @@ def action_of(what: str) -> str | None:
     number, inside, layers = rest.partition(" in layers ")
     if not found or not inside or kind not in _ACTIONS:
         return None
-    return f"{_ACTIONS[kind]}{number}, layers {layers}"
+    first, _, last = layers.partition(" to ")
+    return f"{_ACTIONS[kind]}{number}, " + (f"layer {first}" if first == last else f"layers {layers}")
 
 
 class StepRecorder:

@@ -23,12 +23,13 @@ def named_parts(model: LongCat) -> Iterator[tuple[str, nn.Module]]:
         for place in range(2):
             yield f"attention {place}, layer {number}", layer.self_attn[place]  # type: ignore[index, union-attr]
             yield f"dense FFN {place}, layer {number}", layer.mlps[place]  # type: ignore[index, union-attr]
+            yield f"norm, layer {number}", layer.input_layernorm[place]  # type: ignore[index, union-attr]
+            yield f"norm, layer {number}", layer.post_attention_layernorm[place]  # type: ignore[index, union-attr]
         yield f"router, layer {number}", layer.mlp.router  # type: ignore[union-attr]
         yield f"experts, layer {number}", layer.mlp.experts  # type: ignore[union-attr]
-    if model.lm_head is not None:
-        yield "head", model.lm_head
     if model.mtp is not None:
-        yield "MTP", model.mtp
+        for layer in model.mtp.layers:
+            yield "MTP", layer
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from parallel.lanes import Journey, Span
 
 Interval = tuple[float, float]
+BACKWARD = "autograd::engine::evaluate_function"
 SAME_WORK = 2e-4  # operators of one part that lie no further apart are drawn as one piece
 
 
@@ -51,17 +52,26 @@ def compute_pieces(operators: list[Operator], inner: list[Operator], spans: list
     by_number = {}
     for one in inner:
         name = parts.at(one.start)
-        if one.sequence is not None and name is not None and "Backward" not in one.name:
-            by_number.setdefault(one.sequence, name)
+        if one.sequence is not None and name is not None and not one.name.startswith(BACKWARD):
+            by_number[one.sequence] = name  # an operator without a gradient has the number that the next one will use
     pieces: list[Span] = []
     for one in operators:
-        name = parts.at(one.start) or by_number.get(-1 if one.sequence is None else one.sequence)
-        name = name or _by_phase(phases.at(one.start) or "")
+        name = parts.at(one.start)
+        if name is None and one.sequence is not None and one.name.startswith(BACKWARD):
+            name = by_number.get(one.sequence)
+        name = name or _by_operator(one.name) or _by_phase(phases.at(one.start) or "")
         if pieces and pieces[-1].name == name and one.start - pieces[-1].end < SAME_WORK:
             pieces[-1].end = max(pieces[-1].end, one.end)
         else:
             pieces.append(Span("compute", name, one.start, one.end))
     return pieces
+
+
+def _by_operator(name: str) -> str | None:
+    """For what no module's forward holds."""
+    if "LinearCrossEntropy" in name:
+        return "head and loss"
+    return "sharding" if name.startswith("fsdp::") or "RegisterPostBackward" in name else None
 
 
 def _by_phase(phase: str) -> str:

@@ -15,6 +15,7 @@ from train.report.reading import RunData, read_run
 from train.report.script import SCRIPT
 from train.report.text_page import text_section
 from train.report.theme import style_sheet
+from train.report.timeline import timeline_section
 
 
 def write_report(run_dir: Path) -> Path:
@@ -29,6 +30,7 @@ def write_report(run_dir: Path) -> Path:
         ("routing", "Routing", grid(routing.charts(run)) + "".join(routing.blocks(run))),
         ("stability", "Stability", grid(health.stability(run))),
         ("speed", "Speed and memory", grid(health.speed(run))),
+        ("timeline", "Timeline", timeline_section(run)),
         ("text", "Compute by token", text_section(run)),
         ("settings", "Settings", settings(run)),
     ]
