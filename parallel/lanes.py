@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -28,6 +29,7 @@ _BEGINNINGS = {
     "gathered weights": GRADIENTS,
     "summed gradients": GRADIENTS,
     "sum over all ranks": GRADIENTS,
+    "least of all ranks": GRADIENTS,
     "word of the first rank": GRADIENTS,
     "embedding gradients": PIPELINE,
     "hidden states": PIPELINE,
@@ -96,7 +98,7 @@ def action_of(what: str) -> str | None:
 
 
 class StepRecorder:
-    """Keeps what crumbs tell between `start` and `finish`. The end of an exchange comes from a thread of the backend."""
+    """Keeps what crumbs tell from `start` to `finish`. The end of an exchange comes from a thread of the backend."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -142,10 +144,8 @@ class StepRecorder:
         def arrived(_: Any) -> None:
             journey.end = monotonic()
 
-        try:
+        with suppress(RuntimeError):  # some kinds of exchange have no future: they end with their wait
             work.get_future().add_done_callback(arrived)
-        except RuntimeError:
-            pass  # this kind of exchange has no future: it ends with its wait
 
     def work(self, name: str, start: float, end: float) -> None:
         """A part of the model has computed."""

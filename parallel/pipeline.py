@@ -137,7 +137,7 @@ class Pipeline:
         numbers = torch.arange(self.num_micro_batches)
         first, last = (any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last"))
         given = (numbers,) if first else ()
-        # Torch's waits have crumbs of their own but for the first step's, so the seconds of this one are not blocked ones
+        # Torch's waits get crumbs of their own, so the seconds of this one are not blocked ones
         with crumb("the schedule of the pipeline", Axis.PP, blocks=False), watched_exchanges():
             self.schedule.step(*given, number=numbers, target=numbers if last else None, return_outputs=False)
         assert not any(len(queue) for queue in self.queues), "weight gradients were left behind"

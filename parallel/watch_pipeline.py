@@ -35,7 +35,7 @@ class WatchedStage(PipelineStage):
 
 @contextmanager
 def watched_exchanges() -> Iterator[None]:
-    """Leave crumbs at the waits of torch's schedules, which have no hook for it: two functions of theirs are wrapped."""
+    """Leave crumbs at the waits of torch's schedules, which have no hook: two functions of theirs are wrapped."""
     wait, launch = schedules._wait_batch_p2p, schedules._batch_p2p
 
     def watched_wait(work: list[dist.Work]) -> None:

@@ -25,8 +25,8 @@ class ProfileConfig:
         beyond = [step for step in steps_of(self.steps) if step > last]
         if beyond:
             raise ConfigError(
-                f"profile.steps={written(self.steps)} asks for step {beyond[0]}, but train.steps={last} is the last one; "
-                f"name steps from 1 to {last}"
+                f"profile.steps={written(self.steps)} asks for step {beyond[0]}, but train.steps={last} is the last "
+                f"one; name steps from 1 to {last}"
             )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -46,7 +48,8 @@ class Profiler:
         recorder = StepRecorder()
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.topology.device.type == "cuda")
         torch_profile = profile(activities=activities)
-        torch_profile.start()
+        with silent():
+            torch_profile.start()
         marks = _marks()
         recorder.start()
         start = time.monotonic()
@@ -56,11 +59,14 @@ class Profiler:
                 end = time.monotonic()
         finally:
             recorder.finish()
-            torch_profile.stop()
+            with silent():
+                torch_profile.stop()
         with phase(f"profile of step {number}"):
             self._write(number, recorder, torch_profile, marks, (start, end))
 
-    def _write(self, step: int, recorder: StepRecorder, seen: Any, marks: list[float], span: tuple[float, float]) -> None:
+    def _write(
+        self, step: int, recorder: StepRecorder, seen: Any, marks: list[float], span: tuple[float, float]
+    ) -> None:
         rank = torch.distributed.get_rank()
         self.folder.mkdir(parents=True, exist_ok=True)
         export = self.folder / f".step-{step:06}-rank-{rank:04}.torch.json"
@@ -113,6 +119,20 @@ def within(events: TorchEvents, span: tuple[float, float]) -> TorchEvents:
 
     others = {name: inside(found) for name, found in events.others.items()}
     return TorchEvents(inside(events.compute), {name: found for name, found in others.items() if found})
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Torch's profiler writes lines of its own about starting and stopping to standard error, past any logger."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _marks() -> list[float]:

@@ -28,7 +28,8 @@ _VARIABLES = (
     f"--panel:#f6f7f9;--warn:#d92d20;--rest:#c9cfd6;--under:59 125 201;--over:226 118 38;--even:0 0 0/.03;"
     f"{_colours(_PALETTE_LIGHT)}{_diverging(LIGHT)}}}"
     "@media(prefers-color-scheme:dark){:root{--bg:#13161a;--ink:#e7e9ec;--soft:#9aa4af;--line:#2c3138;"
-    "--grid:#22272d;--panel:#1b1f24;--warn:#ff6257;--rest:#4b545e;--under:72 143 224;--over:222 120 42;--even:255 255 255/.05;"
+    "--grid:#22272d;--panel:#1b1f24;--warn:#ff6257;--rest:#4b545e;"
+    "--under:72 143 224;--over:222 120 42;--even:255 255 255/.05;"
     f"{_colours(_PALETTE_DARK)}{_diverging(DARK)}}}}}"
 )
 
@@ -127,13 +128,14 @@ _TIMELINE = """
 .lane path{fill:var(--c);stroke:none}.lane path.rest{fill:var(--rest)}.lane path.blocked{fill:var(--warn)}
 .lane b{position:absolute;top:0;font-size:11px;line-height:22px;font-weight:500;color:var(--bg);padding:0 4px;
 overflow:hidden;white-space:nowrap;text-overflow:ellipsis;pointer-events:none;text-align:center}
+.lane b.short{padding:0;text-overflow:clip}
 .keys{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:14px;color:var(--soft);max-width:none}
 .keys span{white-space:nowrap}
 .keys i{display:inline-block;width:14px;height:14px;border-radius:3px;margin-right:6px;vertical-align:-2px;
 background:var(--c)}
 .keys i.rest{background:var(--rest)}.keys i.blocked{background:var(--warn)}
 @media(max-width:760px){.lanes,.times{grid-template-columns:66px minmax(0,1fr);gap:3px 6px}
-.lanes .name{font-size:12px}}
+.lanes .name{font-size:12px}.lane b.short{display:none}}
 """
 
 _TEXT = """

@@ -1,4 +1,4 @@
-"""The timeline of a profiled step as a picture: lanes as rows, stretches in which a rank stood still in a warning colour.
+"""The timeline of a profiled step as a picture: lanes as rows, and in a warning colour where a rank stood still.
 
 Rows are pictures that stretch, names and times are text beside them, as in the line charts.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from html import escape
 
-from train.report.numbers import linear_ticks, percent, tick_formatter
+from train.report.numbers import linear_ticks, tick_formatter
 from train.report.reading import RunData
 from train.report.timeline_data import (
     BLOCKED,
@@ -24,6 +24,8 @@ from train.report.timeline_data import (
 WIDTH = 4000  # units of a stretched row
 SHOWN_RANKS = 4
 LABELLED = 0.055  # share of the width from which a piece has room for its name
+LABELLED_ACTION = 0.022  # for `F1`
+ACTIONS = {"F": "forward", "B": "backward", "W": "weight gradients"}
 COLOURS = {
     "attention": "c0",
     "dense FFN": "c2",
@@ -55,6 +57,10 @@ def legend(found: StepTimeline) -> str:
     seen = {piece.kind for rank in found.ranks for piece in rank.lanes["compute"]}
     kinds = [kind for kind in COLOURS if kind in seen and kind != BLOCKED]
     keys = "".join(f"<span><i class={COLOURS[kind]}></i>{escape(kind)}</span>" for kind in kinds)
+    done = {piece.kind for rank in found.ranks for piece in rank.lanes["pipeline"]}
+    actions = [f"<span><i class={COLOURS[one]}></i>{one}: {ACTIONS[one]}</span>" for one in ACTIONS if one in done]
+    if actions:
+        keys += f"<span>in the pipeline</span>{''.join(actions)}"
     return f'<p class="keys">{keys}<span><i class=blocked></i>stands still, waiting for other ranks</span></p>'
 
 
@@ -64,14 +70,14 @@ def whole_step(found: StepTimeline) -> str:
     share = sum(rank.exposed_share for rank in found.ranks) / len(found.ranks)
     start, end = min(rank.start for rank in ranks), max(rank.end for rank in ranks)
     blocks = "".join(
-        f"<h4>Rank {rank.rank}<small>{percent(rank.exposed_share)} uncovered</small></h4>{rows(rank, start, end)}"
+        f"<h4>Rank {rank.rank}<small>{share_of(rank.exposed_share)} uncovered</small></h4>{rows(rank, start, end)}"
         for rank in ranks
     )
     sentence = (
-        f"{percent(share)} of step {found.step} is communication that nothing covers, mean over {ranks_of(found)}. "
+        f"{share_of(share)} of step {found.step} is communication that nothing covers, mean over {ranks_of(found)}. "
         f"{costliest(found)} A step is slower while it is profiled."
     )
-    return figure(f"Step {found.step}", percent(share), sentence, blocks + axis(start, end))
+    return figure(f"Step {found.step}", share_of(share), sentence, blocks + axis(start, end))
 
 
 def close_up(found: StepTimeline, window: Window) -> str:
@@ -88,7 +94,7 @@ def close_up(found: StepTimeline, window: Window) -> str:
         f"{milliseconds(stood)} of them; the rest is covered by what stands above them."
     )
     body = rows(rank, window.start, window.end, names=True) + axis(window.start, window.end, from_zero=True)
-    return figure(window.title, f"{percent(share)} uncovered", sentence, body)
+    return figure(window.title, f"{share_of(share)} uncovered", sentence, body)
 
 
 def inside(piece: Piece, window: Window) -> bool:
@@ -110,8 +116,9 @@ def rows(rank: RankTimeline, start: float, end: float, names: bool = False) -> s
     for lane in LANES:
         pieces = [piece for piece in rank.lanes[lane] if piece.end > start and piece.start < end]
         if pieces:
-            labels = "".join(label(piece, start, end) for piece in pieces) if names else ""
-            text += f"<span class=name>{lane}</span><div class=lane>{drawing(lane, pieces, start, end, names)}{labels}</div>"
+            labels = "".join(label(piece, start, end) for piece in pieces) if names or lane == "pipeline" else ""
+            picture = drawing(lane, pieces, start, end, names)
+            text += f"<span class=name>{lane}</span><div class=lane>{picture}{labels}</div>"
     return f"<div class=lanes>{text}</div>"
 
 
@@ -123,7 +130,7 @@ def drawing(lane: str, pieces: list[Piece], start: float, end: float, names: boo
         if names:
             for left, right, piece in spans:
                 told = f"{piece.name}: {milliseconds(piece.end - piece.start)}"
-                shapes += f'<path class="{colour}" d="{bar(left, right)}"><title>{escape(told)}</title></path>'
+                shapes += f'<g><title>{escape(told)}</title><path class="{colour}" d="{bar(left, right)}"/></g>'
         elif spans:
             bars = "".join(bar(left, right) for left, right in merged([(left, right) for left, right, _ in spans]))
             shapes += f'<path class="{colour}" d="{bars}"/>'
@@ -152,10 +159,12 @@ def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def label(piece: Piece, start: float, end: float) -> str:
     """Return the name of a wide piece, to lie upon it."""
     left, right = (units(time, start, end) / WIDTH for time in (piece.start, piece.end))
-    if piece.kind in (BLOCKED, REST) or right - left < LABELLED:
+    least = LABELLED_ACTION if piece.kind in ACTIONS else LABELLED
+    if piece.kind in (BLOCKED, REST) or right - left < least:
         return ""
     text = piece.name.partition(", in ")[0].partition(", layer")[0].removeprefix("expert ")
-    return f'<b style="left:{100 * left:.2f}%;width:{100 * (right - left):.2f}%">{escape(text)}</b>'
+    short = " class=short" if piece.kind in ACTIONS else ""
+    return f'<b{short} style="left:{100 * left:.2f}%;width:{100 * (right - left):.2f}%">{escape(text)}</b>'
 
 
 def axis(start: float, end: float, from_zero: bool = False) -> str:
@@ -190,7 +199,12 @@ def costliest(found: StepTimeline) -> str:
     length = sum(rank.duration for rank in found.ranks)
     waits = {lane: sum(rank.waits.get(lane, 0.0) for rank in found.ranks) / length for lane in LANES}
     most = sorted((lane for lane in waits if waits[lane] > 0), key=lambda lane: -waits[lane])
-    return f"By lane: {', '.join(f'{lane} {percent(waits[lane])}' for lane in most)}." if most else ""
+    return f"By lane: {', '.join(f'{lane} {share_of(waits[lane])}' for lane in most)}." if most else ""
+
+
+def share_of(share: float) -> str:
+    """Return a share as text, to a tenth of a percent."""
+    return f"{100 * share:.1f}\u202f%"
 
 
 def milliseconds(duration: float) -> str:

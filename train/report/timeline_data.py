@@ -1,4 +1,4 @@
-"""The timeline of a profiled step as the report reads it: lanes of pieces, blocked stretches, which layer to look at."""
+"""The timeline of a profiled step as the report reads it: lanes of pieces, and which layer to look at closely."""
 
 # Times are in microseconds after the first rank's start of the step
 
@@ -128,35 +128,26 @@ def close_ups(found: StepTimeline) -> list[Window]:
     """
     rank = found.ranks[0]
     windows = []
-    for direction, first in (("forward", "attention 0"), ("backward", "dense FFN 1")):
-        layers = _expert_layers(rank, direction)
+    for direction in ("forward", "backward"):
+        layers = sorted(_expert_layers(rank, direction))
         if not layers:
             continue
-        layers.sort(key=lambda layer: layer[0])
         _, name, around, start, end = layers[len(layers) // 2]
-        edges = [p for p in rank.lanes["compute"] if p.name == f"{first}, {name}" and p.end <= start + 1.0]
-        if edges:
-            first_start = _run_start(rank.lanes["compute"], edges[-1])
-            start = first_start if start - first_start < 2 * (end - start) else start
-        later = "dense FFN 1" if direction == "forward" else "attention 0"
-        ends = [p.end for p in rank.lanes["compute"] if p.name == f"{later}, {name}" and end - 1 <= p.end]
-        if ends and ends[0] - end < end - start:
-            end = ends[0]
+        length = end - start
+        first, last = ("attention 0", "dense FFN 1") if direction == "forward" else ("", "attention 0")
+        # The exchange of a backward starts before all else of its layer, that of a forward after the first attention
+        before = [p.start for p in _parts(rank, f"{first}, {name}") if start - length <= p.start < start]
+        after = [p.end for p in _parts(rank, f"{last}, {name}") if end <= p.end <= end + length]
+        start = min([start, *before])
+        if after:  # the forward's last FFN comes at once; a backward follows it
+            end = min(after) if direction == "forward" else max(after)
         margin = 0.02 * (end - start)
         windows.append(Window(f"{name.capitalize()}, {around}", rank.rank, start - margin, end + margin))
     return windows
 
 
-def _run_start(pieces: list[Piece], last: Piece) -> float:
-    """Where the stretch of pieces of one name that ends with ``last`` begins; waits and short other work may part it."""
-    start = last.start
-    for piece in reversed([p for p in pieces if p.name == last.name and p.end <= last.end]):
-        if start - piece.end > 2 * (last.end - piece.start):
-            break
-        if start - piece.end > 5_000:
-            break
-        start = min(start, piece.start)
-    return start
+def _parts(rank: RankTimeline, name: str) -> list[Piece]:
+    return [piece for piece in rank.lanes["compute"] if piece.name == name]
 
 
 def _expert_layers(rank: RankTimeline, direction: str) -> list[tuple[float, str, str, float, float]]:
@@ -164,7 +155,9 @@ def _expert_layers(rank: RankTimeline, direction: str) -> list[tuple[float, str,
     groups: dict[tuple[str, str], list[Piece]] = defaultdict(list)
     for lane in ("dispatch", "combine"):
         for piece in rank.lanes[lane]:
-            if piece.kind != BLOCKED and (f", in {direction} " in piece.name or f", in input {direction} " in piece.name):
+            if piece.kind != BLOCKED and (
+                f", in {direction} " in piece.name or f", in input {direction} " in piece.name
+            ):
                 words, _, around = piece.name.partition(", in ")
                 layer = words.partition(", ")[2].partition(":")[0]
                 groups[layer, around].append(piece)
