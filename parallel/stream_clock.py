@@ -1,4 +1,4 @@
-"""How long a GPU's compute stream stands at waits for other ranks, which no clock of the host sees. Never run on a GPU."""
+"""How long a GPU's compute stream stands at waits for other ranks, which the host does not see. Never run on a GPU."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_the_last_profiled_step_is_drawn_with_its_uncovered_share(run: Path) -> 
     assert "dispatch 10.0\u202f%, gradients 10.0\u202f%" in page.text
     assert "Uncovered communication" in page.text
     assert html.count('aria-label="compute"') == 2 + 2
-    assert "expert dispatch, layer 0: 141 kB sent, in forward of micro-batch 1: 1.9\u202fms" in html
+    assert "expert dispatch, layer 0: 141 kB sent, in forward of micro-batch 1: 1.90\u202fms" in html
     assert "<optimizer>" not in html
 
 

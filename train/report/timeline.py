@@ -209,4 +209,4 @@ def share_of(share: float) -> str:
 
 def milliseconds(duration: float) -> str:
     """Return microseconds as text."""
-    return f"{duration / 1e3:.3g}\u202fms"
+    return f"{duration / 1e3:.2f}\u202fms"
