@@ -97,7 +97,7 @@ def test_exchanges_that_overlap_lie_in_rows_of_their_own_and_operators_inside_ph
     assert {lane for _, lane in found} == {"compute", "dispatch", "dispatch (2)", "dispatch (3)"}
     assert [e["cat"] for e in found[3, "dispatch"]] == ["exchange", "blocked"]
     assert found[3, "dispatch"][0]["args"]["bytes sent"] == 10
-    apart = [{"cat": "exchange", "ts": t, "dur": 1.0} for t in (0.0, 1.0, 2.0)]
+    apart = [[{"cat": "exchange", "ts": t, "dur": 1.0}] for t in (0.0, 1.0, 2.0)]
     assert len(rows_of(apart)) == 1
 
 

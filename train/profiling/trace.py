@@ -15,7 +15,7 @@ from train.profiling.timeline import Operator
 
 Event = dict[str, Any]
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-ROWS = 50  # numbers of threads for one lane: exchanges that overlap lie in rows of their own
+ROWS = 1000  # numbers of threads for one lane: exchanges that overlap lie in rows of their own
 
 
 @dataclass
@@ -67,22 +67,22 @@ def rank_events(
     rank: int, spans: list[Span], journeys: list[Journey], sent: list[tuple[float, str, int]], seen: TorchEvents
 ) -> list[Event]:
     """All events of one rank, as one process of the trace; times in microseconds of `time.monotonic`."""
-    rows: dict[str, list[Event]] = {lane: [] for lane in LANES}
+    compute = [_kept(event) for event in seen.compute]
+    lanes: dict[str, list[list[Event]]] = {lane: [] for lane in LANES}  # slices that stay together, the outer one first
     for span in spans:
-        rows[span.lane].append(_slice(span.name, "phase", span.start, span.end))
-    rows[COMPUTE] += [_kept(event) for event in seen.compute]
+        lanes[span.lane].append([_slice(span.name, "phase", span.start, span.end)])
     for journey in journeys:
-        rows[journey.lane] += exchange_slices(journey)
+        lanes[journey.lane].append(exchange_slices(journey))
         if journey.blocked is not None:
-            rows[COMPUTE].append(_slice(f"blocked: {journey.name}", "blocked", *journey.blocked))
+            compute.append(_slice(f"blocked: {journey.name}", "blocked", *journey.blocked))
+    compute += [event for group in lanes.pop(COMPUTE) for event in group]
+    threads = [(COMPUTE, [nested(compute)])] + [(lane, rows_of(groups)) for lane, groups in lanes.items() if groups]
+    threads += [(name, [nested([_kept(event) for event in found])]) for name, found in sorted(seen.others.items())]
     events = [_about("process_name", rank, 0, name=f"rank {rank}")]
     events.append(_about("process_sort_index", rank, 0, sort_index=rank))
-    lanes: list[tuple[str, list[Event]]] = [(lane, rows[lane]) for lane in LANES if rows[lane] or lane == COMPUTE]
-    lanes += [(name, [_kept(event) for event in found]) for name, found in sorted(seen.others.items())]
-    for number, (lane, found) in enumerate(lanes):
-        packed = [nested(found)] if lane == COMPUTE or lane not in LANES else rows_of(found)
-        for row, slices in enumerate(packed or [[]]):
-            thread = 1 + ROWS * number + min(row, ROWS - 1)
+    for number, (lane, rows) in enumerate(threads):
+        for row, slices in enumerate(rows):
+            thread = 1 + ROWS * number + row
             events.append(_about("thread_name", rank, thread, name=lane if row == 0 else f"{lane} ({row + 1})"))
             events.append(_about("thread_sort_index", rank, thread, sort_index=thread))
             events += [event | {"pid": rank, "tid": thread} for event in slices]
@@ -103,23 +103,18 @@ def exchange_slices(journey: Journey) -> list[Event]:
     return [whole, _slice("blocked", "blocked", max(journey.start, journey.blocked[0]), journey.end)]
 
 
-def rows_of(slices: list[Event]) -> list[list[Event]]:
-    """Spread slices over rows so that those of a row lie apart or inside one another."""
+def rows_of(groups: list[list[Event]]) -> list[list[Event]]:
+    """Spread groups of slices, in each the outer one first, over rows so that those of a row lie apart."""
     rows: list[list[Event]] = []
-    open_ends: list[list[float]] = []  # for each row the ends of what is open, outermost first
-    for event in sorted(slices, key=lambda event: (event["ts"], -event["dur"])):
-        start, end = event["ts"], event["ts"] + event["dur"]
-        for row, ends in zip(rows, open_ends, strict=True):
-            while ends and ends[-1] <= start:
-                ends.pop()
-            inside = event["cat"] == "blocked" and bool(ends) and end <= ends[-1] + 1e-3
-            if not ends or inside:
-                row.append(event)
-                ends.append(end)
-                break
-        else:
-            rows.append([event])
-            open_ends.append([end])
+    ends: list[float] = []
+    for group in sorted(groups, key=lambda group: group[0]["ts"]):
+        start, end = group[0]["ts"], group[0]["ts"] + group[0]["dur"]
+        row = next((place for place, last in enumerate(ends) if last <= start), len(rows))
+        if row == len(rows):
+            rows.append([])
+            ends.append(end)
+        rows[row] += group
+        ends[row] = end
     return rows
 
 
