@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
+from longcat.model import LongCat
 from parallel.crumbs import crumb, departed, phase
 from parallel.mesh import Axis
 
@@ -19,8 +20,9 @@ class WatchedStage(PipelineStage):
     """Torch's stage; each part of a backward is a phase. (`Stage.forward` makes the forward's.)"""
 
     def _phase(self, what: str, place: int) -> Any:
-        part = self.submod.model.part  # type: ignore[union-attr]
-        return phase(f"{what} of micro-batch {place + 1} in layers {part.first} to {part.last - 1}")  # type: ignore[union-attr]
+        model = self.submod.model
+        assert isinstance(model, LongCat)
+        return phase(f"{what} of micro-batch {place + 1} in layers {model.part.first} to {model.part.last - 1}")
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
@@ -43,9 +45,9 @@ def watched_exchanges() -> Iterator[None]:
             with crumb(NEIGHBOURS, Axis.PP):
                 wait(work)
 
-    def watched_launch(operations: list[dist.P2POp], desc: str | None = None) -> list[dist.Work]:
-        work = launch(operations, desc)
-        for one in operations:
+    def watched_launch(p2p_ops: list[dist.P2POp], desc: str | None = None) -> list[dist.Work]:
+        work = launch(p2p_ops, desc)
+        for one in p2p_ops:
             if one.op is dist.isend:
                 departed(f"sent to rank {one.peer}", one.tensor.numel() * one.tensor.element_size(), None)
         return work

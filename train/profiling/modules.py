@@ -19,17 +19,17 @@ def named_parts(model: LongCat) -> Iterator[tuple[str, nn.Module]]:
     """`attention 1, layer 3` and its module, for all that takes time."""
     if model.embed_tokens is not None:
         yield "embedding", model.embed_tokens
-    for number, layer in model.layers.items():
+    for number, layer in zip(model.layers, model.shortcut_layers(), strict=True):
         for place in range(2):
-            yield f"attention {place}, layer {number}", layer.self_attn[place]  # type: ignore[index, union-attr]
-            yield f"dense FFN {place}, layer {number}", layer.mlps[place]  # type: ignore[index, union-attr]
-            yield f"norm, layer {number}", layer.input_layernorm[place]  # type: ignore[index, union-attr]
-            yield f"norm, layer {number}", layer.post_attention_layernorm[place]  # type: ignore[index, union-attr]
-        yield f"router, layer {number}", layer.mlp.router  # type: ignore[union-attr]
-        yield f"experts, layer {number}", layer.mlp.experts  # type: ignore[union-attr]
+            yield f"attention {place}, layer {number}", layer.self_attn[place]
+            yield f"dense FFN {place}, layer {number}", layer.mlps[place]
+            yield f"norm, layer {number}", layer.input_layernorm[place]
+            yield f"norm, layer {number}", layer.post_attention_layernorm[place]
+        yield f"router, layer {number}", layer.mlp.router
+        yield f"experts, layer {number}", layer.mlp.experts
     if model.mtp is not None:
-        for layer in model.mtp.layers:
-            yield "MTP", layer
+        for predictor in model.mtp.layers:
+            yield "MTP", predictor
 
 
 @contextmanager
