@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.crumbs import crumb
+from parallel.crumbs import crumb, departed
 
 
 class Exchange(ABC):
@@ -108,8 +108,10 @@ class Landing:
     @classmethod
     def launch(cls, exchange: Exchange, x: Tensor) -> Landing:
         x = x.contiguous()
-        Exchange.bytes_sent += int(exchange.elements_sent(x)) * x.element_size()
+        num_bytes = int(exchange.elements_sent(x)) * x.element_size()
+        Exchange.bytes_sent += num_bytes
         work, result = exchange.launch(x)
+        departed(exchange.name, num_bytes, work)
         return cls(exchange, work, result, x)
 
     def wait(self) -> Tensor:

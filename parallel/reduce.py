@@ -29,6 +29,20 @@ def from_first_rank(value: Any) -> Any:
     return shared[0]
 
 
+def mean_over_ranks(value: float) -> float:
+    """The mean of a figure that each rank has for itself."""
+    return sum_scalars([value])[0] / dist.get_world_size()
+
+
+def least_over_ranks(value: float) -> float:
+    """The smallest of the figures that ranks have."""
+    least = torch.tensor(value, dtype=torch.float64)
+    if dist.get_world_size() > 1:
+        with crumb("least of all ranks"):
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+    return float(least)
+
+
 def sum_scalars(values: list[float]) -> list[float]:
     """Sum Python floats over all ranks, in float64."""
     summed: list[float] = sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()

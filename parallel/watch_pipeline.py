@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from parallel.crumbs import crumb, phase
+from parallel.crumbs import crumb, departed, phase
 from parallel.mesh import Axis
 
 
@@ -33,9 +33,12 @@ class WatchedStage(PipelineStage):
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         return self._named(super().get_bwd_send_ops(bwd_chunk_id), "gradients", bwd_chunk_id, "out of")
 
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **keywords: Any) -> None:
-        with phase(f"backward of micro-batch {bwd_chunk_id + 1} in {self.layers}"):
-            super().backward_one_chunk(bwd_chunk_id, *args, **keywords)
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        what = "backward" if full_backward else "input gradients"
+        with phase(f"{what} of micro-batch {bwd_chunk_id + 1} in {self.layers}"):
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **keywords: Any) -> None:
         with phase(f"weight gradients of micro-batch {bwd_chunk_id + 1} in {self.layers}"):
@@ -67,6 +70,9 @@ def watched(batch: Callable[..., list[dist.Work]]) -> Callable[..., list[Any]]:
     @wraps(batch)
     def launch(operations: list[dist.P2POp], *args: Any, **keywords: Any) -> list[Any]:
         works = batch(operations, *args, **keywords)
+        for one in operations:
+            if one.op is dist.isend:
+                departed(f"sent to rank {one.peer}", one.tensor.numel() * one.tensor.element_size(), None)
         single = len(works) == len(operations)  # NCCL gives one work for several
         groups = [[one] for one in operations] if single else [operations] * len(works)
         return [_watch(work, group) for work, group in zip(works, groups, strict=True)]

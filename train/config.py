@@ -18,6 +18,7 @@ from train.data.config import DataConfig
 from train.identity import flatten
 from train.objective import LossConfig
 from train.optimizer import OptimConfig
+from train.profiling.config import ProfileConfig
 from train.schedule import ScheduleConfig
 
 GROUPS = ("model", "data", "schedule", "experiment")  # folders of configs/, each file a choice
@@ -140,6 +141,7 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def validate(self) -> None:
@@ -149,6 +151,7 @@ class Config:
                 raise ConfigError(f"{key}={value} must be a finite number")
         for section in fields(self):
             getattr(self, section.name).validate()
+        self.profile.validate_steps(self.train.steps)
         if self.model.num_experts % self.balance.num_groups:
             raise ConfigError(
                 f"balance.num_groups={self.balance.num_groups} does not divide model.num_experts="

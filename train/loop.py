@@ -7,13 +7,15 @@ from typing import Any
 
 from longcat.errors import StopRequested, UnhealthyError
 from parallel import watch
-from parallel.crumbs import phase
+from parallel.crumbs import blocked_seconds, phase
 from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
+from parallel.reduce import mean_over_ranks
 from train import checkpoint
 from train.config import Config
 from train.folder import as_mapping
 from train.metrics import MetricsWriter
+from train.profiling.profiler import Profiler
 from train.state import TrainState
 from train.state_hash import state_hash
 from train.step import Stepper, StepResult
@@ -45,6 +47,7 @@ class Loop:
         self.config, self.topology, self.peak_flops = config, topology, peak_flops
         self.writer, self.terminal = writer, terminal  # on the first rank only
         self.wish = wish
+        self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
 
     def run(self) -> None:
         """Train to ``train.steps``.
@@ -55,12 +58,14 @@ class Loop:
         """
         counters, config = self.state.counters, self.config
         while counters.step < config.train.steps:
-            start = time.perf_counter()
-            result = self.stepper.step(bool(self.wish))
+            with self.profiler.step(counters.step + 1):
+                start = time.perf_counter()
+                result = self.stepper.step(bool(self.wish))
+                seconds, blocked = time.perf_counter() - start, blocked_seconds()
             if not result.healthy:
                 raise UnhealthyError(self._describe_bad_step(result))
             last = counters.step == config.train.steps
-            self._finish_metrics(result, time.perf_counter() - start)
+            self._finish_metrics(result, seconds, blocked)
             if due(config.validation.every, counters.step) or (last and config.validation.every):
                 self._validate(result.metrics)
             if due(config.logging.hash_every, counters.step):
@@ -81,8 +86,8 @@ class Loop:
         with watch.patience(), phase("saving"):
             checkpoint.save(self.state, folder, mapping, self.topology, self.config.checkpoint.keep)
 
-    def _finish_metrics(self, result: StepResult, seconds: float) -> None:
-        """Add what needs a clock, the device or the weights."""
+    def _finish_metrics(self, result: StepResult, seconds: float, blocked: float) -> None:
+        """Add what needs a clock, the device or the weights. ``blocked`` of the ``seconds`` this rank stood still."""
         metrics = result.metrics
         flops = metrics.pop("flops")
         tokens = self.config.train.global_batch_size * self.config.train.sequence_length
@@ -91,8 +96,12 @@ class Loop:
         metrics["tokens_per_second"] = tokens / seconds
         metrics["mfu"] = flops / seconds / (self.peak_flops * self.topology.world_size)
         metrics["bias_range"] = float(now.max() - now.min())
-        metrics["exposed_comm_share"] = None  # nothing that waits for an exchange runs yet
+        metrics["exposed_comm_share"] = self._exposed_share(blocked / seconds)
         metrics["memory_gib"] = peak_memory_gib(self.topology.device)
+
+    def _exposed_share(self, share: float) -> float:
+        """The mean over ranks of the share of a step in which a rank stands at waits for others; a collective."""
+        return 0.0 if self.topology.world_size == 1 else mean_over_ranks(share)
 
     def _validate(self, metrics: dict[str, Any]) -> None:
         with phase("validation"):
@@ -106,6 +115,8 @@ class Loop:
             self.writer.write(result.metrics, result.counts, self.state.biases)
         if self.terminal is None:
             return
+        if self.profiler.note:
+            self.terminal.note(self.profiler.note)
         if due(self.config.logging.every, step) or last or step == 1:
             self.terminal.step(result.metrics)
         if last:

@@ -21,6 +21,7 @@ from parallel.memory import held_bytes
 from parallel.mesh import Topology, connect, resolve_sizes, world_from_environment
 from parallel.prepare import BatchShape, check_layout, prepare
 from parallel.reduce import from_first_rank
+from parallel.stream_clock import count_stream_waits
 from train import checkpoint
 from train.balance import build_controller
 from train.batches import BatchReader
@@ -131,12 +132,19 @@ def train(config: Config, wish: StopWish) -> None:
     watch.record_flights(config.run.folder)
     topology = connect(config.parallel)
     watch.start(config.parallel.timeout_seconds, partial(say_hang, config.run.folder), config.run.folder)
+    count_stream_waits(topology.device)
     wish.listen()  # not before all ranks have met: one that outlives a signal would wait minutes for one that did not
     config.train.dtype = resolve_dtype(config)
     state = build_state(config, topology)
     train_samples, validator = build_data(config, topology)
     log = (config.run.folder / LOG).open("a") if topology.is_first else None
-    terminal = Terminal(config.train.steps, config.model.expected_ffn_experts, config.model.top_k, log=log)
+    terminal = Terminal(
+        config.train.steps,
+        config.model.expected_ffn_experts,
+        config.model.top_k,
+        log=log,
+        num_ranks=topology.world_size,
+    )
     resume(state, config, topology, terminal if topology.is_first else None)
     if state.counters.step >= config.train.steps:
         if topology.is_first:

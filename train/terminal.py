@@ -37,7 +37,7 @@ class Terminal:
     """Prints the course of a run, coloured on a terminal, plain and unwrapped in a file or a pipe.
 
     `expected_ffn_experts` is K_e and `top_k` is K of the model; `stream` is standard output unless given; `log`
-    gets the same lines without colour.
+    gets the same lines without colour. One of several ranks shows how much of a step they wait for each other.
     """
 
     def __init__(
@@ -47,8 +47,9 @@ class Terminal:
         top_k: int,
         stream: TextIO | None = None,
         log: TextIO | None = None,
+        num_ranks: int = 1,
     ) -> None:
-        self.total_steps = total_steps
+        self.total_steps, self.num_ranks = total_steps, num_ranks
         self.expected = expected_ffn_experts
         self.top_k = top_k
         self.stream = stream if stream is not None else sys.stdout
@@ -108,12 +109,14 @@ class Terminal:
             return lambda metrics: (write(_number(metrics, key)), style)
 
         step_width = max(4, 2 * len(str(self.total_steps)) + 1)
+        waiting = [Column("waits", 6, plain("exposed_comm_share", _percent), 7)] if self.num_ranks > 1 else []
         return [
             Column("step", step_width, self._step_cell, 0),
             Column("loss", 7, plain("loss", lambda value: _fixed(value, 4), "bold"), 0),
             Column("lr", 8, plain("lr", _exponent, "dim"), 8),
             Column("tok/s", 7, plain("tokens_per_second", _count), 4),
             Column("MFU", 6, plain("mfu", _percent), 5),
+            *waiting,
             Column(f"FFN of {self.top_k}", 12, self._experts_cell, 1),
             Column("max/mean", 8, self._balance_cell, 6),
             Column("grad", 7, plain("grad_norm", _significant), 3),

@@ -166,3 +166,11 @@ def test_a_line_takes_less_than_a_millisecond() -> None:
     for _ in range(500):
         terminal.step(METRICS)
     assert (time.perf_counter() - started) / 500 < 1e-3
+
+
+def test_several_ranks_show_how_much_they_wait_for_each_other() -> None:
+    for num_ranks in (1, 2):
+        stream = io.StringIO()
+        Terminal(10, 4, 6, stream, num_ranks=num_ranks).step({**METRICS, "exposed_comm_share": 0.234})
+        heading, line = lines(stream)
+        assert ("waits" in heading) == ("23.4%" in line) == (num_ranks == 2)

@@ -15,6 +15,7 @@ from train.report.reading import RunData, read_run
 from train.report.script import SCRIPT
 from train.report.text_page import text_section
 from train.report.theme import style_sheet
+from train.report.timeline import timeline_section
 
 
 def write_report(run_dir: Path) -> Path:
@@ -29,6 +30,7 @@ def write_report(run_dir: Path) -> Path:
         ("routing", "Routing", grid(routing.charts(run)) + "".join(routing.blocks(run))),
         ("stability", "Stability", grid(health.stability(run))),
         ("speed", "Speed and memory", grid(health.speed(run))),
+        ("timeline", "Timeline", timeline_section(run)),
         ("text", "Compute by token", text_section(run)),
         ("settings", "Settings", settings(run)),
     ]
@@ -144,6 +146,7 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
     experts, wanted = run.final("ffn_experts_per_token"), run.number("model.expected_ffn_experts")
     against = f"Kₑ = {exact(wanted)}, {signed_percent(experts / wanted - 1)}" if wanted else "mean over layers"
     speed, mfu = run.series("tokens_per_second")[1], run.series("mfu")[1]
+    waits = run.series("exposed_comm_share")[1]
     return [
         ("Training loss", plain(run.final("loss")), mean),
         ("Validation loss", plain(run.last("val_loss")), "nats per token"),
@@ -152,6 +155,7 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
         ("Tokens", compact(run.last("tokens")), _tokens_note(run)),
         ("Tokens per second", compact(_median(speed)), "median, all ranks"),
         ("MFU", percent(_median(mfu)), "median"),
+        ("Uncovered communication", percent(_median(waits[waits > 0])), "median share of a step"),
         (
             "Peak memory",
             f"{plain(_largest(run, 'memory_gib'))} GiB".replace(f"{DASH} GiB", DASH),

@@ -25,10 +25,11 @@ def _token_levels() -> str:
 
 _VARIABLES = (
     ":root{color-scheme:light dark;--bg:#fff;--ink:#191d22;--soft:#5a636e;--line:#e4e7eb;--grid:#edeff2;"
-    f"--panel:#f6f7f9;--under:59 125 201;--over:226 118 38;--even:0 0 0/.03;"
+    f"--panel:#f6f7f9;--warn:#d92d20;--rest:#c9cfd6;--under:59 125 201;--over:226 118 38;--even:0 0 0/.03;"
     f"{_colours(_PALETTE_LIGHT)}{_diverging(LIGHT)}}}"
     "@media(prefers-color-scheme:dark){:root{--bg:#13161a;--ink:#e7e9ec;--soft:#9aa4af;--line:#2c3138;"
-    "--grid:#22272d;--panel:#1b1f24;--under:72 143 224;--over:222 120 42;--even:255 255 255/.05;"
+    "--grid:#22272d;--panel:#1b1f24;--warn:#ff6257;--rest:#4b545e;"
+    "--under:72 143 224;--over:222 120 42;--even:255 255 255/.05;"
     f"{_colours(_PALETTE_DARK)}{_diverging(DARK)}}}}}"
 )
 
@@ -115,6 +116,28 @@ vertical-align:bottom}
 .key b{width:22px;height:14px}.key b.diverging{width:120px;background:var(--map)}
 """
 
+_TIMELINE = """
+.timeline{margin-top:36px}
+.timeline h4{margin:20px 0 6px;font-size:14px;font-weight:600}
+.timeline h4 small{margin-left:12px;font-size:13px;font-weight:400;color:var(--soft)}
+.lanes,.times{display:grid;grid-template-columns:84px minmax(0,1fr);gap:4px 8px;align-items:center}
+.lanes .name,.times em{font-size:13px;font-style:normal;color:var(--soft);text-align:right}
+.times .across{grid-column:2;height:24px}.times em{font-size:12px}
+.lane{position:relative;height:22px;background:var(--panel);border-radius:3px;overflow:hidden}
+.lane svg{position:absolute;inset:0;width:100%;height:100%;display:block}
+.lane path{fill:var(--c);stroke:none}.lane path.rest{fill:var(--rest)}.lane path.blocked{fill:var(--warn)}
+.lane b{position:absolute;top:0;font-size:11px;line-height:22px;font-weight:500;color:var(--bg);padding:0 4px;
+overflow:hidden;white-space:nowrap;text-overflow:ellipsis;pointer-events:none;text-align:center}
+.lane b.short{padding:0;text-overflow:clip}
+.keys{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:14px;color:var(--soft);max-width:none}
+.keys span{white-space:nowrap}
+.keys i{display:inline-block;width:14px;height:14px;border-radius:3px;margin-right:6px;vertical-align:-2px;
+background:var(--c)}
+.keys i.rest{background:var(--rest)}.keys i.blocked{background:var(--warn)}
+@media(max-width:760px){.lanes,.times{grid-template-columns:66px minmax(0,1fr);gap:3px 6px}
+.lanes .name{font-size:12px}.lane b.short{display:none}}
+"""
+
 _TEXT = """
 .tokens{font:14px/1.75 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 white-space:pre-wrap;
@@ -154,4 +177,4 @@ td[data-label]::before{content:attr(data-label);color:var(--soft);text-align:lef
 def style_sheet() -> str:
     """Return the whole style sheet."""
     classes = "".join(f".c{number}{{--c:var(--c{number})}}" for number in range(len(_PALETTE_LIGHT)))
-    return _VARIABLES + classes + _PAGE + _CHARTS + _TEXT + _token_levels()
+    return _VARIABLES + classes + _PAGE + _CHARTS + _TIMELINE + _TEXT + _token_levels()
