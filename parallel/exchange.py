@@ -146,10 +146,11 @@ class Landing:
             self.result = self.move(self.result)
         self.work = self.kept = None
 
-    def wait(self) -> Tensor:
-        """→ the result, for the caller's stream."""
+    def wait(self, stays_aside: bool = False) -> Tensor:
+        """→ the result, for the caller's stream, or for the side stream alone."""
         self.settle()
-        self.lanes.join(self.result)
+        if not stays_aside:
+            self.lanes.join(self.result)
         return self.result
 
 
@@ -203,21 +204,21 @@ class _Start(torch.autograd.Function):
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, edge: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx: Any, edge: Tensor, flight: Flight, stays_aside: bool) -> Tensor:
         ctx.flight = flight
         assert flight.there is not None, "an exchange can be awaited once, after it was sent"
-        result = flight.there.wait()
+        result = flight.there.wait(stays_aside)
         flight.there = None
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         flight: Flight = ctx.flight
         assert flight.exchange is not None
         flight.lanes.fork(grads[0])
         reverse = flight.exchange.reverse()
         flight.back = Landing.launch(reverse, grads[0], flight.after.back, flight.before.back, flight.lanes)
-        return grads[0].new_empty(0), None
+        return grads[0].new_empty(0), None, None
 
 
 def hold(x: Tensor, lanes: Lanes = HERE) -> Flight:
@@ -245,10 +246,10 @@ def start(x: Tensor, exchange: Exchange, lanes: Lanes = HERE, before: Move = STA
     return send(hold(x, lanes), exchange, before, after)
 
 
-def wait(flight: Flight) -> Tensor:
-    """→ what the exchange brought."""
+def wait(flight: Flight, stays_aside: bool = False) -> Tensor:
+    """→ what the exchange brought, for what the caller queues next, or (``stays_aside``) for what is queued aside."""
     edge, flight.edge = flight.edge, None
-    return _Wait.apply(edge, flight)  # type: ignore[no-any-return]
+    return _Wait.apply(edge, flight, stays_aside)  # type: ignore[no-any-return]
 
 
 def exchanged(x: Tensor, exchange: Exchange) -> Tensor:

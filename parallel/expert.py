@@ -14,7 +14,6 @@ covers the wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -187,10 +186,9 @@ class AllToAllDispatcher:
         pending.plan, pending.arrival = plan, arrival
 
     def wait(self, pending: _Sent) -> tuple[Tensor, Tensor]:
-        rows, counts = wait(pending.flight), pending.counts
-        assert counts is not None
-        self.lanes.use(counts)
-        return rows, counts
+        rows = wait(pending.flight)
+        assert pending.counts is not None
+        return rows, pending.counts  # which stay in `pending` until the way back has started
 
     def start_back(self, rows: Tensor, pending: _Sent) -> _Sent:
         there, arrival = pending.flight.exchange, pending.arrival
@@ -200,16 +198,21 @@ class AllToAllDispatcher:
         return pending
 
     def wait_back(self, pending: _Sent) -> Tensor:
-        rows = wait(pending.flight)
+        rows = wait(pending.flight, stays_aside=True)
         return _CombineAside.apply(rows, pending.routing.gates, pending.plan, pending.x, self.lanes)  # type: ignore[no-any-return]
 
 
 class _CombineAside(torch.autograd.Function):
-    """`combine` on the side stream: where the host only queues, it runs as soon as the rows are back."""
+    """`combine` on the side stream: where the host only queues, it runs as soon as the rows are back.
+
+    The backward ends without a join. Autograd uses what it gives, the gradients of tokens and gates, after that of
+    `_Start` for the same tokens, which has one.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor, lanes: Lanes) -> Tensor:
         ctx.lanes = lanes
+        lanes.lend(gates)  # x has been lent where it was sent
         with lanes.aside():
             out = _Combine.forward(ctx, rows, gates, plan, x)
         lanes.join(out)
@@ -222,8 +225,41 @@ class _CombineAside(torch.autograd.Function):
         with lanes.aside():
             grad_rows, grad_gates, _, grad_x = _Combine.backward(ctx, *grads)
         assert grad_x is not None
-        lanes.join(grad_gates, grad_x)
+        lanes.use(grad_gates, grad_x)
         return grad_rows, grad_gates, None, grad_x, None
+
+
+class Choices:
+    """The experts that all ranks' tokens have chosen, on their way, in all chunks of a layer."""
+
+    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, lanes: Lanes, place: str) -> None:
+        self.lanes, self.place = lanes, place
+        self.size = routings[0].num_experts // dist.get_world_size(group)  # experts here
+        self.first = dist.get_rank(group) * self.size
+        lanes.fork()
+        with lanes.aside():
+            self.chosen = torch.cat([routing.indices for routing in routings])
+            self.indices = self.chosen.new_empty(dist.get_world_size(group), *self.chosen.shape)  # [n, T, K]
+            self.work = dist.all_gather_single(self.indices.flatten(0, 1), self.chosen, group, async_op=True)
+            self.chunks = self.indices.split([len(routing.indices) for routing in routings], 1)
+            if lanes.runs_ahead:
+                self.work.wait()
+                numbers = [(self.numbered(chunk) < self.size).sum() for chunk in self.chunks]
+                self._num_rows = lanes.to_host(torch.stack(numbers))
+
+    def numbered(self, indices: Tensor) -> Tensor:
+        """Experts as numbers among those here; others' stand where identity experts do, behind the last."""
+        here = indices - self.first
+        return torch.where((here >= 0) & (here < self.size), here, self.size)
+
+    @cached_property
+    def num_rows(self) -> list[int] | None:
+        """Rows for the experts here in each chunk. None where nothing is queued and to count is no wait."""
+        with crumb(f"expert choices, {self.place}"):
+            if self.lanes.runs_ahead:
+                return self._num_rows()
+            self.work.wait()
+        return None
 
 
 @dataclass
@@ -232,11 +268,10 @@ class _Gathered:
 
     x: Tensor
     routing: Routing
+    choices: Choices
+    number: int
     tokens: Flight
     gates: Flight
-    work: dist.Work
-    indices: Tensor  # [n·T, K] of all ranks' tokens
-    num_rows: Callable[[], Any] | None  # P, copied ahead where the host only queues
     all_gates: Tensor | None = None
     plan: Permutation | None = None
 
@@ -244,7 +279,7 @@ class _Gathered:
 class AllGatherDispatcher:
     """Every token goes to every rank; each sums what its own experts give, and the sums come back added up.
 
-    Its exchanges need no reordering, so they are launched from the caller's stream; only the number of rows is made
+    Its exchanges need no reordering, so they are launched from the caller's stream; only the numbers of rows are made
     aside.
     """
 
@@ -252,41 +287,22 @@ class AllGatherDispatcher:
         self.group, self.place, self.lanes = group, place, lanes
 
     def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Gathered]:
-        return [self._start(x, routing) for x, routing in chunks]
-
-    def _start(self, x: Tensor, routing: Routing) -> _Gathered:
-        num_rows = None
-        self.lanes.fork()
-        with self.lanes.aside():
-            indices = routing.indices.new_empty(dist.get_world_size(self.group), *routing.indices.shape)
-            chosen = routing.indices.contiguous()
-            work = dist.all_gather_single(indices.flatten(0, 1), chosen, self.group, async_op=True)
-            if self.lanes.runs_ahead:
-                work.wait()
-                size = routing.num_experts // dist.get_world_size(self.group)
-                num_rows = self.lanes.to_host((self._numbers_here(indices, size) < size).sum())
+        choices = Choices([routing for _, routing in chunks], self.group, self.lanes, self.place)
         gather, direct = AllGather(f"expert dispatch, {self.place}", self.group), Lanes(self.lanes.at_once)
-        tokens, gates = start(x, gather, direct), start(routing.gates, gather, direct)
-        return _Gathered(x, routing, tokens, gates, work, indices.flatten(0, 1), num_rows)
+        return [
+            _Gathered(x, routing, choices, number, start(x, gather, direct), start(routing.gates, gather, direct))
+            for number, (x, routing) in enumerate(chunks)
+        ]
 
     def send(self, pending: _Gathered) -> None:
         pass
 
-    def _numbers_here(self, indices: Tensor, size: int) -> Tensor:
-        """Experts as numbers among the ``size`` that are here; others' stand where identity experts do, at ``size``."""
-        here = indices - dist.get_rank(self.group) * size
-        return torch.where((here >= 0) & (here < size), here, size)
-
     def wait(self, pending: _Gathered) -> tuple[Tensor, Tensor]:
-        size = pending.routing.num_experts // dist.get_world_size(self.group)
-        num_rows = None
-        with crumb(f"expert choices, {self.place}"):
-            if pending.num_rows is None:
-                pending.work.wait()
-            else:
-                num_rows = pending.num_rows()
-        self.lanes.join(pending.indices)
-        pending.plan = plan_permutation(self._numbers_here(pending.indices, size), size, size + 1, num_rows)
+        choices, number = pending.choices, pending.number
+        num_rows = None if choices.num_rows is None else choices.num_rows[number]
+        self.lanes.join(choices.indices)
+        here, size = choices.numbered(choices.chunks[number].flatten(0, 1)), choices.size
+        pending.plan = plan_permutation(here, size, size + 1, num_rows)
         pending.all_gates = wait(pending.gates).flatten(0, 1)
         return permute(wait(pending.tokens).flatten(0, 1), pending.plan), pending.plan.counts[:size]
 

@@ -42,6 +42,9 @@ class Lanes:
     def fork(self, *lent: Tensor) -> None:
         """Let what is queued aside from now on see what has been queued here; it reads ``lent``."""
 
+    def lend(self, *lent: Tensor) -> None:
+        """Read ``lent``, made here before the last fork, aside."""
+
     def aside(self) -> AbstractContextManager[Any]:
         """A context whose work is queued aside."""
         return nullcontext()
@@ -92,6 +95,9 @@ class SideLanes(Lanes):
 
     def fork(self, *lent: Tensor) -> None:
         self._wait(self.side, self.cuda.current())
+        self.lend(*lent)
+
+    def lend(self, *lent: Tensor) -> None:
         for tensor in lent:
             self.cuda.used_on(tensor, self.side)
 

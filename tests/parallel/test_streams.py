@@ -1,0 +1,208 @@
+"""Streams without a GPU: a layer over recording stand-ins reads nothing before its write and frees nothing early.
+
+Each wait, record and `record_stream` of the code is left out once: the recorder has to see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from longcat.config import ModelConfig
+from longcat.layer import ShortcutLayer
+from longcat.ops.elementwise import rotary_angles
+from longcat.seams import WholeSequence
+from parallel.exchange import AllGather, Exchange, Flight, all_awaited, start, wait
+from parallel.expert import AllGatherDispatcher, AllToAllDispatcher
+from parallel.recompute import _again
+from parallel.streams import SideLanes
+from tests.parallel.stand_ins import RecordedCuda, Recorder, Site
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    ffn_hidden_size=24,
+    expert_hidden_size=8,
+    num_experts=4,
+    num_zero_experts=2,
+    top_k=3,
+)
+CASES = [
+    (chunks, after_attention, recomputed, transport)
+    for chunks in (1, 2, 3)
+    for after_attention in (False, True)
+    for recomputed in (False, True)
+    for transport in (AllToAllDispatcher, AllGatherDispatcher)
+    if transport is AllToAllDispatcher or chunks == 2
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Exchanging(WholeSequence):
+    """Sends latents to the one rank there is, as context parallelism does."""
+
+    def __init__(self) -> None:
+        self.group, self.other = dist.new_group([0]), dist.new_group([0])
+
+    def start_keys(self, latents: Tensor) -> Flight:
+        return start(latents, AllGather("attention latents", self.group))
+
+    def wait_keys(self, handle: Flight) -> Tensor:
+        return wait(handle)[0]
+
+    def start_count(self, counts: Tensor) -> Any:
+        total = counts.clone()
+        return dist.all_reduce(total, group=self.other, async_op=True), total
+
+    def wait_count(self, handle: Any) -> Tensor:
+        handle[0].wait()
+        return handle[1]  # type: ignore[no-any-return]
+
+
+def layers() -> list[ShortcutLayer]:
+    """Two layers, the same ones each time."""
+    torch.manual_seed(0)
+    made = [ShortcutLayer(CONFIG, 1) for _ in range(2)]
+    for layer in made:
+        for name, value in (*layer.named_parameters(), *layer.named_buffers()):
+            nn.init.zeros_(value) if "bias" in name else nn.init.normal_(value, std=0.3)
+    return made
+
+
+def compute(stack: list[ShortcutLayer], recorder: Recorder | None = None) -> tuple[Tensor, Tensor]:
+    """Forward and backward → the result, and the gradient of what came in."""
+    torch.manual_seed(1)
+    given = torch.randn(2, 8, CONFIG.hidden_size, requires_grad=True)
+    angles = rotary_angles(torch.arange(8), CONFIG.qk_rope_head_dim, 1e4)
+    x, balance = given, torch.zeros(())
+    for layer in stack:
+        x, statistics = layer(x, angles)
+        balance = balance + statistics.balance
+        del statistics
+    loss, result = x.square().sum() + balance, x.detach()
+    del x, balance
+    if recorder is None:
+        loss.backward()
+    else:
+        recorder.forward_waits = recorder.host_waits
+        recorder.backward(loss)
+    assert given.grad is not None
+    return result, given.grad
+
+
+def watched(
+    chunks: int, after_attention: bool, recomputed: bool, transport: Any, without: Site | None = None
+) -> tuple[Recorder, Tensor, Tensor]:
+    """The same under a recorder, with exchanges on a side stream."""
+    recorder = Recorder(without)
+    stack = layers()
+    lanes = SideLanes(torch.device("cpu"), RecordedCuda(recorder))
+    exchange, sequence = dist.new_group([0]), Exchanging()
+    for layer in stack:
+        layer.mlp.num_chunks, layer.mlp.after_attention = chunks, after_attention
+        layer.mlp.dispatcher = transport(exchange, "a layer", lanes)
+        layer.mlp.sequence = layer.self_attn[0].sequence = layer.self_attn[1].sequence = sequence
+        if recomputed:
+            _again(layer, "forward")
+    with recorder:
+        result, grad = compute(stack, recorder)
+        recorder.look_for_freed()
+    return recorder, result, grad
+
+
+@cache
+def plain() -> tuple[Tensor, Tensor]:
+    return compute(layers())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_everything_is_ordered_and_nothing_is_freed_early(case: Any) -> None:
+    recorder, result, grad = watched(*case)
+    assert recorder.complaints == []
+    assert recorder.num_operators["side 1"] > 0
+    torch.testing.assert_close(result, plain()[0])
+    torch.testing.assert_close(grad, plain()[1])
+
+
+class Slow(Exchange):
+    """An exchange that notes whether it has been awaited."""
+
+    awaited = False
+
+    def launch(self, x: Tensor) -> tuple[Any, Tensor]:
+        return self, x.clone()
+
+    def wait(self) -> None:
+        self.awaited = True
+
+    def elements_sent(self, x: Tensor) -> float:
+        return 0.0
+
+    def reverse(self) -> Exchange:
+        return self
+
+
+def test_a_region_awaits_what_it_has_started_however_it_ends() -> None:
+    before, inside = Slow("before", dist.group.WORLD), Slow("inside", dist.group.WORLD)
+    x = torch.ones(2, requires_grad=True)
+    start(x, before)
+
+    def stopped_early() -> Tensor:
+        with all_awaited():
+            flight = start(x * 2, inside)
+            nested = wait(start(x, Slow("nested", dist.group.WORLD)))
+            if torch._C._current_graph_task_id() != -1:  # in the recomputation
+                raise InterruptedError
+            return wait(flight) * nested
+
+    result = torch.utils.checkpoint.checkpoint(stopped_early, use_reentrant=False)
+    inside.awaited = False
+    with pytest.raises(InterruptedError):
+        result.sum().backward()
+    assert inside.awaited and not before.awaited
+
+
+@cache
+def without(site: Site, case: Any) -> list[str]:
+    return watched(*case, without=site)[0].complaints
+
+
+def test_every_wait_and_record_is_needed() -> None:
+    places: dict[Site, list[Any]] = {}
+    for case in (case for case in CASES if case[:2] == (2, False)):
+        for site in watched(*case)[0].sites:
+            places.setdefault(site, []).append(case)
+    assert len(places) > 20
+    superfluous = [site for site, cases in places.items() if not any(without(site, case) for case in cases)]
+    assert superfluous == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_host_waits_once_a_layer_and_never_in_the_backward(case: Any) -> None:
+    recorder, _, _ = watched(*case)
+    recomputed = case[2]
+    assert recorder.forward_waits == 2  # layers
+    assert recorder.host_waits == (4 if recomputed else 2)
+    assert recorder.host_reads == []
