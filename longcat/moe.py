@@ -10,6 +10,8 @@ computes and starts the way back, `combine` waits for that. In one process the e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -106,6 +108,7 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.num_chunks = 1  # of the tokens, so that exchange and experts of different chunks overlap
         self.after_attention = False  # where the layer computes the experts: after its first FFN, or its attention 1
+        self.lane: Callable[[], AbstractContextManager[Any]] = nullcontext  # around the experts: where they are queued
         self.dispatcher: Dispatcher = LOCAL_DISPATCHER
         self.sequence: Sequence = WHOLE_SEQUENCE
 
@@ -126,9 +129,10 @@ class MoE(nn.Module):
 
     def compute(self, pending: PendingMoE) -> PendingMoE:
         """Wait for the rows, run the experts on them and start the way back."""
-        for place, chunk in enumerate(pending.chunks):
-            rows, counts = self.dispatcher.wait(chunk)
-            pending.chunks[place] = self.dispatcher.start_back(self.experts(rows, counts), chunk)
+        with self.lane():
+            for place, chunk in enumerate(pending.chunks):
+                rows, counts = self.dispatcher.wait(chunk)
+                pending.chunks[place] = self.dispatcher.start_back(self.experts(rows, counts), chunk)
         return pending
 
     def combine(self, pending: PendingMoE) -> tuple[Tensor, RoutingStatistics]:

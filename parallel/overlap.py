@@ -22,6 +22,7 @@ class OverlapConfig:
     enabled: bool = True  # False awaits every exchange where it starts: the same bits, nothing covered
     num_chunks: int = 1  # of a micro-batch's tokens: while one is on its way, experts work on another
     experts_after: str = "ffn"  # where the experts are computed: ffn (the layer's first) | attention (its second)
+    experts_stream: bool = False  # on a GPU, experts on a stream of their own beside the dense path's
 
     def validate(self) -> None:
         if self.num_chunks < 1:
@@ -38,7 +39,8 @@ def set_overlap(model: LongCat, config: OverlapConfig, topology: Topology) -> No
         moe.num_chunks = config.num_chunks
         moe.after_attention = config.experts_after == "attention"
         if isinstance(moe.dispatcher, AllToAllDispatcher | AllGatherDispatcher):
-            moe.dispatcher.lanes = side_lanes(topology.device) if config.enabled else awaited
+            lanes = side_lanes(topology.device, config.experts_stream) if config.enabled else awaited
+            moe.dispatcher.lanes, moe.lane = lanes, lanes.experts
     for module in parts(model):
         sequence = vars(module).get("sequence")
         if isinstance(sequence, SpreadSequence) and not config.enabled:

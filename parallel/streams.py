@@ -12,8 +12,14 @@ path waits for no more than it uses:
 
 A **fork** lets the side stream wait for what main has queued so far; a **join** lets main wait for the side. A tensor
 that one stream has allocated and another uses is told to the allocator (`record_stream`), because memory that is freed
-goes back to the allocating stream at once. Nothing waits for the whole device. These calls go through `Cuda`, so that
-tests/parallel/test_streams.py can put a recorder in its place. It has never run on a GPU here.
+goes back to the allocating stream at once. Nothing waits for the whole device.
+
+Experts can have a stream of their own beside main (`overlap.experts_stream`). Their autograd nodes are made on it, so
+autograd lets main wait for them where their backward hands over to main's nodes: experts then run beside what was
+queued on main before, which is all the layer's backward that stands behind them.
+
+These calls go through `Cuda`, so that tests/parallel/test_streams.py can put a recorder in its place. It has never run
+on a GPU here.
 """
 
 from __future__ import annotations
@@ -55,6 +61,14 @@ class Lanes:
     def use(self, *given: Tensor) -> None:
         """Use ``given``, made aside before the last join, here."""
 
+    def experts(self) -> AbstractContextManager[Any]:
+        """A context whose work is queued where experts belong, after the next join."""
+        return nullcontext()
+
+    def again(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """``compute``, to be called later, on the stream of this moment, for whichever stream calls it."""
+        return compute
+
     def to_host(self, values: Tensor) -> Callable[[], list[Any]]:
         """Start copying integers to the host → what waits for them. Called aside."""
         return values.tolist
@@ -63,9 +77,9 @@ class Lanes:
 class Cuda:
     """The calls of torch.cuda that lanes are made of."""
 
-    def stream(self, device: torch.device) -> Any:
-        """A new stream of high priority."""
-        return torch.cuda.Stream(device, priority=-1)
+    def stream(self, device: torch.device, priority: int) -> Any:
+        """A new stream; -1 goes before 0."""
+        return torch.cuda.Stream(device, priority=priority)
 
     def current(self) -> Any:
         return torch.cuda.current_stream()
@@ -85,13 +99,14 @@ class Cuda:
 
 
 class SideLanes(Lanes):
-    """The caller's stream and a side stream."""
+    """The caller's stream, a side stream, and perhaps a stream for experts."""
 
     runs_ahead = True
 
-    def __init__(self, device: torch.device, cuda: Cuda) -> None:
+    def __init__(self, device: torch.device, cuda: Cuda, experts_stream: bool = False) -> None:
         super().__init__()
-        self.cuda, self.side = cuda, cuda.stream(device)
+        self.cuda, self.side = cuda, cuda.stream(device, -1)
+        self.expert_stream = cuda.stream(device, 0) if experts_stream else None
 
     def fork(self, *lent: Tensor) -> None:
         self._wait(self.side, self.cuda.current())
@@ -111,6 +126,23 @@ class SideLanes(Lanes):
     def use(self, *given: Tensor) -> None:
         for tensor in given:
             self.cuda.used_on(tensor, self.cuda.current())
+
+    def experts(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.expert_stream is None else self.cuda.on(self.expert_stream)
+
+    def again(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        if self.expert_stream is None:
+            return compute
+        stream = self.cuda.current()
+
+        def later() -> Tensor:
+            with self.cuda.on(stream):
+                result = compute()
+            self._wait(self.cuda.current(), stream)
+            self.cuda.used_on(result, self.cuda.current())
+            return result
+
+        return later
 
     def to_host(self, values: Tensor) -> Callable[[], list[Any]]:
         there = self.cuda.pinned_like(values)
@@ -134,6 +166,6 @@ HERE = Lanes()
 
 
 @cache
-def side_lanes(device: torch.device) -> Lanes:
-    """The lanes of a device: one side stream a process on a GPU, one lane on a CPU."""
-    return SideLanes(device, Cuda()) if device.type == "cuda" else HERE
+def side_lanes(device: torch.device, experts_stream: bool) -> Lanes:
+    """The lanes of a device: the same streams for all layers on a GPU, one lane on a CPU."""
+    return SideLanes(device, Cuda(), experts_stream) if device.type == "cuda" else HERE

@@ -285,12 +285,16 @@ class Recorder(TorchDispatchMode):
 
     def _behind(self, node: Any) -> Callable[[Any, Any], None]:
         stream = self.stream_of(node)
-        consumers = [self.stream_of(following) for following, _ in node.next_functions if following is not None]
+        consumers = [following and self.stream_of(following) for following, _ in node.next_functions]
 
-        def hook(_: Any, __: Any) -> None:
-            for consumer in consumers:
-                self.clocks[consumer] |= self.clocks[stream]
-            self.current = consumers[0] if consumers else "main"
+        def hook(grads: Any, _: Any) -> None:
+            for consumer, grad in zip(consumers, grads, strict=True):
+                if consumer is not None and grad is not None and consumer != stream:
+                    self.clocks[consumer] |= self.clocks[stream]
+                    if (block := self.block(grad)) is not None:
+                        block.recorded.add(consumer)
+            consumers_here = [consumer for consumer in consumers if consumer is not None]
+            self.current = consumers_here[0] if consumers_here else "main"
 
         return hook
 
@@ -305,11 +309,10 @@ class RecordedCuda(Cuda):
     """The calls of torch.cuda, recorded."""
 
     def __init__(self, recorder: Recorder) -> None:
-        self.recorder, self.num_streams = recorder, 0
+        self.recorder = recorder
 
-    def stream(self, device: torch.device) -> Stream:
-        self.num_streams += 1
-        name = f"side {self.num_streams}"
+    def stream(self, device: torch.device, priority: int) -> Stream:
+        name = "side" if priority < 0 else "experts"
         self.recorder.clocks[name] = Counter()
         return Stream(self.recorder, name)
 

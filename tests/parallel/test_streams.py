@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from parallel.exchange import AllGather, Exchange, Flight, all_awaited, start, w
 from parallel.expert import AllGatherDispatcher, AllToAllDispatcher
 from parallel.recompute import _again
 from parallel.streams import SideLanes
+from parallel.weight_gradients import WeightGradientQueue, install
 from tests.parallel.stand_ins import RecordedCuda, Recorder, Site
 
 CONFIG = ModelConfig(
@@ -41,14 +42,33 @@ CONFIG = ModelConfig(
     num_zero_experts=2,
     top_k=3,
 )
+
+
+class Case(NamedTuple):
+    """How two layers are run."""
+
+    chunks: int = 2
+    after_attention: bool = False
+    recomputed: bool = False
+    experts_stream: bool = False
+    late: bool = False  # weight gradients, as under a zero-bubble pipeline
+    all_gather: bool = False
+
+
 CASES = [
-    (chunks, after_attention, recomputed, transport)
+    Case(chunks, after_attention, recomputed)
     for chunks in (1, 2, 3)
     for after_attention in (False, True)
     for recomputed in (False, True)
-    for transport in (AllToAllDispatcher, AllGatherDispatcher)
-    if transport is AllToAllDispatcher or chunks == 2
 ]
+CASES += [Case(recomputed=recomputed, all_gather=True) for recomputed in (False, True)]
+CASES += [
+    Case(2, after_attention, recomputed, experts_stream=True, late=late)
+    for after_attention in (False, True)
+    for recomputed in (False, True)
+    for late in (False, True)
+]
+MUTATED = [case for case in CASES if case.chunks == 2 and not case.after_attention]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,22 +132,25 @@ def compute(stack: list[ShortcutLayer], recorder: Recorder | None = None) -> tup
     return result, given.grad
 
 
-def watched(
-    chunks: int, after_attention: bool, recomputed: bool, transport: Any, without: Site | None = None
-) -> tuple[Recorder, Tensor, Tensor]:
+def watched(case: Case, without: Site | None = None) -> tuple[Recorder, Tensor, Tensor]:
     """The same under a recorder, with exchanges on a side stream."""
     recorder = Recorder(without)
-    stack = layers()
-    lanes = SideLanes(torch.device("cpu"), RecordedCuda(recorder))
-    exchange, sequence = dist.new_group([0]), Exchanging()
+    stack = nn.ModuleList(layers())
+    lanes = SideLanes(torch.device("cpu"), RecordedCuda(recorder), case.experts_stream)
+    exchange, sequence, queue = dist.new_group([0]), Exchanging(), WeightGradientQueue()
     for layer in stack:
-        layer.mlp.num_chunks, layer.mlp.after_attention = chunks, after_attention
-        layer.mlp.dispatcher = transport(exchange, "a layer", lanes)
-        layer.mlp.sequence = layer.self_attn[0].sequence = layer.self_attn[1].sequence = sequence
-        if recomputed:
+        moe = layer.mlp
+        moe.num_chunks, moe.after_attention, moe.lane = case.chunks, case.after_attention, lanes.experts
+        transport = AllGatherDispatcher if case.all_gather else AllToAllDispatcher
+        moe.dispatcher = transport(exchange, "a layer", lanes)
+        moe.sequence = layer.self_attn[0].sequence = layer.self_attn[1].sequence = sequence
+        if case.recomputed:
             _again(layer, "forward")
+    if case.late:
+        install(stack, queue)
     with recorder:
-        result, grad = compute(stack, recorder)
+        result, grad = compute(list(stack), recorder)  # type: ignore[arg-type]
+        queue.take()()
         recorder.look_for_freed()
     return recorder, result, grad
 
@@ -138,10 +161,11 @@ def plain() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_everything_is_ordered_and_nothing_is_freed_early(case: Any) -> None:
-    recorder, result, grad = watched(*case)
+def test_everything_is_ordered_and_nothing_is_freed_early(case: Case) -> None:
+    recorder, result, grad = watched(case)
     assert recorder.complaints == []
-    assert recorder.num_operators["side 1"] > 0
+    assert recorder.num_operators["side"] > 0
+    assert (recorder.num_operators["experts"] > 0) == case.experts_stream
     torch.testing.assert_close(result, plain()[0])
     torch.testing.assert_close(grad, plain()[1])
 
@@ -185,14 +209,14 @@ def test_a_region_awaits_what_it_has_started_however_it_ends() -> None:
 
 
 @cache
-def without(site: Site, case: Any) -> list[str]:
-    return watched(*case, without=site)[0].complaints
+def without(site: Site, case: Case) -> list[str]:
+    return watched(case, site)[0].complaints
 
 
 def test_every_wait_and_record_is_needed() -> None:
-    places: dict[Site, list[Any]] = {}
-    for case in (case for case in CASES if case[:2] == (2, False)):
-        for site in watched(*case)[0].sites:
+    places: dict[Site, list[Case]] = {}
+    for case in MUTATED:
+        for site in watched(case)[0].sites:
             places.setdefault(site, []).append(case)
     assert len(places) > 20
     superfluous = [site for site, cases in places.items() if not any(without(site, case) for case in cases)]
@@ -200,9 +224,8 @@ def test_every_wait_and_record_is_needed() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_host_waits_once_a_layer_and_never_in_the_backward(case: Any) -> None:
-    recorder, _, _ = watched(*case)
-    recomputed = case[2]
+def test_the_host_waits_once_a_layer_and_never_in_the_backward(case: Case) -> None:
+    recorder, _, _ = watched(case)
     assert recorder.forward_waits == 2  # layers
-    assert recorder.host_waits == (4 if recomputed else 2)
+    assert recorder.host_waits == (4 if case.recomputed else 2)
     assert recorder.host_reads == []
