@@ -186,6 +186,7 @@ class AllToAllDispatcher:
         pending.plan, pending.arrival = plan, arrival
 
     def wait(self, pending: _Sent) -> tuple[Tensor, Tensor]:
+        self.send(pending)
         rows = wait(pending.flight)
         assert pending.counts is not None
         return rows, pending.counts  # which stay in `pending` until the way back has started
