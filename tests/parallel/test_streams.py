@@ -53,6 +53,7 @@ class Case(NamedTuple):
     experts_stream: bool = False
     late: bool = False  # weight gradients, as under a zero-bubble pipeline
     all_gather: bool = False
+    in_flight: int = 1  # micro-batches whose backwards follow all forwards, as in a pipeline
 
 
 CASES = [
@@ -68,6 +69,7 @@ CASES += [
     for recomputed in (False, True)
     for late in (False, True)
 ]
+CASES += [Case(recomputed=recomputed, late=True, in_flight=2) for recomputed in (False, True)]
 MUTATED = [case for case in CASES if case.chunks == 2 and not case.after_attention]
 
 
@@ -111,28 +113,34 @@ def layers() -> list[ShortcutLayer]:
     return made
 
 
-def compute(stack: list[ShortcutLayer], recorder: Recorder | None = None) -> tuple[Tensor, Tensor]:
-    """Forward and backward → the result, and the gradient of what came in."""
-    torch.manual_seed(1)
-    given = torch.randn(2, 8, CONFIG.hidden_size, requires_grad=True)
+def compute(stack: list[ShortcutLayer], recorder: Recorder | None = None, in_flight: int = 1) -> list[Tensor]:
+    """Some equal micro-batches forward, then all backward → the last one's result and gradient of what came in."""
     angles = rotary_angles(torch.arange(8), CONFIG.qk_rope_head_dim, 1e4)
-    x, balance = given, torch.zeros(())
-    for layer in stack:
-        x, statistics = layer(x, angles)
-        balance = balance + statistics.balance
-        del statistics
-    loss, result = x.square().sum() + balance, x.detach()
-    del x, balance
-    if recorder is None:
-        loss.backward()
-    else:
+    losses = []
+    for _ in range(in_flight):
+        torch.manual_seed(1)
+        given = torch.randn(2, 8, CONFIG.hidden_size, requires_grad=True)
+        x, balance = given, torch.zeros(())
+        for layer in stack:
+            x, statistics = layer(x, angles)
+            balance = balance + statistics.balance
+            del statistics
+        losses.append(x.square().sum() + balance)
+        result = x.detach()
+        del x, balance
+    if recorder is not None:
         recorder.forward_waits = recorder.host_waits
-        recorder.backward(loss)
+    while losses:
+        losses.pop(0).backward() if recorder is None else recorder.backward(losses.pop(0))
     assert given.grad is not None
-    return result, given.grad
+    return [result, given.grad]
 
 
-def watched(case: Case, without: Site | None = None) -> tuple[Recorder, Tensor, Tensor]:
+def weight_gradients(stack: nn.Module) -> list[Tensor]:
+    return [weight.grad for weight in stack.parameters() if weight.grad is not None]
+
+
+def watched(case: Case, without: Site | None = None) -> tuple[Recorder, list[Tensor]]:
     """The same under a recorder, with exchanges on a side stream."""
     recorder = Recorder(without)
     stack = nn.ModuleList(layers())
@@ -149,25 +157,26 @@ def watched(case: Case, without: Site | None = None) -> tuple[Recorder, Tensor, 
     if case.late:
         install(stack, queue)
     with recorder:
-        result, grad = compute(list(stack), recorder)  # type: ignore[arg-type]
+        found = compute(list(stack), recorder, case.in_flight)  # type: ignore[arg-type]
         queue.take()()
         recorder.look_for_freed()
-    return recorder, result, grad
+    return recorder, found + [grad / case.in_flight for grad in weight_gradients(stack)]
 
 
 @cache
-def plain() -> tuple[Tensor, Tensor]:
-    return compute(layers())
+def plain() -> list[Tensor]:
+    stack = nn.ModuleList(layers())
+    return compute(list(stack)) + weight_gradients(stack)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_everything_is_ordered_and_nothing_is_freed_early(case: Case) -> None:
-    recorder, result, grad = watched(case)
+    recorder, found = watched(case)
     assert recorder.complaints == []
     assert recorder.num_operators["side"] > 0
     assert (recorder.num_operators["experts"] > 0) == case.experts_stream
-    torch.testing.assert_close(result, plain()[0])
-    torch.testing.assert_close(grad, plain()[1])
+    for ours, theirs in zip(found, plain(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 class Slow(Exchange):
@@ -225,7 +234,8 @@ def test_every_wait_and_record_is_needed() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_host_waits_once_a_layer_and_never_in_the_backward(case: Case) -> None:
-    recorder, _, _ = watched(case)
-    assert recorder.forward_waits == 2  # layers
-    assert recorder.host_waits == (4 if case.recomputed else 2)
+    recorder, _ = watched(case)
+    forwards = 2 * case.in_flight  # of layers
+    assert recorder.forward_waits == forwards
+    assert recorder.host_waits == (2 * forwards if case.recomputed else forwards)
     assert recorder.host_reads == []
