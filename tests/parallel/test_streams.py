@@ -21,9 +21,11 @@ from longcat.ops.elementwise import rotary_angles
 from longcat.seams import WholeSequence
 from parallel.exchange import AllGather, Exchange, Flight, all_awaited, start, wait
 from parallel.expert import AllGatherDispatcher, AllToAllDispatcher
+from parallel.mesh import ParallelConfig, make_topology, resolve_sizes, world_from_environment
 from parallel.recompute import _again
 from parallel.streams import SideLanes
 from parallel.weight_gradients import WeightGradientQueue, install
+from tests.distributed import run_ranks
 from tests.parallel.stand_ins import RecordedCuda, Recorder, Site
 
 CONFIG = ModelConfig(
@@ -239,3 +241,18 @@ def test_the_host_waits_once_a_layer_and_never_in_the_backward(case: Case) -> No
     assert recorder.forward_waits == forwards
     assert recorder.host_waits == (2 * forwards if case.recomputed else forwards)
     assert recorder.host_reads == []
+
+
+def exchange_groups() -> tuple[set[str], set[str]]:
+    """Names of the groups that layers exchange in, and of those that gradients are summed in."""
+    rank, _, ranks = world_from_environment()
+    dist.init_process_group("gloo")
+    topology = make_topology(resolve_sizes(ParallelConfig(cp=2, ep=2), ranks), rank, ranks, torch.device("cpu"))
+    meshes = (topology.dense, topology.replicated, topology.experts["efsdp"], topology.experts["ep"], topology.shared)
+    summed = {mesh.get_group().group_name for mesh in meshes} | {dist.group.WORLD.group_name}
+    return {topology.expert_exchange.group_name, topology.context_exchange.group_name}, summed
+
+
+def test_exchanges_have_groups_of_their_own() -> None:
+    for exchange, summed in run_ranks(exchange_groups, 2):
+        assert len(exchange) == 2 and not exchange & summed
