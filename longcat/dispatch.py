@@ -1,6 +1,8 @@
 """The way of tokens to their FFN experts and back: the interface, and its one-process version.
 
-Both ways are a start, which returns at once, and a wait, so that what stands between them covers the exchange.
+Both ways are a start, which returns at once, and a wait, so that what stands between them covers the exchange. How
+many rows go where, the host learns from the device: `start` sends these sizes ahead, `send` is the last moment for the
+rows themselves. Where the host only queues work, it queues what covers the sizes in between.
 """
 
 # T tokens, K chosen, D width, P rows for the experts that are here, E experts that are here
@@ -27,8 +29,11 @@ class Routing(NamedTuple):
 class Dispatcher(Protocol):
     """Moves tokens to the processes of their FFN experts. Identity experts are served where the token is."""
 
-    def start(self, x: Tensor, routing: Routing) -> Any:
-        """Start sending tokens x [T, D] → pending."""
+    def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[Any]:
+        """Start sending the tokens x [T, D] of some chunks → pending, for each chunk."""
+
+    def send(self, pending: Any) -> None:
+        """Send what `start` has not sent yet, because the host would have had to wait."""
 
     def wait(self, pending: Any) -> tuple[Tensor, Tensor]:
         """→ rows [P, D] for the experts that are here, sorted by expert, and how many each has [E]."""
@@ -54,9 +59,15 @@ class LocalPending:
 class LocalDispatcher:
     """Every expert is here."""
 
-    def start(self, x: Tensor, routing: Routing) -> LocalPending:
-        plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed)
-        return LocalPending(x, routing.gates, plan, permute(x, plan), routing.num_experts)
+    def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[LocalPending]:
+        pending = []
+        for x, routing in chunks:
+            plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed)
+            pending.append(LocalPending(x, routing.gates, plan, permute(x, plan), routing.num_experts))
+        return pending
+
+    def send(self, pending: LocalPending) -> None:
+        pass
 
     def wait(self, pending: LocalPending) -> tuple[Tensor, Tensor]:
         return pending.rows, pending.plan.counts[: pending.num_experts]

@@ -29,15 +29,20 @@ class ShortcutLayer(nn.Module):
         """x [B, s, D] → y [B, s, D] and what the router did.
 
         The order of these statements is the overlap, in the forward and (reversed) in the backward: what stands
-        between a start and its wait covers the exchange.
+        between a start and its wait covers the exchange. Experts right after the first FFN leave attention and the
+        second FFN to cover the way back; experts after attention 1 give the way there more cover, the way back less.
         """
         attention, ffn, moe = self.self_attn, self.mlps, self.mlp
         a = x + attention[0](self.input_layernorm[0](x), angles, documents)
         u = self.post_attention_layernorm[0](a)
         pending = moe.dispatch(u.flatten(0, 1))  # the exchange starts ...
         b = a + ffn[0](u)
-        pending = moe.compute(pending)  # ... ends, and the way back starts
+        moe.send(pending)  # (at the latest, where the host only queues)
+        if not moe.after_attention:
+            pending = moe.compute(pending)  # ... ends, and the way back starts
         c = b + attention[1](self.input_layernorm[1](b), angles, documents)
+        if moe.after_attention:
+            pending = moe.compute(pending)
         y = c + ffn[1](self.post_attention_layernorm[1](c))
         m, statistics = moe.combine(pending)
         return y + m.view_as(y), statistics

@@ -1,8 +1,8 @@
 """The mixture of experts: router, zero-computation experts, stacked SwiGLU experts.
 
-`MoE` is used in three calls, in the order in which the layer overlaps them with its dense path: `dispatch`
-starts the exchange, `compute` waits for it, computes and starts the way back, `combine` waits for that. In one
-process the exchange does nothing.
+`MoE` is used in four calls, in the order in which the layer overlaps them with its dense path: `dispatch`
+starts the exchange, `send` is the last moment for what the host had to wait for, `compute` waits for the tokens,
+computes and starts the way back, `combine` waits for that. In one process the exchange does nothing.
 """
 
 # T tokens held here, K chosen, N FFN experts, Z identity experts, E FFN experts held here, P rows for them,
@@ -10,6 +10,8 @@ process the exchange does nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,7 +88,7 @@ class Experts(nn.Module):
 
 @dataclass
 class PendingMoE:
-    """A mixture of experts between its three calls."""
+    """A mixture of experts between its calls."""
 
     chunks: list[Any]  # what the dispatcher has under way, one for each chunk of tokens
     probabilities: Tensor  # [T, N + Z]
@@ -105,6 +107,8 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         self.num_chunks = 1  # of the tokens, so that exchange and experts of different chunks overlap
+        self.after_attention = False  # where the layer computes the experts: after its first FFN, or its attention 1
+        self.lane: Callable[[], AbstractContextManager[Any]] = nullcontext  # around the experts: where they are queued
         self.dispatcher: Dispatcher = LOCAL_DISPATCHER
         self.sequence: Sequence = WHOLE_SEQUENCE
 
@@ -113,16 +117,22 @@ class MoE(nn.Module):
         sizes = self.config.num_experts, self.config.num_routed
         probabilities, indices, gates = self.router(u)
         parts = zip(*(whole.tensor_split(self.num_chunks) for whole in (u, indices, gates)), strict=True)
-        chunks = [self.dispatcher.start(x, Routing(index, gate, *sizes)) for x, index, gate in parts]
+        chunks = self.dispatcher.start([(x, Routing(index, gate, *sizes)) for x, index, gate in parts])
         counts = torch.zeros(self.config.num_routed, dtype=torch.int64, device=u.device)
         counts.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))  # integers: any order will do
         return PendingMoE(chunks, probabilities, indices, counts, self.sequence.start_count(counts))
 
+    def send(self, pending: PendingMoE) -> None:
+        """Send what is still here; what covers the host's wait for the numbers of rows has been queued by now."""
+        for chunk in pending.chunks:
+            self.dispatcher.send(chunk)
+
     def compute(self, pending: PendingMoE) -> PendingMoE:
         """Wait for the rows, run the experts on them and start the way back."""
-        for place, chunk in enumerate(pending.chunks):
-            rows, counts = self.dispatcher.wait(chunk)
-            pending.chunks[place] = self.dispatcher.start_back(self.experts(rows, counts), chunk)
+        with self.lane():
+            for place, chunk in enumerate(pending.chunks):
+                rows, counts = self.dispatcher.wait(chunk)
+                pending.chunks[place] = self.dispatcher.start_back(self.experts(rows, counts), chunk)
         return pending
 
     def combine(self, pending: PendingMoE) -> tuple[Tensor, RoutingStatistics]:

@@ -51,8 +51,8 @@ class Trail:
         "step",
         "streams",
         "top",
+        "waiting",
     )
-    __slots__ += ("waiting",)
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None

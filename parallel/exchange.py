@@ -2,6 +2,10 @@
 
 The backward of a wait starts the reverse exchange, the backward of a start waits for it. Autograd runs nodes that
 were made later first, so what stands between the two calls covers the exchange in both directions.
+
+The nodes are made on the caller's stream and switch to the side stream (`parallel/streams.py`) inside, forward and
+backward: autograd would make the caller's stream wait for a node of another stream as soon as the node is queued.
+Rows are reordered beside an exchange, on the side stream too: a `Move` before it leaves, a `Move` after it has come.
 """
 
 # n ranks of the group, the rank of place p holds shard p
@@ -9,14 +13,17 @@ were made later first, so what stands between the two calls covers the exchange 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.crumbs import crumb, departed
+from parallel.streams import HERE, Lanes
 
 
 class Exchange(ABC):
@@ -86,14 +93,14 @@ class ReduceScatter(Exchange):
         return AllGather(self.name, self.group)
 
 
-@dataclass
-class Flight:
-    """An exchange under way, forward and backward."""
+class Move(NamedTuple):
+    """A reordering of rows beside an exchange, and that of their gradients on the way back."""
 
-    exchange: Exchange
-    edge: Tensor | None = None  # no elements: it ties `wait` to `start` in autograd's graph
-    there: Landing | None = None
-    back: Landing | None = None
+    there: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+
+
+STAY = Move(lambda x: x, lambda grad: grad)
 
 
 @dataclass
@@ -103,29 +110,89 @@ class Landing:
     exchange: Exchange
     work: dist.Work | None
     result: Tensor
-    kept: Tensor
+    kept: Tensor | None
+    move: Callable[[Tensor], Tensor]
+    lanes: Lanes
 
     @classmethod
-    def launch(cls, exchange: Exchange, x: Tensor) -> Landing:
-        x = x.contiguous()
-        num_bytes = int(exchange.elements_sent(x)) * x.element_size()
-        Exchange.bytes_sent += num_bytes
-        work, result = exchange.launch(x)
+    def launch(
+        cls,
+        exchange: Exchange,
+        x: Tensor,
+        before: Callable[[Tensor], Tensor],
+        after: Callable[[Tensor], Tensor],
+        lanes: Lanes,
+    ) -> Landing:
+        """Queue an exchange of x, which the side stream can see, between two reorderings."""
+        with lanes.aside():
+            x = before(x).contiguous()
+            num_bytes = int(exchange.elements_sent(x)) * x.element_size()
+            Exchange.bytes_sent += num_bytes
+            work, result = exchange.launch(x)
         departed(exchange.name, num_bytes, work)
-        return cls(exchange, work, result, x)
+        landing = cls(exchange, work, result, x, after, lanes)
+        for started in _regions:
+            started.append(landing)
+        if lanes.at_once:
+            landing.settle()
+        return landing
 
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            with crumb(self.exchange.name, among=self.exchange.group):
-                self.work.wait()
+    def settle(self) -> None:
+        """Let the side stream wait for the result and put it in order. A second call does nothing."""
+        if self.kept is None:
+            return
+        with self.lanes.aside():
+            if self.work is not None:
+                with crumb(self.exchange.name, among=self.exchange.group):
+                    self.work.wait()
+            self.result = self.move(self.result)
+        self.work = self.kept = None
+
+    def wait(self, stays_aside: bool = False) -> Tensor:
+        """→ the result, for the caller's stream, or for the side stream alone."""
+        self.settle()
+        if not stays_aside:
+            self.lanes.join(self.result)
         return self.result
+
+
+_regions: list[list[Landing]] = []  # what has been launched inside each open `all_awaited`, outermost first
+
+
+@contextmanager
+def all_awaited() -> Iterator[None]:
+    """When the block ends, however it ends, everything that was launched in it has been awaited."""
+    started: list[Landing] = []
+    _regions.append(started)
+    try:
+        yield
+    finally:
+        _regions.pop()
+        for landing in started:
+            if landing.kept is not None:
+                landing.wait()
+
+
+@dataclass
+class Flight:
+    """An exchange under way, forward and backward."""
+
+    lanes: Lanes
+    x: Tensor | None = None  # until it is sent
+    edge: Tensor | None = None  # no elements: it ties `wait` to `start` in autograd's graph
+    exchange: Exchange | None = None
+    before: Move = STAY
+    after: Move = STAY
+    there: Landing | None = None
+    back: Landing | None = None
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
         ctx.flight = flight
-        flight.there = Landing.launch(flight.exchange, x)
+        flight.lanes.fork(x)
+        flight.x = x.detach()
         return x.new_empty(0)
 
     @staticmethod
@@ -139,31 +206,52 @@ class _Start(torch.autograd.Function):
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, edge: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx: Any, edge: Tensor, flight: Flight, stays_aside: bool) -> Tensor:
         ctx.flight = flight
-        assert flight.there is not None, "an exchange can be awaited once"
-        result = flight.there.wait()
+        assert flight.there is not None, "an exchange can be awaited once, after it was sent"
+        result = flight.there.wait(stays_aside)
         flight.there = None
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         flight: Flight = ctx.flight
-        flight.back = Landing.launch(flight.exchange.reverse(), grads[0])
-        return grads[0].new_empty(0), None
+        assert flight.exchange is not None
+        flight.lanes.fork(grads[0])
+        reverse = flight.exchange.reverse()
+        flight.back = Landing.launch(reverse, grads[0], flight.after.back, flight.before.back, flight.lanes)
+        return grads[0].new_empty(0), None, None
 
 
-def start(x: Tensor, exchange: Exchange) -> Flight:
-    """Start ``exchange`` of x and return at once. Every start needs its `wait`, on all ranks in the same order."""
-    flight = Flight(exchange)
+def hold(x: Tensor, lanes: Lanes = HERE) -> Flight:
+    """Give x its place in autograd's graph and in the order of streams; `send` says later where it goes."""
+    flight = Flight(lanes)
     flight.edge = _Start.apply(x, flight)
     return flight
 
 
-def wait(flight: Flight) -> Tensor:
-    """→ what the exchange brought."""
+def send(flight: Flight, exchange: Exchange, before: Move = STAY, after: Move = STAY) -> Flight:
+    """Start the exchange of what is held and return at once.
+
+    Every flight that is sent needs its `wait`, on all ranks in the same order.
+    """
+    assert flight.x is not None, "a flight is sent once"
+    flight.exchange, flight.before, flight.after = exchange, before, after
+    with torch.no_grad():
+        flight.there = Landing.launch(exchange, flight.x, before.there, after.there, flight.lanes)
+    flight.x = None
+    return flight
+
+
+def start(x: Tensor, exchange: Exchange, lanes: Lanes = HERE, before: Move = STAY, after: Move = STAY) -> Flight:
+    """`hold` and `send`."""
+    return send(hold(x, lanes), exchange, before, after)
+
+
+def wait(flight: Flight, stays_aside: bool = False) -> Tensor:
+    """→ what the exchange brought, for what the caller queues next, or (``stays_aside``) for what is queued aside."""
     edge, flight.edge = flight.edge, None
-    return _Wait.apply(edge, flight)  # type: ignore[no-any-return]
+    return _Wait.apply(edge, flight, stays_aside)  # type: ignore[no-any-return]
 
 
 def exchanged(x: Tensor, exchange: Exchange) -> Tensor:

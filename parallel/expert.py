@@ -2,15 +2,20 @@
 
 Two transports behind one interface (`longcat.dispatch.Dispatcher`). All-to-all moves each token to each expert that
 it chose: few bytes when few of the chosen experts are FFN experts of other ranks. All-gather / reduce-scatter moves
-every token to every rank once, however many of its experts are there: no split sizes, no wait for the host.
+every token to every rank once, however many of its experts are there: no split sizes.
 Identity experts are served where the token is, whatever the transport.
+
+How many rows come and go decides the shapes of tensors, so the host must know. The numbers of all chunks travel in one
+message, ahead of the rows; the host waits for them once a layer, where it only queues work after it has queued what
+covers the wait.
 """
 
-# T tokens here, K chosen, N FFN experts, D width, n ranks of the group, E = N/n experts here, P rows for them
+# T tokens here, K chosen, N FFN experts, D width, C chunks, n ranks of the group, E = N/n experts here, P rows for them
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -23,10 +28,11 @@ from longcat.dispatch import Routing
 from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
-from longcat.ops.permute import Permutation, combine, permute, plan_permutation
+from longcat.ops.permute import Permutation, _Combine, combine, permute, plan_permutation, unpermute
 from parallel.crumbs import crumb
-from parallel.exchange import AllGather, AllToAll, Flight, ReduceScatter, start, wait
+from parallel.exchange import AllGather, AllToAll, Flight, Move, ReduceScatter, hold, send, start, wait
 from parallel.mesh import Topology
+from parallel.streams import HERE, Lanes
 
 
 def check_experts(config: ModelConfig, ep: int) -> None:
@@ -56,7 +62,7 @@ def spread_experts(model: LongCat, topology: Topology, transport: str) -> None:
 def send_to_experts(model: LongCat, topology: Topology, transport: str) -> None:
     """Let every layer send tokens to the ranks of their experts, in place."""
     if topology.sizes.ep > 1:
-        group = topology.experts["ep"].get_group()
+        group = topology.expert_exchange
         for number, layer in model.layers.items():
             place, moe = f"layer {number}", cast(ShortcutLayer, layer).mlp
             moe.dispatcher = (
@@ -64,100 +70,240 @@ def send_to_experts(model: LongCat, topology: Topology, transport: str) -> None:
             )
 
 
-class _Reorder(torch.autograd.Function):
-    """Rows in another order; the backward is the inverse gather, never a scatter."""
+class Sizes:
+    """The numbers of rows that ranks send each other in all chunks of a layer, on their way."""
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
+    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, lanes: Lanes, place: str) -> None:
+        self.group, self.lanes, self.place = group, lanes, place
+        with lanes.aside():
+            counts = torch.stack([_count(routing) for routing in routings])
+            by_rank = counts.view(len(routings), dist.get_world_size(group), -1)  # [C, n, E]
+            self.outgoing = by_rank.transpose(0, 1).contiguous()
+            self.incoming = torch.empty_like(self.outgoing)  # [n, C, E] from each rank, for each expert here
+            self.work = dist.all_to_all_single(self.incoming, self.outgoing, group=group, async_op=True)
+            if lanes.runs_ahead:
+                self.work.wait()
+                self._numbers = lanes.to_host(torch.stack((self.outgoing.sum(2), self.incoming.sum(2))))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+    @cached_property
+    def _arrived(self) -> list[list[list[int]]]:
+        with crumb(f"expert counts, {self.place}", among=self.group):
+            return self._numbers()
+
+    @cached_property
+    def sent(self) -> list[list[int]]:
+        """[n, C] rows for each rank in each chunk. They are here before `received`, unless the host only queues."""
+        return self._arrived[0] if self.lanes.runs_ahead else self.outgoing.sum(2).tolist()
+
+    @cached_property
+    def received(self) -> list[list[int]]:
+        """[n, C] rows from each rank in each chunk."""
+        if self.lanes.runs_ahead:
+            return self._arrived[1]
+        with crumb(f"expert counts, {self.place}", among=self.group):
+            self.work.wait()
+        return self.incoming.sum(2).tolist()
+
+
+def _count(routing: Routing) -> Tensor:
+    """Selections of each FFN expert, [N] int64."""
+    flat = routing.indices.reshape(-1)
+    counts = torch.zeros(routing.num_routed, dtype=torch.int64, device=flat.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat))[: routing.num_experts]
+
+
+class Arrival:
+    """The order in which a chunk's rows arrive, and that in which the experts want them."""
+
+    def __init__(self, received: Tensor, num_rows: int) -> None:
+        self.received, self.num_rows = received, num_rows  # [n, E] rows from each rank for each expert here; their sum
+
+    @cached_property
+    def order(self) -> tuple[Tensor, Tensor]:
+        """[P] from (rank, expert) to (expert, rank), and its inverse."""
+        num_ranks, num_experts = self.received.shape
+        expert = torch.arange(num_experts, device=self.received.device).repeat(num_ranks)
+        expert = expert.repeat_interleave(self.received.flatten(), output_size=self.num_rows)
+        order = torch.sort(expert, stable=True).indices
+        inverse = torch.empty_like(order)
+        inverse.scatter_(0, order, torch.arange(self.num_rows, device=order.device))
+        return order, inverse
+
+    def by_expert(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.order[0])
+
+    def by_rank(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.order[1])
 
 
 @dataclass
 class _Sent:
-    """Between the calls of `AllToAllDispatcher`."""
+    """One chunk between the calls of `AllToAllDispatcher`. What it makes itself is made on the side stream."""
 
     x: Tensor
-    gates: Tensor
-    plan: Permutation
-    received: Tensor  # [n, E] rows from each rank for each expert here
+    routing: Routing
+    sizes: Sizes
+    number: int
     flight: Flight
-    order: Tensor  # [P] from (rank, expert) to (expert, rank)
-    inverse: Tensor
+    plan: Permutation | None = None
+    arrival: Arrival | None = None
+    counts: Tensor | None = None  # [E]
 
 
 class AllToAllDispatcher:
     """A row for each FFN selection goes to the rank of its expert."""
 
-    def __init__(self, group: dist.ProcessGroup, place: str) -> None:
-        self.group, self.place = group, place
-        self.num_ranks = dist.get_world_size(group)
+    def __init__(self, group: dist.ProcessGroup, place: str, lanes: Lanes = HERE) -> None:
+        self.group, self.place, self.lanes = group, place, lanes
 
-    def start(self, x: Tensor, routing: Routing) -> _Sent:
-        plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed)
-        counts = plan.counts[: routing.num_experts].view(self.num_ranks, -1)
-        received = torch.empty_like(counts)
-        with crumb(f"expert counts, {self.place}", among=self.group):
-            dist.all_to_all_single(received, counts, group=self.group)
-            splits = torch.stack((counts.sum(1), received.sum(1))).tolist()  # the one wait for the host
-        exchange = AllToAll(f"expert dispatch, {self.place}", self.group, splits[0], splits[1])
-        flight = start(permute(x, plan), exchange)
-        expert = torch.arange(counts.shape[1], device=x.device).repeat(self.num_ranks)
-        expert = expert.repeat_interleave(received.flatten(), output_size=sum(splits[1]))
-        order = torch.sort(expert, stable=True).indices
-        inverse = torch.empty_like(order)
-        inverse.scatter_(0, order, torch.arange(order.shape[0], device=x.device))
-        return _Sent(x, routing.gates, plan, received, flight, order, inverse)
+    def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Sent]:
+        flights = [hold(x, self.lanes) for x, _ in chunks]
+        sizes = Sizes([routing for _, routing in chunks], self.group, self.lanes, self.place)
+        pending = [
+            _Sent(x, routing, sizes, number, flight)
+            for number, ((x, routing), flight) in enumerate(zip(chunks, flights, strict=True))
+        ]
+        if not self.lanes.runs_ahead:
+            for chunk in pending:
+                self.send(chunk)
+        return pending
+
+    def send(self, pending: _Sent) -> None:
+        if pending.plan is not None:
+            return
+        routing, sizes, number = pending.routing, pending.sizes, pending.number
+        sent = [row[number] for row in sizes.sent]
+        with self.lanes.aside():
+            plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed, sum(sent))
+        received = [row[number] for row in sizes.received]
+        arrival = Arrival(sizes.incoming[:, number], sum(received))
+        there = AllToAll(f"expert dispatch, {self.place}", self.group, sent, received)
+        before = Move(lambda x: permute(x, plan), lambda grad: unpermute(grad, plan))
+        send(pending.flight, there, before, Move(arrival.by_expert, arrival.by_rank))
+        with self.lanes.aside():  # while the rows travel
+            _ = arrival.order
+            pending.counts = arrival.received.sum(0)
+        pending.plan, pending.arrival = plan, arrival
 
     def wait(self, pending: _Sent) -> tuple[Tensor, Tensor]:
-        return _Reorder.apply(wait(pending.flight), pending.order, pending.inverse), pending.received.sum(0)
+        self.send(pending)
+        rows = wait(pending.flight)
+        assert pending.counts is not None
+        return rows, pending.counts  # which stay in `pending` until the way back has started
 
     def start_back(self, rows: Tensor, pending: _Sent) -> _Sent:
-        there = pending.flight.exchange
-        assert isinstance(there, AllToAll)
+        there, arrival = pending.flight.exchange, pending.arrival
+        assert isinstance(there, AllToAll) and arrival is not None
         back = AllToAll(f"expert combine, {self.place}", self.group, there.received, there.sent)
-        pending.flight = start(_Reorder.apply(rows, pending.inverse, pending.order), back)
+        pending.flight = start(rows, back, self.lanes, Move(arrival.by_rank, arrival.by_expert))
         return pending
 
     def wait_back(self, pending: _Sent) -> Tensor:
-        return combine(wait(pending.flight), pending.gates, pending.plan, pending.x)
+        rows = wait(pending.flight, stays_aside=True)
+        return _CombineAside.apply(rows, pending.routing.gates, pending.plan, pending.x, self.lanes)  # type: ignore[no-any-return]
+
+
+class _CombineAside(torch.autograd.Function):
+    """`combine` on the side stream: where the host only queues, it runs as soon as the rows are back.
+
+    The backward ends without a join. Autograd uses what it gives, the gradients of tokens and gates, after that of
+    `_Start` for the same tokens, which has one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor, lanes: Lanes) -> Tensor:
+        ctx.lanes = lanes
+        lanes.lend(gates)  # x has been lent where it was sent
+        with lanes.aside():
+            out = _Combine.forward(ctx, rows, gates, plan, x)
+        lanes.join(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor, None]:
+        lanes: Lanes = ctx.lanes
+        lanes.fork(grads[0])
+        with lanes.aside():
+            grad_rows, grad_gates, _, grad_x = _Combine.backward(ctx, *grads)
+        assert grad_x is not None
+        lanes.use(grad_gates, grad_x)
+        return grad_rows, grad_gates, None, grad_x, None
+
+
+class Choices:
+    """The experts that all ranks' tokens have chosen, on their way, in all chunks of a layer."""
+
+    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, lanes: Lanes, place: str) -> None:
+        self.group, self.lanes, self.place = group, lanes, place
+        self.size = routings[0].num_experts // dist.get_world_size(group)  # experts here
+        self.first = dist.get_rank(group) * self.size
+        lanes.fork()
+        with lanes.aside():
+            self.chosen = torch.cat([routing.indices for routing in routings])
+            self.indices = self.chosen.new_empty(dist.get_world_size(group), *self.chosen.shape)  # [n, T, K]
+            self.work = dist.all_gather_single(self.indices.flatten(0, 1), self.chosen, group, async_op=True)
+            self.chunks = self.indices.split([len(routing.indices) for routing in routings], 1)
+            if lanes.runs_ahead:
+                self.work.wait()
+                numbers = [(self.numbered(chunk) < self.size).sum() for chunk in self.chunks]
+                self._num_rows = lanes.to_host(torch.stack(numbers))
+
+    def numbered(self, indices: Tensor) -> Tensor:
+        """Experts as numbers among those here; others' stand where identity experts do, behind the last."""
+        here = indices - self.first
+        return torch.where((here >= 0) & (here < self.size), here, self.size)
+
+    @cached_property
+    def num_rows(self) -> list[int] | None:
+        """Rows for the experts here in each chunk. None where nothing is queued and to count is no wait."""
+        with crumb(f"expert choices, {self.place}", among=self.group):
+            if self.lanes.runs_ahead:
+                return self._num_rows()
+            self.work.wait()
+        return None
 
 
 @dataclass
 class _Gathered:
-    """Between the calls of `AllGatherDispatcher`."""
+    """One chunk between the calls of `AllGatherDispatcher`."""
 
     x: Tensor
     routing: Routing
+    choices: Choices
+    number: int
     tokens: Flight
     gates: Flight
-    indices: Tensor  # [n·T, K] of all ranks' tokens
     all_gates: Tensor | None = None
     plan: Permutation | None = None
 
 
 class AllGatherDispatcher:
-    """Every token goes to every rank; each sums what its own experts give, and the sums come back added up."""
+    """Every token goes to every rank; each sums what its own experts give, and the sums come back added up.
 
-    def __init__(self, group: dist.ProcessGroup, place: str) -> None:
-        self.group, self.place = group, place
+    Its exchanges need no reordering, so they are launched from the caller's stream; only the numbers of rows are made
+    aside.
+    """
 
-    def start(self, x: Tensor, routing: Routing) -> _Gathered:
-        indices = routing.indices.new_empty(dist.get_world_size(self.group), *routing.indices.shape)
-        with crumb(f"expert choices, {self.place}", among=self.group):
-            dist.all_gather_single(indices.flatten(0, 1), routing.indices.contiguous(), self.group)
-        gather = AllGather(f"expert dispatch, {self.place}", self.group)
-        return _Gathered(x, routing, start(x, gather), start(routing.gates, gather), indices.flatten(0, 1))
+    def __init__(self, group: dist.ProcessGroup, place: str, lanes: Lanes = HERE) -> None:
+        self.group, self.place, self.lanes = group, place, lanes
+
+    def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Gathered]:
+        choices = Choices([routing for _, routing in chunks], self.group, self.lanes, self.place)
+        gather, direct = AllGather(f"expert dispatch, {self.place}", self.group), Lanes(self.lanes.at_once)
+        return [
+            _Gathered(x, routing, choices, number, start(x, gather, direct), start(routing.gates, gather, direct))
+            for number, (x, routing) in enumerate(chunks)
+        ]
+
+    def send(self, pending: _Gathered) -> None:
+        pass
 
     def wait(self, pending: _Gathered) -> tuple[Tensor, Tensor]:
-        size = pending.routing.num_experts // dist.get_world_size(self.group)
-        here = pending.indices - dist.get_rank(self.group) * size
-        here = torch.where((here >= 0) & (here < size), here, size)  # others' experts stand where identity experts do
-        pending.plan = plan_permutation(here, size, size + 1)
+        choices, number = pending.choices, pending.number
+        num_rows = None if choices.num_rows is None else choices.num_rows[number]
+        self.lanes.join(choices.indices)
+        here, size = choices.numbered(choices.chunks[number].flatten(0, 1)), choices.size
+        pending.plan = plan_permutation(here, size, size + 1, num_rows)
         pending.all_gates = wait(pending.gates).flatten(0, 1)
         return permute(wait(pending.tokens).flatten(0, 1), pending.plan), pending.plan.counts[:size]
 
@@ -165,7 +311,8 @@ class AllGatherDispatcher:
         assert pending.all_gates is not None and pending.plan is not None
         partial = combine(rows, pending.all_gates, pending.plan, None)
         scatter = ReduceScatter(f"expert combine, {self.place}", self.group)
-        pending.tokens = start(partial.view(dist.get_world_size(self.group), *pending.x.shape), scatter)
+        whole = partial.view(dist.get_world_size(self.group), *pending.x.shape)
+        pending.tokens = start(whole, scatter, Lanes(self.lanes.at_once))
         return pending
 
     def wait_back(self, pending: _Gathered) -> Tensor:

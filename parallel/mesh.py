@@ -151,6 +151,8 @@ class Topology:
     replicated: DeviceMesh
     experts: DeviceMesh
     shared: DeviceMesh  # cp × tp: the ranks that share a micro-batch
+    expert_exchange: dist.ProcessGroup  # the ranks of ep, and of cp × tp, once more: what a layer waits for is not to
+    context_exchange: dist.ProcessGroup  # queue behind sums of gradients
     sizes: Sizes
     rank: int
     world_size: int
@@ -199,7 +201,38 @@ def make_topology(sizes: Sizes, rank: int, world_size: int, device: torch.device
     replicated = mesh[Axis.FSDP, Axis.CP, Axis.TP]._flatten("fsdp_cp_tp")
     experts = replicated._unflatten(0, (sizes.efsdp, sizes.ep), ("efsdp", "ep"))
     shared = mesh[Axis.CP, Axis.TP]._flatten("cp_tp")
-    return Topology(mesh, dense, replicated, experts, shared, sizes, rank, world_size, device)
+    return Topology(
+        mesh=mesh,
+        dense=dense,
+        replicated=replicated,
+        experts=experts,
+        shared=shared,
+        expert_exchange=_group_of_its_own(experts["ep"], "expert exchange"),
+        context_exchange=_group_of_its_own(shared, "context exchange"),
+        sizes=sizes,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+    )
+
+
+def _group_of_its_own(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
+    """A second group of a mesh's ranks, on GPUs with NCCL streams of high priority. A collective of these ranks.
+
+    Meshes share groups where their ranks are the same. In one group, exchanges wait for each other.
+    """
+    if mesh.size() == 1:
+        return mesh.get_group()
+    options = None
+    if mesh.device_type == "cuda":
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    return dist.new_group(
+        mesh.mesh.flatten().tolist(),
+        backend="gloo" if options is None else "nccl",
+        pg_options=options,
+        use_local_synchronization=True,
+        group_desc=what,
+    )
 
 
 def world_from_environment() -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""What of the experts' exchange is covered by computation: the `overlap` section of the configuration."""
+"""What of the exchanges is covered by computation, and by what: the `overlap` section of the configuration."""
 
 from __future__ import annotations
 
@@ -6,20 +6,42 @@ from dataclasses import dataclass
 
 from longcat.errors import ConfigError
 from longcat.model import LongCat
+from longcat.seams import parts
+from parallel.expert import AllGatherDispatcher, AllToAllDispatcher
+from parallel.mesh import Topology
+from parallel.sequence import SpreadSequence
+from parallel.streams import Lanes, side_lanes
+
+PLACES = ("ffn", "attention")
 
 
 @dataclass
 class OverlapConfig:
-    """Chunks of a micro-batch's tokens: while one is on its way, experts work on another."""
+    """How the experts' exchange and the context exchange lie over computation."""
 
-    num_chunks: int = 1
+    enabled: bool = True  # False awaits every exchange where it starts: the same bits, nothing covered
+    num_chunks: int = 1  # of a micro-batch's tokens: while one is on its way, experts work on another
+    experts_after: str = "ffn"  # where the experts are computed: ffn (the layer's first) | attention (its second)
+    experts_stream: bool = False  # on a GPU, experts on a stream of their own beside the dense path's
 
     def validate(self) -> None:
         if self.num_chunks < 1:
             raise ConfigError(f"overlap.num_chunks={self.num_chunks} must be at least 1")
+        if self.experts_after not in PLACES:
+            raise ConfigError(f"overlap.experts_after={self.experts_after} is not known; use {' or '.join(PLACES)}")
 
 
-def set_chunks(model: LongCat, config: OverlapConfig) -> None:
-    """Let every mixture of experts work in chunks of tokens, in place."""
+def set_overlap(model: LongCat, config: OverlapConfig, topology: Topology) -> None:
+    """Let a model's exchanges overlap with its computation as configured, in place, once it has been spread."""
+    awaited = Lanes(at_once=True)
     for layer in model.shortcut_layers():
-        layer.mlp.num_chunks = config.num_chunks
+        moe = layer.mlp
+        moe.num_chunks = config.num_chunks
+        moe.after_attention = config.experts_after == "attention"
+        if isinstance(moe.dispatcher, AllToAllDispatcher | AllGatherDispatcher):
+            lanes = side_lanes(topology.device, config.experts_stream) if config.enabled else awaited
+            moe.dispatcher.lanes, moe.lane = lanes, lanes.experts
+    for module in parts(model):
+        sequence = vars(module).get("sequence")
+        if isinstance(sequence, SpreadSequence) and not config.enabled:
+            sequence.lanes = awaited

@@ -13,7 +13,7 @@ from parallel.compiled import check_compile
 from parallel.engine import Engine, InTurn
 from parallel.expert import check_experts, send_to_experts, spread_experts
 from parallel.mesh import Axis, ParallelConfig, Sizes, Topology
-from parallel.overlap import OverlapConfig, set_chunks
+from parallel.overlap import OverlapConfig, set_overlap
 from parallel.pipeline import Pipeline
 from parallel.recompute import recompute
 from parallel.sequence import check_length, spread_sequence
@@ -96,7 +96,7 @@ def prepare(
 def _set_up(model: LongCat, parallel: ParallelConfig, overlap: OverlapConfig, topology: Topology) -> None:
     """What both sharding engines have done to a model before they take it."""
     spread_sequence(model, topology)
-    set_chunks(model, overlap)
+    set_overlap(model, overlap, topology)
     recompute(model, parallel.recompute)
     fuse(parallel.compile)
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from longcat.attention import LatentAttention
 from longcat.layer import PredictionLayer, ShortcutLayer
 from longcat.model import LongCat
+from parallel.exchange import all_awaited
 
 
 def recompute(model: LongCat, how: str) -> None:
@@ -27,10 +28,14 @@ def recompute(model: LongCat, how: str) -> None:
 
 
 def _again(module: nn.Module, method: str) -> None:
-    once = getattr(module, method)
+    plain = getattr(module, method)
+
+    def once(*arguments: Tensor | None) -> Any:
+        with all_awaited():
+            return plain(*arguments)
 
     def twice(*arguments: Tensor | None) -> Any:
-        # Not stopped early: an exchange that the second run starts has to be awaited, on every rank
+        # Not stopped early: an exchange that is awaited by `all_awaited` alone is covered by nothing
         return checkpoint(once, *arguments, use_reentrant=False, preserve_rng_state=False, early_stop=False)
 
     setattr(module, method, twice)

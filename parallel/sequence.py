@@ -26,6 +26,7 @@ from longcat.seams import parts
 from parallel.crumbs import crumb
 from parallel.exchange import AllGather, Flight, ReduceScatter, exchanged, start, wait
 from parallel.mesh import Axis, Topology
+from parallel.streams import HERE, Lanes
 
 
 def spread_sequence(model: LongCat, topology: Topology) -> None:
@@ -62,6 +63,8 @@ class SpreadSequence:
         self.tp_rank = topology.coordinate(Axis.TP)
         self.tp_group = topology.group(Axis.TP)
         self.shared_group = topology.shared.get_group()  # cp × tp, tp innermost
+        self.exchange_group = topology.context_exchange
+        self.lanes: Lanes = HERE
         self.num_shards = self.cp * self.tp
 
     def runs(self, length: int) -> list[tuple[int, int]]:
@@ -89,7 +92,7 @@ class SpreadSequence:
         return exchanged(stretches, ReduceScatter(f"sum over tensor-parallel ranks, {self.place}", self.tp_group))
 
     def start_keys(self, latents: Tensor) -> Flight:
-        return start(latents, AllGather(f"attention latents, {self.place}", self.shared_group))
+        return start(latents, AllGather(f"attention latents, {self.place}", self.exchange_group), self.lanes)
 
     def wait_keys(self, handle: Flight) -> Tensor:
         gathered = wait(handle)  # [cp·tp, B, s, R]

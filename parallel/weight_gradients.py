@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from longcat.moe import MoE
+from parallel.streams import HERE, Lanes
+
 Entry = tuple[nn.Module, str, Callable[[], Tensor]]
 
 
@@ -42,11 +45,24 @@ class WeightGradientQueue:
         return run
 
 
+class _ForExperts:
+    """The queue, for products that may have a stream of their own: they are computed on it, late as well."""
+
+    def __init__(self, queue: WeightGradientQueue, lanes: Lanes) -> None:
+        self.queue, self.lanes = queue, lanes
+
+    def put(self, module: nn.Module, name: str, compute: Callable[[], Tensor]) -> None:
+        self.queue.put(module, name, self.lanes.again(compute))
+
+
 def install(model: nn.Module, queue: WeightGradientQueue) -> None:
     """Let every matrix product of the model leave its weight gradients in ``queue``."""
     for module in model.modules():
         if "gradients" in vars(module):
             module.gradients = queue  # type: ignore[assignment]
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.experts.gradients = _ForExperts(queue, getattr(module.dispatcher, "lanes", HERE))
 
 
 def add_gradient(parameter: nn.Parameter, grad: Tensor) -> None:

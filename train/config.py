@@ -158,6 +158,12 @@ class Config:
                 f"{self.model.num_experts}; use a divisor of it"
             )
 
+        if self.overlap.experts_stream and self.parallel.transport != "all_to_all":
+            raise ConfigError(
+                f"overlap.experts_stream=true does not go with parallel.transport={self.parallel.transport}, which has "
+                f"no exchange of its own for the experts' stream; leave one of them"
+            )
+
     def validate_world(self, data_ranks: int) -> None:
         """Check what depends on the number of ranks that read data."""
         micro_batches = self.train.global_batch_size // self.train.micro_batch_size

@@ -29,15 +29,19 @@ class Permutation:
     counts: Tensor  # [N + Z] int64, selections of each expert
 
 
-def plan_permutation(indices: Tensor, num_experts: int, num_routed: int) -> Permutation:
-    """Plan for expert numbers ``indices`` [T, K] below ``num_routed``; from ``num_experts`` on they are identity."""
+def plan_permutation(indices: Tensor, num_experts: int, num_routed: int, num_rows: int | None = None) -> Permutation:
+    """Plan for expert numbers ``indices`` [T, K] below ``num_routed``; from ``num_experts`` on they are identity.
+
+    ``num_rows`` is the number of FFN selections where the host knows it; it waits for the device to tell otherwise.
+    """
     top_k = indices.shape[1]
     flat = indices.reshape(-1)
     counts = torch.zeros(num_routed, dtype=torch.int64, device=flat.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat))  # integers: any order gives the same sum
     is_ffn = indices < num_experts
     per_token = is_ffn.sum(1)
-    num_rows = int(counts[:num_experts].sum())  # on a GPU the one wait for the host, which split sizes need
+    if num_rows is None:
+        num_rows = int(counts[:num_experts].sum())
     ffn_selection = torch.nonzero_static(is_ffn.reshape(-1), size=num_rows)[:, 0]
     selection = torch.sort(flat, stable=True).indices[:num_rows]
     place = torch.empty_like(flat)
@@ -68,7 +72,12 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum_rows(grads[0].contiguous(), ctx.plan, None), None
+        return unpermute(grads[0], ctx.plan), None
+
+
+def unpermute(rows: Tensor, plan: Permutation) -> Tensor:
+    """The adjoint of `permute`: for each token the sum of its rows, [P, D] → [T, D]."""
+    return _sum_rows(rows.contiguous(), plan, None)
 
 
 def permute(x: Tensor, plan: Permutation) -> Tensor:

@@ -69,6 +69,17 @@ def test_the_suite_sees(mutation: str, layout: str) -> None:
         check(compare(ranks, reference(chosen.problem)))
 
 
+@pytest.mark.parametrize("layout", ["ep2-chunks2", "cp2-ep2-chunks2"])
+def test_awaiting_every_exchange_at_once_changes_no_bit(layout: str) -> None:
+    overlapped, awaited = (
+        measured_on(next(one for one in LAYOUTS if one.name == name)) for name in (layout, f"{layout}-awaited")
+    )
+    assert overlapped[0].hashes == awaited[0].hashes
+    for ours, theirs in zip(overlapped, awaited, strict=True):
+        pairs = zip(ours.first_gradients, theirs.first_gradients, strict=True)
+        assert all(one[:3] == other[:3] and torch.equal(one[3], other[3]) for one, other in pairs)
+
+
 @pytest.mark.parametrize("layout", ["ep2", "tp2-ep2", "cp2-tp2-ep4"])
 def test_bfloat16_losses_stay_close_for_20_steps(layout: str) -> None:
     """|Δloss| ≤ 0.01 nat against one process in bfloat16."""

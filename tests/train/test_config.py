@@ -94,6 +94,9 @@ INTERFACE_KEYS = [
     "logging.hash_every",
     "run.name",
     "run.dir",
+    "overlap.enabled",
+    "overlap.num_chunks",
+    "overlap.experts_after",
 ]
 
 
@@ -138,6 +141,19 @@ def test_every_choice_composes_and_validates(choice: str) -> None:
 
 def test_the_keys_of_the_interface_are_there() -> None:
     assert set(INTERFACE_KEYS) <= set(leaf_keys(Config))
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["overlap.num_chunks=0"], "must be at least 1"),
+        (["overlap.experts_after=norm"], "use ffn or attention"),
+        (["overlap.experts_stream=true", "parallel.transport=all_gather"], "leave one of them"),
+    ],
+)
+def test_an_overlap_that_cannot_be_is_refused(words: list[str], advice: str) -> None:
+    with pytest.raises(ConfigError, match=advice):
+        compose(words)
 
 
 def test_words_set_values_of_their_type() -> None:
