@@ -11,7 +11,7 @@ Identity experts are served where the token is, whatever the transport.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from longcat.dispatch import Routing
 from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
-from longcat.ops.permute import Permutation, combine, permute, plan_permutation
+from longcat.ops.permute import Permutation, combine, permute, plan_permutation, reorder
 from parallel.crumbs import crumb
 from parallel.exchange import AllGather, AllToAll, Flight, ReduceScatter, start, wait
 from parallel.mesh import Topology
@@ -64,19 +64,6 @@ def send_to_experts(model: LongCat, topology: Topology, transport: str) -> None:
             )
 
 
-class _Reorder(torch.autograd.Function):
-    """Rows in another order; the backward is the inverse gather, never a scatter."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
-
-
 @dataclass
 class _Sent:
     """Between the calls of `AllToAllDispatcher`."""
@@ -114,13 +101,13 @@ class AllToAllDispatcher:
         return _Sent(x, routing.gates, plan, received, flight, order, inverse)
 
     def wait(self, pending: _Sent) -> tuple[Tensor, Tensor]:
-        return _Reorder.apply(wait(pending.flight), pending.order, pending.inverse), pending.received.sum(0)
+        return reorder(wait(pending.flight), pending.order, pending.inverse), pending.received.sum(0)
 
     def start_back(self, rows: Tensor, pending: _Sent) -> _Sent:
         there = pending.flight.exchange
         assert isinstance(there, AllToAll)
         back = AllToAll(f"expert combine, {self.place}", self.group, there.received, there.sent)
-        pending.flight = start(_Reorder.apply(rows, pending.inverse, pending.order), back)
+        pending.flight = start(reorder(rows, pending.inverse, pending.order), back)
         return pending
 
     def wait_back(self, pending: _Sent) -> Tensor:
