@@ -64,7 +64,7 @@ def _identity_gates(gates: Tensor, place: Tensor) -> Tensor:
 
 
 class _Products:
-    """Sums of the products of two rows, for R pairs: onto lanes, then by halves; the last halves of all pairs at once."""
+    """Sums of the products of two rows, for R pairs: onto lanes, then by halves, the last ones of all pairs at once."""
 
     def __init__(self, like: Tensor) -> None:
         self.dtype = wide(like.dtype)

@@ -22,14 +22,14 @@ ROW_TYPES = ("fp32", "bf16")
 
 
 def test_kernels_equal_plain_versions_in_bits() -> None:
-    """Random routings, empty experts, no tokens, identity experts only: kernels_in_interpreter.py in its own process."""
+    """Random routings, empty experts, no tokens, identity experts only: a process of its own for the interpreter."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     cases = Path(__file__).with_name("kernels_in_interpreter.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
     answer = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, timeout=300, check=False
     )
-    assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
+    assert answer.returncode == 0, answer.stdout[-6000:]
     assert re.search(r"\b6 passed", answer.stdout), answer.stdout
 
 
@@ -83,7 +83,7 @@ def test_kernels_compile_without_atomics_and_fused_sums(capability: int) -> None
         ptx = compiled.asm["ptx"]
         assert f".target sm_{capability}" in ptx, name
         assert not ATOMIC.search(ptx), f"{name}: {ATOMIC.search(ptx)}"
-        assert "fma.rn.f32" not in ptx, f"{name}: a fused product and sum would round otherwise than the plain version"
+        assert "fma." not in ptx, f"{name}: a fused product and sum would round otherwise than the plain version"
 
 
 def test_the_search_for_atomics_finds_one() -> None:
