@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import print_json, print_table, seconds_of
+from longcat.ops import embedding as _embedding  # noqa: F401 (declares its operator)
 from longcat.ops.permute import Permutation, plan_permutation
 
 H100 = 3.35e12  # bytes a second, by the maker's data sheet

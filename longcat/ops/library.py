@@ -44,10 +44,11 @@ def lanes_of(width: int) -> int:
 
 
 def sum_halves(values: Tensor, stop: int = 1) -> Tensor:
-    """values [R, 2^n] → [R, stop]: the second half is added to the first until ``stop`` numbers are left."""
+    """values [R, 2^n] → [R, stop]: the second half is added to the first, in place, until ``stop`` are left."""
     while values.shape[1] > stop:
         half = values.shape[1] // 2
-        values = values[:, :half] + values[:, half:]
+        values[:, :half] += values[:, half:]
+        values = values[:, :half]
     return values
 
 

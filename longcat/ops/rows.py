@@ -34,6 +34,12 @@ def stretches(like: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, num_rows, step))
 
 
+def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the longest stretch of ``like``: fresh memory costs a processor more than the sums in it."""
+    part = next(stretches(like), slice(0, 0))
+    return like.new_empty(min(part.stop, like.shape[0]), like.shape[1], dtype=dtype)
+
+
 def _sums(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
     """For each token the sum of its (weighted) rows in the order of its selections, rounded once: [T, D]."""
     flat = place.reshape(-1)
@@ -67,12 +73,13 @@ class _Products:
     """Sums of the products of two rows, for R pairs: onto lanes, then by halves, the last ones of all pairs at once."""
 
     def __init__(self, like: Tensor) -> None:
-        self.dtype = wide(like.dtype)
-        self.lanes = like.new_empty(like.shape[0], min(TAIL, lanes_of(like.shape[1])), dtype=self.dtype)
+        num_lanes = min(TAIL, lanes_of(like.shape[1]))
+        self.lanes = like.new_empty(like.shape[0], num_lanes, dtype=wide(like.dtype))
+        self.buffer = _buffer(like, wide(like.dtype))
 
     def put(self, part: slice, a: Tensor, b: Tensor) -> None:
         """The pairs ``part``: a and b [r, D]."""
-        product = a.to(self.dtype, copy=True).mul_(b)
+        product = self.buffer[: a.shape[0]].copy_(a).mul_(b)
         self.lanes[part] = sum_halves(sum_onto_lanes(product), self.lanes.shape[1])
 
     def sums(self) -> Tensor:
@@ -100,9 +107,10 @@ def combine_rows(rows: Tensor, gates: Tensor, place: Tensor, x: Tensor | None) -
     """
     out = _sums(rows, place, gates)
     if x is not None:
-        identity = _identity_gates(gates, place)
+        identity, buffer = _identity_gates(gates, place), _buffer(x, wide(x.dtype))
         for part in stretches(x):
-            out[part] = (x[part] * identity[part]).add_(out[part])
+            share = torch.mul(x[part], identity[part], out=buffer[: x[part].shape[0]])
+            out[part] = share.add_(out[part])
     return out
 
 
@@ -119,8 +127,10 @@ def combine_rows_backward(
     """
     weight = gates.reshape(-1)[selection].to(rows.dtype)[:, None]
     grad_rows, products = torch.empty_like(rows), _Products(rows)
+    buffer = _buffer(rows, rows.dtype)
     for part in stretches(rows):
-        slope = grad.index_select(0, token[part])
+        index = token[part]
+        slope = torch.index_select(grad, 0, index, out=buffer[: index.shape[0]])
         torch.mul(slope, weight[part], out=grad_rows[part])
         products.put(part, rows[part], slope)
     of_row, of_token = products.sums().to(gates.dtype), gates.new_zeros(gates.shape[0], 1)
