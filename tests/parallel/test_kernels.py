@@ -77,8 +77,11 @@ def test_kernels_compile_without_atomics_and_fused_sums(capability: int) -> None
 
     for name, (kernel, types, constants) in compilations().items():
         signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-        source = ASTSource(kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
+        whole = [["tt.divisibility", 16]]  # as at a launch: aligned memory, widths of whole vectors
+        aligned = {(place,): whole for place, argument in enumerate(kernel.arg_names) if argument in types}
+        source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
         assert compiled.asm["cubin"][:4] == b"\x7fELF", name
         ptx = compiled.asm["ptx"]
         assert f".target sm_{capability}" in ptx, name
