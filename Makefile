@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-long parity check bench clean
+.PHONY: help install train test test-gpu test-long parity check bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,6 +44,9 @@ train: install  ## build the default corpus and train the default model on 2 loc
 
 test: install  ## run the test suite (all but what takes minutes); TESTS=path chooses some
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+test-gpu: install  ## run what needs a GPU: kernels against their plain versions in bits, times beside the floor
+	@$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
 
 test-long: install  ## run the tests that take minutes
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -m long $(PYTEST_ARGS)

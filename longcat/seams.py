@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 
 from longcat.ops.cross_entropy import linear_cross_entropy
+from longcat.ops.embedding import embedding
 
 
 class Sequence(Protocol):

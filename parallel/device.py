@@ -68,6 +68,11 @@ def device_name(device: torch.device) -> str:
 
 
 def make_deterministic() -> None:
-    """Ask torch for deterministic kernels, without the NaN fill of new tensors that comes with it."""
+    """Ask torch for deterministic kernels, without the NaN fill of new tensors that comes with it.
+
+    On a GPU torch then runs attention's backward without splitting keys among programs that add by atomics, never takes
+    cuDNN's attention, and wants cuBLAS to have workspaces of its own, which has to be said before the first product.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (a property of the module)

@@ -29,6 +29,7 @@ from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
 from longcat.ops.permute import Permutation, _Combine, combine, permute, plan_permutation, unpermute
+from longcat.ops.rows import gather_rows
 from parallel.crumbs import crumb
 from parallel.exchange import AllGather, AllToAll, Flight, Move, ReduceScatter, hold, send, start, wait
 from parallel.mesh import Topology
@@ -130,10 +131,10 @@ class Arrival:
         return order, inverse
 
     def by_expert(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self.order[0])
+        return gather_rows(rows.contiguous(), self.order[0])  # type: ignore[no-any-return]
 
     def by_rank(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self.order[1])
+        return gather_rows(rows.contiguous(), self.order[1])  # type: ignore[no-any-return]
 
 
 @dataclass

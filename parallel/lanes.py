@@ -31,7 +31,7 @@ _BEGINNINGS = {
     "sum over all ranks": GRADIENTS,
     "least of all ranks": GRADIENTS,
     "word of the first rank": GRADIENTS,
-    "embedding gradients": PIPELINE,
+    "gradients of": PIPELINE,  # a micro-batch, or the embedding's other copy
     "hidden states": PIPELINE,
     "attention latents": SEQUENCE,
     "positions of tensor-parallel ranks": SEQUENCE,

@@ -12,6 +12,7 @@ from longcat.ops.fusion import fuse
 from parallel.compiled import check_compile
 from parallel.engine import Engine, InTurn
 from parallel.expert import check_experts, send_to_experts, spread_experts
+from parallel.kernels import install
 from parallel.mesh import Axis, ParallelConfig, Sizes, Topology
 from parallel.overlap import OverlapConfig, set_overlap
 from parallel.pipeline import Pipeline
@@ -65,6 +66,7 @@ def prepare(
     make_optimizer: MakeOptimizer,
 ) -> tuple[Engine, Store]:
     """Build what this rank holds of a model, with initial values: what runs it, and what holds it. A collective."""
+    install(topology.device)
     if parallel.sharding != "fsdp":
         return _under_deepspeed(
             config, balance_groups, parallel, overlap, topology, compute_dtype, seed, make_optimizer

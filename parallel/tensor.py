@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.functional import embedding
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.model import LongCat
 from longcat.ops.cross_entropy import CHUNK_LOGITS
+from longcat.ops.embedding import embedding
 from longcat.ops.fusion import add_to, scaled
 from longcat.ops.matmul import product, raw_product
 from longcat.seams import parts
@@ -76,7 +76,7 @@ class SpreadVocabulary:
     def lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
         row = tokens - self.place * weight.shape[0]
         here = (row >= 0) & (row < weight.shape[0])
-        return embedding(torch.where(here, row, 0), weight) * here[..., None]
+        return embedding(torch.where(here, row, weight.shape[0]), weight, beyond=True)
 
     def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled():

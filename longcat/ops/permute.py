@@ -13,20 +13,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+
+from longcat.ops.library import operator
+from longcat.ops.rows import combine_rows, combine_rows_backward, gather_rows, sum_rows
 
 
 @dataclass(frozen=True)
 class Permutation:
     """Where each FFN selection of a routing goes."""
 
-    is_ffn: Tensor  # [T, K] bool
     token: Tensor  # [P] the token of each row, rows sorted by (expert, token)
     selection: Tensor  # [P] the flat (token · K + k) selection of each row
-    row: Tensor  # [P] the row of each FFN selection, in the order of selections
-    ffn_selection: Tensor  # [P] the FFN selections in that order: by token, then by choice
-    first: Tensor  # [T] the first place in ``row`` of each token
+    place: Tensor  # [T, K] the row of each selection, -1 for an identity expert
     counts: Tensor  # [N + Z] int64, selections of each expert
+
+
+@operator(
+    "plan(Tensor indices, int num_experts, int num_routed, int? num_rows=None) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _plan(
+    indices: Tensor, num_experts: int, num_routed: int, num_rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """indices [T, K] → the fields of a `Permutation`."""
+    flat = indices.reshape(-1)
+    counts = torch.zeros(num_routed, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))  # integers: any order gives the same sum
+    order = torch.sort(flat, stable=True).indices
+    if num_rows is None:
+        num_rows = int(counts[:num_experts].sum())
+    selection = order[:num_rows]
+    place = torch.full_like(flat, -1)
+    place.scatter_(0, selection, torch.arange(num_rows, device=flat.device))
+    return selection // indices.shape[1], selection.clone(), place.view(indices.shape), counts
 
 
 def plan_permutation(indices: Tensor, num_experts: int, num_routed: int, num_rows: int | None = None) -> Permutation:
@@ -34,41 +52,14 @@ def plan_permutation(indices: Tensor, num_experts: int, num_routed: int, num_row
 
     ``num_rows`` is the number of FFN selections where the host knows it; it waits for the device to tell otherwise.
     """
-    top_k = indices.shape[1]
-    flat = indices.reshape(-1)
-    counts = torch.zeros(num_routed, dtype=torch.int64, device=flat.device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat))  # integers: any order gives the same sum
-    is_ffn = indices < num_experts
-    per_token = is_ffn.sum(1)
-    if num_rows is None:
-        num_rows = int(counts[:num_experts].sum())
-    ffn_selection = torch.nonzero_static(is_ffn.reshape(-1), size=num_rows)[:, 0]
-    selection = torch.sort(flat, stable=True).indices[:num_rows]
-    place = torch.empty_like(flat)
-    place.scatter_(0, selection, torch.arange(num_rows, device=flat.device))
-    return Permutation(
-        is_ffn=is_ffn,
-        token=selection // top_k,
-        selection=selection,
-        row=place[ffn_selection],
-        ffn_selection=ffn_selection,
-        first=per_token.cumsum(0) - per_token,
-        counts=counts,
-    )
-
-
-def _sum_rows(rows: Tensor, plan: Permutation, weights: Tensor | None) -> Tensor:
-    """For each token the (weighted) sum of its rows, in the order of its selections: [P, D] → [T, D]."""
-    if rows.shape[0] == 0:
-        return rows.new_zeros(plan.first.shape[0], rows.shape[1])
-    return embedding_bag(plan.row, rows, plan.first, mode="sum", per_sample_weights=weights)
+    return Permutation(*_plan(indices, num_experts, num_routed, num_rows))
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Permutation) -> Tensor:
         ctx.plan = plan
-        return x.index_select(0, plan.token)
+        return gather_rows(x, plan.token)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -77,43 +68,28 @@ class _Permute(torch.autograd.Function):
 
 def unpermute(rows: Tensor, plan: Permutation) -> Tensor:
     """The adjoint of `permute`: for each token the sum of its rows, [P, D] → [T, D]."""
-    return _sum_rows(rows.contiguous(), plan, None)
+    return sum_rows(rows.contiguous(), plan.place)  # type: ignore[no-any-return]
 
 
 def permute(x: Tensor, plan: Permutation) -> Tensor:
     """x [T, D] → rows [P, D] sorted by expert."""
-    return _Permute.apply(x, plan)  # type: ignore[no-any-return]
+    return _Permute.apply(x.contiguous(), plan)  # type: ignore[no-any-return]
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) -> Tensor:
-        ctx.plan, ctx.identity = plan, x is not None
-        out = _sum_rows(rows, plan, gates.reshape(-1)[plan.ffn_selection].to(rows.dtype))
-        if x is None:
-            ctx.save_for_backward(rows, gates)
-            return out
-        identity_gate = gates.masked_fill(plan.is_ffn, 0.0).sum(1, keepdim=True)
-        ctx.save_for_backward(rows, gates, x, identity_gate)
-        return out.add_((x * identity_gate).to(x.dtype))
+        rows, gates, x = rows.contiguous(), gates.contiguous(), None if x is None else x.contiguous()
+        ctx.plan = plan
+        ctx.save_for_backward(rows, gates, x)
+        return combine_rows(rows, gates, plan.place, x)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
-        rows, gates, *others = ctx.saved_tensors
+        rows, gates, x = ctx.saved_tensors
         plan: Permutation = ctx.plan
-        grad = grads[0].contiguous()
-        grad_rows = grad.index_select(0, plan.token)
-        grad_row_gates = (rows * grad_rows).sum(1, dtype=gates.dtype)
-        grad_rows.mul_(gates.reshape(-1)[plan.selection].to(rows.dtype)[:, None])
-        if ctx.identity:
-            x, identity_gate = others
-            grad_identity = (x * grad).sum(1, keepdim=True, dtype=gates.dtype)
-            grad_gates = torch.where(plan.is_ffn, 0.0, grad_identity).reshape(-1)
-            grad_x = (grad * identity_gate).to(x.dtype)
-        else:
-            grad_gates, grad_x = torch.zeros_like(gates).reshape(-1), None
-        grad_gates = grad_gates.scatter(0, plan.selection, grad_row_gates)
-        return grad_rows, grad_gates.view_as(gates), None, grad_x
+        parts = combine_rows_backward(grads[0].contiguous(), rows, gates, plan.token, plan.selection, plan.place, x)
+        return parts[0], parts[1], None, None if x is None else parts[2]
 
 
 def combine(rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) -> Tensor:

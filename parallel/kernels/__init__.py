@@ -1,0 +1,35 @@
+"""Triton kernels for the operators of `longcat/ops/library.py`, on CUDA tensors; imported by `install` only."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from longcat.ops.library import NAME
+
+_installed: list[torch.library.Library] = []  # a library that is collected takes its kernels with it
+
+
+def install(device: torch.device) -> bool:
+    """Let CUDA tensors take the kernels; whether they do. Without Triton the plain versions run, and a line says so."""
+    if device.type != "cuda":
+        return False
+    if not _installed:
+        try:
+            from parallel.kernels import embedding, plan, rows
+        except ImportError as error:
+            logging.getLogger(__name__).warning("no Triton kernels (%s); plain torch operators run instead", error)
+            return False
+        library = torch.library.Library(NAME, "IMPL")
+        for launch in (
+            plan.plan,
+            rows.gather_rows,
+            rows.sum_rows,
+            rows.combine_rows,
+            rows.combine_rows_backward,
+            embedding.embedding_gradient,
+        ):
+            library.impl(launch.__name__, launch, "CUDA")
+        _installed.append(library)
+    return True

@@ -1,0 +1,90 @@
+"""Kernels that count selections and sort them by expert, stably: histograms of blocks, their prefix sums, places.
+
+A place is the expert's first row, plus the block's offset within the expert, plus how many selections before this
+one in the block chose the same expert. All are integers; each is found by comparing, and no counter is shared.
+"""
+
+# T tokens, K chosen, N FFN experts, Z identity experts, P FFN selections (rows), G blocks of selections
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parallel.kernels.common import power_of_two
+
+BLOCK = 128  # selections of a program
+EXPERTS = 64  # experts that a program counts at once
+SCAN = 1024  # blocks that a program adds up at once
+
+
+@triton.jit
+def histogram_kernel(indices, histogram, size, num_routed, num_blocks, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+    block = tl.program_id(0)
+    selection = block * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(indices + selection, mask=selection < size, other=-1).to(tl.int32)
+    for start in range(0, num_routed, EXPERTS):
+        expert = start + tl.arange(0, EXPERTS)
+        count = tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), axis=0)
+        tl.store(histogram + expert * num_blocks + block, count, mask=expert < num_routed)
+
+
+@triton.jit
+def scan_kernel(histogram, counts, num_blocks, SCAN: tl.constexpr):
+    expert = tl.program_id(0)
+    before = tl.zeros((1,), tl.int32)
+    for start in range(0, num_blocks, SCAN):
+        block = start + tl.arange(0, SCAN)
+        count = tl.load(histogram + expert * num_blocks + block, mask=block < num_blocks, other=0)
+        offset = tl.cumsum(count, 0) - count + before
+        tl.store(histogram + expert * num_blocks + block, offset, mask=block < num_blocks)
+        before += tl.sum(count, axis=0)
+    tl.store(counts + expert + tl.arange(0, 1), before.to(tl.int64))
+
+
+@triton.jit
+def place_kernel(
+    indices, histogram, ends, counts, token, selection, place, size, num_blocks, num_experts, top_k,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    number = tl.arange(0, BLOCK)
+    flat = block * BLOCK + number
+    here = flat < size
+    chosen = tl.load(indices + flat, mask=here, other=-1).to(tl.int32)
+    earlier = (chosen[:, None] == chosen[None, :]) & (number[None, :] < number[:, None])
+    rank = tl.sum(earlier.to(tl.int32), axis=1)
+    offset = tl.load(histogram + chosen * num_blocks + block, mask=here, other=0)
+    first = tl.load(ends + chosen, mask=here, other=0) - tl.load(counts + chosen, mask=here, other=0)
+    row = first + offset + rank
+    is_ffn = here & (chosen < num_experts)
+    tl.store(place + flat, tl.where(is_ffn, row, -1), mask=here)
+    tl.store(selection + row, flat.to(tl.int64), mask=is_ffn)
+    tl.store(token + row, (flat // top_k).to(tl.int64), mask=is_ffn)
+
+
+def plan(
+    indices: Tensor, num_experts: int, num_routed: int, num_rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """indices [T, K] → token [P], selection [P], place [T, K], counts [N + Z]: see `longcat.ops.permute.Permutation`.
+
+    Where it does not know the number of rows, the host waits for it once, when all kernels are on their way.
+    """
+    indices, size = indices.contiguous(), indices.numel()
+    num_blocks = triton.cdiv(size, BLOCK)
+    counts = torch.zeros(num_routed, dtype=torch.int64, device=indices.device)
+    token, selection, place = indices.new_empty(size), indices.new_empty(size), torch.empty_like(indices)
+    if size:
+        histogram = torch.empty(num_routed, num_blocks, dtype=torch.int32, device=indices.device)
+        experts = min(EXPERTS, power_of_two(num_routed))
+        histogram_kernel[(num_blocks,)](indices, histogram, size, num_routed, num_blocks, BLOCK=BLOCK, EXPERTS=experts)
+        scan_kernel[(num_routed,)](histogram, counts, num_blocks, SCAN=min(SCAN, power_of_two(num_blocks)))
+        place_kernel[(num_blocks,)](
+            indices, histogram, counts.cumsum(0), counts, token, selection, place,
+            size, num_blocks, num_experts, indices.shape[1], BLOCK=BLOCK,
+        )  # fmt: skip
+    if num_rows is None:
+        num_rows = int(counts[:num_experts].sum())
+    return token[:num_rows], selection[:num_rows], place, counts

@@ -1,0 +1,157 @@
+"""Triton kernels on a GPU: the bits of the plain versions on the CPU, twice the same, and achieved bytes a second.
+
+`make test-gpu` runs this folder and prints the times. Nothing here has run yet: the project has had no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.kernels import FLASH, Sizes, floors
+from longcat.ops.attention import causal_attention
+from longcat.ops.permute import plan_permutation
+from parallel.kernels import install
+from tests.parallel.kernel_cases import (
+    Case,
+    assert_bits,
+    check_combine,
+    check_embedding,
+    check_gather,
+    check_plan,
+    check_sum,
+)
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def case(dtype: torch.dtype, **changes: Any) -> Case:
+    sizes: dict[str, Any] = {
+        "tokens": 515,
+        "experts": 32,
+        "zero": 16,
+        "top_k": 12,
+        "width": 768,
+        "skew": 0.0,
+        "seed": 1,
+    }
+    return Case(**(sizes | changes), dtype=dtype, device="cuda")
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "flash": {"tokens": 300, "experts": 512, "zero": 256, "width": 6144},
+    "empty_experts": {"skew": 1e6, "top_k": 2},
+    "all_identity": {"skew": -1e6},
+    "no_tokens": {"tokens": 0},
+    "odd_width": {"width": 257},
+    "many_tokens": {"tokens": 20000, "width": 8},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_equal_plain_versions_in_bits(shape: str, dtype: torch.dtype) -> None:
+    routing = case(dtype, **SHAPES[shape])
+    for check in (check_plan, check_gather, check_sum):
+        check(routing)
+    check_combine(routing, True)
+    check_combine(routing, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("num_rows,places", [(1, 5000), (300, 4096), (131072, 4096), (5, 0)])
+def test_embedding_gradient_equals_plain_version_in_bits(num_rows: int, places: int, dtype: torch.dtype) -> None:
+    check_embedding(places, num_rows, 768, dtype, 1, "cuda")
+
+
+def test_cuda_tensors_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `install` the operator of a CUDA tensor is the kernel's: on the GPU both give one result."""
+    from parallel.kernels import rows
+
+    assert install(torch.device("cuda"))
+    routing = case(torch.bfloat16)
+    values = routing.draw(routing.plan.token.shape[0], routing.width)
+    assert_bits(torch.ops.longcat.sum_rows(values, routing.plan.place), rows.sum_rows(values, routing.plan.place))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["one_document", "documents"])
+def test_attention_backward_repeats_bit_for_bit(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The widths of latent attention, with the deterministic setting of `parallel.device.make_deterministic`."""
+    from parallel.device import make_deterministic
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    documents = (torch.arange(2048, device="cuda") // 700)[None] if masked else None
+    shapes = ((1, 8, 2048, 192), (1, 8, 2048, 192), (1, 8, 2048, 128))
+    inputs = [torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    upstream = torch.randn(1, 8, 2048, 128, device="cuda", dtype=torch.bfloat16)
+    make_deterministic()
+    try:
+        out = causal_attention(*inputs, 0.07, documents)
+        first = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+        for _ in range(10):
+            again = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+            for mine, theirs in zip(again, first, strict=True):
+                assert_bits(mine, theirs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def milliseconds(program: Callable[[], Any], rounds: int = 20) -> float:
+    """The median time of a call on the GPU, after three to warm up."""
+    for _ in range(3):
+        program()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        program()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[rounds // 2]
+
+
+def programs(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]]:
+    """Operator → (ours, torch's own that does the same or its main part), bfloat16 at ``sizes``."""
+    ops, device = torch.ops.longcat, "cuda"
+    indices = sizes.routing().to(device)
+    plan = plan_permutation(indices, sizes.experts, sizes.experts + sizes.zero)
+    num_rows = plan.token.shape[0]
+    x, grad = (torch.randn(sizes.tokens, sizes.width, device=device).bfloat16() for _ in range(2))
+    rows = torch.randn(num_rows, sizes.width, device=device).bfloat16()
+    gates = torch.rand(sizes.tokens, sizes.top_k, device=device)
+    ids = sizes.ids().to(device)
+    sums = torch.zeros_like(x)
+    places = plan.token, plan.selection, plan.place
+    backward = torch.ops.aten.embedding_dense_backward
+    return {
+        "plan": (lambda: ops.plan(indices, sizes.experts, sizes.experts + sizes.zero), None),
+        "gather_rows": (lambda: ops.gather_rows(x, plan.token), lambda: x.index_select(0, plan.token)),
+        "sum_rows": (lambda: ops.sum_rows(rows, plan.place), lambda: sums.index_add_(0, plan.token, rows)),
+        "combine_rows": (lambda: ops.combine_rows(rows, gates, plan.place, x), None),
+        "combine_rows_backward": (lambda: ops.combine_rows_backward(grad, rows, gates, *places, x), None),
+        "embedding_gradient": (
+            lambda: ops.embedding_gradient(grad, ids, sizes.vocabulary),
+            lambda: backward(grad, ids, sizes.vocabulary, -1, False),
+        ),
+    }
+
+
+def test_times_beside_the_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints µs, TB/s and torch's own µs; asserts only that no kernel is 10 times slower than its bytes need."""
+    assert install(torch.device("cuda"))
+    slow = []
+    with capsys.disabled():
+        for name, (ours, theirs) in programs(FLASH).items():
+            num_bytes, took = floors(FLASH)[name].num_bytes, milliseconds(ours)
+            other = "" if theirs is None else f", torch {milliseconds(theirs) * 1e3:.0f} µs"
+            rate = num_bytes / took / 1e9
+            print(f"\n{torch.cuda.get_device_name()} {name}: {took * 1e3:.0f} µs, {rate:.2f} TB/s{other}", end="")
+            if name != "plan" and rate < 0.2:
+                slow.append(name)
+    assert not slow

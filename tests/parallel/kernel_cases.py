@@ -1,0 +1,113 @@
+"""One routing at random, and each kernel against its plain version in bits: in the interpreter and on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from longcat.ops.permute import Permutation, plan_permutation
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def assert_bits(ours: Tensor, plain: Tensor) -> None:
+    """Same shape, dtype and bits, the signs of zeros included."""
+    assert ours.shape == plain.shape and ours.dtype is plain.dtype
+    integer = INTEGERS[ours.element_size()]
+    ours, plain = ours.cpu().contiguous(), plain.cpu().contiguous()
+    different = ours.view(integer) != plain.view(integer)
+    assert not bool(different.any()), f"{int(different.sum())} of {ours.numel()}: {ours[different]} {plain[different]}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A routing of random numbers; ``skew`` prefers the first FFN experts (or, below zero, shuns all of them)."""
+
+    tokens: int
+    experts: int
+    zero: int
+    top_k: int
+    width: int
+    dtype: torch.dtype
+    skew: float
+    seed: int
+    device: str = "cpu"
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """[T, K], on the CPU."""
+        top_k = min(self.top_k, self.experts + self.zero)
+        scores = torch.rand(self.tokens, self.experts + self.zero, generator=self.generator)
+        scores[:, : self.experts] += self.skew * torch.linspace(1, 0.1, self.experts)
+        return scores.topk(top_k).indices
+
+    @cached_property
+    def plan(self) -> Permutation:
+        """The plain version's, on the case's device."""
+        plan = plan_permutation(self.indices, self.experts, self.experts + self.zero)
+        return Permutation(*(part.to(self.device) for part in vars(plan).values()))
+
+    def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Numbers of mixed sizes on the case's device; some are zero."""
+        values = torch.randn(*shape, generator=self.generator)
+        values *= 10.0 ** torch.randint(-2, 3, shape, generator=self.generator)
+        values[torch.rand(shape, generator=self.generator) < 0.1] = 0.0
+        return values.to(dtype or self.dtype).to(self.device)
+
+
+def check_plan(case: Case) -> None:
+    from parallel.kernels.plan import plan
+
+    ours = plan(case.indices.to(case.device), case.experts, case.experts + case.zero)
+    for mine, theirs in zip(ours, vars(case.plan).values(), strict=True):
+        assert_bits(mine, theirs)
+
+
+def check_gather(case: Case) -> None:
+    from parallel.kernels.rows import gather_rows
+
+    x = case.draw(case.tokens, case.width)
+    assert_bits(gather_rows(x, case.plan.token), torch.ops.longcat.gather_rows(x.cpu(), case.plan.token.cpu()))
+
+
+def check_sum(case: Case) -> None:
+    from parallel.kernels.rows import sum_rows
+
+    rows = case.draw(case.plan.token.shape[0], case.width)
+    assert_bits(sum_rows(rows, case.plan.place), torch.ops.longcat.sum_rows(rows.cpu(), case.plan.place.cpu()))
+
+
+def check_combine(case: Case, identity: bool) -> None:
+    from parallel.kernels.rows import combine_rows, combine_rows_backward
+
+    plan, plain = case.plan, torch.ops.longcat
+    rows = case.draw(plan.token.shape[0], case.width)
+    gates = case.draw(*plan.place.shape, dtype=torch.float32)
+    x = case.draw(case.tokens, case.width) if identity else None
+    grad = case.draw(case.tokens, case.width)
+    there = rows.cpu(), gates.cpu()
+    x_there = None if x is None else x.cpu()
+    assert_bits(combine_rows(rows, gates, plan.place, x), plain.combine_rows(*there, plan.place.cpu(), x_there))
+    places = plan.token, plan.selection, plan.place
+    ours = combine_rows_backward(grad, rows, gates, *places, x)
+    theirs = plain.combine_rows_backward(grad.cpu(), *there, *(part.cpu() for part in places), x_there)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_bits(mine, other)
+
+
+def check_embedding(places: int, num_rows: int, width: int, dtype: torch.dtype, seed: int, device: str = "cpu") -> None:
+    """Ids of which low ones are frequent, and some stand beyond the table."""
+    from parallel.kernels.embedding import embedding_gradient
+
+    case = Case(0, 1, 0, 1, width, dtype, 0.0, seed, device)
+    ids = (torch.rand(places, generator=case.generator) ** 3 * (num_rows + 1)).long()
+    grad = case.draw(places, width)
+    plain = torch.ops.longcat.embedding_gradient(grad.cpu(), ids, num_rows)
+    assert_bits(embedding_gradient(grad, ids.to(device), num_rows), plain)
