@@ -58,7 +58,7 @@ def inside(rank: int, command: list[str]) -> list[str]:
 
 
 def _bucket(mbit: float) -> list[str]:
-    """A token bucket of 4 ms, refilled at the kernel's ticks: after a rest little more than that goes through at once."""
+    """A token bucket of 4 ms, refilled at the kernel's ticks: after a rest not much more goes through at once."""
     size = max(64e3, mbit * 1e6 / 8 * 0.004)
     return ["tbf", "rate", f"{mbit * 1e6:.0f}bit", "burst", f"{size:.0f}b", "latency", "200ms"]
 
