@@ -34,7 +34,7 @@ from longcat.names import stored_state
 from longcat.ops.fusion import fuse
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of ‖difference‖ / ‖value‖ between two programs
-MOST_COMPILED = 64  # DeepSpeed's experts are modules, which a compiler unrolls
+MOST_COMPILED = 32  # DeepSpeed's experts are modules, which a compiler unrolls one by one
 
 
 class Tokens:
@@ -75,7 +75,9 @@ class Program:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["small"], help="presets of configs/model")
-    parser.add_argument("--experts", type=int, help="FFN experts in place of the presets' (identity ones in proportion)")
+    parser.add_argument(
+        "--experts", type=int, help="FFN experts in place of the presets' (identity ones in proportion)"
+    )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
@@ -169,7 +171,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, args.dtype)
     tokens = Tokens(args.tokens, config.hidden_size, dtype)
     made, found = programs_of(config, trained, tokens, not args.no_compile)
-    for number in range(3):  # a compiler looks again at the second shape of a thing
+    for _ in range(3):  # a compiler looks again at the second shape of a thing
         for program in made.values():
             program()
         tokens.draw()
