@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS ?= tests
 PYTEST_ARGS ?=
-BENCH ?= $(filter-out common peer,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCH ?= $(filter-out common peer moe_peers,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 # Found out, not asked: a working driver means cuda. The lock pins torch's version; the index decides which build comes.
 DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
