@@ -89,7 +89,11 @@ GONE = "is gone"
 SILENT = "has stopped answering"
 STORE = ".*; rank 0, which keeps the ranks' signs, does not answer"
 ASLEEP = r'has not come to it .*"forward of micro-batch 1" after "gathered weights, layers\.1"'
-ELSEWHERE = r'has not come to it: it waits at step 3, "sum over all ranks" of forward of micro-batch 1; raise'
+# Where the rank itself judges first, it says where the others are
+ELSEWHERE = (
+    r'has not come to it: it waits at step 3, "sum over all ranks" of forward of micro-batch 1'
+    rf"(, while rank \d \(process \d+ on .*\) waits at step 3, {NEXT})?; raise"
+)
 
 
 @pytest.mark.parametrize(
