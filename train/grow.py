@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from longcat.errors import ConfigError
 from longcat.growth import Growth, layer_of
-from train.checkpoint import NAME, PARTIAL, STATE, commit, find_named
+from train.checkpoint import NAME, PARTIAL, STATE, commit, find_named, is_inside
 
 BUFFER = 1 << 20  # bytes that are copied at a time
 SPARE = 16 << 20  # bytes that must stay free beside the grown checkpoint: its index, its state
@@ -101,17 +102,19 @@ def grow(config: GrowConfig) -> tuple[Path, Growth]:
 
 
 def refuse_target(target: Path) -> None:
-    if target.exists():
+    if os.path.lexists(target):
         raise ConfigError(f"target={target} is there already and is not overwritten; choose another or remove it")
 
 
 def refuse_name(target: Path, source: Source) -> None:
     """Refuse a name by which a run would take the grown checkpoint for one of its own."""
-    match, step = NAME.fullmatch(target.name), source.state["counters"]["step"]
+    match, step = NAME.search(target.name), source.state["counters"]["step"]
     if match and int(match[1]) != step:
         raise ConfigError(f"target={target} names another step; the source is of step {step}, so step-{step:08d}")
     if match and target.resolve().parent == source.folder.resolve().parent:
         raise ConfigError(f"target={target} would be one of the shallow run's own checkpoints; choose another folder")
+    if is_inside(target, source.folder):
+        raise ConfigError(f"target={target} lies inside the checkpoint that grows; choose another folder")
 
 
 def refuse_small_disk(folder: Path, source: Source) -> None:
@@ -205,23 +208,23 @@ def write(source: Source, partial: Path, target: Path) -> None:
                     lies = dataclasses.replace(place, relative_path=name, offset=start, length=length)
                     results.append(WriteResult(dataclasses.replace(index, fqn=grown), length, lies))
         hashes[name] = file.hash
-    metadata = dataclasses.replace(source.metadata, state_dict_metadata=tensors)
+    paths = {grown: (grown,) for grown in tensors}  # torch's own converters ask where in a nested state a key belongs
+    metadata = dataclasses.replace(source.metadata, state_dict_metadata=tensors, planner_data=paths)
     FileSystemWriter(partial).finish(metadata, [results])
     commit(partial, target, json.dumps(grown_state(source)), hashes)
 
 
 def repeated_rows(source: Source) -> dict[str, Tensor]:
     """What the bias controller keeps as one tensor [L, …] for all layers, with a row for each new layer."""
-    import torch.distributed.checkpoint as dcp
-
-    read = {
-        key: torch.empty(stored.size, dtype=stored.properties.dtype)
-        for key, stored in source.metadata.state_dict_metadata.items()
-        if key.startswith(f"{OF_ALL_LAYERS}/") and stored.size
-    }
-    if read:
-        dcp.load(read, storage_reader=dcp.FileSystemReader(source.folder), no_dist=True)
-    return {key: tensor[source.growth.sources] for key, tensor in read.items()}
+    grown = {}
+    for key, stored in source.metadata.state_dict_metadata.items():
+        if key.startswith(f"{OF_ALL_LAYERS}/") and stored.size:
+            ((_, place),) = source.records[key]
+            with (source.folder / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                record = io.BytesIO(file.read(place.length))
+            grown[key] = torch.load(record, map_location="cpu", weights_only=True)[source.growth.sources]
+    return grown
 
 
 def of_one_box(stored: Any, tensor: Tensor) -> Any:

@@ -130,6 +130,17 @@ def test_a_grown_state_trains_on(old: Old, tmp_path: Path) -> None:
     assert state.counters.step == 4
 
 
+def test_torch_s_own_converter_reads_a_grown_checkpoint(old: Old, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    grow(options(old.path, tmp_path / "grown"))
+    dcp_to_torch_save(tmp_path / "grown", tmp_path / "all.pt")
+    read = torch.load(tmp_path / "all.pt", weights_only=True)
+    found = everything(loaded(tmp_path / "grown", old, 4))
+    assert read.keys() == found.keys()
+    assert all(torch.equal(read[key], tensor) for key, tensor in found.items())
+
+
 # ------------------------------------------------------------------------------------------- from any layout to any
 
 
@@ -226,6 +237,9 @@ def test_a_name_that_a_run_would_mistake_is_refused(old: Old, tmp_path: Path) ->
     shutil.copytree(old.path, other)
     with pytest.raises(ConfigError, match="one of the shallow run's own checkpoints"):
         grow(options(other, tmp_path / "step-00000003"))
+    with pytest.raises(ConfigError, match="inside the checkpoint that grows"):
+        grow(options(other, other / "grown"))
+    assert contents(other) == contents(old.path)
 
 
 def test_unknown_state_is_refused(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,206 @@
+"""Growth against full depth from scratch: validation loss by tokens and by FLOPs, both methods, three moments.
+
+One shallow run is trained with a constant rate and grown at three of its checkpoints, by stacking and by interposing;
+each grown run and one of full depth from scratch go on to the same FLOPs. The FLOPs are those of every step's FFN
+experts that were really used, the shallow run's included; validation is not counted.
+
+    python -m benchmarks.growth train full                     a run, or on where it stopped; --seconds 150 stops it
+    python -m benchmarks.growth train half stack-100 …         in this order: growth takes a checkpoint of half
+    python -m benchmarks.growth draw                           tables, docs/images/growth.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import print_json, print_table
+from longcat.counts import flops_per_token
+from longcat.errors import BAD_INPUT, OK, STOPPED, ConfigError
+from train.checkpoint import list_checkpoints
+from train.config import Config, compose
+from train.grow import GrowConfig, GrowthOptions, grow
+from train.run import main as train_here
+
+LAYERS, FACTOR, STEPS = 2, 2, 400  # of the shallow run; and of the run from scratch, which sets the FLOPs
+MOMENTS = (100, 200, 300)  # steps of the shallow run
+METHODS = ("stack", "interpose")
+NAMES = ["full", "half", *(f"{method}-{moment}" for method in METHODS for moment in MOMENTS)]
+SETTINGS = [
+    "model=debug", "model.num_mtp_layers=0", "model.embedding_std=0.5", "model.hidden_std=0.07",
+    "train.sequence_length=128", "train.global_batch_size=8", "train.micro_batch_size=8", "train.dtype=float32",
+    "balance.kp=0.6", "balance.ki=0.5", "balance.smoothing=0.8", "balance.group_loss_weight=1e-4",
+    "optim.lr=4e-3", "optim.lr_scale={router: 0.2}", "schedule=constant", "schedule.warmup_steps=20",
+    "validation.every=10", "validation.batches=5", "validation.documents=0", "checkpoint.every=100",
+    "checkpoint.keep=0", "logging.every=50", "logging.wandb=disabled", "run.num_processes=1",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the runs, by its name: `full`, `half`, or `<method>-<moment>`."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def moment(self) -> int:
+        """The step it grew at; 0 for the two that start from scratch."""
+        return int(self.name.partition("-")[2] or 0)
+
+    @property
+    def method(self) -> str:
+        return self.name.partition("-")[0]
+
+    @property
+    def run(self) -> Path:
+        return self.folder / self.name
+
+    def config(self, seconds: float = 0.0) -> Config:
+        depth = LAYERS if self.method == "half" else LAYERS * FACTOR
+        words = [f"model.num_layers={depth}", f"run.dir={self.folder}", f"run.name={self.name}"]
+        return compose([*SETTINGS, *words, f"train.steps={self.steps}", f"train.stop_after_seconds={seconds}"])
+
+    @property
+    def steps(self) -> int:
+        """Steps until the FLOPs of the run from scratch are used up, for the expected FFN experts, in whole tens."""
+        if not self.moment:
+            return STEPS
+        shallow, deep = (
+            flops_per_token(compose([*SETTINGS, f"model.num_layers={depth}"]).model, 128)
+            for depth in (LAYERS, LAYERS * FACTOR)
+        )
+        return 10 * round((self.moment + STEPS - self.moment * shallow / deep) / 10)
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.run / "metrics.jsonl").is_file() and self.own_steps()[-1]["step"] == self.steps
+
+    def own_steps(self) -> list[dict[str, Any]]:
+        lines = (self.run / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def steps_from_scratch(self) -> list[dict[str, Any]]:
+        """metrics of each step, the shallow run's before the growth, with `spent`: FLOPs up to and with the step."""
+        before = [step for step in Arm("half", self.folder).own_steps() if step["step"] <= self.moment]
+        found, spent = [*(before if self.moment else []), *self.own_steps()], 0.0
+        for step in found:
+            spent += step["flops"]
+            step["spent"] = spent
+        return found
+
+
+def train(arm: Arm, seconds: float) -> int:
+    """Start the run, or go on with it; grown first where it starts as another's checkpoint."""
+    if arm.is_complete:
+        return OK
+    name = f"step-{arm.moment:08d}"
+    target = arm.run / "checkpoints" / name
+    if arm.moment and not list_checkpoints(target.parent):
+        source = Arm("half", arm.folder).run / "checkpoints" / name
+        grow(GrowConfig(str(source), str(target), GrowthOptions(FACTOR, arm.method)))
+    return train_here(arm.config(seconds))
+
+
+def train_all(names: list[str], folder: Path, seconds: float) -> int:
+    """Train each of ``names`` until ``seconds`` are over (0 = no limit)."""
+    end = time.monotonic() + seconds
+    for name in names:
+        left = end - time.monotonic() if seconds else 0.0
+        if seconds and left < 1:
+            return STOPPED
+        code = train(Arm(name, folder), left)
+        if code:
+            return code
+    return OK
+
+
+def at(steps: list[dict[str, Any]], key: str, value: float) -> float:
+    """The validation loss where ``key`` (tokens or spent) reaches ``value``, on the line between two measurements."""
+    known = [(step[key], step["val_loss"]) for step in steps if step.get("val_loss") is not None]
+    for (x0, y0), (x1, y1) in pairwise(known):
+        if x0 <= value <= x1:
+            return float(y0 + (y1 - y0) * (value - x0) / (x1 - x0))
+    return float("nan")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a grown run shows, in nats a token."""
+
+    name: str
+    rise: float  # of the training loss on the first batch after the growth, over the shallow run's on the same batch
+    recovered_after: int | None  # steps until its training loss stays at or below the shallow run's, over 10 steps
+    equal_tokens: float  # validation loss less that of the run from scratch at the latter's last token
+    equal_flops: float  # the same at its last FLOP
+
+
+def outcome(arm: Arm, full: list[dict[str, Any]], half: list[dict[str, Any]]) -> Outcome:
+    steps = arm.steps_from_scratch()
+    shallow = {step["step"]: step["loss"] for step in half}
+    after = [
+        (step["step"], step["loss"] - shallow[step["step"]]) for step in arm.own_steps() if step["step"] in shallow
+    ]
+    gaps = [gap for _, gap in after]
+    recovered = next((n for n in range(len(gaps) - 9) if sum(gaps[n : n + 10]) <= 0), None)
+    tokens, spent = full[-1]["tokens"], min(full[-1]["spent"], steps[-1]["spent"])
+    return Outcome(
+        arm.name,
+        gaps[0],
+        recovered,
+        at(steps, "tokens", tokens) - at(full, "tokens", tokens),
+        at(steps, "spent", spent) - at(full, "spent", spent),
+    )
+
+
+def results(folder: Path) -> tuple[list[Outcome], list[str]]:
+    """Of the grown runs that are complete; and the names of those that are not."""
+    full, half = (Arm(name, folder).steps_from_scratch() for name in ("full", "half"))
+    found, missing = [], []
+    for name in NAMES[2:]:
+        arm = Arm(name, folder)
+        if arm.is_complete:
+            found.append(outcome(arm, full, half))
+        else:
+            missing.append(name)
+    return found, missing
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("train", "draw"))
+    parser.add_argument("names", nargs="*", help=f"of {' '.join(NAMES)}; none = all")
+    parser.add_argument("--folder", type=Path, default=Path("runs/growth"))
+    parser.add_argument("--seconds", type=float, default=0.0, help="save and stop after this long")
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/growth.png"))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(NAMES):
+        parser.error(f"unknown runs {sorted(unknown)}; there are {' '.join(NAMES)}")
+    try:
+        if arguments.action == "train":
+            return train_all(arguments.names or NAMES, arguments.folder, arguments.seconds)
+    except ConfigError as error:
+        print(f"error: {error}")
+        return BAD_INPUT
+    from benchmarks.growth_picture import draw
+
+    found, missing = results(arguments.folder)
+    columns = ["grown", "rise (nats)", "recovered after (steps)", "at equal tokens", "at equal FLOPs"]
+    rows = [
+        [one.name, f"{one.rise:+.2f}", str(one.recovered_after), f"{one.equal_tokens:+.3f}", f"{one.equal_flops:+.3f}"]
+        for one in found
+    ]
+    print_table("validation loss less that of full depth from scratch, nats a token", columns, rows)
+    print_json("growth", {"outcomes": [vars(one) for one in found], "missing": missing})
+    draw(arguments.folder, found, arguments.picture)
+    return OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
