@@ -1,8 +1,8 @@
 """Growth against full depth from scratch: validation loss by tokens and by FLOPs, both methods, three moments.
 
-One shallow run is trained with a constant rate and grown at three of its checkpoints, by stacking and by interposing;
-each grown run and one of full depth from scratch go on to the same FLOPs. The FLOPs are those of every step's FFN
-experts that were really used, the shallow run's included; validation is not counted.
+One shallow run is trained with a constant rate and grown at three of its checkpoints, by stacking and by interposing.
+The grown runs, one of full depth from scratch and the shallow one itself go on to the same FLOPs. These are counted
+for the FFN experts that were really used, the shallow run's steps before a growth included, validation left out.
 
     python -m benchmarks.growth train full                     a run, or on where it stopped; --seconds 150 stops it
     python -m benchmarks.growth train half stack-100 …         in this order: growth takes a checkpoint of half
@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from train.config import Config, compose
 from train.grow import GrowConfig, GrowthOptions, grow
 from train.run import main as train_here
 
-LAYERS, FACTOR, STEPS = 2, 2, 400  # of the shallow run; and of the run from scratch, which sets the FLOPs
-MOMENTS = (100, 200, 300)  # steps of the shallow run
+LAYERS, FACTOR, STEPS = 2, 2, 600  # of the shallow run; and of the run from scratch, which sets the FLOPs
+MOMENTS = (100, 300, 500)  # steps of the shallow run
 METHODS = ("stack", "interpose")
 NAMES = ["full", "half", *(f"{method}-{moment}" for method in METHODS for moment in MOMENTS)]
 SETTINGS = [
@@ -40,6 +40,7 @@ SETTINGS = [
     "validation.every=10", "validation.batches=5", "validation.documents=0", "checkpoint.every=100",
     "checkpoint.keep=0", "logging.every=50", "logging.wandb=disabled", "run.num_processes=1",
 ]  # fmt: skip
+Steps = list[dict[str, Any]]  # lines of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -70,30 +71,40 @@ class Arm:
     @property
     def steps(self) -> int:
         """Steps until the FLOPs of the run from scratch are used up, for the expected FFN experts, in whole tens."""
-        if not self.moment:
-            return STEPS
-        shallow, deep = (
-            flops_per_token(compose([*SETTINGS, f"model.num_layers={depth}"]).model, 128)
-            for depth in (LAYERS, LAYERS * FACTOR)
-        )
-        return 10 * round((self.moment + STEPS - self.moment * shallow / deep) / 10)
+        share = token_flops(LAYERS) / token_flops(LAYERS * FACTOR)
+        if self.method == "half":
+            return 10 * round(STEPS / share / 10)
+        return 10 * round((self.moment + STEPS - self.moment * share) / 10)
 
     @property
     def is_complete(self) -> bool:
         return (self.run / "metrics.jsonl").is_file() and self.own_steps()[-1]["step"] == self.steps
 
-    def own_steps(self) -> list[dict[str, Any]]:
+    def own_steps(self) -> Steps:
         lines = (self.run / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
-    def steps_from_scratch(self) -> list[dict[str, Any]]:
+    def steps_from_scratch(self) -> Steps:
         """metrics of each step, the shallow run's before the growth, with `spent`: FLOPs up to and with the step."""
-        before = [step for step in Arm("half", self.folder).own_steps() if step["step"] <= self.moment]
-        found, spent = [*(before if self.moment else []), *self.own_steps()], 0.0
-        for step in found:
-            spent += step["flops"]
-            step["spent"] = spent
+        before = Arm("half", self.folder).own_steps()[: self.moment]
+        shallow = self.steps if self.method == "half" else len(before)
+        found, spent, tokens = [*before, *self.own_steps()], 0.0, 0
+        for number, step in enumerate(found):
+            depth = LAYERS if number < shallow else LAYERS * FACTOR
+            spent += (step["tokens"] - tokens) * token_flops(depth, step["ffn_experts_per_token"])
+            tokens, step["spent"] = step["tokens"], spent
         return found
+
+
+def token_flops(num_layers: int, ffn_experts: float | None = None) -> float:
+    """Of forward and backward of one token with the FFN experts that it used; None = the expected number."""
+    config = settings(num_layers)
+    return flops_per_token(config.model, config.train.sequence_length, ffn_experts)
+
+
+@cache
+def settings(num_layers: int) -> Config:
+    return compose([*SETTINGS, f"model.num_layers={num_layers}"])
 
 
 def train(arm: Arm, seconds: float) -> int:
@@ -121,7 +132,7 @@ def train_all(names: list[str], folder: Path, seconds: float) -> int:
     return OK
 
 
-def at(steps: list[dict[str, Any]], key: str, value: float) -> float:
+def at(steps: Steps, key: str, value: float) -> float:
     """The validation loss where ``key`` (tokens or spent) reaches ``value``, on the line between two measurements."""
     known = [(step[key], step["val_loss"]) for step in steps if step.get("val_loss") is not None]
     for (x0, y0), (x1, y1) in pairwise(known):
@@ -130,40 +141,38 @@ def at(steps: list[dict[str, Any]], key: str, value: float) -> float:
     return float("nan")
 
 
+def gap(steps: Steps, full: Steps, key: str) -> float:
+    """Validation loss less that of ``full`` at equal ``key``: the mean at ten points of the last tenth of both."""
+    end = min(steps[-1][key], full[-1][key])
+    points = [end * (1 - 0.1 * n / 9) for n in range(10)]
+    return sum(at(steps, key, point) - at(full, key, point) for point in points) / len(points)
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a grown run shows, in nats a token."""
+    """What a run shows, in nats a token."""
 
     name: str
-    rise: float  # of the training loss on the first batch after the growth, over the shallow run's on the same batch
-    recovered_after: int | None  # steps until its training loss stays at or below the shallow run's, over 10 steps
-    equal_tokens: float  # validation loss less that of the run from scratch at the latter's last token
-    equal_flops: float  # the same at its last FLOP
+    rise: float | None  # of the training loss on the first batch after the growth, over the shallow run's on it
+    recovered_after: int | None  # steps until it is no higher than the shallow run's, as a mean over ten steps
+    equal_tokens: float  # see `gap`
+    equal_flops: float
 
 
-def outcome(arm: Arm, full: list[dict[str, Any]], half: list[dict[str, Any]]) -> Outcome:
+def outcome(arm: Arm, full: Steps, half: Steps) -> Outcome:
     steps = arm.steps_from_scratch()
     shallow = {step["step"]: step["loss"] for step in half}
-    after = [
-        (step["step"], step["loss"] - shallow[step["step"]]) for step in arm.own_steps() if step["step"] in shallow
-    ]
-    gaps = [gap for _, gap in after]
+    gaps = [step["loss"] - shallow[step["step"]] for step in arm.own_steps() if arm.moment and step["step"] in shallow]
     recovered = next((n for n in range(len(gaps) - 9) if sum(gaps[n : n + 10]) <= 0), None)
-    tokens, spent = full[-1]["tokens"], min(full[-1]["spent"], steps[-1]["spent"])
-    return Outcome(
-        arm.name,
-        gaps[0],
-        recovered,
-        at(steps, "tokens", tokens) - at(full, "tokens", tokens),
-        at(steps, "spent", spent) - at(full, "spent", spent),
-    )
+    rise = gaps[0] if gaps else None
+    return Outcome(arm.name, rise, recovered, gap(steps, full, "tokens"), gap(steps, full, "spent"))
 
 
 def results(folder: Path) -> tuple[list[Outcome], list[str]]:
-    """Of the grown runs that are complete; and the names of those that are not."""
+    """Of the runs beside `full` that are complete; and the names of those that are not."""
     full, half = (Arm(name, folder).steps_from_scratch() for name in ("full", "half"))
     found, missing = [], []
-    for name in NAMES[2:]:
+    for name in NAMES[1:]:
         arm = Arm(name, folder)
         if arm.is_complete:
             found.append(outcome(arm, full, half))
@@ -191,9 +200,15 @@ def main() -> int:
     from benchmarks.growth_picture import draw
 
     found, missing = results(arguments.folder)
-    columns = ["grown", "rise (nats)", "recovered after (steps)", "at equal tokens", "at equal FLOPs"]
+    columns = ["run", "rise (nats)", "recovered after (steps)", "at equal tokens", "at equal FLOPs"]
     rows = [
-        [one.name, f"{one.rise:+.2f}", str(one.recovered_after), f"{one.equal_tokens:+.3f}", f"{one.equal_flops:+.3f}"]
+        [
+            one.name,
+            "" if one.rise is None else f"{one.rise:+.2f}",
+            str(one.recovered_after or ""),
+            f"{one.equal_tokens:+.3f}",
+            f"{one.equal_flops:+.3f}",
+        ]
         for one in found
     ]
     print_table("validation loss less that of full depth from scratch, nats a token", columns, rows)

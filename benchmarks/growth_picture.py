@@ -15,7 +15,7 @@ LABELS = {"full": "full depth from scratch", "half": "half depth", "stack": "sta
 STYLE = {
     "font.family": "sans-serif", "font.size": 9, "text.color": INK, "axes.edgecolor": "#c9cfd6",
     "axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT, "axes.grid": True, "grid.color": GRID,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5, "axes.titleweight": "semibold",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.axisbelow": True, "legend.frameon": False, "xtick.major.size": 0,
     "ytick.major.size": 0,
 }  # fmt: skip
@@ -28,7 +28,7 @@ def draw(folder: Path, found: list[Outcome], target: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    arms = [Arm(name, folder) for name in ["full", "half", *(one.name for one in found)]]
+    arms = [Arm(name, folder) for name in ["full", *(one.name for one in found)]]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(10, 7.2), layout="constrained")
         curves(axes[0][0], arms, "tokens", 1e6, "million tokens")
@@ -62,58 +62,58 @@ def curves(axis: Any, arms: list[Arm], key: str, unit: float, label: str) -> Non
         lowest = min(lowest, *y)
     axis.set_xlabel(label)
     axis.set_ylabel("nats a token")
-    axis.set_ylim(lowest - 0.05, lowest + 1.6)
+    axis.set_ylim(lowest - 0.05, lowest + 1.2)
 
 
 def rise(axis: Any, folder: Path, found: list[Outcome]) -> None:
     """Training loss of grown runs less the shallow run's on the same batches, over the steps since the growth."""
     shallow = {step["step"]: step["loss"] for step in Arm("half", folder).own_steps()}
-    for one in found:
-        arm = Arm(one.name, folder)
-        own = [step for step in arm.own_steps() if step["step"] in shallow]
+    for arm in (Arm(one.name, folder) for one in found if one.rise is not None):
+        own = [step for step in arm.own_steps() if step["step"] in shallow and step["step"] <= arm.moment + 80]
         x = [step["step"] - arm.moment for step in own]
         y = [step["loss"] - shallow[step["step"]] for step in own]
-        strength = 0.4 + 0.3 * MOMENTS.index(arm.moment)
-        axis.plot(x, y, color=COLOURS[arm.method], alpha=strength, linewidth=1.2)
+        strength = 0.35 + 0.3 * MOMENTS.index(arm.moment)
+        axis.plot(x, y, color=COLOURS[arm.method], alpha=strength, linewidth=1.3)
     axis.axhline(0, color=SOFT, linewidth=1)
-    axis.set_yscale("symlog", linthresh=0.2, linscale=1.5)
-    ticks = [-0.2, -0.1, 0, 0.1, 0.2, 1, 4]
-    axis.set_yticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
-    axis.set_xlim(0, 100)
-    axis.set_title("Rise and recovery, against half depth on the same batches")
+    axis.set_xlim(0, 80)
+    axis.set_title("Rise and recovery")
     axis.set_xlabel("steps since the growth (paler = grown earlier)")
-    axis.set_ylabel("training loss, difference in nats")
+    axis.set_ylabel("training loss less half depth's, nats")
 
 
 def differences(axis: Any, found: list[Outcome]) -> None:
-    """Bars for each grown run: validation loss less that of the run from scratch, equal tokens and equal FLOPs."""
+    """Bars for each run: validation loss less that of the run from scratch, at equal tokens and at equal FLOPs."""
     by_name = {one.name: one for one in found}
     ticks = []
     for group, (kind, words) in enumerate((("equal_tokens", "equal tokens"), ("equal_flops", "equal compute"))):
-        for m, moment in enumerate(MOMENTS):
-            left = group * 4 + m
-            ticks.append((left, f"{moment}"))
-            for k, method in enumerate(METHODS):
-                one = by_name.get(f"{method}-{moment}")
-                if one is None:
-                    continue
-                value = getattr(one, kind)
-                axis.bar(left + (k - 0.5) * 0.36, value, 0.32, color=COLOURS[method])
-                axis.annotate(
-                    f"{value:+.2f}",
-                    (left + (k - 0.5) * 0.36, value),
-                    xytext=(0, 3 if value >= 0 else -3),
-                    textcoords="offset points",
-                    ha="center",
-                    va="bottom" if value >= 0 else "top",
-                    fontsize=7.5,
-                    color=SOFT,
-                )
-        axis.text(group * 4 + 1, 1.0, words, transform=axis.get_xaxis_transform(), ha="center", va="top", color=INK)
+        left = group * 4.6
+        places = {"half": left - 0.8}
+        for number, moment in enumerate(MOMENTS):
+            places |= {f"{method}-{moment}": left + number + (k - 0.5) * 0.4 for k, method in enumerate(METHODS)}
+            ticks.append((left + number, f"{moment}"))
+        for name, place in places.items():
+            if name in by_name:
+                bar(axis, place, getattr(by_name[name], kind), COLOURS[name.partition("-")[0]])
+        axis.text(left + 0.9, 1.0, words, transform=axis.get_xaxis_transform(), ha="center", va="top", color=INK)
     axis.axhline(0, color=INK, linewidth=1)
     axis.set_xticks([place for place, _ in ticks], [text for _, text in ticks])
     axis.grid(axis="x", visible=False)
-    axis.margins(y=0.22)
-    axis.set_title("Against full depth from scratch (below 0 = lower loss)")
+    axis.margins(y=0.2)
+    axis.set_title("Against full depth from scratch")
     axis.set_xlabel("step at which it grew")
-    axis.set_ylabel("validation loss, difference in nats")
+    axis.set_ylabel("validation loss less full depth's, nats")
+
+
+def bar(axis: Any, place: float, value: float, colour: str) -> None:
+    """A bar with its value at its end."""
+    axis.bar(place, value, 0.36, color=colour)
+    axis.annotate(
+        f"{value:+.2f}".replace("-", "\N{MINUS SIGN}"),
+        (place, value),
+        xytext=(0, 3 if value >= 0 else -3),
+        textcoords="offset points",
+        ha="center",
+        va="bottom" if value >= 0 else "top",
+        fontsize=7,
+        color=SOFT,
+    )

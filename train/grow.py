@@ -201,7 +201,9 @@ def write(source: Source, partial: Path, target: Path) -> None:
                 for index, place in source.records[key]:
                     start = file.position
                     if key in repeated:
-                        torch.save(repeated[key], file)
+                        record = io.BytesIO()
+                        torch.save(repeated[key], record)
+                        file.write(record.getvalue())
                     else:
                         copy_bytes(source.folder / place.relative_path, place.offset, place.length, file)
                     length = file.position - start
@@ -264,20 +266,16 @@ class HashedFile:
     def hash(self) -> str:
         return self._digest.hexdigest()
 
-    def write(self, data: Any) -> int:
-        written = self._file.write(data)
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
         self._digest.update(data)
-        self.position += written
-        return written
-
-    def flush(self) -> None:
-        self._file.flush()
+        self.position += len(data)
 
     def __enter__(self) -> HashedFile:
         self._file: IO[bytes] = self.path.open("xb")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.flush()
+        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -18,6 +18,8 @@ from torch import Tensor
 from benchmarks.common import peak_memory_gib
 from longcat.errors import ConfigError
 from longcat.growth import Growth, layer_of
+from longcat.model import LongCat
+from longcat.names import stored_state
 from parallel.mesh import Topology, make_topology, resolve_sizes, world_from_environment
 from tests.parity.measure import MODEL
 from tests.parity.measure import RandomSamples as ParitySamples
@@ -106,6 +108,27 @@ def test_all_of_the_state_is_repeated_bit_for_bit(old: Old, tmp_path: Path, fact
         assert torch.equal(
             router.e_score_correction_bias, found[f"bias/layers.{number}.mlp.router.e_score_correction_bias"]
         )
+
+
+def plain(state: TrainState, num_layers: int) -> LongCat:
+    """The model of a state, outside any sharding."""
+    model, values = LongCat(compose([*SHALLOW, f"model.num_layers={num_layers}"]).model), everything(state)
+    with torch.no_grad():
+        for name, tensor in stored_state(model):
+            tensor.copy_(values[f"bias/{name}" if name.endswith("correction_bias") else f"weight/{name}"])
+    return model
+
+
+@torch.no_grad()
+def test_a_stacked_checkpoint_computes_the_trunk_twice_bit_for_bit(old: Old, tmp_path: Path) -> None:
+    grow(options(old.path, tmp_path / "grown"))
+    shallow, deep = plain(old.state, 2), plain(loaded(tmp_path / "grown", old, 4), 4)
+    tokens = torch.randint(0, 97, (3, 8))
+    once, _ = shallow.trunk(tokens, None)
+    twice, _ = shallow.trunk(tokens, None, once)
+    assert torch.equal(deep.trunk(tokens, None)[0], twice) and not torch.equal(once, twice)
+    assert shallow.norm is not None and shallow.lm_head is not None
+    assert torch.equal(deep.logits(tokens), shallow.lm_head(shallow.norm(twice)))
 
 
 def test_growth_is_written_down_and_can_be_repeated(old: Old, tmp_path: Path) -> None:
