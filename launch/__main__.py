@@ -50,6 +50,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": verbs.data,
     "report": verbs.report,
     "checkpoint": verbs.checkpoint,
+    "grow": verbs.grow,
     "counts": verbs.counts,
 }
 

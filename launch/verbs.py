@@ -71,13 +71,14 @@ def checkpoint(words: list[str]) -> int:
     longcat checkpoint list runs/quickstart
     longcat checkpoint verify runs/quickstart/checkpoints/step-00000100
     """
-    from train.checkpoint import NAME, list_checkpoints, verify
+    from train.checkpoint import MANIFEST, NAME, list_checkpoints, verify
 
     if len(words) != 2 or words[0] not in ("list", "verify"):
         raise ConfigError("say longcat checkpoint list DIR or longcat checkpoint verify DIR")
     folder = Path(words[1])
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    found = [inside] if NAME.search(inside.name) else list_checkpoints(inside)
+    is_one = NAME.search(inside.name) or (inside / MANIFEST).is_file()
+    found = [inside] if is_one else list_checkpoints(inside)
     if not found:
         raise ConfigError(f"{folder} holds no checkpoint; give a run folder or a step-… folder")
     broken = 0
@@ -91,6 +92,29 @@ def checkpoint(words: list[str]) -> int:
             f"{broken} of {len(found)} checkpoints in {folder} not whole; restore their files, "
             f"or leave them to a resume, which passes them over"
         )
+    return 0
+
+
+def grow(words: list[str]) -> int:
+    """grow source=DIR target=DIR   a checkpoint of half depth → one of full depth, with moments and counters
+
+    longcat grow source=runs/half target=runs/half-grown
+    longcat grow source=runs/half/checkpoints/step-00000400 target=grown growth.factor=3 growth.method=interpose
+
+    source is a checkpoint, or a run whose newest whole checkpoint is taken. growth.method=stack repeats the whole
+    stack of layers (0 1 0 1), interpose each layer in place (0 0 1 1), growth.factor times (2). The memory it takes
+    does not depend on the model. The grown model is trained on with the old run's settings, model.num_layers times
+    the factor, checkpoint.resume=TARGET and another run.name.
+    """
+    from train.grow import GrowConfig
+    from train.grow import grow as grow_checkpoint
+    from train.options import compose_options
+
+    config = compose_options(GrowConfig, words)
+    source, growth = grow_checkpoint(config)
+    layers = growth.num_layers * growth.factor
+    print(f"{source}: {growth.num_layers} layers → {config.target}: {layers} layers as {growth.sources}")
+    print(f"train it with model.num_layers={layers} checkpoint.resume={config.target} and another run.name")
     return 0
 
 

@@ -3,8 +3,8 @@
 A logical tensor is one matrix under its Hugging Face name, for instance
 ``model.layers.3.mlp.experts.7.gate_proj.weight``. Stacking the experts of a layer is storage: `gate_up`
 [E, 2F, D] holds `gate_proj` and `up_proj` of E experts, `down` [E, D, F] their `down_proj`. A rank that stores only
-a box of a tensor finds here which boxes of which logical tensors that is; initial values, hashes, exports and
-growth all ask this file.
+a box of a tensor finds here which boxes of which logical tensors that is; initial values, hashes and exports all ask
+this file.
 """
 
 from __future__ import annotations

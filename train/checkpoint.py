@@ -205,18 +205,19 @@ def find(folder: Path, resume: str) -> tuple[Path | None, list[Verdict]]:
     return None, []
 
 
-def find_named(path: Path) -> Path:
-    """A checkpoint folder, or a run folder whose newest whole checkpoint is taken."""
+def find_named(path: Path, key: str = "checkpoint.resume") -> Path:
+    """A checkpoint folder, or a run folder whose newest whole checkpoint is taken; ``key`` is who named it."""
     if (path / "checkpoints").is_dir():
         found, _ = find(path / "checkpoints", "auto")
         if found is None:
-            raise ConfigError(f"checkpoint.resume={path} is a run without checkpoints; name another")
+            raise ConfigError(f"{key}={path} is a run without checkpoints; name another")
         return found
     if not path.is_dir():
-        raise ConfigError(f"checkpoint.resume={path} is no folder; use auto, never or a checkpoint's folder")
+        choices = "use auto, never or" if key == "checkpoint.resume" else "name"
+        raise ConfigError(f"{key}={path} is no folder; {choices} a checkpoint's folder")
     verdict = verify(path)
     if verdict.problem:
-        raise ConfigError(f"checkpoint.resume={path} is not whole: {verdict.problem}; name another")
+        raise ConfigError(f"{key}={path} is not whole: {verdict.problem}; name another")
     return path
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from train.report.heatmap import DARK, LIGHT
 
-_PALETTE_LIGHT = ("#1f5fa8", "#c24f0c", "#0b7a66", "#7b4aa6", "#8a6d10", "#b0305c", "#51606f", "#2a8fb5")
-_PALETTE_DARK = ("#78b4f2", "#f29a55", "#55c4ad", "#c3a2ea", "#d9bb58", "#f08bac", "#a3b0bd", "#72cbe8")
+PALETTE_LIGHT = ("#1f5fa8", "#c24f0c", "#0b7a66", "#7b4aa6", "#8a6d10", "#b0305c", "#51606f", "#2a8fb5")
+PALETTE_DARK = ("#78b4f2", "#f29a55", "#55c4ad", "#c3a2ea", "#d9bb58", "#f08bac", "#a3b0bd", "#72cbe8")
 
 
 def _colours(palette: tuple[str, ...]) -> str:
@@ -26,11 +26,11 @@ def _token_levels() -> str:
 _VARIABLES = (
     ":root{color-scheme:light dark;--bg:#fff;--ink:#191d22;--soft:#5a636e;--line:#e4e7eb;--grid:#edeff2;"
     f"--panel:#f6f7f9;--warn:#d92d20;--rest:#c9cfd6;--under:59 125 201;--over:226 118 38;--even:0 0 0/.03;"
-    f"{_colours(_PALETTE_LIGHT)}{_diverging(LIGHT)}}}"
+    f"{_colours(PALETTE_LIGHT)}{_diverging(LIGHT)}}}"
     "@media(prefers-color-scheme:dark){:root{--bg:#13161a;--ink:#e7e9ec;--soft:#9aa4af;--line:#2c3138;"
     "--grid:#22272d;--panel:#1b1f24;--warn:#ff6257;--rest:#4b545e;"
     "--under:72 143 224;--over:222 120 42;--even:255 255 255/.05;"
-    f"{_colours(_PALETTE_DARK)}{_diverging(DARK)}}}}}"
+    f"{_colours(PALETTE_DARK)}{_diverging(DARK)}}}}}"
 )
 
 _PAGE = """
@@ -176,5 +176,5 @@ td[data-label]::before{content:attr(data-label);color:var(--soft);text-align:lef
 
 def style_sheet() -> str:
     """Return the whole style sheet."""
-    classes = "".join(f".c{number}{{--c:var(--c{number})}}" for number in range(len(_PALETTE_LIGHT)))
+    classes = "".join(f".c{number}{{--c:var(--c{number})}}" for number in range(len(PALETTE_LIGHT)))
     return _VARIABLES + classes + _PAGE + _CHARTS + _TIMELINE + _TEXT + _token_levels()

@@ -1,0 +1,119 @@
+"""The picture of benchmarks/growth.py: loss by tokens and by FLOPs, the rise, and who ends lower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.growth import METHODS, MOMENTS, Arm, Outcome
+from train.report.theme import PALETTE_LIGHT
+
+BLUE, ORANGE, GREEN = PALETTE_LIGHT[:3]
+INK, SOFT, GRID = "#191d22", "#5a636e", "#edeff2"
+COLOURS = {"full": INK, "half": SOFT, "stack": BLUE, "interpose": ORANGE}
+LABELS = {"full": "full depth from scratch", "half": "half depth", "stack": "stacked", "interpose": "interposed"}
+STYLE = {
+    "font.family": "sans-serif", "font.size": 9, "text.color": INK, "axes.edgecolor": "#c9cfd6",
+    "axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT, "axes.grid": True, "grid.color": GRID,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.axisbelow": True, "legend.frameon": False, "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}  # fmt: skip
+
+
+def draw(folder: Path, found: list[Outcome], target: Path) -> None:
+    """Draw what is there of the runs in ``folder`` into a PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    arms = [Arm(name, folder) for name in ["full", *(one.name for one in found)]]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(10, 7.2), layout="constrained")
+        curves(axes[0][0], arms, "tokens", 1e6, "million tokens")
+        curves(axes[0][1], arms, "spent", 1e12, "TFLOPs of training, the shallow run's included")
+        axes[0][0].set_title("Validation loss by tokens")
+        axes[0][1].set_title("Validation loss by compute")
+        rise(axes[1][0], folder, found)
+        differences(axes[1][1], found)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=4)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=130)
+        plt.close(figure)
+
+
+def curves(axis: Any, arms: list[Arm], key: str, unit: float, label: str) -> None:
+    """Validation losses over ``key``; a dot where a run has grown."""
+    named = set()
+    lowest = float("inf")
+    for arm in arms:
+        steps = [step for step in arm.steps_from_scratch() if step.get("val_loss") is not None]
+        steps = [step for step in steps if step["step"] >= arm.moment]
+        x, y = [step[key] / unit for step in steps], [step["val_loss"] for step in steps]
+        colour = COLOURS[arm.method]
+        name = None if arm.method in named else LABELS[arm.method]
+        named.add(arm.method)
+        width, order = (2.0, 3) if arm.method == "full" else (1.3, 2)
+        axis.plot(x, y, color=colour, linewidth=width, zorder=order, label=name)
+        if arm.moment:
+            axis.plot(x[:1], y[:1], "o", color=colour, markersize=4, zorder=4)
+        lowest = min(lowest, *y)
+    axis.set_xlabel(label)
+    axis.set_ylabel("nats a token")
+    axis.set_ylim(lowest - 0.05, lowest + 1.2)
+
+
+def rise(axis: Any, folder: Path, found: list[Outcome]) -> None:
+    """Training loss of grown runs less the shallow run's on the same batches, over the steps since the growth."""
+    shallow = {step["step"]: step["loss"] for step in Arm("half", folder).own_steps()}
+    for arm in (Arm(one.name, folder) for one in found if one.rise is not None):
+        own = [step for step in arm.own_steps() if step["step"] in shallow and step["step"] <= arm.moment + 80]
+        x = [step["step"] - arm.moment for step in own]
+        y = [step["loss"] - shallow[step["step"]] for step in own]
+        strength = 0.35 + 0.3 * MOMENTS.index(arm.moment)
+        axis.plot(x, y, color=COLOURS[arm.method], alpha=strength, linewidth=1.3)
+    axis.axhline(0, color=SOFT, linewidth=1)
+    axis.set_xlim(0, 80)
+    axis.set_title("Rise and recovery")
+    axis.set_xlabel("steps since the growth (paler = grown earlier)")
+    axis.set_ylabel("training loss less half depth's, nats")
+
+
+def differences(axis: Any, found: list[Outcome]) -> None:
+    """Bars for each run: validation loss less that of the run from scratch, at equal tokens and at equal FLOPs."""
+    by_name = {one.name: one for one in found}
+    ticks = []
+    for group, (kind, words) in enumerate((("equal_tokens", "equal tokens"), ("equal_flops", "equal compute"))):
+        left = group * 4.6
+        places = {"half": left - 0.8}
+        for number, moment in enumerate(MOMENTS):
+            places |= {f"{method}-{moment}": left + number + (k - 0.5) * 0.4 for k, method in enumerate(METHODS)}
+            ticks.append((left + number, f"{moment}"))
+        for name, place in places.items():
+            if name in by_name:
+                bar(axis, place, getattr(by_name[name], kind), COLOURS[name.partition("-")[0]])
+        axis.text(left + 0.9, 1.0, words, transform=axis.get_xaxis_transform(), ha="center", va="top", color=INK)
+    axis.axhline(0, color=INK, linewidth=1)
+    axis.set_xticks([place for place, _ in ticks], [text for _, text in ticks])
+    axis.grid(axis="x", visible=False)
+    axis.margins(y=0.2)
+    axis.set_title("Against full depth from scratch")
+    axis.set_xlabel("step at which it grew")
+    axis.set_ylabel("validation loss less full depth's, nats")
+
+
+def bar(axis: Any, place: float, value: float, colour: str) -> None:
+    """A bar with its value at its end."""
+    axis.bar(place, value, 0.36, color=colour)
+    axis.annotate(
+        f"{value:+.2f}".replace("-", "\N{MINUS SIGN}"),
+        (place, value),
+        xytext=(0, 3 if value >= 0 else -3),
+        textcoords="offset points",
+        ha="center",
+        va="bottom" if value >= 0 else "top",
+        fontsize=7,
+        color=SOFT,
+    )

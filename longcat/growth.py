@@ -1,0 +1,56 @@
+"""Growth in depth: which layer of a deep model starts as which layer of a shallow one, by names alone (section 8)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from longcat.errors import ConfigError
+
+METHODS = ("stack", "interpose")
+LAYER = re.compile(r"layers\.(\d+)\.(.+)")  # of the stack; MTP's are `mtp.layers.…` and stay as they are
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A model of ``num_layers`` layers becomes one of ``factor`` times as many.
+
+    `stack` repeats the whole stack (0 1 0 1), which is the report's way: the grown model is the old trunk applied
+    ``factor`` times. `interpose` repeats each layer in place (0 0 1 1).
+    """
+
+    num_layers: int
+    factor: int = 2
+    method: str = "stack"
+
+    def validate(self) -> None:
+        """Raise ConfigError for what is no growth."""
+        if self.factor < 2:
+            raise ConfigError(f"growth.factor={self.factor} adds no layer; use 2 or more")
+        if self.method not in METHODS:
+            raise ConfigError(f"growth.method={self.method} is not known; use {' or '.join(METHODS)}")
+
+    @property
+    def sources(self) -> list[int]:
+        """The old layer that each new one starts as, by the new one's number."""
+        layers = range(self.num_layers)
+        if self.method == "stack":
+            return [layer for _ in range(self.factor) for layer in layers]
+        return [layer for layer in layers for _ in range(self.factor)]
+
+    def grown_names(self, stored_name: str) -> list[str]:
+        """The stored names that a tensor has in the grown model: one for each copy of its layer.
+
+        What belongs to no layer of the stack (embedding, final norm, head, MTP) keeps its name.
+        """
+        layer = layer_of(stored_name)
+        if layer is None:
+            return [stored_name]
+        rest = stored_name.split(".", 2)[2]
+        return [f"layers.{number}.{rest}" for number, source in enumerate(self.sources) if source == layer]
+
+
+def layer_of(stored_name: str) -> int | None:
+    """The number of the layer that a stored tensor belongs to; None outside the stack."""
+    match = LAYER.fullmatch(stored_name)
+    return int(match[1]) if match else None
