@@ -51,6 +51,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "report": verbs.report,
     "checkpoint": verbs.checkpoint,
     "counts": verbs.counts,
+    "export": verbs.export,
+    "import": verbs.import_,
+    "generate": verbs.generate,
 }
 
 if __name__ == "__main__":
