@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,11 @@ def trained(corpus: Path, folder: Path, *changes: str) -> Path:
     return folder / "run" / "checkpoints" / "step-00000002"
 
 
+@pytest.fixture(scope="session")
+def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(corpus, tmp_path_factory.mktemp("runs"))
+
+
 def done(*words: str) -> None:
     """`longcat words…` ends in 0."""
     assert longcat(list(words)) == 0
@@ -74,7 +80,7 @@ def some_tokens() -> Tensor:
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     """Within ``tolerance`` of the largest."""
-    difference = float((got - expected).abs().max() / expected.abs().max())
+    difference = float((got - expected).detach().abs().max() / expected.detach().abs().max())
     assert difference <= tolerance, f"{difference:.1e} of the largest logit"
 
 

@@ -25,11 +25,6 @@ OLDER = "LONGCAT_OLDER_TRANSFORMERS"  # a folder with transformers 4.57 (pip ins
 
 
 @pytest.fixture(scope="module")
-def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(corpus, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
 def exports(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """float32 exports in both layouts, in shards of 100 KB."""
     folder = tmp_path_factory.mktemp("exports")

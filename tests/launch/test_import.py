@@ -14,15 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from launch.__main__ import main as longcat
 from tests.launch.conftest import Refused
-from tests.launch.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, trained, weights
+from tests.launch.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, weights
 from tests.train.running import contents, lines, train_here, train_two
 from train.reading import Checkpoint, whole
 from train.released.importing import model_words
-
-
-@pytest.fixture(scope="module")
-def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(corpus, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
