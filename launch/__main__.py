@@ -52,6 +52,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "checkpoint": verbs.checkpoint,
     "grow": verbs.grow,
     "counts": verbs.counts,
+    "export": verbs.export,
+    "import": verbs.import_,
+    "generate": verbs.generate,
 }
 
 if __name__ == "__main__":

@@ -138,3 +138,58 @@ def counts(words: list[str]) -> int:
     for name, value in rows:
         print(f"{name:18} {value}")
     return 0
+
+
+def export(words: list[str]) -> int:
+    """export source=… target=DIR   a checkpoint as a Hugging Face folder
+
+    longcat export source=runs/quickstart target=exports/quickstart
+    longcat export source=runs/quickstart target=exports/loadable export.layout=transformers
+
+    export.layout=released (default) is what serving engines read, transformers what transformers 5.23 loads;
+    export.dtype=bfloat16|float32; export.shard_gib=5; export.tokenizer=FILE where the corpus has moved.
+    """
+    from launch.words import read_options
+    from train.released.export import ExportOptions
+    from train.released.export import export as write
+
+    print(write(read_options(ExportOptions, words)))
+    return 0
+
+
+def import_(words: list[str]) -> int:
+    """import source=DIR target=…   a Hugging Face folder as a checkpoint at step 0, for any layout
+
+    longcat import source=exports/quickstart target=checkpoints/quickstart
+    longcat import source=LongCat-Flash-Chat target=checkpoints/flash model.num_mtp_layers=0
+
+    Other words are keys of the configuration: model.expected_ffn_experts, which config.json does not know, or
+    balance.method, whose state the checkpoint holds.
+    """
+    from launch.words import split_options
+    from train.released.importing import ImportOptions, import_folder, model_words
+
+    options, overrides = split_options(ImportOptions, words)
+    target, config = import_folder(options, overrides)
+    print(target)
+    print(f"longcat train checkpoint.resume={target} run.name=… {' '.join(model_words(config.model))}")
+    return 0
+
+
+def generate(words: list[str]) -> int:
+    """generate source=… prompt=…   text from a checkpoint or an export, and how many MTP drafts stood
+
+    longcat generate source=runs/quickstart prompt="def main(" max_tokens=64
+    longcat generate source=exports/quickstart prompt="import " temperature=0.8 top_p=0.95 seed=1
+
+    temperature=0 (default) takes the likeliest token; drafts=false leaves MTP out; dtype=auto|bfloat16|float32;
+    tokenizer=FILE where the corpus has moved.
+    """
+    from launch.generate import GenerateOptions, generate_text, summary
+    from launch.words import read_options
+
+    options = read_options(GenerateOptions, words)
+    text, made, seconds = generate_text(options)
+    print(options.prompt + text)
+    print(f"\n{summary(made, seconds)}")
+    return 0

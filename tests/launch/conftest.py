@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from launch.__main__ import main as longcat
+from tests.launch.exporting import checkpoint
 from tests.train.conftest import corpus, overrides
 from tests.train.running import tidily
 
-__all__ = ["Refused", "corpus", "one_line_of", "overrides", "refused"]
+__all__ = ["Refused", "checkpoint", "corpus", "one_line_of", "overrides", "refused"]
 
 Refused = Callable[..., str]
 

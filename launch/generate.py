@@ -1,0 +1,95 @@
+"""`longcat generate`: text from a checkpoint or an export."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from longcat.config import ModelConfig
+from longcat.errors import ConfigError
+from longcat.generation import Choice, Generated, generate
+from longcat.model import LongCat
+from parallel.device import fastest_dtype
+from train.data.corpus import TOKENIZER_NAME
+from train.data.tokens import end_of_document_id, load_tokenizer
+from train.reading import Checkpoint, Source, load_model
+from train.released.export import tokenizer_of
+from train.released.files import SafetensorsFolder
+from train.released.importing import configuration_of
+from train.released.settings import CONFIG
+
+
+@dataclass
+class GenerateOptions:
+    """What `longcat generate` is told."""
+
+    source: str = ""  # a checkpoint's or run's folder, or a Hugging Face folder
+    prompt: str = ""  # empty = the start of a document
+    max_tokens: int = 128
+    temperature: float = 0.0  # 0 = the likeliest token each time
+    top_p: float = 1.0
+    seed: int = 0
+    drafts: bool = True  # MTP layers guess ahead, where the model has any
+    dtype: str = "auto"  # bfloat16 | float32 | auto
+    tokenizer: str = ""  # empty = the one of the source
+
+    def validate(self) -> None:
+        if not self.source:
+            raise ConfigError("say longcat generate source=CHECKPOINT prompt=TEXT")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ConfigError(f"dtype={self.dtype} is not known; use bfloat16, float32 or auto")
+        self.choice.validate()
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.temperature, self.top_p, self.seed)
+
+
+def generate_text(options: GenerateOptions) -> tuple[str, Generated, float]:
+    """The text that follows the prompt, what it is made of, and the seconds that it took without loading."""
+    options.validate()
+    model, tokenizer_path = load(options)
+    tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise ConfigError(
+            f"{tokenizer_path} has {tokenizer.get_vocab_size()} ids and the model {model.config.vocab_size}; "
+            f"give the model's own with tokenizer=FILE"
+        )
+    end = end_of_document_id(tokenizer, str(tokenizer_path))
+    prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids or [end]
+    started = time.perf_counter()
+    made = generate(model, prompt, options.max_tokens, options.choice, end, options.drafts)
+    seconds = time.perf_counter() - started
+    return tokenizer.decode(made.tokens, skip_special_tokens=True), made, seconds
+
+
+def load(options: GenerateOptions) -> tuple[LongCat, Path]:
+    """The model, on the first GPU or the CPU, and the path of its tokenizer."""
+    folder = Path(options.source)
+    source: Source
+    config: ModelConfig
+    if (folder / CONFIG).is_file():
+        source = SafetensorsFolder(folder)
+        config = configuration_of(source, []).model
+        source.check(config)
+        tokenizer = Path(options.tokenizer or folder / TOKENIZER_NAME)
+    else:
+        source = Checkpoint(folder)
+        config = source.model
+        tokenizer = tokenizer_of(source.configuration, options.tokenizer, "tokenizer")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = fastest_dtype() if options.dtype == "auto" else getattr(torch, options.dtype)
+    return load_model(config, source, dtype, device), tokenizer
+
+
+def summary(made: Generated, seconds: float) -> str:
+    """One line: how many tokens, how fast, how many drafts stood."""
+    words = f"{len(made.tokens)} tokens in {seconds:.1f} s, {made.forwards} forwards of the model"
+    if made.acceptance is None:
+        return f"{words}; no drafts"
+    return f"{words}; {made.accepted} of {made.drafted} drafts accepted ({made.acceptance:.1%})"

@@ -1,0 +1,196 @@
+"""Imports: what we or transformers saved becomes a checkpoint for any layout; text from all of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launch.__main__ import main as longcat
+from tests.launch.conftest import Refused
+from tests.launch.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, weights
+from tests.train.running import contents, lines, train_here, train_two
+from train.reading import Checkpoint, whole
+from train.released.importing import model_words
+
+
+@pytest.fixture(scope="module")
+def export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "float32"
+    done("export", f"source={checkpoint}", f"target={folder}", "export.dtype=float32", "export.shard_gib=0.0001")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imports") / "checkpoint"
+    done("import", f"source={export}", f"target={folder}")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["released", "transformers"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip_is_bitwise(layout: str, dtype: str, checkpoint: Path, tmp_path: Path) -> None:
+    """checkpoint → export → import → export: the two exports are the same files."""
+    words = [f"export.layout={layout}", f"export.dtype={dtype}", "export.shard_gib=0.0001"]
+    done("export", f"source={checkpoint}", f"target={tmp_path / 'first'}", *words)
+    done("import", f"source={tmp_path / 'first'}", f"target={tmp_path / 'back'}")
+    done("export", f"source={tmp_path / 'back'}", f"target={tmp_path / 'second'}", *words)
+    first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
+    assert first.pop("longcat.json") != second.pop("longcat.json")  # the counters began anew
+    assert first == second
+    if dtype == "float32":
+        original, back = weights(checkpoint), weights(tmp_path / "back")
+        assert original.keys() == back.keys() and all(torch.equal(original[name], back[name]) for name in original)
+
+
+def test_an_import_stands_at_step_0_with_a_controller_that_goes_on(checkpoint: Path, imported: Path) -> None:
+    source = Checkpoint(imported)
+    assert source.counters == {"step": 0, "samples": 0, "tokens": 0}
+    assert source.model == Checkpoint(checkpoint).model
+    assert source.configuration["train"]["sequence_length"] == 32
+    import torch.distributed.checkpoint as dcp
+
+    integral = torch.zeros(2, 8, dtype=torch.float64)
+    moment = torch.ones(source.model.vocab_size, 32)
+    dcp.load(
+        {"controller/integral": integral, "exp_avg/lm_head.weight": moment},
+        storage_reader=dcp.FileSystemReader(imported),
+        no_dist=True,
+    )
+    for layer in range(2):
+        bias = source.read(f"layers.{layer}.mlp.router.e_score_correction_bias", (12,), whole((12,)))
+        assert torch.equal(integral[layer].float(), bias[:8]) and bias.any()
+    assert not moment.any()
+    files = sum(path.stat().st_size for path in imported.glob("*.distcp"))
+    assert files > 3 * 4 * sum(values.numel() for values in weights(imported).values())
+
+
+def test_one_process_and_two_with_experts_spread_start_alike_from_an_import(
+    imported: Path, corpus: Path, tmp_path: Path
+) -> None:
+    words = [*SMALL, f"data.paths=[{corpus}]", f"run.dir={tmp_path}", f"checkpoint.resume={imported}", "train.steps=1"]
+    assert train_here([*words, "run.name=one"]) == 0
+    assert train_two([*words, "run.name=two", "parallel.ep=2"]) == [0]
+    one, two = (lines(tmp_path / name)[0] for name in ("one", "two"))
+    assert one["step"] == two["step"] == 1
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    assert one["loss"] < math.log(512) + 3
+
+
+def test_what_transformers_saved_is_imported(checkpoint: Path, export: Path, tmp_path: Path) -> None:
+    """It has files for identity experts' projections, which mean nothing, and no MTP."""
+    tensors = {name: values for path in export.glob("*.safetensors") for name, values in load_file(path).items()}
+    peer: Any = peer_of(Checkpoint(checkpoint).model, tensors)
+    peer.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    assert list((tmp_path / "theirs").glob("*-of-*.safetensors"))
+    done("import", f"source={tmp_path / 'theirs'}", f"target={tmp_path / 'ours'}")
+    model = Checkpoint(tmp_path / "ours").model
+    assert (model.num_mtp_layers, model.expected_ffn_experts) == (0, 2.0)
+    assert_close(our_logits(tmp_path / "ours", some_tokens()), peer(input_ids=some_tokens()).logits)
+    back, original = weights(tmp_path / "ours"), weights(checkpoint)
+    assert all(torch.equal(values, original[name]) for name, values in back.items())
+
+
+def test_what_to_train_on_with_is_said(imported: Path, corpus: Path, tmp_path: Path) -> None:
+    words = model_words(Checkpoint(imported).model)
+    run = [word for word in SMALL if not word.startswith("model")]
+    paths = [f"data.paths=[{corpus}]", f"run.dir={tmp_path}", f"checkpoint.resume={imported}", "train.steps=1"]
+    assert train_here([*words, *run, *paths]) == 0
+
+
+def changed(export: Path, folder: Path, name: str, change: Any) -> Path:
+    """A copy of an export with one tensor changed, or left out by None; the index follows."""
+    shutil.copytree(export, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    path = folder / index["weight_map"][name]
+    tensors = load_file(path)
+    after = change(tensors.pop(name))
+    if after is None:
+        del index["weight_map"][name]
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        tensors[name] = after.contiguous()
+    save_file(tensors, path)
+    return folder
+
+
+def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused) -> None:
+    expert, target = "model.layers.1.mlp.experts.5.up_proj.weight", f"target={tmp_path / 'out'}"
+
+    def attempt(source: Path, *telling: str) -> None:
+        refused(["import", f"source={source}", target], *telling)
+
+    attempt(changed(export, tmp_path / "a", expert, lambda values: None), "lacks", expert)
+    attempt(changed(export, tmp_path / "b", expert, lambda values: values.T), expert, "[32, 16]", "[16, 32]")
+    attempt(changed(export, tmp_path / "c", expert, lambda values: values.to(torch.float8_e4m3fn)), expert, "F8_E4M3")
+    embedding = "model.mtp.embed_tokens.weight"
+    own = changed(export, tmp_path / "d", embedding, lambda values: values + 1)
+    attempt(own, embedding, "model.num_mtp_layers=0")
+
+    shutil.copytree(export, tmp_path / "e")
+    sorted((tmp_path / "e").glob("*.safetensors"))[3].unlink()
+    attempt(tmp_path / "e", "missing or damaged")
+    attempt(tmp_path / "nowhere", "neither")
+    refused(["import", f"source={export}"], "target=CHECKPOINT")
+    refused(["import", f"source={export}", f"target={tmp_path / 'a'}"], "not overwritten")
+    refused(["import", f"source={export}", target, "model.num_experts=9"], "lacks")
+    refused(["import", f"source={export}", target, "model.no_such=9"], "unknown key")
+    assert not list(tmp_path.glob("out*"))
+    done("import", f"source={own}", target, "model.num_mtp_layers=0")
+
+
+@pytest.mark.parametrize(
+    "field,value,telling",
+    [
+        ("model_type", "llama", "longcat_flash"),
+        ("mla_scale_q_lora", False, "mla_scale_q_lora"),
+        ("tie_word_embeddings", True, "tie_word_embeddings"),
+        ("zero_expert_type", "copy", "zero_expert_type"),
+        ("rope_scaling", {"type": "yarn", "factor": 4}, "yarn"),
+        ("num_layers", 3, "lacks"),
+        ("num_layers", 1, "unknown"),
+        ("hidden_size", 64, "asks for"),
+        ("qk_rope_head_dim", 7, "even"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(
+    field: str, value: Any, telling: str, export: Path, tmp_path: Path, refused: Refused
+) -> None:
+    shutil.copytree(export, tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    refused(["import", f"source={tmp_path / 'source'}", f"target={tmp_path / 'out'}"], telling)
+
+
+def test_text_from_a_run_a_checkpoint_and_an_export_is_one(
+    checkpoint: Path, imported: Path, export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for source in (checkpoint.parents[1], checkpoint, imported, export):
+        words = [f"source={source}", "prompt=def main(", "max_tokens=24", "dtype=float32"]
+        assert longcat(["generate", *words]) == 0
+        text, _, summary = capsys.readouterr().out.rstrip().rpartition("\n")
+        assert text.startswith("def main(") and "drafts accepted (" in summary
+        said.append(text)
+        assert longcat(["generate", *words, "drafts=false"]) == 0
+        plain, _, summary = capsys.readouterr().out.rstrip().rpartition("\n")
+        assert plain == text and "no drafts" in summary
+    assert len(set(said)) == 1
+
+
+def test_wrong_words_of_generate_are_refused(export: Path, refused: Refused) -> None:
+    source = f"source={export}"
+    refused(["generate"], "source=CHECKPOINT")
+    refused(["generate", source, "max_tokens=0"], "max_tokens=0")
+    refused(["generate", source, "max_token=3"], "'max_tokens'")
+    refused(["generate", source, "temperature=-1"], "temperature")
+    refused(["generate", source, "drafts=maybe"], "true or false")
+    refused(["generate", source, "dtype=int8"], "bfloat16")
+    refused(["generate", source, "tokenizer=nowhere.json"], "nowhere.json")

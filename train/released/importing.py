@@ -1,0 +1,153 @@
+"""A Hugging Face folder → a checkpoint at step 0 that any layout starts from, in a stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from longcat.config import ModelConfig
+from longcat.errors import ConfigError
+from longcat.names import Box
+from parallel.store import MOMENTS
+from train.balance import build_controller
+from train.checkpoint import commit, file_hash
+from train.config import Config, compose
+from train.data.corpus import TOKENIZER_NAME
+from train.folder import as_mapping
+from train.reading import key_of, stored_shapes
+from train.released.export import appearing, refuse_existing
+from train.released.files import SafetensorsFolder
+from train.released.layout import PREDICTION
+from train.released.settings import from_folder
+from train.spread import SpreadTensor
+from train.state import Counters
+
+GIB = 2**30
+MAX_THREADS = 8  # that write shards, each to a file of its own
+
+
+@dataclass
+class ImportOptions:
+    """What `longcat import` is told, beside keys of the configuration."""
+
+    source: str = ""  # a folder of safetensors with config.json
+    target: str = ""  # a folder that does not exist yet
+
+    def validate(self) -> None:
+        if not self.source or not self.target:
+            raise ConfigError("say longcat import source=DIR target=CHECKPOINT")
+
+
+class Promised(SpreadTensor):
+    """A tensor in boxes whose values are made when they are written, and let go then."""
+
+    make: Callable[[Box], Tensor]
+
+    @staticmethod
+    def of(shape: tuple[int, ...], boxes: list[Box], make: Callable[[Box], Tensor]) -> Promised:
+        empty = [(box, torch.empty([stop - start for start, stop in box], device="meta")) for box in boxes]
+        made = SpreadTensor.__new__(Promised, shape, empty, torch.float32)
+        assert isinstance(made, Promised)
+        made.make = make
+        return made
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        sizes = self.boxes[index.offset][0]
+        return self.make(tuple((start, start + size) for start, size in zip(index.offset, sizes, strict=True)))
+
+
+def import_folder(options: ImportOptions, overrides: list[str]) -> tuple[Path, Config]:
+    """Write the checkpoint ``options.target``; → it, and the configuration that it holds.
+
+    The model's sizes are those of config.json, then of ``overrides``, which may set any key. Moments are zero, and the
+    bias controller goes on from the imported biases.
+
+    Raises:
+        ConfigError: a wrong option, names or shapes that do not fit, a target that exists.
+    """
+    options.validate()
+    target = Path(options.target)
+    refuse_existing(target)
+    source = SafetensorsFolder(Path(options.source))
+    config = configuration_of(source, overrides)
+    source.check(config.model)
+    text = {"counters": asdict(Counters()), "configuration": as_mapping(config)}
+    with appearing(target) as partial:
+        write(promised(config, source), partial)
+        files = {path.name: file_hash(path) for path in sorted(partial.glob("*.distcp"))}
+        commit(partial, target, json.dumps(text), files)  # gives the folder its name
+    return target, config
+
+
+def configuration_of(source: SafetensorsFolder, overrides: list[str]) -> Config:
+    """The whole configuration: the folder's sizes, then what is given."""
+    prefix = rf"{re.escape(PREDICTION)}layers\.(\d+)\."
+    layers = {match[1] for name in source.places if (match := re.match(prefix, name))}
+    found = from_folder(source.folder, len(layers))
+    positions = found.pop("positions")
+    words = [f"model.{name}={value}" for name, value in found.items()]
+    if positions >= 2:
+        words.append(f"train.sequence_length={positions}")
+    config = compose([*words, *overrides])
+    tokenizer = source.folder / TOKENIZER_NAME
+    if config.data.tokenizer is None and tokenizer.is_file():
+        config.data.tokenizer = str(tokenizer.resolve())
+    return config
+
+
+def promised(config: Config, source: SafetensorsFolder) -> dict[str, Tensor]:
+    """Everything of a state at step 0, under a checkpoint's keys."""
+    tensors: dict[str, Tensor] = {}
+    biases = torch.zeros(config.model.num_layers, config.model.num_routed)
+    for name, shape in stored_shapes(config.model):
+        boxes = source.boxes(name, shape)
+        if key_of(name).startswith("bias/"):
+            biases[int(name.split(".")[1])] = source.read(name, shape, boxes[0])
+            continue
+        tensors[key_of(name)] = Promised.of(shape, boxes, lambda box, n=name, s=shape: source.read(n, s, box))  # type: ignore[misc]
+        for kind in MOMENTS:
+            tensors[f"{kind}/{name}"] = Promised.of(shape, boxes, zeros)
+        tensors[f"optimizer_step/{name}"] = torch.zeros((), dtype=torch.float32)
+    for number, bias in enumerate(biases):
+        tensors[f"bias/layers.{number}.mlp.router.e_score_correction_bias"] = bias.clone()
+    return tensors | {f"controller/{name}": value for name, value in controller_state(config, biases).items()}
+
+
+def zeros(box: Box) -> Tensor:
+    return torch.zeros([stop - start for start, stop in box])
+
+
+def controller_state(config: Config, biases: Tensor) -> dict[str, Tensor]:
+    """Of a bias controller that has not stepped yet and whose memory are ``biases`` [L, N + Z]."""
+    state = build_controller(config.balance, config.model).state()
+    for name in ("integral", "bias"):
+        if name in state:
+            state[name].copy_(biases[:, : state[name].shape[1]])
+    return state
+
+
+def write(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Torch's shards of what has been promised, by a few threads with a file each."""
+    import torch.distributed.checkpoint as dcp
+
+    size = sum(4 * tensor.numel() for tensor in tensors.values())
+    threads = max(1, min(MAX_THREADS, os.cpu_count() or 1, size // GIB))
+    with warnings.catch_warnings():  # torch says that there are no other ranks
+        warnings.simplefilter("ignore")
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, thread_count=threads), no_dist=True)
+
+
+def model_words(model: ModelConfig) -> list[str]:
+    """The overrides with which `longcat train` builds this model."""
+    plain = asdict(compose([]).model)
+    return [f"model.{name}={value}" for name, value in asdict(model).items() if value != plain[name] and name != "name"]
