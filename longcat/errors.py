@@ -17,6 +17,10 @@ class ConfigError(LongCatError):
     exit_code = BAD_INPUT
 
 
+class SaveError(LongCatError):
+    """A checkpoint could not be written; those before it are untouched. Ends a run with 1 if it was to be the last."""
+
+
 class StopRequested(LongCatError):
     """A signal asked for the end and the state has been saved; exit code 3."""
 

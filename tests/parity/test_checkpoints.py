@@ -12,12 +12,13 @@ from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from tests.parity.measure import MODEL, RandomSamples
 from tests.parity.pool import close_pools, pool
 from train.batches import BatchReader
-from train.checkpoint import load, save
+from train.checkpoint import load
 from train.config import compose
 from train.folder import as_mapping
 from train.run import build_state
 from train.state_hash import state_hash
 from train.step import Stepper
+from train.writing import save
 
 LAYOUTS = {
     "ep2": ["parallel.ep=2"],
@@ -48,8 +49,8 @@ def write_and_load(folder: str, written: list[str], loaded: dict[str, list[str]]
         if not name:
             reader = BatchReader(RandomSamples(), config, topology)  # type: ignore[arg-type]
             stepper = Stepper(state, reader, config, topology)
-            assert all(stepper.step(False).healthy for _ in range(2))
-            before, path = state_hash(state, topology), save(state, Path(folder), as_mapping(config), topology, keep=0)
+            assert all(stepper.step().healthy for _ in range(2))
+            before, path = state_hash(state, topology), save(state, Path(folder), as_mapping(config), topology)
         else:
             load(state, path, as_mapping(config))
             after[name] = state_hash(state, topology)
