@@ -1,8 +1,8 @@
 """What saving and loading cost: `python -m benchmarks.checkpoint` prints a table and one JSON line.
 
-One process holds a state of at least a GiB. Each ratio is between neighbours of the same run: the stall of a save beside
-training and a copy into a warm buffer, writing and a plain sequential write of the same bytes, loading and a plain read
-of the same file, both after the file has left the page cache.
+One process holds a state of at least a GiB. Ratios are between neighbours of one run: the stall of a save beside
+training and a copy into a warm buffer; writing and a plain sequential write of the same bytes; loading and a plain
+read of the same file, both after the file has left the page cache.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def describe(error: BaseException) -> str:
     """An error in a few words: what the system says of it, or its kind and text."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def blame(failed: dict[int, str]) -> str:
@@ -197,16 +197,24 @@ class HashedFile(io.IOBase):
 
     def __init__(self, file: Any, pool: ThreadPoolExecutor) -> None:
         self.file, self.pool, self.digest = file, pool, hashlib.sha256()
+        self.failure: OSError | None = None  # the first one: torch's writer puts a riddle of its own in its place
 
     def write(self, data: Any) -> int:
         if len(data) < HASHED_ALONGSIDE:
             self.digest.update(data)
-            return int(self.file.write(data))
+            return self._put(data)
         hashed = self.pool.submit(self.digest.update, data)
         try:
-            return int(self.file.write(data))
+            return self._put(data)
         finally:
             hashed.result()  # the memory is the caller's again
+
+    def _put(self, data: Any) -> int:
+        try:
+            return int(self.file.write(data))
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
 
     def tell(self) -> int:
         return int(self.file.tell())
@@ -233,7 +241,12 @@ def shard_writer(folder: Path, hashes: dict[str, str], side: Side) -> Any:
         def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
             with ThreadPoolExecutor(1) as pool, Path(path).open(mode) as file:
                 stream = HashedFile(file, pool)
-                yield stream
+                try:
+                    yield stream
+                except Exception:
+                    if stream.failure is None:
+                        raise
+                    raise stream.failure from None
             hashes[Path(path).name] = stream.digest.hexdigest()
 
     class Writer(FileSystemWriter):
