@@ -101,7 +101,7 @@ class Saver:
         """
         if self.writing is not None:
             with watch.patience(), phase("waiting for the checkpoint to be written", slow=True):
-                self.writing.join()
+                self.side.wait_for(self.writing)
                 error, self.writing = self.writing.error, None
                 self._end(error)
         if self.failed is not None and final:

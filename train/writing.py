@@ -1,7 +1,8 @@
 """How a checkpoint is written: shards beside, hashed on the way, then committed by renaming. A collective of all ranks.
 
 The same statements run in two places: in the main thread, which waits for them, and in a thread beside training, whose
-collectives have a process group of their own and leave no crumbs (crumbs are the main thread's).
+collectives have a process group of their own and leave no crumbs (those are the main thread's) until training waits
+for it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import io
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +66,32 @@ class Side:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         """With a ``group`` beside training; without one in the main thread, on training's."""
         self.group = group
+        self.doing: tuple[tuple[str, bool], ...] = ()  # beside training: what, and whether it waits for other ranks
 
     def waits(self, what: str) -> AbstractContextManager[Any]:
-        return crumb(what) if self.group is None else nullcontext()
+        return crumb(what) if self.group is None else self._note(what, True)
 
     def works(self, what: str) -> AbstractContextManager[Any]:
-        return phase(what, slow=True) if self.group is None else nullcontext()
+        return phase(what, slow=True) if self.group is None else self._note(what, False)
+
+    @contextmanager
+    def _note(self, what: str, waits: bool) -> Iterator[None]:
+        outer = self.doing
+        self.doing = (*outer, (what, waits))
+        try:
+            yield
+        finally:
+            self.doing = outer
+
+    def wait_for(self, thread: threading.Thread) -> None:
+        """Called by the main thread: until ``thread``, which writes here, has ended, its crumbs are the caller's."""
+        while thread.is_alive():
+            with ExitStack() as crumbs:
+                doing = self.doing
+                for what, waits in doing:
+                    crumbs.enter_context(crumb(what) if waits else phase(what, slow=True))
+                while thread.is_alive() and self.doing is doing:
+                    thread.join(0.01)
 
     def all(self, what: str, action: Callable[[], Any]) -> list[Any]:
         """Every rank's result of its ``action``; where one of them fails, all ranks raise SaveError."""

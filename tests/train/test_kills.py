@@ -92,11 +92,24 @@ def campaign(overrides: list[str], tmp_path: Path) -> Campaign:
     words = [*overrides, *NARROW, f"train.steps={STEPS}", "parallel.timeout_seconds=20"]
     undisturbed = tmp_path / "undisturbed"
     straight = [*words, f"run.dir={undisturbed}", "run.name=run"]
-    assert end(start(RANKS, straight, tmp_path / "straight", 0, None), 120) == [0] * RANKS
+    assert end(start(RANKS, straight, tmp_path / "straight"), 120) == [0] * RANKS
     seed = time.time_ns() % 1_000_000
     print(f"seed of the moments: {seed}")
     words += ["checkpoint.every=2", "checkpoint.keep=2", "checkpoint.keep_every=8"]
     return Campaign(words, tmp_path, exact(undisturbed / "run"), random.Random(seed))
+
+
+def test_another_number_of_ranks_goes_on_at_the_next_sample(overrides: list[str], tmp_path: Path) -> None:
+    """From one rank to two and back: no sample is left out or read twice."""
+    words = [*overrides, *NARROW, f"run.dir={tmp_path}", "run.name=run"]
+    for world_size, steps in ((1, 3), (2, 7), (1, 9)):
+        samples = tmp_path / f"samples-{world_size}-{steps}"
+        assert end(start(world_size, [*words, f"train.steps={steps}"], samples), 120) == [0] * world_size
+    found: dict[int, list[int]] = {}
+    for world_size, steps in ((1, 3), (2, 7), (1, 9)):
+        found |= samples_of_steps(tmp_path / f"samples-{world_size}-{steps}", world_size)
+    assert found == {step: list(range((step - 1) * BATCH, step * BATCH)) for step in range(1, 10)}
+    assert [row["first_sample"] for row in lines(tmp_path / "run")] == list(range(0, 9 * BATCH, BATCH))
 
 
 def kill(campaign: Campaign, count: int) -> None:
@@ -106,7 +119,7 @@ def kill(campaign: Campaign, count: int) -> None:
         campaign.go_on()
     finished = campaign.runs
     words = [*campaign.words, f"run.dir={campaign.folder}", f"run.name={campaign.run.name}"]
-    assert end(start(RANKS, words, campaign.samples, 0, None), 120) == [0] * RANKS, campaign.said()
+    assert end(start(RANKS, words, campaign.samples), 120) == [0] * RANKS, campaign.said()
     campaign.compare()
     result = {"kills": campaign.kills, "runs": finished + 1, "seconds": round(time.monotonic() - began)}
     print(json.dumps(result))
