@@ -131,6 +131,12 @@ class Saver:
             return
         if not isinstance(error, SaveError):
             raise error
+        if error.is_saved:
+            self._say(str(error))
+            return
         self.failed = SaveError(f"{error}; {last_good(self.folder, self.topology)}")
+        self._say(f"NOT SAVED: {self.failed}; the next one that is due will be tried all the same")
+
+    def _say(self, text: str) -> None:
         if self.terminal is not None:
-            self.terminal.note(f"NOT SAVED: {self.failed}; the next one that is due will be tried all the same")
+            self.terminal.note(text)

@@ -54,6 +54,8 @@ class Stage:
 
         gather(count)
         self.memory = mmap.mmap(-1, max(total, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
         self._lock_pages()
 
     def _lock_pages(self) -> None:

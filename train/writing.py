@@ -143,7 +143,7 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, side
     try:
         side.all("pruning checkpoints", lambda: prune(folder, keep) if first else None)
     except SaveError as error:
-        raise SaveError(f"{target} is saved, but older checkpoints could not be removed: {error}") from error
+        raise SaveError(f"{target} is saved, but older ones could not be removed: {error}", is_saved=True) from error
     return target
 
 

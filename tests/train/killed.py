@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from train.data.samples import TokenSamples
 from train.stage import Stage
 
 # phase → where a process dies in it: the holder and the name of a function that the phase calls again and again
+GRACE = 5.0  # seconds
 Fate = tuple[str, int]  # a phase and the call in which a rank dies
 PHASES: dict[str, tuple[Any, str]] = {
     "staging": (Stage, "_keep"),
@@ -59,8 +61,6 @@ def die_in(phase: str, call: int) -> None:
         return result
 
     setattr(holder, name, counted)
-    if (holder, name) == (writing, "write_synced"):
-        checkpoint.write_synced = counted  # type: ignore[attr-defined]
 
 
 def log_samples(path: Path) -> None:
@@ -114,15 +114,21 @@ def start(world_size: int, words: list[str], samples: Path, victim: int, fate: F
 
 
 def end(ranks: list[BaseProcess], seconds: float) -> list[int | None]:
-    """Wait until all have ended; exit codes. One that does not end in time is killed and has None."""
-    codes: list[int | None] = []
+    """Wait until all have ended; exit codes. As an agent would, kill those that outlive a killed one by `GRACE`.
+
+    A rank that has not ended after ``seconds`` though none was killed has None.
+    """
+    deadline, grace = time.monotonic() + seconds, 0.0
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        if not grace and any(process.exitcode == -signal.SIGKILL for process in ranks):
+            grace = time.monotonic() + GRACE
+            deadline = min(deadline, grace)
+        time.sleep(0.02)
+    codes = [process.exitcode for process in ranks]
     for process in ranks:
-        process.join(seconds)
-        codes.append(process.exitcode)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return codes
+        process.kill()
+        process.join()
+    return [-signal.SIGKILL if code is None and grace else code for code in codes]
 
 
 def samples_of_steps(samples: Path, world_size: int) -> dict[int, list[int]]:

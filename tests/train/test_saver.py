@@ -245,6 +245,19 @@ def test_room_made_in_time_is_used(
     assert capfd.readouterr().out.count("NOT SAVED") == 2
 
 
+def test_what_cannot_be_removed_is_said_and_no_more(
+    narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(folder: Path, keep: Keep) -> None:
+        raise PermissionError(13, "Permission denied", "step-00000001")
+
+    monkeypatch.setattr(writing, "prune", refuse)
+    assert train_here([*narrow, "train.steps=2", "checkpoint.every=1"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("is saved, but older ones could not be removed: rank 0: Permission denied") == 2
+    assert "NOT SAVED" not in printed and steps_there(tmp_path / "run") == [1, 2]
+
+
 def test_a_fault_in_the_thread_is_not_swallowed(
     narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
