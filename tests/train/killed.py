@@ -14,7 +14,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import megatron.core.datasets.indexed_dataset  # noqa: F401  (for the fork server)
 import torch.distributed.checkpoint as dcp
 
 from parallel.crumbs import TRAIL
@@ -95,10 +94,12 @@ def rank_main(rank: int, world_size: int, port: int, words: list[str], samples: 
     sys.exit(run.main(compose(words)))
 
 
-def start(world_size: int, words: list[str], samples: Path, victim: int, fate: Fate | None) -> list[BaseProcess]:
+def start(
+    world_size: int, words: list[str], samples: Path, victim: int = 0, fate: Fate | None = None
+) -> list[BaseProcess]:
     """Start all ranks of a run."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.killed"])
+    context.set_forkserver_preload([__name__, "megatron.core.datasets.indexed_dataset"])
     port = free_port()
     ranks = [
         context.Process(
