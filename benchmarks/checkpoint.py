@@ -29,7 +29,8 @@ from train.config import Config, compose
 from train.folder import as_mapping
 from train.run import build_state
 from train.saver import Saver
-from train.spread import box_values, saved
+from train.spread import Take, box_values, saved
+from train.stage import Stage
 from train.state import TrainState
 from train.writing import Side, Snapshot, write
 
@@ -121,17 +122,20 @@ class Bench:
         memory = memoryview(mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         torch.frombuffer(memory, dtype=torch.uint8).fill_(3)
         plain, ours = [], []
-        path = self.folder
+        path, stage = self.folder, Stage(self.topology.device)
         for _ in range(rounds):
             target = self.folder / "plain"
             plain.append(seconds_of(lambda target=target: plain_write(target, memory)))
             target.unlink()
             self.state.counters.step += 1
-            snapshot = Snapshot.of(self.state, as_mapping(self.config), self.topology)
+            snapshot = stage.copy(self._snapshot)
             start = time.perf_counter()
             path = write(snapshot, self.folder, self.topology, Keep(newest=1), Side())
             ours.append(time.perf_counter() - start)
         return plain, ours, path
+
+    def _snapshot(self, take: Take) -> Snapshot:
+        return Snapshot.of(self.state, as_mapping(self.config), self.topology, take=take)
 
     def loads(self, rounds: int, path: Path) -> tuple[list[float], list[float], list[float]]:
         """Seconds of a plain read of the largest file, of loading, and of verifying, each from the disk."""
