@@ -17,6 +17,15 @@ class ConfigError(LongCatError):
     exit_code = BAD_INPUT
 
 
+class SaveError(LongCatError):
+    """A checkpoint could not be written; those before it are untouched. Ends a run with 1 if it was to be the last."""
+
+    def __init__(self, message: str, is_saved: bool = False) -> None:
+        """With ``is_saved`` the checkpoint itself is on disk, and only what was to be done beside it failed."""
+        super().__init__(message)
+        self.is_saved = is_saved
+
+
 class StopRequested(LongCatError):
     """A signal asked for the end and the state has been saved; exit code 3."""
 

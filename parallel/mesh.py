@@ -235,6 +235,17 @@ def _group_of_its_own(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
     )
 
 
+BESIDE = "beside training"  # the description of a group whose exchanges no step waits for
+
+
+def group_beside_training(timeout_seconds: float) -> dist.ProcessGroup:
+    """A gloo group of all ranks for a thread beside training, which may wait ``timeout_seconds``. A collective.
+
+    Collectives of two threads on one group would meet in another order on each rank.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc=BESIDE)
+
+
 def world_from_environment() -> tuple[int, int, int]:
     """(rank, local rank, world size) as torchrun and the elastic agent set them; one process without them."""
     return (

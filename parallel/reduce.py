@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -64,11 +63,3 @@ def sum_together(numbers: Tensor, *parts: Tensor) -> list[Tensor]:
     for place in summed[0].view(world_size, -1):
         total += place
     return [total, *(one.view(part.shape) for one, part in zip(summed[1:], parts, strict=True))]
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every value of every rank's tensors is finite; a collective."""
-    bad = sum(
-        int(not torch.isfinite(torch.linalg.vector_norm(tensor, float("inf")))) for tensor in tensors if tensor.numel()
-    )
-    return int(sum_over_ranks(torch.tensor(bad))) == 0

@@ -32,6 +32,7 @@ from parallel.blame import GONE, LATE, NOBODY, SILENT, WAITS, Blame, Sign, sente
 from parallel.board import Board, has_ended, this_machine
 from parallel.crumbs import TRAIL, begin_step, crumb, phase
 from parallel.flights import dump_flights, flight_file, record_flights
+from parallel.mesh import BESIDE
 from parallel.waits import spell
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "explain",
     "leave",
     "limit",
+    "longest",
     "patience",
     "phase",
     "record_flights",
@@ -353,14 +355,20 @@ def limit(timeout_seconds: float) -> None:
 
 def _limit_groups(seconds: float) -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        if group.group_desc != BESIDE:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def longest(timeout_seconds: float) -> float:
+    """How long a group beside training may wait for a rank that writes a checkpoint."""
+    return timeout_seconds * PATIENCE * SECOND_NET
 
 
 @contextlib.contextmanager
 def patience() -> Iterator[None]:
     """Exchanges that begin in it wait for ranks in slow phases: the process groups do not give up before the watch."""
     if _present is not None:
-        _limit_groups(_present.pace.timeout * PATIENCE * SECOND_NET)
+        _limit_groups(longest(_present.pace.timeout))
     try:
         yield
     finally:

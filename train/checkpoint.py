@@ -1,8 +1,8 @@
-"""Checkpoints: written beside, committed by renaming, believed only when their hashes hold.
+"""Checkpoints in their folder: believed only when their hashes hold, found, read, kept or removed.
 
 A checkpoint is a folder `step-00000100` with torch.distributed.checkpoint's shards, `state.json` (counters,
 configuration) and `manifest.json` (the hash of every file). Until all of it is on disk the folder has another
-name.
+name; train/writing.py writes it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from longcat.errors import ConfigError, UnhealthyError
+from longcat.errors import ConfigError
 from parallel.crumbs import crumb, phase
 from parallel.mesh import Topology
-from parallel.reduce import all_finite, from_first_rank
+from parallel.reduce import from_first_rank
 from train.identity import differences
-from train.spread import finish_load, loaded, saved
+from train.spread import finish_load, loaded
 from train.state import TrainState
 
 NAME = re.compile(r"step-(\d{8})$")
@@ -41,82 +40,43 @@ class Verdict:
     problem: str | None  # None = whole
 
 
-def save(state: TrainState, folder: Path, configuration: dict[str, Any], topology: Topology, keep: int) -> Path:
-    """Write and commit `<folder>/step-…`, then remove all but the newest ``keep``. A collective of all ranks.
+@dataclass(frozen=True)
+class Keep:
+    """Which committed checkpoints stay when another one has been committed."""
 
-    Raises:
-        UnhealthyError: a weight or a moment is not finite; nothing is written.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    if not all_finite(held.values for held in state.store.held()):
-        raise UnhealthyError(
-            f"step {state.counters.step}: a weight or a moment is not finite, so the state is not saved; "
-            f"{last_good(folder, topology)}; lower optim.lr or look at the data"
-        )
-    target = folder / f"step-{state.counters.step:08d}"
-    partial = folder / f"{target.name}{PARTIAL}"
-    if topology.is_first:
-        with phase("making the checkpoint's folder", slow=True):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    with crumb("the checkpoint's folder"):
-        dist.barrier()
-    with phase("gathering what the checkpoint holds", slow=True):
-        tensors = saved(state)
-    with crumb("plan of the checkpoint, or its end on all ranks"):
-        dcp.save(tensors, storage_writer=shard_writer(partial))
-    with phase("hashing the checkpoint", slow=True):
-        own = {path.name: file_hash(path) for path in partial.glob(f"__{topology.rank}_*.distcp")}
-    gathered: list[dict[str, str] | None] = [None] * topology.world_size
-    with crumb("hashes of the checkpoint"):
-        dist.all_gather_object(gathered, own)
-    if topology.is_first:
-        text = {"counters": asdict(state.counters), "configuration": configuration}
-        files = {name: value for part in gathered if part for name, value in part.items()}
-        with phase("committing the checkpoint", slow=True):
-            commit(partial, target, json.dumps(text), files)
-            prune(folder, keep)
-    with crumb("the checkpoint's commit"):
-        dist.barrier()
-    return target
+    newest: int = 0  # 0 = all
+    every: int = 0  # those of every so many steps stay for good; 0 = none does
+    best: int = 0  # so many with the lowest validation loss
 
 
-def shard_writer(folder: Path) -> Any:
-    """Torch's writer of shards; while it writes this rank works, and may take long."""
-    from torch.distributed.checkpoint import FileSystemWriter
-
-    class Writer(FileSystemWriter):
-        def write_data(self, *args: Any, **keywords: Any) -> Any:
-            with phase("writing the checkpoint", slow=True):
-                return super().write_data(*args, **keywords)
-
-        def finish(self, *args: Any, **keywords: Any) -> None:
-            with phase("writing the checkpoint's index", slow=True):
-                super().finish(*args, **keywords)
-
-    return Writer(folder)
-
-
-def commit(partial: Path, target: Path, text: str, files: dict[str, str]) -> None:
-    """Write the state and the manifest of ``files`` (name → hash) beside the shards, and give the folder its name."""
-    write_synced(partial / STATE, text)
-    for name in (STATE, ".metadata"):
-        files[name] = file_hash(partial / name)
-    write_synced(partial / MANIFEST, json.dumps({"files": files}, indent=1))
-    sync_folder(partial)
-    set_aside(target, "replaced")
-    os.rename(partial, target)
-    sync_folder(target.parent)
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` committed checkpoints (0 = keep all)."""
+def prune(folder: Path, keep: Keep) -> None:
+    """Remove all committed checkpoints but those that ``keep`` names."""
     committed = list_checkpoints(folder)
-    for path in committed[: max(0, len(committed) - keep)] if keep else []:
-        doomed = path.with_name(f"{path.name}{REMOVED}")  # half of a removed one must not look committed
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+    stay = set(committed[-keep.newest :])
+    if keep.every:
+        stay |= {path for path in committed if step_of(path) % keep.every == 0}
+    if keep.best:
+        judged = [(loss, -step_of(path), path) for path in committed if (loss := validation_loss(path)) is not None]
+        stay |= {path for _, _, path in sorted(judged)[: keep.best]}
+    for path in committed:
+        if path not in stay:
+            doomed = path.with_name(f"{path.name}{REMOVED}")  # half of a removed one must not look committed
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def validation_loss(path: Path) -> float | None:
+    """The validation loss of a checkpoint's step, if that step was one with validation."""
+    try:
+        found = json.loads((path / STATE).read_text()).get("val_loss")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return float(found) if isinstance(found, int | float) else None
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 where it has another one."""
+    return int(match[1]) if (match := NAME.search(path.name)) else -1
 
 
 def set_aside(path: Path, why: str) -> Path | None:
@@ -154,28 +114,32 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def verify(path: Path) -> Verdict:
     """Check every file of a checkpoint against its manifest."""
-    step = int(match[1]) if (match := NAME.search(path.name)) else -1
+    step = step_of(path)
     try:
         files = dict(json.loads((path / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return Verdict(path, step, f"no readable {MANIFEST}")
-    for name, expected in files.items():
-        if not (path / name).is_file():
-            return Verdict(path, step, f"{name} is missing")
-        if file_hash(path / name) != expected:
-            return Verdict(path, step, f"{name} does not have the hash of the manifest")
-    return Verdict(path, step, None)
+    missing = [name for name in files if not (path / name).is_file()]
+    if missing:
+        return Verdict(path, step, f"{missing[0]} is missing")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
+        hashes = pool.map(lambda name: file_hash(path / name), files)
+        wrong = [name for name, found in zip(files, hashes, strict=True) if found != files[name]]
+    return Verdict(path, step, f"{wrong[0]} does not have the hash of the manifest" if wrong else None)
 
 
 def last_good(folder: Path, topology: Topology) -> str:
     """The newest whole checkpoint in words; looked up by the first rank, as any of them may be the one that speaks."""
-    words = "there is no checkpoint yet"
     with phase("looking for a whole checkpoint", slow=True):
-        for path in reversed(list_checkpoints(folder) if topology.is_first else []):
-            if verify(path).problem is None:
-                words = f"the last good checkpoint is {path}"
-                break
+        words = describe_last_good(folder) if topology.is_first else ""
     return str(from_first_rank(words))
+
+
+def describe_last_good(folder: Path) -> str:
+    for path in reversed(list_checkpoints(folder)):
+        if verify(path).problem is None:
+            return f"the last good checkpoint is {path}"
+    return "there is no checkpoint yet"
 
 
 def find(folder: Path, resume: str) -> tuple[Path | None, list[Verdict]]:
@@ -261,19 +225,3 @@ def is_inside(path: Path, folder: Path) -> bool:
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename in ``path`` last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -76,11 +76,15 @@ class CheckpointConfig:
     """When state is saved, how many are kept, and where a run starts from."""
 
     every: int = 200  # steps; 0 = only at the end and when stopped
+    every_minutes: float = 0.0  # beside `every`, by the clock; 0 = never
     keep: int = 2  # newest checkpoints that stay; 0 = all
+    keep_every: int = 0  # those of every so many steps stay for good; 0 = none
+    keep_best: int = 0  # so many of the lowest validation loss stay; 0 = none
+    asynchronous: bool = True  # training waits for a copy in memory only, and goes on while it is written
     resume: str = "auto"  # auto = the newest whole one of this run, if any | never | a folder where a new run starts
 
     def validate(self) -> None:
-        for name in ("every", "keep"):
+        for name in ("every", "every_minutes", "keep", "keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must not be negative")
         if not self.resume:

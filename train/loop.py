@@ -6,19 +6,18 @@ import time
 from typing import Any
 
 from longcat.errors import StopRequested, UnhealthyError
-from parallel import watch
 from parallel.crumbs import blocked_seconds, phase
 from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
 from parallel.reduce import mean_over_ranks
 from train import checkpoint
 from train.config import Config
-from train.folder import as_mapping
 from train.metrics import MetricsWriter
 from train.profiling.profiler import Profiler
+from train.saver import Saver
 from train.state import TrainState
 from train.state_hash import state_hash
-from train.step import Stepper, StepResult
+from train.step import Stepper, StepResult, Wishes
 from train.stop import StopWish
 from train.terminal import Terminal
 from train.validation import Validator
@@ -47,6 +46,7 @@ class Loop:
         self.config, self.topology, self.peak_flops = config, topology, peak_flops
         self.writer, self.terminal = writer, terminal  # on the first rank only
         self.wish = wish
+        self.saver = Saver(state, config, topology, terminal)
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
 
     def run(self) -> None:
@@ -54,13 +54,14 @@ class Loop:
 
         Raises:
             StopRequested: a signal or the time limit asked for it; the state is saved.
+            SaveError: it could not be saved at the end.
             UnhealthyError: the loss or a gradient is not finite; nothing was updated, the last checkpoint is named.
         """
         counters, config = self.state.counters, self.config
         while counters.step < config.train.steps:
             with self.profiler.step(counters.step + 1):
                 start = time.perf_counter()
-                result = self.stepper.step(bool(self.wish))
+                result = self.stepper.step(Wishes(bool(self.wish), self.saver.is_overdue(), self.saver.has_ended()))
                 seconds, blocked = time.perf_counter() - start, blocked_seconds()
             if not result.healthy:
                 raise UnhealthyError(self._describe_bad_step(result))
@@ -71,20 +72,18 @@ class Loop:
             if due(config.logging.hash_every, counters.step):
                 result.metrics["state_hash"] = state_hash(self.state, self.topology)
             self._report(result, last)
-            if last or result.stop or due(config.checkpoint.every, counters.step):
-                self.save()
-            if result.stop and not last:
+            if result.wishes.settle:
+                self.saver.settle()
+            final = last or result.wishes.stop
+            if final or result.wishes.save or due(config.checkpoint.every, counters.step):
+                self.saver.save(result.metrics.get("val_loss"))
+            if final:
+                self.saver.settle(final=True)
+            if result.wishes.stop and not last:
                 raise StopRequested(
                     f"stopped on {self.wish.reason or 'request'} after step {counters.step}; state saved, "
                     f"the same command{self._with_auto()} goes on from there"
                 )
-
-    def save(self) -> None:
-        """Commit a checkpoint of the present step; a collective."""
-        folder = self.config.run.folder / "checkpoints"
-        mapping = as_mapping(self.config)
-        with watch.patience(), phase("saving"):
-            checkpoint.save(self.state, folder, mapping, self.topology, self.config.checkpoint.keep)
 
     def _finish_metrics(self, result: StepResult, seconds: float, blocked: float) -> None:
         """Add what needs a clock, the device or the weights. ``blocked`` of the ``seconds`` this rank stood still."""
@@ -131,6 +130,7 @@ class Loop:
         return "" if self.config.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
 
     def _describe_bad_step(self, result: StepResult) -> str:
+        self.saver.settle()  # it may be the last good one that is being written
         good = checkpoint.last_good(self.config.run.folder / "checkpoints", self.topology)
         return (
             f"step {self.state.counters.step}: loss {result.metrics['loss']}, gradient norm "

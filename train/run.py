@@ -179,6 +179,7 @@ def train(config: Config, wish: StopWish) -> None:
         loop.run()
         finish(state, train_samples, validator, config, topology, terminal)
     finally:
+        loop.saver.close()
         state.engine.close()
         if writer is not None:
             terminal.note(f"trained for {time.perf_counter() - started:.0f} s")

@@ -5,7 +5,7 @@ Every sharding engine's state has this form, so a checkpoint of one loads into a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from longcat.names import Box
-from parallel.store import Held, Store
+from parallel.store import Held
 from train.state import TrainState
 
 
@@ -67,21 +67,42 @@ def spread(held: Iterable[Held]) -> dict[str, Tensor]:
     }
 
 
-def saved(state: TrainState) -> dict[str, Tensor]:
-    """Everything of a state, as a checkpoint stores it."""
-    steps = {f"optimizer_step/{name}": step for name, step in state.store.steps()}
-    return spread(kept(state.store)) | steps | dict(state.replicated())
+Take = Callable[[Tensor], Tensor]  # a tensor → what is to be written in its place: itself or a copy
 
 
-def kept(store: Store, write: bool = False) -> Iterator[Held]:
-    """What `held` gives, in memory for as long as one likes."""
-    for one in store.held(write):
-        yield Held(one.kind, one.name, one.shape, one.box, one.values.clone()) if store.transient else one
+def saved(state: TrainState, take: Take | None = None) -> dict[str, Tensor]:
+    """Everything of a state, as a checkpoint stores it, each tensor as ``take`` gives it."""
+    if take is None:
+        take = clone if state.store.transient else itself
+    steps = {f"optimizer_step/{name}": take(step) for name, step in state.store.steps()}
+    replicated = {name: take(tensor) for name, tensor in state.replicated()}
+    return spread(kept(state.store.held(), take)) | steps | replicated
+
+
+def itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def clone(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+def kept(held: Iterable[Held], take: Take) -> Iterator[Held]:
+    """The same boxes with other values."""
+    for one in held:
+        yield Held(one.kind, one.name, one.shape, one.box, take(one.values))
+
+
+def box_values(tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+    """What this rank holds of the spread ones among ``tensors``."""
+    for tensor in tensors.values():
+        if isinstance(tensor, SpreadTensor):
+            yield from (values for _, values in tensor.boxes.values())
 
 
 def loaded(state: TrainState) -> tuple[dict[str, Tensor], list[Held]]:
     """Tensors for a checkpoint to be loaded into, and the boxes among them; `finish_load` puts all in place."""
-    boxes = list(kept(state.store, write=True))
+    boxes = list(kept(state.store.held(write=True), clone if state.store.transient else itself))
     steps = {f"optimizer_step/{name}": step for name, step in state.store.steps(write=True)}
     return spread(boxes) | steps | dict(state.replicated()), boxes
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,18 @@ class Tally:
     balance_slope: Tensor  # [L, N + Z]
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What a rank wants to be done after a step; a step's exchange carries it, so that all ranks do the same."""
+
+    stop: bool = False  # to save and stop
+    save: bool = False  # to save, because the time has come
+    settle: bool = False  # to look how the checkpoint ended that was written beside training
+
+
+NONE = Wishes()
+
+
 @dataclass
 class StepResult:
     """Global figures of one step; the same on every rank."""
@@ -40,7 +52,7 @@ class StepResult:
     metrics: dict[str, Any]  # keys of metrics.jsonl, and `flops` of the step
     counts: Tensor  # [L, N+Z] int64, selections of the global batch
     healthy: bool  # False: nothing was updated
-    stop: bool  # some rank was asked to stop
+    wishes: Wishes  # those of any rank
 
 
 class Stepper:
@@ -49,7 +61,7 @@ class Stepper:
     def __init__(self, state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> None:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
 
-    def step(self, stop_requested: bool) -> StepResult:
+    def step(self, wishes: Wishes = NONE) -> StepResult:
         """Train on the next global batch. With a loss or gradient that is not finite, nothing is updated."""
         counters, config = self.state.counters, self.config
         begin_step(counters.step + 1)
@@ -61,10 +73,11 @@ class Stepper:
 
         with phase("norm and numbers"):
             square = self.state.store.gradient_square().reshape(1)
-            own = torch.cat((square, tally.sums, torch.tensor([float(stop_requested)])))
+            wished = torch.tensor([float(wish) for wish in astuple(wishes)], dtype=torch.float64)
+            own = torch.cat((square, tally.sums, wished))
             numbers, slopes, directions = sum_together(own, self._slopes(tally), self._directions())
             counts = sum_over_ranks(tally.counts)
-        square_of_all, *sums, stop_wishes = numbers.tolist()
+        square_of_all, *sums = numbers[: -wished.numel()].tolist()
         norm = math.sqrt(square_of_all)
         healthy = all(map(math.isfinite, (norm, *sums)))
         factor = rate_factor(config.schedule, counters.step + 1)
@@ -76,7 +89,9 @@ class Stepper:
         counters.tokens += divisors.tokens
         metrics = self._metrics(sums, divisors, norm, factor, counts, slopes, use_mtp)
         metrics["router_similarity"] = router_similarity(directions, config.model.num_routed)
-        return StepResult(metrics, counts, healthy, stop=stop_wishes > 0)
+        return StepResult(
+            metrics, counts, healthy, Wishes(*(count > 0 for count in numbers[-wished.numel() :].tolist()))
+        )
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> Tally:
         weights = self.config.loss, self.config.balance.group_loss_weight
@@ -147,6 +162,7 @@ class Stepper:
         task, balance = torch.linalg.vector_norm(slopes, dim=-1)
         return {
             "step": counters.step,
+            "first_sample": counters.samples - config.train.global_batch_size,
             "tokens": counters.tokens,
             "loss": sums[0] / max(divisors.valid_tokens, 1),
             "loss_mtp": sums[1] / max(divisors.mtp_tokens, 1) if use_mtp else None,

@@ -78,7 +78,7 @@ def train_three_steps(overrides: list[str]) -> dict[str, Any]:
         update(*arguments)
 
     stepper._update = keep_gradients  # type: ignore[method-assign]
-    results = [stepper.step(stop_requested=False) for _ in range(3)]
+    results = [stepper.step() for _ in range(3)]
     torch.distributed.destroy_process_group()
     return {
         "initial": initial,

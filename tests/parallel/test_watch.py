@@ -157,12 +157,18 @@ def test_a_stage_of_a_pipeline_is_named_with_its_layers(
     assert seconds < 4, message
 
 
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_slow_disk_ends_no_run_before_its_patience(
+    asynchronous: str,
     overrides: list[str],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """A disk that takes two time-outs for a shard is waited for; one that takes twenty ends the run after six."""
+    """A disk that takes two time-outs for a shard is waited for; one that takes twenty ends the run after six.
+
+    Beside training too, where the run waits for it at its end.
+    """
     timeout, words = 1.0, [*overrides, "train.global_batch_size=8", "train.steps=3", "parallel.timeout_seconds=120"]
+    words.append(f"checkpoint.asynchronous={asynchronous}")
     with ranks_of_a_run(words, 2, (1, "saves slowly"), timeout, tmp_path / "meeting") as ranks:
         codes = [rank.wait(120) for rank in ranks]
     assert codes == [0, 0], printed(tmp_path / "meeting")

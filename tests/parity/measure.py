@@ -158,7 +158,7 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
     stepper._update = keep_gradients  # type: ignore[method-assign]
     for _ in range(steps):
         log.begin(own_samples(state, reader, config, topology))
-        result = stepper.step(False)
+        result = stepper.step()
         assert result.healthy
         out.losses.append({key: value for key, value in result.metrics.items() if isinstance(value, float)})
         out.selections.append(log.total)

@@ -207,5 +207,5 @@ def trained_state(overrides: list[str], steps: int) -> tuple[TrainState, Topolog
     samples: Any = RandomSamples(config.train.sequence_length)
     stepper = Stepper(state, BatchReader(samples, config, topology), config, topology)
     for _ in range(steps):
-        assert stepper.step(stop_requested=False).healthy
+        assert stepper.step().healthy
     return state, topology, config

@@ -16,13 +16,14 @@ from longcat.errors import ConfigError, UnhealthyError
 from parallel.mesh import Topology, connect
 from tests.distributed import run_ranks
 from tests.train.running import TINY, contents, free_ports, trained_state
-from train import checkpoint
-from train.checkpoint import find, last_good, list_checkpoints, load, save, tidy, verify
+from train import writing
+from train.checkpoint import Keep, find, last_good, list_checkpoints, load, tidy, verify
 from train.config import Config, compose
 from train.folder import as_mapping, lock
 from train.run import build_state
 from train.state import TrainState
 from train.state_hash import state_hash
+from train.writing import save
 
 
 class Saver:
@@ -33,7 +34,7 @@ class Saver:
 
     def save(self, step: int, keep: int = 0) -> Path:
         self.state.counters.step = step
-        return save(self.state, self.folder, as_mapping(self.config), self.topology, keep)
+        return save(self.state, self.folder, as_mapping(self.config), self.topology, Keep(keep))
 
     def load(self, path: Path) -> str:
         """Load into the state; its hash."""
@@ -86,10 +87,10 @@ def cut_at(patch: pytest.MonkeyPatch, holder: object, name: str, when: Callable[
 
 POINTS: dict[str, tuple[object, str, Callable[..., bool]]] = {
     "before-the-shards": (dcp, "save", lambda *_: True),
-    "after-the-shards": (checkpoint, "file_hash", lambda *_: True),
-    "before-the-state": (checkpoint, "write_synced", lambda path, _: path.name == "state.json"),
-    "before-the-manifest": (checkpoint, "write_synced", lambda path, _: path.name == "manifest.json"),
-    "before-the-folder-is-synced": (checkpoint, "sync_folder", lambda path: path.suffix == ".partial"),
+    "after-the-shards": (writing, "file_hash", lambda *_: True),
+    "before-the-state": (writing, "write_synced", lambda path, _: path.name == "state.json"),
+    "before-the-manifest": (writing, "write_synced", lambda path, _: path.name == "manifest.json"),
+    "before-the-folder-is-synced": (writing, "sync_folder", lambda path: path.suffix == ".partial"),
     "before-the-commit": (os, "rename", lambda old, _: str(old).endswith("step-00000002.partial")),
 }
 
@@ -252,7 +253,7 @@ def exchange(theirs: str, ours: str, ports: list[int]) -> tuple[str, str, str]:
 
     os.environ["MASTER_PORT"] = str(ports[1])
     state, topology, config = trained_state([*TINY, "train.seed=7"], steps=2)
-    save(state, Path(ours), as_mapping(config), topology, keep=0)
+    save(state, Path(ours), as_mapping(config), topology)
     trained = state_hash(state, topology)
     words = last_good(Path(ours), topology)
     dist.destroy_process_group()

@@ -25,7 +25,7 @@ from tests.train.running import (
 from train.checkpoint import list_checkpoints, verify
 
 METRICS = {
-    "step", "tokens", "loss", "loss_mtp", "loss_balance", "loss_z", "grad_norm", "lr", "step_seconds",
+    "step", "first_sample", "tokens", "loss", "loss_mtp", "loss_balance", "loss_z", "grad_norm", "lr", "step_seconds",
     "tokens_per_second", "mfu", "ffn_experts_per_token", "expert_load_max_over_mean", "bias_range",
     "router_similarity", "router_grad_ratio", "hidden_norm", "exposed_comm_share", "memory_gib", "state_hash",
 }  # fmt: skip

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from parallel.mesh import connect
 from tests.distributed import run_ranks
 from tests.train.running import TINY, free_ports, trained_state
-from train.checkpoint import load, save
+from train.checkpoint import load
 from train.config import compose
 from train.folder import as_mapping
 from train.run import build_state
 from train.state import TrainState
 from train.state_hash import COLUMNS, hash_range, state_hash
+from train.writing import save
 
 WORD = 1 << 64
-
 
 # ------------------------------------------------------------------------------------- a reference in plain integers
 
@@ -207,7 +207,7 @@ def hashes_in_layouts(folder: str, layouts: list[list[str]], ports: list[int]) -
 def test_does_not_depend_on_the_layout(trained: tuple[TrainState, Any], tmp_path: Path) -> None:
     """One process, two shards, two replicas: 3 experts and odd sizes, so shards are uneven and cut experts apart."""
     state, topology = trained
-    folder = save(state, tmp_path, as_mapping(compose(TINY)), topology, keep=0)
+    folder = save(state, tmp_path, as_mapping(compose(TINY)), topology)
     expected = state_hash(state, topology)
     layouts = [["parallel.fsdp=2"], ["parallel.dp=2", "parallel.fsdp=1"]]
     assert run_ranks(hashes_in_layouts, 2, str(folder), layouts, free_ports(2)) == [[expected] * 2] * 2

@@ -63,7 +63,7 @@ def test_router_grad_ratio_is_the_ratio_of_the_gradients_by_the_mean_probability
     """δ added to every token's R, separately where it weighs and where it balances: ∇_δ is ∇_P."""
     config = compose(OVERRIDES)
     stepper, reader, _ = build(config)
-    ratio = stepper.step(stop_requested=False).metrics["router_grad_ratio"]
+    ratio = stepper.step().metrics["router_grad_ratio"]
 
     model = LongCat(config.model, 2)
     initialise(model, config.model, config.train.seed)
@@ -97,7 +97,7 @@ def test_mtp_switches_on_at_its_token_count() -> None:
     seen = []
     weights = [dict(state.store.parameters)[name].full_tensor().clone()]
     for _ in range(3):
-        seen.append(stepper.step(stop_requested=False).metrics["loss_mtp"])
+        seen.append(stepper.step().metrics["loss_mtp"])
         weights.append(dict(state.store.parameters)[name].full_tensor().clone())
     assert seen[:2] == [None, None]
     assert seen[2] == pytest.approx(np.log(61), rel=0.1)
@@ -113,7 +113,7 @@ def test_router_similarity_is_the_mean_pairwise_cosine() -> None:
         rows = router.classifier.weight.full_tensor().detach()
         cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
         expected.append(float(cosines[~torch.eye(len(rows), dtype=torch.bool)].mean()))
-    found = stepper.step(stop_requested=False).metrics["router_similarity"]  # of the weights that the step used
+    found = stepper.step().metrics["router_similarity"]  # of the weights that the step used
     assert found == pytest.approx(max(expected), abs=1e-6)
 
 
@@ -124,7 +124,7 @@ def test_accumulation_and_micro_batch_size_do_not_change_the_gradient() -> None:
     for size in (4, 1):
         words = [*OVERRIDES, f"train.micro_batch_size={size}", "balance.group_loss_weight=0"]
         stepper, _, _ = build(compose(words))
-        norms.append(stepper.step(stop_requested=False).metrics["grad_norm"])
+        norms.append(stepper.step().metrics["grad_norm"])
         if size == 4:
             dist.destroy_process_group()
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)

@@ -1,0 +1,145 @@
+"""Ranks of a run for tests that kill them: each logs the samples that it reads, and can be its own murderer.
+
+They come from a fork server that has imported everything, so a start takes tenths of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+
+from parallel.crumbs import TRAIL
+from tests.distributed import become, free_port
+from train import checkpoint, run, writing
+from train.batches import BatchReader
+from train.config import compose
+from train.data.samples import TokenSamples
+from train.stage import Stage
+
+# phase → where a process dies in it: the holder and the name of a function that the phase calls again and again
+GRACE = 5.0  # seconds
+Fate = tuple[str, int]  # a phase and the call in which a rank dies
+PHASES: dict[str, tuple[Any, str]] = {
+    "staging": (Stage, "_keep"),
+    "planning": (writing.Side, "all"),
+    "writing": (writing.HashedFile, "write"),
+    "committing": (writing, "write_synced"),
+    "renaming": (os, "rename"),
+    "pruning": (os, "unlink"),
+    "loading": (dcp.DefaultLoadPlanner, "resolve_tensor"),
+    "verifying": (checkpoint, "file_hash"),
+}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in(phase: str, call: int) -> None:
+    """Let this process die at the phase's ``call``-th call: before it where that is even, else after it."""
+    holder, name = PHASES[phase]
+    real = getattr(holder, name)
+    calls = 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and call % 2 == 0:
+            die()
+        result = real(*arguments, **named)
+        if calls == call:
+            die()
+        return result
+
+    setattr(holder, name, counted)
+
+
+def log_samples(path: Path) -> None:
+    """Append `step sample sample …` to ``path`` for every step's reading of this rank."""
+    read: list[int] = []
+    get, micro_batches = TokenSamples.__getitem__, BatchReader.read
+
+    def remember(self: TokenSamples, index: int) -> Any:
+        read.append(int(index))
+        return get(self, index)
+
+    def read_and_log(self: BatchReader, first_sample: int) -> Any:
+        read.clear()
+        found = list(micro_batches(self, first_sample))
+        with path.open("a") as file:
+            file.write(" ".join(map(str, [TRAIL.step, *read])) + "\n")
+        return iter(found)
+
+    TokenSamples.__getitem__ = remember  # type: ignore[method-assign]
+    BatchReader.read = read_and_log  # type: ignore[method-assign]
+
+
+def rank_main(rank: int, world_size: int, port: int, words: list[str], samples: str, fate: Fate | None) -> None:
+    """One rank; the one with a ``fate`` dies by it."""
+    become(rank, world_size, port)
+    with open(f"{samples}.{rank}.log", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    log_samples(Path(f"{samples}.{rank}"))
+    if fate is not None:
+        die_in(*fate)
+    sys.exit(run.main(compose(words)))
+
+
+def start(
+    world_size: int, words: list[str], samples: Path, victim: int = 0, fate: Fate | None = None
+) -> list[BaseProcess]:
+    """Start all ranks of a run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "megatron.core.datasets.indexed_dataset"])
+    port = free_port()
+    ranks = [
+        context.Process(
+            target=rank_main,
+            args=(rank, world_size, port, words, str(samples), fate if rank == victim else None),
+            daemon=True,
+        )
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def end(ranks: list[BaseProcess], seconds: float) -> list[int | None]:
+    """Wait until all have ended; exit codes. As an agent would, kill those that outlive a killed one by `GRACE`.
+
+    A rank that has not ended after ``seconds`` though none was killed has None.
+    """
+    deadline, grace = time.monotonic() + seconds, 0.0
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        if not grace and any(process.exitcode == -signal.SIGKILL for process in ranks):
+            grace = time.monotonic() + GRACE
+            deadline = min(deadline, grace)
+        time.sleep(0.02)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    return [-signal.SIGKILL if code is None and grace else code for code in codes]
+
+
+def samples_of_steps(samples: Path, world_size: int) -> dict[int, list[int]]:
+    """step → the sorted samples that all ranks read when they made it for the last time."""
+    last: dict[int, list[int]] = {}
+    for rank in range(world_size):
+        own: dict[int, list[int]] = {}
+        for line in Path(f"{samples}.{rank}").read_text().splitlines():
+            step, *read = map(int, line.split())
+            own[step] = read
+        for step, read in own.items():
+            last[step] = sorted(last.get(step, []) + read)
+    return last
