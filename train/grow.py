@@ -25,7 +25,8 @@ from torch import Tensor
 
 from longcat.errors import ConfigError
 from longcat.growth import Growth, layer_of
-from train.checkpoint import NAME, PARTIAL, STATE, commit, find_named, is_inside
+from train.checkpoint import NAME, PARTIAL, STATE, find_named, is_inside
+from train.writing import commit
 
 BUFFER = 1 << 20  # bytes that are copied at a time
 SPARE = 16 << 20  # bytes that must stay free beside the grown checkpoint: its index, its state

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from longcat.errors import ConfigError
-from train.checkpoint import sync_folder, write_synced
 from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import end_of_document_id, load_tokenizer
 from train.reading import Checkpoint
 from train.released.files import ShardWriter
 from train.released.layout import LAYOUTS, kept_dtype, layout_tensors, outline
 from train.released.settings import texts
+from train.writing import sync_folder, write_synced
 
 GIB = 2**30
 

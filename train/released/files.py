@@ -12,9 +12,9 @@ from torch import Tensor
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.names import Box, pieces
-from train.checkpoint import write_synced
 from train.reading import whole
 from train.released.layout import LAYOUTS, PREDICTION, PREDICTION_EMBEDDING, Outline, identity_names, layout_tensors
+from train.writing import write_synced
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -19,7 +19,7 @@ from longcat.errors import ConfigError
 from longcat.names import Box
 from parallel.store import MOMENTS
 from train.balance import build_controller
-from train.checkpoint import commit, file_hash
+from train.checkpoint import file_hash
 from train.config import Config, compose
 from train.data.corpus import TOKENIZER_NAME
 from train.folder import as_mapping
@@ -30,6 +30,7 @@ from train.released.layout import PREDICTION
 from train.released.settings import from_folder
 from train.spread import SpreadTensor
 from train.state import Counters
+from train.writing import commit
 
 GIB = 2**30
 MAX_THREADS = 8  # that write shards, each to a file of its own
