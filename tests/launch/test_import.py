@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from launch.__main__ import main as longcat
@@ -17,6 +18,8 @@ from tests.launch.conftest import Refused
 from tests.launch.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, weights
 from tests.train.running import contents, lines, train_here, train_two
 from train.reading import Checkpoint, whole
+from train.released import importing
+from train.released.files import SafetensorsFolder
 from train.released.importing import model_words
 
 
@@ -50,13 +53,55 @@ def test_round_trip_is_bitwise(layout: str, dtype: str, checkpoint: Path, tmp_pa
         assert original.keys() == back.keys() and all(torch.equal(original[name], back[name]) for name in original)
 
 
+def test_no_more_than_an_expert_is_read_at_a_time(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the way in and, where the shards are as small, on the way out."""
+    boxes = []
+    for kind in (SafetensorsFolder, Checkpoint):
+        plain = kind.read
+
+        def read(self: Any, name: str, shape: Any, box: Any, plain: Any = plain) -> torch.Tensor:
+            boxes.append((name, box))
+            return plain(self, name, shape, box)
+
+        monkeypatch.setattr(kind, "read", read)
+    monkeypatch.setattr(importing, "FILE_BYTES", 20000)
+    done("import", f"source={export}", f"target={tmp_path / 'in'}")
+    assert len(list((tmp_path / "in").glob("*.distcp"))) > 20
+    words = ["export.dtype=float32", "export.shard_gib=0.0001"]
+    done("export", f"source={tmp_path / 'in'}", f"target={tmp_path / 'out'}", *words)
+    experts = [box for name, box in boxes if ".experts." in name]
+    assert len(experts) == 2 * 2 * 2 * 8 and all(stop - start == 1 for (start, stop), *_ in experts)
+    expected = {name: value for name, value in contents(export).items() if name != "longcat.json"}
+    assert expected.items() <= contents(tmp_path / "out").items()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("number", [0, 20, 40])
+def test_a_failure_while_writing_leaves_nothing(
+    number: int, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whichever thread it comes; torch's writer goes on when one of its threads has failed."""
+    plain, calls = SafetensorsFolder.read, iter(range(1000))
+
+    def read(self: Any, *arguments: Any) -> torch.Tensor:
+        if next(calls) == number + 2:
+            raise OSError("the disk is gone")
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(SafetensorsFolder, "read", read)
+    monkeypatch.setattr(importing, "FILE_BYTES", 20000)
+    with pytest.raises(OSError):
+        longcat(["import", f"source={export}", f"target={tmp_path / 'in'}"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_import_stands_at_step_0_with_a_controller_that_goes_on(checkpoint: Path, imported: Path) -> None:
     source = Checkpoint(imported)
     assert source.counters == {"step": 0, "samples": 0, "tokens": 0}
     assert source.model == Checkpoint(checkpoint).model
     assert source.configuration["train"]["sequence_length"] == 32
-    import torch.distributed.checkpoint as dcp
-
     integral = torch.zeros(2, 8, dtype=torch.float64)
     moment = torch.ones(source.model.vocab_size, 32)
     dcp.load(
