@@ -127,6 +127,25 @@ def test_one_process_and_two_with_experts_spread_start_alike_from_an_import(
     assert one["step"] == two["step"] == 1
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
     assert one["loss"] < math.log(512) + 3
+    exported_is_stored(tmp_path / "two" / "checkpoints" / "step-00000001", tmp_path / "out")
+
+
+def exported_is_stored(checkpoint: Path, target: Path) -> None:
+    """The export of a checkpoint whose experts several ranks have saved has what torch's own loading gives."""
+    done("export", f"source={checkpoint}", f"target={target}", "export.dtype=float32")
+    found = load_file(target / "model-00001-of-00001.safetensors")
+    gate_up, norm = torch.empty(8, 32, 32), torch.empty(32)
+    dcp.load(
+        {"weight/layers.1.mlp.experts.gate_up": gate_up, "weight/norm.weight": norm},
+        storage_reader=dcp.FileSystemReader(checkpoint),
+        no_dist=True,
+    )
+    assert torch.equal(found["model.norm.weight"], norm)
+    for expert in range(8):
+        names = [f"model.layers.1.mlp.experts.{expert}.{matrix}_proj.weight" for matrix in ("gate", "up")]
+        assert torch.equal(torch.cat([found[name] for name in names]), gate_up[expert])
+    boxes = Checkpoint(checkpoint).boxes("layers.1.mlp.experts.gate_up", (8, 32, 32))
+    assert [box[0] for box in boxes] == [(0, 4), (4, 8)], "each rank has saved its experts"
 
 
 def test_what_transformers_saved_is_imported(checkpoint: Path, export: Path, tmp_path: Path) -> None:
