@@ -65,8 +65,8 @@ class Generated:
 class LatentCache:
     """Keeps one attention block's normed latents and rotated shared keys, and attends over them.
 
-    Its `attend` takes the place of the block's own. Keys and values are never expanded: what expands them is moved to
-    the query and to the result, so a position costs R + rotary numbers and a step reads nothing else of it.
+    Its `attend` takes the place of the block's own. Keys and values are not kept: behind the prompt, what expands them
+    is moved to the query and to the result, so a position costs R + rotary numbers and a step reads nothing else of it.
     """
 
     def __init__(self, attention: LatentAttention, capacity: int, like: Tensor) -> None:
@@ -89,6 +89,8 @@ class LatentCache:
         k_rope = rotary(k_rope[:, :, None], angles)[:, :, 0]
         self.rows[before:after] = torch.cat((latent, k_rope), -1)[0]
         self.length = after
+        if before == 0:  # a prompt: expanding its keys and values once takes fewer multiplications
+            return LatentAttention.attend(self.attention, query, latents, angles, documents)
 
         expand = self.attention.kv_b_proj.weight.to(query.dtype).unflatten(0, (-1, nope + config.v_head_dim))
         to_key, to_value = expand.split((nope, config.v_head_dim), 1)  # [H, nope, R], [H, V, R]

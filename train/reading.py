@@ -43,7 +43,10 @@ class Checkpoint:
         stored = json.loads((self.folder / STATE).read_text())
         self.configuration: dict[str, Any] = stored["configuration"]
         self.counters: dict[str, int] = stored["counters"]
-        self.model = ModelConfig(**self.configuration["model"])
+        try:
+            self.model = ModelConfig(**self.configuration["model"])
+        except TypeError as error:
+            raise ConfigError(f"{self.folder} is of another version of this program ({error}); use that one") from error
         self.reader = FileSystemReader(self.folder)
         self.metadata = self.reader.read_metadata()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from launch.__main__ import main as longcat
@@ -17,6 +18,8 @@ from tests.launch.conftest import Refused
 from tests.launch.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, weights
 from tests.train.running import contents, lines, train_here, train_two
 from train.reading import Checkpoint, whole
+from train.released import importing
+from train.released.files import SafetensorsFolder
 from train.released.importing import model_words
 
 
@@ -50,13 +53,55 @@ def test_round_trip_is_bitwise(layout: str, dtype: str, checkpoint: Path, tmp_pa
         assert original.keys() == back.keys() and all(torch.equal(original[name], back[name]) for name in original)
 
 
+def test_no_more_than_an_expert_is_read_at_a_time(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the way in and, where the shards are as small, on the way out."""
+    boxes = []
+    for kind in (SafetensorsFolder, Checkpoint):
+        plain = kind.read
+
+        def read(self: Any, name: str, shape: Any, box: Any, plain: Any = plain) -> torch.Tensor:
+            boxes.append((name, box))
+            return plain(self, name, shape, box)
+
+        monkeypatch.setattr(kind, "read", read)
+    monkeypatch.setattr(importing, "FILE_BYTES", 20000)
+    done("import", f"source={export}", f"target={tmp_path / 'in'}")
+    assert len(list((tmp_path / "in").glob("*.distcp"))) > 20
+    words = ["export.dtype=float32", "export.shard_gib=0.0001"]
+    done("export", f"source={tmp_path / 'in'}", f"target={tmp_path / 'out'}", *words)
+    experts = [box for name, box in boxes if ".experts." in name]
+    assert len(experts) == 2 * 2 * 2 * 8 and all(stop - start == 1 for (start, stop), *_ in experts)
+    expected = {name: value for name, value in contents(export).items() if name != "longcat.json"}
+    assert expected.items() <= contents(tmp_path / "out").items()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("number", [0, 20, 40])
+def test_a_failure_while_writing_leaves_nothing(
+    number: int, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whichever thread it comes; torch's writer goes on when one of its threads has failed."""
+    plain, calls = SafetensorsFolder.read, iter(range(1000))
+
+    def read(self: Any, *arguments: Any) -> torch.Tensor:
+        if next(calls) == number + 2:
+            raise OSError("the disk is gone")
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(SafetensorsFolder, "read", read)
+    monkeypatch.setattr(importing, "FILE_BYTES", 20000)
+    with pytest.raises(OSError):
+        longcat(["import", f"source={export}", f"target={tmp_path / 'in'}"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_import_stands_at_step_0_with_a_controller_that_goes_on(checkpoint: Path, imported: Path) -> None:
     source = Checkpoint(imported)
     assert source.counters == {"step": 0, "samples": 0, "tokens": 0}
     assert source.model == Checkpoint(checkpoint).model
     assert source.configuration["train"]["sequence_length"] == 32
-    import torch.distributed.checkpoint as dcp
-
     integral = torch.zeros(2, 8, dtype=torch.float64)
     moment = torch.ones(source.model.vocab_size, 32)
     dcp.load(
@@ -82,6 +127,25 @@ def test_one_process_and_two_with_experts_spread_start_alike_from_an_import(
     assert one["step"] == two["step"] == 1
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
     assert one["loss"] < math.log(512) + 3
+    exported_is_stored(tmp_path / "two" / "checkpoints" / "step-00000001", tmp_path / "out")
+
+
+def exported_is_stored(checkpoint: Path, target: Path) -> None:
+    """The export of a checkpoint whose experts several ranks have saved has what torch's own loading gives."""
+    done("export", f"source={checkpoint}", f"target={target}", "export.dtype=float32")
+    found = load_file(target / "model-00001-of-00001.safetensors")
+    gate_up, norm = torch.empty(8, 32, 32), torch.empty(32)
+    dcp.load(
+        {"weight/layers.1.mlp.experts.gate_up": gate_up, "weight/norm.weight": norm},
+        storage_reader=dcp.FileSystemReader(checkpoint),
+        no_dist=True,
+    )
+    assert torch.equal(found["model.norm.weight"], norm)
+    for expert in range(8):
+        names = [f"model.layers.1.mlp.experts.{expert}.{matrix}_proj.weight" for matrix in ("gate", "up")]
+        assert torch.equal(torch.cat([found[name] for name in names]), gate_up[expert])
+    boxes = Checkpoint(checkpoint).boxes("layers.1.mlp.experts.gate_up", (8, 32, 32))
+    assert [box[0] for box in boxes] == [(0, 4), (4, 8)], "each rank has saved its experts"
 
 
 def test_what_transformers_saved_is_imported(checkpoint: Path, export: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def close(got: Tensor, expected: Tensor) -> bool:
     return bool((got - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-@pytest.mark.parametrize("cuts", [[1] * 9, [5, 1, 3], [QUERY_BLOCK + 20, 1, 2, QUERY_BLOCK]])
+@pytest.mark.parametrize("cuts", [[1] * 9, [5, 1, 3], [QUERY_BLOCK + 20, 1, 2, QUERY_BLOCK + 5]])
 def test_logits_with_caches_equal_those_of_one_forward(cuts: list[int]) -> None:
     model = decided_model(BASE)
     tokens = ids(BASE, sum(cuts))

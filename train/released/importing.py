@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import queue
 import re
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +37,8 @@ from train.spread import SpreadTensor
 from train.state import Counters
 from train.writing import commit
 
-GIB = 2**30
-MAX_THREADS = 8  # that write shards, each to a file of its own
+FILE_BYTES = 1 << 30  # of a shard of the checkpoint; each thread that writes has as much in memory
+MAX_THREADS = 8
 
 
 @dataclass
@@ -138,14 +143,61 @@ def controller_state(config: Config, biases: Tensor) -> dict[str, Tensor]:
 
 
 def write(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Torch's shards of what has been promised, by a few threads with a file each."""
+    """Torch's shards of what has been promised."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    size = sum(4 * tensor.numel() for tensor in tensors.values())
-    threads = max(1, min(MAX_THREADS, os.cpu_count() or 1, size // GIB))
     with warnings.catch_warnings():  # torch says that there are no other ranks
         warnings.simplefilter("ignore")
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, thread_count=threads), no_dist=True)
+        try:
+            dcp.save(tensors, storage_writer=short_files(folder), no_dist=True)
+        except CheckpointException as error:  # it is no Exception, and wraps what happened for each rank
+            raise next(iter(error.failures.values()))[0] from error
+
+
+def short_files(folder: Path) -> Any:
+    """Torch's writer with many files, written by a few threads: it keeps what it has put into a file until that ends.
+
+    Raises (when it writes):
+        OSError: a thread failed, which torch would not say.
+    """
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    class Writer(FileSystemWriter):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            files: queue.Queue[Any] = queue.Queue()
+            for number, items in enumerate(by_size(plan.items)):
+                name = f"{plan.storage_data.prefix}{number}.distcp"
+                files.put((self.fs.concat_path(self.path, name), name, items))
+            self.thread_count = max(1, min(MAX_THREADS, os.cpu_count() or 1, files.qsize()))
+            before = set(threading.enumerate())
+            try:
+                written = self._write_data(planner, files)
+            finally:  # after a failure the other threads would go on, in a folder that is removed
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        files.get_nowait()
+                for thread in set(threading.enumerate()) - before:
+                    thread.join()
+            if len(written.value()) != len(plan.items):
+                raise OSError(f"{len(plan.items) - len(written.value())} parts of the checkpoint were not written")
+            return written
+
+    return Writer(folder)
+
+
+def by_size(items: list[Any]) -> Iterator[list[Any]]:
+    """Consecutive items of FILE_BYTES together, or a little more."""
+    held: list[Any] = []
+    size = 0
+    for item in items:
+        held.append(item)
+        size += math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+        if size >= FILE_BYTES:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
 
 
 def model_words(model: ModelConfig) -> list[str]:
