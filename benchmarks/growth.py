@@ -141,11 +141,20 @@ def at(steps: Steps, key: str, value: float) -> float:
     return float("nan")
 
 
-def gap(steps: Steps, full: Steps, key: str) -> float:
-    """Validation loss less that of ``full`` at equal ``key``: the mean at ten points of the last tenth of both."""
-    end = min(steps[-1][key], full[-1][key])
+def gap(steps: Steps, full: Steps, key: str) -> float | None:
+    """Validation loss less that of ``full`` at equal ``key``: the mean at ten points of the last tenth of ``full``.
+
+    None where the run has not come that far (two per cent are let off, and left out of both).
+    """
+    end = min(last_validated(steps, key), last_validated(full, key))
+    if end < 0.98 * full[-1][key]:
+        return None
     points = [end * (1 - 0.1 * n / 9) for n in range(10)]
     return sum(at(steps, key, point) - at(full, key, point) for point in points) / len(points)
+
+
+def last_validated(steps: Steps, key: str) -> float:
+    return max((step[key] for step in steps if step.get("val_loss") is not None), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -153,10 +162,11 @@ class Outcome:
     """What a run shows, in nats a token."""
 
     name: str
+    last_step: int  # of `Arm.steps`
     rise: float | None  # of the training loss on the first batch after the growth, over the shallow run's on it
     recovered_after: int | None  # steps until it is no higher than the shallow run's, as a mean over ten steps
-    equal_tokens: float  # see `gap`
-    equal_flops: float
+    equal_tokens: float | None  # see `gap`
+    equal_flops: float | None
 
 
 def outcome(arm: Arm, full: Steps, half: Steps) -> Outcome:
@@ -165,20 +175,15 @@ def outcome(arm: Arm, full: Steps, half: Steps) -> Outcome:
     gaps = [step["loss"] - shallow[step["step"]] for step in arm.own_steps() if arm.moment and step["step"] in shallow]
     recovered = next((n for n in range(len(gaps) - 9) if sum(gaps[n : n + 10]) <= 0), None)
     rise = gaps[0] if gaps else None
-    return Outcome(arm.name, rise, recovered, gap(steps, full, "tokens"), gap(steps, full, "spent"))
+    equal = gap(steps, full, "tokens"), gap(steps, full, "spent")
+    return Outcome(arm.name, steps[-1]["step"], rise, recovered, *equal)
 
 
-def results(folder: Path) -> tuple[list[Outcome], list[str]]:
-    """Of the runs beside `full` that are complete; and the names of those that are not."""
+def results(folder: Path) -> list[Outcome]:
+    """Of the runs beside `full`, as far as they have come."""
     full, half = (Arm(name, folder).steps_from_scratch() for name in ("full", "half"))
-    found, missing = [], []
-    for name in NAMES[1:]:
-        arm = Arm(name, folder)
-        if arm.is_complete:
-            found.append(outcome(arm, full, half))
-        else:
-            missing.append(name)
-    return found, missing
+    arms = (Arm(name, folder) for name in NAMES[1:])
+    return [outcome(arm, full, half) for arm in arms if (arm.run / "metrics.jsonl").is_file()]
 
 
 def main() -> int:
@@ -199,22 +204,27 @@ def main() -> int:
         return BAD_INPUT
     from benchmarks.growth_picture import draw
 
-    found, missing = results(arguments.folder)
-    columns = ["run", "rise (nats)", "recovered after (steps)", "at equal tokens", "at equal FLOPs"]
+    found = results(arguments.folder)
+    columns = ["run", "steps", "rise (nats)", "recovered after (steps)", "at equal tokens", "at equal FLOPs"]
     rows = [
         [
             one.name,
-            "" if one.rise is None else f"{one.rise:+.2f}",
+            f"{one.last_step} of {Arm(one.name, arguments.folder).steps}",
+            shown(one.rise, 2),
             str(one.recovered_after or ""),
-            f"{one.equal_tokens:+.3f}",
-            f"{one.equal_flops:+.3f}",
+            shown(one.equal_tokens, 3),
+            shown(one.equal_flops, 3),
         ]
         for one in found
     ]
     print_table("validation loss less that of full depth from scratch, nats a token", columns, rows)
-    print_json("growth", {"outcomes": [vars(one) for one in found], "missing": missing})
+    print_json("growth", {"outcomes": [vars(one) for one in found]})
     draw(arguments.folder, found, arguments.picture)
     return OK
+
+
+def shown(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:+.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -42,6 +42,16 @@ def draw(folder: Path, found: list[Outcome], target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=130)
         plt.close(figure)
+    few_colours(target)
+
+
+def few_colours(path: Path) -> None:
+    """Make a PNG small: lines on white need no more than 64 colours."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
 
 
 def curves(axis: Any, arms: list[Arm], key: str, unit: float, label: str) -> None:
@@ -84,29 +94,41 @@ def rise(axis: Any, folder: Path, found: list[Outcome]) -> None:
 def differences(axis: Any, found: list[Outcome]) -> None:
     """Bars for each run: validation loss less that of the run from scratch, at equal tokens and at equal FLOPs."""
     by_name = {one.name: one for one in found}
+    moments = [moment for moment in MOMENTS if any(f"{method}-{moment}" in by_name for method in METHODS)]
     ticks = []
     for group, (kind, words) in enumerate((("equal_tokens", "equal tokens"), ("equal_flops", "equal compute"))):
-        left = group * 4.6
-        places = {"half": left - 0.8}
-        for number, moment in enumerate(MOMENTS):
-            places |= {f"{method}-{moment}": left + number + (k - 0.5) * 0.4 for k, method in enumerate(METHODS)}
-            ticks.append((left + number, f"{moment}"))
+        left = group * (1.5 * len(moments) + 2)
+        places = {"half": left - 1.5}
+        ticks.append((left - 1.5, "never"))
+        for number, moment in enumerate(moments):
+            middle = left + 1.5 * number
+            places |= {f"{method}-{moment}": middle + (k - 0.5) * 0.66 for k, method in enumerate(METHODS)}
+            ticks.append((middle, f"{moment}"))
         for name, place in places.items():
-            if name in by_name:
-                bar(axis, place, getattr(by_name[name], kind), COLOURS[name.partition("-")[0]])
-        axis.text(left + 0.9, 1.0, words, transform=axis.get_xaxis_transform(), ha="center", va="top", color=INK)
+            value = getattr(by_name.get(name), kind, None)
+            if value is not None:
+                bar(axis, place, value, COLOURS[name.partition("-")[0]])
+        axis.text(
+            left + 0.75 * (len(moments) - 2),
+            1.0,
+            words,
+            transform=axis.get_xaxis_transform(),
+            ha="center",
+            va="top",
+            color=INK,
+        )
     axis.axhline(0, color=INK, linewidth=1)
     axis.set_xticks([place for place, _ in ticks], [text for _, text in ticks])
     axis.grid(axis="x", visible=False)
     axis.margins(y=0.2)
     axis.set_title("Against full depth from scratch")
-    axis.set_xlabel("step at which it grew")
+    axis.set_xlabel("step at which it grew (never = half depth)")
     axis.set_ylabel("validation loss less full depth's, nats")
 
 
 def bar(axis: Any, place: float, value: float, colour: str) -> None:
     """A bar with its value at its end."""
-    axis.bar(place, value, 0.36, color=colour)
+    axis.bar(place, value, 0.5, color=colour)
     axis.annotate(
         f"{value:+.2f}".replace("-", "\N{MINUS SIGN}"),
         (place, value),
