@@ -27,7 +27,7 @@ from tests.parity.pool import close_pools, pool
 from tests.train.running import TINY, RandomSamples, contents, trained_state
 from train import grow as growing
 from train.batches import BatchReader
-from train.checkpoint import MANIFEST, STATE, commit, file_hash, load, save, verify
+from train.checkpoint import MANIFEST, STATE, file_hash, load, save, verify
 from train.config import Config, compose
 from train.folder import as_mapping
 from train.grow import GrowConfig, GrowthOptions, grow
