@@ -167,7 +167,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     base = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=given.folder))
-    config = compose([*given.overrides, f"run.dir={base}", "run.name=bench", "checkpoint.keep=1"])
+    config = compose([*given.overrides, f"run.dir={base}", "checkpoint.keep=1", "train.dtype=float32"])
     try:
         bench = Bench(config, connect(config.parallel), base)
         gib = bench.num_bytes / 2**30
