@@ -163,11 +163,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=None, help="where to write; a new folder in the system's own otherwise")
-    parser.add_argument("overrides", nargs="*", default=["model=small"])
+    parser.add_argument("overrides", nargs="*", default=["model=small", "model.vocab_size=32768"])
     given = parser.parse_args()
     torch.set_num_threads(1)
     base = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=given.folder))
-    config = compose([*given.overrides, f"run.dir={base}", "run.name=bench", "checkpoint.keep=1"])
+    config = compose([*given.overrides, f"run.dir={base}", "checkpoint.keep=1", "train.dtype=float32"])
     try:
         bench = Bench(config, connect(config.parallel), base)
         gib = bench.num_bytes / 2**30

@@ -32,6 +32,7 @@ from train.spread import Take, box_values, saved
 from train.state import TrainState
 
 HASHED_ALONGSIDE = 1 << 16  # bytes from which on a second thread hashes while the first one writes
+SYNCED_ALONGSIDE = 1 << 26  # bytes after which a third one sends them to the disk
 SPARE_BYTES = 1 << 20  # a rank's file has more than its tensors: an index and some text
 
 
@@ -219,6 +220,7 @@ class HashedFile(io.IOBase):
 
     def __init__(self, file: Any, pool: ThreadPoolExecutor) -> None:
         self.file, self.pool, self.digest = file, pool, hashlib.sha256()
+        self.unsynced, self.syncing = 0, pool.submit(int)
         self.failure: OSError | None = None  # the first one: torch's writer puts a riddle of its own in its place
 
     def write(self, data: Any) -> int:
@@ -233,10 +235,15 @@ class HashedFile(io.IOBase):
 
     def _put(self, data: Any) -> int:
         try:
-            return int(self.file.write(data))
+            count = int(self.file.write(data))
         except OSError as error:
             self.failure = self.failure or error
             raise
+        self.unsynced += count
+        if self.unsynced >= SYNCED_ALONGSIDE and self.syncing.done():  # the disk works while the next part is hashed
+            self.syncing.result()  # an error of the disk is told once
+            self.unsynced, self.syncing = 0, self.pool.submit(os.fdatasync, self.file.fileno())
+        return count
 
     def tell(self) -> int:
         return int(self.file.tell())
@@ -261,7 +268,7 @@ def shard_writer(folder: Path, hashes: dict[str, str], side: Side) -> Any:
     class Hashing(FileSystem):
         @contextmanager
         def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-            with ThreadPoolExecutor(1) as pool, Path(path).open(mode) as file:
+            with Path(path).open(mode) as file, ThreadPoolExecutor(2) as pool:
                 stream = HashedFile(file, pool)
                 try:
                     yield stream
@@ -269,6 +276,7 @@ def shard_writer(folder: Path, hashes: dict[str, str], side: Side) -> Any:
                     if stream.failure is None:
                         raise
                     raise stream.failure from None
+                stream.syncing.result()
             hashes[Path(path).name] = stream.digest.hexdigest()
 
     class Writer(FileSystemWriter):

@@ -27,7 +27,7 @@ from tests.parity.pool import close_pools, pool
 from tests.train.running import TINY, RandomSamples, contents, trained_state
 from train import grow as growing
 from train.batches import BatchReader
-from train.checkpoint import MANIFEST, STATE, file_hash, load, save, verify
+from train.checkpoint import MANIFEST, STATE, file_hash, load, verify
 from train.config import Config, compose
 from train.folder import as_mapping
 from train.grow import GrowConfig, GrowthOptions, grow
@@ -35,6 +35,7 @@ from train.run import build_state
 from train.state import TrainState
 from train.state_hash import state_hash
 from train.step import Stepper
+from train.writing import commit, save
 
 SHALLOW = [*TINY, "model.num_layers=2", "model.hidden_std=0.2", "balance.ki=0.1", "balance.kp=0.5"]
 LAYOUTS = {
@@ -59,7 +60,7 @@ class Old(NamedTuple):
 def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Old]:
     state, topology, config = trained_state(SHALLOW, steps=3)
     folder = tmp_path_factory.mktemp("shallow") / "checkpoints"
-    yield Old(state, topology, config, save(state, folder, as_mapping(config), topology, keep=0))
+    yield Old(state, topology, config, save(state, folder, as_mapping(config), topology))
     dist.destroy_process_group()
     close_pools()
 
@@ -184,7 +185,7 @@ def write_grow_and_load(folder: str, written: list[str]) -> tuple[str, dict[str,
             reader = BatchReader(ParitySamples(), config, topology)  # type: ignore[arg-type]
             stepper = Stepper(state, reader, config, topology)
             assert all(stepper.step(False).healthy for _ in range(2))
-            saved = save(state, Path(folder) / "half", as_mapping(config), topology, keep=0)
+            saved = save(state, Path(folder) / "half", as_mapping(config), topology)
             if rank == 0:
                 grow(options(saved, path))
             dist.barrier()

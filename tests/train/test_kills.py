@@ -15,7 +15,7 @@ from tests.train.killed import PHASES, end, samples_of_steps, start
 from tests.train.running import NARROW, exact, lines
 from train.checkpoint import list_checkpoints, verify
 
-RANKS, STEPS, BATCH = 2, 24, 4
+RANKS, STEPS, BATCH = 2, 16, 4
 ENDS_WITHIN = 60.0  # seconds in which the survivors must find out by themselves
 # How many calls of a phase's function a rank makes in a save or two, so that the moments lie all over it
 CALLS = {
@@ -64,7 +64,7 @@ class Campaign:
             assert verify(path).problem is None, f"{phase}: {verify(path)}"
 
     def kill_at_any_moment(self, process: BaseProcess) -> None:
-        process.join(self.chance.uniform(0.0, 3.0))
+        process.join(self.chance.uniform(0.0, 2.0))
         process.kill()
 
     def committed(self) -> int:
