@@ -27,7 +27,7 @@ from parallel.watch import Pace, Watch, causes, is_lost
 from tests.train.conftest import corpus, overrides  # noqa: F401  (fixtures)
 from tests.train.running import NARROW, ROOT, ended, free_ports, ranks_below, tidily, wait_for_step
 
-# A shared machine can stand still for seconds; on one of one's own: LONGCAT_STALL=0 make test TESTS=tests/parallel/test_watch.py
+# A shared machine can stand still for seconds; on a quiet one LONGCAT_STALL=0 allows for none
 STALL = float(os.environ.get("LONGCAT_STALL", "4"))
 AT_MOST = 30.0  # seconds that the test waits for an end before it says what was printed
 
