@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -220,7 +220,8 @@ class HashedFile(io.IOBase):
 
     def __init__(self, file: Any, pool: ThreadPoolExecutor) -> None:
         self.file, self.pool, self.digest = file, pool, hashlib.sha256()
-        self.unsynced, self.syncing = 0, pool.submit(int)
+        self.unsynced = 0
+        self.syncing: Future[Any] = pool.submit(int)
         self.failure: OSError | None = None  # the first one: torch's writer puts a riddle of its own in its place
 
     def write(self, data: Any) -> int:
