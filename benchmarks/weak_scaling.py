@@ -89,7 +89,7 @@ class Training:
         """Seconds of ``num`` steps."""
         start = time.perf_counter()
         for _ in range(num):
-            result = self.stepper.step(False)
+            result = self.stepper.step()
             if not result.healthy:
                 raise SystemExit("a step was not finite: its time counts for nothing")
         return time.perf_counter() - start

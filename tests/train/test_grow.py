@@ -150,7 +150,7 @@ def test_a_grown_state_trains_on(old: Old, tmp_path: Path) -> None:
     config = compose([*SHALLOW, "model.num_layers=4"])
     samples: Any = RandomSamples(config.train.sequence_length)
     stepper = Stepper(state, BatchReader(samples, config, old.topology), config, old.topology)
-    assert stepper.step(stop_requested=False).healthy
+    assert stepper.step().healthy
     assert state.counters.step == 4
 
 
@@ -184,7 +184,7 @@ def write_grow_and_load(folder: str, written: list[str]) -> tuple[str, dict[str,
         else:
             reader = BatchReader(ParitySamples(), config, topology)  # type: ignore[arg-type]
             stepper = Stepper(state, reader, config, topology)
-            assert all(stepper.step(False).healthy for _ in range(2))
+            assert all(stepper.step().healthy for _ in range(2))
             saved = save(state, Path(folder) / "half", as_mapping(config), topology)
             if rank == 0:
                 grow(options(saved, path))
