@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -109,10 +110,17 @@ def outcome(config: Config, wish: StopWish) -> tuple[int, str]:
     return code, message
 
 
+_SAYING = threading.Lock()
+
+
 def say_hang(folder: Path, message: str) -> None:
-    """Record and say, once for all ranks, who held the run up. Called from the watch's thread too."""
-    if claim_exit(folder, CRASHED, message):
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    """Record and say, once for all ranks, who held the run up. Called from the watch's thread too.
+
+    Who comes second ends the process next, so it waits until the first has printed.
+    """
+    with _SAYING:
+        if claim_exit(folder, CRASHED, message):
+            print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def check(config: Config, world_size: int) -> None:
