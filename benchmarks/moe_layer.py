@@ -32,6 +32,7 @@ from longcat.init import fill
 from longcat.moe import MoE
 from longcat.names import stored_state
 from longcat.ops.fusion import fuse
+from parallel.device import keep_freed_memory
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of ‖difference‖ / ‖value‖ between two programs
 MOST_COMPILED = 32  # DeepSpeed's experts are modules, which a compiler unrolls one by one
@@ -244,6 +245,7 @@ def show(result: dict[str, Any], args: argparse.Namespace) -> None:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as a training does; all programs of this process get it
     results = []
     for name in args.model:
         results.append(compare(name, args))

@@ -25,6 +25,7 @@ from longcat.model import LongCat
 from longcat.moe import Router
 from longcat.names import stored_state
 from parallel.crumbs import begin_step, blocked_seconds
+from parallel.device import keep_freed_memory
 from parallel.expert import spread_experts
 from parallel.lanes import StepRecorder
 from parallel.mesh import ParallelConfig, Topology, make_topology, resolve_sizes
@@ -39,6 +40,7 @@ Row = list[float]  # seconds of a step, blocked, processor seconds of the networ
 
 def measure_rank(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     os.environ["GLOO_SOCKET_IFNAME"] = DEVICES[args.rank]
     dist.init_process_group("gloo", rank=args.rank, world_size=2)
     topology = make_topology(resolve_sizes(ParallelConfig(ep=2), 2), args.rank, 2, torch.device("cpu"))

@@ -38,6 +38,7 @@ from longcat.init import initialise
 from longcat.model import LongCat
 from longcat.ops.fusion import fuse
 from longcat.ops.matmul import cpu_multiplies_bfloat16
+from parallel.device import keep_freed_memory
 
 # Largest relative difference of the two losses that still counts as the same computation
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
@@ -201,6 +202,7 @@ def show(result: dict[str, Any], name: str, config: ModelConfig) -> None:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as a training does; all programs of this process get it
     fields = {name: int(value) for name, value in (one.split("=") for one in args.set)}
     config = replace(preset(args.model), num_mtp_layers=0, **fields)
     config.validate()

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import gemm_gflops, print_json, print_table
+from parallel.device import keep_freed_memory
 from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from train.batches import BatchReader
 from train.config import compose
@@ -114,6 +115,7 @@ def serve(rank: int, ranks: int, port: int, args: argparse.Namespace, tasks: Any
         "GLOO_SOCKET_IFNAME": "lo",
     }
     torch.set_num_threads(1)
+    keep_freed_memory()
     dist.init_process_group("gloo")
     training = Training(args, ranks)
     answers.put((rank, None))

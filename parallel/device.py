@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import time
@@ -65,6 +66,21 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({os.cpu_count()} cores)"
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's numbers, malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what tensors free, for the next ones: of a step on a CPU up to a fifth is fresh pages.
+
+    As it comes, every tensor of 32 MiB and more is mapped anew, and the system fills each page with zeros first. A
+    process then holds its peak until it ends. Does nothing where the library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def make_deterministic() -> None:

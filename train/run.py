@@ -17,7 +17,7 @@ from longcat.counts import active_range, count_parameters, describe, flops_per_t
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.model import LongCat, Part
 from parallel import watch
-from parallel.device import device_name, fastest_dtype, make_deterministic, peak_flops
+from parallel.device import device_name, fastest_dtype, keep_freed_memory, make_deterministic, peak_flops
 from parallel.memory import held_bytes
 from parallel.mesh import Topology, connect, resolve_sizes, world_from_environment
 from parallel.prepare import BatchShape, check_layout, prepare
@@ -139,6 +139,8 @@ def train(config: Config, wish: StopWish) -> None:
         make_deterministic()
     watch.record_flights(config.run.folder)
     topology = connect(config.parallel)
+    if topology.device.type == "cpu":
+        keep_freed_memory()
     watch.start(config.parallel.timeout_seconds, partial(say_hang, config.run.folder), config.run.folder)
     count_stream_waits(topology.device)
     wish.listen()  # not before all ranks have met: one that outlives a signal would wait minutes for one that did not

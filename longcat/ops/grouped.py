@@ -54,14 +54,18 @@ def grouped_sum(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     if a.device.type != "cpu":
         return grouped_mm(wide_a.t(), wide_b, offs=ends).to(a.dtype)
     out = wide_a.new_empty(ends.shape[0], a.shape[1], b.shape[1])
-    for (start, end, first, last), place in zip(_stretches(ends, a.shape[0]), out.unbind(0), strict=True):
+    stretches = list(_stretches(ends, a.shape[0]))
+    room = wide_a.new_empty(max(last - first for _, _, first, last in stretches), a.shape[1])
+    for (start, end, first, last), place in zip(stretches, out.unbind(0), strict=True):
         rows = wide_a[first:last]
         if start == end:
             place.zero_()
             continue
         if (first, last) != (start, end):
-            rows = torch.zeros_like(rows)
+            rows = room[: last - first]
+            rows[: start - first].zero_()
             rows[start - first : end - first] = wide_a[start:end]
+            rows[end - first :].zero_()
         torch.mm(rows.t(), wide_b[first:last], out=place)
     return out.to(a.dtype)
 
