@@ -4,8 +4,9 @@
 
 Two network namespaces, a token bucket between them, one thread a rank, experts spread over both (ep = 2). A step is
 forward and backward of the model of a run that `make train` left, on its own text; gradients of replicated weights are
-not reduced. The link's speed is chosen so that a step that awaits every exchange where it starts is blocked 25 to 30 %.
-The settings take turns. Blocked seconds are what `exposed_comm_share` counts: from entering a wait to leaving it.
+not reduced. For either router the link's speed is chosen so that a step that awaits every exchange where it starts is
+blocked 25 to 30 %. The settings take turns. Blocked seconds are what `exposed_comm_share` counts: from entering a wait
+to leaving it.
 
 Beside the learned router stands one that sends every expert the same number of tokens. `in sequence` is the order of an
 ordinary mixture of experts: dispatch, experts and combine follow one another, so only chunks can overlap. `network` is
@@ -89,7 +90,7 @@ def main() -> None:
     speed = ranks[0]["speed"]
     results = {part: {name: together(ranks, part, name) for name in ranks[0][part]} for part in ("balanced", "learned")}
     for part, measured in results.items():
-        show(f"{part} router, link of {speed:.0f} Mbit/s", measured)
+        show(f"{part} router, link of {speed[part]:.0f} Mbit/s", measured)
     curve = {name: together(ranks, "curve", name) for name in ranks[0]["curve"]}
     show("balanced router, by speed of the link and chunks", curve)
     same = all(one["same_gradients"] for one in ranks)
