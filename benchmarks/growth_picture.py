@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.growth import METHODS, MOMENTS, Arm, Outcome
+from benchmarks.growth_arms import METHODS, MOMENTS, Arm, Outcome
 from train.report.theme import PALETTE_LIGHT
 
 BLUE, ORANGE, GREEN = PALETTE_LIGHT[:3]
