@@ -9,9 +9,12 @@ rows themselves. Where the host only queues work, it queues what covers the size
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from longcat.ops.permute import Permutation, combine, permute, plan_permutation
@@ -50,34 +53,44 @@ class LocalPending:
     """Between the calls of `LocalDispatcher`."""
 
     x: Tensor
-    gates: Tensor
-    plan: Permutation
-    rows: Tensor
-    num_experts: int
+    routing: Routing
+    num_rows: Callable[[], int]
+    plan: Permutation | None = None
+    rows: Tensor | None = None
 
 
 class LocalDispatcher:
-    """Every expert is here."""
+    """Every expert is here.
+
+    Args:
+        to_host: starts copying integers to the host → what waits for them.
+    """
+
+    def __init__(self, to_host: Callable[[Tensor], Callable[[], list[int]]] = lambda values: values.tolist) -> None:
+        self.to_host = to_host
 
     def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[LocalPending]:
-        pending = []
-        for x, routing in chunks:
-            plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed)
-            pending.append(LocalPending(x, routing.gates, plan, permute(x, plan), routing.num_experts))
-        return pending
+        numbers = cache(self.to_host(torch.stack([(one.indices < one.num_experts).sum() for _, one in chunks])))
+        return [
+            LocalPending(x, routing, lambda number=number: numbers()[number])  # type: ignore[misc]
+            for number, (x, routing) in enumerate(chunks)
+        ]
 
     def send(self, pending: LocalPending) -> None:
-        pass
+        if pending.plan is None:
+            routing = pending.routing
+            plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed, pending.num_rows())
+            pending.plan, pending.rows = plan, permute(pending.x, plan)
 
     def wait(self, pending: LocalPending) -> tuple[Tensor, Tensor]:
-        return pending.rows, pending.plan.counts[: pending.num_experts]
+        self.send(pending)
+        assert pending.plan is not None and pending.rows is not None
+        return pending.rows, pending.plan.counts[: pending.routing.num_experts]
 
     def start_back(self, rows: Tensor, pending: LocalPending) -> LocalPending:
         pending.rows = rows
         return pending
 
     def wait_back(self, pending: LocalPending) -> Tensor:
-        return combine(pending.rows, pending.gates, pending.plan, pending.x)
-
-
-LOCAL_DISPATCHER = LocalDispatcher()
+        assert pending.plan is not None and pending.rows is not None
+        return combine(pending.rows, pending.routing.gates, pending.plan, pending.x)

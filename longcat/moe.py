@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from longcat.config import ModelConfig
-from longcat.dispatch import LOCAL_DISPATCHER, Dispatcher, Routing
+from longcat.dispatch import Dispatcher, LocalDispatcher, Routing
 from longcat.layers import Linear, put_off
 from longcat.ops.elementwise import swiglu
 from longcat.ops.grouped import grouped_linear
+from longcat.ops.matmul import wide_linear
 from longcat.seams import WHOLE_SEQUENCE, Sequence, WeightGradients, local
 
 
@@ -53,7 +54,7 @@ class Router(nn.Module):
         weight = local(self.classifier.weight).float()
         if self.gate_slope is not None and self.direction is None:
             self.direction = torch.nn.functional.normalize(weight.detach().double(), dim=1).sum(0)
-        logits = torch.nn.functional.linear(u.float(), weight)
+        logits = wide_linear(u, weight)
         probabilities = torch.softmax(logits, -1)
         with torch.no_grad():
             choice = probabilities + self.e_score_correction_bias
@@ -109,7 +110,7 @@ class MoE(nn.Module):
         self.num_chunks = 1  # of the tokens, so that exchange and experts of different chunks overlap
         self.after_attention = False  # where the layer computes the experts: after its first FFN, or its attention 1
         self.lane: Callable[[], AbstractContextManager[Any]] = nullcontext  # around the experts: where they are queued
-        self.dispatcher: Dispatcher = LOCAL_DISPATCHER
+        self.dispatcher: Dispatcher = LocalDispatcher()
         self.sequence: Sequence = WHOLE_SEQUENCE
 
     def dispatch(self, u: Tensor) -> PendingMoE:
@@ -137,7 +138,8 @@ class MoE(nn.Module):
 
     def combine(self, pending: PendingMoE) -> tuple[Tensor, RoutingStatistics]:
         """Wait for the results → [T, D], and what the router did."""
-        out = torch.cat([self.dispatcher.wait_back(chunk) for chunk in pending.chunks])
+        parts = [self.dispatcher.wait_back(chunk) for chunk in pending.chunks]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
         total = self.sequence.wait_count(pending.total)
         num_tokens = pending.probabilities.shape[0] * self.sequence.num_shards
         slope = balance_slope(total, num_tokens, self.config, self.balance_groups)

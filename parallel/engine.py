@@ -62,6 +62,7 @@ class InTurn:
             with phase(f"backward of micro-batch {number}"):
                 objective(losses).backward()
             found.append(detached(losses))
+            del losses  # the next forward would find this one's graph in memory
         return [found]
 
     @torch.no_grad()

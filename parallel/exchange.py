@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -94,13 +94,28 @@ class ReduceScatter(Exchange):
 
 
 class Move(NamedTuple):
-    """A reordering of rows beside an exchange, and that of their gradients on the way back."""
+    """A reordering of rows beside an exchange, and that of their gradients on the way back.
+
+    ``back`` gets ``saved()`` behind the gradients. Autograd keeps these tensors, as it keeps what any node saves, so
+    that a region that is computed again does without them in between.
+    """
 
     there: Callable[[Tensor], Tensor]
-    back: Callable[[Tensor], Tensor]
+    back: Callable[..., Tensor]
+    saved: Callable[[], tuple[Tensor, ...]] = tuple  # asked when the exchange is awaited
 
 
 STAY = Move(lambda x: x, lambda grad: grad)
+
+
+def arrive(name: str, group: dist.ProcessGroup, lanes: Lanes, *given: Tensor) -> None:
+    """Let the caller's stream wait for the side stream and use ``given`` from there: for an exchange is what it waits.
+
+    How long it stands here is what nothing has covered. With one lane the wait has been behind the exchange itself.
+    """
+    if lanes.runs_ahead:
+        with crumb(name, among=group):
+            lanes.join(*given)
 
 
 @dataclass
@@ -109,7 +124,7 @@ class Landing:
 
     exchange: Exchange
     work: dist.Work | None
-    result: Tensor
+    result: Tensor | None
     kept: Tensor | None
     move: Callable[[Tensor], Tensor]
     lanes: Lanes
@@ -141,19 +156,22 @@ class Landing:
         """Let the side stream wait for the result and put it in order. A second call does nothing."""
         if self.kept is None:
             return
+        assert self.result is not None
         with self.lanes.aside():
             if self.work is not None:
-                with crumb(self.exchange.name, among=self.exchange.group):
+                with nullcontext() if self.lanes.runs_ahead else crumb(self.exchange.name, among=self.exchange.group):
                     self.work.wait()
             self.result = self.move(self.result)
         self.work = self.kept = None
 
     def wait(self, stays_aside: bool = False) -> Tensor:
-        """→ the result, for the caller's stream, or for the side stream alone."""
+        """→ the result, once, for the caller's stream, or for the side stream alone."""
         self.settle()
+        result, self.result = self.result, None
+        assert result is not None, "the result of an exchange is handed out once"
         if not stays_aside:
-            self.lanes.join(self.result)
-        return self.result
+            arrive(self.exchange.name, self.exchange.group, self.lanes, result)
+        return result
 
 
 _regions: list[list[Landing]] = []  # what has been launched inside each open `all_awaited`, outermost first
@@ -181,8 +199,7 @@ class Flight:
     x: Tensor | None = None  # until it is sent
     edge: Tensor | None = None  # no elements: it ties `wait` to `start` in autograd's graph
     exchange: Exchange | None = None
-    before: Move = STAY
-    after: Move = STAY
+    moves: tuple[Move, Move] | None = None  # before and after; until it is awaited
     there: Landing | None = None
     back: Landing | None = None
 
@@ -208,18 +225,30 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, edge: Tensor, flight: Flight, stays_aside: bool) -> Tensor:
         ctx.flight = flight
-        assert flight.there is not None, "an exchange can be awaited once, after it was sent"
-        result = flight.there.wait(stays_aside)
-        flight.there = None
+        assert flight.there is not None and flight.moves is not None, "an exchange is awaited once, after it was sent"
+        before, after = flight.moves
+        ctx.backs = after.back, before.back
+        result, of_after = flight.there.wait(stays_aside), after.saved()
+        ctx.num_after = len(of_after)
+        ctx.save_for_backward(*of_after, *before.saved())
+        flight.there = flight.moves = None
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         flight: Flight = ctx.flight
         assert flight.exchange is not None
+        saved = ctx.saved_tensors  # first of all: a region that is computed again is computed here, on this stream
+        of_after, of_before = saved[: ctx.num_after], saved[ctx.num_after :]
+        undo_after, undo_before = ctx.backs
         flight.lanes.fork(grads[0])
-        reverse = flight.exchange.reverse()
-        flight.back = Landing.launch(reverse, grads[0], flight.after.back, flight.before.back, flight.lanes)
+        flight.back = Landing.launch(
+            flight.exchange.reverse(),
+            grads[0],
+            lambda grad: undo_after(grad, *of_after),
+            lambda grad: undo_before(grad, *of_before),
+            flight.lanes,
+        )
         return grads[0].new_empty(0), None, None
 
 
@@ -236,7 +265,7 @@ def send(flight: Flight, exchange: Exchange, before: Move = STAY, after: Move = 
     Every flight that is sent needs its `wait`, on all ranks in the same order.
     """
     assert flight.x is not None, "a flight is sent once"
-    flight.exchange, flight.before, flight.after = exchange, before, after
+    flight.exchange, flight.moves = exchange, (before, after)
     with torch.no_grad():
         flight.there = Landing.launch(exchange, flight.x, before.there, after.there, flight.lanes)
     flight.x = None

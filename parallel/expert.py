@@ -29,9 +29,21 @@ from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
 from longcat.ops.permute import Permutation, _Combine, combine, permute, plan_permutation, unpermute
-from longcat.ops.rows import gather_rows
+from longcat.ops.rows import combine_rows_backward, gather_rows
 from parallel.crumbs import crumb
-from parallel.exchange import AllGather, AllToAll, Flight, Move, ReduceScatter, hold, send, start, wait
+from parallel.exchange import (
+    AllGather,
+    AllToAll,
+    Exchange,
+    Flight,
+    Move,
+    ReduceScatter,
+    arrive,
+    hold,
+    send,
+    start,
+    wait,
+)
 from parallel.mesh import Topology
 from parallel.streams import HERE, Lanes
 
@@ -130,11 +142,14 @@ class Arrival:
         inverse.scatter_(0, order, torch.arange(self.num_rows, device=order.device))
         return order, inverse
 
-    def by_expert(self, rows: Tensor) -> Tensor:
-        return gather_rows(rows.contiguous(), self.order[0])  # type: ignore[no-any-return]
+    def move(self, to_experts: bool) -> Move:
+        """Of rows that have come to the order of experts, or of experts' results to that in which they go back."""
+        there, back = (0, 1) if to_experts else (1, 0)
+        return Move(lambda rows: in_order(rows, self.order[there]), in_order, lambda: (self.order[back],))
 
-    def by_rank(self, rows: Tensor) -> Tensor:
-        return gather_rows(rows.contiguous(), self.order[1])  # type: ignore[no-any-return]
+
+def in_order(rows: Tensor, order: Tensor) -> Tensor:
+    return gather_rows(rows.contiguous(), order)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -177,10 +192,10 @@ class AllToAllDispatcher:
         with self.lanes.aside():
             plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed, sum(sent))
         received = [row[number] for row in sizes.received]
-        arrival = Arrival(sizes.incoming[:, number], sum(received))
         there = AllToAll(f"expert dispatch, {self.place}", self.group, sent, received)
-        before = Move(lambda x: permute(x, plan), lambda grad: unpermute(grad, plan))
-        send(pending.flight, there, before, Move(arrival.by_expert, arrival.by_rank))
+        arrival = Arrival(sizes.incoming[:, number], sum(received))
+        before = Move(lambda x: permute(x, plan), unpermute, lambda: (plan.place,))
+        send(pending.flight, there, before, arrival.move(to_experts=True))
         with self.lanes.aside():  # while the rows travel
             _ = arrival.order
             pending.counts = arrival.received.sum(0)
@@ -196,12 +211,12 @@ class AllToAllDispatcher:
         there, arrival = pending.flight.exchange, pending.arrival
         assert isinstance(there, AllToAll) and arrival is not None
         back = AllToAll(f"expert combine, {self.place}", self.group, there.received, there.sent)
-        pending.flight = start(rows, back, self.lanes, Move(arrival.by_rank, arrival.by_expert))
+        pending.flight = start(rows, back, self.lanes, arrival.move(to_experts=False))
         return pending
 
     def wait_back(self, pending: _Sent) -> Tensor:
-        rows = wait(pending.flight, stays_aside=True)
-        return _CombineAside.apply(rows, pending.routing.gates, pending.plan, pending.x, self.lanes)  # type: ignore[no-any-return]
+        rows, exchange = wait(pending.flight, stays_aside=True), pending.flight.exchange
+        return _CombineAside.apply(rows, pending.routing.gates, pending.plan, pending.x, exchange, self.lanes)  # type: ignore[no-any-return]
 
 
 class _CombineAside(torch.autograd.Function):
@@ -212,30 +227,32 @@ class _CombineAside(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor, lanes: Lanes) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor, exchange: Exchange, lanes: Lanes
+    ) -> Tensor:
         ctx.lanes = lanes
         lanes.lend(gates)  # x has been lent where it was sent
         with lanes.aside():
             out = _Combine.forward(ctx, rows, gates, plan, x)
-        lanes.join(out)
+        arrive(exchange.name, exchange.group, lanes, out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor, None, None]:
         lanes: Lanes = ctx.lanes
+        saved = ctx.saved_tensors  # first of all: a region that is computed again is computed here, on this stream
         lanes.fork(grads[0])
         with lanes.aside():
-            grad_rows, grad_gates, _, grad_x = _Combine.backward(ctx, *grads)
-        assert grad_x is not None
+            grad_rows, grad_gates, grad_x = combine_rows_backward(grads[0].contiguous(), *saved)
         lanes.use(grad_gates, grad_x)
-        return grad_rows, grad_gates, None, grad_x, None
+        return grad_rows, grad_gates, None, grad_x, None, None
 
 
 class Choices:
     """The experts that all ranks' tokens have chosen, on their way, in all chunks of a layer."""
 
     def __init__(self, routings: list[Routing], group: dist.ProcessGroup, lanes: Lanes, place: str) -> None:
-        self.group, self.lanes, self.place = group, lanes, place
+        self.group, self.lanes, self.name = group, lanes, f"expert choices, {place}"
         self.size = routings[0].num_experts // dist.get_world_size(group)  # experts here
         self.first = dist.get_rank(group) * self.size
         lanes.fork()
@@ -257,7 +274,7 @@ class Choices:
     @cached_property
     def num_rows(self) -> list[int] | None:
         """Rows for the experts here in each chunk. None where nothing is queued and to count is no wait."""
-        with crumb(f"expert choices, {self.place}", among=self.group):
+        with crumb(self.name, among=self.group):
             if self.lanes.runs_ahead:
                 return self._num_rows()
             self.work.wait()
@@ -302,7 +319,7 @@ class AllGatherDispatcher:
     def wait(self, pending: _Gathered) -> tuple[Tensor, Tensor]:
         choices, number = pending.choices, pending.number
         num_rows = None if choices.num_rows is None else choices.num_rows[number]
-        self.lanes.join(choices.indices)
+        arrive(choices.name, self.group, self.lanes, choices.indices)
         here, size = choices.numbered(choices.chunks[number].flatten(0, 1)), choices.size
         pending.plan = plan_permutation(here, size, size + 1, num_rows)
         pending.all_gates = wait(pending.gates).flatten(0, 1)

@@ -144,8 +144,9 @@ class StepRecorder:
         def arrived(_: Any) -> None:
             journey.end = monotonic()
 
-        with suppress(RuntimeError):  # some kinds of exchange have no future: they end with their wait
-            work.get_future().add_done_callback(arrived)
+        if TRAIL.streams is None:  # a GPU's future is done when the exchange has been queued: it ends with its wait
+            with suppress(RuntimeError):  # some kinds of exchange have no future
+                work.get_future().add_done_callback(arrived)
 
     def work(self, name: str, start: float, end: float) -> None:
         """A part of the model has computed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longcat.dispatch import LocalDispatcher
 from longcat.errors import ConfigError
 from longcat.model import LongCat
 from longcat.seams import parts
@@ -20,7 +21,7 @@ class OverlapConfig:
     """How the experts' exchange and the context exchange lie over computation."""
 
     enabled: bool = True  # False awaits every exchange where it starts: the same bits, nothing covered
-    num_chunks: int = 1  # of a micro-batch's tokens: while one is on its way, experts work on another
+    num_chunks: int = 1  # of a micro-batch's tokens: while one is on its way, experts work on another (not with ep=1)
     experts_after: str = "ffn"  # where the experts are computed: ffn (the layer's first) | attention (its second)
     experts_stream: bool = False  # on a GPU, experts on a stream of their own beside the dense path's
 
@@ -29,6 +30,8 @@ class OverlapConfig:
             raise ConfigError(f"overlap.num_chunks={self.num_chunks} must be at least 1")
         if self.experts_after not in PLACES:
             raise ConfigError(f"overlap.experts_after={self.experts_after} is not known; use {' or '.join(PLACES)}")
+        if self.experts_stream and not self.enabled:
+            raise ConfigError("overlap.experts_stream=true lies beside nothing with overlap.enabled=false; leave one")
 
 
 def set_overlap(model: LongCat, config: OverlapConfig, topology: Topology) -> None:
@@ -36,11 +39,12 @@ def set_overlap(model: LongCat, config: OverlapConfig, topology: Topology) -> No
     awaited = Lanes(at_once=True)
     for layer in model.shortcut_layers():
         moe = layer.mlp
-        moe.num_chunks = config.num_chunks
         moe.after_attention = config.experts_after == "attention"
         if isinstance(moe.dispatcher, AllToAllDispatcher | AllGatherDispatcher):
             lanes = side_lanes(topology.device, config.experts_stream) if config.enabled else awaited
-            moe.dispatcher.lanes, moe.lane = lanes, lanes.experts
+            moe.dispatcher.lanes, moe.lane, moe.num_chunks = lanes, lanes.experts, config.num_chunks
+        else:
+            moe.dispatcher = LocalDispatcher(side_lanes(topology.device, False).to_host)
     for module in parts(model):
         sequence = vars(module).get("sequence")
         if isinstance(sequence, SpreadSequence) and not config.enabled:

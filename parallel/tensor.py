@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.model import LongCat
-from longcat.ops.cross_entropy import CHUNK_LOGITS
+from longcat.ops.cross_entropy import chunk_rows
 from longcat.ops.embedding import embedding
 from longcat.ops.fusion import add_to, scaled
 from longcat.ops.matmul import product, raw_product
@@ -99,7 +99,7 @@ class _SpreadCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        rows = chunk_rows(weight)
         for start in range(0, labels.shape[0], rows):
             chunk = slice(start, start + rows)
             keep = valid[chunk, None].float()

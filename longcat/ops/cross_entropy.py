@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head in chunks of tokens: the logits of the whole batch never exist at once.
+"""Cross-entropy of a linear head in chunks of tokens: the logits of a long batch never exist at once.
 
 The gradients are computed in the forward pass, while a chunk's logits are at hand, and scaled in the backward pass.
 """
@@ -15,7 +15,13 @@ from torch import Tensor
 from longcat.ops.fusion import Fusible, add_to, scaled
 from longcat.ops.matmul import product, raw_product
 
-CHUNK_LOGITS = 1 << 22  # at most this many logits at once: 16 MiB in float32
+CHUNK_LOGITS = 1 << 22  # logits at once, 16 MiB in float32: they stay in a processor's cache
+LEAST_ROWS, LEAST_ROWS_GPU = 256, 1024  # each chunk reads the head twice and adds to its gradient: 16 bytes a weight
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """Tokens of a chunk for a head of these rows [V, D]."""
+    return max(LEAST_ROWS if weight.device.type == "cpu" else LEAST_ROWS_GPU, CHUNK_LOGITS // weight.shape[0])
 
 
 @Fusible
@@ -42,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         ctx.weight_dtype = weight.dtype
         weight = weight.to(hidden.dtype)
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        rows = chunk_rows(weight)
         for start in range(0, labels.shape[0], rows):
             chunk = slice(start, start + rows)
             logits = raw_product(hidden[chunk], weight.t())

@@ -84,3 +84,21 @@ def source_of(weight: Tensor, x: Tensor, put: PutOff | None) -> Tensor:
 def linear(x: Tensor, weight: Tensor, put: PutOff | None = None) -> Tensor:
     """x [..., I], weight [O, I] → [..., O]. ``put`` takes the computation of the weight's gradient, for later."""
     return _Linear.apply(x, source_of(weight, x, put), put)  # type: ignore[no-any-return]
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.nn.functional.linear(x.float(), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = (grads[0] @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grads[0].t() @ x.float() if ctx.needs_input_grad[1] else None
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, I] in any dtype, weight [O, I] float32 → [T, O] float32; no widened copy of x outlives the product."""
+    return _WideLinear.apply(x, weight)  # type: ignore[no-any-return]

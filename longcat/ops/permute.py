@@ -58,17 +58,17 @@ def plan_permutation(indices: Tensor, num_experts: int, num_routed: int, num_row
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Permutation) -> Tensor:
-        ctx.plan = plan
+        ctx.save_for_backward(plan.place)
         return gather_rows(x, plan.token)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return unpermute(grads[0], ctx.plan), None
+        return unpermute(grads[0], *ctx.saved_tensors), None
 
 
-def unpermute(rows: Tensor, plan: Permutation) -> Tensor:
+def unpermute(rows: Tensor, place: Tensor) -> Tensor:
     """The adjoint of `permute`: for each token the sum of its rows, [P, D] → [T, D]."""
-    return sum_rows(rows.contiguous(), plan.place)  # type: ignore[no-any-return]
+    return sum_rows(rows.contiguous(), place)  # type: ignore[no-any-return]
 
 
 def permute(x: Tensor, plan: Permutation) -> Tensor:
@@ -80,16 +80,14 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) -> Tensor:
         rows, gates, x = rows.contiguous(), gates.contiguous(), None if x is None else x.contiguous()
-        ctx.plan = plan
-        ctx.save_for_backward(rows, gates, x)
+        ctx.save_for_backward(rows, gates, plan.token, plan.selection, plan.place, x)
         return combine_rows(rows, gates, plan.place, x)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
-        rows, gates, x = ctx.saved_tensors
-        plan: Permutation = ctx.plan
-        parts = combine_rows_backward(grads[0].contiguous(), rows, gates, plan.token, plan.selection, plan.place, x)
-        return parts[0], parts[1], None, None if x is None else parts[2]
+        saved = ctx.saved_tensors
+        grad_rows, grad_gates, grad_x = combine_rows_backward(grads[0].contiguous(), *saved)
+        return grad_rows, grad_gates, None, None if saved[-1] is None else grad_x
 
 
 def combine(rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) -> Tensor:

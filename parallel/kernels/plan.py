@@ -75,7 +75,8 @@ def plan(
     indices, size = indices.contiguous(), indices.numel()
     num_blocks = triton.cdiv(size, BLOCK)
     counts = torch.zeros(num_routed, dtype=torch.int64, device=indices.device)
-    token, selection, place = indices.new_empty(size), indices.new_empty(size), torch.empty_like(indices)
+    room = size if num_rows is None else num_rows
+    token, selection, place = indices.new_empty(room), indices.new_empty(room), torch.empty_like(indices)
     if size:
         histogram = torch.empty(num_routed, num_blocks, dtype=torch.int32, device=indices.device)
         experts = min(EXPERTS, power_of_two(num_routed))
@@ -87,4 +88,5 @@ def plan(
         )  # fmt: skip
     if num_rows is None:
         num_rows = int(counts[:num_experts].sum())
-    return token[:num_rows], selection[:num_rows], place, counts
+        token, selection = token[:num_rows].clone(), selection[:num_rows].clone()  # not the room for all selections
+    return token, selection, place, counts

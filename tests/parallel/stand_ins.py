@@ -30,6 +30,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from parallel.blame import WAITS
+from parallel.crumbs import TRAIL
 from parallel.streams import Cuda
 
 Site = tuple[str, ...]
@@ -65,6 +67,9 @@ class Stream:
         self.recorder, self.name = recorder, name
 
     def wait_event(self, event: Event) -> None:
+        waits_for_others = TRAIL.top is not None and TRAIL.top.state is WAITS
+        if self.name == "main" and event.stream == "side" and not waits_for_others:
+            self.recorder.uncounted.append(site("wait"))
         if self.recorder.happens("wait"):
             self.recorder.clocks[self.name] |= event.clock
 
@@ -72,8 +77,10 @@ class Stream:
 class Event:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder, self.clock = recorder, Counter[str]()  # an event that was never recorded holds nobody up
+        self.stream = ""
 
     def record(self, stream: Stream) -> None:
+        self.stream = stream.name
         if self.recorder.happens("record"):
             self.clock = self.recorder.clocks[stream.name].copy()
 
@@ -113,6 +120,7 @@ class Recorder(TorchDispatchMode):
         self.complaints: list[str] = []
         self.host_waits, self.forward_waits = 0, 0
         self.host_reads: list[str] = []
+        self.uncounted: list[Site] = []  # where main waits for the side in no crumb, so that no clock sees it
         self.num_operators: Counter[str] = Counter()
         self.current = "main"
         self.clocks: dict[str, Clock] = {name: Counter() for name in ("main", "host")}
