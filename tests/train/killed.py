@@ -5,6 +5,7 @@ They come from a fork server that has imported everything, so a start takes tent
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -24,9 +25,10 @@ from train.config import compose
 from train.data.samples import TokenSamples
 from train.stage import Stage
 
-# phase → where a process dies in it: the holder and the name of a function that the phase calls again and again
 GRACE = 5.0  # seconds
+TRAIN = Path(run.__file__).parent
 Fate = tuple[str, int]  # a phase and the call in which a rank dies
+# phase → where a process dies in it: the holder and the name of a function that the phase calls again and again
 PHASES: dict[str, tuple[Any, str]] = {
     "staging": (Stage, "_keep"),
     "planning": (writing.Side, "all"),
@@ -39,11 +41,26 @@ PHASES: dict[str, tuple[Any, str]] = {
 }
 
 
-def die() -> None:
+def die(phase: str, will: Path) -> None:
+    """Die at once; ``will`` says in which phase, and in which function of train/."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and Path(frame.f_code.co_filename).parent != TRAIN:
+        frame = frame.f_back
+    will.write_text(json.dumps([phase, frame.f_code.co_qualname if frame is not None else ""]))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_in(phase: str, call: int) -> None:
+def place_of_death(samples: Path) -> str | None:
+    """Where a rank with a fate has died since this was asked last, as `phase in function`."""
+    will = Path(f"{samples}.will")
+    if not will.exists():
+        return None
+    phase, function = json.loads(will.read_text())
+    will.unlink()
+    return f"{phase} in {function.replace('.<locals>', '')}"
+
+
+def die_in(phase: str, call: int, will: Path) -> None:
     """Let this process die at the phase's ``call``-th call: before it where that is even, else after it."""
     holder, name = PHASES[phase]
     real = getattr(holder, name)
@@ -52,11 +69,12 @@ def die_in(phase: str, call: int) -> None:
     def counted(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == call and call % 2 == 0:
-            die()
+        mine = calls == call
+        if mine and call % 2 == 0:
+            die(phase, will)
         result = real(*arguments, **named)
-        if calls == call:
-            die()
+        if mine:
+            die(phase, will)
         return result
 
     setattr(holder, name, counted)
@@ -90,7 +108,7 @@ def rank_main(rank: int, world_size: int, port: int, words: list[str], samples: 
         os.dup2(log.fileno(), 2)
     log_samples(Path(f"{samples}.{rank}"))
     if fate is not None:
-        die_in(*fate)
+        die_in(*fate, Path(f"{samples}.will"))
     sys.exit(run.main(compose(words)))
 
 
@@ -130,6 +148,12 @@ def end(ranks: list[BaseProcess], seconds: float) -> list[int | None]:
         process.kill()
         process.join()
     return [-signal.SIGKILL if code is None and grace else code for code in codes]
+
+
+def steps_read(samples: Path, rank: int) -> list[int]:
+    """The steps that a rank has read samples for, in the order in which it did, over all its lives."""
+    path = Path(f"{samples}.{rank}")
+    return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def samples_of_steps(samples: Path, world_size: int) -> dict[int, list[int]]:

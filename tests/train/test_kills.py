@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.killed import PHASES, end, samples_of_steps, start
+from tests.train.killed import PHASES, end, place_of_death, samples_of_steps, start, steps_read
 from tests.train.running import NARROW, exact, lines
 from train.checkpoint import list_checkpoints, verify
 
@@ -22,6 +22,15 @@ CALLS = {
     "staging": 300, "planning": 18, "writing": 3000, "committing": 4, "renaming": 6, "pruning": 12, "loading": 120,
     "verifying": 6,
 }  # fmt: skip
+
+
+ASKED = (
+    "staging in kept",
+    "writing in shard_writer.Writer.write_data",
+    "renaming in commit",
+    "pruning in prune",
+    "loading in shard_reader.Reader.read_data",
+)  # where 200 kills must have fallen, among other places
 
 
 @dataclass
@@ -47,18 +56,24 @@ class Campaign:
             victim = 0  # the first rank does these
         fate = (phase, self.chance.randint(1, CALLS[phase])) if phase in CALLS else None
         before = self.committed()
+        read_before = [steps_read(self.samples, rank) for rank in range(RANKS)]
         words = [*self.words, f"run.dir={self.folder}", f"run.name={self.run.name}"]
         ranks = start(RANKS, words, self.samples, victim, fate)
         if fate is None:
             self.kill_at_any_moment(ranks[victim])
         codes = end(ranks, ENDS_WITHIN)
         assert None not in codes, f"{phase}: ranks that did not end by themselves: {codes}, {self.said()}"
+        for rank, earlier in enumerate(read_before):
+            now = steps_read(self.samples, rank)[len(earlier) :]
+            assert now == list(range(before + 1, before + 1 + len(now))), f"{phase}: {now} from step {before}"
         if codes == [0] * RANKS:
             self.compare()
             self.runs += 1
             return
         assert -9 in codes, f"{phase}: nobody was killed, yet {codes}: {self.said()}"
-        self.kills[phase] = self.kills.get(phase, 0) + 1
+        place = place_of_death(self.samples) or "any moment"
+        assert place.startswith(phase), f"{phase}, yet it died {place}"
+        self.kills[place] = self.kills.get(place, 0) + 1
         assert self.committed() >= before, f"{phase}: a committed checkpoint is lost"
         for path in list_checkpoints(self.run / "checkpoints"):
             assert verify(path).problem is None, f"{phase}: {verify(path)}"
@@ -113,7 +128,7 @@ def test_another_number_of_ranks_goes_on_at_the_next_sample(overrides: list[str]
 
 
 def kill(campaign: Campaign, count: int) -> None:
-    """Go on until ``count`` ranks have been killed, then let the last run come to its end."""
+    """Go on until ``count`` ranks have been killed, then let the last run come to its end; prints where they died."""
     began = time.monotonic()
     while sum(campaign.kills.values()) < count:
         campaign.go_on()
@@ -121,7 +136,11 @@ def kill(campaign: Campaign, count: int) -> None:
     words = [*campaign.words, f"run.dir={campaign.folder}", f"run.name={campaign.run.name}"]
     assert end(start(RANKS, words, campaign.samples), 120) == [0] * RANKS, campaign.said()
     campaign.compare()
-    result = {"kills": campaign.kills, "runs": finished + 1, "seconds": round(time.monotonic() - began)}
+    result = {
+        "kills": dict(sorted(campaign.kills.items())),
+        "runs": finished + 1,
+        "seconds": round(time.monotonic() - began),
+    }
     print(json.dumps(result))
 
 
@@ -132,3 +151,6 @@ def test_ten_kills(campaign: Campaign) -> None:
 @pytest.mark.long
 def test_two_hundred_kills(campaign: Campaign) -> None:
     kill(campaign, 200)
+    missed = [place for place in ASKED if not campaign.kills.get(place)]
+    missed += [phase for phase in PHASES if not any(place.startswith(phase) for place in campaign.kills)]
+    assert not missed, f"no kill fell in: {missed}"
