@@ -1,20 +1,30 @@
-"""A checkpoint of any layout and either sharding engine loads into any other: the same hash of the whole state."""
+"""A checkpoint of any layout, either sharding engine and any number of ranks loads into any other, and training goes on.
+
+Right after loading the hash of the whole state is the one from before saving. The step after that is the writing run's
+own next step: to the bit in the same layout, up to the order of sums in another one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 from parallel.mesh import Topology, group_beside_training, make_topology, resolve_sizes, world_from_environment
-from tests.parity.measure import MODEL, RandomSamples
+from tests.parity.layouts import LAYOUTS, Layout
+from tests.parity.measure import MODEL, Piece, RandomSamples, assemble, logical
 from tests.parity.pool import close_pools, pool
+from tests.parity.test_parity import LATER, largest
 from train.batches import BatchReader
 from train.checkpoint import Keep, load
-from train.config import compose
+from train.config import Config, compose
 from train.folder import as_mapping
 from train.run import build_state
 from train.stage import Stage
@@ -23,15 +33,49 @@ from train.state_hash import state_hash
 from train.step import Stepper
 from train.writing import Side, Snapshot, write
 
-LAYOUTS = {
-    "ep2": ["parallel.ep=2"],
-    "tp2-ep2": ["parallel.tp=2", "parallel.ep=2"],
-    "cp2": ["parallel.cp=2"],
-    "pp2-zbv": ["parallel.pp=2"],
-    "pp2-1f1b": ["parallel.pp=2", "parallel.schedule=1f1b"],
-    "zero1-ep2": ["parallel.sharding=zero1", "parallel.ep=2"],
-    "zero3": ["parallel.sharding=zero3"],
-}
+STEPS = 2  # before the checkpoint
+NAMES = (
+    "ep2",
+    "cp2",
+    "tp2-ep2",
+    "pp2-zbv",
+    "pp2-1f1b",
+    "zero1-ep2",
+    "zero2",
+    "zero3",
+    "dp2-fsdp2-ep2",
+    "fsdp2-cp2-ep4",
+    "zero1-dp2-fsdp2-ep2",
+)
+CHOSEN = {one.name: one._replace(problem="plain") for one in (Layout("one", 1, ""), *LAYOUTS) if one.name in NAMES}
+CHOSEN = {"one": Layout("one", 1, ""), **CHOSEN}
+
+
+@dataclass
+class Next:
+    """The state after the step that follows the checkpoint: of one rank, its pieces by kind."""
+
+    hash: str
+    first_sample: int
+    pieces: dict[str, list[Piece]]
+    replicated: dict[str, Tensor]  # biases and the controller's state
+
+
+@dataclass
+class Written:
+    """A layout's checkpoint, and what its uninterrupted run went on to."""
+
+    path: Path
+    hash: str
+    following: list[Next]  # of each rank
+
+
+@dataclass
+class Loaded:
+    """What one rank saw when it loaded a checkpoint and took a step."""
+
+    hash: str
+    following: Next
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,37 +84,146 @@ def _pools() -> Iterator[None]:
     close_pools()
 
 
-def save_staged(state: TrainState, folder: Path, configuration: dict[str, Any], topology: Topology) -> Path:
-    """As training saves: from a copy, on a group of its own. The state itself may change meanwhile."""
-    stage = Stage(topology.device)
-    snapshot = stage.copy(lambda take: Snapshot.of(state, configuration, topology, take=take))
-    for held in state.store.held(write=True):
-        held.values.zero_()
-    return write(snapshot, folder, topology, Keep(), Side(group_beside_training(60)))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
+    """Every layout's checkpoint."""
+    found = {}
+    for name, layout in CHOSEN.items():
+        folder = tmp_path_factory.mktemp(name)
+        found[name] = as_one(pool(layout.ranks).run(write_in, str(folder), layout.overrides))
+    return found
 
 
-def write_and_load(folder: str, written: list[str], loaded: dict[str, list[str]]) -> tuple[str, dict[str, str]]:
-    """Train two steps and save in one layout; load in all: the hash when saving, and the hashes after loading."""
-    rank, _, world_size = world_from_environment()
-    before = ""
-    after = {}
-    for name, layout in {"": written, **loaded}.items():
-        config = compose([*MODEL, *layout])
-        topology = make_topology(resolve_sizes(config.parallel, world_size), rank, world_size, torch.device("cpu"))
-        state = build_state(config, topology)
-        if not name:
-            reader = BatchReader(RandomSamples(), config, topology)  # type: ignore[arg-type]
-            stepper = Stepper(state, reader, config, topology)
-            assert all(stepper.step().healthy for _ in range(2))
-            before, path = state_hash(state, topology), save_staged(state, Path(folder), as_mapping(config), topology)
-        else:
-            load(state, path, as_mapping(config))
-            after[name] = state_hash(state, topology)
-        state.engine.close()
-    return before, after
+def as_one(ranks: list[Written]) -> Written:
+    assert all(rank.hash == ranks[0].hash for rank in ranks)
+    return Written(ranks[0].path, ranks[0].hash, [rank.following[0] for rank in ranks])
 
 
-@pytest.mark.parametrize("written", LAYOUTS)
-def test_loads_into_every_layout(written: str, tmp_path: Path) -> None:
-    for before, after in pool(2).run(write_and_load, str(tmp_path), LAYOUTS[written], LAYOUTS):
-        assert after == dict.fromkeys(LAYOUTS, before)
+class Run:
+    """A state in this rank's layout, and the means to train it. Making one is a collective, as are its methods."""
+
+    def __init__(self, overrides: list[str]) -> None:
+        self.config: Config = compose([*MODEL, *overrides])
+        rank, _, world_size = world_from_environment()
+        sizes = resolve_sizes(self.config.parallel, world_size)
+        self.topology: Topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
+        self.state: TrainState = build_state(self.config, self.topology)
+        reader = BatchReader(RandomSamples(), self.config, self.topology)  # type: ignore[arg-type]
+        self.stepper = Stepper(self.state, reader, self.config, self.topology)
+
+    def hash(self) -> str:
+        return state_hash(self.state, self.topology)
+
+    def step(self) -> Next:
+        """Train a step and look at all of the state."""
+        result = self.stepper.step()
+        assert result.healthy
+        pieces: dict[str, list[Piece]] = {}
+        for held in self.state.store.held() if self.state.store.counts_here else ():
+            pieces.setdefault(held.kind, []).extend(logical([held]))
+        replicated = {name: tensor.clone() for name, tensor in self.state.replicated()}
+        return Next(self.hash(), result.metrics["first_sample"], pieces, replicated)
+
+
+def write_in(folder: str, overrides: list[str]) -> Written:
+    """Train in this layout, and save as training does: from a copy that is written when a further step is done."""
+    run = Run(overrides)
+    for _ in range(STEPS):
+        assert run.stepper.step().healthy
+    stage = Stage(run.topology.device)
+    configuration = as_mapping(run.config)
+    snapshot = stage.copy(lambda take: Snapshot.of(run.state, configuration, run.topology, take=take))
+    before, following = run.hash(), run.step()
+    path = write(snapshot, Path(folder), run.topology, Keep(), Side(group_beside_training(60)))
+    run.state.engine.close()
+    return Written(path, before, [following])
+
+
+def load_in(overrides: list[str], paths: list[Path], left_out: list[str]) -> list[Loaded]:
+    """Load checkpoints one after the other into one state of this layout, each followed by a step.
+
+    Every load but the first finds the state that the step before has left, and has to replace all of it.
+
+    Args:
+        left_out: for each checkpoint what its loading forgets on purpose: the beginning of keys, or "samples".
+    """
+    run = Run(overrides)
+    found = []
+    for path, forgotten in zip(paths, left_out, strict=True):
+        samples = run.state.counters.samples
+        with forgetting(forgotten):
+            load(run.state, path, as_mapping(run.config))
+        if forgotten == "samples":
+            run.state.counters.samples = samples
+        found.append(Loaded(run.hash(), run.step()))
+    run.state.engine.close()
+    return found
+
+
+@contextmanager
+def forgetting(keys: str) -> Iterator[None]:
+    """Meanwhile reading a checkpoint leaves tensors whose key begins so as they were; "" reads all."""
+    read = dcp.load
+
+    def without(tensors: dict[str, Any], **named: Any) -> None:
+        read({key: value for key, value in tensors.items() if not (keys and key.startswith(keys))}, **named)
+
+    dcp.load = without
+    try:
+        yield
+    finally:
+        dcp.load = read
+
+
+def errors_of_step(ranks: list[Next], expected: list[Next]) -> dict[str, float]:
+    """Largest ‖Δ‖/‖ref‖ over the tensors of each kind, whole and by logical name."""
+    errors = {}
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        ours, theirs = (assemble([rank.pieces.get(kind, []) for rank in side]) for side in (ranks, expected))
+        errors[kind] = largest(ours, theirs)
+    errors["replicated"] = max(largest(rank.replicated, expected[0].replicated) for rank in ranks)
+    return errors
+
+
+def check_loaded(ranks: list[Loaded], written: Written) -> None:
+    assert [rank.hash for rank in ranks] == [written.hash] * len(ranks)
+
+
+def check_step(ranks: list[Loaded], written: Written, same_layout: bool) -> float:
+    """The largest error of all."""
+    following = [rank.following for rank in ranks]
+    assert {one.first_sample for one in following} == {written.following[0].first_sample}
+    errors = errors_of_step(following, written.following)
+    assert max(errors.values()) <= LATER, errors
+    if same_layout:
+        assert {one.hash for one in following} == {written.following[0].hash}
+    return max(errors.values())
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_every_checkpoint_loads_and_goes_on(name: str, written: dict[str, Written]) -> None:
+    layout = CHOSEN[name]
+    paths = [one.path for one in written.values()]
+    ranks = pool(layout.ranks).run(load_in, layout.overrides, paths, [""] * len(paths))
+    worst = {}
+    for number, (source, expected) in enumerate(written.items()):
+        of_pair = [rank[number] for rank in ranks]
+        check_loaded(of_pair, expected)
+        worst[source] = check_step(of_pair, expected, same_layout=source == name)
+    print(f"into {name}: " + ", ".join(f"{source} {error:.1e}" for source, error in worst.items()))
+
+
+@pytest.mark.parametrize("name", ["ep2", "zero1-ep2"])
+def test_the_matrix_sees_what_is_not_restored(name: str, written: dict[str, Written]) -> None:
+    forgotten = ["weight/layers.1", "exp_avg/", "exp_avg_sq/", "optimizer_step/", "bias/", "controller/", "samples"]
+    source = written["pp2-zbv"]
+    ranks = pool(2).run(load_in, CHOSEN[name].overrides, [source.path] * (1 + len(forgotten)), ["", *forgotten])
+    for number, what in enumerate(["", *forgotten]):
+        of_load = [rank[number] for rank in ranks]
+        if not what:
+            check_loaded(of_load, source)
+            check_step(of_load, source, same_layout=False)
+            continue
+        for check in (check_loaded, check_step):
+            with pytest.raises(AssertionError):
+                check(of_load, source, *([False] if check is check_step else []))
