@@ -5,12 +5,12 @@ They come from a fork server that has imported everything, so a start takes tent
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,54 +27,73 @@ from train.stage import Stage
 
 GRACE = 5.0  # seconds
 TRAIN = Path(run.__file__).parent
-Fate = tuple[str, int]  # a phase and the call in which a rank dies
-# phase → where a process dies in it: the holder and the name of a function that the phase calls again and again
-PHASES: dict[str, tuple[Any, str]] = {
-    "staging": (Stage, "_keep"),
-    "planning": (writing.Side, "all"),
-    "writing": (writing.HashedFile, "write"),
-    "committing": (writing, "write_synced"),
-    "renaming": (os, "rename"),
-    "pruning": (os, "unlink"),
-    "loading": (dcp.DefaultLoadPlanner, "resolve_tensor"),
-    "verifying": (checkpoint, "file_hash"),
+
+
+@dataclass(frozen=True)
+class Fate:
+    """A rank dies in the ``call``-th call that a phase makes of its function, ``before`` it is done or after."""
+
+    phase: str
+    call: int
+    before: bool
+
+
+# phase → where a process dies in it: the holder and the name of a function that the phase calls again and again, and
+# the function of train/ by which it must be called to count, if not by any
+PHASES: dict[str, tuple[Any, str, str]] = {
+    "staging": (Stage, "_keep", ""),
+    "planning": (writing.Side, "all", ""),
+    "writing": (writing.HashedFile, "write", ""),
+    "committing": (writing, "write_synced", ""),
+    "renaming": (os, "rename", "commit"),
+    "pruning": (os, "unlink", "prune"),
+    "moving": (os, "rename", ""),
+    "removing": (os, "unlink", ""),
+    "loading": (dcp.DefaultLoadPlanner, "resolve_tensor", ""),
+    "verifying": (checkpoint, "file_hash", ""),
 }
 
 
-def die(phase: str, will: Path) -> None:
-    """Die at once; ``will`` says in which phase, and in which function of train/."""
+def caller() -> str:
+    """The innermost function of train/ that is being called in this thread; "" if none is."""
     frame: Any = sys._getframe(1)
     while frame is not None and Path(frame.f_code.co_filename).parent != TRAIN:
         frame = frame.f_back
-    will.write_text(json.dumps([phase, frame.f_code.co_qualname if frame is not None else ""]))
+    return str(frame.f_code.co_qualname).replace(".<locals>", "") if frame is not None else ""
+
+
+def die(fate: Fate, will: Path) -> None:
+    """Die at once; ``will`` says where."""
+    will.write_text(f"{fate.phase} in {caller()}, {'before' if fate.before else 'after'}")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def place_of_death(samples: Path) -> str | None:
-    """Where a rank with a fate has died since this was asked last, as `phase in function`."""
+    """Where a rank with a fate has died since this was asked last: `phase in function, before` or `after`."""
     will = Path(f"{samples}.will")
     if not will.exists():
         return None
-    phase, function = json.loads(will.read_text())
+    place = will.read_text()
     will.unlink()
-    return f"{phase} in {function.replace('.<locals>', '')}"
+    return place
 
 
-def die_in(phase: str, call: int, will: Path) -> None:
-    """Let this process die at the phase's ``call``-th call: before it where that is even, else after it."""
-    holder, name = PHASES[phase]
+def die_by(fate: Fate, will: Path) -> None:
+    """Let this process die by its fate."""
+    holder, name, by = PHASES[fate.phase]
     real = getattr(holder, name)
     calls = 0
 
     def counted(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
-        calls += 1
-        mine = calls == call
-        if mine and call % 2 == 0:
-            die(phase, will)
+        counts = not by or caller() == by
+        calls += counts
+        mine = counts and calls == fate.call
+        if mine and fate.before:
+            die(fate, will)
         result = real(*arguments, **named)
         if mine:
-            die(phase, will)
+            die(fate, will)
         return result
 
     setattr(holder, name, counted)
@@ -108,7 +127,7 @@ def rank_main(rank: int, world_size: int, port: int, words: list[str], samples: 
         os.dup2(log.fileno(), 2)
     log_samples(Path(f"{samples}.{rank}"))
     if fate is not None:
-        die_in(*fate, Path(f"{samples}.will"))
+        die_by(fate, Path(f"{samples}.will"))
     sys.exit(run.main(compose(words)))
 
 
