@@ -50,7 +50,7 @@ test-gpu: install  ## run what needs a GPU: kernels against their plain versions
 	@$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
 
 test-long: install  ## run the tests that take minutes
-	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -m long $(PYTEST_ARGS)
+	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -m long -o faulthandler_timeout=3600 $(PYTEST_ARGS)
 
 parity: install  ## every layout against one process; writes the table of errors to docs/parity.md
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest tests/parity -k equals_one_process --parity-table docs/parity.md $(PYTEST_ARGS)

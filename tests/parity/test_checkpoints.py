@@ -1,20 +1,32 @@
-"""A checkpoint of any layout and either sharding engine loads into any other: the same hash of the whole state."""
+"""A checkpoint of any layout, sharding engine and number of ranks loads into any other, and training goes on.
+
+Right after loading the hash of the whole state is the one from before saving. The step after that is the writing run's
+own next step: to the bit in the same layout, up to the order of sums in another one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 from parallel.mesh import Topology, group_beside_training, make_topology, resolve_sizes, world_from_environment
-from tests.parity.measure import MODEL, RandomSamples
+from tests.parity.layouts import Layout
+from tests.parity.measure import MODEL, Piece, RandomSamples, assemble, logical
 from tests.parity.pool import close_pools, pool
+from tests.parity.test_parity import LATER, largest
 from train.batches import BatchReader
 from train.checkpoint import Keep, load
-from train.config import compose
+from train.config import Config, compose
 from train.folder import as_mapping
 from train.run import build_state
 from train.stage import Stage
@@ -23,15 +35,54 @@ from train.state_hash import state_hash
 from train.step import Stepper
 from train.writing import Side, Snapshot, write
 
-LAYOUTS = {
-    "ep2": ["parallel.ep=2"],
-    "tp2-ep2": ["parallel.tp=2", "parallel.ep=2"],
-    "cp2": ["parallel.cp=2"],
-    "pp2-zbv": ["parallel.pp=2"],
-    "pp2-1f1b": ["parallel.pp=2", "parallel.schedule=1f1b"],
-    "zero1-ep2": ["parallel.sharding=zero1", "parallel.ep=2"],
-    "zero3": ["parallel.sharding=zero3"],
-}
+STEPS = 2  # before the checkpoint
+PROBLEM = "two_a_micro_batch"  # its routing has no near-ties: test_parity.py asserts it
+LAYOUTS = [
+    Layout("one", 1, "", PROBLEM),
+    Layout("tp2-ep2", 2, "tp=2 ep=2", PROBLEM),
+    Layout("pp2-zbv", 2, "pp=2 schedule=zbv", PROBLEM),
+    Layout("pp2-1f1b", 2, "pp=2 schedule=1f1b", PROBLEM),
+    Layout("zero1-ep2", 2, "sharding=zero1 ep=2", PROBLEM),
+    Layout("zero3", 2, "sharding=zero3", PROBLEM),
+    Layout("fsdp2-cp2-ep4", 4, "fsdp=2 cp=2 ep=4", PROBLEM),
+    Layout("zero2-dp2-fsdp2-ep2", 4, "sharding=zero2 dp=2 fsdp=2 ep=2", PROBLEM),
+]
+MORE = [
+    *LAYOUTS,
+    Layout("ep2", 2, "ep=2", PROBLEM),
+    Layout("cp2", 2, "cp=2", PROBLEM),
+    Layout("zero2", 2, "sharding=zero2", PROBLEM),
+    Layout("dp2-fsdp2-ep2", 4, "dp=2 fsdp=2 ep=2", PROBLEM),
+    Layout("pp2-zbv-tp2", 4, "pp=2 schedule=zbv tp=2", PROBLEM),
+    Layout("zero1-cp2-ep2", 4, "sharding=zero1 fsdp=2 cp=2 ep=2", PROBLEM),
+]
+
+
+@dataclass
+class Next:
+    """The state after the step that follows the checkpoint: of one rank, its pieces by kind."""
+
+    hash: str
+    first_sample: int
+    pieces: dict[str, list[Piece]]
+    replicated: dict[str, Tensor]  # biases and the controller's state
+
+
+@dataclass
+class Written:
+    """A layout's checkpoint, and what its uninterrupted run went on to."""
+
+    path: Path
+    hash: str
+    following: list[Next]  # of each rank
+
+
+@dataclass
+class Loaded:
+    """What one rank saw when it loaded a checkpoint and took a step."""
+
+    hash: str
+    following: Next
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,37 +91,160 @@ def _pools() -> Iterator[None]:
     close_pools()
 
 
-def save_staged(state: TrainState, folder: Path, configuration: dict[str, Any], topology: Topology) -> Path:
-    """As training saves: from a copy, on a group of its own. The state itself may change meanwhile."""
-    stage = Stage(topology.device)
-    snapshot = stage.copy(lambda take: Snapshot.of(state, configuration, topology, take=take))
-    for held in state.store.held(write=True):
-        held.values.zero_()
-    return write(snapshot, folder, topology, Keep(), Side(group_beside_training(60)))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Written]:
+    """What a layout has written; made once."""
+
+    @cache
+    def found(layout: Layout) -> Written:
+        folder = tmp_path_factory.mktemp(layout.name)
+        ranks = pool(layout.ranks).run(write_in, str(folder), layout.overrides)
+        assert all(rank.hash == ranks[0].hash for rank in ranks)
+        return Written(ranks[0].path, ranks[0].hash, [rank.following[0] for rank in ranks])
+
+    return found
 
 
-def write_and_load(folder: str, written: list[str], loaded: dict[str, list[str]]) -> tuple[str, dict[str, str]]:
-    """Train two steps and save in one layout; load in all: the hash when saving, and the hashes after loading."""
-    rank, _, world_size = world_from_environment()
-    before = ""
-    after = {}
-    for name, layout in {"": written, **loaded}.items():
-        config = compose([*MODEL, *layout])
-        topology = make_topology(resolve_sizes(config.parallel, world_size), rank, world_size, torch.device("cpu"))
-        state = build_state(config, topology)
-        if not name:
-            reader = BatchReader(RandomSamples(), config, topology)  # type: ignore[arg-type]
-            stepper = Stepper(state, reader, config, topology)
-            assert all(stepper.step().healthy for _ in range(2))
-            before, path = state_hash(state, topology), save_staged(state, Path(folder), as_mapping(config), topology)
-        else:
-            load(state, path, as_mapping(config))
-            after[name] = state_hash(state, topology)
-        state.engine.close()
-    return before, after
+class Run:
+    """A state in this rank's layout, and the means to train it. Making one is a collective, as are its methods."""
+
+    def __init__(self, overrides: list[str]) -> None:
+        self.config: Config = compose([*MODEL, *overrides])
+        rank, _, world_size = world_from_environment()
+        sizes = resolve_sizes(self.config.parallel, world_size)
+        self.topology: Topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
+        self.state: TrainState = build_state(self.config, self.topology)
+        reader = BatchReader(RandomSamples(), self.config, self.topology)  # type: ignore[arg-type]
+        self.stepper = Stepper(self.state, reader, self.config, self.topology)
+
+    def hash(self) -> str:
+        return state_hash(self.state, self.topology)
+
+    def step(self) -> Next:
+        """Train a step and look at all of the state."""
+        result = self.stepper.step()
+        assert result.healthy
+        pieces: dict[str, list[Piece]] = {}
+        for held in self.state.store.held() if self.state.store.counts_here else ():
+            pieces.setdefault(held.kind, []).extend(logical([held]))
+        replicated = {name: tensor.clone() for name, tensor in self.state.replicated()}
+        return Next(self.hash(), result.metrics["first_sample"], pieces, replicated)
 
 
-@pytest.mark.parametrize("written", LAYOUTS)
-def test_loads_into_every_layout(written: str, tmp_path: Path) -> None:
-    for before, after in pool(2).run(write_and_load, str(tmp_path), LAYOUTS[written], LAYOUTS):
-        assert after == dict.fromkeys(LAYOUTS, before)
+def write_in(folder: str, overrides: list[str]) -> Written:
+    """Train in this layout, and save as training does: from a copy that is written when a further step is done."""
+    run = Run(overrides)
+    for _ in range(STEPS):
+        assert run.stepper.step().healthy
+    stage = Stage(run.topology.device)
+    configuration = as_mapping(run.config)
+    snapshot = stage.copy(lambda take: Snapshot.of(run.state, configuration, run.topology, take=take))
+    before, following = run.hash(), run.step()
+    path = write(snapshot, Path(folder), run.topology, Keep(), Side(group_beside_training(60)))
+    run.state.engine.close()
+    return Written(path, before, [following])
+
+
+def load_in(overrides: list[str], paths: list[Path], left_out: list[str]) -> list[Loaded]:
+    """Load checkpoints one after the other into one state of this layout, each followed by a step.
+
+    Every load but the first finds the state that the step before has left, and has to replace all of it.
+
+    Args:
+        left_out: for each checkpoint what its loading forgets on purpose (`forgetting`).
+    """
+    run = Run(overrides)
+    found = []
+    for path, forgotten in zip(paths, left_out, strict=True):
+        with forgetting(run.state, forgotten):
+            load(run.state, path, as_mapping(run.config))
+        found.append(Loaded(run.hash(), run.step()))
+    run.state.engine.close()
+    return found
+
+
+@contextmanager
+def forgetting(state: TrainState, what: str) -> Iterator[None]:
+    """Meanwhile loading leaves out tensors whose key begins so, or a part of its work; "" leaves out nothing."""
+    samples, read = state.counters.samples, dcp.load
+
+    def without(tensors: dict[str, Any], **named: Any) -> None:
+        read({key: value for key, value in tensors.items() if not (what and key.startswith(what))}, **named)
+
+    with patch.object(dcp, "load", without), ExitStack() as more:
+        if what == "engine's own copies":
+            more.enter_context(patch.object(state.store, "refresh"))
+        if what == "routers' biases":
+            more.enter_context(patch.object(state, "set_biases"))
+        yield
+    if what == "position in the data":
+        state.counters.samples = samples
+
+
+def errors_of_step(ranks: list[Next], expected: list[Next]) -> dict[str, float]:
+    """Largest ‖Δ‖/‖ref‖ over the tensors of each kind, whole and by logical name."""
+    errors = {}
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        ours, theirs = (assemble([rank.pieces.get(kind, []) for rank in side]) for side in (ranks, expected))
+        errors[kind] = largest(ours, theirs)
+    errors["replicated"] = max(largest(rank.replicated, expected[0].replicated) for rank in ranks)
+    return errors
+
+
+def check_loaded(ranks: Sequence[Loaded], written: Written) -> None:
+    assert [rank.hash for rank in ranks] == [written.hash] * len(ranks)
+
+
+def check_step(ranks: Sequence[Loaded], written: Written, same_layout: bool) -> float:
+    """The largest error of all."""
+    following = [rank.following for rank in ranks]
+    assert {one.first_sample for one in following} == {written.following[0].first_sample}
+    errors = errors_of_step(following, written.following)
+    assert max(errors.values()) <= LATER, errors
+    if same_layout:
+        assert {one.hash for one in following} == {written.following[0].hash}
+    return max(errors.values())
+
+
+def load_everything(into: Layout, sources: list[Layout], written: Callable[[Layout], Written]) -> None:
+    """Prints the largest error of each pair."""
+    checkpoints = [written(source) for source in sources]
+    paths = [one.path for one in checkpoints]
+    ranks = pool(into.ranks).run(load_in, into.overrides, paths, [""] * len(paths))
+    worst = []
+    for number, (source, expected) in enumerate(zip(sources, checkpoints, strict=True)):
+        of_pair = [rank[number] for rank in ranks]
+        check_loaded(of_pair, expected)
+        worst.append(f"{source.name} {check_step(of_pair, expected, same_layout=source == into):.1e}")
+    print(f"into {into.name}: {', '.join(worst)}")
+
+
+@pytest.mark.parametrize("into", LAYOUTS, ids=lambda layout: layout.name)
+def test_every_checkpoint_loads_and_goes_on(into: Layout, written: Callable[[Layout], Written]) -> None:
+    load_everything(into, LAYOUTS, written)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("into", MORE, ids=lambda layout: layout.name)
+def test_every_checkpoint_of_more_layouts(into: Layout, written: Callable[[Layout], Written]) -> None:
+    load_everything(into, MORE, written)
+
+
+KEYS = ("weight/layers.1", "exp_avg/", "exp_avg_sq/", "optimizer_step/", "bias/", "controller/")
+WORK = ("position in the data", "engine's own copies", "routers' biases")
+OUT_OF_SIGHT = WORK[1:]  # the hash does not cover them: only the step shows it
+
+
+def test_what_is_not_restored_is_seen(written: Callable[[Layout], Written]) -> None:
+    source, into = (next(one for one in LAYOUTS if one.name == name) for name in ("one", "zero1-ep2"))
+    checkpoint, left_out = written(source), ["", *KEYS, *WORK]
+    ranks = pool(into.ranks).run(load_in, into.overrides, [checkpoint.path] * len(left_out), left_out)
+    for what, of_load in zip(left_out, zip(*ranks, strict=True), strict=True):
+        if not what:
+            check_loaded(of_load, checkpoint)
+            check_step(of_load, checkpoint, same_layout=False)
+            continue
+        hashes = {one.hash for one in of_load}
+        assert (hashes == {checkpoint.hash}) == (what in OUT_OF_SIGHT), what
+        with pytest.raises(AssertionError):
+            check_step(of_load, checkpoint, same_layout=False)

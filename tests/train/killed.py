@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,39 +25,75 @@ from train.config import compose
 from train.data.samples import TokenSamples
 from train.stage import Stage
 
-# phase → where a process dies in it: the holder and the name of a function that the phase calls again and again
 GRACE = 5.0  # seconds
-Fate = tuple[str, int]  # a phase and the call in which a rank dies
-PHASES: dict[str, tuple[Any, str]] = {
-    "staging": (Stage, "_keep"),
-    "planning": (writing.Side, "all"),
-    "writing": (writing.HashedFile, "write"),
-    "committing": (writing, "write_synced"),
-    "renaming": (os, "rename"),
-    "pruning": (os, "unlink"),
-    "loading": (dcp.DefaultLoadPlanner, "resolve_tensor"),
-    "verifying": (checkpoint, "file_hash"),
+TRAIN = Path(run.__file__).parent
+
+
+@dataclass(frozen=True)
+class Fate:
+    """A rank dies in the ``call``-th call that a phase makes of its function, ``before`` it is done or after."""
+
+    phase: str
+    call: int
+    before: bool
+
+
+# phase → where a process dies in it: the holder and the name of a function that the phase calls again and again, and
+# the function of train/ by which it must be called to count, if not by any
+PHASES: dict[str, tuple[Any, str, str]] = {
+    "staging": (Stage, "_keep", ""),
+    "planning": (writing.Side, "all", ""),
+    "writing": (writing.HashedFile, "write", ""),
+    "committing": (writing, "write_synced", ""),
+    "renaming": (os, "rename", "commit"),
+    "pruning": (os, "unlink", "prune"),
+    "moving": (os, "rename", ""),
+    "removing": (os, "unlink", ""),
+    "loading": (dcp.DefaultLoadPlanner, "resolve_tensor", ""),
+    "verifying": (checkpoint, "file_hash", ""),
 }
 
 
-def die() -> None:
+def caller() -> str:
+    """The innermost function of train/ that is being called in this thread; "" if none is."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and Path(frame.f_code.co_filename).parent != TRAIN:
+        frame = frame.f_back
+    return str(frame.f_code.co_qualname).replace(".<locals>", "") if frame is not None else ""
+
+
+def die(fate: Fate, will: Path) -> None:
+    """Die at once; ``will`` says where."""
+    will.write_text(f"{fate.phase} in {caller()}, {'before' if fate.before else 'after'}")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_in(phase: str, call: int) -> None:
-    """Let this process die at the phase's ``call``-th call: before it where that is even, else after it."""
-    holder, name = PHASES[phase]
+def place_of_death(samples: Path) -> str | None:
+    """Where a rank with a fate has died since this was asked last: `phase in function, before` or `after`."""
+    will = Path(f"{samples}.will")
+    if not will.exists():
+        return None
+    place = will.read_text()
+    will.unlink()
+    return place
+
+
+def die_by(fate: Fate, will: Path) -> None:
+    """Let this process die by its fate."""
+    holder, name, by = PHASES[fate.phase]
     real = getattr(holder, name)
     calls = 0
 
     def counted(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if calls == call and call % 2 == 0:
-            die()
+        counts = not by or caller() == by
+        calls += counts
+        mine = counts and calls == fate.call
+        if mine and fate.before:
+            die(fate, will)
         result = real(*arguments, **named)
-        if calls == call:
-            die()
+        if mine:
+            die(fate, will)
         return result
 
     setattr(holder, name, counted)
@@ -90,7 +127,7 @@ def rank_main(rank: int, world_size: int, port: int, words: list[str], samples: 
         os.dup2(log.fileno(), 2)
     log_samples(Path(f"{samples}.{rank}"))
     if fate is not None:
-        die_in(*fate)
+        die_by(fate, Path(f"{samples}.will"))
     sys.exit(run.main(compose(words)))
 
 
@@ -130,6 +167,12 @@ def end(ranks: list[BaseProcess], seconds: float) -> list[int | None]:
         process.kill()
         process.join()
     return [-signal.SIGKILL if code is None and grace else code for code in codes]
+
+
+def steps_read(samples: Path, rank: int) -> list[int]:
+    """The steps that a rank has read samples for, in the order in which it did, over all its lives."""
+    path = Path(f"{samples}.{rank}")
+    return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def samples_of_steps(samples: Path, world_size: int) -> dict[int, list[int]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.killed import PHASES, end, samples_of_steps, start
+from tests.train.killed import PHASES, Fate, end, place_of_death, samples_of_steps, start, steps_read
 from tests.train.running import NARROW, exact, lines
 from train.checkpoint import list_checkpoints, verify
 
@@ -19,9 +19,11 @@ RANKS, STEPS, BATCH = 2, 16, 4
 ENDS_WITHIN = 60.0  # seconds in which the survivors must find out by themselves
 # How many calls of a phase's function a rank makes in a save or two, so that the moments lie all over it
 CALLS = {
-    "staging": 300, "planning": 18, "writing": 3000, "committing": 4, "renaming": 6, "pruning": 12, "loading": 120,
-    "verifying": 6,
+    "staging": 300, "planning": 18, "writing": 3000, "committing": 4, "renaming": 3, "pruning": 12, "moving": 6,
+    "removing": 12, "loading": 120, "verifying": 6,
 }  # fmt: skip
+BY_THE_FIRST = ("committing", "renaming", "pruning", "moving", "removing", "verifying")  # what rank 0 alone does
+MET = (*PHASES, "renaming in commit, before", "renaming in commit, after")  # where 200 kills must have fallen at least
 
 
 @dataclass
@@ -43,22 +45,30 @@ class Campaign:
         """Start the present run, let a rank die, and see that nothing is lost; or see it end."""
         phase = self.chance.choice([*PHASES, "any moment", "any moment"])
         victim = self.chance.randrange(RANKS)
-        if phase in ("committing", "renaming", "pruning", "verifying"):
-            victim = 0  # the first rank does these
-        fate = (phase, self.chance.randint(1, CALLS[phase])) if phase in CALLS else None
+        if phase in BY_THE_FIRST:
+            victim = 0
+        fate = None
+        if phase in CALLS:
+            fate = Fate(phase, self.chance.randint(1, CALLS[phase]), self.chance.random() < 0.5)
         before = self.committed()
+        read_before = [steps_read(self.samples, rank) for rank in range(RANKS)]
         words = [*self.words, f"run.dir={self.folder}", f"run.name={self.run.name}"]
         ranks = start(RANKS, words, self.samples, victim, fate)
         if fate is None:
             self.kill_at_any_moment(ranks[victim])
         codes = end(ranks, ENDS_WITHIN)
         assert None not in codes, f"{phase}: ranks that did not end by themselves: {codes}, {self.said()}"
+        for rank, earlier in enumerate(read_before):
+            now = steps_read(self.samples, rank)[len(earlier) :]
+            assert now == list(range(before + 1, before + 1 + len(now))), f"{phase}: {now} from step {before}"
         if codes == [0] * RANKS:
             self.compare()
             self.runs += 1
             return
         assert -9 in codes, f"{phase}: nobody was killed, yet {codes}: {self.said()}"
-        self.kills[phase] = self.kills.get(phase, 0) + 1
+        place = place_of_death(self.samples) or "any moment"
+        assert place.startswith(phase), f"{phase}, yet it died {place}"
+        self.kills[place] = self.kills.get(place, 0) + 1
         assert self.committed() >= before, f"{phase}: a committed checkpoint is lost"
         for path in list_checkpoints(self.run / "checkpoints"):
             assert verify(path).problem is None, f"{phase}: {verify(path)}"
@@ -113,7 +123,7 @@ def test_another_number_of_ranks_goes_on_at_the_next_sample(overrides: list[str]
 
 
 def kill(campaign: Campaign, count: int) -> None:
-    """Go on until ``count`` ranks have been killed, then let the last run come to its end."""
+    """Go on until ``count`` ranks have been killed, then let the last run come to its end; prints where they died."""
     began = time.monotonic()
     while sum(campaign.kills.values()) < count:
         campaign.go_on()
@@ -121,7 +131,11 @@ def kill(campaign: Campaign, count: int) -> None:
     words = [*campaign.words, f"run.dir={campaign.folder}", f"run.name={campaign.run.name}"]
     assert end(start(RANKS, words, campaign.samples), 120) == [0] * RANKS, campaign.said()
     campaign.compare()
-    result = {"kills": campaign.kills, "runs": finished + 1, "seconds": round(time.monotonic() - began)}
+    result = {
+        "kills": dict(sorted(campaign.kills.items())),
+        "runs": finished + 1,
+        "seconds": round(time.monotonic() - began),
+    }
     print(json.dumps(result))
 
 
@@ -132,3 +146,5 @@ def test_ten_kills(campaign: Campaign) -> None:
 @pytest.mark.long
 def test_two_hundred_kills(campaign: Campaign) -> None:
     kill(campaign, 200)
+    missed = [place for place in MET if not any(met.startswith(place) for met in campaign.kills)]
+    assert not missed, f"no kill fell in: {missed}"
