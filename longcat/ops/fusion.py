@@ -15,6 +15,7 @@ from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+VARIANTS = 64  # of one function: dtypes, numbers of dimensions, sizes of one; the compiler gives up after 8
 _FUSIBLE: list[Fusible] = []  # type: ignore[type-arg]
 
 
@@ -32,6 +33,7 @@ class Fusible(Generic[P, R]):
 
     def fuse(self, enabled: bool) -> None:
         if enabled and self.fused is None:
+            torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
             self.fused = torch.compile(self.function, fullgraph=True, dynamic=True)
         self.run = self.fused if enabled and self.fused else self.function
 

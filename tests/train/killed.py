@@ -15,11 +15,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-
 from parallel.crumbs import TRAIL
 from tests.distributed import become, free_port
-from train import checkpoint, run, writing
+from train import checkpoint, run, shards, writing
 from train.batches import BatchReader
 from train.config import compose
 from train.data.samples import TokenSamples
@@ -49,7 +47,7 @@ PHASES: dict[str, tuple[Any, str, str]] = {
     "pruning": (os, "unlink", "prune"),
     "moving": (os, "rename", ""),
     "removing": (os, "unlink", ""),
-    "loading": (dcp.DefaultLoadPlanner, "resolve_tensor", ""),
+    "loading": (shards.Heads, "of", ""),
     "verifying": (checkpoint, "file_hash", ""),
 }
 
