@@ -9,6 +9,7 @@ from benchmarks.growth_arms import METHODS, MOMENTS, Arm, Outcome
 from train.report.theme import PALETTE_LIGHT
 
 BLUE, ORANGE, GREEN = PALETTE_LIGHT[:3]
+PITCH = 1.8  # from bars to bars
 INK, SOFT, GRID = "#191d22", "#5a636e", "#edeff2"
 COLOURS = {"full": INK, "half": SOFT, "stack": BLUE, "interpose": ORANGE}
 LABELS = {"full": "full depth from scratch", "half": "half depth", "stack": "stacked", "interpose": "interposed"}
@@ -97,19 +98,19 @@ def differences(axis: Any, found: list[Outcome]) -> None:
     moments = [moment for moment in MOMENTS if any(f"{method}-{moment}" in by_name for method in METHODS)]
     ticks = []
     for group, (kind, words) in enumerate((("equal_tokens", "equal tokens"), ("equal_flops", "equal compute"))):
-        left = group * (1.5 * len(moments) + 2)
-        places = {"half": left - 1.5}
-        ticks.append((left - 1.5, "never"))
+        left = group * (PITCH * len(moments) + 2)
+        places = {"half": left - PITCH}
+        ticks.append((left - PITCH, "never"))
         for number, moment in enumerate(moments):
-            middle = left + 1.5 * number
-            places |= {f"{method}-{moment}": middle + (k - 0.5) * 0.66 for k, method in enumerate(METHODS)}
+            middle = left + PITCH * number
+            places |= {f"{method}-{moment}": middle + (k - 0.5) * 0.8 for k, method in enumerate(METHODS)}
             ticks.append((middle, f"{moment}"))
         for name, place in places.items():
             value = getattr(by_name.get(name), kind, None)
             if value is not None:
                 bar(axis, place, value, COLOURS[name.partition("-")[0]])
         axis.text(
-            left + 0.75 * (len(moments) - 2),
+            left + PITCH * (len(moments) - 2) / 2,
             1.0,
             words,
             transform=axis.get_xaxis_transform(),
@@ -128,14 +129,14 @@ def differences(axis: Any, found: list[Outcome]) -> None:
 
 def bar(axis: Any, place: float, value: float, colour: str) -> None:
     """A bar with its value at its end."""
-    axis.bar(place, value, 0.5, color=colour)
+    axis.bar(place, value, 0.6, color=colour)
     axis.annotate(
-        f"{value:+.2f}".replace("-", "\N{MINUS SIGN}"),
+        f"{value:+.2f}".replace("-", "\N{MINUS SIGN}").replace("0.", "."),
         (place, value),
         xytext=(0, 3 if value >= 0 else -3),
         textcoords="offset points",
         ha="center",
         va="bottom" if value >= 0 else "top",
-        fontsize=7,
+        fontsize=6.5,
         color=SOFT,
     )
