@@ -23,6 +23,7 @@ from parallel.crumbs import crumb, phase
 from parallel.mesh import Topology
 from parallel.reduce import from_first_rank
 from train.identity import differences
+from train.shards import ShardReader
 from train.spread import finish_load, loaded
 from train.state import TrainState
 
@@ -200,22 +201,18 @@ def load(state: TrainState, path: Path, configuration: dict[str, Any]) -> None:
     with phase("reading the checkpoint", slow=True):
         tensors, boxes = loaded(state)
     with crumb("plan of the checkpoint, or its reading on all ranks"):
-        dcp.load(tensors, storage_reader=shard_reader(path))
+        dcp.load(tensors, storage_reader=WatchedReader(path))
     finish_load(state, boxes)
     for name, value in stored["counters"].items():
         setattr(state.counters, name, value)
 
 
-def shard_reader(folder: Path) -> Any:
-    """Torch's reader of shards; while it reads this rank works, and may take long."""
-    from torch.distributed.checkpoint import FileSystemReader
+class WatchedReader(ShardReader):
+    """While it reads this rank works, and may take long."""
 
-    class Reader(FileSystemReader):
-        def read_data(self, *args: Any, **keywords: Any) -> Any:
-            with phase("reading the checkpoint", slow=True):
-                return super().read_data(*args, **keywords)
-
-    return Reader(folder)
+    def read_data(self, *args: Any, **keywords: Any) -> Any:
+        with phase("reading the checkpoint", slow=True):
+            return super().read_data(*args, **keywords)
 
 
 def is_inside(path: Path, folder: Path) -> bool:

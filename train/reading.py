@@ -17,6 +17,7 @@ from longcat.errors import ConfigError
 from longcat.model import LongCat
 from longcat.names import Box, stored_state
 from train.checkpoint import STATE, list_checkpoints, verify
+from train.shards import ShardReader
 
 
 class Source(Protocol):
@@ -37,8 +38,6 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        from torch.distributed.checkpoint import FileSystemReader
-
         self.folder = find_whole(folder)
         stored = json.loads((self.folder / STATE).read_text())
         self.configuration: dict[str, Any] = stored["configuration"]
@@ -47,7 +46,7 @@ class Checkpoint:
             self.model = ModelConfig(**self.configuration["model"])
         except TypeError as error:
             raise ConfigError(f"{self.folder} is of another version of this program ({error}); use that one") from error
-        self.reader = FileSystemReader(self.folder)
+        self.reader = ShardReader(self.folder)
         self.metadata = self.reader.read_metadata()
 
     def boxes(self, stored_name: str, shape: tuple[int, ...]) -> list[Box]:
