@@ -28,6 +28,15 @@ def from_first_rank(value: Any) -> Any:
     return shared[0]
 
 
+def from_all_ranks(value: Any) -> list[Any]:
+    """What each rank says, in their order."""
+    said = [value] * dist.get_world_size()
+    if dist.get_world_size() > 1:
+        with crumb("words of all ranks"):
+            dist.all_gather_object(said, value)
+    return said
+
+
 def mean_over_ranks(value: float) -> float:
     """The mean of a figure that each rank has for itself."""
     return sum_scalars([value])[0] / dist.get_world_size()

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from longcat.errors import ConfigError
 from parallel.crumbs import crumb, phase
 from parallel.mesh import Topology
-from parallel.reduce import from_first_rank
+from parallel.reduce import from_all_ranks, from_first_rank
 from train.identity import differences
 from train.shards import ShardReader
 from train.spread import finish_load, loaded
@@ -30,6 +31,7 @@ from train.state import TrainState
 NAME = re.compile(r"step-(\d{8})$")
 PARTIAL, REMOVED = ".partial", ".removed"
 MANIFEST, STATE = "manifest.json", "state.json"
+BLOCK, AHEAD = 1 << 20, 1 << 24  # bytes hashed at a time; how far ahead of them the disk is asked for more
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,24 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and NAME.search(path.name))
 
 
-def verify(path: Path) -> Verdict:
+Check = Callable[[Path, dict[str, str]], list[str]]  # a folder, its files with their hashes → what is wrong with them
+
+
+def problems(path: Path, files: dict[str, str]) -> list[str]:
+    """What is wrong with files of a checkpoint (name → hash), in their order; nothing is if they are as written."""
+
+    def look(name: str) -> str | None:
+        try:
+            wrong = file_hash(path / name) != files[name]
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        return f"{name} does not have the hash of the manifest" if wrong else None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
+        return [problem for problem in pool.map(look, files) if problem]
+
+
+def verify(path: Path, check: Check = problems) -> Verdict:
     """Check every file of a checkpoint against its manifest."""
     step = step_of(path)
     try:
@@ -123,10 +142,38 @@ def verify(path: Path) -> Verdict:
     missing = [name for name in files if not (path / name).is_file()]
     if missing:
         return Verdict(path, step, f"{missing[0]} is missing")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
-        hashes = pool.map(lambda name: file_hash(path / name), files)
-        wrong = [name for name, found in zip(files, hashes, strict=True) if found != files[name]]
-    return Verdict(path, step, f"{wrong[0]} does not have the hash of the manifest" if wrong else None)
+    found = check(path, files)
+    return Verdict(path, step, found[0] if found else None)
+
+
+def find_together(folder: Path, resume: str, topology: Topology) -> tuple[Path | None, list[Verdict]]:
+    """`find` by the first rank, with the hashing shared out to all ranks. A collective.
+
+    Each rank hashes what it will most likely read, if as many ranks have written: its file is in memory then.
+
+    Raises:
+        ConfigError: on the first rank, as `find` does.
+    """
+
+    def share(path: Path, files: dict[str, str]) -> list[str]:
+        mine = dict(list(files.items())[topology.rank :: topology.world_size])
+        with phase("verifying a checkpoint", slow=True):
+            wrong = problems(path, mine)
+        return [problem for part in from_all_ranks(wrong) for problem in part]
+
+    def ask(path: Path, files: dict[str, str]) -> list[str]:
+        from_first_rank((path, files))
+        return share(path, files)
+
+    if topology.is_first:
+        with phase("looking for a checkpoint", slow=True):
+            found = find(folder, resume, ask)
+        return from_first_rank(found)  # type: ignore[no-any-return]
+    while True:
+        path, rest = from_first_rank(None)
+        if not isinstance(rest, dict):  # the answer; files would be the next question
+            return path, rest
+        share(path, rest)
 
 
 def last_good(folder: Path, topology: Topology) -> str:
@@ -143,7 +190,7 @@ def describe_last_good(folder: Path) -> str:
     return "there is no checkpoint yet"
 
 
-def find(folder: Path, resume: str) -> tuple[Path | None, list[Verdict]]:
+def find(folder: Path, resume: str, check: Check = problems) -> tuple[Path | None, list[Verdict]]:
     """The checkpoint to start from by ``checkpoint.resume``, and the ones passed over with their problems.
 
     Another run's checkpoint is where a new run starts; once it has checkpoints of its own, the same command
@@ -155,10 +202,10 @@ def find(folder: Path, resume: str) -> tuple[Path | None, list[Verdict]]:
     if resume == "never":
         return None, []
     if resume != "auto" and (not list_checkpoints(folder) or is_inside(Path(resume), folder.parent)):
-        return find_named(Path(resume)), []
+        return find_named(Path(resume), check=check), []
     passed_over: list[Verdict] = []
     for path in reversed(list_checkpoints(folder)):
-        verdict = verify(path)
+        verdict = verify(path, check)
         if verdict.problem is None:
             return path, passed_over
         passed_over.append(verdict)
@@ -170,17 +217,17 @@ def find(folder: Path, resume: str) -> tuple[Path | None, list[Verdict]]:
     return None, []
 
 
-def find_named(path: Path, key: str = "checkpoint.resume") -> Path:
+def find_named(path: Path, key: str = "checkpoint.resume", check: Check = problems) -> Path:
     """A checkpoint folder, or a run folder whose newest whole checkpoint is taken; ``key`` is who named it."""
     if (path / "checkpoints").is_dir():
-        found, _ = find(path / "checkpoints", "auto")
+        found, _ = find(path / "checkpoints", "auto", check)
         if found is None:
             raise ConfigError(f"{key}={path} is a run without checkpoints; name another")
         return found
     if not path.is_dir():
         choices = "use auto, never or" if key == "checkpoint.resume" else "name"
         raise ConfigError(f"{key}={path} is no folder; {choices} a checkpoint's folder")
-    verdict = verify(path)
+    verdict = verify(path, check)
     if verdict.problem:
         raise ConfigError(f"{key}={path} is not whole: {verdict.problem}; name another")
     return path
@@ -220,5 +267,12 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file. The disk is asked for what comes next while a block is hashed."""
+    digest, block, position = hashlib.sha256(), memoryview(bytearray(BLOCK)), 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            position += count
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), position + AHEAD, BLOCK, os.POSIX_FADV_WILLNEED)
+            digest.update(block[:count])
+    return digest.hexdigest()

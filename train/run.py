@@ -258,9 +258,7 @@ def resume(state: TrainState, config: Config, topology: Topology, terminal: Term
     """Continue from the checkpoint that ``checkpoint.resume`` means, and say which and why."""
     folder = config.run.folder / "checkpoints"
     with watch.patience():
-        with watch.phase("looking for a checkpoint", slow=True):
-            found = checkpoint.find(folder, config.checkpoint.resume) if topology.is_first else None
-        path, passed_over = from_first_rank(found)
+        path, passed_over = checkpoint.find_together(folder, config.checkpoint.resume, topology)
         if path is not None:
             checkpoint.load(state, path, as_mapping(config))
     if terminal:

@@ -8,7 +8,10 @@ only an archive's index is decoded, and the values go from the file into the mem
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,9 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
 BLOCK = 1 << 24  # bytes of one read, and of a thread's buffer for what cannot be read into its place
-THREADS = 4  # one decodes an archive's index while others wait for the disk
+PART = 1 << 26  # bytes that a thread reads before it takes up the next ones
+THREADS = min(4, os.cpu_count() or 1)
+HEAD = 1 << 12  # bytes; no head of a record was seen that is longer than a quarter of that
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Shard:
         Raises:
             OSError: the file ends before, or cannot be read.
         """
-        memory = values.reshape(-1).view(torch.uint8).numpy().data
+        memory = values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data
         while memory:
             count = os.preadv(self.descriptor, [memory[:BLOCK]], position)
             if not count:
@@ -102,31 +107,79 @@ class ShardReader(FileSystemReader):
             TypeError: something is stored that is no tensor.
             OSError: a file is missing, cannot be read or is too short.
         """
-        wanted = sorted(plan.items, key=self._place)
-        if any(item.type is LoadItemType.BYTE_IO for item in wanted):
+        if any(item.type is LoadItemType.BYTE_IO for item in plan.items):
             raise TypeError(f"{self.path} holds something that is no tensor; it was written by other code")
-        targets = [planner.resolve_tensor(item).detach() for item in wanted]
+        wants = [Want(item, self.storage_data[item.storage_index], planner.resolve_tensor(item)) for item in plan.items]
+        heads = Heads()
         with ThreadPoolExecutor(THREADS) as pool:
-            for _ in pool.map(self._read, wanted, targets):  # the first error comes out here; no other read begins
-                pass
-        for item, target in zip(wanted, targets, strict=True):
-            planner.commit_tensor(item, target)
+            reads = [pool.submit(read_together, Path(self.path) / name, part, heads) for name, part in parts(wants)]
+            try:
+                for one in reads:
+                    one.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error no other read begins
+        for want in wants:
+            planner.commit_tensor(want.item, want.target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _place(self, item: ReadItem) -> tuple[str, int]:
-        """The file and the offset at which an item's record lies."""
-        place = self.storage_data[item.storage_index]
-        return place.relative_path, place.offset
 
-    def _read(self, item: ReadItem, target: Tensor) -> None:
-        place = self.storage_data[item.storage_index]
-        path = Path(self.path) / place.relative_path
-        with path.open("rb") as file:
-            archive: Any = _create_file_view(file, place.offset, place.length)
-            stored = torch.load(archive, map_location="meta", weights_only=True)  # shape, strides and where it lies
-            start = place.offset + stored.untyped_storage()._checkpoint_offset
-            wanted = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
-            assert wanted.shape == target.shape, f"{item.storage_index}: {wanted.shape} for {target.shape}"
-            Stretch(Shard(path, file.fileno()), wanted, start).read_into(target)
+@dataclass(frozen=True)
+class Want:
+    """A stored tensor or a box of one, where its record lies, and the memory that it is read into."""
+
+    item: ReadItem
+    place: Any  # relative_path, offset and length of the record
+    target: Tensor
+
+
+def parts(wants: list[Want]) -> Iterator[tuple[str, list[Want]]]:
+    """(file, wants that lie there one after the other, `PART` bytes or a little more)."""
+    in_order = sorted(wants, key=lambda want: (want.place.relative_path, want.place.offset))
+    for name, of_file in itertools.groupby(in_order, key=lambda want: str(want.place.relative_path)):
+        part: list[Want] = []
+        size = 0
+        for want in of_file:
+            part.append(want)
+            size += want.target.nbytes
+            if size >= PART:
+                yield name, part
+                part, size = [], 0
+        if part:
+            yield name, part
+
+
+def read_together(path: Path, wants: list[Want], heads: Heads) -> None:
+    with path.open("rb", buffering=0) as file:
+        shard = Shard(path, file.fileno())
+        for want in wants:
+            stored = heads.of(file, want.place)
+            values = narrow_tensor_by_index(stored, want.item.storage_offsets, want.item.lengths)
+            target = want.target.detach()
+            assert values.shape == target.shape, f"{want.item.storage_index}: {values.shape} for {target.shape}"
+            start = want.place.offset + stored.untyped_storage()._checkpoint_offset
+            Stretch(shard, values, start).read_into(target)
+
+
+class Heads:
+    """What lies before the values of a record, decoded once for all records in which the same lies there.
+
+    A model has few shapes and many layers, and to decode an archive takes as long as to read a MiB.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[int, list[tuple[bytes, Tensor]]] = defaultdict(list)  # length of the record → heads
+
+    def of(self, file: Any, place: Any) -> Tensor:
+        """A tensor of a record's shape, strides and type without memory; its storage knows its offset in the record."""
+        begin = os.pread(file.fileno(), min(HEAD, place.length), place.offset)
+        for head, stored in self.known[place.length]:
+            if begin.startswith(head):
+                return stored
+        archive: Any = _create_file_view(file, place.offset, place.length)
+        found: Tensor = torch.load(archive, map_location="meta", weights_only=True)
+        offset: Any = found.untyped_storage()._checkpoint_offset
+        if offset <= len(begin):
+            self.known[place.length].append((begin[:offset], found))
+        return found
