@@ -1,8 +1,9 @@
 """What saving and loading cost: `python -m benchmarks.checkpoint` prints a table and one JSON line.
 
-One process holds a state of at least a GiB. Ratios are between neighbours of one run: the stall of a save beside
-training and a copy into a warm buffer; writing and a plain sequential write of the same bytes; loading and a plain
-read of the same file, both after the file has left the page cache.
+Each of ``--ranks`` processes holds a state of at least a GiB; a time is that of the slowest. Ratios are between
+neighbours of one run: the stall of a save beside training and a copy into a warm buffer; writing and a plain sequential
+write of as many bytes by each process; loading and a plain read of its file by each, both after all files have left the
+page cache. A resume is finding the checkpoint, which verifies it, and loading it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import mmap
 import os
-import shutil
 import statistics
 import tempfile
 import threading
@@ -22,9 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import _resident_gib, print_json, print_table, seconds_of
+from benchmarks.common import _resident_gib, print_json, print_table
 from parallel.mesh import Topology, connect
-from train.checkpoint import Keep, load, verify
+from parallel.reduce import from_all_ranks
+from tests.distributed import run_ranks
+from train.checkpoint import Keep, find_together, load
 from train.config import Config, compose
 from train.folder import as_mapping
 from train.run import build_state
@@ -35,6 +37,10 @@ from train.state import TrainState
 from train.writing import Side, Snapshot, write
 
 BLOCK = 1 << 24  # bytes of one plain read or write
+
+
+# With them weights and moments are more than a GiB a rank
+LAYERS = {1: 4, 2: 12}  # of as many ranks
 
 
 def plain_copy(source: list[torch.Tensor], target: list[torch.Tensor]) -> None:
@@ -91,11 +97,20 @@ class PeakMemory(threading.Thread):
         return self.peak - self.before
 
 
-class Bench:
-    """A state, and a folder for its checkpoints."""
+def together(action: Callable[[], Any]) -> float:
+    """Seconds in which all ranks have done it, begun at once."""
+    dist.barrier()
+    start = time.perf_counter()
+    action()
+    dist.barrier()
+    return time.perf_counter() - start
 
-    def __init__(self, config: Config, topology: Topology, folder: Path) -> None:
-        self.config, self.topology, self.folder = config, topology, folder
+
+class Bench:
+    """A state, and a folder for its checkpoints; what times it is a collective."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        self.config, self.topology, self.folder = config, topology, config.run.folder / "checkpoints"
         self.state: TrainState = build_state(config, topology)
         self.values = list(box_values(saved(self.state)))
         self.num_bytes = sum(values.nbytes for values in self.values)
@@ -110,9 +125,9 @@ class Bench:
         plain_copy(self.values, warm)
         stalls, copies = [], []
         for _ in range(rounds):
-            copies.append(seconds_of(lambda: plain_copy(self.values, warm)))
+            copies.append(together(lambda: plain_copy(self.values, warm)))
             self.state.counters.step += 1
-            stalls.append(seconds_of(saver.save))
+            stalls.append(together(saver.save))
             saver.settle()
         saver.close()
         return stalls, copies, memory.extra_gib
@@ -121,37 +136,50 @@ class Bench:
         """Seconds of writing and committing what is staged, and of a plain write of the same bytes before each."""
         memory = memoryview(mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         torch.frombuffer(memory, dtype=torch.uint8).fill_(3)
-        plain, ours = [], []
-        path, stage = self.folder, Stage(self.topology.device)
+        plain, ours, paths = [], [], [self.folder]
+        target = self.folder / f"plain-{self.topology.rank}"
+        stage = Stage(self.topology.device)
         for _ in range(rounds):
-            target = self.folder / "plain"
-            plain.append(seconds_of(lambda target=target: plain_write(target, memory)))
+            plain.append(together(lambda: plain_write(target, memory)))
             target.unlink()
             self.state.counters.step += 1
             snapshot = stage.copy(self._snapshot)
-            start = time.perf_counter()
-            path = write(snapshot, self.folder, self.topology, Keep(newest=1), Side())
-            ours.append(time.perf_counter() - start)
-        return plain, ours, path
+            ours.append(together(lambda shot=snapshot: paths.append(self._write(shot))))
+        return plain, ours, paths[-1]
 
     def _snapshot(self, take: Take) -> Snapshot:
         return Snapshot.of(self.state, as_mapping(self.config), self.topology, take=take)
 
-    def loads(self, rounds: int, path: Path) -> tuple[list[float], list[float], list[float]]:
-        """Seconds of a plain read of the largest file, of loading, and of verifying, each from the disk."""
-        shard = max(path.iterdir(), key=lambda file: file.stat().st_size)
-        memory = memoryview(bytearray(shard.stat().st_size))
-        plain, ours, checks = [], [], []
-        for _ in range(rounds):
-            plain.append(from_disk(path, lambda: plain_read(shard, memory)))
-            ours.append(from_disk(path, lambda: load(self.state, path, as_mapping(self.config))))
-            checks.append(from_disk(path, lambda: verify(path)))
-        return plain, ours, checks
+    def _write(self, snapshot: Snapshot) -> Path:
+        return write(snapshot, self.folder, self.topology, Keep(newest=1), Side())
 
+    def loads(self, rounds: int, path: Path) -> tuple[dict[str, list[float]], float]:
+        """Seconds of a plain read, of loading, of verifying and of a resume, and the memory that loading took."""
+        shard = path / f"__{self.topology.rank}_0.distcp"
+        memory = memoryview(bytearray(b"\1") * shard.stat().st_size)  # touched
 
-def from_disk(path: Path, action: Callable[[], Any]) -> float:
-    forget(path)
-    return seconds_of(action)
+        def find() -> None:
+            assert find_together(self.folder, "auto", self.topology) == (path, [])
+
+        def fill() -> None:
+            load(self.state, path, as_mapping(self.config))
+
+        actions: dict[str, Callable[[], Any]] = {
+            "plain_read": lambda: plain_read(shard, memory),
+            "load": fill,
+            "verify": find,
+            "resume": lambda: (find(), fill()),
+        }
+        with PeakMemory() as peak:
+            fill()
+        seconds: dict[str, list[float]] = {name: [] for name in actions}
+        for turn in range(rounds):  # each begins with another one
+            order = [list(actions)[(turn + place) % len(actions)] for place in range(len(actions))]
+            for name in order:
+                if self.topology.is_first:
+                    forget(path)
+                seconds[name].append(together(actions[name]))
+        return seconds, peak.extra_gib
 
 
 def ratio(ours: list[float], plain: list[float]) -> float:
@@ -159,40 +187,48 @@ def ratio(ours: list[float], plain: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, plain, strict=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="where to write; a new folder in the system's own otherwise")
-    parser.add_argument("overrides", nargs="*", default=["model=small", "model.vocab_size=32768"])
-    given = parser.parse_args()
+def measure(words: list[str], rounds: int) -> dict[str, float]:
+    """On each rank: the figures."""
     torch.set_num_threads(1)
-    base = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=given.folder))
-    config = compose([*given.overrides, f"run.dir={base}", "checkpoint.keep=1", "train.dtype=float32"])
-    try:
-        bench = Bench(config, connect(config.parallel), base)
-        gib = bench.num_bytes / 2**30
-        stalls, copies, extra = bench.stalls(given.rounds)
-        plain_writes, writes, path = bench.writes(given.rounds)
-        plain_reads, loads, checks = bench.loads(given.rounds, path)
-    finally:
-        shutil.rmtree(base, ignore_errors=True)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    median = statistics.median
-    figures = {
-        "state_gib": gib,
+    config = compose([*words, "checkpoint.keep=1", "train.dtype=float32"])
+    topology = connect(config.parallel)
+    bench = Bench(config, topology)
+    gib = bench.num_bytes / 2**30
+    stalls, copies, saving = bench.stalls(rounds)
+    plain_writes, writes, path = bench.writes(rounds)
+    seconds, loading = bench.loads(rounds, path)
+    states = from_all_ranks(gib)
+    memories = [from_all_ranks(extra / gib) for extra in (saving, loading)]
+    total, median, plain_reads = sum(states), statistics.median, seconds["plain_read"]
+    dist.destroy_process_group()
+    return {
+        "ranks": topology.world_size,
+        "state_gib_a_rank": min(states),
         "stall_seconds": median(stalls),
         "warm_copy_seconds": median(copies),
         "stall_allowed_seconds": 1.5 * median(copies) + 0.2,
-        "write_gib_per_second": gib / median(writes),
-        "plain_write_gib_per_second": gib / median(plain_writes),
+        "write_gib_per_second": total / median(writes),
+        "plain_write_gib_per_second": total / median(plain_writes),
         "write_over_plain": 1 / ratio(writes, plain_writes),
-        "load_gib_per_second": gib / median(loads),
-        "plain_read_gib_per_second": gib / median(plain_reads),
-        "load_over_plain": 1 / ratio(loads, plain_reads),
-        "verify_gib_per_second": gib / median(checks),
-        "extra_memory_over_state": extra / gib,
+        **{f"{name}_gib_per_second": total / median(times) for name, times in seconds.items()},
+        "load_over_plain": 1 / ratio(seconds["load"], plain_reads),
+        "resume_over_plain": 1 / ratio(seconds["resume"], plain_reads),
+        "saving_memory_over_state": max(memories[0]),
+        "loading_memory_over_state": max(memories[1]),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=1, choices=LAYERS)
+    parser.add_argument("--folder", default=None, help="where to write; a new folder in the system's own otherwise")
+    parser.add_argument("overrides", nargs="*", help="another model; the default one has more than a GiB a rank")
+    given = parser.parse_args()
+    model = ["model=small", "model.vocab_size=32768", f"model.num_layers={LAYERS[given.ranks]}"]
+    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=given.folder) as base:
+        words = [*model, f"parallel.ep={given.ranks}", *given.overrides, f"run.dir={base}"]
+        figures = run_ranks(measure, given.ranks, words, given.rounds, timeout=900)[0]
     print_table("checkpoint", ["figure", "value"], [[name, f"{value:.3f}"] for name, value in figures.items()])
     print_json("checkpoint", {name: round(value, 4) for name, value in figures.items()})
 

@@ -23,6 +23,7 @@ from longcat.errors import ConfigError
 from parallel.crumbs import crumb, phase
 from parallel.mesh import Topology
 from parallel.reduce import from_all_ranks, from_first_rank
+from train.failures import blame, describe
 from train.identity import differences
 from train.shards import ShardReader
 from train.spread import finish_load, loaded
@@ -237,9 +238,10 @@ def load(state: TrainState, path: Path, configuration: dict[str, Any]) -> None:
     """Read a checkpoint into ``state``, in place, in whatever layout this run has.
 
     Raises:
-        ConfigError: the checkpoint is of another model; the differing fields are named.
+        ConfigError: the checkpoint is of another model; the differing fields are named. Or a rank could not read it.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
     stored = json.loads((path / STATE).read_text())
     wrong = differences(stored["configuration"], configuration, ("model", "balance.method"))
@@ -247,8 +249,14 @@ def load(state: TrainState, path: Path, configuration: dict[str, Any]) -> None:
         raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(wrong)}; set them alike")
     with phase("reading the checkpoint", slow=True):
         tensors, boxes = loaded(state)
-    with crumb("plan of the checkpoint, or its reading on all ranks"):
-        dcp.load(tensors, storage_reader=WatchedReader(path))
+    try:
+        with crumb("plan of the checkpoint, or its reading on all ranks"):
+            dcp.load(tensors, storage_reader=WatchedReader(path))
+    except CheckpointException as error:
+        failed = blame({rank: describe(cause) for rank, (cause, _) in error.failures.items()})
+        raise ConfigError(
+            f"checkpoint {path} could not be read: {failed}; restore its files or name another"
+        ) from error
     finish_load(state, boxes)
     for name, value in stored["counters"].items():
         setattr(state.counters, name, value)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
@@ -16,7 +17,7 @@ from longcat.errors import ConfigError, UnhealthyError
 from parallel.mesh import Topology, connect
 from tests.distributed import run_ranks
 from tests.train.running import TINY, contents, free_ports, trained_state
-from train import writing
+from train import checkpoint, writing
 from train.checkpoint import Keep, find, last_good, list_checkpoints, load, tidy, verify
 from train.config import Config, compose
 from train.folder import as_mapping, lock
@@ -160,6 +161,17 @@ def test_what_is_not_finite_is_not_saved(saver: Saver) -> None:
     assert saver.everything == ["step-00000001"] and contents(path) == before
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 17, 4095])
+def test_one_value_that_is_not_finite_is_found(bad: float, place: int) -> None:
+    largest = torch.finfo(torch.float32).max
+    values = torch.full((64, 64), largest)
+    values[1] = -largest
+    assert writing.is_finite(values)
+    values.view(-1)[place] = bad
+    assert not writing.is_finite(values)
+
+
 # ------------------------------------------------------------------------------------- believed only when whole
 
 
@@ -229,6 +241,15 @@ def test_a_damaged_one_is_passed_over(damage: Callable[[Path], None], saver: Sav
         find(saver.folder, "auto")
 
 
+def test_a_shard_that_breaks_after_it_was_verified_is_named(saver: Saver) -> None:
+    path = saver.save(1)
+    assert find(saver.folder, "auto") == (path, [])
+    with shard(path).open("r+b") as file:
+        file.truncate(shard(path).stat().st_size // 2)
+    with pytest.raises(ConfigError, match=r"step-00000001 could not be read: rank 0: .*; restore its files"):
+        saver.load(path)
+
+
 # ------------------------------------------------------------------------------------- one run at a time
 
 
@@ -258,6 +279,47 @@ def exchange(theirs: str, ours: str, ports: list[int]) -> tuple[str, str, str]:
     words = last_good(Path(ours), topology)
     dist.destroy_process_group()
     return loaded, trained, words
+
+
+def look_together(folder: str) -> tuple[Any, list[str]]:
+    """On two ranks: what is found in ``folder``, and what this rank has hashed for it."""
+    config = compose(TINY)
+    topology = connect(config.parallel)
+    plain, hashed = checkpoint.file_hash, []
+
+    def noted(path: Path) -> str:
+        hashed.append(f"{path.parent.name}/{path.name}")
+        return plain(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "file_hash", noted)
+        found = checkpoint.find_together(Path(folder), "auto", topology)
+    dist.destroy_process_group()
+    return found, hashed
+
+
+def test_ranks_share_the_hashing_and_agree_on_what_they_find(saver: Saver) -> None:
+    """Damage in either rank's share is seen by both; the newest whole one is found, and nothing is hashed twice."""
+    first, second, third = (saver.save(step) for step in (1, 2, 3))
+    flip_a_bit(third)
+    change_a_counter(second)
+    both = run_ranks(look_together, 2, str(saver.folder))
+    problems = ["__0_0.distcp", "state.json"]
+    passed = [
+        (folder, f"{name} does not have the hash of the manifest")
+        for folder, name in zip((third, second), problems, strict=True)
+    ]
+    for (path, passed_over), _ in both:
+        assert path == first
+        assert [(verdict.folder, verdict.problem) for verdict in passed_over] == passed
+    shares = [set(hashed) for _, hashed in both]
+    every = {f"{path.name}/{name}" for path in (first, second, third) for name in files_of(path)}
+    assert shares[0] | shares[1] == every and not shares[0] & shares[1]
+    assert sum(len(hashed) for _, hashed in both) == len(every), "hashed twice"
+
+
+def files_of(path: Path) -> list[str]:
+    return [name for name in os.listdir(path) if name != "manifest.json"]
 
 
 def test_one_process_reads_what_two_wrote_and_the_other_way_round(saver: Saver, tmp_path: Path) -> None:
