@@ -114,6 +114,8 @@ class Bench:
         self.state: TrainState = build_state(config, topology)
         self.values = list(box_values(saved(self.state)))
         self.num_bytes = sum(values.nbytes for values in self.values)
+        for values in self.values:  # moments are all zeros before the first step, which a disk may make less of
+            values.uniform_()
 
     def stalls(self, rounds: int) -> tuple[list[float], list[float], float]:
         """Seconds that saves stall training, seconds of a warm copy before each, and the memory that saving took."""
@@ -135,7 +137,7 @@ class Bench:
     def writes(self, rounds: int) -> tuple[list[float], list[float], Path]:
         """Seconds of writing and committing what is staged, and of a plain write of the same bytes before each."""
         memory = memoryview(mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        torch.frombuffer(memory, dtype=torch.uint8).fill_(3)
+        torch.cat([values.flatten() for values in self.values], out=torch.frombuffer(memory, dtype=torch.float32))
         plain, ours, paths = [], [], [self.folder]
         target = self.folder / f"plain-{self.topology.rank}"
         stage = Stage(self.topology.device)
