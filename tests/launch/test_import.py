@@ -99,7 +99,7 @@ def test_a_failure_while_writing_leaves_nothing(
 
 def test_an_import_stands_at_step_0_with_a_controller_that_goes_on(checkpoint: Path, imported: Path) -> None:
     source = Checkpoint(imported)
-    assert source.counters == {"step": 0, "samples": 0, "tokens": 0}
+    assert source.counters == {"step": 0, "samples": 0, "tokens": 0, "data_start": 0}
     assert source.model == Checkpoint(checkpoint).model
     assert source.configuration["train"]["sequence_length"] == 32
     integral = torch.zeros(2, 8, dtype=torch.float64)
