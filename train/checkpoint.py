@@ -24,7 +24,7 @@ from parallel.crumbs import crumb, phase
 from parallel.mesh import Topology
 from parallel.reduce import from_all_ranks, from_first_rank
 from train.failures import blame, describe
-from train.identity import differences, order_differences
+from train.identity import TOKENIZER, differences, order_differences
 from train.shards import ShardReader
 from train.spread import finish_load, loaded
 from train.state import Counters, TrainState
@@ -254,6 +254,7 @@ def load(
     wrong = differences(stored["configuration"], configuration, ("model", "balance.method"))
     if wrong:
         raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(wrong)}; set them alike")
+    refuse_other_tokenizer(path, stored["configuration"], configuration)
     counters = asdict(Counters()) | stored["counters"]
     position = counters["samples"] - counters["data_start"]
     wrong = order_differences(stored["configuration"], configuration, position) if position else []
@@ -277,6 +278,17 @@ def load(
     finish_load(state, boxes)
     for name, value in counters.items():
         setattr(state.counters, name, value)
+
+
+def refuse_other_tokenizer(path: Path, stored: dict[str, Any], configuration: dict[str, Any]) -> None:
+    """Raise ConfigError where a checkpoint's ids and those of the run's corpora are known to mean other text."""
+    there, here = stored.get(TOKENIZER), configuration.get(TOKENIZER)
+    if there and here and there != here:
+        raise ConfigError(
+            f"checkpoint {path} was made with the tokenizer of SHA-256 {there[:12]}… and data.paths="
+            f"{configuration['data']['paths']} with that of {here[:12]}…, so ids mean other text; build the corpus "
+            f"with the checkpoint's (longcat data build data.tokenizer=FILE) or name one that was"
+        )
 
 
 class WatchedReader(ShardReader):

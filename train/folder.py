@@ -18,8 +18,8 @@ from typing import IO, Any
 from longcat.errors import CRASHED, ConfigError, LongCatError
 from train.checkpoint import list_checkpoints
 from train.config import Config
-from train.data.corpus import fingerprints
-from train.identity import CORPORA, differences
+from train.data.corpus import fingerprints, tokenizer_sha256
+from train.identity import CORPORA, TOKENIZER, differences
 
 CONFIG, EXIT, LOCK = "config.yaml", "exit.json", ".lock"
 FIRST_RANK_SPEAKS_SECONDS = 20.0
@@ -90,7 +90,7 @@ def describe_corpora(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: a corpus is missing or damaged.
     """
-    return {CORPORA: fingerprints(config.data.paths)}
+    return {CORPORA: fingerprints(config.data.paths), TOKENIZER: tokenizer_sha256(config.data.paths)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ IDENTITY = (
 )
 
 CORPORA = "corpora"  # {prefix: fingerprint}, beside the configuration's sections
+TOKENIZER = "tokenizer_sha256"  # of the tokenizer.json that made the corpora, or None where that is not known
 
 # What decides, beside the corpora and their stages, which text a sample's number stands for
 ORDER = ("train.seed", "train.sequence_length", "data.weights", "data.validation_fraction")
