@@ -19,7 +19,7 @@ from train.identity import TOKENIZER
 from train.reading import Checkpoint
 from train.released.files import ShardWriter
 from train.released.layout import LAYOUTS, kept_dtype, layout_tensors, outline
-from train.released.settings import texts
+from train.released.settings import refuse_unsaid, texts
 from train.writing import sync_folder, write_synced
 
 GIB = 2**30
@@ -57,6 +57,7 @@ def export(options: ExportOptions) -> Path:
     target = Path(options.target)
     refuse_existing(target)
     checkpoint = Checkpoint(Path(options.source))
+    refuse_unsaid(checkpoint.model)
     tokenizer = tokenizer_of(checkpoint.configuration, options.tokenizer, "export.tokenizer")
     end = end_of_document_id(load_tokenizer(tokenizer), str(tokenizer))
     dtype = getattr(torch, options.dtype)

@@ -35,6 +35,7 @@ REQUIRED = {  # what this model computes; a config.json that says otherwise is o
     "hidden_act": "silu",
 }
 THEIR_THETA = 1e7  # rope_theta where config.json leaves it out
+THEIR_LATENT_EPS = 1e-6  # of the latent norms, fixed in their code
 
 
 def to_config(model: ModelConfig, layout: str, dtype: str, end: int, positions: int) -> dict[str, Any]:
@@ -61,6 +62,15 @@ def to_config(model: ModelConfig, layout: str, dtype: str, end: int, positions: 
         **special_tokens(end),
         "torch_dtype" if layout == "released" else "dtype": dtype,
     }
+
+
+def refuse_unsaid(model: ModelConfig) -> None:
+    """Raise ConfigError for a model that config.json has no words for, which whoever loads it would compute wrongly."""
+    if model.latent_norm_eps != THEIR_LATENT_EPS:
+        raise ConfigError(
+            f"model.latent_norm_eps={model.latent_norm_eps} cannot be exported: config.json has no field for it, and "
+            f"whoever reads it takes {THEIR_LATENT_EPS}; only a model trained with that can be"
+        )
 
 
 def special_tokens(end: int) -> dict[str, int]:
