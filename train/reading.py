@@ -41,15 +41,18 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder, passed_over = find_whole(folder)
         say_passed_over(passed_over, self.folder)
-        stored = json.loads((self.folder / STATE).read_text())
+        try:
+            stored = json.loads((self.folder / STATE).read_text())
+            self.reader = ShardReader(self.folder)
+            self.metadata = self.reader.read_metadata()
+        except OSError as error:
+            raise gone(self.folder, error) from error
         self.configuration: dict[str, Any] = stored["configuration"]
         self.counters: dict[str, int] = stored["counters"]
         try:
             self.model = ModelConfig(**self.configuration["model"])
         except TypeError as error:
             raise ConfigError(f"{self.folder} is of another version of this program ({error}); use that one") from error
-        self.reader = ShardReader(self.folder)
-        self.metadata = self.reader.read_metadata()
 
     def boxes(self, stored_name: str, shape: tuple[int, ...]) -> list[Box]:
         """The whole tensor, or stacks of experts as the shards cut them: a shard is read as one, and once."""
@@ -78,7 +81,10 @@ class Checkpoint:
         plan = self.reader.prepare_local_plan(planner.create_local_plan())
         if sum(math.prod(item.lengths) for item in plan.items) != values.numel():
             raise ConfigError(f"{self.folder} holds only parts of {stored_name}; take another checkpoint")
-        self.reader.read_data(plan, planner).wait()
+        try:
+            self.reader.read_data(plan, planner).wait()
+        except OSError as error:
+            raise gone(self.folder, error) from error
         return values
 
     def _stored(self, stored_name: str) -> Any:
@@ -86,6 +92,14 @@ class Checkpoint:
         if found is None:
             raise ConfigError(f"{self.folder} has no {key_of(stored_name)}; take another checkpoint")
         return found
+
+
+def gone(folder: Path, error: OSError) -> ConfigError:
+    """For a checkpoint that was whole a moment ago."""
+    return ConfigError(
+        f"{folder} can no longer be read ({error}); does a run that still goes remove its old checkpoints? Take a "
+        f"newer one"
+    )
 
 
 def key_of(stored_name: str) -> str:

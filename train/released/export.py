@@ -120,8 +120,10 @@ def appearing(target: Path) -> Iterator[Path]:
     """A folder to write in that becomes ``target`` when the block ends well, and goes when it does not.
 
     Raises:
-        ConfigError: the target exists, is being written, or cannot be.
+        ConfigError: the target exists, is being written, or cannot be; or the block failed to read or write a file.
     """
+    from safetensors import SafetensorError
+
     refuse_existing(target)
     partial = target.with_name(f"{target.name}.partial")
     try:
@@ -137,6 +139,11 @@ def appearing(target: Path) -> Iterator[Path]:
         if partial.exists():
             partial.rename(target)
             sync_folder(target.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise ConfigError(
+                f"target={target} could not be made ({error}); nothing is left of it; is the disk full, or was the "
+                f"source removed meanwhile?"
+            ) from error
         raise

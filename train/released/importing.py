@@ -159,7 +159,10 @@ def write(tensors: dict[str, Tensor], folder: Path) -> None:
         try:
             dcp.save(tensors, storage_writer=short_files(folder), no_dist=True)
         except CheckpointException as error:  # it is no Exception, and wraps what happened for each rank
-            raise next(iter(error.failures.values()))[0] from error
+            cause: BaseException = next(iter(error.failures.values()))[0]
+            if not isinstance(cause, OSError) and isinstance(cause.__context__, OSError):
+                cause = cause.__context__  # torch's writer puts a riddle in the place of a full disk
+            raise cause from error
 
 
 def short_files(folder: Path) -> Any:
