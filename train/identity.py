@@ -26,8 +26,9 @@ IDENTITY = (
 CORPORA = "corpora"  # {prefix: fingerprint}, beside the configuration's sections
 TOKENIZER = "tokenizer_sha256"  # of the tokenizer.json that made the corpora, or None where that is not known
 
-# What decides, beside the corpora and their stages, which text a sample's number stands for
-ORDER = ("train.seed", "train.sequence_length", "data.weights", "data.validation_fraction")
+# What decides, beside the corpora and their stages, which text a sample's number stands for. Another seed is another
+# order of the same windows from the same position on, which may be wanted
+ORDER = ("train.sequence_length", "data.weights", "data.validation_fraction")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
