@@ -63,10 +63,11 @@ def run_elastic(overrides: list[str], config: Config, processes: int) -> int:
         max_restarts=0,
         local_addr="localhost",
         shutdown_timeout=SAVE_SECONDS,
+        signals_to_handle="",  # by the agent; see below
     )
     before = exit_written(config.run.folder)
     try:
-        with signals_kept():
+        with first_signal_alone():
             elastic_launch(launch, sys.executable)("-m", "train", *overrides)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
@@ -87,11 +88,23 @@ def exit_written(folder: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def signals_kept() -> Iterator[None]:
-    """Give signals their meaning back after the agent, which takes them for the rest of the process."""
+def first_signal_alone() -> Iterator[None]:
+    """Let the first signal end the agent, which passes it on and waits for the ranks; further ones are ignored.
+
+    The agent's own handler would leave that wait with a later signal, and the ranks would train on without it.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    def end(number: int, frame: object) -> None:
+        for taken in before:
+            signal.signal(taken, signal.SIG_IGN)
+        raise SignalException(f"process {os.getpid()} got {signal.Signals(number).name}", signal.Signals(number))
+
     taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in taken}
     try:
+        for number in taken:
+            signal.signal(number, end)
         yield
     finally:
         for number, handler in before.items():

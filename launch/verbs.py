@@ -167,12 +167,12 @@ def import_(words: list[str]) -> int:
     balance.method, whose state the checkpoint holds.
     """
     from launch.words import split_options
-    from train.released.importing import ImportOptions, import_folder, model_words
+    from train.released.importing import ImportOptions, how_to_train, import_folder
 
     options, overrides = split_options(ImportOptions, words)
     target, config = import_folder(options, overrides)
     print(target)
-    print(f"longcat train checkpoint.resume={target} run.name=… {' '.join(model_words(config.model))}")
+    print("\n".join(how_to_train(target, config)))
     return 0
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -18,6 +19,8 @@ from longcat.ops.attention import QUERY_BLOCK
 from longcat.ops.elementwise import rotary, rotary_angles
 from longcat.ops.matmul import product, raw_product
 
+LEAST_TEMPERATURE = 1e-6  # logits that are divided by less may become infinite
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -28,8 +31,13 @@ class Choice:
     seed: int = 0
 
     def validate(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature={self.temperature} must not be negative; 0 takes the likeliest token")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature={self.temperature} must be 0, which takes the likeliest token, or a number from "
+                f"{LEAST_TEMPERATURE} on"
+            )
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise ConfigError(f"seed={self.seed} has more than 64 bits; give a smaller number")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
 
@@ -215,6 +223,14 @@ class Draws:
         return len(drafts), self.draw(right[-1])
 
 
+def make_decoder(model: LongCat, prompt_length: int, max_tokens: int) -> Decoder:
+    """A decoder with room for a prompt, new tokens and drafts; raises ConfigError where memory has not that much."""
+    try:
+        return Decoder(model, prompt_length + max_tokens + model.config.num_mtp_layers + 1)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        raise ConfigError(f"max_tokens={max_tokens} are more than memory has room for; lower it") from error
+
+
 @torch.no_grad()
 def generate(
     model: LongCat,
@@ -237,7 +253,7 @@ def generate(
     if not all(0 <= token < model.config.vocab_size for token in prompt):
         raise ConfigError(f"the prompt has tokens beyond model.vocab_size={model.config.vocab_size}: another tokenizer")
     draws = Draws(choice or Choice())
-    with Decoder(model, len(prompt) + max_tokens + model.config.num_mtp_layers + 1) as decoder:
+    with make_decoder(model, len(prompt), max_tokens) as decoder:
         hidden = decoder.advance(prompt)
         right = draws.choice.probabilities(decoder.logits(hidden[-1:]))
         made = Generated([draws.draw(right[0])], forwards=1)

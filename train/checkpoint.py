@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from parallel.crumbs import crumb, phase
 from parallel.mesh import Topology
 from parallel.reduce import from_all_ranks, from_first_rank
 from train.failures import blame, describe
-from train.identity import differences
+from train.identity import TOKENIZER, differences, order_differences
 from train.shards import ShardReader
 from train.spread import finish_load, loaded
-from train.state import TrainState
+from train.state import Counters, TrainState
 
 NAME = re.compile(r"step-(\d{8})$")
 PARTIAL, REMOVED = ".partial", ".removed"
@@ -234,11 +234,18 @@ def find_named(path: Path, key: str = "checkpoint.resume", check: Check = proble
     return path
 
 
-def load(state: TrainState, path: Path, configuration: dict[str, Any]) -> None:
+def load(
+    state: TrainState, path: Path, configuration: dict[str, Any], from_start: bool = False, own: bool = True
+) -> None:
     """Read a checkpoint into ``state``, in place, in whatever layout this run has.
 
+    Args:
+        from_start: as `data.from_start`.
+        own: it is one of this run's own checkpoints, before which its data has been begun.
+
     Raises:
-        ConfigError: the checkpoint is of another model; the differing fields are named. Or a rank could not read it.
+        ConfigError: the checkpoint is of another model or stands in other data; the differing fields are named. Or a
+        rank could not read it.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -247,6 +254,17 @@ def load(state: TrainState, path: Path, configuration: dict[str, Any]) -> None:
     wrong = differences(stored["configuration"], configuration, ("model", "balance.method"))
     if wrong:
         raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(wrong)}; set them alike")
+    refuse_other_tokenizer(path, stored["configuration"], configuration)
+    counters = asdict(Counters()) | stored["counters"]
+    position = counters["samples"] - counters["data_start"]
+    wrong = order_differences(stored["configuration"], configuration, position) if position else []
+    if from_start and (wrong or not own):
+        counters["data_start"] = counters["samples"]
+    elif wrong:
+        raise ConfigError(
+            f"checkpoint {path} stands at sample {position} of other data: {'; '.join(wrong)}; set them alike, or "
+            f"read this run's data from its first sample with data.from_start=true"
+        )
     with phase("reading the checkpoint", slow=True):
         tensors, boxes = loaded(state)
     try:
@@ -258,8 +276,19 @@ def load(state: TrainState, path: Path, configuration: dict[str, Any]) -> None:
             f"checkpoint {path} could not be read: {failed}; restore its files or name another"
         ) from error
     finish_load(state, boxes)
-    for name, value in stored["counters"].items():
+    for name, value in counters.items():
         setattr(state.counters, name, value)
+
+
+def refuse_other_tokenizer(path: Path, stored: dict[str, Any], configuration: dict[str, Any]) -> None:
+    """Raise ConfigError where a checkpoint's ids and those of the run's corpora are known to mean other text."""
+    there, here = stored.get(TOKENIZER), configuration.get(TOKENIZER)
+    if there and here and there != here:
+        raise ConfigError(
+            f"checkpoint {path} was made with the tokenizer of SHA-256 {there[:12]}… and data.paths="
+            f"{configuration['data']['paths']} with that of {here[:12]}…, so ids mean other text; build the corpus "
+            f"with the checkpoint's (longcat data build data.tokenizer=FILE) or name one that was"
+        )
 
 
 class WatchedReader(ShardReader):

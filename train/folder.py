@@ -18,12 +18,11 @@ from typing import IO, Any
 from longcat.errors import CRASHED, ConfigError, LongCatError
 from train.checkpoint import list_checkpoints
 from train.config import Config
-from train.data.corpus import fingerprints
-from train.identity import differences
+from train.data.corpus import fingerprints, tokenizer_sha256
+from train.identity import CORPORA, TOKENIZER, differences
 
 CONFIG, EXIT, LOCK = "config.yaml", "exit.json", ".lock"
 FIRST_RANK_SPEAKS_SECONDS = 20.0
-CORPORA = "corpora"
 PACKAGES = ("torch", "numpy", "megatron-core", "datasets", "tokenizers", "hydra-core", "wandb", "safetensors")
 
 
@@ -51,7 +50,7 @@ def refuse_foreign(config: Config) -> None:
     folder = config.run.folder
     wrong = []
     if (folder / CONFIG).is_file():
-        wrong = differences(read_config(folder), as_mapping(config) | {CORPORA: fingerprints(config.data.paths)})
+        wrong = differences(read_config(folder), as_mapping(config) | describe_corpora(config))
     if wrong:
         shown = "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise ConfigError(
@@ -83,6 +82,15 @@ def as_mapping(config: Config) -> dict[str, Any]:
     container = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def describe_corpora(config: Config) -> dict[str, Any]:
+    """What a run's config.yaml and its checkpoints say of the data beside the configuration.
+
+    Raises:
+        ConfigError: a corpus is missing or damaged.
+    """
+    return {CORPORA: fingerprints(config.data.paths), TOKENIZER: tokenizer_sha256(config.data.paths)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def write_config(config: Config, derived: dict[str, Any], device: str, world_siz
     }
     tree = {
         **as_mapping(config),
-        CORPORA: fingerprints(config.data.paths),
+        **describe_corpora(config),
         "environment": environment,
         "derived": derived,
     }

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from longcat.errors import ConfigError
 from longcat.growth import Growth, layer_of
-from train.checkpoint import NAME, PARTIAL, STATE, find_named, is_inside
+from train.checkpoint import NAME, PARTIAL, STATE, find_named, is_inside, list_checkpoints, verify
+from train.reading import say_passed_over
 from train.writing import commit
 
 BUFFER = 1 << 20  # bytes that are copied at a time
@@ -79,7 +80,11 @@ def grow(config: GrowConfig) -> tuple[Path, Growth]:
     config.validate()
     target = Path(config.target)
     refuse_target(target)
-    source = read_source(find_named(Path(config.source), key="source"), config.growth)
+    taken = find_named(Path(config.source), key="source")
+    if (Path(config.source) / "checkpoints").is_dir():  # a run: what is newer than the one taken is damaged
+        newer = [verify(path) for path in list_checkpoints(taken.parent) if path.name > taken.name]
+        say_passed_over([verdict for verdict in newer if verdict.problem], taken)
+    source = read_source(taken, config.growth)
     refuse_name(target, source)
     partial = target.with_name(f"{target.name}{PARTIAL}")
     try:

@@ -23,6 +23,13 @@ IDENTITY = (
     "corpora",
 )
 
+CORPORA = "corpora"  # {prefix: fingerprint}, beside the configuration's sections
+TOKENIZER = "tokenizer_sha256"  # of the tokenizer.json that made the corpora, or None where that is not known
+
+# What decides, beside the corpora and their stages, which text a sample's number stands for. Another seed is another
+# order of the same windows from the same position on, which may be wanted
+ORDER = ("train.sequence_length", "data.weights", "data.validation_fraction")
+
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings → {dotted key: leaf}."""
@@ -42,4 +49,28 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str,
         watched = any(leaf == key or leaf.startswith(f"{key}.") for key in keys)
         if watched and leaf != "model.name" and old.get(leaf) != new.get(leaf):
             found.append(f"{leaf} is {old.get(leaf)} there and {new.get(leaf)} here")
+    return found
+
+
+def order_differences(stored: dict[str, Any], wanted: dict[str, Any], position: int) -> list[str]:
+    """As `differences`, of what decides which text the first ``position`` samples are.
+
+    Corpora are compared by their fingerprints where both sides have them, else by their paths. Of `data.stages` those
+    count that have begun.
+    """
+    paths = [side["data"]["paths"] for side in (stored, wanted)]
+    prints = [[side.get(CORPORA, {}).get(path) for path in side["data"]["paths"]] for side in (stored, wanted)]
+    found = differences(stored, wanted, ORDER)
+    if None in prints[0] + prints[1]:
+        prints = paths
+    if prints[0] != prints[1]:
+        here = "a corpus of other contents" if paths[0] == paths[1] else paths[1]
+        found.append(f"data.paths is {paths[0]} there and {here} here")
+    length = stored["train"]["sequence_length"]
+    begun = [
+        [stage for stage in side["data"]["stages"] if -(-stage["start_tokens"] // length) < position]
+        for side in (stored, wanted)
+    ]
+    if begun[0] != begun[1]:
+        found.append(f"data.stages, as far as begun, is {begun[0]} there and {begun[1]} here")
     return found

@@ -12,6 +12,7 @@ from parallel.mesh import Topology
 from parallel.reduce import mean_over_ranks
 from train import checkpoint
 from train.config import Config
+from train.folder import describe_corpora
 from train.metrics import MetricsWriter
 from train.profiling.profiler import Profiler
 from train.saver import Saver
@@ -46,7 +47,7 @@ class Loop:
         self.config, self.topology, self.peak_flops = config, topology, peak_flops
         self.writer, self.terminal = writer, terminal  # on the first rank only
         self.wish = wish
-        self.saver = Saver(state, config, topology, terminal)
+        self.saver = Saver(state, config, topology, terminal, describe_corpora(config))
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
 
     def run(self) -> None:

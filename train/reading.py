@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.model import LongCat
 from longcat.names import Box, stored_state
-from train.checkpoint import STATE, list_checkpoints, verify
+from train.checkpoint import STATE, Verdict, list_checkpoints, verify
 from train.shards import ShardReader
 
 
@@ -31,23 +32,27 @@ class Source(Protocol):
 
 
 class Checkpoint:
-    """A whole checkpoint of ours: a `Source` of its weights and biases.
+    """A whole checkpoint of ours: a `Source` of its weights and biases. Newer ones that are damaged are told of.
 
     Raises:
         ConfigError: the folder is none, or its hashes do not hold.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = find_whole(folder)
-        stored = json.loads((self.folder / STATE).read_text())
+        self.folder, passed_over = find_whole(folder)
+        say_passed_over(passed_over, self.folder)
+        try:
+            stored = json.loads((self.folder / STATE).read_text())
+            self.reader = ShardReader(self.folder)
+            self.metadata = self.reader.read_metadata()
+        except OSError as error:
+            raise gone(self.folder, error) from error
         self.configuration: dict[str, Any] = stored["configuration"]
         self.counters: dict[str, int] = stored["counters"]
         try:
             self.model = ModelConfig(**self.configuration["model"])
         except TypeError as error:
             raise ConfigError(f"{self.folder} is of another version of this program ({error}); use that one") from error
-        self.reader = ShardReader(self.folder)
-        self.metadata = self.reader.read_metadata()
 
     def boxes(self, stored_name: str, shape: tuple[int, ...]) -> list[Box]:
         """The whole tensor, or stacks of experts as the shards cut them: a shard is read as one, and once."""
@@ -76,7 +81,10 @@ class Checkpoint:
         plan = self.reader.prepare_local_plan(planner.create_local_plan())
         if sum(math.prod(item.lengths) for item in plan.items) != values.numel():
             raise ConfigError(f"{self.folder} holds only parts of {stored_name}; take another checkpoint")
-        self.reader.read_data(plan, planner).wait()
+        try:
+            self.reader.read_data(plan, planner).wait()
+        except OSError as error:
+            raise gone(self.folder, error) from error
         return values
 
     def _stored(self, stored_name: str) -> Any:
@@ -84,6 +92,14 @@ class Checkpoint:
         if found is None:
             raise ConfigError(f"{self.folder} has no {key_of(stored_name)}; take another checkpoint")
         return found
+
+
+def gone(folder: Path, error: OSError) -> ConfigError:
+    """For a checkpoint that was whole a moment ago."""
+    return ConfigError(
+        f"{folder} can no longer be read ({error}); does a run that still goes remove its old checkpoints? Take a "
+        f"newer one"
+    )
 
 
 def key_of(stored_name: str) -> str:
@@ -95,8 +111,8 @@ def whole(shape: tuple[int, ...]) -> Box:
     return tuple((0, size) for size in shape)
 
 
-def find_whole(folder: Path) -> Path:
-    """``folder`` itself, or the newest whole checkpoint of a run's folder.
+def find_whole(folder: Path) -> tuple[Path, list[Verdict]]:
+    """``folder`` itself, or the newest whole checkpoint of a run's folder; and the newer ones that are not whole.
 
     Raises:
         ConfigError: there is none, or its hashes do not hold.
@@ -109,9 +125,17 @@ def find_whole(folder: Path) -> Path:
     for candidate in candidates:
         verdicts.append(verify(candidate))
         if verdicts[-1].problem is None:
-            return candidate
+            return candidate, verdicts[:-1]
     problems = "; ".join(f"{verdict.folder.name}: {verdict.problem}" for verdict in verdicts)
     raise ConfigError(f"source={folder} holds no whole checkpoint ({problems}); restore its files or name another")
+
+
+def say_passed_over(passed_over: list[Verdict], taken: Path) -> None:
+    """On standard error: text and paths that are asked for go to standard output."""
+    for verdict in passed_over:
+        print(f"passed over {verdict.folder}: {verdict.problem}", file=sys.stderr)
+    if passed_over:
+        print(f"taken instead: {taken}", file=sys.stderr)
 
 
 def stored_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -26,6 +26,7 @@ from parallel.stream_clock import count_stream_waits
 from train import checkpoint
 from train.balance import build_controller
 from train.batches import BatchReader
+from train.checkpoint import is_inside
 from train.config import Config
 from train.data.samples import TokenSamples
 from train.folder import (
@@ -33,6 +34,7 @@ from train.folder import (
     as_mapping,
     check_folder,
     claim_exit,
+    describe_corpora,
     lock,
     recorded_code,
     refuse,
@@ -260,7 +262,8 @@ def resume(state: TrainState, config: Config, topology: Topology, terminal: Term
     with watch.patience():
         path, passed_over = checkpoint.find_together(folder, config.checkpoint.resume, topology)
         if path is not None:
-            checkpoint.load(state, path, as_mapping(config))
+            configuration = as_mapping(config) | describe_corpora(config)
+            checkpoint.load(state, path, configuration, config.data.from_start, is_inside(path, folder))
     if terminal:
         for verdict in passed_over:
             terminal.note(f"passed over {verdict.folder}: {verdict.problem}")
@@ -270,6 +273,8 @@ def resume(state: TrainState, config: Config, topology: Topology, terminal: Term
             terminal.note(f"set aside as {aside}")
     if terminal and path is not None:
         terminal.note(f"resumed from {path}: step {state.counters.step}, {state.counters.tokens:,} tokens")
+        if state.counters.samples and not state.counters.position:
+            terminal.note("data.from_start: the data is read from its first sample on")
 
 
 def finish(
@@ -289,7 +294,7 @@ def finish(
     if not (config.validation.ngram_baselines and topology.is_first):
         return
     with watch.phase("n-gram baselines", slow=True):
-        baselines = validator.baselines(train_samples, state.counters.samples)
+        baselines = validator.baselines(train_samples, state.counters.position)
     if baselines is None:
         terminal.note("n-gram baselines left out: more tokens than they take in minutes")
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -48,10 +49,19 @@ class Saver:
 
     Args:
         terminal: says what went wrong without ending the run; on the first rank only.
+        corpora: what a checkpoint says of the data beside the configuration (`describe_corpora`).
     """
 
-    def __init__(self, state: TrainState, config: Config, topology: Topology, terminal: Terminal | None) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        config: Config,
+        topology: Topology,
+        terminal: Terminal | None,
+        corpora: dict[str, Any] | None = None,
+    ) -> None:
         self.state, self.config, self.topology, self.terminal = state, config, topology, terminal
+        self.corpora = corpora or {}
         settings = config.checkpoint
         self.folder = config.run.folder / "checkpoints"
         self.keep = Keep(settings.keep, settings.keep_every, settings.keep_best)
@@ -115,7 +125,8 @@ class Saver:
             self.stage.close()
 
     def _snapshot(self, val_loss: float | None, take: object = None) -> Snapshot:
-        return Snapshot.of(self.state, as_mapping(self.config), self.topology, val_loss, take)  # type: ignore[arg-type]
+        configuration = as_mapping(self.config) | self.corpora
+        return Snapshot.of(self.state, configuration, self.topology, val_loss, take)  # type: ignore[arg-type]
 
     def _write_here(self, val_loss: float | None) -> BaseException | None:
         try:

@@ -16,11 +16,17 @@ from train.balance import BiasController
 
 @dataclass
 class Counters:
-    """Where the run stands. ``samples`` is the position in the data: one global counter."""
+    """Where the training stands, counted from its very first step."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    data_start: int = 0  # what ``samples`` was when the present data began; above 0 after data.from_start
+
+    @property
+    def position(self) -> int:
+        """Number of the next sample of the present data: one global counter."""
+        return self.samples - self.data_start
 
 
 @dataclass

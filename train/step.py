@@ -65,7 +65,7 @@ class Stepper:
         """Train on the next global batch. With a loss or gradient that is not finite, nothing is updated."""
         counters, config = self.state.counters, self.config
         begin_step(counters.step + 1)
-        batches = list(self.reader.read(counters.samples))
+        batches = list(self.reader.read(counters.position))
         divisors = self.reader.divisors(batches)
         use_mtp = counters.tokens >= config.loss.mtp_start_tokens and config.model.num_mtp_layers > 0
         self._watch_gates()
@@ -162,7 +162,7 @@ class Stepper:
         task, balance = torch.linalg.vector_norm(slopes, dim=-1)
         return {
             "step": counters.step,
-            "first_sample": counters.samples - config.train.global_batch_size,
+            "first_sample": counters.position - config.train.global_batch_size,
             "tokens": counters.tokens,
             "loss": sums[0] / max(divisors.valid_tokens, 1),
             "loss_mtp": sums[1] / max(divisors.mtp_tokens, 1) if use_mtp else None,

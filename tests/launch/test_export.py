@@ -202,12 +202,20 @@ def test_what_cannot_be_exported_is_refused(checkpoint: Path, corpus: Path, tmp_
     refused(["export", source, target, "export.layot=released"], "'export.layout'")
     refused(["export", source, target, "export.shard_gib=big"], "a number")
     refused(["export", source, target, "export.dtype=fp8"], "bfloat16 or float32")
-    refused(["export", source, target, "export.tokenizer=nowhere.json"], "nowhere.json")
+    refused(["export", source, target, "export.tokenizer=nowhere.json"], "nowhere.json", "export.tokenizer=FILE")
     refused(["export", f"source={corpus.parent}", target], "no readable manifest.json")
     refused(["export", f"source={tmp_path / 'nothing'}", target], "no folder")
     (tmp_path / "out.partial").mkdir()
     refused(["export", source, target], "out.partial")
     assert not (tmp_path / "out").exists() and not any((tmp_path / "there").iterdir())
+
+
+def test_what_config_json_cannot_say_is_refused(corpus: Path, tmp_path: Path, refused: Refused) -> None:
+    source = trained(corpus, tmp_path, "model.latent_norm_eps=1e-5")
+    for layout in ("released", "transformers"):
+        words = [f"source={source}", f"target={tmp_path / 'out'}", f"export.layout={layout}"]
+        refused(["export", *words], "model.latent_norm_eps=1e-05", "no field", "1e-06")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_checkpoint_is_refused(corpus: Path, tmp_path: Path, refused: Refused) -> None:

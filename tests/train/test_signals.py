@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,25 @@ def test_a_signal_saves_with_two_processes(
     assert code == 3, errors
     step = stopped_at(folder, errors, "request" if "request" in errors else number.name)
     assert exact(folder).keys() == set(range(1, step + 1))
+
+
+def test_further_signals_do_not_keep_the_agent_from_waiting(
+    overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Three while a rank stands still: it is waited for, and the code is that of a clean stop."""
+
+    def send() -> None:
+        wait_for_step(tmp_path / "run", 2)
+        slow = ranks_below(os.getpid())[1]
+        os.kill(slow, signal.SIGSTOP)
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.5)
+        os.kill(slow, signal.SIGCONT)
+
+    code, errors = through_the_agent([*overrides, *NARROW, ENDLESS], capfd, send)
+    assert code == 3, errors
+    stopped_at(tmp_path / "run", errors, "SIGTERM")
 
 
 def test_a_killed_rank_is_a_crash(overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from longcat.errors import ConfigError
 from train.data.config import PYTHON_SOURCE, DataConfig
-from train.data.corpus import INFO_NAME, TOKENIZER_NAME, CorpusInfo, check_corpus, read_info, write_info
+from train.data.corpus import INFO_NAME, TOKENIZER_NAME, CorpusInfo, check_corpus, file_sha256, read_info, write_info
 from train.data.sources import Source
 from train.data.tokens import MIN_VOCAB_SIZE, end_of_document_id, load_tokenizer, train_bpe
 
@@ -87,7 +86,7 @@ def _settings(config: DataConfig, vocab_size: int) -> dict[str, Any]:
         raise ConfigError(
             f"data.tokenizer={config.tokenizer} does not exist; give a tokenizer.json, or null to train one"
         )
-    return settings | {"tokenizer": _digest(Path(config.tokenizer))}
+    return settings | {"tokenizer": file_sha256(Path(config.tokenizer))}
 
 
 def _finished(config: DataConfig, out: Path, settings: dict[str, Any]) -> CorpusInfo | None:
@@ -127,7 +126,10 @@ def _write(config: DataConfig, vocab_size: int, settings: dict[str, Any], folder
     with _progress(console) as progress:
         source = Source(config)
         tokenizer = _tokenizer(config, vocab_size, source, progress)
-        tokenizer.save(str(folder / TOKENIZER_NAME))
+        if config.tokenizer is None:
+            tokenizer.save(str(folder / TOKENIZER_NAME))
+        else:  # the same bytes, by whose hash a checkpoint knows its tokenizer
+            shutil.copyfile(config.tokenizer, folder / TOKENIZER_NAME)
         where = config.tokenizer or "the trained tokenizer"
         totals = _Totals(eod=end_of_document_id(tokenizer, where))
         _encode(config, source, tokenizer, folder, totals, progress)
@@ -139,7 +141,7 @@ def _write(config: DataConfig, vocab_size: int, settings: dict[str, Any], folder
         max_token_id=totals.max_token_id,
         eod=totals.eod,
         source=config.source,
-        tokenizer_sha256=_digest(folder / TOKENIZER_NAME),
+        tokenizer_sha256=file_sha256(folder / TOKENIZER_NAME),
         settings=settings,
         versions=_versions(config),
         seconds=time.perf_counter() - began,
@@ -234,10 +236,6 @@ def _size(text: str) -> int:
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _versions(config: DataConfig) -> dict[str, str]:

@@ -26,7 +26,8 @@ class DataConfig:
     `source` is a hub id, a folder, a file or a glob of parquet / JSON (lines) / text files, or the word
     `python_source`: the Python sources of the running interpreter's standard library and of torch. Sizes are
     in bytes of UTF-8 text; 0 means no limit. `paths` are prefixes of `.bin`/`.idx` pairs in Megatron's
-    format.
+    format. `from_start` matters to a run that starts from another run's checkpoint: it reads its data from
+    the first sample instead of going on at the position of the checkpoint.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DataConfig:
     stages: list[MixtureStage] = field(default_factory=list)
     validation_fraction: float = 0.02
     mask_documents: bool = False
+    from_start: bool = False
 
     def __post_init__(self) -> None:
         if not self.out:

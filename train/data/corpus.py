@@ -115,6 +115,25 @@ def _read_lengths(idx: Path) -> tuple[int, np.ndarray]:
     return _ITEM_SIZE[code], lengths
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a small file, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tokenizer_sha256(prefixes: list[str]) -> str | None:
+    """SHA-256 of the tokenizer.json that made the ids of ``prefixes``; None where nothing says which that was.
+
+    The first corpus that says it counts: by its corpus.json, else by the file beside it.
+    """
+    for prefix in prefixes:
+        info, beside = read_info(prefix), Path(prefix).parent / TOKENIZER_NAME
+        if info is not None:
+            return info.tokenizer_sha256
+        if beside.is_file():
+            return file_sha256(beside)
+    return None
+
+
 def fingerprints(prefixes: list[str]) -> dict[str, str]:
     """What tells each corpus of ``prefixes`` from another one under the same name: sizes, index and tokenizer.
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from longcat.errors import ConfigError
-from train.data.corpus import TOKENIZER_NAME
+from train.data.corpus import TOKENIZER_NAME, file_sha256
 from train.data.tokens import end_of_document_id, load_tokenizer
+from train.identity import TOKENIZER
 from train.reading import Checkpoint
 from train.released.files import ShardWriter
 from train.released.layout import LAYOUTS, kept_dtype, layout_tensors, outline
-from train.released.settings import texts
+from train.released.settings import refuse_unsaid, texts
 from train.writing import sync_folder, write_synced
 
 GIB = 2**30
@@ -56,6 +57,7 @@ def export(options: ExportOptions) -> Path:
     target = Path(options.target)
     refuse_existing(target)
     checkpoint = Checkpoint(Path(options.source))
+    refuse_unsaid(checkpoint.model)
     tokenizer = tokenizer_of(checkpoint.configuration, options.tokenizer, "export.tokenizer")
     end = end_of_document_id(load_tokenizer(tokenizer), str(tokenizer))
     dtype = getattr(torch, options.dtype)
@@ -66,8 +68,10 @@ def export(options: ExportOptions) -> Path:
         writer.close()
         positions = int(checkpoint.configuration["train"]["sequence_length"])
         files = texts(checkpoint.model, options.layout, options.dtype, end, positions, checkpoint.counters)
-        for file, text in (files | tokenizer_texts(tokenizer, end, positions)).items():
+        files["tokenizer_config.json"] = tokenizer_settings(tokenizer, end, positions)
+        for file, text in files.items():
             write_synced(partial / file, text)
+        shutil.copyfile(tokenizer, partial / TOKENIZER_NAME)  # the same bytes, by whose hash a checkpoint knows it
     return target
 
 
@@ -75,20 +79,27 @@ def tokenizer_of(configuration: dict[str, Any], given: str, key: str) -> Path:
     """The tokenizer.json that a checkpoint was trained with, or the one that is given by the option ``key``.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it is not there, or its hash is not the one that the checkpoint knows.
     """
     data = configuration["data"]
     places = (
         [given] if given else [data.get("tokenizer"), *(Path(path).parent / TOKENIZER_NAME for path in data["paths"])]
     )
-    for place in places:
-        if place and Path(place).is_file():
-            return Path(place)
-    raise ConfigError(f"no tokenizer at {' or '.join(str(p) for p in places if p)}; name one with tokenizer=FILE")
+    there = [Path(place) for place in places if place and Path(place).is_file()]
+    if not there:
+        raise ConfigError(f"no tokenizer at {' or '.join(str(p) for p in places if p)}; name one with {key}=FILE")
+    wanted = configuration.get(TOKENIZER)
+    for place in there:
+        if wanted is None or file_sha256(place) == wanted:
+            return place
+    raise ConfigError(
+        f"{' and '.join(map(str, there))} is not the tokenizer that the checkpoint was trained with, whose SHA-256 is "
+        f"{wanted}; name that one with {key}=FILE"
+    )
 
 
-def tokenizer_texts(path: Path, end: int, positions: int) -> dict[str, str]:
-    """tokenizer.json and what AutoTokenizer wants beside it. Nothing is put before a text."""
+def tokenizer_settings(path: Path, end: int, positions: int) -> str:
+    """What AutoTokenizer wants beside tokenizer.json. Nothing is put before a text."""
     name = load_tokenizer(path).id_to_token(end)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -96,10 +107,7 @@ def tokenizer_texts(path: Path, end: int, positions: int) -> dict[str, str]:
         "model_max_length": positions,
         "clean_up_tokenization_spaces": False,
     }
-    return {
-        TOKENIZER_NAME: path.read_text(encoding="utf-8"),
-        "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
-    }
+    return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
 
 
 def refuse_existing(target: Path) -> None:
@@ -112,8 +120,10 @@ def appearing(target: Path) -> Iterator[Path]:
     """A folder to write in that becomes ``target`` when the block ends well, and goes when it does not.
 
     Raises:
-        ConfigError: the target exists, is being written, or cannot be.
+        ConfigError: the target exists, is being written, or cannot be; or the block failed to read or write a file.
     """
+    from safetensors import SafetensorError
+
     refuse_existing(target)
     partial = target.with_name(f"{target.name}.partial")
     try:
@@ -129,6 +139,11 @@ def appearing(target: Path) -> Iterator[Path]:
         if partial.exists():
             partial.rename(target)
             sync_folder(target.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise ConfigError(
+                f"target={target} could not be made ({error}); nothing is left of it; is the disk full, or was the "
+                f"source removed meanwhile?"
+            ) from error
         raise

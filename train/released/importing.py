@@ -26,8 +26,9 @@ from parallel.store import MOMENTS
 from train.balance import build_controller
 from train.checkpoint import file_hash
 from train.config import Config, compose
-from train.data.corpus import TOKENIZER_NAME
+from train.data.corpus import TOKENIZER_NAME, file_sha256, tokenizer_sha256
 from train.folder import as_mapping
+from train.identity import TOKENIZER
 from train.reading import key_of, stored_shapes
 from train.released.export import appearing, refuse_existing
 from train.released.files import SafetensorsFolder
@@ -87,7 +88,7 @@ def import_folder(options: ImportOptions, overrides: list[str]) -> tuple[Path, C
     source = SafetensorsFolder(Path(options.source))
     config = configuration_of(source, overrides)
     source.check(config.model)
-    text = {"counters": asdict(Counters()), "configuration": as_mapping(config)}
+    text = {"counters": asdict(Counters()), "configuration": as_mapping(config) | {TOKENIZER: tokenizer_of(config)}}
     with appearing(target) as partial:
         write(promised(config, source), partial)
         files = {path.name: file_hash(path) for path in sorted(partial.glob("*.distcp"))}
@@ -109,6 +110,12 @@ def configuration_of(source: SafetensorsFolder, overrides: list[str]) -> Config:
     if config.data.tokenizer is None and tokenizer.is_file():
         config.data.tokenizer = str(tokenizer.resolve())
     return config
+
+
+def tokenizer_of(config: Config) -> str | None:
+    """SHA-256 of the tokenizer of an import, if there is one."""
+    path = config.data.tokenizer
+    return file_sha256(Path(path)) if path and Path(path).is_file() else None
 
 
 def promised(config: Config, source: SafetensorsFolder) -> dict[str, Tensor]:
@@ -152,7 +159,10 @@ def write(tensors: dict[str, Tensor], folder: Path) -> None:
         try:
             dcp.save(tensors, storage_writer=short_files(folder), no_dist=True)
         except CheckpointException as error:  # it is no Exception, and wraps what happened for each rank
-            raise next(iter(error.failures.values()))[0] from error
+            cause: BaseException = next(iter(error.failures.values()))[0]
+            if not isinstance(cause, OSError) and isinstance(cause.__context__, OSError):
+                cause = cause.__context__  # torch's writer puts a riddle in the place of a full disk
+            raise cause from error
 
 
 def short_files(folder: Path) -> Any:
@@ -198,6 +208,26 @@ def by_size(items: list[Any]) -> Iterator[list[Any]]:
             held, size = [], 0
     if held:
         yield held
+
+
+def how_to_train(target: Path, config: Config) -> list[str]:
+    """Commands that train on from an import: to build a corpus of its tokenizer where there is none, and the run."""
+    wanted, data = tokenizer_of(config), config.data
+    try:
+        fits = wanted is None or tokenizer_sha256(data.paths) == wanted
+    except ConfigError:  # a damaged one
+        fits = False
+    words = [f"data.paths=[{','.join(data.paths)}]"]
+    lines = []
+    if not fits:
+        words = ["data.out=FOLDER"]
+        lines.append("the corpus must have the model's tokenizer; if you have none that has, build it first:")
+        lines.append(
+            f"longcat data build data.source=TEXTS data.out=FOLDER data.tokenizer={data.tokenizer} "
+            f"model.vocab_size={config.model.vocab_size}"
+        )
+    words = [*model_words(config.model), f"balance.method={config.balance.method}", *words]
+    return [*lines, f"longcat train checkpoint.resume={target} run.name=… {' '.join(words)}"]
 
 
 def model_words(model: ModelConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ RENAMED = {
     "expert_hidden_size": "expert_ffn_hidden_size",
 }
 NAMES = dict.fromkeys(SAME) | RENAMED  # ours → theirs, None = the same
+REAL = ("routed_scaling_factor", "rms_norm_eps")  # of these; the others are whole numbers
 REQUIRED = {  # what this model computes; a config.json that says otherwise is of another one
     "attention_bias": False,
     "tie_word_embeddings": False,
@@ -35,6 +37,7 @@ REQUIRED = {  # what this model computes; a config.json that says otherwise is o
     "hidden_act": "silu",
 }
 THEIR_THETA = 1e7  # rope_theta where config.json leaves it out
+THEIR_LATENT_EPS = 1e-6  # of the latent norms, fixed in their code
 
 
 def to_config(model: ModelConfig, layout: str, dtype: str, end: int, positions: int) -> dict[str, Any]:
@@ -63,6 +66,15 @@ def to_config(model: ModelConfig, layout: str, dtype: str, end: int, positions: 
     }
 
 
+def refuse_unsaid(model: ModelConfig) -> None:
+    """Raise ConfigError for a model that config.json has no words for, which whoever loads it would compute wrongly."""
+    if model.latent_norm_eps != THEIR_LATENT_EPS:
+        raise ConfigError(
+            f"model.latent_norm_eps={model.latent_norm_eps} cannot be exported: config.json has no field for it, and "
+            f"whoever reads it takes {THEIR_LATENT_EPS}; only a model trained with that can be"
+        )
+
+
 def special_tokens(end: int) -> dict[str, int]:
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
 
@@ -78,7 +90,9 @@ def from_folder(folder: Path, num_mtp_layers: int) -> dict[str, Any]:
         tree = json.loads(path.read_text())
         if tree.get("model_type") != "longcat_flash":
             raise ConfigError(f"{path}: model_type is {tree.get('model_type')!r}, not 'longcat_flash'; name another")
-        found = {ours: tree[theirs or ours] for ours, theirs in NAMES.items()}
+        found = {
+            ours: number(path, theirs or ours, tree[theirs or ours], ours in REAL) for ours, theirs in NAMES.items()
+        }
     except KeyError as error:
         raise ConfigError(f"{path} has no {error}; complete it") from error
     except (OSError, ValueError, AttributeError) as error:
@@ -89,21 +103,41 @@ def from_folder(folder: Path, num_mtp_layers: int) -> dict[str, Any]:
     found["rope_theta"] = rope_theta(path, tree)
     found["num_mtp_layers"] = num_mtp_layers
     found["name"] = "imported"
+    if found["num_experts"] < 1 or found["num_zero_experts"] < 0:
+        raise ConfigError(f"{path}: n_routed_experts must be at least 1 and zero_expert_num not negative; correct them")
     # The budget stands in no config.json: by default FFN experts get their share of the choices (8 of 12 at 560B)
     share = found["num_experts"] / (found["num_experts"] + found["num_zero_experts"])
     found["expected_ffn_experts"] = round(found["top_k"] * share, 6)
     found |= {name: value for name, value in ours_of(folder).items() if name not in (*NAMES, "num_mtp_layers")}
-    found["positions"] = int(tree.get("max_position_embeddings") or 0)
+    positions = tree.get("max_position_embeddings")
+    found["positions"] = 0 if positions is None else number(path, "max_position_embeddings", positions)
     return found
+
+
+def number(path: Path, name: str, value: Any, real: bool = False) -> Any:
+    """``value`` of a field of config.json, if it is a whole number, or with ``real`` any finite one.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if real and isinstance(value, float) and math.isfinite(value):
+        return value
+    raise ConfigError(f"{path}: {name} is {value!r}; it must be {'a number' if real else 'a whole number'}, correct it")
 
 
 def rope_theta(path: Path, tree: dict[str, Any]) -> float:
     """The base of the rotary frequencies, from its old place or its new one."""
-    parameters = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    name = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
+    parameters = tree.get(name) or {}
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"{path}: {name} is {parameters!r}; it must be an object or null, correct it")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise ConfigError(f"{path}: rotary positions are scaled ({kind}); only unscaled ones can be imported")
-    return float(parameters.get("rope_theta", tree.get("rope_theta", THEIR_THETA)))
+    theta = parameters.get("rope_theta", tree.get("rope_theta", THEIR_THETA))
+    return float(number(path, "rope_theta", theta, real=True))
 
 
 def ours_of(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+"""A run as a source: damaged newer checkpoints are named, with the one that is taken in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch.exporting import done, trained
+
+
+@pytest.mark.parametrize("verb", ["export", "generate", "grow"])
+def test_what_is_passed_over_is_said(
+    verb: str, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    newest = trained(corpus, tmp_path, "checkpoint.every=1")
+    older = newest.with_name("step-00000001")
+    (newest / "manifest.json").unlink()
+    words = {"generate": ["max_tokens=2"]}.get(verb, [f"target={tmp_path / 'out'}"])
+    capfd.readouterr()
+    done(verb, f"source={newest.parents[1]}", *words)
+    assert capfd.readouterr().err.splitlines() == [
+        f"passed over {newest}: no readable manifest.json",
+        f"taken instead: {older}",
+    ]
+    (older.parent / "step-00000001").rename(tmp_path / "whole")
+    done(verb, f"source={tmp_path / 'whole'}", *(word.replace("/out", "/again") for word in words))
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,106 @@
+"""A checkpoint knows its tokenizer: with another one it is not trained on, exported, or made to write."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main as longcat
+from tests.launch.conftest import Refused
+from tests.launch.exporting import SMALL, done, trained
+from tests.train.running import lines, tidily
+from train.checkpoint import STATE
+from train.config import compose
+from train.data.build import build
+from train.data.corpus import file_sha256
+
+
+@pytest.fixture
+def moved(corpus: Path, tmp_path: Path) -> Path:
+    """A corpus of the test's own."""
+    return (
+        Path(shutil.copytree(corpus.parent, tmp_path / "corpus", ignore=shutil.ignore_patterns("straight"))) / "corpus"
+    )
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A corpus of another tokenizer with as many ids."""
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        (tmp_path / "text" / f"{number}.txt").write_text(" ".join(f"{word**3} brillig" for word in range(200)))
+    build(compose([f"data.source={tmp_path / 'text'}", f"data.out={tmp_path / 'other'}"]).data, 300)
+    return tmp_path / "other" / "corpus"
+
+
+def test_training_on_a_corpus_of_another_tokenizer_is_refused(checkpoint: Path, other: Path, tmp_path: Path) -> None:
+    """With data.from_start too: the ids mean other text whatever is read first."""
+    words = [*SMALL, f"data.paths=[{other}]", f"run.dir={tmp_path}", "run.name=run", f"checkpoint.resume={checkpoint}"]
+    telling = ["with the tokenizer of SHA-256", str(other), "longcat data build data.tokenizer=FILE"]
+    assert tidily(lambda: longcat(["train", *words, "data.from_start=true", "train.steps=3"])) == 2
+    said = json.loads((tmp_path / "run" / "exit.json").read_text())["message"]
+    assert all(word in said for word in telling), said
+
+
+def test_text_and_exports_are_refused_when_the_tokenizer_s_file_is_another(
+    moved: Path, other: Path, corpus: Path, tmp_path: Path, refused: Refused
+) -> None:
+    source = f"source={trained(moved, tmp_path)}"
+    (moved.parent / "tokenizer.json").write_bytes((other.parent / "tokenizer.json").read_bytes())
+    target = f"target={tmp_path / 'out'}"
+    telling = [str(moved.parent / "tokenizer.json"), "is not the tokenizer", "name that one with"]
+    refused(["generate", source, "max_tokens=2"], *telling, "tokenizer=FILE")
+    refused(["export", source, target], *telling, "export.tokenizer=FILE")
+    wrong = other.parent / "tokenizer.json"
+    refused(["export", source, target, f"export.tokenizer={wrong}"], str(wrong), "is not the tokenizer")
+    assert not (tmp_path / "out").exists()
+    right = corpus.parent / "tokenizer.json"
+    done("generate", source, "max_tokens=2", f"tokenizer={right}")
+    done("export", source, target, f"export.tokenizer={right}")
+    assert file_sha256(tmp_path / "out" / "tokenizer.json") == file_sha256(right)
+
+
+def test_a_corpus_built_with_a_tokenizer_has_its_very_bytes(corpus: Path, tmp_path: Path) -> None:
+    """However its JSON is laid out, a checkpoint that was imported with it knows the corpus."""
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps(json.loads((corpus.parent / "tokenizer.json").read_text()), indent=7))
+    (tmp_path / "text").mkdir()
+    for number in range(4):
+        (tmp_path / "text" / f"{number}.txt").write_text("def main(): return 0\n" * 50)
+    config = compose([f"data.source={tmp_path / 'text'}", f"data.out={tmp_path / 'out'}", f"data.tokenizer={given}"])
+    assert build(config.data, 512).tokenizer_sha256 == file_sha256(given)
+
+
+def test_what_an_import_says_to_do_can_be_done(
+    checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after balance.method=sign; where the corpus is of another tokenizer, one is to be built first."""
+    done("export", f"source={checkpoint}", f"target={tmp_path / 'export'}", "export.dtype=float32")
+    words = ["import", f"source={tmp_path / 'export'}", "balance.method=sign"]
+    capsys.readouterr()
+    done(*words, f"target={tmp_path / 'in'}", f"data.paths=[{corpus}]")
+    _, command = capsys.readouterr().out.splitlines()
+    known = json.loads((tmp_path / "in" / STATE).read_text())["configuration"]["tokenizer_sha256"]
+    assert known == file_sha256(corpus.parent / "tokenizer.json")
+
+    short = [word for word in SMALL if not word.startswith("model")] + [f"run.dir={tmp_path}", "train.steps=1"]
+    program, *rest = command.replace("run.name=…", "run.name=first").split()
+    assert program == "longcat" and "balance.method=sign" in rest
+    assert tidily(lambda: longcat([*rest, *short])) == 0
+    assert [row["step"] for row in lines(tmp_path / "first")] == [1]
+
+    monkeypatch.chdir(tmp_path)  # where there is no corpus
+    capsys.readouterr()
+    done(*words, f"target={tmp_path / 'again'}")
+    _, said, build_it, command = capsys.readouterr().out.splitlines()
+    assert "must have the model's tokenizer" in said
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text("def main(): return 0\n" * 50)
+    program, *rest = build_it.replace("=TEXTS", "=text").replace("=FOLDER", "=mine").split()
+    done(*rest)
+    program, *rest = command.replace("run.name=…", "run.name=second").replace("=FOLDER", "=mine").split()
+    assert tidily(lambda: longcat([*rest, *short])) == 0
