@@ -53,8 +53,17 @@ class Keep:
     best: int = 0  # so many with the lowest validation loss
 
 
-def prune(folder: Path, keep: Keep) -> None:
-    """Remove all committed checkpoints but those that ``keep`` names."""
+def prune(folder: Path, keep: Keep, safe: Path | None = None) -> None:
+    """Remove all committed checkpoints but ``safe`` and those that ``keep`` names."""
+    for path in doomed(folder, keep):
+        if path != safe:
+            removed = path.with_name(f"{path.name}{REMOVED}")  # half of a removed one must not look committed
+            os.rename(path, removed)
+            shutil.rmtree(removed)
+
+
+def doomed(folder: Path, keep: Keep) -> list[Path]:
+    """The committed checkpoints that ``keep`` does not name."""
     committed = list_checkpoints(folder)
     stay = set(committed[-keep.newest :])
     if keep.every:
@@ -62,11 +71,7 @@ def prune(folder: Path, keep: Keep) -> None:
     if keep.best:
         judged = [(loss, -step_of(path), path) for path in committed if (loss := validation_loss(path)) is not None]
         stay |= {path for _, _, path in sorted(judged)[: keep.best]}
-    for path in committed:
-        if path not in stay:
-            doomed = path.with_name(f"{path.name}{REMOVED}")  # half of a removed one must not look committed
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+    return [path for path in committed if path not in stay]
 
 
 def validation_loss(path: Path) -> float | None:
@@ -144,7 +149,24 @@ def verify(path: Path, check: Check = problems) -> Verdict:
     if missing:
         return Verdict(path, step, f"{missing[0]} is missing")
     found = check(path, files)
-    return Verdict(path, step, found[0] if found else None)
+    return Verdict(path, step, found[0] if found else misnamed(path))
+
+
+def misnamed(path: Path) -> str | None:
+    """What is wrong where a checkpoint's name says another step than the one it holds."""
+    if (step := step_of(path)) < 0:
+        return None
+    try:
+        held = int(json.loads((path / STATE).read_text())["counters"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{STATE} does not say the step"
+    return None if held == step else f"it holds step {held}, which is not the step of its name"
+
+
+def refuse_name(target: Path, step: int) -> None:
+    """Refuse a name by which a run would take what is written there for a checkpoint of another step."""
+    if step_of(target) not in (-1, step):
+        raise ConfigError(f"target={target} names another step; it would hold step {step}, so step-{step:08d}")
 
 
 def find_together(folder: Path, resume: str, topology: Topology) -> tuple[Path | None, list[Verdict]]:

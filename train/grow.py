@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longcat.errors import ConfigError
 from longcat.growth import Growth, layer_of
-from train.checkpoint import NAME, PARTIAL, STATE, find_named, is_inside
+from train.checkpoint import PARTIAL, STATE, find_named, is_inside, refuse_name, step_of
 from train.writing import commit
 
 BUFFER = 1 << 20  # bytes that are copied at a time
@@ -80,7 +80,8 @@ def grow(config: GrowConfig) -> tuple[Path, Growth]:
     target = Path(config.target)
     refuse_target(target)
     source = read_source(find_named(Path(config.source), key="source"), config.growth)
-    refuse_name(target, source)
+    refuse_name(target, source.state["counters"]["step"])
+    refuse_place(target, source)
     partial = target.with_name(f"{target.name}{PARTIAL}")
     try:
         partial.mkdir(parents=True)
@@ -107,12 +108,9 @@ def refuse_target(target: Path) -> None:
         raise ConfigError(f"target={target} is there already and is not overwritten; choose another or remove it")
 
 
-def refuse_name(target: Path, source: Source) -> None:
-    """Refuse a name by which a run would take the grown checkpoint for one of its own."""
-    match, step = NAME.search(target.name), source.state["counters"]["step"]
-    if match and int(match[1]) != step:
-        raise ConfigError(f"target={target} names another step; the source is of step {step}, so step-{step:08d}")
-    if match and target.resolve().parent == source.folder.resolve().parent:
+def refuse_place(target: Path, source: Source) -> None:
+    """Refuse a place where the shallow run would take the grown checkpoint for one of its own."""
+    if step_of(target) >= 0 and target.resolve().parent == source.folder.resolve().parent:
         raise ConfigError(f"target={target} would be one of the shallow run's own checkpoints; choose another folder")
     if is_inside(target, source.folder):
         raise ConfigError(f"target={target} lies inside the checkpoint that grows; choose another folder")

@@ -143,7 +143,7 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, side
             shutil.rmtree(partial, ignore_errors=True)
         raise SaveError(f"the checkpoint of step {snapshot.step} is not saved: {error}") from error
     try:
-        side.all("pruning checkpoints", lambda: prune(folder, keep) if first else None)
+        side.all("pruning checkpoints", lambda: prune(folder, keep, target) if first else None)
     except SaveError as error:
         raise SaveError(f"{target} is saved, but older ones could not be removed: {error}", is_saved=True) from error
     return target

@@ -204,9 +204,11 @@ def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused)
     attempt(tmp_path / "nowhere", "neither")
     refused(["import", f"source={export}"], "target=CHECKPOINT")
     refused(["import", f"source={export}", f"target={tmp_path / 'a'}"], "not overwritten")
+    step = f"target={tmp_path / 'step-00000500'}"
+    refused(["import", f"source={export}", step], "names another step", "so step-00000000")
     refused(["import", f"source={export}", target, "model.num_experts=9"], "lacks")
     refused(["import", f"source={export}", target, "model.no_such=9"], "unknown key")
-    assert not list(tmp_path.glob("out*"))
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob("step*"))
     done("import", f"source={own}", target, "model.num_mtp_layers=0")
 
 

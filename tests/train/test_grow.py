@@ -255,7 +255,7 @@ def test_a_small_disk_is_refused_before_writing(old: Old, tmp_path: Path, monkey
 
 
 def test_a_name_that_a_run_would_mistake_is_refused(old: Old, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="names another step; the source is of step 3, so step-00000003"):
+    with pytest.raises(ConfigError, match="names another step; it would hold step 3, so step-00000003"):
         grow(options(old.path, tmp_path / "step-00000007"))
     other = tmp_path / "step-00000003.old"
     shutil.copytree(old.path, other)

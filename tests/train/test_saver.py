@@ -249,7 +249,7 @@ def test_room_made_in_time_is_used(
 def test_what_cannot_be_removed_is_said_and_no_more(
     narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(folder: Path, keep: Keep) -> None:
+    def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied", "step-00000001")
 
     monkeypatch.setattr(writing, "prune", refuse)
