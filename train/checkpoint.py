@@ -29,7 +29,7 @@ from train.shards import ShardReader
 from train.spread import finish_load, loaded
 from train.state import TrainState
 
-NAME = re.compile(r"step-(\d{8})$")
+NAME = re.compile(r"^step-([0-9]{8})\Z")  # of the whole name: a person's `backup-step-00000002` is none of ours
 PARTIAL, REMOVED = ".partial", ".removed"
 MANIFEST, STATE = "manifest.json", "state.json"
 BLOCK, AHEAD = 1 << 20, 1 << 24  # bytes hashed at a time; how far ahead of them the disk is asked for more
@@ -118,7 +118,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and NAME.search(path.name))
+    return sorted((path for path in folder.iterdir() if path.is_dir() and step_of(path) >= 0), key=step_of)
 
 
 Check = Callable[[Path, dict[str, str]], list[str]]  # a folder, its files with their hashes → what is wrong with them
