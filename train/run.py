@@ -29,8 +29,10 @@ from train.batches import BatchReader
 from train.config import Config
 from train.data.samples import TokenSamples
 from train.folder import (
+    CONFIG,
     EXIT,
     as_mapping,
+    came_from,
     check_folder,
     claim_exit,
     lock,
@@ -256,9 +258,13 @@ def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Valida
 
 def resume(state: TrainState, config: Config, topology: Topology, terminal: Terminal | None) -> None:
     """Continue from the checkpoint that ``checkpoint.resume`` means, and say which and why."""
-    folder = config.run.folder / "checkpoints"
+    folder, settings = config.run.folder / "checkpoints", config.checkpoint
+    if topology.is_first and settings.resume == "auto" and not checkpoint.list_checkpoints(folder):
+        settings.resume = came_from(config.run.folder)  # stays so in config.yaml, until there is a checkpoint
+        if terminal and settings.resume != "auto":
+            terminal.note(f"no checkpoint of this run yet: checkpoint.resume={settings.resume}, as in its {CONFIG}")
     with watch.patience():
-        path, passed_over = checkpoint.find_together(folder, config.checkpoint.resume, topology)
+        path, passed_over = checkpoint.find_together(folder, settings.resume, topology)
         if path is not None:
             checkpoint.load(state, path, as_mapping(config))
     if terminal:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.train.running import NARROW, train_here
+from tests.train.running import NARROW, lines, train_here
+from train.loop import Loop
 
 Said = pytest.CaptureFixture[str]
 
@@ -38,3 +40,33 @@ def test_a_checkpoint_under_another_step_s_name_is_passed_over(narrow: list[str]
     (run / "checkpoints" / "step-00000500.damaged").rename(run / "checkpoints" / "step-00000500")
     assert train_here([*words, "train.steps=4"]) == 2
     assert "no checkpoint in" in (said := capfd.readouterr().err) and "step-00000500: it holds step 1" in said
+
+
+# ------------------------------------------------------------------------------------- the place that it was told
+
+
+def test_a_run_that_died_before_its_first_save_starts_again_from_the_same_place(
+    narrow: list[str], tmp_path: Path, capfd: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice, and by the default `auto`; not from random weights."""
+    assert train_here([*narrow, "train.steps=2"]) == 0
+    words, source = [*narrow, "run.name=second", "train.steps=4"], tmp_path / "run"
+
+    def die(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "run", die)
+        for more in ([f"checkpoint.resume={source}"], []):
+            with pytest.raises(ZeroDivisionError):
+                train_here([*words, *more])
+    assert names(tmp_path / "second") == []
+    source.rename(tmp_path / "moved")
+    capfd.readouterr()
+    assert train_here(words) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and f"checkpoint.resume={source}, which is gone; name its new place" in said[0]
+    (tmp_path / "moved").rename(source)
+    assert train_here(words) == 0
+    assert f"no checkpoint of this run yet: checkpoint.resume={source}, as in its config.yaml" in capfd.readouterr().out
+    assert [row["step"] for row in lines(tmp_path / "second")] == [3, 4]
