@@ -7,6 +7,7 @@ name; train/writing.py writes it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -145,7 +146,10 @@ def verify(path: Path, check: Check = problems) -> Verdict:
         files = dict(json.loads((path / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return Verdict(path, step, f"no readable {MANIFEST}")
-    missing = [name for name in files if not (path / name).is_file()]
+    try:
+        missing = [name for name in files if not (path / name).is_file()]
+    except OSError as error:
+        return Verdict(path, step, f"{Path(error.filename or path).name} cannot be read ({error.strerror})")
     if missing:
         return Verdict(path, step, f"{missing[0]} is missing")
     found = check(path, files)
@@ -265,7 +269,12 @@ def load(state: TrainState, path: Path, configuration: dict[str, Any]) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
-    stored = json.loads((path / STATE).read_text())
+    try:
+        stored = json.loads((path / STATE).read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"checkpoint {path} could not be read: {describe(error)}; restore its files or name another"
+        ) from error
     wrong = differences(stored["configuration"], configuration, ("model", "balance.method"))
     if wrong:
         raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(wrong)}; set them alike")
@@ -294,6 +303,16 @@ class WatchedReader(ShardReader):
 
 def is_inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
+
+
+def size(path: Path) -> int:
+    """Bytes of a checkpoint's files; one that vanishes, or that the disk does not know any more, has none."""
+    total = 0
+    with contextlib.suppress(OSError):  # the run that goes on may remove it meanwhile
+        for file in path.iterdir():
+            with contextlib.suppress(OSError):
+                total += file.stat().st_size
+    return total
 
 
 def file_hash(path: Path) -> str:

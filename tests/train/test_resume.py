@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.__main__ import main as longcat
 from tests.train.running import NARROW, lines, train_here
 from train.loop import Loop
 
@@ -70,3 +73,30 @@ def test_a_run_that_died_before_its_first_save_starts_again_from_the_same_place(
     assert train_here(words) == 0
     assert f"no checkpoint of this run yet: checkpoint.resume={source}, as in its config.yaml" in capfd.readouterr().out
     assert [row["step"] for row in lines(tmp_path / "second")] == [3, 4]
+
+
+# ------------------------------------------------------------------------------------- a disk that fails
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_a_file_that_the_disk_cannot_read_is_a_problem_of_its_checkpoint(
+    call: str, narrow: list[str], tmp_path: Path, capfd: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plain = tmp_path / "run", getattr(Path, call)
+    assert train_here([*narrow, "train.steps=2", "checkpoint.every=1"]) == 0
+
+    def fail(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self.suffix == ".distcp" and self.parent.name == "step-00000002":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return plain(self, *arguments, **named)
+
+    problem = "__0_0.distcp cannot be read (Input/output error)"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, fail)
+        capfd.readouterr()
+        assert longcat(["checkpoint", "verify", str(run)]) == 2
+        assert problem in capfd.readouterr().out
+        assert train_here([*narrow, "train.steps=2"]) == 0
+    printed = capfd.readouterr()
+    assert f"step-00000002: {problem}" in printed.out and "Traceback" not in printed.err
+    assert names(run) == ["step-00000001", "step-00000002", "step-00000002.damaged"]
