@@ -228,7 +228,7 @@ def find(folder: Path, resume: str, check: Check = problems) -> tuple[Path | Non
     """
     if resume == "never":
         return None, []
-    if resume != "auto" and (not list_checkpoints(folder) or is_inside(Path(resume), folder.parent)):
+    if starts_there(folder, resume):
         return find_named(Path(resume), check=check), []
     passed_over: list[Verdict] = []
     for path in reversed(list_checkpoints(folder)):
@@ -244,6 +244,23 @@ def find(folder: Path, resume: str, check: Check = problems) -> tuple[Path | Non
     return None, []
 
 
+def starts_there(folder: Path, resume: str) -> bool:
+    """Whether a run starts from the folder that ``checkpoint.resume`` names, if it names one.
+
+    It does not if the run has checkpoints of its own and the named one is none of those.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if resume in ("auto", "never"):
+        return False
+    named = Path(resume)
+    if not named.is_dir():
+        raise ConfigError(f"checkpoint.resume={named} is no folder; use auto, never or a checkpoint's folder")
+    # The folder of checkpoints may be a link to another disk
+    return not list_checkpoints(folder) or any(is_inside(named, place) for place in (folder, folder.parent))
+
+
 def find_named(path: Path, key: str = "checkpoint.resume", check: Check = problems) -> Path:
     """A checkpoint folder, or a run folder whose newest whole checkpoint is taken; ``key`` is who named it."""
     if (path / "checkpoints").is_dir():
@@ -252,8 +269,7 @@ def find_named(path: Path, key: str = "checkpoint.resume", check: Check = proble
             raise ConfigError(f"{key}={path} is a run without checkpoints; name another")
         return found
     if not path.is_dir():
-        choices = "use auto, never or" if key == "checkpoint.resume" else "name"
-        raise ConfigError(f"{key}={path} is no folder; {choices} a checkpoint's folder")
+        raise ConfigError(f"{key}={path} is no folder; name a checkpoint's folder")
     verdict = verify(path, check)
     if verdict.problem:
         raise ConfigError(f"{key}={path} is not whole: {verdict.problem}; name another")

@@ -268,6 +268,8 @@ def resume(state: TrainState, config: Config, topology: Topology, terminal: Term
         if path is not None:
             checkpoint.load(state, path, as_mapping(config))
     if terminal:
+        if settings.resume not in ("auto", "never") and not checkpoint.starts_there(folder, settings.resume):
+            terminal.note(f"checkpoint.resume={settings.resume} is not used: this run has checkpoints of its own")
         for verdict in passed_over:
             terminal.note(f"passed over {verdict.folder}: {verdict.problem}")
         with watch.phase("tidying checkpoints", slow=True):

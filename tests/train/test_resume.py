@@ -75,6 +75,35 @@ def test_a_run_that_died_before_its_first_save_starts_again_from_the_same_place(
     assert [row["step"] for row in lines(tmp_path / "second")] == [3, 4]
 
 
+def test_an_own_step_is_gone_back_to_also_on_another_disk(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
+    """The folder of checkpoints is a link, as where runs/ is small and scratch is large."""
+    run, words = tmp_path / "run", [*narrow, "checkpoint.every=1", "checkpoint.keep=0"]
+    (tmp_path / "scratch").mkdir()
+    run.mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
+    assert train_here([*words, "train.steps=3"]) == 0
+    capfd.readouterr()
+    assert train_here([*words, "train.steps=2", f"checkpoint.resume={run / 'checkpoints' / 'step-00000001'}"]) == 0
+    printed = capfd.readouterr().out
+    assert f"resumed from {run}/checkpoints/step-00000001: step 1" in printed and "is not used" not in printed
+    assert names(run) == ["step-00000001", "step-00000002", "step-00000002.abandoned", "step-00000003.abandoned"]
+
+
+def test_a_place_that_is_not_used_is_said_and_must_be_there(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
+    assert train_here([*narrow, "train.steps=1", "run.name=other"]) == 0
+    assert train_here([*narrow, "train.steps=2"]) == 0
+    capfd.readouterr()
+    other = tmp_path / "other"
+    assert train_here([*narrow, "train.steps=3", f"checkpoint.resume={other}"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count(f"checkpoint.resume={other} is not used: this run has checkpoints of its own") == 1
+    assert f"resumed from {tmp_path}/run/checkpoints/step-00000002" in printed
+    assert train_here([*narrow, "train.steps=4", f"checkpoint.resume={tmp_path / 'nowhere'}"]) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and f"checkpoint.resume={tmp_path / 'nowhere'} is no folder; use auto" in said[0]
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 3]
+
+
 # ------------------------------------------------------------------------------------- a disk that fails
 
 
