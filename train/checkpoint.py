@@ -63,6 +63,14 @@ def prune(folder: Path, keep: Keep, safe: Path | None = None) -> None:
             shutil.rmtree(removed)
 
 
+def make_room(folder: Path, keep: Keep) -> None:
+    """`prune` without a new checkpoint: the newest whole one stays, whatever its place among the newest is."""
+    if doomed(folder, keep):  # else nothing need be hashed
+        whole = newest_whole(folder)
+        if whole is not None:
+            prune(folder, keep, whole)
+
+
 def doomed(folder: Path, keep: Keep) -> list[Path]:
     """The committed checkpoints that ``keep`` does not name."""
     committed = list_checkpoints(folder)
@@ -211,10 +219,12 @@ def last_good(folder: Path, topology: Topology) -> str:
 
 
 def describe_last_good(folder: Path) -> str:
-    for path in reversed(list_checkpoints(folder)):
-        if verify(path).problem is None:
-            return f"the last good checkpoint is {path}"
-    return "there is no checkpoint yet"
+    path = newest_whole(folder)
+    return "there is no checkpoint yet" if path is None else f"the last good checkpoint is {path}"
+
+
+def newest_whole(folder: Path) -> Path | None:
+    return next((path for path in reversed(list_checkpoints(folder)) if verify(path).problem is None), None)
 
 
 def find(folder: Path, resume: str, check: Check = problems) -> tuple[Path | None, list[Verdict]]:
