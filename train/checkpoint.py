@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -84,12 +85,12 @@ def doomed(folder: Path, keep: Keep) -> list[Path]:
 
 
 def validation_loss(path: Path) -> float | None:
-    """The validation loss of a checkpoint's step, if that step was one with validation."""
+    """The validation loss of a checkpoint's step, if that step was one with validation and it is finite."""
     try:
         found = json.loads((path / STATE).read_text()).get("val_loss")
     except (OSError, ValueError, AttributeError):
         return None
-    return float(found) if isinstance(found, int | float) else None
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None  # NaN sorts anywhere
 
 
 def step_of(path: Path) -> int:

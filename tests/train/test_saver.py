@@ -152,6 +152,25 @@ def test_newest_every_and_best_stay(tmp_path: Path) -> None:
     assert left(Keep(newest=1, best=1)) == [6, 8], "of two equal ones the later stays"
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [1, 2, 3, 4])
+def test_only_a_finite_loss_can_be_the_best(bad: float, place: int, tmp_path: Path) -> None:
+    finite = iter((3.0, 2.0, 4.0))
+    losses = {step: bad if step == place else next(finite) for step in (1, 2, 3, 4)}
+    for step, loss in (losses | {5: None}).items():
+        path = tmp_path / f"step-{step:08d}"
+        path.mkdir()
+        (path / "state.json").write_text(json.dumps({"val_loss": loss}))
+    prune(tmp_path, Keep(newest=1, best=1))
+    best = next(step for step, loss in losses.items() if loss == 2.0)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{best:08d}", "step-00000005"]
+
+
+def test_the_best_of_losses_that_are_not_measured_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_best=2 .* validation\.every=0 measures none"):
+        compose(["checkpoint.keep_best=2", "validation.every=0"])
+
+
 def test_the_best_by_validation_stays(narrow: list[str], tmp_path: Path) -> None:
     words = ["validation.every=2", "validation.batches=1", "checkpoint.every=1", "checkpoint.keep=1"]
     enough = ["train.steps=8", "checkpoint.keep_best=1", "data.validation_fraction=0.1"]
