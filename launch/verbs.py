@@ -77,7 +77,7 @@ def checkpoint(words: list[str]) -> int:
         raise ConfigError("say longcat checkpoint list DIR or longcat checkpoint verify DIR")
     folder = Path(words[1])
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    is_one = NAME.search(inside.name) or (inside / MANIFEST).is_file()
+    is_one = inside.is_dir() and (NAME.search(inside.name) or (inside / MANIFEST).is_file())
     found = [inside] if is_one else list_checkpoints(inside)
     if not found:
         raise ConfigError(f"{folder} holds no checkpoint; give a run folder or a step-… folder")

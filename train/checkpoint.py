@@ -8,6 +8,7 @@ name; train/writing.py writes it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -15,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,16 +113,44 @@ def tidy(folder: Path, resumed: Path | None, passed_over: list[Verdict]) -> list
     """Before a run's first step: leave only checkpoints that it continues from.
 
     Damaged ones, and those past the step that it goes back to, are set aside (returned), so that keeping the newest
-    never means keeping those. What a dead run left half written or half removed goes.
+    never means keeping those. What a dead run left half written or half removed goes; what a growth or an import that
+    still goes writes here stays.
     """
     for path in folder.iterdir():
-        if path.name.endswith((PARTIAL, REMOVED)):
+        ours = path.name.endswith((PARTIAL, REMOVED)) and path.is_dir() and not path.is_symlink()
+        if ours and not is_held(path):
             shutil.rmtree(path)
     aside = [set_aside(verdict.folder, "damaged") for verdict in passed_over]
     if resumed is not None and resumed.resolve().parent == folder.resolve():
         later = [path for path in list_checkpoints(folder) if path.name > resumed.name]
         aside += [set_aside(path, "abandoned") for path in later]
     return [path for path in aside if path is not None]
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Let others see that this process writes in ``folder``, for as long as it does; nothing is left of that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems know no locks: there it is taken for a dead run's
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process that still lives writes in ``folder`` and has said so by `hold`."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

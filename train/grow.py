@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longcat.errors import ConfigError
 from longcat.growth import Growth, layer_of
-from train.checkpoint import PARTIAL, STATE, find_named, is_inside, refuse_name, step_of
+from train.checkpoint import PARTIAL, STATE, find_named, hold, is_inside, refuse_name, step_of
 from train.writing import commit
 
 BUFFER = 1 << 20  # bytes that are copied at a time
@@ -90,8 +90,9 @@ def grow(config: GrowConfig) -> tuple[Path, Growth]:
     except OSError as error:
         raise ConfigError(f"target={target}: cannot write there ({error.strerror}); choose another") from error
     try:
-        refuse_small_disk(partial, source)
-        write(source, partial, target)
+        with hold(partial):
+            refuse_small_disk(partial, source)
+            write(source, partial, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):

@@ -17,6 +17,7 @@ from launch.__main__ import main as longcat
 from tests.launch.conftest import Refused
 from tests.launch.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, weights
 from tests.train.running import contents, lines, train_here, train_two
+from train.checkpoint import is_held
 from train.reading import Checkpoint, whole
 from train.released import importing
 from train.released.files import SafetensorsFolder
@@ -95,6 +96,18 @@ def test_a_failure_while_writing_leaves_nothing(
     with pytest.raises(OSError):
         longcat(["import", f"source={export}", f"target={tmp_path / 'in'}"])
     assert not list(tmp_path.iterdir())
+
+
+def test_an_import_holds_what_it_writes(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = importing.write, []
+
+    def write(tensors: dict[str, Any], folder: Path) -> None:
+        seen.append(is_held(folder))
+        plain(tensors, folder)
+
+    monkeypatch.setattr(importing, "write", write)
+    done("import", f"source={export}", f"target={tmp_path / 'in'}")
+    assert seen == [True] and not is_held(tmp_path / "in")
 
 
 def test_an_import_stands_at_step_0_with_a_controller_that_goes_on(checkpoint: Path, imported: Path) -> None:

@@ -27,7 +27,7 @@ from tests.parity.pool import close_pools, pool
 from tests.train.running import TINY, RandomSamples, contents, trained_state
 from train import grow as growing
 from train.batches import BatchReader
-from train.checkpoint import MANIFEST, STATE, file_hash, load, verify
+from train.checkpoint import MANIFEST, STATE, file_hash, is_held, load, verify
 from train.config import Config, compose
 from train.folder import as_mapping
 from train.grow import GrowConfig, GrowthOptions, grow
@@ -244,6 +244,18 @@ def test_nothing_is_left_of_a_growth_that_fails(old: Old, tmp_path: Path, monkey
     with pytest.raises(ConfigError, match="No space left on device"):
         grow(options(old.path, tmp_path / "grown"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_growth_holds_what_it_writes(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = growing.write, []
+
+    def write(source: Any, partial: Path, target: Path) -> None:
+        seen.append(is_held(partial))
+        plain(source, partial, target)
+
+    monkeypatch.setattr(growing, "write", write)
+    grow(options(old.path, tmp_path / "grown"))
+    assert seen == [True] and not is_held(tmp_path / "grown")
 
 
 def test_a_small_disk_is_refused_before_writing(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

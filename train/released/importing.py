@@ -24,7 +24,7 @@ from longcat.errors import ConfigError
 from longcat.names import Box
 from parallel.store import MOMENTS
 from train.balance import build_controller
-from train.checkpoint import file_hash, refuse_name
+from train.checkpoint import file_hash, hold, refuse_name
 from train.config import Config, compose
 from train.data.corpus import TOKENIZER_NAME
 from train.folder import as_mapping
@@ -89,7 +89,7 @@ def import_folder(options: ImportOptions, overrides: list[str]) -> tuple[Path, C
     config = configuration_of(source, overrides)
     source.check(config.model)
     text = {"counters": asdict(Counters()), "configuration": as_mapping(config)}
-    with appearing(target) as partial:
+    with appearing(target) as partial, hold(partial):
         write(promised(config, source), partial)
         files = {path.name: file_hash(path) for path in sorted(partial.glob("*.distcp"))}
         commit(partial, target, json.dumps(text), files)  # gives the folder its name
