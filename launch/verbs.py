@@ -71,21 +71,20 @@ def checkpoint(words: list[str]) -> int:
     longcat checkpoint list runs/quickstart
     longcat checkpoint verify runs/quickstart/checkpoints/step-00000100
     """
-    from train.checkpoint import MANIFEST, NAME, list_checkpoints, verify
+    from train.checkpoint import MANIFEST, NAME, list_checkpoints, size, verify
 
     if len(words) != 2 or words[0] not in ("list", "verify"):
         raise ConfigError("say longcat checkpoint list DIR or longcat checkpoint verify DIR")
     folder = Path(words[1])
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    is_one = NAME.search(inside.name) or (inside / MANIFEST).is_file()
+    is_one = inside.is_dir() and (NAME.search(inside.name) or (inside / MANIFEST).is_file())
     found = [inside] if is_one else list_checkpoints(inside)
     if not found:
         raise ConfigError(f"{folder} holds no checkpoint; give a run folder or a step-… folder")
     broken = 0
     for path in found:
         problem = verify(path).problem if words[0] == "verify" else None
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        print(f"{path}  {size / 2**20:.1f} MiB" + ("" if words[0] == "list" else f"  {problem or 'whole'}"))
+        print(f"{path}  {size(path) / 2**20:.1f} MiB" + ("" if words[0] == "list" else f"  {problem or 'whole'}"))
         broken += problem is not None
     if broken:
         raise ConfigError(

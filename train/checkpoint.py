@@ -7,13 +7,16 @@ name; train/writing.py writes it.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +32,7 @@ from train.shards import ShardReader
 from train.spread import finish_load, loaded
 from train.state import Counters, TrainState
 
-NAME = re.compile(r"step-(\d{8})$")
+NAME = re.compile(r"^step-([0-9]{8})\Z")  # of the whole name: a person's `backup-step-00000002` is none of ours
 PARTIAL, REMOVED = ".partial", ".removed"
 MANIFEST, STATE = "manifest.json", "state.json"
 BLOCK, AHEAD = 1 << 20, 1 << 24  # bytes hashed at a time; how far ahead of them the disk is asked for more
@@ -53,8 +56,25 @@ class Keep:
     best: int = 0  # so many with the lowest validation loss
 
 
-def prune(folder: Path, keep: Keep) -> None:
-    """Remove all committed checkpoints but those that ``keep`` names."""
+def prune(folder: Path, keep: Keep, safe: Path | None = None) -> None:
+    """Remove all committed checkpoints but ``safe`` and those that ``keep`` names."""
+    for path in doomed(folder, keep):
+        if path != safe:
+            removed = path.with_name(f"{path.name}{REMOVED}")  # half of a removed one must not look committed
+            os.rename(path, removed)
+            shutil.rmtree(removed)
+
+
+def make_room(folder: Path, keep: Keep) -> None:
+    """`prune` without a new checkpoint: the newest whole one stays, whatever its place among the newest is."""
+    if doomed(folder, keep):  # else nothing need be hashed
+        whole = newest_whole(folder)
+        if whole is not None:
+            prune(folder, keep, whole)
+
+
+def doomed(folder: Path, keep: Keep) -> list[Path]:
+    """The committed checkpoints that ``keep`` does not name."""
     committed = list_checkpoints(folder)
     stay = set(committed[-keep.newest :])
     if keep.every:
@@ -62,20 +82,16 @@ def prune(folder: Path, keep: Keep) -> None:
     if keep.best:
         judged = [(loss, -step_of(path), path) for path in committed if (loss := validation_loss(path)) is not None]
         stay |= {path for _, _, path in sorted(judged)[: keep.best]}
-    for path in committed:
-        if path not in stay:
-            doomed = path.with_name(f"{path.name}{REMOVED}")  # half of a removed one must not look committed
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+    return [path for path in committed if path not in stay]
 
 
 def validation_loss(path: Path) -> float | None:
-    """The validation loss of a checkpoint's step, if that step was one with validation."""
+    """The validation loss of a checkpoint's step, if that step was one with validation and it is finite."""
     try:
         found = json.loads((path / STATE).read_text()).get("val_loss")
     except (OSError, ValueError, AttributeError):
         return None
-    return float(found) if isinstance(found, int | float) else None
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None  # NaN sorts anywhere
 
 
 def step_of(path: Path) -> int:
@@ -97,10 +113,12 @@ def tidy(folder: Path, resumed: Path | None, passed_over: list[Verdict]) -> list
     """Before a run's first step: leave only checkpoints that it continues from.
 
     Damaged ones, and those past the step that it goes back to, are set aside (returned), so that keeping the newest
-    never means keeping those. What a dead run left half written or half removed goes.
+    never means keeping those. What a dead run left half written or half removed goes; what a growth or an import that
+    still goes writes here stays.
     """
     for path in folder.iterdir():
-        if path.name.endswith((PARTIAL, REMOVED)):
+        ours = path.name.endswith((PARTIAL, REMOVED)) and path.is_dir() and not path.is_symlink()
+        if ours and not is_held(path):
             shutil.rmtree(path)
     aside = [set_aside(verdict.folder, "damaged") for verdict in passed_over]
     if resumed is not None and resumed.resolve().parent == folder.resolve():
@@ -109,11 +127,37 @@ def tidy(folder: Path, resumed: Path | None, passed_over: list[Verdict]) -> list
     return [path for path in aside if path is not None]
 
 
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Let others see that this process writes in ``folder``, for as long as it does; nothing is left of that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems know no locks: there it is taken for a dead run's
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process that still lives writes in ``folder`` and has said so by `hold`."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and NAME.search(path.name))
+    return sorted((path for path in folder.iterdir() if path.is_dir() and step_of(path) >= 0), key=step_of)
 
 
 Check = Callable[[Path, dict[str, str]], list[str]]  # a folder, its files with their hashes → what is wrong with them
@@ -140,11 +184,31 @@ def verify(path: Path, check: Check = problems) -> Verdict:
         files = dict(json.loads((path / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return Verdict(path, step, f"no readable {MANIFEST}")
-    missing = [name for name in files if not (path / name).is_file()]
+    try:
+        missing = [name for name in files if not (path / name).is_file()]
+    except OSError as error:
+        return Verdict(path, step, f"{Path(error.filename or path).name} cannot be read ({error.strerror})")
     if missing:
         return Verdict(path, step, f"{missing[0]} is missing")
     found = check(path, files)
-    return Verdict(path, step, found[0] if found else None)
+    return Verdict(path, step, found[0] if found else misnamed(path))
+
+
+def misnamed(path: Path) -> str | None:
+    """What is wrong where a checkpoint's name says another step than the one it holds."""
+    if (step := step_of(path)) < 0:
+        return None
+    try:
+        held = int(json.loads((path / STATE).read_text())["counters"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{STATE} does not say the step"
+    return None if held == step else f"it holds step {held}, which is not the step of its name"
+
+
+def refuse_name(target: Path, step: int) -> None:
+    """Refuse a name by which a run would take what is written there for a checkpoint of another step."""
+    if step_of(target) not in (-1, step):
+        raise ConfigError(f"target={target} names another step; it would hold step {step}, so step-{step:08d}")
 
 
 def find_together(folder: Path, resume: str, topology: Topology) -> tuple[Path | None, list[Verdict]]:
@@ -185,10 +249,12 @@ def last_good(folder: Path, topology: Topology) -> str:
 
 
 def describe_last_good(folder: Path) -> str:
-    for path in reversed(list_checkpoints(folder)):
-        if verify(path).problem is None:
-            return f"the last good checkpoint is {path}"
-    return "there is no checkpoint yet"
+    path = newest_whole(folder)
+    return "there is no checkpoint yet" if path is None else f"the last good checkpoint is {path}"
+
+
+def newest_whole(folder: Path) -> Path | None:
+    return next((path for path in reversed(list_checkpoints(folder)) if verify(path).problem is None), None)
 
 
 def find(folder: Path, resume: str, check: Check = problems) -> tuple[Path | None, list[Verdict]]:
@@ -202,7 +268,7 @@ def find(folder: Path, resume: str, check: Check = problems) -> tuple[Path | Non
     """
     if resume == "never":
         return None, []
-    if resume != "auto" and (not list_checkpoints(folder) or is_inside(Path(resume), folder.parent)):
+    if starts_there(folder, resume):
         return find_named(Path(resume), check=check), []
     passed_over: list[Verdict] = []
     for path in reversed(list_checkpoints(folder)):
@@ -218,6 +284,23 @@ def find(folder: Path, resume: str, check: Check = problems) -> tuple[Path | Non
     return None, []
 
 
+def starts_there(folder: Path, resume: str) -> bool:
+    """Whether a run starts from the folder that ``checkpoint.resume`` names, if it names one.
+
+    It does not if the run has checkpoints of its own and the named one is none of those.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if resume in ("auto", "never"):
+        return False
+    named = Path(resume)
+    if not named.is_dir():
+        raise ConfigError(f"checkpoint.resume={named} is no folder; use auto, never or a checkpoint's folder")
+    # The folder of checkpoints may be a link to another disk
+    return not list_checkpoints(folder) or any(is_inside(named, place) for place in (folder, folder.parent))
+
+
 def find_named(path: Path, key: str = "checkpoint.resume", check: Check = problems) -> Path:
     """A checkpoint folder, or a run folder whose newest whole checkpoint is taken; ``key`` is who named it."""
     if (path / "checkpoints").is_dir():
@@ -226,8 +309,7 @@ def find_named(path: Path, key: str = "checkpoint.resume", check: Check = proble
             raise ConfigError(f"{key}={path} is a run without checkpoints; name another")
         return found
     if not path.is_dir():
-        choices = "use auto, never or" if key == "checkpoint.resume" else "name"
-        raise ConfigError(f"{key}={path} is no folder; {choices} a checkpoint's folder")
+        raise ConfigError(f"{key}={path} is no folder; name a checkpoint's folder")
     verdict = verify(path, check)
     if verdict.problem:
         raise ConfigError(f"{key}={path} is not whole: {verdict.problem}; name another")
@@ -250,7 +332,12 @@ def load(
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
-    stored = json.loads((path / STATE).read_text())
+    try:
+        stored = json.loads((path / STATE).read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"checkpoint {path} could not be read: {describe(error)}; restore its files or name another"
+        ) from error
     wrong = differences(stored["configuration"], configuration, ("model", "balance.method"))
     if wrong:
         raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(wrong)}; set them alike")
@@ -301,6 +388,16 @@ class WatchedReader(ShardReader):
 
 def is_inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
+
+
+def size(path: Path) -> int:
+    """Bytes of a checkpoint's files; one that vanishes, or that the disk does not know any more, has none."""
+    total = 0
+    with contextlib.suppress(OSError):  # the run that goes on may remove it meanwhile
+        for file in path.iterdir():
+            with contextlib.suppress(OSError):
+                total += file.stat().st_size
+    return total
 
 
 def file_hash(path: Path) -> str:

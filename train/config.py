@@ -155,6 +155,11 @@ class Config:
                 raise ConfigError(f"{key}={value} must be a finite number")
         for section in fields(self):
             getattr(self, section.name).validate()
+        if self.checkpoint.keep_best and not self.validation.every:
+            raise ConfigError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} goes by the validation loss and validation.every=0 "
+                f"measures none; set either"
+            )
         self.profile.validate_steps(self.train.steps)
         if self.model.num_experts % self.balance.num_groups:
             raise ConfigError(

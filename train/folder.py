@@ -110,6 +110,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return stored
 
 
+def came_from(folder: Path) -> str:
+    """The folder that ``checkpoint.resume`` of a run's config.yaml names, or `auto`.
+
+    Raises:
+        ConfigError: it is gone, or config.yaml cannot be read.
+    """
+    settings = read_config(folder).get("checkpoint") if (folder / CONFIG).is_file() else None
+    named = str(settings.get("resume", "auto")) if isinstance(settings, dict) else "auto"
+    if named in ("auto", "never"):
+        return "auto"
+    if not Path(named).is_dir():
+        raise ConfigError(
+            f"{folder} has no checkpoint of its own and started from checkpoint.resume={named}, which is gone; name "
+            f"its new place or another run.name"
+        )
+    return named
+
+
 def write_config(config: Config, derived: dict[str, Any], device: str, world_size: int) -> None:
     """config.yaml: the resolved configuration, what follows from it, and what it runs on."""
     import yaml

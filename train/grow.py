@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longcat.errors import ConfigError
 from longcat.growth import Growth, layer_of
-from train.checkpoint import NAME, PARTIAL, STATE, find_named, is_inside, list_checkpoints, verify
+from train.checkpoint import PARTIAL, STATE, find_named, hold, is_inside, list_checkpoints, refuse_name, step_of, verify
 from train.reading import say_passed_over
 from train.writing import commit
 
@@ -85,7 +85,8 @@ def grow(config: GrowConfig) -> tuple[Path, Growth]:
         newer = [verify(path) for path in list_checkpoints(taken.parent) if path.name > taken.name]
         say_passed_over([verdict for verdict in newer if verdict.problem], taken)
     source = read_source(taken, config.growth)
-    refuse_name(target, source)
+    refuse_name(target, source.state["counters"]["step"])
+    refuse_place(target, source)
     partial = target.with_name(f"{target.name}{PARTIAL}")
     try:
         partial.mkdir(parents=True)
@@ -94,8 +95,9 @@ def grow(config: GrowConfig) -> tuple[Path, Growth]:
     except OSError as error:
         raise ConfigError(f"target={target}: cannot write there ({error.strerror}); choose another") from error
     try:
-        refuse_small_disk(partial, source)
-        write(source, partial, target)
+        with hold(partial):
+            refuse_small_disk(partial, source)
+            write(source, partial, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
@@ -112,12 +114,9 @@ def refuse_target(target: Path) -> None:
         raise ConfigError(f"target={target} is there already and is not overwritten; choose another or remove it")
 
 
-def refuse_name(target: Path, source: Source) -> None:
-    """Refuse a name by which a run would take the grown checkpoint for one of its own."""
-    match, step = NAME.search(target.name), source.state["counters"]["step"]
-    if match and int(match[1]) != step:
-        raise ConfigError(f"target={target} names another step; the source is of step {step}, so step-{step:08d}")
-    if match and target.resolve().parent == source.folder.resolve().parent:
+def refuse_place(target: Path, source: Source) -> None:
+    """Refuse a place where the shallow run would take the grown checkpoint for one of its own."""
+    if step_of(target) >= 0 and target.resolve().parent == source.folder.resolve().parent:
         raise ConfigError(f"target={target} would be one of the shallow run's own checkpoints; choose another folder")
     if is_inside(target, source.folder):
         raise ConfigError(f"target={target} lies inside the checkpoint that grows; choose another folder")

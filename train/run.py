@@ -30,8 +30,10 @@ from train.checkpoint import is_inside
 from train.config import Config
 from train.data.samples import TokenSamples
 from train.folder import (
+    CONFIG,
     EXIT,
     as_mapping,
+    came_from,
     check_folder,
     claim_exit,
     describe_corpora,
@@ -258,13 +260,19 @@ def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Valida
 
 def resume(state: TrainState, config: Config, topology: Topology, terminal: Terminal | None) -> None:
     """Continue from the checkpoint that ``checkpoint.resume`` means, and say which and why."""
-    folder = config.run.folder / "checkpoints"
+    folder, settings = config.run.folder / "checkpoints", config.checkpoint
+    if topology.is_first and settings.resume == "auto" and not checkpoint.list_checkpoints(folder):
+        settings.resume = came_from(config.run.folder)  # stays so in config.yaml, until there is a checkpoint
+        if terminal and settings.resume != "auto":
+            terminal.note(f"no checkpoint of this run yet: checkpoint.resume={settings.resume}, as in its {CONFIG}")
     with watch.patience():
-        path, passed_over = checkpoint.find_together(folder, config.checkpoint.resume, topology)
+        path, passed_over = checkpoint.find_together(folder, settings.resume, topology)
         if path is not None:
             configuration = as_mapping(config) | describe_corpora(config)
             checkpoint.load(state, path, configuration, config.data.from_start, is_inside(path, folder))
     if terminal:
+        if settings.resume not in ("auto", "never") and not checkpoint.starts_there(folder, settings.resume):
+            terminal.note(f"checkpoint.resume={settings.resume} is not used: this run has checkpoints of its own")
         for verdict in passed_over:
             terminal.note(f"passed over {verdict.folder}: {verdict.problem}")
         with watch.phase("tidying checkpoints", slow=True):

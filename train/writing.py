@@ -27,7 +27,7 @@ from torch import Tensor
 from longcat.errors import SaveError, UnhealthyError
 from parallel.crumbs import crumb, phase
 from parallel.mesh import Topology
-from train.checkpoint import MANIFEST, PARTIAL, STATE, Keep, describe_last_good, file_hash, prune, set_aside
+from train.checkpoint import MANIFEST, PARTIAL, STATE, Keep, describe_last_good, file_hash, make_room, prune, set_aside
 from train.failures import blame, describe
 from train.spread import Take, box_values, saved
 from train.state import TrainState
@@ -131,7 +131,10 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, side
     partial = folder / f"{target.name}{PARTIAL}"
     first = topology.is_first
     try:
-        refuse_too_little_room(snapshot, folder, side)
+        if lacking_room(snapshot, folder, side):  # checkpoint.keep may have been lowered to make some
+            side.all("making room", lambda: make_room(folder, keep) if first else None)
+            if lack := lacking_room(snapshot, folder, side):
+                raise SaveError(lack)
         side.all("making the checkpoint's folder", lambda: make_anew(partial) if first else None)
         hashes = write_shards(snapshot, partial, side)
         files = {
@@ -143,7 +146,7 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, side
             shutil.rmtree(partial, ignore_errors=True)
         raise SaveError(f"the checkpoint of step {snapshot.step} is not saved: {error}") from error
     try:
-        side.all("pruning checkpoints", lambda: prune(folder, keep) if first else None)
+        side.all("pruning checkpoints", lambda: prune(folder, keep, target) if first else None)
     except SaveError as error:
         raise SaveError(f"{target} is saved, but older ones could not be removed: {error}", is_saved=True) from error
     return target
@@ -167,8 +170,8 @@ def is_finite(values: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(values))
 
 
-def refuse_too_little_room(snapshot: Snapshot, folder: Path, side: Side) -> None:
-    """Raise SaveError where the file system has less room than the checkpoint takes: better than half of one."""
+def lacking_room(snapshot: Snapshot, folder: Path, side: Side) -> str:
+    """What to say where the file system has less room than the checkpoint takes, better than half of one; else ""."""
 
     def look() -> tuple[int, int]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,8 +179,10 @@ def refuse_too_little_room(snapshot: Snapshot, folder: Path, side: Side) -> None
 
     found = side.all("looking for room", look)
     needed, free = sum(bytes_here for bytes_here, _ in found), found[0][1]
-    if needed > free:
-        raise SaveError(f"it takes {in_mib(needed)} and {folder} has {in_mib(free)} left; make room or move run.dir")
+    if needed <= free:
+        return ""
+    advice = "make room, lower checkpoint.keep or move run.dir"
+    return f"it takes {in_mib(needed)} and {folder} has {in_mib(free)} left; {advice}"
 
 
 def in_mib(num_bytes: int) -> str:

@@ -208,6 +208,7 @@ OTHER_VERBS = {
     "report-of-no-folder": (["report", "{tmp}/nothing"], ["nothing is no folder", "give the folder of a run"]),
     "checkpoint-of-nothing": (["checkpoint"], ["longcat checkpoint list DIR"]),
     "checkpoint-of-no-run": (["checkpoint", "list", "{tmp}"], ["holds no checkpoint", "give a run folder"]),
+    "checkpoint-of-no-folder": (["checkpoint", "list", "{tmp}/step-00000100"], ["holds no checkpoint", "step-"]),
     "data-without-build": (["data"], ["longcat data build"]),
     "data-of-nothing": (["data", "build", "data.source={tmp}/no", "data.out={tmp}/out"], ["data.source", "no"]),
     "data-with-typo": (["data", "build", "data.text_filed=x"], ["'data.text_filed'", "'data.text_field'"]),

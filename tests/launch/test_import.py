@@ -17,6 +17,7 @@ from launch.__main__ import main as longcat
 from tests.launch.conftest import Refused
 from tests.launch.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, weights
 from tests.train.running import contents, lines, train_here, train_two
+from train.checkpoint import is_held
 from train.reading import Checkpoint, whole
 from train.released import importing
 from train.released.files import SafetensorsFolder
@@ -94,6 +95,18 @@ def test_a_failure_while_writing_leaves_nothing(
     monkeypatch.setattr(importing, "FILE_BYTES", 20000)
     refused(["import", f"source={export}", f"target={tmp_path / 'in'}"], "could not be made", "nothing is left of it")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_import_holds_what_it_writes(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = importing.write, []
+
+    def write(tensors: dict[str, Any], folder: Path) -> None:
+        seen.append(is_held(folder))
+        plain(tensors, folder)
+
+    monkeypatch.setattr(importing, "write", write)
+    done("import", f"source={export}", f"target={tmp_path / 'in'}")
+    assert seen == [True] and not is_held(tmp_path / "in")
 
 
 def test_an_import_stands_at_step_0_with_a_controller_that_goes_on(checkpoint: Path, imported: Path) -> None:
@@ -203,9 +216,11 @@ def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused)
     attempt(tmp_path / "nowhere", "neither")
     refused(["import", f"source={export}"], "target=CHECKPOINT")
     refused(["import", f"source={export}", f"target={tmp_path / 'a'}"], "not overwritten")
+    step = f"target={tmp_path / 'step-00000500'}"
+    refused(["import", f"source={export}", step], "names another step", "so step-00000000")
     refused(["import", f"source={export}", target, "model.num_experts=9"], "lacks")
     refused(["import", f"source={export}", target, "model.no_such=9"], "unknown key")
-    assert not list(tmp_path.glob("out*"))
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob("step*"))
     done("import", f"source={own}", target, "model.num_mtp_layers=0")
 
 

@@ -135,6 +135,22 @@ def test_the_newest_are_kept(keep: int, left: list[int], saver: Saver) -> None:
     assert saver.everything == [f"step-{step:08d}" for step in left]
 
 
+def test_what_was_just_written_stays_whatever_comes_into_the_folder(saver: Saver) -> None:
+    shutil.copytree(saver.save(1), saver.folder / "step-00000500")
+    saver.save(2, keep=1)
+    saver.save(3, keep=1)
+    assert saver.everything == ["step-00000003", "step-00000500"]
+
+
+def test_a_person_s_own_copies_are_neither_removed_nor_taken(saver: Saver) -> None:
+    copies = ["backup-step-00000001", "z-step-00000001", "step-000000001"]
+    for name in copies:
+        shutil.copytree(saver.folder / "step-00000001" if saver.folder.exists() else saver.save(1), saver.folder / name)
+    newest = saver.save(2, keep=1)
+    assert saver.everything == sorted([*copies, newest.name]) and saver.names == [newest.name]
+    assert find(saver.folder, "auto") == (newest, [])
+
+
 def test_the_same_step_is_written_anew(saver: Saver) -> None:
     """A run that went back must not take what another past had saved there for its own; that stays beside it."""
     path = saver.save(2)

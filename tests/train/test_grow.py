@@ -27,7 +27,7 @@ from tests.parity.pool import close_pools, pool
 from tests.train.running import TINY, RandomSamples, contents, trained_state
 from train import grow as growing
 from train.batches import BatchReader
-from train.checkpoint import MANIFEST, STATE, file_hash, load, verify
+from train.checkpoint import MANIFEST, STATE, file_hash, is_held, load, verify
 from train.config import Config, compose
 from train.folder import as_mapping
 from train.grow import GrowConfig, GrowthOptions, grow
@@ -246,6 +246,18 @@ def test_nothing_is_left_of_a_growth_that_fails(old: Old, tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_a_growth_holds_what_it_writes(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = growing.write, []
+
+    def write(source: Any, partial: Path, target: Path) -> None:
+        seen.append(is_held(partial))
+        plain(source, partial, target)
+
+    monkeypatch.setattr(growing, "write", write)
+    grow(options(old.path, tmp_path / "grown"))
+    assert seen == [True] and not is_held(tmp_path / "grown")
+
+
 def test_a_small_disk_is_refused_before_writing(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=growing.SPARE))
@@ -255,7 +267,7 @@ def test_a_small_disk_is_refused_before_writing(old: Old, tmp_path: Path, monkey
 
 
 def test_a_name_that_a_run_would_mistake_is_refused(old: Old, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="names another step; the source is of step 3, so step-00000003"):
+    with pytest.raises(ConfigError, match="names another step; it would hold step 3, so step-00000003"):
         grow(options(old.path, tmp_path / "step-00000007"))
     other = tmp_path / "step-00000003.old"
     shutil.copytree(old.path, other)

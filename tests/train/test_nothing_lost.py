@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.train.running import NARROW, train_here
+from train.checkpoint import hold
 from train.config import compose
 from train.data.build import build
 
@@ -75,6 +76,20 @@ def test_half_written_and_half_removed_folders_go_at_the_next_start(narrow: list
         (folder / "checkpoints" / name).mkdir()
     assert train_here([*narrow, "train.steps=3"]) == 0
     assert steps_there(folder) == ["step-00000002", "step-00000003"]
+
+
+def test_files_and_folders_that_others_write_stay_at_the_next_start(narrow: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("step-00000009.partial", "step-00000008.partial", "elsewhere"):
+        (folder / name).mkdir(parents=True)
+    (folder / "notes.partial").write_text("mine")
+    (folder / "link.partial").symlink_to(folder / "elsewhere")
+    with hold(folder / "step-00000009.partial"):
+        assert train_here([*narrow, "train.steps=1"]) == 0
+    left = ["elsewhere", "link.partial", "notes.partial", "step-00000001"]
+    assert steps_there(tmp_path / "run") == [*left, "step-00000009.partial"]
+    assert train_here([*narrow, "train.steps=2"]) == 0
+    assert steps_there(tmp_path / "run") == [*left, "step-00000002"], "the one that wrote it is dead"
 
 
 def test_a_failing_report_does_not_hide_how_the_run_ended(

@@ -18,7 +18,7 @@ import torch
 from longcat.errors import ConfigError
 from tests.train.running import NARROW, ended, exact, lines, straight, train_here
 from train import writing
-from train.checkpoint import Keep, find, list_checkpoints, prune, validation_loss, verify
+from train.checkpoint import Keep, find, list_checkpoints, make_room, prune, validation_loss, verify
 from train.config import compose
 from train.saver import Writing
 from train.stage import Stage
@@ -152,6 +152,25 @@ def test_newest_every_and_best_stay(tmp_path: Path) -> None:
     assert left(Keep(newest=1, best=1)) == [6, 8], "of two equal ones the later stays"
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [1, 2, 3, 4])
+def test_only_a_finite_loss_can_be_the_best(bad: float, place: int, tmp_path: Path) -> None:
+    finite = iter((3.0, 2.0, 4.0))
+    losses = {step: bad if step == place else next(finite) for step in (1, 2, 3, 4)}
+    for step, loss in (losses | {5: None}).items():
+        path = tmp_path / f"step-{step:08d}"
+        path.mkdir()
+        (path / "state.json").write_text(json.dumps({"val_loss": loss}))
+    prune(tmp_path, Keep(newest=1, best=1))
+    best = next(step for step, loss in losses.items() if loss == 2.0)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{best:08d}", "step-00000005"]
+
+
+def test_the_best_of_losses_that_are_not_measured_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_best=2 .* validation\.every=0 measures none"):
+        compose(["checkpoint.keep_best=2", "validation.every=0"])
+
+
 def test_the_best_by_validation_stays(narrow: list[str], tmp_path: Path) -> None:
     words = ["validation.every=2", "validation.batches=1", "checkpoint.every=1", "checkpoint.keep=1"]
     enough = ["train.steps=8", "checkpoint.keep_best=1", "data.validation_fraction=0.1"]
@@ -214,7 +233,11 @@ def test_a_full_disk_leaves_the_last_good_one_and_training_goes_on(
     stuff = fill(small_disk, 200_000)
     capfd.readouterr()
     assert train_here([*words, "train.steps=10", "checkpoint.every=2"]) == 1
-    reason = r"checkpoints has 0\.\d MiB left; make room or move run\.dir" if foreseen else "No space left on device"
+    reason = (
+        r"checkpoints has 0\.\d MiB left; make room, lower checkpoint\.keep or"
+        if foreseen
+        else "No space left on device"
+    )
     printed = capfd.readouterr()
     said = ended(run)["message"]
     assert "the checkpoint of step 10 is not saved: " in said and "step-00000004" in said
@@ -233,12 +256,12 @@ def test_a_full_disk_leaves_the_last_good_one_and_training_goes_on(
 def test_room_made_in_time_is_used(
     narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The first two saves fail, the third does not: the run is done, and its end is saved."""
+    """The first two saves fail (each looks twice), the third does not: the run is done, and its end is saved."""
     plain, calls = shutil.disk_usage, [0]
 
     def usage(path: Any) -> Any:
         calls[0] += 1
-        return plain(path)._replace(free=17) if calls[0] < 3 else plain(path)
+        return plain(path)._replace(free=17) if calls[0] < 5 else plain(path)
 
     monkeypatch.setattr(writing.shutil, "disk_usage", usage)
     assert train_here([*narrow, "train.steps=3", "checkpoint.every=1"]) == 0
@@ -246,10 +269,36 @@ def test_room_made_in_time_is_used(
     assert capfd.readouterr().out.count("NOT SAVED") == 2
 
 
+def test_keeping_fewer_makes_room(
+    narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Room for no third checkpoint."""
+    run, plain = tmp_path / "run", shutil.disk_usage
+    assert train_here([*narrow, "train.steps=3", "checkpoint.every=1", "checkpoint.keep=3"]) == 0
+
+    def usage(path: Any) -> Any:
+        return plain(path)._replace(free=17 if len(list_checkpoints(run / "checkpoints")) > 2 else 1 << 40)
+
+    monkeypatch.setattr(writing.shutil, "disk_usage", usage)
+    capfd.readouterr()
+    assert train_here([*narrow, "train.steps=4", "checkpoint.keep=3"]) == 1, "as many are to be kept"
+    assert steps_there(run) == [1, 2, 3]
+    assert train_here([*narrow, "train.steps=4", "checkpoint.keep=1"]) == 0
+    assert "NOT SAVED" in capfd.readouterr().out and steps_there(run) == [4]
+
+
+def test_room_is_not_made_of_the_newest_whole_one(narrow: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train_here([*narrow, "train.steps=3", "checkpoint.every=1", "checkpoint.keep=3"]) == 0
+    (run / "checkpoints" / "step-00000003" / "manifest.json").unlink()
+    make_room(run / "checkpoints", Keep(newest=1))
+    assert steps_there(run) == [2, 3]
+
+
 def test_what_cannot_be_removed_is_said_and_no_more(
     narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(folder: Path, keep: Keep) -> None:
+    def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied", "step-00000001")
 
     monkeypatch.setattr(writing, "prune", refuse)

@@ -24,7 +24,7 @@ from longcat.errors import ConfigError
 from longcat.names import Box
 from parallel.store import MOMENTS
 from train.balance import build_controller
-from train.checkpoint import file_hash
+from train.checkpoint import file_hash, hold, refuse_name
 from train.config import Config, compose
 from train.data.corpus import TOKENIZER_NAME, file_sha256, tokenizer_sha256
 from train.folder import as_mapping
@@ -80,16 +80,17 @@ def import_folder(options: ImportOptions, overrides: list[str]) -> tuple[Path, C
     bias controller goes on from the imported biases.
 
     Raises:
-        ConfigError: a wrong option, names or shapes that do not fit, a target that exists.
+        ConfigError: a wrong option, names or shapes that do not fit, a target that exists or names another step.
     """
     options.validate()
     target = Path(options.target)
     refuse_existing(target)
+    refuse_name(target, Counters().step)
     source = SafetensorsFolder(Path(options.source))
     config = configuration_of(source, overrides)
     source.check(config.model)
     text = {"counters": asdict(Counters()), "configuration": as_mapping(config) | {TOKENIZER: tokenizer_of(config)}}
-    with appearing(target) as partial:
+    with appearing(target) as partial, hold(partial):
         write(promised(config, source), partial)
         files = {path.name: file_hash(path) for path in sorted(partial.glob("*.distcp"))}
         commit(partial, target, json.dumps(text), files)  # gives the folder its name
