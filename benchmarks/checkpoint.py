@@ -26,9 +26,10 @@ from benchmarks.common import _resident_gib, print_json, print_table
 from parallel.mesh import Topology, connect
 from parallel.reduce import from_all_ranks
 from tests.distributed import run_ranks
-from train.checkpoint import Keep, find_together, load
+from train.checkpoint import find_together, load
 from train.config import Config, compose
 from train.folder import as_mapping
+from train.keeping import Keep
 from train.run import build_state
 from train.saver import Saver
 from train.spread import Take, box_values, saved

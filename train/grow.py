@@ -25,7 +25,8 @@ from torch import Tensor
 
 from longcat.errors import ConfigError
 from longcat.growth import Growth, layer_of
-from train.checkpoint import PARTIAL, STATE, find_named, hold, is_inside, list_checkpoints, refuse_name, step_of, verify
+from train.checkpoint import PARTIAL, STATE, find_named, is_inside, list_checkpoints, refuse_name, step_of, verify
+from train.keeping import hold
 from train.reading import say_passed_over
 from train.writing import commit
 

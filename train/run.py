@@ -23,7 +23,7 @@ from parallel.mesh import Topology, connect, resolve_sizes, world_from_environme
 from parallel.prepare import BatchShape, check_layout, prepare
 from parallel.reduce import from_first_rank
 from parallel.stream_clock import count_stream_waits
-from train import checkpoint
+from train import checkpoint, keeping
 from train.balance import build_controller
 from train.batches import BatchReader
 from train.checkpoint import is_inside
@@ -276,7 +276,7 @@ def resume(state: TrainState, config: Config, topology: Topology, terminal: Term
         for verdict in passed_over:
             terminal.note(f"passed over {verdict.folder}: {verdict.problem}")
         with watch.phase("tidying checkpoints", slow=True):
-            set_aside = checkpoint.tidy(folder, path, passed_over)
+            set_aside = keeping.tidy(folder, path, passed_over)
         for aside in set_aside:
             terminal.note(f"set aside as {aside}")
     if terminal and path is not None:

@@ -17,9 +17,10 @@ from longcat.errors import LongCatError, SaveError
 from parallel import watch
 from parallel.crumbs import phase
 from parallel.mesh import Topology, group_beside_training
-from train.checkpoint import Keep, last_good
+from train.checkpoint import last_good
 from train.config import Config
 from train.folder import as_mapping
+from train.keeping import Keep
 from train.stage import Stage
 from train.state import TrainState
 from train.terminal import Terminal

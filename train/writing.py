@@ -27,8 +27,9 @@ from torch import Tensor
 from longcat.errors import SaveError, UnhealthyError
 from parallel.crumbs import crumb, phase
 from parallel.mesh import Topology
-from train.checkpoint import MANIFEST, PARTIAL, STATE, Keep, describe_last_good, file_hash, make_room, prune, set_aside
+from train.checkpoint import MANIFEST, PARTIAL, STATE, describe_last_good, file_hash
 from train.failures import blame, describe
+from train.keeping import Keep, make_room, prune, set_aside
 from train.spread import Take, box_values, saved
 from train.state import TrainState
 

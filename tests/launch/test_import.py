@@ -17,7 +17,7 @@ from launch.__main__ import main as longcat
 from tests.launch.conftest import Refused
 from tests.launch.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, weights
 from tests.train.running import contents, lines, train_here, train_two
-from train.checkpoint import is_held
+from train.keeping import is_held
 from train.reading import Checkpoint, whole
 from train.released import importing
 from train.released.files import SafetensorsFolder

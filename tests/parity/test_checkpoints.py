@@ -25,9 +25,10 @@ from tests.parity.measure import MODEL, Piece, RandomSamples, assemble, logical
 from tests.parity.pool import close_pools, pool
 from tests.parity.test_parity import LATER, largest
 from train.batches import BatchReader
-from train.checkpoint import Keep, load
+from train.checkpoint import load
 from train.config import Config, compose
 from train.folder import as_mapping
+from train.keeping import Keep
 from train.run import build_state
 from train.stage import Stage
 from train.state import TrainState

@@ -18,9 +18,10 @@ from parallel.mesh import Topology, connect
 from tests.distributed import run_ranks
 from tests.train.running import TINY, contents, free_ports, trained_state
 from train import checkpoint, writing
-from train.checkpoint import Keep, find, last_good, list_checkpoints, load, tidy, verify
+from train.checkpoint import find, last_good, list_checkpoints, load, verify
 from train.config import Config, compose
 from train.folder import as_mapping, lock
+from train.keeping import Keep, tidy
 from train.run import build_state
 from train.state import TrainState
 from train.state_hash import state_hash

@@ -27,10 +27,11 @@ from tests.parity.pool import close_pools, pool
 from tests.train.running import TINY, RandomSamples, contents, trained_state
 from train import grow as growing
 from train.batches import BatchReader
-from train.checkpoint import MANIFEST, STATE, file_hash, is_held, load, verify
+from train.checkpoint import MANIFEST, STATE, file_hash, load, verify
 from train.config import Config, compose
 from train.folder import as_mapping
 from train.grow import GrowConfig, GrowthOptions, grow
+from train.keeping import is_held
 from train.run import build_state
 from train.state import TrainState
 from train.state_hash import state_hash

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.train.running import NARROW, train_here
-from train.checkpoint import hold
 from train.config import compose
 from train.data.build import build
+from train.keeping import hold
 
 
 def steps_there(folder: Path) -> list[str]:

@@ -18,8 +18,9 @@ import torch
 from longcat.errors import ConfigError
 from tests.train.running import NARROW, ended, exact, lines, straight, train_here
 from train import writing
-from train.checkpoint import Keep, find, list_checkpoints, make_room, prune, validation_loss, verify
+from train.checkpoint import find, list_checkpoints, verify
 from train.config import compose
+from train.keeping import Keep, make_room, prune, validation_loss
 from train.saver import Writing
 from train.stage import Stage
 from train.step import Stepper

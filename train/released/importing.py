@@ -24,11 +24,12 @@ from longcat.errors import ConfigError
 from longcat.names import Box
 from parallel.store import MOMENTS
 from train.balance import build_controller
-from train.checkpoint import file_hash, hold, refuse_name
+from train.checkpoint import file_hash, refuse_name
 from train.config import Config, compose
 from train.data.corpus import TOKENIZER_NAME, file_sha256, tokenizer_sha256
 from train.folder import as_mapping
 from train.identity import TOKENIZER
+from train.keeping import hold
 from train.reading import key_of, stored_shapes
 from train.released.export import appearing, refuse_existing
 from train.released.files import SafetensorsFolder
