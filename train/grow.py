@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import io
 import json
 import os
@@ -25,7 +24,17 @@ from torch import Tensor
 
 from longcat.errors import ConfigError
 from longcat.growth import Growth, layer_of
-from train.checkpoint import PARTIAL, STATE, find_named, is_inside, list_checkpoints, refuse_name, step_of, verify
+from train.checkpoint import (
+    PARTIAL,
+    STATE,
+    find_named,
+    is_inside,
+    list_checkpoints,
+    new_hash,
+    refuse_name,
+    step_of,
+    verify,
+)
 from train.keeping import hold
 from train.reading import say_passed_over
 from train.writing import commit
@@ -266,7 +275,7 @@ class HashedFile:
     """A new file that knows how much has been written and the hash of it; on disk when it is left."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.position, self._digest = path, 0, hashlib.sha256()
+        self.path, self.position, self._digest = path, 0, new_hash()
 
     @property
     def hash(self) -> str:

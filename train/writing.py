@@ -7,7 +7,6 @@ for it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -27,14 +26,13 @@ from torch import Tensor
 from longcat.errors import SaveError, UnhealthyError
 from parallel.crumbs import crumb, phase
 from parallel.mesh import Topology
-from train.checkpoint import MANIFEST, PARTIAL, STATE, describe_last_good, file_hash
+from train.checkpoint import HASH, MANIFEST, PARTIAL, STATE, describe_last_good, file_hash, new_hash
 from train.failures import blame, describe
 from train.keeping import Keep, make_room, prune, set_aside
 from train.spread import Take, box_values, saved
 from train.state import TrainState
 
-HASHED_ALONGSIDE = 1 << 16  # bytes from which on a second thread hashes while the first one writes
-SYNCED_ALONGSIDE = 1 << 26  # bytes after which a third one sends them to the disk
+SYNCED_ALONGSIDE = 1 << 26  # bytes after which a second thread sends them to the disk
 SPARE_BYTES = 1 << 20  # a rank's file has more than its tensors: an index and some text
 
 
@@ -213,29 +211,20 @@ class HashedFile(io.IOBase):
     """A file being written whose hash is known when it is closed."""
 
     def __init__(self, file: Any, pool: ThreadPoolExecutor) -> None:
-        self.file, self.pool, self.digest = file, pool, hashlib.sha256()
+        self.file, self.pool, self.digest = file, pool, new_hash()
         self.unsynced = 0
         self.syncing: Future[Any] = pool.submit(int)
         self.failure: OSError | None = None  # the first one: torch's writer puts a riddle of its own in its place
 
     def write(self, data: Any) -> int:
-        if len(data) < HASHED_ALONGSIDE:
-            self.digest.update(data)
-            return self._put(data)
-        hashed = self.pool.submit(self.digest.update, data)
-        try:
-            return self._put(data)
-        finally:
-            hashed.result()  # the memory is the caller's again
-
-    def _put(self, data: Any) -> int:
+        self.digest.update(data)
         try:
             count = int(self.file.write(data))
         except OSError as error:
             self.failure = self.failure or error
             raise
         self.unsynced += count
-        if self.unsynced >= SYNCED_ALONGSIDE and self.syncing.done():  # the disk works while the next part is hashed
+        if self.unsynced >= SYNCED_ALONGSIDE and self.syncing.done():  # the disk works while the next part is made
             self.syncing.result()  # an error of the disk is told once
             self.unsynced, self.syncing = 0, self.pool.submit(os.fdatasync, self.file.fileno())
         return count
@@ -263,7 +252,7 @@ def shard_writer(folder: Path, hashes: dict[str, str], side: Side) -> Any:
     class Hashing(FileSystem):
         @contextmanager
         def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-            with Path(path).open(mode) as file, ThreadPoolExecutor(2) as pool:
+            with Path(path).open(mode) as file, ThreadPoolExecutor(1) as pool:
                 stream = HashedFile(file, pool)
                 try:
                     yield stream
@@ -294,7 +283,7 @@ def commit(partial: Path, target: Path, text: str, files: dict[str, str]) -> Non
     write_synced(partial / STATE, text)
     for name in (STATE, ".metadata"):
         files[name] = file_hash(partial / name)
-    write_synced(partial / MANIFEST, json.dumps({"files": files}, indent=1))
+    write_synced(partial / MANIFEST, json.dumps({"hash": HASH, "files": files}, indent=1))
     sync_folder(partial)
     set_aside(target, "replaced")
     os.rename(partial, target)

@@ -228,6 +228,11 @@ def tear_the_manifest(path: Path) -> None:
     (path / "manifest.json").write_text(text[: len(text) // 2])
 
 
+def hash_otherwise(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"hash": "sha256"}))
+
+
 def replace_the_manifest(path: Path) -> None:
     (path / "manifest.json").write_text("[]")
 
@@ -241,6 +246,7 @@ DAMAGE: dict[Callable[[Path], None], str] = {
     lose_the_manifest: "no readable manifest.json",
     tear_the_manifest: "no readable manifest.json",
     replace_the_manifest: "no readable manifest.json",
+    hash_otherwise: "manifest.json is another version's: its hashes are sha256, not xxh3_128",
 }
 
 

@@ -137,8 +137,9 @@ def test_a_checkpoint_of_before_this_counter_goes_on(words: list[str], branch: l
     state = json.loads((folder / STATE).read_text())
     del state["counters"]["data_start"], state["configuration"]["corpora"]
     (folder / STATE).write_text(json.dumps(state))
-    files = json.loads((folder / MANIFEST).read_text())["files"]
-    (folder / MANIFEST).write_text(json.dumps({"files": files | {STATE: file_hash(folder / STATE)}}))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][STATE] = file_hash(folder / STATE)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     assert train_here([*branch, "train.steps=4"]) == 0
     assert [row["first_sample"] for row in lines(tmp_path / "branch")] == [12]
     assert train_here([*branch, "run.name=wrong", "train.sequence_length=16"]) == 2
