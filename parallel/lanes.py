@@ -31,6 +31,7 @@ _BEGINNINGS = {
     "sum over all ranks": GRADIENTS,
     "least of all ranks": GRADIENTS,
     "word of the first rank": GRADIENTS,
+    "words of all ranks": GRADIENTS,
     "gradients of": PIPELINE,  # a micro-batch, or the embedding's other copy
     "hidden states": PIPELINE,
     "attention latents": SEQUENCE,
