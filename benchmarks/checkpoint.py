@@ -229,6 +229,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="another model; the default one has more than a GiB a rank")
     given = parser.parse_args()
     model = ["model=small", "model.vocab_size=32768", f"model.num_layers={LAYERS[given.ranks]}"]
+    if given.folder:
+        Path(given.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=given.folder) as base:
         words = [*model, f"parallel.ep={given.ranks}", *given.overrides, f"run.dir={base}"]
         figures = run_ranks(measure, given.ranks, words, given.rounds, timeout=900)[0]
