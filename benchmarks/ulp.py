@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from benchmarks.common import print_json, print_table
 from longcat.ops.attention import causal_attention
 from longcat.ops.cross_entropy import linear_cross_entropy
-from longcat.ops.elementwise import rms_norm, rotary, rotary_angles, swiglu
+from longcat.ops.elementwise import rms_norm, rotary, rotary_angles
 from longcat.ops.fusion import fuse
 from longcat.ops.grouped import grouped_linear
-from longcat.ops.matmul import linear
+from longcat.ops.matmul import gated_linear, linear
 
 Function = Callable[..., Tensor]
 
@@ -81,7 +81,12 @@ def cases() -> list[Case]:
     for width, hidden, rope in ((512, 1024, 32), (768, 1536, 64), (6144, 12288, 64)):
         found += [
             Case(f"RMSNorm, {width}", lambda x, g: rms_norm(x, g, 1e-5), plain_norm, [(256, width), (width,)]),
-            Case(f"SwiGLU, {hidden}", swiglu, lambda a, b: F.silu(a) * b, [(256, hidden), (256, hidden)]),
+            Case(
+                f"SwiGLU and linear, {hidden} → {width}",
+                gated_linear,
+                lambda a, b, w: F.linear(F.silu(a) * b, w),
+                [(256, hidden), (256, hidden), (width, hidden)],
+            ),
             Case(f"linear, {width} → {hidden}", linear, F.linear, [(256, width), (hidden, width)]),
             Case(
                 f"rotary, {rope}",
@@ -110,7 +115,7 @@ def errors(case: Case, dtype: torch.dtype) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(*shape, generator=generator).to(dtype) for shape in case.shapes]
     if len(drawn) == 2 and drawn[1].dim() > 1:  # matrices, so that results are near 1
-        drawn[1] = drawn[1] / drawn[1].shape[-1] ** 0.5 if case.ours is not swiglu else drawn[1]
+        drawn[1] = drawn[1] / drawn[1].shape[-1] ** 0.5
     given = [one.clone().requires_grad_() for one in drawn]
     wide = [one.double().requires_grad_() for one in drawn]
     result, exact = case.ours(*given), case.plain(*wide)

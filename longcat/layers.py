@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from longcat.ops.elementwise import rms_norm, swiglu
-from longcat.ops.matmul import PutOff, linear
+from longcat.ops.elementwise import rms_norm
+from longcat.ops.matmul import PutOff, gated_linear, linear
 from longcat.seams import WHOLE_SEQUENCE, WHOLE_VOCABULARY, Sequence, Vocabulary, WeightGradients, local
 
 
@@ -31,6 +31,13 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, local(self.weight), put_off(self, "weight"))
+
+
+class GatedLinear(Linear):
+    """y = (silu(gate) · up) Wᵀ without bias."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        return gated_linear(gate, up, local(self.weight), put_off(self, "weight"))
 
 
 class RMSNorm(nn.Module):
@@ -66,10 +73,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_proj = Linear(width, hidden)
         self.up_proj = Linear(width, hidden)
-        self.down_proj = Linear(hidden, width)
+        self.down_proj = GatedLinear(hidden, width)
         self.sequence: Sequence = WHOLE_SEQUENCE
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, s, D] → [B, s, D]."""
         x = self.sequence.gather(x)
-        return self.sequence.reduce(self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x))))
+        return self.sequence.reduce(self.down_proj(self.gate_proj(x), self.up_proj(x)))

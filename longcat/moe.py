@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from longcat.config import ModelConfig
 from longcat.dispatch import Dispatcher, LocalDispatcher, Routing
 from longcat.layers import Linear, put_off
-from longcat.ops.elementwise import swiglu
-from longcat.ops.grouped import grouped_linear
+from longcat.ops.grouped import grouped_gated_linear, grouped_linear
 from longcat.ops.matmul import wide_linear
 from longcat.seams import WHOLE_SEQUENCE, Sequence, WeightGradients, local
 
@@ -84,7 +83,7 @@ class Experts(nn.Module):
         """rows [P, D] sorted by expert, counts [E] → [P, D]."""
         ends = counts.cumsum(0).to(torch.int32)
         gate, up = grouped_linear(rows, local(self.gate_up), ends, put_off(self, "gate_up")).chunk(2, -1)
-        return grouped_linear(swiglu(gate, up), local(self.down), ends, put_off(self, "down"))
+        return grouped_gated_linear(gate, up, local(self.down), ends, put_off(self, "down"))
 
 
 @dataclass

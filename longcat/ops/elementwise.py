@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rotary positions, each with a backward that recomputes what is cheap instead of saving it."""
+"""RMSNorm, SwiGLU and rotary positions; their backwards recompute what is cheap instead of saving it."""
 
 # T rows (tokens), D width, F expert or FFN width, S positions, H heads, R rotary width
 
@@ -48,30 +48,16 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 @Fusible
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, without a gradient of its own: `matmul.gated_linear` has both."""
     return silu(gate).mul_(up)
 
 
 @Fusible
-def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    grad_up = silu(gate).mul_(grad)
-    return torch.ops.aten.silu_backward(grad * up, gate), grad_up
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return _gated(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return _gated_backward(grads[0], *ctx.saved_tensors)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, elementwise."""
-    return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return]
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """→ the gradients by gate and up, and silu(gate) · up again."""
+    activation = silu(gate)
+    return torch.ops.aten.silu_backward(grad * up, gate), activation * grad, activation * up
 
 
 def rotary_angles(positions: Tensor, width: int, theta: float) -> Tensor:

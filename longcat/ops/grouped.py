@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
-from longcat.ops.matmul import PutOff, now_or_later, source_of, widened
+from longcat.ops.elementwise import swiglu
+from longcat.ops.matmul import PutOff, input_gradients, now_or_later, source_of, widened
 
 BLOCK = 16  # rows; the products' shapes differ by multiples of it
 
@@ -71,21 +72,25 @@ def grouped_sum(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 class _GroupedLinear(torch.autograd.Function):
+    """Inputs as those of `matmul._Linear`."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None) -> Tensor:
-        ctx.save_for_backward(x, weight, ends)
+    def forward(ctx: Any, weight: Tensor, ends: Tensor, put: PutOff | None, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, ends, *inputs)
         ctx.put = put
+        x = inputs[0] if len(inputs) == 1 else swiglu(*inputs)
         return grouped_product(x, weight.to(x.dtype).transpose(1, 2), ends)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight, ends = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, ends, *inputs = ctx.saved_tensors
         grad = grads[0].contiguous()
-        grad_x = grouped_product(grad, weight.to(grad.dtype), ends) if ctx.needs_input_grad[0] else None
+        of_x = lambda: grouped_product(grad, weight.to(grad.dtype), ends)  # noqa: E731
+        x, grad_inputs = input_gradients(ctx.needs_input_grad[3], inputs, of_x)
         grad_w = None
-        if ctx.put is not None or ctx.needs_input_grad[1]:
+        if ctx.put is not None or ctx.needs_input_grad[0]:
             grad_w = now_or_later(ctx.put, lambda: grouped_sum(grad, x, ends))
-        return grad_x, grad_w, None, None
+        return grad_w, None, None, *grad_inputs
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None = None) -> Tensor:
@@ -93,17 +98,30 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None =
 
     Experts without rows, and no rows at all, are fine; their weight gradient is zero. ``put`` as in `linear`.
     """
-    weight = source_of(weight, x, put)
+    return _grouped((x,), weight, ends, put)
+
+
+def grouped_gated_linear(gate: Tensor, up: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None = None) -> Tensor:
+    """`grouped_linear` of x = silu(gate) · up [P, I], which no graph keeps."""
+    return _grouped((gate, up), weight, ends, put)
+
+
+def _grouped(inputs: tuple[Tensor, ...], weight: Tensor, ends: Tensor, put: PutOff | None) -> Tensor:
+    weight = source_of(weight, inputs[0], put)
     width, height = weight.shape[2], weight.shape[1]
-    align = 16 // x.element_size()  # grouped_mm wants rows of whole 16 bytes
+    align = 16 // inputs[0].element_size()  # grouped_mm wants rows of whole 16 bytes
     pad_in, pad_out = -width % align, -height % align
-    if pad_in or pad_out:
+    if not pad_in and not pad_out:
+        return _GroupedLinear.apply(weight, ends, put, *inputs)  # type: ignore[no-any-return]
 
-        def put_cut(compute: Callable[[], Tensor]) -> None:
-            assert put is not None
-            put(lambda: compute()[:, :height, :width])
+    def put_cut(compute: Callable[[], Tensor]) -> None:
+        assert put is not None
+        put(lambda: compute()[:, :height, :width])
 
-        padded_weight = pad(weight, (0, pad_in, 0, pad_out))
-        padded = _GroupedLinear.apply(pad(x, (0, pad_in)), padded_weight, ends, None if put is None else put_cut)
-        return padded[:, :height]  # type: ignore[no-any-return]
-    return _GroupedLinear.apply(x, weight, ends, put)  # type: ignore[no-any-return]
+    padded = _GroupedLinear.apply(
+        pad(weight, (0, pad_in, 0, pad_out)),
+        ends,
+        None if put is None else put_cut,
+        *(pad(one, (0, pad_in)) for one in inputs),
+    )
+    return padded[:, :height]  # type: ignore[no-any-return]

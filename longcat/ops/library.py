@@ -44,20 +44,17 @@ def lanes_of(width: int) -> int:
 
 
 def sum_halves(values: Tensor, stop: int = 1) -> Tensor:
-    """values [R, 2^n] → [R, stop]: the second half is added to the first, in place, until ``stop`` are left."""
+    """values [R, 2^n] → [R, stop]: the second half is added to the first until ``stop`` are left."""
     while values.shape[1] > stop:
-        half = values.shape[1] // 2
-        values[:, :half] += values[:, half:]
-        values = values[:, :half]
+        first, second = values.chunk(2, 1)
+        values = first + second
     return values
 
 
 def sum_onto_lanes(values: Tensor) -> Tensor:
-    """values [R, D], overwritten → [R, lanes]: blocks of columns are added one after the other."""
+    """values [R, D] → [R, lanes]: blocks of columns are added one after the other."""
     size = lanes_of(values.shape[1])
-    if values.shape[1] < size:
-        return pad(values, (0, size - values.shape[1]))
-    lanes, *others = values.split(size, 1)
+    lanes, *others = pad(values, (0, -values.shape[1] % size)).split(size, 1)
     for block in others:
-        lanes[:, : block.shape[1]] += block
+        lanes = lanes + block
     return lanes

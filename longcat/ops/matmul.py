@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat.ops.elementwise import swiglu, swiglu_backward
+
 PutOff = Callable[[Callable[[], Tensor]], None]  # takes a computation of a weight's gradient
 
 
@@ -50,22 +52,41 @@ def raw_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(*widened(a, b))
 
 
+def input_gradients(
+    needed: bool, inputs: list[Tensor], of_x: Callable[[], Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Input x of a product whose ``inputs`` are x, or the gate and up of a SwiGLU, and the gradients of the inputs.
+
+    ``of_x`` computes the gradient of x.
+    """
+    if len(inputs) == 1:
+        return inputs[0], [of_x() if needed else None]
+    if not needed:
+        return swiglu(*inputs), [None, None]
+    grad_gate, grad_up, x = swiglu_backward(of_x(), *inputs)
+    return x, [grad_gate, grad_up]
+
+
 class _Linear(torch.autograd.Function):
+    """The inputs are x, or the gate and up of a SwiGLU whose result is not saved: the backward computes it again."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, put: PutOff | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, weight: Tensor, put: PutOff | None, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, *inputs)
         ctx.put = put
+        x = inputs[0] if len(inputs) == 1 else swiglu(*inputs)
         return product(x.reshape(-1, x.shape[-1]), weight.to(x.dtype).t()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *inputs = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
-        grad_x = product(grad, weight.to(grad.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
+        of_x = lambda: product(grad, weight.to(grad.dtype)).view(inputs[0].shape)  # noqa: E731
+        x, grad_inputs = input_gradients(ctx.needs_input_grad[2], inputs, of_x)
         grad_w = None
-        if ctx.put is not None or ctx.needs_input_grad[1]:
+        if ctx.put is not None or ctx.needs_input_grad[0]:
             grad_w = now_or_later(ctx.put, lambda: product(grad.t(), x.reshape(-1, x.shape[-1])))
-        return grad_x, grad_w, None
+        return grad_w, None, *grad_inputs
 
 
 def now_or_later(put: PutOff | None, compute: Callable[[], Tensor]) -> Tensor | None:
@@ -83,7 +104,12 @@ def source_of(weight: Tensor, x: Tensor, put: PutOff | None) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, put: PutOff | None = None) -> Tensor:
     """x [..., I], weight [O, I] → [..., O]. ``put`` takes the computation of the weight's gradient, for later."""
-    return _Linear.apply(x, source_of(weight, x, put), put)  # type: ignore[no-any-return]
+    return _Linear.apply(source_of(weight, x, put), put, x)  # type: ignore[no-any-return]
+
+
+def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, put: PutOff | None = None) -> Tensor:
+    """`linear` of x = silu(gate) · up [..., I], which no graph keeps."""
+    return _Linear.apply(source_of(weight, gate, put), put, gate, up)  # type: ignore[no-any-return]
 
 
 class _WideLinear(torch.autograd.Function):

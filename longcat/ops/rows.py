@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
+from longcat.ops.fusion import Fusible
 from longcat.ops.library import lanes_of, operator, sum_halves, sum_onto_lanes, wide
 
-STRETCH = (
-    1 << 19
-)  # numbers of a stretch of rows that the CPU works through at once: its float32 copies stay in the cache
+STRETCH = 1 << 20  # numbers of a stretch of rows that the CPU works through at once: its copies stay in the cache
 TAIL = 32  # lanes from which on halves are narrower than what a processor adds well
 
 with warnings.catch_warnings():  # torch says once in a process that compressed sparse tensors are young
@@ -32,12 +31,6 @@ def stretches(like: Tensor) -> Iterator[slice]:
     num_rows, width = like.shape
     step = max(1, STRETCH // max(width, 1)) if like.device.type == "cpu" else max(num_rows, 1)
     return (slice(start, start + step) for start in range(0, num_rows, step))
-
-
-def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the longest stretch of ``like``: fresh memory costs a processor more than the sums in it."""
-    part = next(stretches(like), slice(0, 0))
-    return like.new_empty(min(part.stop, like.shape[0]), like.shape[1], dtype=dtype)
 
 
 def _sums(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
@@ -69,22 +62,32 @@ def _identity_gates(gates: Tensor, place: Tensor) -> Tensor:
     return sum_halves(pad(masked, (0, (1 << (top_k - 1).bit_length()) - top_k)))
 
 
-class _Products:
-    """Sums of the products of two rows, for R pairs: onto lanes, then by halves, the last ones of all pairs at once."""
+@Fusible
+def _add_share(out: Tensor, x: Tensor, gate: Tensor) -> None:
+    """Add gate [r, 1] · x [r, D] to ``out`` [r, D], rounded once."""
+    out.copy_(x * gate + out)
 
-    def __init__(self, like: Tensor) -> None:
-        num_lanes = min(TAIL, lanes_of(like.shape[1]))
-        self.lanes = like.new_empty(like.shape[0], num_lanes, dtype=wide(like.dtype))
-        self.buffer = _buffer(like, wide(like.dtype))
 
-    def put(self, part: slice, a: Tensor, b: Tensor) -> None:
-        """The pairs ``part``: a and b [r, D]."""
-        product = self.buffer[: a.shape[0]].copy_(a).mul_(b)
-        self.lanes[part] = sum_halves(sum_onto_lanes(product), self.lanes.shape[1])
+def _lanes(like: Tensor) -> Tensor:
+    """Room for sums of products of the rows of ``like`` [R, D], as `_weigh` leaves them."""
+    return like.new_empty(like.shape[0], min(TAIL, lanes_of(like.shape[1])), dtype=wide(like.dtype))
 
-    def sums(self) -> Tensor:
-        """→ [R]; no negative zero, as of sums that begin with zero."""
-        return sum_halves(self.lanes)[:, 0] + 0.0
+
+@Fusible
+def _weigh(grad: Tensor, token: Tensor | None, rows: Tensor, weight: Tensor, grad_rows: Tensor, lanes: Tensor) -> None:
+    """Gradients of r rows [r, D] and, summed onto lanes, their products with ``grad``: into the last two arguments.
+
+    ``grad`` [r, D], or [T, D] with the ``token`` [r] of each row; ``weight`` [r, 1].
+    """
+    slope = grad if token is None else grad.index_select(0, token)
+    torch.mul(slope, weight, out=grad_rows)
+    product = rows.to(lanes.dtype) * slope
+    lanes.copy_(sum_halves(sum_onto_lanes(product), lanes.shape[1]))
+
+
+def _sum_lanes(lanes: Tensor) -> Tensor:
+    """lanes [R, n], overwritten → [R]; no negative zero, as of sums that begin with zero."""
+    return sum_halves(lanes)[:, 0] + 0.0
 
 
 @operator("gather_rows(Tensor source, Tensor index) -> Tensor")
@@ -107,10 +110,9 @@ def combine_rows(rows: Tensor, gates: Tensor, place: Tensor, x: Tensor | None) -
     """
     out = _sums(rows, place, gates)
     if x is not None:
-        identity, buffer = _identity_gates(gates, place), _buffer(x, wide(x.dtype))
+        identity = _identity_gates(gates, place)
         for part in stretches(x):
-            share = torch.mul(x[part], identity[part], out=buffer[: x[part].shape[0]])
-            out[part] = share.add_(out[part])
+            _add_share(out[part], x[part], identity[part])
     return out
 
 
@@ -126,20 +128,15 @@ def combine_rows_backward(
     A gate's gradient is the product of two rows, summed onto lanes and by halves.
     """
     weight = gates.reshape(-1)[selection].to(rows.dtype)[:, None]
-    grad_rows, products = torch.empty_like(rows), _Products(rows)
-    buffer = _buffer(rows, rows.dtype)
+    grad_rows, lanes = torch.empty_like(rows), _lanes(rows)
     for part in stretches(rows):
-        index = token[part]
-        slope = torch.index_select(grad, 0, index, out=buffer[: index.shape[0]])
-        torch.mul(slope, weight[part], out=grad_rows[part])
-        products.put(part, rows[part], slope)
-    of_row, of_token = products.sums().to(gates.dtype), gates.new_zeros(gates.shape[0], 1)
+        _weigh(grad, token[part], rows[part], weight[part], grad_rows[part], lanes[part])
+    of_row, of_token = _sum_lanes(lanes).to(gates.dtype), gates.new_zeros(gates.shape[0], 1)
     grad_x = grad.new_empty(0)
     if x is not None:
-        identity, grad_x, products = _identity_gates(gates, place), torch.empty_like(x), _Products(x)
+        identity, grad_x, lanes = _identity_gates(gates, place), torch.empty_like(x), _lanes(x)
         for part in stretches(x):
-            products.put(part, x[part], grad[part])
-            grad_x[part] = grad[part] * identity[part]
-        of_token = products.sums().to(gates.dtype)[:, None]
+            _weigh(grad[part], None, x[part], identity[part], grad_x[part], lanes[part])
+        of_token = _sum_lanes(lanes).to(gates.dtype)[:, None]
     grad_gates = torch.where(place >= 0, 0.0, of_token).reshape(-1).scatter_(0, selection, of_row)
     return grad_rows, grad_gates.view_as(gates), grad_x

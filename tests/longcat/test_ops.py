@@ -13,9 +13,9 @@ from torch import Tensor
 
 from longcat.ops.attention import causal_attention
 from longcat.ops.cross_entropy import linear_cross_entropy
-from longcat.ops.elementwise import rms_norm, rotary, rotary_angles, swiglu
-from longcat.ops.grouped import grouped_linear
-from longcat.ops.matmul import cpu_multiplies_bfloat16, linear, product
+from longcat.ops.elementwise import rms_norm, rotary, rotary_angles
+from longcat.ops.grouped import grouped_gated_linear, grouped_linear
+from longcat.ops.matmul import cpu_multiplies_bfloat16, gated_linear, linear, product
 from longcat.ops.permute import combine, permute, plan_permutation
 
 
@@ -65,9 +65,24 @@ def test_rms_norm() -> None:
     assert_same(rms_norm(x, gain, 1e-5), reference, [x, gain])
 
 
-def test_swiglu() -> None:
-    gate, up = draw(0, 4, 6), draw(1, 4, 6)
-    assert_same(swiglu(gate, up), torch.nn.functional.silu(gate) * up, [gate, up])
+@pytest.mark.parametrize("width", [8, 5], ids=["aligned", "odd"])
+def test_gated_products_keep_gate_and_up_alone(width: int) -> None:
+    """silu(gate) · up by a matrix, or by each expert's: the product's input is computed again, not saved."""
+    gate, up, one, several = draw(0, 4, width), draw(1, 4, width), draw(2, 7, width), draw(3, 2, 7, width)
+
+    def x() -> Tensor:
+        return torch.nn.functional.silu(gate) * up
+
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        ours = gated_linear(gate, up, one)
+    assert saved == [one.data_ptr(), gate.data_ptr(), up.data_ptr()]
+    assert_same(ours, x() @ one.t(), [gate, up, one])
+    ends = torch.tensor([3, 4], dtype=torch.int32)
+    reference = torch.cat((x()[:3] @ several[0].t(), x()[3:] @ several[1].t()))
+    assert_same(grouped_gated_linear(gate, up, several, ends), reference, [gate, up, several])
+    fixed = gate.detach(), up.detach()
+    assert_same(gated_linear(*fixed, one), x().detach() @ one.t(), [one])
 
 
 def test_rotary_turns_interleaved_pairs() -> None:
@@ -80,17 +95,21 @@ def test_rotary_turns_interleaved_pairs() -> None:
     assert_same(rotary(x, angles), torch.stack(turned, -1).flatten(-2), [x])
 
 
-@pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
+@pytest.mark.parametrize("length", [1, 7, 128, 129, 300, 1100])
 @pytest.mark.parametrize("masked", [False, True], ids=["one_document", "documents"])
-def test_causal_attention(length: int, masked: bool) -> None:
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "stretches_of_queries"])
+def test_causal_attention(length: int, masked: bool, parts: bool) -> None:
+    """Stretches leave out the first queries, some in the middle, and the last, whose keys then get no gradient."""
     query, key, value = draw(0, 2, 3, length, 6), draw(1, 2, 3, length, 6), draw(2, 2, 3, length, 4)
     documents = torch.randint(0, 2, (2, length)).cumsum(1) // 8 if masked else None
+    runs = [(length // 9, length // 3 + 1), (length // 2 + 1, length - length // 7)] if parts and length > 2 else None
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     if documents is not None:
         hidden = hidden | (documents[:, :, None] != documents[:, None, :])[:, None]
     scores = (query @ key.transpose(-1, -2) * 0.3).masked_fill(hidden, float("-inf"))
     reference = torch.softmax(scores, -1) @ value
-    ours = causal_attention(query, key, value, 0.3, documents)
+    held = torch.cat([torch.arange(*run) for run in runs or [(0, length)]])
+    ours, reference = causal_attention(query[:, :, held], key, value, 0.3, documents, runs), reference[:, :, held]
     assert_same(ours, reference, [query, key, value])
 
 
