@@ -34,8 +34,8 @@ def causal_attention(
     """softmax(scale · q kᵀ + causal mask) v.
 
     query [B, H, q, C], key [B, H, S, C], value [B, H, S, V] → [B, H, q, V]. ``runs`` are the positions of the
-    queries, stretch after stretch; None means all S. ``documents`` [B, S] are document numbers: a position sees only
-    its own document. None means one document a sequence.
+    queries, stretch after stretch in their order; None means all S. ``documents`` [B, S] are document numbers: a
+    position sees only its own document. None means one document a sequence.
     """
     runs = [(0, key.shape[2])] if runs is None else runs
     if query.device.type == "cpu":
@@ -67,16 +67,15 @@ def _query_blocks(runs: Runs, size: int) -> Iterator[tuple[slice, int, int]]:
             held += stop - start
 
 
-def _key_blocks(positions: Tensor, size: int) -> Iterator[tuple[int, slice]]:
+def _key_blocks(runs: Runs, size: int) -> Iterator[tuple[int, slice]]:
     """Stretches of ``size`` keys that some query sees: the first query held that does, and the keys.
 
-    ``positions`` [q] of the queries grow, so all queries from that one on see the stretch's first key.
+    Runs are in the order of positions, so all queries from that one on see the stretch's first key.
     """
-    stop = int(positions[-1]) + 1
-    starts = torch.arange(0, stop, size)
-    firsts = torch.searchsorted(positions, starts).tolist()
-    for first, start in zip(firsts, starts.tolist(), strict=True):
-        yield first, slice(start, min(start + size, stop))
+    end = runs[-1][1]
+    for start in range(0, end, size):
+        first = sum(min(max(start - run_start, 0), run_stop - run_start) for run_start, run_stop in runs)
+        yield first, slice(start, min(start + size, end))
 
 
 def _mask(queries: Tensor, keys: Tensor, documents: Tensor | None) -> Tensor:
@@ -147,8 +146,8 @@ class _BlockedAttention(torch.autograd.Function):
         mean = _row_products(grads[0], out).flatten(0, 1)
         positions = torch.cat([torch.arange(start, stop) for start, stop in ctx.runs])
         for grad in (grad_key, grad_value):
-            grad[:, int(positions[-1]) + 1 :] = 0  # no query sees them
-        for first, keys in _key_blocks(positions, _block_of(key.shape[1])):
+            grad[:, ctx.runs[-1][1] :] = 0  # no query sees them
+        for first, keys in _key_blocks(ctx.runs, _block_of(key.shape[1])):
             # Keys are the rows here: of three products over the probabilities just one reads them column by column
             mask = _mask(positions[first:], torch.arange(keys.start, keys.stop), documents).mT.contiguous()
             scores, grad_shares = (
