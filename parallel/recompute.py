@@ -16,7 +16,7 @@ from parallel.exchange import all_awaited
 def recompute(model: LongCat, how: str) -> None:
     """Recompute nothing (`none`), attention from its latents on (`selective`) or whole layers (`full`), in place.
 
-    Attention's probabilities are what grows with the square of the sequence, so `selective` gives up most of the
+    Queries, keys and values of all heads are many times their latents, so `selective` gives up most of attention's
     memory for the cost of expanding and attending once more. A layer's statistics are returned by its first
     forward; what the second one counts goes nowhere.
     """

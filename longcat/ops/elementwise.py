@@ -49,7 +49,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 @Fusible
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, without a gradient of its own: `matmul.gated_linear` has both."""
+    """silu(gate) · up, for the autograd functions of what it is multiplied by (`matmul`, `grouped`)."""
     return silu(gate).mul_(up)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
 from longcat.ops.elementwise import swiglu
-from longcat.ops.matmul import PutOff, input_gradients, now_or_later, source_of, widened
+from longcat.ops.matmul import PutOff, input_and_gradients, now_or_later, source_of, widened
 
 BLOCK = 16  # rows; the products' shapes differ by multiples of it
 
@@ -85,8 +85,11 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, ends, *inputs = ctx.saved_tensors
         grad = grads[0].contiguous()
-        of_x = lambda: grouped_product(grad, weight.to(grad.dtype), ends)  # noqa: E731
-        x, grad_inputs = input_gradients(ctx.needs_input_grad[3], inputs, of_x)
+
+        def of_x() -> Tensor:
+            return grouped_product(grad, weight.to(grad.dtype), ends)
+
+        x, grad_inputs = input_and_gradients(ctx.needs_input_grad[3:], inputs, of_x)
         grad_w = None
         if ctx.put is not None or ctx.needs_input_grad[0]:
             grad_w = now_or_later(ctx.put, lambda: grouped_sum(grad, x, ends))
@@ -107,7 +110,7 @@ def grouped_gated_linear(gate: Tensor, up: Tensor, weight: Tensor, ends: Tensor,
 
 
 def _grouped(inputs: tuple[Tensor, ...], weight: Tensor, ends: Tensor, put: PutOff | None) -> Tensor:
-    weight = source_of(weight, inputs[0], put)
+    weight = source_of(weight, put, *inputs)
     width, height = weight.shape[2], weight.shape[1]
     align = 16 // inputs[0].element_size()  # grouped_mm wants rows of whole 16 bytes
     pad_in, pad_out = -width % align, -height % align

@@ -52,19 +52,19 @@ def raw_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(*widened(a, b))
 
 
-def input_gradients(
-    needed: bool, inputs: list[Tensor], of_x: Callable[[], Tensor]
-) -> tuple[Tensor, list[Tensor | None]]:
+def input_and_gradients(
+    needed: tuple[bool, ...], inputs: list[Tensor], of_x: Callable[[], Tensor]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Input x of a product whose ``inputs`` are x, or the gate and up of a SwiGLU, and the gradients of the inputs.
 
-    ``of_x`` computes the gradient of x.
+    ``of_x`` computes the gradient of x; ``needed`` says which inputs want theirs.
     """
     if len(inputs) == 1:
-        return inputs[0], [of_x() if needed else None]
-    if not needed:
-        return swiglu(*inputs), [None, None]
+        return inputs[0], (of_x() if needed[0] else None,)
+    if not any(needed):
+        return swiglu(*inputs), (None, None)
     grad_gate, grad_up, x = swiglu_backward(of_x(), *inputs)
-    return x, [grad_gate, grad_up]
+    return x, (grad_gate, grad_up)
 
 
 class _Linear(torch.autograd.Function):
@@ -81,8 +81,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
-        of_x = lambda: product(grad, weight.to(grad.dtype)).view(inputs[0].shape)  # noqa: E731
-        x, grad_inputs = input_gradients(ctx.needs_input_grad[2], inputs, of_x)
+
+        def of_x() -> Tensor:
+            return product(grad, weight.to(grad.dtype)).view(inputs[0].shape)
+
+        x, grad_inputs = input_and_gradients(ctx.needs_input_grad[2:], inputs, of_x)
         grad_w = None
         if ctx.put is not None or ctx.needs_input_grad[0]:
             grad_w = now_or_later(ctx.put, lambda: product(grad.t(), x.reshape(-1, x.shape[-1])))
@@ -97,19 +100,19 @@ def now_or_later(put: PutOff | None, compute: Callable[[], Tensor]) -> Tensor | 
     return None
 
 
-def source_of(weight: Tensor, x: Tensor, put: PutOff | None) -> Tensor:
+def source_of(weight: Tensor, put: PutOff | None, *inputs: Tensor) -> Tensor:
     """Without a way back in autograd's graph where the gradient is put off: it would carry zeros."""
-    return weight.detach() if put is not None and x.requires_grad else weight
+    return weight.detach() if put is not None and any(x.requires_grad for x in inputs) else weight
 
 
 def linear(x: Tensor, weight: Tensor, put: PutOff | None = None) -> Tensor:
     """x [..., I], weight [O, I] → [..., O]. ``put`` takes the computation of the weight's gradient, for later."""
-    return _Linear.apply(source_of(weight, x, put), put, x)  # type: ignore[no-any-return]
+    return _Linear.apply(source_of(weight, put, x), put, x)  # type: ignore[no-any-return]
 
 
 def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, put: PutOff | None = None) -> Tensor:
     """`linear` of x = silu(gate) · up [..., I], which no graph keeps."""
-    return _Linear.apply(source_of(weight, gate, put), put, gate, up)  # type: ignore[no-any-return]
+    return _Linear.apply(source_of(weight, put, gate, up), put, gate, up)  # type: ignore[no-any-return]
 
 
 class _WideLinear(torch.autograd.Function):

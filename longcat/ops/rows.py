@@ -86,7 +86,7 @@ def _weigh(grad: Tensor, token: Tensor | None, rows: Tensor, weight: Tensor, gra
 
 
 def _sum_lanes(lanes: Tensor) -> Tensor:
-    """lanes [R, n], overwritten → [R]; no negative zero, as of sums that begin with zero."""
+    """lanes [R, n] → [R]; no negative zero, as of sums that begin with zero."""
     return sum_halves(lanes)[:, 0] + 0.0
 
 

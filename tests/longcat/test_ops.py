@@ -83,6 +83,8 @@ def test_gated_products_keep_gate_and_up_alone(width: int) -> None:
     assert_same(grouped_gated_linear(gate, up, several, ends), reference, [gate, up, several])
     fixed = gate.detach(), up.detach()
     assert_same(gated_linear(*fixed, one), x().detach() @ one.t(), [one])
+    assert_same(gated_linear(fixed[0], up, one), x() @ one.t(), [up, one])
+    assert_same(grouped_gated_linear(gate, fixed[1], several[:1], ends[1:]), x() @ several[0].t(), [gate])
 
 
 def test_rotary_turns_interleaved_pairs() -> None:
@@ -111,6 +113,21 @@ def test_causal_attention(length: int, masked: bool, parts: bool) -> None:
     held = torch.cat([torch.arange(*run) for run in runs or [(0, length)]])
     ours, reference = causal_attention(query[:, :, held], key, value, 0.3, documents, runs), reference[:, :, held]
     assert_same(ours, reference, [query, key, value])
+
+
+def test_causal_attention_computes_long_rows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept or computed again, the gradients have the same bits; then nothing of size S² is saved."""
+    inputs = [draw(0, 2, 3, 200, 6), draw(1, 2, 3, 200, 6), draw(2, 2, 3, 200, 4)]
+    results, sizes = [], []
+    for limit in (200 * 4, 200 * 4 - 1):
+        monkeypatch.setattr("longcat.ops.attention.KEPT_BYTES", limit)
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t.numel()) or t, lambda t: t):
+            out = causal_attention(*inputs, 0.3, None)
+        results.append(torch.autograd.grad(out.square().sum(), inputs))
+        sizes.append(sum(saved))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert sizes[0] - sizes[1] == 6 * (128 * 128 + 72 * 200)
 
 
 @pytest.mark.parametrize("rows", [256, 3], ids=["one_chunk", "many_chunks"])
