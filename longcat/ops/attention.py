@@ -22,9 +22,7 @@ from longcat.ops.fusion import Fusible, add_to
 from longcat.ops.matmul import product, raw_product
 
 QUERY_BLOCK = 128  # rows of the triangle computed at once: smaller wastes less above the diagonal
-KEPT_BYTES = (
-    1024  # a row of probabilities up to this long is kept for the backward: it costs less than computing it again
-)
+KEPT_BYTES = 1024  # the longest row of probabilities that is kept for the backward; longer ones cost too much memory
 LONG = 1024  # keys from which on twice as many rows are: the share that lies above the diagonal is small
 
 
@@ -57,7 +55,7 @@ def causal_attention(
 
 
 def _blocks(runs: Runs, num_keys: int) -> Iterator[tuple[slice, int, int]]:
-    """Stretches of a block's queries: where they are held, and their (start, stop) in the sequence."""
+    """The queries of each block: where they are held, and their (start, stop) in the sequence."""
     size, held = QUERY_BLOCK if num_keys < LONG else 2 * QUERY_BLOCK, 0
     for run_start, run_stop in runs:
         for start in range(run_start, run_stop, size):
