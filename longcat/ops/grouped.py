@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
-from longcat.ops.elementwise import swiglu
-from longcat.ops.matmul import PutOff, input_and_gradients, now_or_later, source_of, widened
+from longcat.ops.matmul import PutOff, input_and_gradients, input_of, now_or_later, source_of, widened
 
 BLOCK = 16  # rows; the products' shapes differ by multiples of it
 
@@ -78,7 +77,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, ends: Tensor, put: PutOff | None, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(weight, ends, *inputs)
         ctx.put = put
-        x = inputs[0] if len(inputs) == 1 else swiglu(*inputs)
+        x = input_of(inputs)
         return grouped_product(x, weight.to(x.dtype).transpose(1, 2), ends)
 
     @staticmethod

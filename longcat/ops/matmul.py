@@ -12,7 +12,7 @@ second copy of the weights outlives a product.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,17 +52,22 @@ def raw_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(*widened(a, b))
 
 
+def input_of(inputs: Sequence[Tensor]) -> Tensor:
+    """Input x of a product whose ``inputs`` are x, or the gate and up of a SwiGLU."""
+    return inputs[0] if len(inputs) == 1 else swiglu(*inputs)
+
+
 def input_and_gradients(
     needed: tuple[bool, ...], inputs: list[Tensor], of_x: Callable[[], Tensor]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Input x of a product whose ``inputs`` are x, or the gate and up of a SwiGLU, and the gradients of the inputs.
+    """`input_of` the inputs, and the gradients of the inputs.
 
     ``of_x`` computes the gradient of x; ``needed`` says which inputs want theirs.
     """
-    if len(inputs) == 1:
-        return inputs[0], (of_x() if needed[0] else None,)
     if not any(needed):
-        return swiglu(*inputs), (None, None)
+        return input_of(inputs), (None,) * len(inputs)
+    if len(inputs) == 1:
+        return inputs[0], (of_x(),)
     grad_gate, grad_up, x = swiglu_backward(of_x(), *inputs)
     return x, (grad_gate, grad_up)
 
@@ -74,7 +79,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, put: PutOff | None, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(weight, *inputs)
         ctx.put = put
-        x = inputs[0] if len(inputs) == 1 else swiglu(*inputs)
+        x = input_of(inputs)
         return product(x.reshape(-1, x.shape[-1]), weight.to(x.dtype).t()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
