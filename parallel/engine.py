@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longcat.model import LongCat, Losses
 from parallel.crumbs import phase
+from parallel.sharded_exchanges import finish_sums
 from parallel.sharding import set_gradient_sync
 
 Objective = Callable[[Losses], Tensor]  # one micro-batch's part of the step's loss, as far as it arises in one part
@@ -61,6 +62,7 @@ class InTurn:
                 losses: Losses = model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=mtp)
             with phase(f"backward of micro-batch {number}"):
                 objective(losses).backward()
+                finish_sums(model)
             found.append(detached(losses))
             del losses  # the next forward would find this one's graph in memory
         return [found]

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.collectives import all_gather, reduce_scatter
 from parallel.crumbs import crumb, departed
 from parallel.streams import HERE, Lanes
 
@@ -70,7 +71,7 @@ class AllGather(Exchange):
 
     def launch(self, x: Tensor) -> tuple[dist.Work | None, Tensor]:
         out = x.new_empty(dist.get_world_size(self.group), *x.shape)
-        return dist.all_gather_single(out.flatten(0, 1), x, self.group, async_op=True), out
+        return all_gather(out, x, self.group), out
 
     def elements_sent(self, x: Tensor) -> float:
         return x.numel() * (dist.get_world_size(self.group) - 1)
@@ -84,7 +85,7 @@ class ReduceScatter(Exchange):
 
     def launch(self, x: Tensor) -> tuple[dist.Work | None, Tensor]:
         out = x.new_empty(x.shape[1:])
-        return dist.reduce_scatter_single(out, x.flatten(0, 1), group=self.group, async_op=True), out
+        return reduce_scatter(out, x, self.group), out
 
     def elements_sent(self, x: Tensor) -> float:
         return x.numel() * (1 - 1 / dist.get_world_size(self.group))

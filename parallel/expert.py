@@ -30,6 +30,7 @@ from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
 from longcat.ops.permute import Permutation, _Combine, combine, permute, plan_permutation, unpermute
 from longcat.ops.rows import combine_rows_backward, gather_rows
+from parallel.collectives import all_gather
 from parallel.crumbs import crumb
 from parallel.exchange import (
     AllGather,
@@ -259,7 +260,7 @@ class Choices:
         with lanes.aside():
             self.chosen = torch.cat([routing.indices for routing in routings])
             self.indices = self.chosen.new_empty(dist.get_world_size(group), *self.chosen.shape)  # [n, T, K]
-            self.work = dist.all_gather_single(self.indices.flatten(0, 1), self.chosen, group, async_op=True)
+            self.work = all_gather(self.indices, self.chosen, group)
             self.chunks = self.indices.split([len(routing.indices) for routing in routings], 1)
             if lanes.runs_ahead:
                 self.work.wait()

@@ -6,12 +6,10 @@ gradients come late, so the same calls are made here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from longcat.model import LongCat
+from parallel.sharded_exchanges import finish_sums, parameter_groups
 
 
 def hold(model: LongCat) -> None:
@@ -22,7 +20,7 @@ def hold(model: LongCat) -> None:
 
 def fold(model: LongCat) -> None:
     """Add late weight gradients to what is held in float32, so that two in a row are not added in bfloat16."""
-    for group in _groups(model):
+    for group in parameter_groups(model):
         for parameter in group.fsdp_params:
             if hasattr(parameter, "_unsharded_param"):
                 parameter.accumulate_unsharded_grad_if_needed()
@@ -34,9 +32,10 @@ def reduce(model: LongCat) -> None:
     if not isinstance(model, FSDPModule):
         return
     _set(model, last=True)
-    for group in _groups(model):
+    for group in parameter_groups(model):
         group.post_backward()
     fully_shard.state(model)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+    finish_sums(model)
 
 
 def release(model: LongCat) -> None:
@@ -50,9 +49,3 @@ def _set(model: FSDPModule, last: bool) -> None:
     model.set_requires_gradient_sync(last)
     model.set_reshard_after_backward(last)
     model.set_is_last_backward(last)
-
-
-def _groups(model: LongCat) -> Iterator[Any]:
-    if isinstance(model, FSDPModule):
-        for state in fully_shard.state(model)._state_ctx.all_states:  # type: ignore[attr-defined]
-            yield from state._fsdp_param_groups

@@ -18,11 +18,11 @@ from parallel.overlap import OverlapConfig, set_overlap
 from parallel.pipeline import Pipeline
 from parallel.recompute import recompute
 from parallel.sequence import check_length, spread_sequence
+from parallel.sharded_exchanges import set_exchanges
 from parallel.sharding import materialise, shard
 from parallel.stages import check_micro_batches, num_stages, split, stages_of
 from parallel.store import MakeOptimizer, ShardedAdamW, Store
 from parallel.tensor import check_tensor, spread_tensors
-from parallel.watch_sharding import watch_sharding
 from parallel.zero import ZeroEngine
 from parallel.zero_setup import check as check_deepspeed
 
@@ -85,7 +85,7 @@ def prepare(
         _set_up(model, parallel, overlap, topology)
         # A pipeline keeps gathered weights through a step: it visits each stage many times
         shard(model, topology, compute_dtype, parallel.reshard_after_forward and sizes.pp == 1)
-        watch_sharding(model)
+        set_exchanges(model, topology.device)
         materialise(model, config, seed, topology.device)
         models.append(model)
     store = ShardedAdamW(models, topology, make_optimizer)

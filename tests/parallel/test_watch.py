@@ -83,8 +83,8 @@ def printed(meeting: Path) -> str:
     return "\n".join(log.read_text()[-3000:] for log in sorted(meeting.glob("*.log")))
 
 
-# FSDP2 gathers the second layer's weights next, or its router's where the router is a unit of its own
-NEXT = r'"gathered weights, layers\.1[.a-z]*" \(fsdp\) of forward of micro-batch 1'
+# The second layer's weights are on their way while the first one computes; those of the MTP layer are the next to start
+NEXT = r'"gathered weights, mtp\.layers\.0[.a-z]*" \(fsdp\) of forward of micro-batch 1'
 
 
 GONE = "is gone"

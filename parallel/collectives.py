@@ -1,0 +1,80 @@
+"""All-gather and reduce-scatter, begun without a wait: NCCL's on a GPU, on a CPU straight from each rank to each other.
+
+Gloo's own pass parts on from rank to rank, and its reduce-scatter sums everything on every rank before it keeps a part.
+Between two processes of one machine they moved 0.5 and 0.4 GB/s, messages from rank to rank 1.3. The price is that a
+rank talks to all others at once: with many ranks on each of several machines more passes between the machines.
+"""
+
+# n ranks of the group
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Bring ``x`` [...] of every rank to ``out`` [n, ...]; ``x`` may be this rank's part of ``out``."""
+    if not _directly(out, group):
+        work = dist.all_gather_single(out.flatten(0, 1), x, group, async_op=True)
+        assert work is not None
+        return work
+    own = out[group.rank()]
+    if own.data_ptr() != x.data_ptr():
+        own.copy_(x)
+    return Messages(group, [own] * group.size(), list(out))
+
+
+def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Sum ``x`` [n, ...] over ranks and leave this rank's part in ``out`` [...]."""
+    if not _directly(out, group):
+        return dist.reduce_scatter_single(out, x.flatten(0, 1), group=group, async_op=True)
+    return Sum(group, x, out)
+
+
+def _directly(tensor: Tensor, group: dist.ProcessGroup) -> bool:
+    return tensor.device.type == "cpu" and group.size() > 1
+
+
+class Messages(dist.Work):
+    """One message to each other rank of a group and one from it, under way."""
+
+    def __init__(self, group: dist.ProcessGroup, sent: list[Tensor], received: list[Tensor]) -> None:
+        """Tensors [n] by rank, contiguous; a rank's own places are not used."""
+        super().__init__()
+        self.sent = sent  # kept until the messages have left
+        self.works: list[dist.Work | None] = []
+        for offset in range(1, group.size()):  # each begins with the next, so that not all ask one rank at once
+            source, target = (group.rank() - offset) % group.size(), (group.rank() + offset) % group.size()
+            self.works.append(dist.irecv(received[source], group=group, group_src=source))
+            self.works.append(dist.isend(sent[target], group=group, group_dst=target))
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        for work in self.works:
+            assert work is not None
+            work.wait() if timeout is None else work.wait(timeout)
+        self.works, self.sent = [], []
+        return True
+
+
+class Sum(Messages):
+    """Parts of a sum under way; the wait adds them up, in the order of ranks."""
+
+    def __init__(self, group: dist.ProcessGroup, x: Tensor, out: Tensor) -> None:
+        sent = list(x)
+        self.out = out
+        self.parts = [part if rank == group.rank() else torch.empty_like(part) for rank, part in enumerate(sent)]
+        super().__init__(group, sent, self.parts)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        super().wait(timeout)
+        if self.parts:
+            first, second, *others = self.parts
+            torch.add(first, second, out=self.out)
+            for part in others:
+                self.out += part
+            self.parts = []
+        return True
