@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from longcat.ops.grouped import even_room
 from longcat.ops.permute import Permutation, combine, permute, plan_permutation
 
 
@@ -39,7 +40,10 @@ class Dispatcher(Protocol):
         """Send what `start` has not sent yet, because the host would have had to wait."""
 
     def wait(self, pending: Any) -> tuple[Tensor, Tensor]:
-        """→ rows [P, D] for the experts that are here, sorted by expert, and how many each has [E]."""
+        """→ rows [P, D] for the experts that are here, sorted by expert, and how many each has [E].
+
+        Rows of nobody may be among them, behind an expert's own: nothing that comes of them is used.
+        """
 
     def start_back(self, rows: Tensor, pending: Any) -> Any:
         """Start the way back of the experts' results, in the order that `wait` gave → pending."""
@@ -80,6 +84,8 @@ class LocalDispatcher:
         if pending.plan is None:
             routing = pending.routing
             plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed, pending.num_rows())
+            room = even_room(plan.counts[: routing.num_experts], pending.x)
+            plan = plan if room is None else plan.evened(room, routing.num_experts)
             pending.plan, pending.rows = plan, permute(pending.x, plan)
 
     def wait(self, pending: LocalPending) -> tuple[Tensor, Tensor]:

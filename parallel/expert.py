@@ -28,7 +28,8 @@ from longcat.dispatch import Routing
 from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
-from longcat.ops.permute import Permutation, _Combine, combine, permute, plan_permutation, unpermute
+from longcat.ops.grouped import even_room
+from longcat.ops.permute import Permutation, _Combine, combine, permute, plan_permutation, rows_with_room, unpermute
 from longcat.ops.rows import combine_rows_backward, gather_rows
 from parallel.collectives import all_gather
 from parallel.crumbs import crumb
@@ -127,30 +128,53 @@ def _count(routing: Routing) -> Tensor:
 
 
 class Arrival:
-    """The order in which a chunk's rows arrive, and that in which the experts want them."""
+    """The order in which a chunk's rows arrive, and that in which the experts want them.
 
-    def __init__(self, received: Tensor, num_rows: int) -> None:
-        self.received, self.num_rows = received, num_rows  # [n, E] rows from each rank for each expert here; their sum
+    Args:
+        received: [n, E] rows from each rank for each expert here.
+        num_rows: their sum.
+        room: rows that each expert shall have, those of nobody among them; None for as many as come.
+    """
+
+    def __init__(self, received: Tensor, num_rows: int, room: int | None) -> None:
+        self.received, self.num_rows, self.room = received, num_rows, room
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """[E] rows of each expert."""
+        counts = self.received.sum(0)
+        return counts if self.room is None else torch.full_like(counts, self.room)
 
     @cached_property
     def order(self) -> tuple[Tensor, Tensor]:
-        """[P] from (rank, expert) to (expert, rank), and its inverse."""
+        """From (rank, expert) to (expert, rank): [P], or [E · C] with -1 for a row of nobody; and back, [P]."""
         num_ranks, num_experts = self.received.shape
         expert = torch.arange(num_experts, device=self.received.device).repeat(num_ranks)
         expert = expert.repeat_interleave(self.received.flatten(), output_size=self.num_rows)
         order = torch.sort(expert, stable=True).indices
-        inverse = torch.empty_like(order)
-        inverse.scatter_(0, order, torch.arange(self.num_rows, device=order.device))
+        place = torch.arange(self.num_rows, device=order.device)
+        if self.room is not None:
+            place = rows_with_room(self.received.sum(0), self.room)
+        inverse = torch.empty_like(order).scatter_(0, order, place)
+        if self.room is not None:
+            order = order.new_full((num_experts * self.room,), -1).index_copy_(0, place, order)
         return order, inverse
 
     def move(self, to_experts: bool) -> Move:
         """Of rows that have come to the order of experts, or of experts' results to that in which they go back."""
-        there, back = (0, 1) if to_experts else (1, 0)
-        return Move(lambda rows: in_order(rows, self.order[there]), in_order, lambda: (self.order[back],))
+        to_theirs = in_order if self.room is None else in_order_with_zeros
+        there, back = (to_theirs, in_order) if to_experts else (in_order, to_theirs)
+        first, second = (0, 1) if to_experts else (1, 0)
+        return Move(lambda rows: there(rows, self.order[first]), back, lambda: (self.order[second],))
 
 
 def in_order(rows: Tensor, order: Tensor) -> Tensor:
     return gather_rows(rows.contiguous(), order)  # type: ignore[no-any-return]
+
+
+def in_order_with_zeros(rows: Tensor, order: Tensor) -> Tensor:
+    """`in_order`, with zeros where the order says -1."""
+    return in_order(rows, order.clamp_min(0)).index_fill_(0, (order < 0).nonzero()[:, 0], 0.0)
 
 
 @dataclass
@@ -194,12 +218,14 @@ class AllToAllDispatcher:
             plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed, sum(sent))
         received = [row[number] for row in sizes.received]
         there = AllToAll(f"expert dispatch, {self.place}", self.group, sent, received)
-        arrival = Arrival(sizes.incoming[:, number], sum(received))
+        incoming = sizes.incoming[:, number]
+        room = None if self.lanes.runs_ahead else even_room(incoming.sum(0), pending.x)
+        arrival = Arrival(incoming, sum(received), room)
         before = Move(lambda x: permute(x, plan), unpermute, lambda: (plan.place,))
         send(pending.flight, there, before, arrival.move(to_experts=True))
         with self.lanes.aside():  # while the rows travel
             _ = arrival.order
-            pending.counts = arrival.received.sum(0)
+            pending.counts = arrival.counts
         pending.plan, pending.arrival = plan, arrival
 
     def wait(self, pending: _Sent) -> tuple[Tensor, Tensor]:
@@ -322,7 +348,9 @@ class AllGatherDispatcher:
         num_rows = None if choices.num_rows is None else choices.num_rows[number]
         arrive(choices.name, self.group, self.lanes, choices.indices)
         here, size = choices.numbered(choices.chunks[number].flatten(0, 1)), choices.size
-        pending.plan = plan_permutation(here, size, size + 1, num_rows)
+        plan = plan_permutation(here, size, size + 1, num_rows)
+        room = None if self.lanes.runs_ahead else even_room(plan.counts[:size], pending.x)
+        pending.plan = plan if room is None else plan.evened(room, size)
         pending.all_gates = wait(pending.gates).flatten(0, 1)
         return permute(wait(pending.tokens).flatten(0, 1), pending.plan), pending.plan.counts[:size]
 

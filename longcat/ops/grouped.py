@@ -4,6 +4,9 @@ A GPU has a kernel for it (`grouped_mm`). A CPU multiplies expert by expert, wha
 code for every new shape: half a millisecond and half a MiB for each number of rows that an expert ever gets. So here
 the products take whole blocks of rows: a product over rows runs on into rows of the next experts, which overwrite what
 it left there; a sum over rows gets zeros.
+
+A call of that library costs as much as multiplying some ten rows on a processor with AMX. Experts with equally many
+rows are one call, a batch; `even_room` says where it is worth rows of nobody to have them so.
 """
 
 # P rows sorted by expert, I input width, O output width, E experts
@@ -20,6 +23,27 @@ from torch.nn.functional import grouped_mm, pad
 from longcat.ops.matmul import PutOff, input_and_gradients, input_of, now_or_later, source_of, widened
 
 BLOCK = 16  # rows; the products' shapes differ by multiples of it
+MOST_ROOM = 1.25  # rows with those of nobody, over rows: beyond it a batch costs what it saves
+
+
+def even_room(counts: Tensor, like: Tensor) -> int | None:
+    """Rows that each expert should have so that all are one batch; None where they should have their ``counts`` [E].
+
+    Only for bfloat16 on a CPU that multiplies it: in float32 a product takes so long that calls do not count.
+    """
+    if like.device.type != "cpu" or like.dtype is not torch.bfloat16 or widened(like)[0] is not like:
+        return None
+    room = -(-int(counts.max()) // BLOCK) * BLOCK
+    return room if 0 < room * counts.shape[0] <= MOST_ROOM * int(counts.sum()) else None
+
+
+def _batches(ends: Tensor, *rows: Tensor) -> list[Tensor] | None:
+    """Rows [P, ...] as [E, P / E, ...] where every expert has equally many, which are whole blocks."""
+    num_experts, total = ends.shape[0], rows[0].shape[0]
+    each = total // num_experts
+    if each == 0 or each % BLOCK or ends.tolist() != list(range(each, total + 1, each)):
+        return None
+    return [one.unflatten(0, (num_experts, each)) for one in rows]
 
 
 def _stretches(ends: Tensor, total: int) -> Iterator[tuple[int, int, int, int]]:
@@ -39,6 +63,8 @@ def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     wide_a, wide_b = widened(a, b)
     if a.device.type != "cpu":
         return grouped_mm(wide_a, wide_b, offs=ends).to(a.dtype)
+    if batch := _batches(ends, wide_a):
+        return torch.bmm(batch[0], wide_b).flatten(0, 1).to(a.dtype)
     out = wide_a.new_empty(a.shape[0], b.shape[2])
     for (start, end, first, last), matrix in zip(_stretches(ends, a.shape[0]), wide_b.unbind(0), strict=True):
         if first == start < end:
@@ -53,6 +79,8 @@ def grouped_sum(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     wide_a, wide_b = widened(a, b)
     if a.device.type != "cpu":
         return grouped_mm(wide_a.t(), wide_b, offs=ends).to(a.dtype)
+    if batch := _batches(ends, wide_a, wide_b):
+        return torch.bmm(batch[0].transpose(1, 2), batch[1]).to(a.dtype)
     out = wide_a.new_empty(ends.shape[0], a.shape[1], b.shape[1])
     stretches = list(_stretches(ends, a.shape[0]))
     room = wide_a.new_empty(max(last - first for _, _, first, last in stretches), a.shape[1])

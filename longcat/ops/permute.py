@@ -4,7 +4,7 @@ The plan of one routing sorts the FFN selections by expert (stably, so by token 
 experts are in no plan: they cost a multiplication where the results are combined.
 """
 
-# T tokens, K chosen, N FFN experts, Z identity experts, P FFN selections (rows), D width
+# T tokens, K chosen, N FFN experts, Z identity experts, P FFN selections (rows), D width, C rows for each expert
 
 from __future__ import annotations
 
@@ -23,9 +23,30 @@ class Permutation:
     """Where each FFN selection of a routing goes."""
 
     token: Tensor  # [P] the token of each row, rows sorted by (expert, token)
-    selection: Tensor  # [P] the flat (token · K + k) selection of each row
+    selection: Tensor  # [P] the flat (token · K + k) selection of each row, -1 for a row of nobody
     place: Tensor  # [T, K] the row of each selection, -1 for an identity expert
     counts: Tensor  # [N + Z] int64, selections of each expert
+
+    def evened(self, room: int, num_experts: int) -> Permutation:
+        """With ``room`` C rows for each FFN expert, [N · C]: those it has, then rows of nobody.
+
+        A row of nobody repeats the first token. No result of it is used, and its gradient is zero. For the plain
+        operators: the kernels of a GPU leave its gradient undefined.
+        """
+        row = rows_with_room(self.counts[:num_experts], room)
+        token = self.token.new_zeros(num_experts * room).index_copy_(0, row, self.token)
+        selection = self.selection.new_full((num_experts * room,), -1).index_copy_(0, row, self.selection)
+        place = torch.where(self.place >= 0, row[self.place], -1)
+        counts = self.counts.clone()
+        counts[:num_experts] = room
+        return Permutation(token, selection, place, counts)
+
+
+def rows_with_room(counts: Tensor, room: int) -> Tensor:
+    """Rows [P], sorted by expert with ``counts`` [N] each → where they stand if each expert has ``room`` rows."""
+    num_experts = counts.shape[0]
+    shift = torch.arange(num_experts) * room - (counts.cumsum(0) - counts)
+    return torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)
 
 
 @operator(

@@ -49,7 +49,7 @@ def _sums(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
         return torch.ops.aten._sparse_mm_reduce_impl(sparse, rows, "sum")[0]  # type: ignore[no-any-return]
     values = rows.to(wide(rows.dtype))
     if weight is not None:  # multiplied first: embedding_bag would not round the products
-        of_row = torch.empty_like(row, dtype=values.dtype).scatter_(0, row, weight.to(values.dtype))
+        of_row = values.new_zeros(values.shape[0]).scatter_(0, row, weight.to(values.dtype))
         values = values * of_row[:, None]
     first = pad(ends, (1, 0))[:-1]
     return embedding_bag(row, values, first, mode="sum").to(rows.dtype)
@@ -125,9 +125,10 @@ def combine_rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [T, D] → the gradients by rows [P, D], gates [T, K] and x [T, D] (no elements without ``x``).
 
-    A gate's gradient is the product of two rows, summed onto lanes and by halves.
+    A gate's gradient is the product of two rows, summed onto lanes and by halves. A row of nobody (its selection is -1)
+    gets zeros.
     """
-    weight = gates.reshape(-1)[selection].to(rows.dtype)[:, None]
+    weight = pad(gates.reshape(-1), (0, 1))[selection].to(rows.dtype)[:, None]  # -1, a row of nobody: zero
     grad_rows, lanes = torch.empty_like(rows), _lanes(rows)
     for part in stretches(rows):
         _weigh(grad, token[part], rows[part], weight[part], grad_rows[part], lanes[part])
@@ -138,5 +139,6 @@ def combine_rows_backward(
         for part in stretches(x):
             _weigh(grad[part], None, x[part], identity[part], grad_x[part], lanes[part])
         of_token = _sum_lanes(lanes).to(gates.dtype)[:, None]
-    grad_gates = torch.where(place >= 0, 0.0, of_token).reshape(-1).scatter_(0, selection, of_row)
-    return grad_rows, grad_gates.view_as(gates), grad_x
+    grad_gates = pad(torch.where(place >= 0, 0.0, of_token).reshape(-1), (0, 1))
+    grad_gates[selection] = of_row
+    return grad_rows, grad_gates[:-1].view_as(gates), grad_x
