@@ -9,11 +9,15 @@ rank talks to all others at once: with many ranks on each of several machines mo
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import timedelta
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+started: Counter[str] = Counter()  # exchanges of messages by the name of their group
 
 
 def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
@@ -25,7 +29,7 @@ def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
     own = out[group.rank()]
     if own.data_ptr() != x.data_ptr():
         own.copy_(x)
-    return Messages(group, [own] * group.size(), list(out))
+    return Messages("all-gather", group, [own] * group.size(), list(out))
 
 
 def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
@@ -40,22 +44,37 @@ def _directly(tensor: Tensor, group: dist.ProcessGroup) -> bool:
 
 
 class Messages(dist.Work):
-    """One message to each other rank of a group and one from it, under way."""
+    """One message to each other rank of a group and one from it, under way.
 
-    def __init__(self, group: dist.ProcessGroup, sent: list[Tensor], received: list[Tensor]) -> None:
-        """Tensors [n] by rank, contiguous; a rank's own places are not used."""
+    Messages meet by their tag, which says the kind of exchange, its size and how many this group had before: ranks that
+    do not start the same exchanges in the same order wait for each other until the time-out, as in a collective.
+    """
+
+    def __init__(self, kind: str, group: dist.ProcessGroup, sent: list[Tensor], received: list[Tensor]) -> None:
+        """Tensors [n] by rank, contiguous and of one size; a rank's own places are not used."""
         super().__init__()
-        self.sent = sent  # kept until the messages have left
         self.works: list[dist.Work | None] = []
-        for offset in range(1, group.size()):  # each begins with the next, so that not all ask one rank at once
-            source, target = (group.rank() - offset) % group.size(), (group.rank() + offset) % group.size()
-            self.works.append(dist.irecv(received[source], group=group, group_src=source))
-            self.works.append(dist.isend(sent[target], group=group, group_dst=target))
+        self.sent = sent  # kept until the messages have left
+        self.failed: RuntimeError | None = None
+        rank, size = group.rank(), group.size()
+        started[group.group_name] += 1
+        tag = crc32(f"{kind} {started[group.group_name]} {sent[rank].nbytes}".encode()) >> 1
+        for offset in range(1, size):  # each begins with the next, so that not all ask one rank at once
+            source, target = (rank - offset) % size, (rank + offset) % size
+            self.works.append(dist.irecv(received[source], group=group, tag=tag, group_src=source))
+            self.works.append(dist.isend(sent[target], group=group, tag=tag, group_dst=target))
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        for work in self.works:
-            assert work is not None
-            work.wait() if timeout is None else work.wait(timeout)
+        """Once more after an error: the same error, without another wait."""
+        if self.failed is not None:
+            raise self.failed
+        try:
+            for work in self.works:
+                assert work is not None
+                work.wait() if timeout is None else work.wait(timeout)
+        except RuntimeError as error:
+            self.failed = error
+            raise
         self.works, self.sent = [], []
         return True
 
@@ -67,7 +86,7 @@ class Sum(Messages):
         sent = list(x)
         self.out = out
         self.parts = [part if rank == group.rank() else torch.empty_like(part) for rank, part in enumerate(sent)]
-        super().__init__(group, sent, self.parts)
+        super().__init__("reduce-scatter", group, sent, self.parts)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         super().wait(timeout)

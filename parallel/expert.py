@@ -29,7 +29,16 @@ from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
 from longcat.ops.grouped import even_room
-from longcat.ops.permute import Permutation, _Combine, combine, permute, plan_permutation, rows_with_room, unpermute
+from longcat.ops.permute import (
+    Permutation,
+    _Combine,
+    combine,
+    gather_rows_or_zeros,
+    permute,
+    plan_permutation,
+    rows_with_room,
+    unpermute,
+)
 from longcat.ops.rows import combine_rows_backward, gather_rows
 from parallel.collectives import all_gather
 from parallel.crumbs import crumb
@@ -173,8 +182,7 @@ def in_order(rows: Tensor, order: Tensor) -> Tensor:
 
 
 def in_order_with_zeros(rows: Tensor, order: Tensor) -> Tensor:
-    """`in_order`, with zeros where the order says -1."""
-    return in_order(rows, order.clamp_min(0)).index_fill_(0, (order < 0).nonzero()[:, 0], 0.0)
+    return gather_rows_or_zeros(rows.contiguous(), order)
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """FSDP2's own exchanges, gathering weights and summing gradients: covered by compute, and in crumbs with their names.
 
 On a GPU they run on streams of FSDP2's. Gloo has none, and FSDP2 stands still there until an exchange is over, so on
-a CPU the exchanges here return at once: the weights of a layer travel while the one before it computes, and a sum
-of gradients is awaited `IN_FLIGHT` sums later, the last ones by `finish_sums`.
+a CPU the exchanges here return at once: the weights of a layer travel while the one before it computes, and the sums of
+a unit's gradients are awaited when the second unit after it has its own, the last ones by `finish_sums`. Where
+replicas are to be summed too (dp > 1), FSDP2 wants each sum at once.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from longcat.model import LongCat
 from parallel.collectives import all_gather, reduce_scatter
 from parallel.crumbs import crumb, departed
 from parallel.mesh import Axis
-
-IN_FLIGHT = 3  # sums of gradients: one layer's router, experts and the rest of it
 
 
 class Awaited(dist.Work):
@@ -70,39 +69,64 @@ class SummedGradients(DefaultReduceScatter):
             return super().__call__(output_tensor, input_tensor, group, op, async_op)
 
 
+class SumsUnderWay:
+    """Sums of gradients that a model has started and not awaited yet: those of two units at most."""
+
+    def __init__(self) -> None:
+        self._units: deque[tuple[str, list[Awaited]]] = deque()
+
+    def of(self, unit: str) -> list[Awaited]:
+        """Those of the unit that starts one now; what is older than the unit before it is awaited first."""
+        if not self._units or self._units[-1][0] != unit:
+            self.finish(but=1)
+            self._units.append((unit, []))
+        return self._units[-1][1]
+
+    def finish(self, but: int = 0) -> None:
+        """Await them, except for the last ``but`` units'."""
+        while len(self._units) > but:
+            for one in self._units.popleft()[1]:
+                one.wait()
+
+
 class LateSummedGradients(DefaultReduceScatter):
     """A sum over ranks of a CPU, of one group of parameters.
 
-    FSDP2 takes the output for the gradients of the shards right away. It reads them only to add to gradients that are
-    there already, or to those of replicas; such sums are awaited here.
+    FSDP2 makes the gradients of the shards out of the output right away: views of it, which is all that it does with
+    them where `_only_viewed`. Other sums are awaited here.
     """
 
-    def __init__(self, what: str, parameters: Any, under_way: deque[Awaited]) -> None:
-        self.what, self.parameters, self.under_way = what, parameters, under_way
+    def __init__(self, unit: str, parameters: Any, under_way: SumsUnderWay) -> None:
+        self.unit, self.parameters, self.under_way = unit, parameters, under_way
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> Awaited:
         assert op == dist.ReduceOp.SUM
+        of_unit = self.under_way.of(self.unit)
         summing = reduce_scatter(output_tensor, input_tensor.view(group.size(), -1), group)
-        under_way = Awaited(self.what, group, input_tensor.nbytes - output_tensor.nbytes, summing)
-        self.under_way.append(under_way)
-        _finish(self.under_way, 0 if self._read_at_once() else IN_FLIGHT)
-        return under_way
+        num_bytes = input_tensor.nbytes - output_tensor.nbytes
+        of_unit.append(Awaited(f"summed gradients, {self.unit}", group, num_bytes, summing))
+        if not self._only_viewed(output_tensor):
+            self.under_way.finish()
+        return of_unit[-1]
 
-    def _read_at_once(self) -> bool:
-        replicated = isinstance(self.parameters.mesh_info, HSDPMeshInfo)
-        return replicated or any(one.sharded_param.grad is not None for one in self.parameters.fsdp_params)
-
-
-def _finish(under_way: deque[Awaited], but: int = 0) -> None:
-    while len(under_way) > but:
-        under_way.popleft().wait()
+    def _only_viewed(self, output: Tensor) -> bool:
+        """No replicas, division, cast, hook, or gradient to add to."""
+        group = self.parameters
+        parameters = [one.sharded_param for one in group.fsdp_params]
+        return (
+            not isinstance(group.mesh_info, HSDPMeshInfo)
+            and group.gradient_divide_factor == 1.0
+            and group._orig_dtype is output.dtype
+            and group._all_reduce_hook is None
+            and all(one.grad is None and not one._post_accumulate_grad_hooks for one in parameters)
+        )
 
 
 def set_exchanges(model: LongCat, device: torch.device) -> None:
     """Give each unit that FSDP2 shards its exchanges: `gathered weights, layers.3`, `summed gradients, layers.3`."""
-    under_way: deque[Awaited] = deque()
+    under_way = SumsUnderWay()
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
@@ -110,12 +134,11 @@ def set_exchanges(model: LongCat, device: torch.device) -> None:
         # A unit with experts has a group of parameters for each mesh; the public setters know one group only
         for group in module._get_fsdp_state()._fsdp_param_groups:
             group._all_gather_comm = GatheredWeights(f"gathered weights, {unit}")
-            summed = f"summed gradients, {unit}"
             if device.type == "cpu":
                 group.unshard_async_op = True
-                group._reduce_scatter_comm = LateSummedGradients(summed, group, under_way)
+                group._reduce_scatter_comm = LateSummedGradients(unit, group, under_way)
             else:
-                group._reduce_scatter_comm = SummedGradients(summed)
+                group._reduce_scatter_comm = SummedGradients(f"summed gradients, {unit}")
     if device.type == "cpu":
         _gather_ahead(model)
 
@@ -130,10 +153,10 @@ def _gather_ahead(model: LongCat) -> None:
 
 
 def finish_sums(model: LongCat) -> None:
-    """Await the sums of gradients that are still under way after a backward."""
+    """Await the sums of gradients that are still under way after a backward. One that failed ends the run."""
     for group in parameter_groups(model):
         if isinstance(group._reduce_scatter_comm, LateSummedGradients):
-            _finish(group._reduce_scatter_comm.under_way)
+            group._reduce_scatter_comm.under_way.finish()
 
 
 def parameter_groups(model: LongCat) -> Iterator[Any]:

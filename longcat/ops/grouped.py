@@ -20,18 +20,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
-from longcat.ops.matmul import PutOff, input_and_gradients, input_of, now_or_later, source_of, widened
+from longcat.ops.matmul import PutOff, cpu_has_amx, input_and_gradients, input_of, now_or_later, source_of, widened
 
 BLOCK = 16  # rows; the products' shapes differ by multiples of it
+_CALLS_COUNT = cpu_has_amx()
 MOST_ROOM = 1.25  # rows with those of nobody, over rows: beyond it a batch costs what it saves
 
 
 def even_room(counts: Tensor, like: Tensor) -> int | None:
     """Rows that each expert should have so that all are one batch; None where they should have their ``counts`` [E].
 
-    Only for bfloat16 on a CPU that multiplies it: in float32 a product takes so long that calls do not count.
+    Only for bfloat16 on a CPU with AMX: elsewhere a product takes so long that its call does not count.
     """
-    if like.device.type != "cpu" or like.dtype is not torch.bfloat16 or widened(like)[0] is not like:
+    if not _CALLS_COUNT or like.device.type != "cpu" or like.dtype is not torch.bfloat16:
         return None
     room = -(-int(counts.max()) // BLOCK) * BLOCK
     return room if 0 < room * counts.shape[0] <= MOST_ROOM * int(counts.sum()) else None

@@ -30,6 +30,12 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(probe and probe()) or "SVE" in capabilities
 
 
+def cpu_has_amx() -> bool:
+    """Whether this processor has a unit for matrix tiles, which multiplies bfloat16 several times faster still."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe and probe())
+
+
 _NATIVE_BFLOAT16 = cpu_multiplies_bfloat16()  # known before any graph is traced
 
 

@@ -125,9 +125,10 @@ def combine_rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [T, D] → the gradients by rows [P, D], gates [T, K] and x [T, D] (no elements without ``x``).
 
-    A gate's gradient is the product of two rows, summed onto lanes and by halves. A row of nobody (its selection is -1)
-    gets zeros.
+    A gate's gradient is the product of two rows, summed onto lanes and by halves. A row of nobody (its token and
+    selection are -1) gets zeros.
     """
+    token = token.clamp_min(0)
     weight = pad(gates.reshape(-1), (0, 1))[selection].to(rows.dtype)[:, None]  # -1, a row of nobody: zero
     grad_rows, lanes = torch.empty_like(rows), _lanes(rows)
     for part in stretches(rows):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from time import monotonic
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import all_gather, reduce_scatter
+from parallel.collectives import Sum, all_gather, reduce_scatter
 from parallel.crumbs import TRAIL, Crumb
 from parallel.mesh import connect
 from tests.distributed import run_ranks
@@ -67,6 +70,35 @@ def test_what_arrives_is_what_was_sent_and_sums_have_the_order_of_ranks() -> Non
             assert torch.equal(found[name], first + second + third), name
 
 
+def start_in_another_order(first: str) -> str:
+    """What a rank hears whose first exchange is not that of the other."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    group = dist.group.WORLD
+    assert group is not None
+    like = torch.ones(2, 3)
+    works = {
+        "gather": lambda: all_gather(torch.empty(2, 3), like[0], group),
+        "sum": lambda: reduce_scatter(torch.empty(3), like, group),
+        "larger sum": lambda: reduce_scatter(torch.empty(4), torch.ones(2, 4), group),
+    }
+    work = works[first if dist.get_rank() == 0 else "sum"]()
+    heard, start = [], monotonic()
+    for _ in range(2):
+        try:
+            work.wait()
+        except RuntimeError as error:
+            heard.append(str(error))
+    assert len(heard) == 2, "it went through"
+    assert monotonic() - start < 3.5, "a second wait waited again"
+    return heard[0]
+
+
+@pytest.mark.parametrize("first", ["gather", "larger sum"])
+def test_ranks_that_differ_wait_for_each_other_until_the_time_out(first: str) -> None:
+    """Messages of one size must not meet by accident, nor those of two sizes."""
+    assert any("imed out" in heard for heard in run_ranks(start_in_another_order, 2, first))
+
+
 class Events:
     """What crumbs tell of FSDP2's exchanges: (`started` or `awaited`, name)."""
 
@@ -86,6 +118,13 @@ class Events:
 
 
 def train_a_step(overrides: list[str]) -> list[tuple[str, str]]:
+    begin = Sum.__init__
+
+    def poisoned(self: Sum, group: dist.ProcessGroup, x: Tensor, out: Tensor) -> None:
+        out.fill_(float("nan"))  # until the sum is there: who reads it before sees no healthy step
+        begin(self, group, x, out)
+
+    Sum.__init__ = poisoned  # type: ignore[method-assign]
     config = compose([*MODEL, *overrides])
     topology = connect(config.parallel)
     state = build_state(config, topology)
