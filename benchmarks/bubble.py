@@ -27,14 +27,14 @@ from torch import Tensor
 from benchmarks.common import print_json, print_table
 from longcat.config import ModelConfig
 from longcat.init import initialise
-from longcat.model import LongCat, Losses, Part
-from parallel.bubble import Action, Simulation, planned, simulate, theory
+from longcat.model import LongCat, Losses, ModelPart
+from parallel.fsdp.sharding import materialise
 from parallel.mesh import Axis, ParallelConfig, connect
-from parallel.pipeline import AddLoss, Pipeline
-from parallel.sharding import materialise
-from parallel.stages import STAGES_PER_RANK, num_stages, split, stages_of
-from parallel.weight_gradients import WeightGradientQueue, install
-from tests.distributed import run_ranks
+from parallel.pipeline.engine import AddLoss, Pipeline
+from parallel.pipeline.simulation import Action, Simulation, planned, simulate, theory
+from parallel.pipeline.stages import STAGES_PER_RANK, num_stages, split, stages_of
+from parallel.pipeline.weight_grad_store import WeightGradQueue, install
+from tests.support.distributed import run_ranks
 
 # A small vocabulary: embedding and head cost next to nothing, and all stages the same
 CONFIG = ModelConfig(
@@ -92,9 +92,9 @@ def objective(losses: Losses) -> Tensor:
 def measure(config: ModelConfig, size: int, length: int, rounds: int) -> Times:
     """Median processor seconds of the three parts of one inner layer, one thread, nothing beside."""
     torch.set_num_threads(1)
-    model = LongCat(config, part=Part(1, 2, embedding=False, head=False))
+    model = LongCat(config, part=ModelPart(1, 2, embedding=False, head=False))
     initialise(model, config, SEED)
-    queue = WeightGradientQueue()
+    queue = WeightGradQueue()
     install(model, queue)
     batch = make_batch(0, size, length)
     hidden = torch.randn(size, length, config.hidden_size, generator=torch.Generator().manual_seed(0))

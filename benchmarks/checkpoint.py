@@ -24,18 +24,18 @@ import torch.distributed as dist
 
 from benchmarks.common import _resident_gib, print_json, print_table
 from parallel.mesh import Topology, connect
-from parallel.reduce import from_all_ranks
-from tests.distributed import run_ranks
-from train.checkpoint import find_together, load
+from parallel.reduce import all_gather_object
+from tests.support.distributed import run_ranks
+from train.checkpoint.dcp_tensors import Take, box_values, saved
+from train.checkpoint.find import find_together, load
+from train.checkpoint.retention import Keep, prune
+from train.checkpoint.save import SaveContext, Snapshot, write
+from train.checkpoint.saver import Saver
+from train.checkpoint.staging import StagingBuffer
 from train.config import Config, compose
-from train.folder import as_mapping
-from train.keeping import Keep, prune
 from train.run import build_state
-from train.saver import Saver
-from train.spread import Take, box_values, saved
-from train.stage import Stage
+from train.run_dir import as_mapping
 from train.state import TrainState
-from train.writing import Side, Snapshot, write
 
 BLOCK = 1 << 24  # bytes of one plain read or write
 
@@ -123,7 +123,7 @@ class Bench:
         saver = Saver(self.state, self.config, self.topology, None)
         with PeakMemory() as memory:
             saver.save()
-            saver.settle()
+            saver.wait_pending()
         warm = [torch.empty_like(values) for values in self.values]
         plain_copy(self.values, warm)
         stalls, copies = [], []
@@ -131,7 +131,7 @@ class Bench:
             copies.append(together(lambda: plain_copy(self.values, warm)))
             self.state.counters.step += 1
             stalls.append(together(saver.save))
-            saver.settle()
+            saver.wait_pending()
         saver.close()
         return stalls, copies, memory.extra_gib
 
@@ -141,7 +141,7 @@ class Bench:
         torch.cat([values.flatten() for values in self.values], out=torch.frombuffer(memory, dtype=torch.float32))
         plain, ours, paths = [], [], [self.folder]
         target = self.folder / f"plain-{self.topology.rank}"
-        stage = Stage(self.topology.device)
+        stage = StagingBuffer(self.topology.device)
         for _ in range(rounds):
             plain.append(together(lambda: plain_write(target, memory)))
             target.unlink()
@@ -156,7 +156,7 @@ class Bench:
         return Snapshot.of(self.state, as_mapping(self.config), self.topology, take=take)
 
     def _write(self, snapshot: Snapshot) -> Path:
-        return write(snapshot, self.folder, self.topology, Keep(), Side())
+        return write(snapshot, self.folder, self.topology, Keep(), SaveContext())
 
     def loads(self, rounds: int, path: Path) -> tuple[dict[str, list[float]], float]:
         """Seconds of a plain read, of loading, of verifying and of a resume, and the memory that loading took."""
@@ -202,8 +202,8 @@ def measure(words: list[str], rounds: int) -> dict[str, float]:
     stalls, copies, saving = bench.stalls(rounds)
     plain_writes, writes, path = bench.writes(rounds)
     seconds, loading = bench.loads(rounds, path)
-    states = from_all_ranks(gib)
-    memories = [from_all_ranks(extra / gib) for extra in (saving, loading)]
+    states = all_gather_object(gib)
+    memories = [all_gather_object(extra / gib) for extra in (saving, loading)]
     total, median, plain_reads = sum(states), statistics.median, seconds["plain_read"]
     dist.destroy_process_group()
     return {

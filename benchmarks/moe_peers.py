@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from longcat.config import ModelConfig
 from longcat.moe import MoE
-from parallel.zero_setup import quiet_import
+from parallel.deepspeed.setup import quiet_import
 
 
 def torchtitan_layer(config: ModelConfig, ours: MoE) -> nn.Module:

@@ -24,13 +24,13 @@ from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
 from longcat.moe import Router
 from longcat.names import stored_state
-from parallel.crumbs import begin_step, blocked_seconds
 from parallel.device import keep_freed_memory
-from parallel.expert import spread_experts
-from parallel.lanes import StepRecorder
+from parallel.expert import apply_expert_parallel
+from parallel.fsdp.sharding import local_part
 from parallel.mesh import ParallelConfig, Topology, make_topology, resolve_sizes
-from parallel.overlap import OverlapConfig, set_overlap
-from parallel.sharding import local_part
+from parallel.overlap import OverlapConfig, apply_overlap
+from parallel.watchdog.spans import begin_step, blocked_seconds
+from train.profiling.recorder import StepRecorder
 
 CHUNKS = (1, 2, 4, 8)
 SPEEDS = (0.5, 1.0, 2.0, 4.0)  # of the chosen one
@@ -111,7 +111,7 @@ class Bench:
             router.forward = balanced(router) if forced else Router.forward.__get__(router)  # type: ignore[method-assign]
 
     def timed(self, setting: OverlapConfig, in_sequence: bool) -> Row:
-        set_overlap(self.model, setting, self.topology)
+        apply_overlap(self.model, setting, self.topology)
         ShortcutLayer.forward = forward_in_sequence if in_sequence else FORWARD  # type: ignore[method-assign]
         self.clear()
         dist.barrier()
@@ -221,7 +221,7 @@ def load_model(config: ModelConfig, checkpoint: Path, topology: Topology) -> Lon
 
     with torch.device("meta"):
         model = LongCat(config)
-    spread_experts(model, topology, "all_to_all")
+    apply_expert_parallel(model, topology, "all_to_all")
     model.to_empty(device="cpu")
     for name, tensor in stored_state(model):
         kind = "bias" if name.endswith("e_score_correction_bias") else "weight"

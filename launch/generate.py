@@ -10,16 +10,16 @@ import torch
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
-from longcat.generation import Choice, Generated, generate
+from longcat.generation import Generated, SamplingParams, generate
 from longcat.model import LongCat
 from parallel.device import fastest_dtype
+from train.checkpoint.read import Checkpoint, TensorSource, load_model
 from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import end_of_document_id, load_tokenizer
-from train.reading import Checkpoint, Source, load_model
-from train.released.export import tokenizer_of
-from train.released.files import SafetensorsFolder
-from train.released.importing import configuration_of
-from train.released.settings import CONFIG
+from train.huggingface.config_json import CONFIG
+from train.huggingface.export import tokenizer_of
+from train.huggingface.import_folder import configuration_of
+from train.huggingface.safetensors_folder import SafetensorsFolder
 
 
 @dataclass
@@ -43,11 +43,11 @@ class GenerateOptions:
             raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise ConfigError(f"dtype={self.dtype} is not known; use bfloat16, float32 or auto")
-        self.choice.validate()
+        self.sampling.validate()
 
     @property
-    def choice(self) -> Choice:
-        return Choice(self.temperature, self.top_p, self.seed)
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(self.temperature, self.top_p, self.seed)
 
 
 def generate_text(options: GenerateOptions) -> tuple[str, Generated, float]:
@@ -63,7 +63,7 @@ def generate_text(options: GenerateOptions) -> tuple[str, Generated, float]:
     end = end_of_document_id(tokenizer, str(tokenizer_path))
     prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids or [end]
     started = time.perf_counter()
-    made = generate(model, prompt, options.max_tokens, options.choice, end, options.drafts)
+    made = generate(model, prompt, options.max_tokens, options.sampling, end, options.drafts)
     seconds = time.perf_counter() - started
     return tokenizer.decode(made.tokens, skip_special_tokens=True), made, seconds
 
@@ -71,7 +71,7 @@ def generate_text(options: GenerateOptions) -> tuple[str, Generated, float]:
 def load(options: GenerateOptions) -> tuple[LongCat, Path]:
     """The model, on the first GPU or the CPU, and the path of its tokenizer."""
     folder = Path(options.source)
-    source: Source
+    source: TensorSource
     config: ModelConfig
     if (folder / CONFIG).is_file():
         source = SafetensorsFolder(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from longcat.errors import CRASHED, OK
 from train.config import Config
-from train.folder import EXIT, recorded_code
+from train.run_dir import EXIT, recorded_code
 
 SAVE_SECONDS = 3600  # how long ranks may take to save their state after a signal
 

@@ -71,7 +71,7 @@ def checkpoint(words: list[str]) -> int:
     longcat checkpoint list runs/quickstart
     longcat checkpoint verify runs/quickstart/checkpoints/step-00000100
     """
-    from train.checkpoint import MANIFEST, NAME, list_checkpoints, size, verify
+    from train.checkpoint.find import MANIFEST, NAME, list_checkpoints, size, verify
 
     if len(words) != 2 or words[0] not in ("list", "verify"):
         raise ConfigError("say longcat checkpoint list DIR or longcat checkpoint verify DIR")
@@ -105,8 +105,8 @@ def grow(words: list[str]) -> int:
     does not depend on the model. The grown model is trained on with the old run's settings, model.num_layers times
     the factor, checkpoint.resume=TARGET and another run.name.
     """
-    from train.grow import GrowConfig
-    from train.grow import grow as grow_checkpoint
+    from train.checkpoint.grow import GrowConfig
+    from train.checkpoint.grow import grow as grow_checkpoint
     from train.options import compose_options
 
     config = compose_options(GrowConfig, words)
@@ -148,9 +148,9 @@ def export(words: list[str]) -> int:
     export.layout=released (default) is what serving engines read, transformers what transformers 5.23 loads;
     export.dtype=bfloat16|float32; export.shard_gib=5; export.tokenizer=FILE where the corpus has moved.
     """
-    from launch.words import read_options
-    from train.released.export import ExportOptions
-    from train.released.export import export as write
+    from launch.options import read_options
+    from train.huggingface.export import ExportOptions
+    from train.huggingface.export import export as write
 
     print(write(read_options(ExportOptions, words)))
     return 0
@@ -165,8 +165,8 @@ def import_(words: list[str]) -> int:
     Other words are keys of the configuration: model.expected_ffn_experts, which config.json does not know, or
     balance.method, whose state the checkpoint holds.
     """
-    from launch.words import split_options
-    from train.released.importing import ImportOptions, how_to_train, import_folder
+    from launch.options import split_options
+    from train.huggingface.import_folder import ImportOptions, how_to_train, import_folder
 
     options, overrides = split_options(ImportOptions, words)
     target, config = import_folder(options, overrides)
@@ -185,7 +185,7 @@ def generate(words: list[str]) -> int:
     tokenizer=FILE where the corpus has moved.
     """
     from launch.generate import GenerateOptions, generate_text, summary
-    from launch.words import read_options
+    from launch.options import read_options
 
     options = read_options(GenerateOptions, words)
     text, made, seconds = generate_text(options)

@@ -1,7 +1,7 @@
 """Multi-head latent attention with variance alignment (sections 2 and 6 of the model's equations)."""
 
 # B sequences, D width, H heads, C query/key width, V value width, R latent rank
-# S all positions, q positions with queries here, s positions held here (longcat/seams.py)
+# S all positions, q positions with queries here, s positions held here (longcat/interfaces.py)
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from longcat.config import ModelConfig
+from longcat.interfaces import UNSHARDED_SEQUENCE, Sequence
 from longcat.layers import Linear, RMSNorm
 from longcat.ops.attention import causal_attention
 from longcat.ops.elementwise import rotary
-from longcat.seams import WHOLE_SEQUENCE, Sequence
 
 
 class LatentAttention(nn.Module):
@@ -29,7 +29,7 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, d)
-        self.sequence: Sequence = WHOLE_SEQUENCE
+        self.sequence: Sequence = UNSHARDED_SEQUENCE
 
     def forward(self, x: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
         """x [B, s, D], angles [S, rotary/2] complex, documents [B, S] or None → [B, s, D].

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from longcat.ops.grouped import even_room
+from longcat.ops.grouped import padded_capacity
 from longcat.ops.permute import Permutation, combine, permute, plan_permutation
 
 
@@ -84,8 +84,8 @@ class LocalDispatcher:
         if pending.plan is None:
             routing = pending.routing
             plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed, pending.num_rows())
-            room = even_room(plan.counts[: routing.num_experts], pending.x)
-            plan = plan if room is None else plan.evened(room, routing.num_experts)
+            room = padded_capacity(plan.counts[: routing.num_experts], pending.x)
+            plan = plan if room is None else plan.pad_to_capacity(room, routing.num_experts)
             pending.plan, pending.rows = plan, permute(pending.x, plan)
 
     def wait(self, pending: LocalPending) -> tuple[Tensor, Tensor]:

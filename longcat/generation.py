@@ -13,17 +13,17 @@ from torch import Tensor
 
 from longcat.attention import LatentAttention
 from longcat.errors import ConfigError
-from longcat.layer import PredictionLayer
+from longcat.layer import MTPLayer
 from longcat.model import LongCat
 from longcat.ops.attention import QUERY_BLOCK
 from longcat.ops.elementwise import rotary, rotary_angles
 from longcat.ops.matmul import product, raw_product
 
-LEAST_TEMPERATURE = 1e-6  # logits that are divided by less may become infinite
+MIN_TEMPERATURE = 1e-6  # logits that are divided by less may become infinite
 
 
 @dataclass(frozen=True)
-class Choice:
+class SamplingParams:
     """How a token is chosen from logits: the best at temperature 0, else drawn from the smallest set of share top_p."""
 
     temperature: float = 0.0
@@ -31,10 +31,10 @@ class Choice:
     seed: int = 0
 
     def validate(self) -> None:
-        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise ConfigError(
                 f"temperature={self.temperature} must be 0, which takes the likeliest token, or a number from "
-                f"{LEAST_TEMPERATURE} on"
+                f"{MIN_TEMPERATURE} on"
             )
         if not -(1 << 63) <= self.seed < 1 << 64:
             raise ConfigError(f"seed={self.seed} has more than 64 bits; give a smaller number")
@@ -135,7 +135,7 @@ class Decoder:
             for attention in layer.self_attn
         ]
         layers = [] if model.mtp is None else [layer for layer in model.mtp.layers]
-        self.predictors: list[tuple[PredictionLayer, LatentCache]] = [
+        self.predictors: list[tuple[MTPLayer, LatentCache]] = [
             (layer, LatentCache(layer.self_attn, capacity, like))  # type: ignore[arg-type, misc]
             for layer in layers
         ]
@@ -174,7 +174,7 @@ class Decoder:
         """hidden [q, D] → [q, vocabulary] float32."""
         return self.head(hidden).float()  # type: ignore[no-any-return]
 
-    def draft(self, tokens: list[int], hidden: Tensor, draws: Draws) -> tuple[list[int], list[Tensor]]:
+    def draft(self, tokens: list[int], hidden: Tensor, draws: Sampler) -> tuple[list[int], list[Tensor]]:
         """One draft from each MTP layer, and the distribution that each was drawn from.
 
         ``tokens`` are all so far, the last of which the model has not read; ``hidden`` [q, D] the model's states at
@@ -188,7 +188,7 @@ class Decoder:
             start = cache.length
             embedded = self._embedded(sequence[start + depth : last + depth])
             out = self.model.mtp.norm(layer(hidden[None], embedded, self._angles(start, last - start), None))[0]
-            likely.append(draws.choice.probabilities(self.logits(out[-1:]))[0])
+            likely.append(draws.sampling.probabilities(self.logits(out[-1:]))[0])
             sequence.append(draws.draw(likely[-1]))
             hidden = torch.cat((self.waiting[depth - 1], out))
             first, cache.length = max(0, last - depth), max(0, last - depth + 1)
@@ -197,13 +197,13 @@ class Decoder:
         return sequence[len(tokens) :], likely
 
 
-class Draws:
+class Sampler:
     """Random choices of one text, a function of its seed."""
 
-    def __init__(self, choice: Choice) -> None:
-        choice.validate()
-        self.choice = choice
-        self.generator = torch.Generator().manual_seed(choice.seed)
+    def __init__(self, sampling: SamplingParams) -> None:
+        sampling.validate()
+        self.sampling = sampling
+        self.generator = torch.Generator().manual_seed(sampling.seed)
 
     def draw(self, probabilities: Tensor) -> int:
         """[vocabulary] → a token."""
@@ -236,7 +236,7 @@ def generate(
     model: LongCat,
     prompt: list[int],
     max_tokens: int,
-    choice: Choice | None = None,
+    sampling: SamplingParams | None = None,
     end: int | None = None,
     draft: bool = True,
 ) -> Generated:
@@ -252,16 +252,16 @@ def generate(
         raise ConfigError("generation needs a prompt of at least one token, and max_tokens of at least 1")
     if not all(0 <= token < model.config.vocab_size for token in prompt):
         raise ConfigError(f"the prompt has tokens beyond model.vocab_size={model.config.vocab_size}: another tokenizer")
-    draws = Draws(choice or Choice())
+    draws = Sampler(sampling or SamplingParams())
     with make_decoder(model, len(prompt), max_tokens) as decoder:
         hidden = decoder.advance(prompt)
-        right = draws.choice.probabilities(decoder.logits(hidden[-1:]))
+        right = draws.sampling.probabilities(decoder.logits(hidden[-1:]))
         made = Generated([draws.draw(right[0])], forwards=1)
         while len(made.tokens) < max_tokens and end not in made.tokens:
             tokens = prompt + made.tokens
             drafts, likely = decoder.draft(tokens, hidden, draws) if draft and model.mtp is not None else ([], [])
             hidden = decoder.advance([tokens[-1], *drafts])
-            right = draws.choice.probabilities(decoder.logits(hidden))
+            right = draws.sampling.probabilities(decoder.logits(hidden))
             count, token = draws.verify(drafts, likely, right)
             made.tokens += [*drafts[:count], token]
             made.drafted += len(drafts)

@@ -67,7 +67,7 @@ class DenseBlock(nn.Module):
         self.mlp = FeedForward(config.hidden_size, config.ffn_hidden_size)
 
 
-class PredictionLayer(nn.Module):
+class MTPLayer(nn.Module):
     """Multi-token prediction: [norm(embedding of the next token), norm(hidden)] → one dense layer."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -10,14 +10,21 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from longcat.interfaces import (
+    UNSHARDED_SEQUENCE,
+    UNSHARDED_VOCABULARY,
+    Sequence,
+    Vocabulary,
+    WeightGradStore,
+    local_tensor,
+)
 from longcat.ops.elementwise import rms_norm
-from longcat.ops.matmul import PutOff, gated_linear, linear
-from longcat.seams import WHOLE_SEQUENCE, WHOLE_VOCABULARY, Sequence, Vocabulary, WeightGradients, local
+from longcat.ops.matmul import Defer, gated_linear, linear
 
 
-def put_off(module: nn.Module, name: str) -> PutOff | None:
+def deferral(module: nn.Module, name: str) -> Defer | None:
     """Where the gradient of ``module``'s parameter ``name`` is to be left by the backward; None = compute it there."""
-    gradients: WeightGradients | None = module.gradients  # type: ignore[assignment]
+    gradients: WeightGradStore | None = module.gradients  # type: ignore[assignment]
     return None if gradients is None else partial(gradients.put, module, name)
 
 
@@ -27,17 +34,17 @@ class Linear(nn.Module):
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
-        self.gradients: WeightGradients | None = None
+        self.gradients: WeightGradStore | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, local(self.weight), put_off(self, "weight"))
+        return linear(x, local_tensor(self.weight), deferral(self, "weight"))
 
 
 class GatedLinear(Linear):
     """y = (silu(gate) · up) Wᵀ without bias."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
-        return gated_linear(gate, up, local(self.weight), put_off(self, "weight"))
+        return gated_linear(gate, up, local_tensor(self.weight), deferral(self, "weight"))
 
 
 class RMSNorm(nn.Module):
@@ -58,11 +65,11 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
-        self.sequence: Sequence = WHOLE_SEQUENCE
-        self.vocabulary: Vocabulary = WHOLE_VOCABULARY
+        self.sequence: Sequence = UNSHARDED_SEQUENCE
+        self.vocabulary: Vocabulary = UNSHARDED_VOCABULARY
 
     def forward(self, tokens: Tensor) -> Tensor:
-        rows = self.vocabulary.lookup(self.sequence.select(tokens), local(self.weight))
+        rows = self.vocabulary.lookup(self.sequence.select(tokens), local_tensor(self.weight))
         return self.sequence.reduce(rows)
 
 
@@ -74,7 +81,7 @@ class FeedForward(nn.Module):
         self.gate_proj = Linear(width, hidden)
         self.up_proj = Linear(width, hidden)
         self.down_proj = GatedLinear(hidden, width)
-        self.sequence: Sequence = WHOLE_SEQUENCE
+        self.sequence: Sequence = UNSHARDED_SEQUENCE
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, s, D] → [B, s, D]."""

@@ -1,7 +1,7 @@
 """The LongCat-Flash language model: embedding, shortcut-connected layers, head, MTP, and all losses as sums."""
 
 # B sequences, D width, V vocabulary, L layers that are here, N + Z routed experts
-# S all positions, q positions with queries here, s positions held here (longcat/seams.py)
+# S all positions, q positions with queries here, s positions held here (longcat/interfaces.py)
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
-from longcat.layer import PredictionLayer, ShortcutLayer
+from longcat.interfaces import UNSHARDED_SEQUENCE, UNSHARDED_VOCABULARY, Sequence, Vocabulary, local_tensor
+from longcat.layer import MTPLayer, ShortcutLayer
 from longcat.layers import Embedding, Linear, RMSNorm
 from longcat.moe import Router, RoutingStatistics
 from longcat.ops.elementwise import rotary_angles
-from longcat.seams import WHOLE_SEQUENCE, WHOLE_VOCABULARY, Sequence, Vocabulary, local
 
 
 class Losses(NamedTuple):
@@ -40,7 +40,7 @@ class Losses(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """Which part of a model is here: layers first ... last - 1, and what stands before and behind them."""
 
     first: int
@@ -49,12 +49,12 @@ class Part:
     head: bool  # final norm, head and MTP; MTP needs the embedding too, and gets one of its own where it is not here
 
 
-class Prediction(nn.Module):
+class MTP(nn.Module):
     """The MTP part: its layers and its final norm; embedding and head are the model's own."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(PredictionLayer(config) for _ in range(config.num_mtp_layers))
+        self.layers = nn.ModuleList(MTPLayer(config) for _ in range(config.num_mtp_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -65,7 +65,7 @@ class LongCat(nn.Module):
     what of the model is here; None means all.
     """
 
-    def __init__(self, config: ModelConfig, balance_groups: int = 1, part: Part | None = None) -> None:
+    def __init__(self, config: ModelConfig, balance_groups: int = 1, part: ModelPart | None = None) -> None:
         super().__init__()
         config.validate()
         if balance_groups < 1 or config.num_experts % balance_groups:
@@ -74,7 +74,7 @@ class LongCat(nn.Module):
                 f"use a divisor of it"
             )
         self.config = config
-        self.part = part = part or Part(0, config.num_layers, embedding=True, head=True)
+        self.part = part = part or ModelPart(0, config.num_layers, embedding=True, head=True)
         predicts = part.head and config.num_mtp_layers > 0
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size) if part.embedding or predicts else None
         self.layers = nn.ModuleDict(
@@ -82,9 +82,9 @@ class LongCat(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if part.head else None
         self.lm_head = Linear(config.hidden_size, config.vocab_size) if part.head else None
-        self.mtp = Prediction(config) if predicts else None
-        self.sequence: Sequence = WHOLE_SEQUENCE
-        self.vocabulary: Vocabulary = WHOLE_VOCABULARY
+        self.mtp = MTP(config) if predicts else None
+        self.sequence: Sequence = UNSHARDED_SEQUENCE
+        self.vocabulary: Vocabulary = UNSHARDED_VOCABULARY
 
     def shortcut_layers(self) -> list[ShortcutLayer]:
         """The layers that live here, in the order of their global numbers."""
@@ -160,7 +160,7 @@ class LongCat(nn.Module):
         assert self.lm_head is not None
         labels, valid = self.sequence.select(labels), self.sequence.select(valid)
         rows = self.sequence.gather(normed).flatten(0, 1)
-        weight = local(self.lm_head.weight)
+        weight = local_tensor(self.lm_head.weight)
         total, each = self.vocabulary.cross_entropy(rows, weight, labels.flatten(), valid.flatten())
         return total, each.view_as(labels)
 

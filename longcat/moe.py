@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from longcat.config import ModelConfig
 from longcat.dispatch import Dispatcher, LocalDispatcher, Routing
-from longcat.layers import Linear, put_off
+from longcat.interfaces import UNSHARDED_SEQUENCE, Sequence, WeightGradStore, local_tensor
+from longcat.layers import Linear, deferral
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
 from longcat.ops.matmul import wide_linear
-from longcat.seams import WHOLE_SEQUENCE, Sequence, WeightGradients, local
 
 
 class RoutingStatistics(NamedTuple):
@@ -50,7 +50,7 @@ class Router(nn.Module):
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u [T, D] → probabilities R [T, N+Z], chosen experts [T, K], gates γ·R [T, K]; all float32."""
-        weight = local(self.classifier.weight).float()
+        weight = local_tensor(self.classifier.weight).float()
         if self.gate_slope is not None and self.direction is None:
             self.direction = torch.nn.functional.normalize(weight.detach().double(), dim=1).sum(0)
         logits = wide_linear(u, weight)
@@ -77,13 +77,13 @@ class Experts(nn.Module):
         num, width, hidden = config.num_experts, config.hidden_size, config.expert_hidden_size
         self.gate_up = nn.Parameter(torch.empty(num, 2 * hidden, width))
         self.down = nn.Parameter(torch.empty(num, width, hidden))
-        self.gradients: WeightGradients | None = None
+        self.gradients: WeightGradStore | None = None
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [P, D] sorted by expert, counts [E] → [P, D]."""
         ends = counts.cumsum(0).to(torch.int32)
-        gate, up = grouped_linear(rows, local(self.gate_up), ends, put_off(self, "gate_up")).chunk(2, -1)
-        return grouped_gated_linear(gate, up, local(self.down), ends, put_off(self, "down"))
+        gate, up = grouped_linear(rows, local_tensor(self.gate_up), ends, deferral(self, "gate_up")).chunk(2, -1)
+        return grouped_gated_linear(gate, up, local_tensor(self.down), ends, deferral(self, "down"))
 
 
 @dataclass
@@ -108,9 +108,11 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.num_chunks = 1  # of the tokens, so that exchange and experts of different chunks overlap
         self.after_attention = False  # where the layer computes the experts: after its first FFN, or its attention 1
-        self.lane: Callable[[], AbstractContextManager[Any]] = nullcontext  # around the experts: where they are queued
+        self.expert_stream: Callable[[], AbstractContextManager[Any]] = (
+            nullcontext  # around the experts: where they are queued
+        )
         self.dispatcher: Dispatcher = LocalDispatcher()
-        self.sequence: Sequence = WHOLE_SEQUENCE
+        self.sequence: Sequence = UNSHARDED_SEQUENCE
 
     def dispatch(self, u: Tensor) -> PendingMoE:
         """Route u [T, D] and start sending the tokens of FFN experts; identity experts' tokens stay."""
@@ -129,7 +131,7 @@ class MoE(nn.Module):
 
     def compute(self, pending: PendingMoE) -> PendingMoE:
         """Wait for the rows, run the experts on them and start the way back."""
-        with self.lane():
+        with self.expert_stream():
             for place, chunk in enumerate(pending.chunks):
                 rows, counts = self.dispatcher.wait(chunk)
                 pending.chunks[place] = self.dispatcher.start_back(self.experts(rows, counts), chunk)

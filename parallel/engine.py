@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from longcat.model import LongCat, Losses
-from parallel.crumbs import phase
-from parallel.sharded_exchanges import finish_sums
-from parallel.sharding import set_gradient_sync
+from parallel.fsdp.collectives import wait_for_reductions
+from parallel.fsdp.sharding import set_gradient_sync
+from parallel.watchdog.spans import work_span
 
 Objective = Callable[[Losses], Tensor]  # one micro-batch's part of the step's loss, as far as it arises in one part
 
@@ -47,7 +47,7 @@ class Engine(Protocol):
         """Let go of what outlives the object, so that another run can start in this process."""
 
 
-class InTurn:
+class SequentialEngine:
     """One micro-batch after the other through a model that is all here."""
 
     def __init__(self, model: LongCat) -> None:
@@ -58,11 +58,11 @@ class InTurn:
         found = []
         for number, batch in enumerate(micro_batches, start=1):
             set_gradient_sync(model, last=number == len(micro_batches))
-            with phase(f"forward of micro-batch {number}"):
+            with work_span(f"forward of micro-batch {number}"):
                 losses: Losses = model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=mtp)
-            with phase(f"backward of micro-batch {number}"):
+            with work_span(f"backward of micro-batch {number}"):
                 objective(losses).backward()
-                finish_sums(model)
+                wait_for_reductions(model)
             found.append(detached(losses))
             del losses  # the next forward would find this one's graph in memory
         return [found]

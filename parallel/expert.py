@@ -28,35 +28,35 @@ from longcat.dispatch import Routing
 from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
-from longcat.ops.grouped import even_room
+from longcat.ops.grouped import padded_capacity
 from longcat.ops.permute import (
     Permutation,
     _Combine,
     combine,
-    gather_rows_or_zeros,
+    gather_rows_padded,
+    padded_positions,
     permute,
     plan_permutation,
-    rows_with_room,
     unpermute,
 )
 from longcat.ops.rows import combine_rows_backward, gather_rows
-from parallel.collectives import all_gather
-from parallel.crumbs import crumb
-from parallel.exchange import (
+from parallel.collectives.async_collective import (
     AllGather,
     AllToAll,
-    Exchange,
-    Flight,
-    Move,
+    AsyncCollective,
+    Collective,
     ReduceScatter,
-    arrive,
-    hold,
-    send,
+    Reorder,
+    launch_staged,
+    stage_input,
     start,
     wait,
+    wait_on_stream,
 )
+from parallel.collectives.point_to_point import all_gather
+from parallel.collectives.streams import CURRENT_STREAM, StreamContext
 from parallel.mesh import Topology
-from parallel.streams import HERE, Lanes
+from parallel.watchdog.spans import wait_span
 
 
 def check_experts(config: ModelConfig, ep: int) -> None:
@@ -68,7 +68,7 @@ def check_experts(config: ModelConfig, ep: int) -> None:
         )
 
 
-def spread_experts(model: LongCat, topology: Topology, transport: str) -> None:
+def apply_expert_parallel(model: LongCat, topology: Topology, transport: str) -> None:
     """Give every layer's experts to the ranks of the expert-parallel group, in place, on the meta device."""
     size, num_experts = topology.sizes.ep, model.config.num_experts
     if size == 1:
@@ -80,10 +80,10 @@ def spread_experts(model: LongCat, topology: Topology, transport: str) -> None:
             part = torch.empty(num_experts // size, *weight.shape[1:], device=weight.device)
             spread = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
             experts.register_parameter(name, nn.Parameter(spread))
-    send_to_experts(model, topology, transport)
+    install_dispatchers(model, topology, transport)
 
 
-def send_to_experts(model: LongCat, topology: Topology, transport: str) -> None:
+def install_dispatchers(model: LongCat, topology: Topology, transport: str) -> None:
     """Let every layer send tokens to the ranks of their experts, in place."""
     if topology.sizes.ep > 1:
         group = topology.expert_exchange
@@ -94,37 +94,37 @@ def send_to_experts(model: LongCat, topology: Topology, transport: str) -> None:
             )
 
 
-class Sizes:
+class SplitSizes:
     """The numbers of rows that ranks send each other in all chunks of a layer, on their way."""
 
-    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, lanes: Lanes, place: str) -> None:
-        self.group, self.lanes, self.place = group, lanes, place
-        with lanes.aside():
+    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, place: str) -> None:
+        self.group, self.streams, self.place = group, streams, place
+        with streams.on_side_stream():
             counts = torch.stack([_count(routing) for routing in routings])
             by_rank = counts.view(len(routings), dist.get_world_size(group), -1)  # [C, n, E]
             self.outgoing = by_rank.transpose(0, 1).contiguous()
             self.incoming = torch.empty_like(self.outgoing)  # [n, C, E] from each rank, for each expert here
             self.work = dist.all_to_all_single(self.incoming, self.outgoing, group=group, async_op=True)
-            if lanes.runs_ahead:
+            if streams.is_async_host:
                 self.work.wait()
-                self._numbers = lanes.to_host(torch.stack((self.outgoing.sum(2), self.incoming.sum(2))))
+                self._numbers = streams.to_host(torch.stack((self.outgoing.sum(2), self.incoming.sum(2))))
 
     @cached_property
     def _arrived(self) -> list[list[list[int]]]:
-        with crumb(f"expert counts, {self.place}", among=self.group):
+        with wait_span(f"expert counts, {self.place}", among=self.group):
             return self._numbers()
 
     @cached_property
     def sent(self) -> list[list[int]]:
         """[n, C] rows for each rank in each chunk. They are here before `received`, unless the host only queues."""
-        return self._arrived[0] if self.lanes.runs_ahead else self.outgoing.sum(2).tolist()
+        return self._arrived[0] if self.streams.is_async_host else self.outgoing.sum(2).tolist()
 
     @cached_property
     def received(self) -> list[list[int]]:
         """[n, C] rows from each rank in each chunk."""
-        if self.lanes.runs_ahead:
+        if self.streams.is_async_host:
             return self._arrived[1]
-        with crumb(f"expert counts, {self.place}", among=self.group):
+        with wait_span(f"expert counts, {self.place}", among=self.group):
             self.work.wait()
         return self.incoming.sum(2).tolist()
 
@@ -136,7 +136,7 @@ def _count(routing: Routing) -> Tensor:
     return counts.scatter_add_(0, flat, torch.ones_like(flat))[: routing.num_experts]
 
 
-class Arrival:
+class ReceiveOrder:
     """The order in which a chunk's rows arrive, and that in which the experts want them.
 
     Args:
@@ -163,18 +163,18 @@ class Arrival:
         order = torch.sort(expert, stable=True).indices
         place = torch.arange(self.num_rows, device=order.device)
         if self.room is not None:
-            place = rows_with_room(self.received.sum(0), self.room)
+            place = padded_positions(self.received.sum(0), self.room)
         inverse = torch.empty_like(order).scatter_(0, order, place)
         if self.room is not None:
             order = order.new_full((num_experts * self.room,), -1).index_copy_(0, place, order)
         return order, inverse
 
-    def move(self, to_experts: bool) -> Move:
+    def move(self, to_experts: bool) -> Reorder:
         """Of rows that have come to the order of experts, or of experts' results to that in which they go back."""
         to_theirs = in_order if self.room is None else in_order_with_zeros
         there, back = (to_theirs, in_order) if to_experts else (in_order, to_theirs)
         first, second = (0, 1) if to_experts else (1, 0)
-        return Move(lambda rows: there(rows, self.order[first]), back, lambda: (self.order[second],))
+        return Reorder(lambda rows: there(rows, self.order[first]), back, lambda: (self.order[second],))
 
 
 def in_order(rows: Tensor, order: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def in_order(rows: Tensor, order: Tensor) -> Tensor:
 
 
 def in_order_with_zeros(rows: Tensor, order: Tensor) -> Tensor:
-    return gather_rows_or_zeros(rows.contiguous(), order)
+    return gather_rows_padded(rows.contiguous(), order)
 
 
 @dataclass
@@ -191,28 +191,28 @@ class _Sent:
 
     x: Tensor
     routing: Routing
-    sizes: Sizes
+    sizes: SplitSizes
     number: int
-    flight: Flight
+    pending_collective: AsyncCollective
     plan: Permutation | None = None
-    arrival: Arrival | None = None
+    arrival: ReceiveOrder | None = None
     counts: Tensor | None = None  # [E]
 
 
 class AllToAllDispatcher:
     """A row for each FFN selection goes to the rank of its expert."""
 
-    def __init__(self, group: dist.ProcessGroup, place: str, lanes: Lanes = HERE) -> None:
-        self.group, self.place, self.lanes = group, place, lanes
+    def __init__(self, group: dist.ProcessGroup, place: str, streams: StreamContext = CURRENT_STREAM) -> None:
+        self.group, self.place, self.streams = group, place, streams
 
     def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Sent]:
-        flights = [hold(x, self.lanes) for x, _ in chunks]
-        sizes = Sizes([routing for _, routing in chunks], self.group, self.lanes, self.place)
+        pending_collectives = [stage_input(x, self.streams) for x, _ in chunks]
+        sizes = SplitSizes([routing for _, routing in chunks], self.group, self.streams, self.place)
         pending = [
-            _Sent(x, routing, sizes, number, flight)
-            for number, ((x, routing), flight) in enumerate(zip(chunks, flights, strict=True))
+            _Sent(x, routing, sizes, number, pending_collective)
+            for number, ((x, routing), pending_collective) in enumerate(zip(chunks, pending_collectives, strict=True))
         ]
-        if not self.lanes.runs_ahead:
+        if not self.streams.is_async_host:
             for chunk in pending:
                 self.send(chunk)
         return pending
@@ -222,36 +222,36 @@ class AllToAllDispatcher:
             return
         routing, sizes, number = pending.routing, pending.sizes, pending.number
         sent = [row[number] for row in sizes.sent]
-        with self.lanes.aside():
+        with self.streams.on_side_stream():
             plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed, sum(sent))
         received = [row[number] for row in sizes.received]
         there = AllToAll(f"expert dispatch, {self.place}", self.group, sent, received)
         incoming = sizes.incoming[:, number]
-        room = None if self.lanes.runs_ahead else even_room(incoming.sum(0), pending.x)
-        arrival = Arrival(incoming, sum(received), room)
-        before = Move(lambda x: permute(x, plan), unpermute, lambda: (plan.place,))
-        send(pending.flight, there, before, arrival.move(to_experts=True))
-        with self.lanes.aside():  # while the rows travel
+        room = None if self.streams.is_async_host else padded_capacity(incoming.sum(0), pending.x)
+        arrival = ReceiveOrder(incoming, sum(received), room)
+        before = Reorder(lambda x: permute(x, plan), unpermute, lambda: (plan.place,))
+        launch_staged(pending.pending_collective, there, before, arrival.move(to_experts=True))
+        with self.streams.on_side_stream():  # while the rows travel
             _ = arrival.order
             pending.counts = arrival.counts
         pending.plan, pending.arrival = plan, arrival
 
     def wait(self, pending: _Sent) -> tuple[Tensor, Tensor]:
         self.send(pending)
-        rows = wait(pending.flight)
+        rows = wait(pending.pending_collective)
         assert pending.counts is not None
         return rows, pending.counts  # which stay in `pending` until the way back has started
 
     def start_back(self, rows: Tensor, pending: _Sent) -> _Sent:
-        there, arrival = pending.flight.exchange, pending.arrival
+        there, arrival = pending.pending_collective.exchange, pending.arrival
         assert isinstance(there, AllToAll) and arrival is not None
         back = AllToAll(f"expert combine, {self.place}", self.group, there.received, there.sent)
-        pending.flight = start(rows, back, self.lanes, arrival.move(to_experts=False))
+        pending.pending_collective = start(rows, back, self.streams, arrival.move(to_experts=False))
         return pending
 
     def wait_back(self, pending: _Sent) -> Tensor:
-        rows, exchange = wait(pending.flight, stays_aside=True), pending.flight.exchange
-        return _CombineAside.apply(rows, pending.routing.gates, pending.plan, pending.x, exchange, self.lanes)  # type: ignore[no-any-return]
+        rows, exchange = wait(pending.pending_collective, on_side=True), pending.pending_collective.exchange
+        return _CombineAside.apply(rows, pending.routing.gates, pending.plan, pending.x, exchange, self.streams)  # type: ignore[no-any-return]
 
 
 class _CombineAside(torch.autograd.Function):
@@ -263,43 +263,49 @@ class _CombineAside(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor, exchange: Exchange, lanes: Lanes
+        ctx: Any,
+        rows: Tensor,
+        gates: Tensor,
+        plan: Permutation,
+        x: Tensor,
+        exchange: Collective,
+        streams: StreamContext,
     ) -> Tensor:
-        ctx.lanes = lanes
-        lanes.lend(gates)  # x has been lent where it was sent
-        with lanes.aside():
+        ctx.streams = streams
+        streams.record_use_on_side(gates)  # x has been lent where it was sent
+        with streams.on_side_stream():
             out = _Combine.forward(ctx, rows, gates, plan, x)
-        arrive(exchange.name, exchange.group, lanes, out)
+        wait_on_stream(exchange.name, exchange.group, streams, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor, None, None]:
-        lanes: Lanes = ctx.lanes
+        streams: StreamContext = ctx.streams
         saved = ctx.saved_tensors  # first of all: a region that is computed again is computed here, on this stream
-        lanes.fork(grads[0])
-        with lanes.aside():
+        streams.fork(grads[0])
+        with streams.on_side_stream():
             grad_rows, grad_gates, grad_x = combine_rows_backward(grads[0].contiguous(), *saved)
-        lanes.use(grad_gates, grad_x)
+        streams.record_use_here(grad_gates, grad_x)
         return grad_rows, grad_gates, None, grad_x, None, None
 
 
-class Choices:
+class GatheredRouting:
     """The experts that all ranks' tokens have chosen, on their way, in all chunks of a layer."""
 
-    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, lanes: Lanes, place: str) -> None:
-        self.group, self.lanes, self.name = group, lanes, f"expert choices, {place}"
+    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, place: str) -> None:
+        self.group, self.streams, self.name = group, streams, f"expert choices, {place}"
         self.size = routings[0].num_experts // dist.get_world_size(group)  # experts here
         self.first = dist.get_rank(group) * self.size
-        lanes.fork()
-        with lanes.aside():
+        streams.fork()
+        with streams.on_side_stream():
             self.chosen = torch.cat([routing.indices for routing in routings])
             self.indices = self.chosen.new_empty(dist.get_world_size(group), *self.chosen.shape)  # [n, T, K]
             self.work = all_gather(self.indices, self.chosen, group)
             self.chunks = self.indices.split([len(routing.indices) for routing in routings], 1)
-            if lanes.runs_ahead:
+            if streams.is_async_host:
                 self.work.wait()
                 numbers = [(self.numbered(chunk) < self.size).sum() for chunk in self.chunks]
-                self._num_rows = lanes.to_host(torch.stack(numbers))
+                self._num_rows = streams.to_host(torch.stack(numbers))
 
     def numbered(self, indices: Tensor) -> Tensor:
         """Experts as numbers among those here; others' stand where identity experts do, behind the last."""
@@ -309,8 +315,8 @@ class Choices:
     @cached_property
     def num_rows(self) -> list[int] | None:
         """Rows for the experts here in each chunk. None where nothing is queued and to count is no wait."""
-        with crumb(self.name, among=self.group):
-            if self.lanes.runs_ahead:
+        with wait_span(self.name, among=self.group):
+            if self.streams.is_async_host:
                 return self._num_rows()
             self.work.wait()
         return None
@@ -322,10 +328,10 @@ class _Gathered:
 
     x: Tensor
     routing: Routing
-    choices: Choices
+    choices: GatheredRouting
     number: int
-    tokens: Flight
-    gates: Flight
+    tokens: AsyncCollective
+    gates: AsyncCollective
     all_gates: Tensor | None = None
     plan: Permutation | None = None
 
@@ -337,12 +343,12 @@ class AllGatherDispatcher:
     aside.
     """
 
-    def __init__(self, group: dist.ProcessGroup, place: str, lanes: Lanes = HERE) -> None:
-        self.group, self.place, self.lanes = group, place, lanes
+    def __init__(self, group: dist.ProcessGroup, place: str, streams: StreamContext = CURRENT_STREAM) -> None:
+        self.group, self.place, self.streams = group, place, streams
 
     def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Gathered]:
-        choices = Choices([routing for _, routing in chunks], self.group, self.lanes, self.place)
-        gather, direct = AllGather(f"expert dispatch, {self.place}", self.group), Lanes(self.lanes.at_once)
+        choices = GatheredRouting([routing for _, routing in chunks], self.group, self.streams, self.place)
+        gather, direct = AllGather(f"expert dispatch, {self.place}", self.group), StreamContext(self.streams.blocking)
         return [
             _Gathered(x, routing, choices, number, start(x, gather, direct), start(routing.gates, gather, direct))
             for number, (x, routing) in enumerate(chunks)
@@ -354,11 +360,11 @@ class AllGatherDispatcher:
     def wait(self, pending: _Gathered) -> tuple[Tensor, Tensor]:
         choices, number = pending.choices, pending.number
         num_rows = None if choices.num_rows is None else choices.num_rows[number]
-        arrive(choices.name, self.group, self.lanes, choices.indices)
+        wait_on_stream(choices.name, self.group, self.streams, choices.indices)
         here, size = choices.numbered(choices.chunks[number].flatten(0, 1)), choices.size
         plan = plan_permutation(here, size, size + 1, num_rows)
-        room = None if self.lanes.runs_ahead else even_room(plan.counts[:size], pending.x)
-        pending.plan = plan if room is None else plan.evened(room, size)
+        room = None if self.streams.is_async_host else padded_capacity(plan.counts[:size], pending.x)
+        pending.plan = plan if room is None else plan.pad_to_capacity(room, size)
         pending.all_gates = wait(pending.gates).flatten(0, 1)
         return permute(wait(pending.tokens).flatten(0, 1), pending.plan), pending.plan.counts[:size]
 
@@ -367,7 +373,7 @@ class AllGatherDispatcher:
         partial = combine(rows, pending.all_gates, pending.plan, None)
         scatter = ReduceScatter(f"expert combine, {self.place}", self.group)
         whole = partial.view(dist.get_world_size(self.group), *pending.x.shape)
-        pending.tokens = start(whole, scatter, Lanes(self.lanes.at_once))
+        pending.tokens = start(whole, scatter, StreamContext(self.streams.blocking))
         return pending
 
     def wait_back(self, pending: _Gathered) -> Tensor:

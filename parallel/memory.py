@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from longcat.config import ModelConfig
 from longcat.counts import count_parameters
-from longcat.model import Part
-from parallel.mesh import Sizes
+from longcat.model import ModelPart
+from parallel.mesh import MeshSizes
 
 FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class HeldBytes:
+class StateBytes:
     """What stays on a rank from step to step, and the gradients between backward and update, all in float32."""
 
     weights: float  # what is computed with, and the masters where those are apart
@@ -43,9 +43,9 @@ class Elements:
         return self.experts + self.split + self.whole
 
 
-def elements(config: ModelConfig, part: Part | None = None) -> Elements:
+def elements(config: ModelConfig, part: ModelPart | None = None) -> Elements:
     """Count the elements of a part (None = all) by kind."""
-    part = part or Part(0, config.num_layers, embedding=True, head=True)
+    part = part or ModelPart(0, config.num_layers, embedding=True, head=True)
     counts, d, heads = count_parameters(config), config.hidden_size, config.num_heads
     by_heads = heads * (
         config.q_lora_rank * config.qk_head_dim
@@ -64,7 +64,7 @@ def elements(config: ModelConfig, part: Part | None = None) -> Elements:
     return Elements(layers * config.num_experts * counts.expert, split, whole)
 
 
-def held_bytes(config: ModelConfig, sizes: Sizes, sharding: str, parts: list[Part | None]) -> HeldBytes:
+def state_bytes(config: ModelConfig, sizes: MeshSizes, sharding: str, parts: list[ModelPart | None]) -> StateBytes:
     """What one rank holds of its ``parts``.
 
     FSDP2 shards everything over fsdp × cp × tp, whatever else it is spread over: experts are no exception, since
@@ -75,7 +75,7 @@ def held_bytes(config: ModelConfig, sizes: Sizes, sharding: str, parts: list[Par
     total = sum(one.total for one in counted)
     if sharding == "fsdp":
         share = total / sizes.dense_shards
-        return HeldBytes(weights=share * FLOAT32, gradients=share * FLOAT32, moments=2 * share * FLOAT32)
+        return StateBytes(weights=share * FLOAT32, gradients=share * FLOAT32, moments=2 * share * FLOAT32)
     share = total / (sizes.dp * sizes.fsdp * sizes.cp)
     computed = share if sharding == "zero3" else sum(one.split + one.whole + one.experts / sizes.ep for one in counted)
-    return HeldBytes(weights=(computed + share) * FLOAT32, gradients=share * FLOAT32, moments=2 * share * FLOAT32)
+    return StateBytes(weights=(computed + share) * FLOAT32, gradients=share * FLOAT32, moments=2 * share * FLOAT32)

@@ -82,7 +82,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MeshSizes:
     """A mesh's sizes with every -1 filled in."""
 
     pp: int
@@ -108,7 +108,7 @@ class Sizes:
         return self.fsdp * self.cp * self.tp
 
 
-def resolve_sizes(config: ParallelConfig, world_size: int) -> Sizes:
+def resolve_sizes(config: ParallelConfig, world_size: int) -> MeshSizes:
     """Fill in -1 and check that the axes multiply to ``world_size`` ranks.
 
     Raises:
@@ -134,7 +134,7 @@ def resolve_sizes(config: ParallelConfig, world_size: int) -> Sizes:
             f"parallel.ep={ep} does not divide the {folded} ranks of fsdp×cp×tp; use {', '.join(divisors)}, "
             f"or raise parallel.fsdp"
         )
-    return Sizes(**{axis.value: size for axis, size in filled.items()}, ep=ep)
+    return MeshSizes(**{axis.value: size for axis, size in filled.items()}, ep=ep)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Topology:
     shared: DeviceMesh  # cp × tp: the ranks that share a micro-batch
     expert_exchange: dist.ProcessGroup  # the ranks of ep, and of cp × tp, once more: what a layer waits for is not to
     context_exchange: dist.ProcessGroup  # queue behind sums of gradients
-    sizes: Sizes
+    sizes: MeshSizes
     rank: int
     world_size: int
     device: torch.device
@@ -193,7 +193,7 @@ class Topology:
         return self.coordinate(Axis.DP) == 0
 
 
-def make_topology(sizes: Sizes, rank: int, world_size: int, device: torch.device) -> Topology:
+def make_topology(sizes: MeshSizes, rank: int, world_size: int, device: torch.device) -> Topology:
     """The mesh and its foldings. A collective of all ranks."""
     lengths = tuple(getattr(sizes, axis.value) for axis in Axis)
     mesh = init_device_mesh(device.type, lengths, mesh_dim_names=tuple(axis.value for axis in Axis))

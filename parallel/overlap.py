@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from longcat.dispatch import LocalDispatcher
 from longcat.errors import ConfigError
+from longcat.interfaces import parts
 from longcat.model import LongCat
-from longcat.seams import parts
+from parallel.collectives.streams import StreamContext, stream_context
 from parallel.expert import AllGatherDispatcher, AllToAllDispatcher
 from parallel.mesh import Topology
-from parallel.sequence import SpreadSequence
-from parallel.streams import Lanes, side_lanes
+from parallel.sequence import ShardedSequence
 
 PLACES = ("ffn", "attention")
 
@@ -34,18 +34,18 @@ class OverlapConfig:
             raise ConfigError("overlap.experts_stream=true lies beside nothing with overlap.enabled=false; leave one")
 
 
-def set_overlap(model: LongCat, config: OverlapConfig, topology: Topology) -> None:
+def apply_overlap(model: LongCat, config: OverlapConfig, topology: Topology) -> None:
     """Let a model's exchanges overlap with its computation as configured, in place, once it has been spread."""
-    awaited = Lanes(at_once=True)
+    awaited = StreamContext(blocking=True)
     for layer in model.shortcut_layers():
         moe = layer.mlp
         moe.after_attention = config.experts_after == "attention"
         if isinstance(moe.dispatcher, AllToAllDispatcher | AllGatherDispatcher):
-            lanes = side_lanes(topology.device, config.experts_stream) if config.enabled else awaited
-            moe.dispatcher.lanes, moe.lane, moe.num_chunks = lanes, lanes.experts, config.num_chunks
+            streams = stream_context(topology.device, config.experts_stream) if config.enabled else awaited
+            moe.dispatcher.streams, moe.expert_stream, moe.num_chunks = streams, streams.experts, config.num_chunks
         else:
-            moe.dispatcher = LocalDispatcher(side_lanes(topology.device, False).to_host)
+            moe.dispatcher = LocalDispatcher(stream_context(topology.device, False).to_host)
     for module in parts(model):
         sequence = vars(module).get("sequence")
-        if isinstance(sequence, SpreadSequence) and not config.enabled:
-            sequence.lanes = awaited
+        if isinstance(sequence, ShardedSequence) and not config.enabled:
+            sequence.streams = awaited

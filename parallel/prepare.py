@@ -7,24 +7,24 @@ from dataclasses import dataclass
 import torch
 
 from longcat.config import ModelConfig
-from longcat.model import LongCat, Part
+from longcat.model import LongCat, ModelPart
 from longcat.ops.fusion import fuse
 from parallel.compiled import check_compile
-from parallel.engine import Engine, InTurn
-from parallel.expert import check_experts, send_to_experts, spread_experts
+from parallel.deepspeed.engine import ZeroEngine
+from parallel.deepspeed.setup import check as check_deepspeed
+from parallel.engine import Engine, SequentialEngine
+from parallel.expert import apply_expert_parallel, check_experts, install_dispatchers
+from parallel.fsdp.collectives import install_collectives
+from parallel.fsdp.sharding import materialise, shard
 from parallel.kernels import install
-from parallel.mesh import Axis, ParallelConfig, Sizes, Topology
-from parallel.overlap import OverlapConfig, set_overlap
-from parallel.pipeline import Pipeline
+from parallel.mesh import Axis, MeshSizes, ParallelConfig, Topology
+from parallel.overlap import OverlapConfig, apply_overlap
+from parallel.pipeline.engine import Pipeline
+from parallel.pipeline.stages import check_micro_batches, num_stages, split, stages_of
 from parallel.recompute import recompute
-from parallel.sequence import check_length, spread_sequence
-from parallel.sharded_exchanges import set_exchanges
-from parallel.sharding import materialise, shard
-from parallel.stages import check_micro_batches, num_stages, split, stages_of
+from parallel.sequence import apply_sequence_parallel, check_length
 from parallel.store import MakeOptimizer, ShardedAdamW, Store
-from parallel.tensor import check_tensor, spread_tensors
-from parallel.zero import ZeroEngine
-from parallel.zero_setup import check as check_deepspeed
+from parallel.tensor import apply_tensor_parallel, check_tensor
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class BatchShape:
 
 
 def check_layout(
-    config: ModelConfig, parallel: ParallelConfig, sizes: Sizes, sequence_length: int, num_micro_batches: int
+    config: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, sequence_length: int, num_micro_batches: int
 ) -> None:
     """Raise ConfigError where a model or a step cannot be spread over a mesh of these sizes.
 
@@ -72,7 +72,7 @@ def prepare(
             config, balance_groups, parallel, overlap, topology, compute_dtype, seed, make_optimizer
         )
     sizes = topology.sizes
-    parts: list[Part | None] = [None]
+    parts: list[ModelPart | None] = [None]
     if sizes.pp > 1:
         every = split(config, num_stages(parallel.schedule, sizes.pp), batch.length)
         parts = [every[stage] for stage in stages_of(parallel.schedule, sizes.pp, topology.coordinate(Axis.PP))]
@@ -80,25 +80,25 @@ def prepare(
     for part in parts:
         with torch.device("meta"):
             model = LongCat(config, balance_groups, part)
-        spread_tensors(model, topology)
-        spread_experts(model, topology, parallel.transport)
+        apply_tensor_parallel(model, topology)
+        apply_expert_parallel(model, topology, parallel.transport)
         _set_up(model, parallel, overlap, topology)
         # A pipeline keeps gathered weights through a step: it visits each stage many times
         shard(model, topology, compute_dtype, parallel.reshard_after_forward and sizes.pp == 1)
-        set_exchanges(model, topology.device)
+        install_collectives(model, topology.device)
         materialise(model, config, seed, topology.device)
         models.append(model)
     store = ShardedAdamW(models, topology, make_optimizer)
     if sizes.pp == 1:
-        return InTurn(models[0]), store
+        return SequentialEngine(models[0]), store
     hidden = (batch.sequences, batch.length // (sizes.cp * sizes.tp), config.hidden_size)
     return Pipeline(models, topology, parallel.schedule, batch.num_micro_batches, hidden, compute_dtype), store
 
 
 def _set_up(model: LongCat, parallel: ParallelConfig, overlap: OverlapConfig, topology: Topology) -> None:
     """What both sharding engines have done to a model before they take it."""
-    spread_sequence(model, topology)
-    set_overlap(model, overlap, topology)
+    apply_sequence_parallel(model, topology)
+    apply_overlap(model, overlap, topology)
     recompute(model, parallel.recompute)
     fuse(parallel.compile)
 
@@ -115,7 +115,7 @@ def _under_deepspeed(
 ) -> tuple[Engine, Store]:
     with torch.device("meta"):
         model = LongCat(config, balance_groups)
-    send_to_experts(model, topology, parallel.transport)
+    install_dispatchers(model, topology, parallel.transport)
     _set_up(model, parallel, overlap, topology)
     engine = ZeroEngine(model, topology, parallel, compute_dtype, make_optimizer)
     engine.initialise(seed)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longcat.attention import LatentAttention
-from longcat.layer import PredictionLayer, ShortcutLayer
+from longcat.layer import MTPLayer, ShortcutLayer
 from longcat.model import LongCat
-from parallel.exchange import all_awaited
+from parallel.collectives.async_collective import wait_for_all
 
 
 def recompute(model: LongCat, how: str) -> None:
@@ -23,7 +23,7 @@ def recompute(model: LongCat, how: str) -> None:
     for module in model.modules():
         if how == "selective" and isinstance(module, LatentAttention):
             _again(module, "attend")
-        elif how == "full" and isinstance(module, ShortcutLayer | PredictionLayer):
+        elif how == "full" and isinstance(module, ShortcutLayer | MTPLayer):
             _again(module, "forward")
 
 
@@ -31,11 +31,11 @@ def _again(module: nn.Module, method: str) -> None:
     plain = getattr(module, method)
 
     def once(*arguments: Tensor | None) -> Any:
-        with all_awaited():
+        with wait_for_all():
             return plain(*arguments)
 
     def twice(*arguments: Tensor | None) -> Any:
-        # Not stopped early: an exchange that is awaited by `all_awaited` alone is covered by nothing
+        # Not stopped early: an exchange that is awaited by `wait_for_all` alone is covered by nothing
         return checkpoint(once, *arguments, use_reentrant=False, preserve_rng_state=False, early_stop=False)
 
     setattr(module, method, twice)

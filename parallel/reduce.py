@@ -8,31 +8,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.crumbs import crumb
+from parallel.watchdog.spans import wait_span
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum a small tensor over all ranks, in place (over gloo when it lies on the CPU)."""
     if dist.get_world_size() > 1:
-        with crumb("sum over all ranks"):
+        with wait_span("sum over all ranks"):
             dist.all_reduce(values)
     return values
 
 
-def from_first_rank(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What the first rank says: ranks must not decide apart on what they see of a machine or a file system."""
     shared = [value]
     if dist.get_world_size() > 1:
-        with crumb("word of the first rank"):
+        with wait_span("word of the first rank"):
             dist.broadcast_object_list(shared, src=0)
     return shared[0]
 
 
-def from_all_ranks(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """What each rank says, in their order."""
     said = [value] * dist.get_world_size()
     if dist.get_world_size() > 1:
-        with crumb("words of all ranks"):
+        with wait_span("words of all ranks"):
             dist.all_gather_object(said, value)
     return said
 
@@ -42,11 +42,11 @@ def mean_over_ranks(value: float) -> float:
     return sum_scalars([value])[0] / dist.get_world_size()
 
 
-def least_over_ranks(value: float) -> float:
+def min_over_ranks(value: float) -> float:
     """The smallest of the figures that ranks have."""
     least = torch.tensor(value, dtype=torch.float64)
     if dist.get_world_size() > 1:
-        with crumb("least of all ranks"):
+        with wait_span("least of all ranks"):
             dist.all_reduce(least, dist.ReduceOp.MIN)
     return float(least)
 
@@ -57,7 +57,7 @@ def sum_scalars(values: list[float]) -> list[float]:
     return summed
 
 
-def sum_together(numbers: Tensor, *parts: Tensor) -> list[Tensor]:
+def sum_in_one_collective(numbers: Tensor, *parts: Tensor) -> list[Tensor]:
     """Sum ``numbers`` [n] and float64 tensors over all ranks in one collective; shapes as they came.
 
     The numbers, on which the update depends, are added up in the order of ranks: each rank sends them in a place of

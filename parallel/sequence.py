@@ -21,21 +21,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longcat.errors import ConfigError
+from longcat.interfaces import parts
 from longcat.model import LongCat
-from longcat.seams import parts
-from parallel.crumbs import crumb
-from parallel.exchange import AllGather, Flight, ReduceScatter, exchanged, start, wait
+from parallel.collectives.async_collective import AllGather, AsyncCollective, ReduceScatter, run_blocking, start, wait
+from parallel.collectives.streams import CURRENT_STREAM, StreamContext
 from parallel.mesh import Axis, Topology
-from parallel.streams import HERE, Lanes
+from parallel.watchdog.spans import wait_span
 
 
-def spread_sequence(model: LongCat, topology: Topology) -> None:
+def apply_sequence_parallel(model: LongCat, topology: Topology) -> None:
     """Let a model work on this rank's share of each sequence, in place."""
     if topology.sizes.cp * topology.sizes.tp == 1:
         return
     for module in parts(model):
         if "sequence" in vars(module):
-            module.sequence = SpreadSequence(topology, place_of(model, module))  # type: ignore[assignment]
+            module.sequence = ShardedSequence(topology, place_of(model, module))  # type: ignore[assignment]
 
 
 def place_of(model: LongCat, module: torch.nn.Module) -> str:
@@ -53,7 +53,7 @@ def check_length(length: int, cp: int, tp: int) -> None:
         )
 
 
-class SpreadSequence:
+class ShardedSequence:
     """This rank's positions. ``place`` names the module in messages."""
 
     def __init__(self, topology: Topology, place: str) -> None:
@@ -64,13 +64,13 @@ class SpreadSequence:
         self.tp_group = topology.group(Axis.TP)
         self.shared_group = topology.shared.get_group()  # cp × tp, tp innermost
         self.exchange_group = topology.context_exchange
-        self.lanes: Lanes = HERE
+        self.streams: StreamContext = CURRENT_STREAM
         self.num_shards = self.cp * self.tp
 
     def runs(self, length: int) -> list[tuple[int, int]]:
         return cp_runs(length, self.cp, self.cp_rank)
 
-    def held(self, length: int) -> Tensor:
+    def positions(self, length: int) -> Tensor:
         queries = torch.cat([torch.arange(start, stop) for start, stop in self.runs(length)])
         return queries.tensor_split(self.tp)[self.tp_rank]
 
@@ -82,19 +82,19 @@ class SpreadSequence:
     def gather(self, x: Tensor) -> Tensor:
         if self.tp == 1:
             return x
-        gathered = exchanged(x, AllGather(f"positions of tensor-parallel ranks, {self.place}", self.tp_group))
+        gathered = run_blocking(x, AllGather(f"positions of tensor-parallel ranks, {self.place}", self.tp_group))
         return gathered.transpose(0, 1).flatten(1, 2)  # [tp, B, s, D] → [B, q, D]
 
     def reduce(self, partial: Tensor) -> Tensor:
         if self.tp == 1:
             return partial
         stretches = partial.unflatten(1, (self.tp, -1)).transpose(0, 1)  # [tp, B, s, D]
-        return exchanged(stretches, ReduceScatter(f"sum over tensor-parallel ranks, {self.place}", self.tp_group))
+        return run_blocking(stretches, ReduceScatter(f"sum over tensor-parallel ranks, {self.place}", self.tp_group))
 
-    def start_keys(self, latents: Tensor) -> Flight:
-        return start(latents, AllGather(f"attention latents, {self.place}", self.exchange_group), self.lanes)
+    def start_keys(self, latents: Tensor) -> AsyncCollective:
+        return start(latents, AllGather(f"attention latents, {self.place}", self.exchange_group), self.streams)
 
-    def wait_keys(self, handle: Flight) -> Tensor:
+    def wait_keys(self, handle: AsyncCollective) -> Tensor:
         gathered = wait(handle)  # [cp·tp, B, s, R]
         by_context = gathered.unflatten(0, (self.cp, self.tp)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [cp, B, q, R]
         if self.cp == 1:
@@ -106,13 +106,13 @@ class SpreadSequence:
     def start_count(self, counts: Tensor) -> Any:
         total = counts.clone()
         handle = dist.all_reduce(total, group=self.shared_group, async_op=True), total
-        return (None, self.wait_count(handle)) if self.lanes.at_once else handle
+        return (None, self.wait_count(handle)) if self.streams.blocking else handle
 
     def wait_count(self, handle: Any) -> Tensor:
         work, total = handle
         if work is None:
             return total  # type: ignore[no-any-return]
-        with crumb(f"counts of the micro-batch, {self.place}", among=self.shared_group):
+        with wait_span(f"counts of the micro-batch, {self.place}", among=self.shared_group):
             work.wait()
         return total  # type: ignore[no-any-return]
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from longcat.model import LongCat
 from longcat.names import Box, role
-from parallel.memory import HeldBytes
+from parallel.fsdp.sharding import local_part
+from parallel.memory import StateBytes
 from parallel.mesh import Topology
-from parallel.sharding import local_part
-from parallel.stages import is_replica
+from parallel.pipeline.stages import is_replica
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Groups = list[dict[str, Any]]  # each with "params" and "role"
@@ -23,7 +23,7 @@ MakeOptimizer = Callable[[Groups], torch.optim.AdamW]  # AdamW over them, with r
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalBox:
     """A box of a stored tensor that is on this rank. Over the ranks of a replica each element is held once."""
 
     kind: str  # weight | exp_avg | exp_avg_sq | grad
@@ -41,13 +41,13 @@ class Store(Protocol):
     """Holds what training changes, and updates it. Gradients are complete when a step's micro-batches have run."""
 
     optimizer: torch.optim.AdamW  # rates are set in its groups
-    transient: bool  # whether values of `held` are in memory only until the next one is asked for
+    transient: bool  # whether values of `local_boxes` are in memory only until the next one is asked for
     counts_here: bool  # whether sums over all ranks count what is held here; a replica's copy is not counted
 
-    def held(self, write: bool = False) -> Iterator[Held]:
+    def local_boxes(self, write: bool = False) -> Iterator[LocalBox]:
         """Weights and moments. With ``write`` all that must be written to change them, and `refresh` has to follow."""
 
-    def gradients(self) -> Iterator[Held]:
+    def gradients(self) -> Iterator[LocalBox]:
         """The gradients, where there are any."""
 
     def steps(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -56,7 +56,7 @@ class Store(Protocol):
     def gradient_square(self) -> Tensor:
         """This rank's share of ‖all gradients‖₂², float64; each element counts on one rank."""
 
-    def bytes_held(self) -> HeldBytes:
+    def measured_bytes(self) -> StateBytes:
         """Measured; to be asked between backward and update."""
 
     def scale_gradients(self, factor: float) -> None:
@@ -96,14 +96,14 @@ class ShardedAdamW:
                 **{kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS},
             }
 
-    def held(self, write: bool = False) -> Iterator[Held]:
+    def local_boxes(self, write: bool = False) -> Iterator[LocalBox]:
         for name, parameter in self.unique + (self.copies if write else []):
-            yield held("weight", name, parameter)
+            yield local_box("weight", name, parameter)
             for kind in MOMENTS:
-                yield held(kind, name, self.optimizer.state[parameter][kind])
+                yield local_box(kind, name, self.optimizer.state[parameter][kind])
 
-    def gradients(self) -> Iterator[Held]:
-        yield from (held("grad", name, p.grad) for name, p in self.unique if p.grad is not None)
+    def gradients(self) -> Iterator[LocalBox]:
+        yield from (local_box("grad", name, p.grad) for name, p in self.unique if p.grad is not None)
 
     def steps(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.unique + (self.copies if write else []):
@@ -116,11 +116,11 @@ class ShardedAdamW:
             return torch.zeros((), dtype=torch.float64)
         return torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu()
 
-    def bytes_held(self) -> HeldBytes:
+    def measured_bytes(self) -> StateBytes:
         weights = [local_part(parameter.detach())[0] for _, parameter in self.parameters]
         grads = [local_part(parameter.grad)[0] for _, parameter in self.parameters if parameter.grad is not None]
         moments = [local_part(self.optimizer.state[p][kind])[0] for _, p in self.parameters for kind in MOMENTS]
-        return HeldBytes(*(float(sum(tensor.nbytes for tensor in kind)) for kind in (weights, grads, moments)))
+        return StateBytes(*(float(sum(tensor.nbytes for tensor in kind)) for kind in (weights, grads, moments)))
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
@@ -145,8 +145,8 @@ class ShardedAdamW:
         return [parameter.detach(), *(state[kind] for kind in MOMENTS), state["step"]]
 
 
-def held(kind: str, name: str, tensor: Tensor) -> Held:
+def local_box(kind: str, name: str, tensor: Tensor) -> LocalBox:
     """What this rank holds of a tensor that may be sharded."""
     values, box = local_part(tensor.detach())
     shape = tuple(tensor.shape)
-    return Held(kind, name, shape, box or tuple((0, size) for size in shape), values)
+    return LocalBox(kind, name, shape, box or tuple((0, size) for size in shape), values)

@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
+from longcat.interfaces import parts
 from longcat.model import LongCat
 from longcat.ops.cross_entropy import chunk_rows
 from longcat.ops.embedding import embedding
 from longcat.ops.fusion import add_to, scaled
 from longcat.ops.matmul import product, raw_product
-from longcat.seams import parts
-from parallel.crumbs import crumb
 from parallel.mesh import Axis, Topology
+from parallel.watchdog.spans import wait_span
 
 ROWS, COLUMNS = Shard(0), Shard(1)
 PLAN = {  # stored name → what of the matrix [out, in] a rank holds
@@ -47,7 +47,7 @@ def check_tensor(config: ModelConfig, tp: int) -> None:
             raise ConfigError(f"parallel.tp={tp} does not divide model.{key}={getattr(config, key)}; change either")
 
 
-def spread_tensors(model: LongCat, topology: Topology) -> None:
+def apply_tensor_parallel(model: LongCat, topology: Topology) -> None:
     """Split a model's matrices over the tensor-parallel ranks by the plan, in place; weights are on the meta device."""
     if topology.sizes.tp == 1:
         return
@@ -60,13 +60,13 @@ def spread_tensors(model: LongCat, topology: Topology) -> None:
         part = weight.tensor_split(topology.sizes.tp, placement.dim)[topology.coordinate(Axis.TP)]
         spread = DTensor.from_local(torch.empty_like(part), mesh, [placement], run_check=False)
         model.get_submodule(owner).register_parameter(leaf, nn.Parameter(spread))
-    vocabulary = SpreadVocabulary(topology.group(Axis.TP))
+    vocabulary = ShardedVocabulary(topology.group(Axis.TP))
     for module in parts(model):
         if "vocabulary" in vars(module):
             module.vocabulary = vocabulary  # type: ignore[assignment]
 
 
-class SpreadVocabulary:
+class ShardedVocabulary:
     """Rank p of the group holds rows p·v ... (p + 1)·v - 1."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -81,10 +81,10 @@ class SpreadVocabulary:
     def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled():
             hidden, weight = hidden.detach(), weight.detach()  # the forward computes the gradients: ask for none
-        return _SpreadCrossEntropy.apply(hidden, weight, labels, valid, self)  # type: ignore[no-any-return]
+        return _ShardedCrossEntropy.apply(hidden, weight, labels, valid, self)  # type: ignore[no-any-return]
 
 
-class _SpreadCrossEntropy(torch.autograd.Function):
+class _ShardedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of a linear head whose rows are spread, in chunks of tokens.
 
     Each rank has its columns of the logits; the largest, the sum of exponentials and the label's logit are reduced.
@@ -93,7 +93,7 @@ class _SpreadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor, vocabulary: SpreadVocabulary
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor, vocabulary: ShardedVocabulary
     ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -122,12 +122,12 @@ class _SpreadCrossEntropy(torch.autograd.Function):
 
 
 def _one_chunk(
-    hidden: Tensor, weight: Tensor, labels: Tensor, keep: Tensor, vocabulary: SpreadVocabulary
+    hidden: Tensor, weight: Tensor, labels: Tensor, keep: Tensor, vocabulary: ShardedVocabulary
 ) -> tuple[Tensor, Tensor]:
     """hidden [T, D], labels and keep [T, 1] → losses [T] and their gradient by this rank's logits [T, v]."""
     logits = raw_product(hidden, weight.t()).float()
     peak = logits.amax(1, keepdim=True)
-    with crumb("largest logits of the vocabulary", among=vocabulary.group):
+    with wait_span("largest logits of the vocabulary", among=vocabulary.group):
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=vocabulary.group)
     row = labels - vocabulary.place * weight.shape[0]
     here = (row >= 0) & (row < weight.shape[0])
@@ -135,7 +135,7 @@ def _one_chunk(
     chosen = (logits.gather(1, row) - peak) * here
     weights = logits.sub_(peak).exp_()
     sums = torch.cat((weights.sum(1, keepdim=True), chosen), 1)
-    with crumb("sums over the vocabulary", among=vocabulary.group):
+    with wait_span("sums over the vocabulary", among=vocabulary.group):
         dist.all_reduce(sums, group=vocabulary.group)
     total, chosen = sums.split(1, 1)
     losses = ((total.log() - chosen) * keep)[:, 0]

@@ -6,7 +6,7 @@ import sys
 
 from longcat.errors import ConfigError
 from train.config import compose, named_folder
-from train.folder import refuse
+from train.run_dir import refuse
 
 
 def main(overrides: list[str]) -> int:

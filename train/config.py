@@ -14,8 +14,8 @@ from longcat.errors import ConfigError
 from parallel.mesh import ParallelConfig
 from parallel.overlap import OverlapConfig
 from train.balance import BalanceConfig
+from train.checkpoint.compatibility import flatten
 from train.data.config import DataConfig
-from train.identity import flatten
 from train.objective import LossConfig
 from train.optimizer import OptimConfig
 from train.profiling.config import ProfileConfig

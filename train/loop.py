@@ -6,20 +6,20 @@ import time
 from typing import Any
 
 from longcat.errors import StopRequested, UnhealthyError
-from parallel.crumbs import blocked_seconds, phase
 from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
 from parallel.reduce import mean_over_ranks
-from train import checkpoint
+from parallel.watchdog.spans import blocked_seconds, work_span
+from train.checkpoint import find
+from train.checkpoint.saver import Saver
+from train.checkpoint.state_hash import state_hash
 from train.config import Config
-from train.folder import describe_corpora
 from train.metrics import MetricsWriter
 from train.profiling.profiler import Profiler
-from train.saver import Saver
+from train.run_dir import describe_corpora
 from train.state import TrainState
-from train.state_hash import state_hash
-from train.step import Stepper, StepResult, Wishes
-from train.stop import StopWish
+from train.step import Stepper, StepRequests, StepResult
+from train.stop import StopSignal
 from train.terminal import Terminal
 from train.validation import Validator
 
@@ -41,12 +41,12 @@ class Loop:
         peak_flops: float,
         writer: MetricsWriter | None,
         terminal: Terminal | None,
-        wish: StopWish,
+        stop_signal: StopSignal,
     ) -> None:
         self.state, self.stepper, self.validator = state, stepper, validator
         self.config, self.topology, self.peak_flops = config, topology, peak_flops
         self.writer, self.terminal = writer, terminal  # on the first rank only
-        self.wish = wish
+        self.stop_signal = stop_signal
         self.saver = Saver(state, config, topology, terminal, describe_corpora(config))
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
 
@@ -62,7 +62,9 @@ class Loop:
         while counters.step < config.train.steps:
             with self.profiler.step(counters.step + 1):
                 start = time.perf_counter()
-                result = self.stepper.step(Wishes(bool(self.wish), self.saver.is_overdue(), self.saver.has_ended()))
+                result = self.stepper.step(
+                    StepRequests(bool(self.stop_signal), self.saver.is_overdue(), self.saver.has_ended())
+                )
                 seconds, blocked = time.perf_counter() - start, blocked_seconds()
             if not result.healthy:
                 raise UnhealthyError(self._describe_bad_step(result))
@@ -73,16 +75,16 @@ class Loop:
             if due(config.logging.hash_every, counters.step):
                 result.metrics["state_hash"] = state_hash(self.state, self.topology)
             self._report(result, last)
-            if result.wishes.settle:
-                self.saver.settle()
-            final = last or result.wishes.stop
-            if final or result.wishes.save or due(config.checkpoint.every, counters.step):
+            if result.requests.wait_pending:
+                self.saver.wait_pending()
+            final = last or result.requests.stop
+            if final or result.requests.save or due(config.checkpoint.every, counters.step):
                 self.saver.save(result.metrics.get("val_loss"))
             if final:
-                self.saver.settle(final=True)
-            if result.wishes.stop and not last:
+                self.saver.wait_pending(final=True)
+            if result.requests.stop and not last:
                 raise StopRequested(
-                    f"stopped on {self.wish.reason or 'request'} after step {counters.step}; state saved, "
+                    f"stopped on {self.stop_signal.reason or 'request'} after step {counters.step}; state saved, "
                     f"the same command{self._with_auto()} goes on from there"
                 )
 
@@ -104,7 +106,7 @@ class Loop:
         return 0.0 if self.topology.world_size == 1 else mean_over_ranks(share)
 
     def _validate(self, metrics: dict[str, Any]) -> None:
-        with phase("validation"):
+        with work_span("validation"):
             measured = self.validator.measure(self.state)
         metrics["val_loss"] = measured.loss
         metrics["val_bits_per_byte"] = measured.bits_per_byte
@@ -131,8 +133,8 @@ class Loop:
         return "" if self.config.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
 
     def _describe_bad_step(self, result: StepResult) -> str:
-        self.saver.settle()  # it may be the last good one that is being written
-        good = checkpoint.last_good(self.config.run.folder / "checkpoints", self.topology)
+        self.saver.wait_pending()  # it may be the last good one that is being written
+        good = find.last_valid(self.config.run.folder / "checkpoints", self.topology)
         return (
             f"step {self.state.counters.step}: loss {result.metrics['loss']}, gradient norm "
             f"{result.metrics['grad_norm']}; nothing was updated and {good}; lower optim.lr or look at the data"

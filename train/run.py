@@ -15,40 +15,42 @@ import torch.distributed as dist
 
 from longcat.counts import active_range, count_parameters, describe, flops_per_token, human
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
-from longcat.model import LongCat, Part
-from parallel import watch
+from longcat.model import LongCat, ModelPart
 from parallel.device import device_name, fastest_dtype, keep_freed_memory, make_deterministic, peak_flops
-from parallel.memory import held_bytes
+from parallel.memory import state_bytes
 from parallel.mesh import Topology, connect, resolve_sizes, world_from_environment
 from parallel.prepare import BatchShape, check_layout, prepare
-from parallel.reduce import from_first_rank
-from parallel.stream_clock import count_stream_waits
-from train import checkpoint, keeping
+from parallel.reduce import broadcast
+from parallel.watchdog import watchdog
+from parallel.watchdog.flight_recorder import enable_flight_recorder
+from parallel.watchdog.spans import wait_span, work_span
+from parallel.watchdog.stream_clock import count_stream_waits
 from train.balance import build_controller
 from train.batches import BatchReader
-from train.checkpoint import is_inside
+from train.checkpoint import find, retention
+from train.checkpoint.find import is_inside
 from train.config import Config
 from train.data.samples import TokenSamples
-from train.folder import (
+from train.loop import Loop
+from train.metrics import SUPERSEDED, MetricsWriter
+from train.optimizer import make_adamw
+from train.report import write_report
+from train.run_dir import (
     CONFIG,
     EXIT,
     as_mapping,
-    came_from,
     check_folder,
     claim_exit,
     describe_corpora,
+    initial_checkpoint,
     lock,
     recorded_code,
     refuse,
     write_config,
 )
-from train.loop import Loop
-from train.metrics import SUPERSEDED, MetricsWriter
-from train.optimizer import make_adamw
-from train.report import write_report
 from train.state import Counters, TrainState
 from train.step import Stepper
-from train.stop import StopWish
+from train.stop import StopSignal
 from train.terminal import Terminal
 from train.validation import Validator, write_json
 
@@ -62,21 +64,21 @@ def main(config: Config) -> int:
         held = enter(config)
     except LongCatError as error:
         return refuse(folder, error)
-    with held, StopWish(config.train.stop_after_seconds) as wish:
+    with held, StopSignal(config.train.stop_after_seconds) as stop_signal:
         try:
-            code, message = outcome(config, wish)
+            code, message = outcome(config, stop_signal)
         except BaseException as error:
-            lost = watch.explain(error)
+            lost = watchdog.explain(error)
             if lost is not None:
-                say_hang(folder, lost)
-                watch.leave(recorded_code(folder))
+                report_hang(folder, lost)
+                watchdog.leave(recorded_code(folder))
             if dist.is_initialized() and dist.get_world_size() == 1:
                 dist.destroy_process_group()  # a sweep goes on in this process
             if claim_exit(folder, CRASHED, f"{type(error).__name__}: {error}"):
                 raise
             return recorded_code(folder)  # another rank ended the run: this failure only follows from that
         finally:
-            watch.stop()
+            watchdog.stop()
         claimed = claim_exit(folder, code, message)
         if claimed and code != OK:
             print(f"{'stopped' if code == STOPPED else 'error'}: {message}", file=sys.stderr, flush=True)
@@ -99,17 +101,17 @@ def enter(config: Config) -> AbstractContextManager[Any]:
     return held
 
 
-def outcome(config: Config, wish: StopWish) -> tuple[int, str]:
+def outcome(config: Config, stop_signal: StopSignal) -> tuple[int, str]:
     """Train; returns the exit code and what to say of it."""
     code, message = OK, "done"
     try:
-        train(config, wish)
+        train(config, stop_signal)
     except ConfigError as error:
         return error.exit_code, str(error)  # it may be this rank's alone
     except LongCatError as error:
         code, message = error.exit_code, str(error)
     # All ranks come to these ends, and the agent ends the others with the first
-    with watch.patience(), watch.crumb("end of the run"):
+    with watchdog.slow_timeout(), wait_span("end of the run"):
         dist.barrier()  # none may still write
     return code, message
 
@@ -117,7 +119,7 @@ def outcome(config: Config, wish: StopWish) -> tuple[int, str]:
 _SAYING = threading.Lock()
 
 
-def say_hang(folder: Path, message: str) -> None:
+def report_hang(folder: Path, message: str) -> None:
     """Record and say, once for all ranks, who held the run up. Called from the watch's thread too.
 
     Who comes second ends the process next, so it waits until the first has printed.
@@ -136,18 +138,18 @@ def check(config: Config, world_size: int) -> None:
     check_folder(config)
 
 
-def train(config: Config, wish: StopWish) -> None:
+def train(config: Config, stop_signal: StopSignal) -> None:
     """Assemble the run and run it."""
     torch.use_deterministic_algorithms(False)
     if config.train.deterministic:
         make_deterministic()
-    watch.record_flights(config.run.folder)
+    enable_flight_recorder(config.run.folder)
     topology = connect(config.parallel)
     if topology.device.type == "cpu":
         keep_freed_memory()
-    watch.start(config.parallel.timeout_seconds, partial(say_hang, config.run.folder), config.run.folder)
+    watchdog.start(config.parallel.timeout_seconds, partial(report_hang, config.run.folder), config.run.folder)
     count_stream_waits(topology.device)
-    wish.listen()  # not before all ranks have met: one that outlives a signal would wait minutes for one that did not
+    stop_signal.listen()  # once all ranks have met: one that a signal ends before that leaves the others waiting
     config.train.dtype = resolve_dtype(config)
     state = build_state(config, topology)
     train_samples, validator = build_data(config, topology)
@@ -186,7 +188,7 @@ def train(config: Config, wish: StopWish) -> None:
         peak,
         writer,
         terminal if topology.is_first else None,
-        wish,
+        stop_signal,
     )
     started = time.perf_counter()
     try:
@@ -203,7 +205,7 @@ def train(config: Config, wish: StopWish) -> None:
 def close(writer: MetricsWriter, config: Config, terminal: Terminal) -> None:
     """Close the logs and write the report. Neither may hide how the run itself ended."""
     try:
-        with watch.phase("logs and report", slow=True):
+        with work_span("logs and report", slow=True):
             writer.close()
             terminal.note(f"report: {write_report(config.run.folder)}")
     except Exception as error:
@@ -214,7 +216,7 @@ def resolve_dtype(config: Config) -> str:
     """`train.dtype` with `auto` found out, by the first rank for all: ranks may differ in what they can do."""
     if config.train.dtype != "auto":
         return config.train.dtype
-    return str(from_first_rank(str(fastest_dtype()).removeprefix("torch.")))
+    return str(broadcast(str(fastest_dtype()).removeprefix("torch.")))
 
 
 def build_state(config: Config, topology: Topology) -> TrainState:
@@ -243,7 +245,7 @@ def batch_shape(config: Config, data_ranks: int) -> BatchShape:
 
 def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Validator]:
     """Training samples and the validator. Whichever rank comes first leaves its sample index for the others."""
-    with watch.phase("indexing the corpora", slow=True):
+    with work_span("indexing the corpora", slow=True):
         made = {
             split: TokenSamples(
                 config.data,
@@ -261,22 +263,22 @@ def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Valida
 def resume(state: TrainState, config: Config, topology: Topology, terminal: Terminal | None) -> None:
     """Continue from the checkpoint that ``checkpoint.resume`` means, and say which and why."""
     folder, settings = config.run.folder / "checkpoints", config.checkpoint
-    if topology.is_first and settings.resume == "auto" and not checkpoint.list_checkpoints(folder):
-        settings.resume = came_from(config.run.folder)  # stays so in config.yaml, until there is a checkpoint
+    if topology.is_first and settings.resume == "auto" and not find.list_checkpoints(folder):
+        settings.resume = initial_checkpoint(config.run.folder)  # stays so in config.yaml, until there is a checkpoint
         if terminal and settings.resume != "auto":
             terminal.note(f"no checkpoint of this run yet: checkpoint.resume={settings.resume}, as in its {CONFIG}")
-    with watch.patience():
-        path, passed_over = checkpoint.find_together(folder, settings.resume, topology)
+    with watchdog.slow_timeout():
+        path, passed_over = find.find_together(folder, settings.resume, topology)
         if path is not None:
             configuration = as_mapping(config) | describe_corpora(config)
-            checkpoint.load(state, path, configuration, config.data.from_start, is_inside(path, folder))
+            find.load(state, path, configuration, config.data.from_start, is_inside(path, folder))
     if terminal:
-        if settings.resume not in ("auto", "never") and not checkpoint.starts_there(folder, settings.resume):
+        if settings.resume not in ("auto", "never") and not find.resumes_elsewhere(folder, settings.resume):
             terminal.note(f"checkpoint.resume={settings.resume} is not used: this run has checkpoints of its own")
-        for verdict in passed_over:
-            terminal.note(f"passed over {verdict.folder}: {verdict.problem}")
-        with watch.phase("tidying checkpoints", slow=True):
-            set_aside = keeping.tidy(folder, path, passed_over)
+        for status in passed_over:
+            terminal.note(f"passed over {status.folder}: {status.problem}")
+        with work_span("tidying checkpoints", slow=True):
+            set_aside = retention.cleanup(folder, path, passed_over)
         for aside in set_aside:
             terminal.note(f"set aside as {aside}")
     if terminal and path is not None:
@@ -301,7 +303,7 @@ def finish(
             write_json(folder / "text.json", {"documents": documents})
     if not (config.validation.ngram_baselines and topology.is_first):
         return
-    with watch.phase("n-gram baselines", slow=True):
+    with work_span("n-gram baselines", slow=True):
         baselines = validator.baselines(train_samples, state.counters.position)
     if baselines is None:
         terminal.note("n-gram baselines left out: more tokens than they take in minutes")
@@ -322,7 +324,7 @@ def derived_values(config: Config, peak: float) -> dict[str, Any]:
     }
 
 
-def layers_of(part: Part) -> str:
+def layers_of(part: ModelPart) -> str:
     """Embedding, layers 0-3."""
     names = ["embedding"] if part.embedding else []
     names.append(f"layers {part.first}-{part.last - 1}" if part.last - part.first > 1 else f"layer {part.first}")
@@ -338,7 +340,7 @@ def header(
     sizes = topology.sizes
     axes = ", ".join(f"{name} {size}" for name, size in vars(sizes).items() if size > 1) or "one of each"
     stages = [layers_of(model.part) for model in parts]
-    held = held_bytes(config.model, sizes, config.parallel.sharding, [model.part for model in parts])
+    held = state_bytes(config.model, sizes, config.parallel.sharding, [model.part for model in parts])
     return [
         ("run", str(config.run.folder)),
         ("model", config.model.name),

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from longcat.counts import flops_per_token
 from longcat.model import Losses
-from parallel.crumbs import begin_step, phase
 from parallel.mesh import Axis, Topology
-from parallel.reduce import sum_over_ranks, sum_together
+from parallel.reduce import sum_in_one_collective, sum_over_ranks
+from parallel.watchdog.spans import begin_step, work_span
 from train.batches import Batch, BatchReader
 from train.config import Config
 from train.objective import Divisors, objective
@@ -25,7 +25,7 @@ from train.state import TrainState
 
 
 @dataclass
-class Tally:
+class StepSums:
     """What this rank's micro-batches add up to; over all ranks each figure counts once."""
 
     sums: Tensor  # [5] float64: lm, mtp, balance, hidden z, hidden norm
@@ -34,15 +34,15 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class StepRequests:
     """What a rank wants to be done after a step; a step's exchange carries it, so that all ranks do the same."""
 
     stop: bool = False  # to save and stop
     save: bool = False  # to save, because the time has come
-    settle: bool = False  # to look how the checkpoint ended that was written beside training
+    wait_pending: bool = False  # to look how the checkpoint ended that was written beside training
 
 
-NONE = Wishes()
+NONE = StepRequests()
 
 
 @dataclass
@@ -52,7 +52,7 @@ class StepResult:
     metrics: dict[str, Any]  # keys of metrics.jsonl, and `flops` of the step
     counts: Tensor  # [L, N+Z] int64, selections of the global batch
     healthy: bool  # False: nothing was updated
-    wishes: Wishes  # those of any rank
+    requests: StepRequests  # those of any rank
 
 
 class Stepper:
@@ -61,7 +61,7 @@ class Stepper:
     def __init__(self, state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> None:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
 
-    def step(self, wishes: Wishes = NONE) -> StepResult:
+    def step(self, requests: StepRequests = NONE) -> StepResult:
         """Train on the next global batch. With a loss or gradient that is not finite, nothing is updated."""
         counters, config = self.state.counters, self.config
         begin_step(counters.step + 1)
@@ -71,18 +71,18 @@ class Stepper:
         self._watch_gates()
         tally = self._backward(batches, divisors, use_mtp)
 
-        with phase("norm and numbers"):
+        with work_span("norm and numbers"):
             square = self.state.store.gradient_square().reshape(1)
-            wished = torch.tensor([float(wish) for wish in astuple(wishes)], dtype=torch.float64)
+            wished = torch.tensor([float(stop_signal) for stop_signal in astuple(requests)], dtype=torch.float64)
             own = torch.cat((square, tally.sums, wished))
-            numbers, slopes, directions = sum_together(own, self._slopes(tally), self._directions())
+            numbers, slopes, directions = sum_in_one_collective(own, self._slopes(tally), self._directions())
             counts = sum_over_ranks(tally.counts)
         square_of_all, *sums = numbers[: -wished.numel()].tolist()
         norm = math.sqrt(square_of_all)
         healthy = all(map(math.isfinite, (norm, *sums)))
         factor = rate_factor(config.schedule, counters.step + 1)
         if healthy:
-            with phase("optimizer"):
+            with work_span("optimizer"):
                 self._update(norm, factor, counts)
         counters.step += 1
         counters.samples += config.train.global_batch_size
@@ -90,20 +90,20 @@ class Stepper:
         metrics = self._metrics(sums, divisors, norm, factor, counts, slopes, use_mtp)
         metrics["router_similarity"] = router_similarity(directions, config.model.num_routed)
         return StepResult(
-            metrics, counts, healthy, Wishes(*(count > 0 for count in numbers[-wished.numel() :].tolist()))
+            metrics, counts, healthy, StepRequests(*(count > 0 for count in numbers[-wished.numel() :].tolist()))
         )
 
-    def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> Tally:
+    def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> StepSums:
         weights = self.config.loss, self.config.balance.group_loss_weight
         found = self.state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), use_mtp)
         return self._tally(found)
 
-    def _tally(self, found: list[list[Losses]]) -> Tally:
+    def _tally(self, found: list[list[Losses]]) -> StepSums:
         """Ranks that share a vocabulary have the same `lm`, those that share a micro-batch the same slope."""
         one_of_vocabulary = float(self.topology.coordinate(Axis.TP) == 0)
         one_of_batch = one_of_vocabulary * float(self.topology.coordinate(Axis.CP) == 0)
         shape = self.state.biases.shape
-        tally = Tally(torch.zeros(5, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
+        tally = StepSums(torch.zeros(5, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
         once = torch.tensor([one_of_vocabulary, one_of_vocabulary, 1.0, 1.0, 1.0], dtype=torch.float64)
         for model, of_part in zip(self.state.models, found, strict=True):
             layers = slice(model.part.first, model.part.last)
@@ -136,7 +136,7 @@ class Stepper:
             shares[number] = router.direction.cpu() * float(self.topology.holds_first_shards)
         return shares
 
-    def _slopes(self, tally: Tally) -> Tensor:
+    def _slopes(self, tally: StepSums) -> Tensor:
         """This rank's share of ∇_P of the task's loss and of the balance loss: [2, L, N+Z]."""
         gates = torch.zeros_like(tally.balance_slope)
         for number, router in self.state.routers():

@@ -11,7 +11,7 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopWish:
+class StopSignal:
     """True once SIGINT or SIGTERM came or the time is over.
 
     On leaving its context the signals mean what they did before.
@@ -26,7 +26,7 @@ class StopWish:
         """From here on a signal is a wish and no longer the end of the process."""
         self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
-    def __enter__(self) -> StopWish:
+    def __enter__(self) -> StopSignal:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -101,7 +101,7 @@ class Validator:
         used = torch.zeros(window.shape[1] - 1, dtype=torch.float64)
         if self.topology.data_rank == 0:
             for model, of_part in zip(state.models, state.engine.evaluate(batches), strict=True):
-                used[model.sequence.held(len(used))] += of_part[0].ffn_experts[:, 0].double().sum(0).cpu()
+                used[model.sequence.positions(len(used))] += of_part[0].ffn_experts[:, 0].double().sum(0).cpu()
         else:
             state.engine.evaluate(batches)
         return sum_over_ranks(used) / self.config.model.num_layers

@@ -16,12 +16,12 @@ from longcat.ops.fusion import Fusible, add_to, scaled
 from longcat.ops.matmul import product, raw_product
 
 CHUNK_LOGITS = 1 << 22  # logits at once, 16 MiB in float32: they stay in a processor's cache
-LEAST_ROWS, LEAST_ROWS_GPU = 256, 1024  # each chunk reads the head twice and adds to its gradient: 16 bytes a weight
+MIN_ROWS, MIN_ROWS_GPU = 256, 1024  # each chunk reads the head twice and adds to its gradient: 16 bytes a weight
 
 
 def chunk_rows(weight: Tensor) -> int:
     """Tokens of a chunk for a head of these rows [V, D]."""
-    return max(LEAST_ROWS if weight.device.type == "cpu" else LEAST_ROWS_GPU, CHUNK_LOGITS // weight.shape[0])
+    return max(MIN_ROWS if weight.device.type == "cpu" else MIN_ROWS_GPU, CHUNK_LOGITS // weight.shape[0])
 
 
 @Fusible

@@ -6,7 +6,7 @@ the products take whole blocks of rows: a product over rows runs on into rows of
 it left there; a sum over rows gets zeros.
 
 A call of that library costs as much as multiplying some ten rows on a processor with AMX. Experts with equally many
-rows are one call, a batch; `even_room` says where it is worth rows of nobody to have them so.
+rows are one call, a batch; `padded_capacity` says where it is worth rows of nobody to have them so.
 """
 
 # P rows sorted by expert, I input width, O output width, E experts
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
-from longcat.ops.matmul import PutOff, cpu_has_amx, input_and_gradients, input_of, now_or_later, source_of, widened
+from longcat.ops.matmul import Defer, compute_or_defer, cpu_has_amx, input_and_gradients, input_of, source_of, upcast
 
 BLOCK = 16  # rows; the products' shapes differ by multiples of it
 _CALLS_COUNT = cpu_has_amx()
-MOST_ROOM = 1.25  # rows with those of nobody, over rows: beyond it a batch costs what it saves
+MAX_PADDING = 1.25  # rows with those of nobody, over rows: beyond it a batch costs what it saves
 
 
-def even_room(counts: Tensor, like: Tensor) -> int | None:
+def padded_capacity(counts: Tensor, like: Tensor) -> int | None:
     """Rows that each expert should have so that all are one batch; None where they should have their ``counts`` [E].
 
     Only for bfloat16 on a CPU with AMX: elsewhere a product takes so long that its call does not count.
@@ -35,7 +35,7 @@ def even_room(counts: Tensor, like: Tensor) -> int | None:
     if not _CALLS_COUNT or like.device.type != "cpu" or like.dtype is not torch.bfloat16:
         return None
     room = -(-int(counts.max()) // BLOCK) * BLOCK
-    return room if 0 < room * counts.shape[0] <= MOST_ROOM * int(counts.sum()) else None
+    return room if 0 < room * counts.shape[0] <= MAX_PADDING * int(counts.sum()) else None
 
 
 def _batches(ends: Tensor, *rows: Tensor) -> list[Tensor] | None:
@@ -61,7 +61,7 @@ def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
     Accumulates in float32, rounds once.
     """
-    wide_a, wide_b = widened(a, b)
+    wide_a, wide_b = upcast(a, b)
     if a.device.type != "cpu":
         return grouped_mm(wide_a, wide_b, offs=ends).to(a.dtype)
     if batch := _batches(ends, wide_a):
@@ -77,7 +77,7 @@ def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 def grouped_sum(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Σ over each expert's rows of a [P, O] ⊗ b [P, I] → [E, O, I]; zeros for an expert without rows."""
-    wide_a, wide_b = widened(a, b)
+    wide_a, wide_b = upcast(a, b)
     if a.device.type != "cpu":
         return grouped_mm(wide_a.t(), wide_b, offs=ends).to(a.dtype)
     if batch := _batches(ends, wide_a, wide_b):
@@ -103,7 +103,7 @@ class _GroupedLinear(torch.autograd.Function):
     """Inputs as those of `matmul._Linear`."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ends: Tensor, put: PutOff | None, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, ends: Tensor, put: Defer | None, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(weight, ends, *inputs)
         ctx.put = put
         x = input_of(inputs)
@@ -120,11 +120,11 @@ class _GroupedLinear(torch.autograd.Function):
         x, grad_inputs = input_and_gradients(ctx.needs_input_grad[3:], inputs, of_x)
         grad_w = None
         if ctx.put is not None or ctx.needs_input_grad[0]:
-            grad_w = now_or_later(ctx.put, lambda: grouped_sum(grad, x, ends))
+            grad_w = compute_or_defer(ctx.put, lambda: grouped_sum(grad, x, ends))
         return grad_w, None, None, *grad_inputs
 
 
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None = None) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, put: Defer | None = None) -> Tensor:
     """x [P, I] sorted by expert, weight [E, O, I], ``ends`` [E] int32: the row after each expert's last → [P, O].
 
     Experts without rows, and no rows at all, are fine; their weight gradient is zero. ``put`` as in `linear`.
@@ -132,12 +132,12 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None =
     return _grouped((x,), weight, ends, put)
 
 
-def grouped_gated_linear(gate: Tensor, up: Tensor, weight: Tensor, ends: Tensor, put: PutOff | None = None) -> Tensor:
+def grouped_gated_linear(gate: Tensor, up: Tensor, weight: Tensor, ends: Tensor, put: Defer | None = None) -> Tensor:
     """`grouped_linear` of x = silu(gate) · up [P, I], which no graph keeps."""
     return _grouped((gate, up), weight, ends, put)
 
 
-def _grouped(inputs: tuple[Tensor, ...], weight: Tensor, ends: Tensor, put: PutOff | None) -> Tensor:
+def _grouped(inputs: tuple[Tensor, ...], weight: Tensor, ends: Tensor, put: Defer | None) -> Tensor:
     weight = source_of(weight, put, *inputs)
     width, height = weight.shape[2], weight.shape[1]
     align = 16 // inputs[0].element_size()  # grouped_mm wants rows of whole 16 bytes

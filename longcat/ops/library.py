@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 NAME = "longcat"
 _LIBRARY = torch.library.Library(NAME, "DEF")
-LANES = 256  # columns that are summed side by side in the product of two rows
+PARTIAL_SUMS = 256  # columns that are summed side by side in the product of two rows
 
 
 def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
@@ -38,9 +38,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def lanes_of(width: int) -> int:
+def num_partial_sums(width: int) -> int:
     """Lanes for rows of ``width`` numbers: LANES, or the next power of two where a row is shorter."""
-    return min(LANES, 1 << (width - 1).bit_length())
+    return min(PARTIAL_SUMS, 1 << (width - 1).bit_length())
 
 
 def sum_halves(values: Tensor, stop: int = 1) -> Tensor:
@@ -51,10 +51,10 @@ def sum_halves(values: Tensor, stop: int = 1) -> Tensor:
     return values
 
 
-def sum_onto_lanes(values: Tensor) -> Tensor:
+def sum_into_partials(values: Tensor) -> Tensor:
     """values [R, D] → [R, lanes]: blocks of columns are added one after the other."""
-    size = lanes_of(values.shape[1])
-    lanes, *others = pad(values, (0, -values.shape[1] % size)).split(size, 1)
+    size = num_partial_sums(values.shape[1])
+    partials, *others = pad(values, (0, -values.shape[1] % size)).split(size, 1)
     for block in others:
-        lanes = lanes + block
-    return lanes
+        partials = partials + block
+    return partials

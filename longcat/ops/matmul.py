@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longcat.ops.elementwise import swiglu, swiglu_backward
 
-PutOff = Callable[[Callable[[], Tensor]], None]  # takes a computation of a weight's gradient
+Defer = Callable[[Callable[[], Tensor]], None]  # takes a computation of a weight's gradient
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -39,7 +39,7 @@ def cpu_has_amx() -> bool:
 _NATIVE_BFLOAT16 = cpu_multiplies_bfloat16()  # known before any graph is traced
 
 
-def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In float32 where this processor would multiply bfloat16 slowly."""
     first = tensors[0]
     if first.dtype is torch.bfloat16 and first.device.type == "cpu" and not _NATIVE_BFLOAT16:
@@ -49,13 +49,13 @@ def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for matrices or batches of them, float32 accumulation, in the dtype of ``a``."""
-    wide_a, wide_b = widened(a, b)
+    wide_a, wide_b = upcast(a, b)
     return torch.matmul(wide_a, wide_b).to(a.dtype)
 
 
 def raw_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the dtype in which this processor's GEMM leaves it, for what is widened to float32 next."""
-    return torch.matmul(*widened(a, b))
+    return torch.matmul(*upcast(a, b))
 
 
 def input_of(inputs: Sequence[Tensor]) -> Tensor:
@@ -82,7 +82,7 @@ class _Linear(torch.autograd.Function):
     """The inputs are x, or the gate and up of a SwiGLU whose result is not saved: the backward computes it again."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, put: PutOff | None, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, put: Defer | None, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(weight, *inputs)
         ctx.put = put
         x = input_of(inputs)
@@ -99,11 +99,11 @@ class _Linear(torch.autograd.Function):
         x, grad_inputs = input_and_gradients(ctx.needs_input_grad[2:], inputs, of_x)
         grad_w = None
         if ctx.put is not None or ctx.needs_input_grad[0]:
-            grad_w = now_or_later(ctx.put, lambda: product(grad.t(), x.reshape(-1, x.shape[-1])))
+            grad_w = compute_or_defer(ctx.put, lambda: product(grad.t(), x.reshape(-1, x.shape[-1])))
         return grad_w, None, *grad_inputs
 
 
-def now_or_later(put: PutOff | None, compute: Callable[[], Tensor]) -> Tensor | None:
+def compute_or_defer(put: Defer | None, compute: Callable[[], Tensor]) -> Tensor | None:
     """A weight's gradient, or None where it is left for later."""
     if put is None:
         return compute()
@@ -111,17 +111,17 @@ def now_or_later(put: PutOff | None, compute: Callable[[], Tensor]) -> Tensor | 
     return None
 
 
-def source_of(weight: Tensor, put: PutOff | None, *inputs: Tensor) -> Tensor:
+def source_of(weight: Tensor, put: Defer | None, *inputs: Tensor) -> Tensor:
     """Without a way back in autograd's graph where the gradient is put off: it would carry zeros."""
     return weight.detach() if put is not None and any(x.requires_grad for x in inputs) else weight
 
 
-def linear(x: Tensor, weight: Tensor, put: PutOff | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, put: Defer | None = None) -> Tensor:
     """x [..., I], weight [O, I] → [..., O]. ``put`` takes the computation of the weight's gradient, for later."""
     return _Linear.apply(source_of(weight, put, x), put, x)  # type: ignore[no-any-return]
 
 
-def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, put: PutOff | None = None) -> Tensor:
+def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, put: Defer | None = None) -> Tensor:
     """`linear` of x = silu(gate) · up [..., I], which no graph keeps."""
     return _Linear.apply(source_of(weight, put, gate, up), put, gate, up)  # type: ignore[no-any-return]
 

@@ -26,31 +26,31 @@ class Permutation:
     selection: Tensor  # [P] the flat (token · K + k) selection of each row, -1 for a row of nobody
     place: Tensor  # [T, K] the row of each selection, -1 for an identity expert
     counts: Tensor  # [N + Z] int64, selections of each expert; rows of each FFN expert
-    is_evened: bool = False  # there are rows of nobody
+    is_padded: bool = False  # there are rows of nobody
 
-    def evened(self, room: int, num_experts: int) -> Permutation:
+    def pad_to_capacity(self, room: int, num_experts: int) -> Permutation:
         """With ``room`` C rows for each FFN expert, [N · C]: those it has, then rows of nobody.
 
         A row of nobody is zero, no result of it is used, and its gradient is zero. For the plain operators: the kernels
         of a GPU leave its gradient undefined.
         """
-        row = rows_with_room(self.counts[:num_experts], room)
+        row = padded_positions(self.counts[:num_experts], room)
         nobody = self.token.new_full((num_experts * room,), -1)
         token, selection = nobody.index_copy(0, row, self.token), nobody.index_copy(0, row, self.selection)
         place = torch.where(self.place >= 0, row[self.place], -1)
         counts = self.counts.clone()
         counts[:num_experts] = room
-        return Permutation(token, selection, place, counts, is_evened=True)
+        return Permutation(token, selection, place, counts, is_padded=True)
 
 
-def rows_with_room(counts: Tensor, room: int) -> Tensor:
+def padded_positions(counts: Tensor, room: int) -> Tensor:
     """Rows [P], sorted by expert with ``counts`` [N] each → where they stand if each expert has ``room`` rows."""
     num_experts = counts.shape[0]
     shift = torch.arange(num_experts) * room - (counts.cumsum(0) - counts)
     return torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)
 
 
-def gather_rows_or_zeros(source: Tensor, index: Tensor) -> Tensor:
+def gather_rows_padded(source: Tensor, index: Tensor) -> Tensor:
     """`gather_rows`, with zeros where the index is -1."""
     rows: Tensor = gather_rows(source, index.clamp_min(0))
     return rows.index_fill_(0, (index < 0).nonzero()[:, 0], 0.0)
@@ -87,7 +87,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Permutation) -> Tensor:
         ctx.save_for_backward(plan.place)
-        gather = gather_rows_or_zeros if plan.is_evened else gather_rows
+        gather = gather_rows_padded if plan.is_padded else gather_rows
         return gather(x, plan.token)  # type: ignore[no-any-return]
 
     @staticmethod

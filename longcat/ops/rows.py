@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from longcat.ops.fusion import Fusible
-from longcat.ops.library import lanes_of, operator, sum_halves, sum_onto_lanes, wide
+from longcat.ops.library import num_partial_sums, operator, sum_halves, sum_into_partials, wide
 
 STRETCH = 1 << 20  # numbers of a stretch of rows that the CPU works through at once: its copies stay in the cache
 TAIL = 32  # lanes from which on halves are narrower than what a processor adds well
@@ -68,26 +68,28 @@ def _add_share(out: Tensor, x: Tensor, gate: Tensor) -> None:
     out.copy_(x * gate + out)
 
 
-def _lanes(like: Tensor) -> Tensor:
+def _partials(like: Tensor) -> Tensor:
     """Room for sums of products of the rows of ``like`` [R, D], as `_weigh` leaves them."""
-    return like.new_empty(like.shape[0], min(TAIL, lanes_of(like.shape[1])), dtype=wide(like.dtype))
+    return like.new_empty(like.shape[0], min(TAIL, num_partial_sums(like.shape[1])), dtype=wide(like.dtype))
 
 
 @Fusible
-def _weigh(grad: Tensor, token: Tensor | None, rows: Tensor, weight: Tensor, grad_rows: Tensor, lanes: Tensor) -> None:
+def _weigh(
+    grad: Tensor, token: Tensor | None, rows: Tensor, weight: Tensor, grad_rows: Tensor, partials: Tensor
+) -> None:
     """Gradients of r rows [r, D] and, summed onto lanes, their products with ``grad``: into the last two arguments.
 
     ``grad`` [r, D], or [T, D] with the ``token`` [r] of each row; ``weight`` [r, 1].
     """
     slope = grad if token is None else grad.index_select(0, token)
     torch.mul(slope, weight, out=grad_rows)
-    product = rows.to(lanes.dtype) * slope
-    lanes.copy_(sum_halves(sum_onto_lanes(product), lanes.shape[1]))
+    product = rows.to(partials.dtype) * slope
+    partials.copy_(sum_halves(sum_into_partials(product), partials.shape[1]))
 
 
-def _sum_lanes(lanes: Tensor) -> Tensor:
+def _sum_partials(partials: Tensor) -> Tensor:
     """lanes [R, n] → [R]; no negative zero, as of sums that begin with zero."""
-    return sum_halves(lanes)[:, 0] + 0.0
+    return sum_halves(partials)[:, 0] + 0.0
 
 
 @operator("gather_rows(Tensor source, Tensor index) -> Tensor")
@@ -130,16 +132,16 @@ def combine_rows_backward(
     """
     token = token.clamp_min(0)
     weight = pad(gates.reshape(-1), (0, 1))[selection].to(rows.dtype)[:, None]  # -1, a row of nobody: zero
-    grad_rows, lanes = torch.empty_like(rows), _lanes(rows)
+    grad_rows, partials = torch.empty_like(rows), _partials(rows)
     for part in stretches(rows):
-        _weigh(grad, token[part], rows[part], weight[part], grad_rows[part], lanes[part])
-    of_row, of_token = _sum_lanes(lanes).to(gates.dtype), gates.new_zeros(gates.shape[0], 1)
+        _weigh(grad, token[part], rows[part], weight[part], grad_rows[part], partials[part])
+    of_row, of_token = _sum_partials(partials).to(gates.dtype), gates.new_zeros(gates.shape[0], 1)
     grad_x = grad.new_empty(0)
     if x is not None:
-        identity, grad_x, lanes = _identity_gates(gates, place), torch.empty_like(x), _lanes(x)
+        identity, grad_x, partials = _identity_gates(gates, place), torch.empty_like(x), _partials(x)
         for part in stretches(x):
-            _weigh(grad[part], None, x[part], identity[part], grad_x[part], lanes[part])
-        of_token = _sum_lanes(lanes).to(gates.dtype)[:, None]
+            _weigh(grad[part], None, x[part], identity[part], grad_x[part], partials[part])
+        of_token = _sum_partials(partials).to(gates.dtype)[:, None]
     grad_gates = pad(torch.where(place >= 0, 0.0, of_token).reshape(-1), (0, 1))
     grad_gates[selection] = of_row
     return grad_rows, grad_gates[:-1].view_as(gates), grad_x

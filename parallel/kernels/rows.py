@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longcat.ops.library import lanes_of
+from longcat.ops.library import num_partial_sums
 from parallel.kernels.common import UNFUSED, power_of_two, rounded, sum_halves
 
 BLOCK = 1024  # columns of a program
@@ -100,7 +100,7 @@ def combine_rows(rows: Tensor, gates: Tensor, place: Tensor, x: Tensor | None) -
 @triton.jit
 def combine_backward_kernel(
     grad, rows, gates, place, x, grad_rows, grad_gates, grad_x, width,
-    K: tl.constexpr, KP: tl.constexpr, GATE_STEPS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, GATE_STEPS: tl.constexpr, PARTIALS: tl.constexpr, STEPS: tl.constexpr,
     IDENTITY: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = grad_rows.dtype.element_ty
@@ -110,24 +110,24 @@ def combine_backward_kernel(
     gate = tl.load(gates + token * K + choice, mask=choice < K, other=0.0)
     is_ffn = row >= 0
     weight = rounded(gate, DTYPE).to(tl.float32)
-    lanes = tl.zeros((KP, LANES), tl.float32)
-    own_lanes = tl.zeros((1, LANES), tl.float32)
+    partials = tl.zeros((KP, PARTIALS), tl.float32)
+    own_partials = tl.zeros((1, PARTIALS), tl.float32)
     identity = tl.sum(sum_halves(tl.reshape(tl.where(is_ffn, 0.0, gate), (1, KP)), 1, GATE_STEPS), axis=0)
-    for start in range(0, width, LANES):
-        column = start + tl.arange(0, LANES)
+    for start in range(0, width, PARTIALS):
+        column = start + tl.arange(0, PARTIALS)
         here = column < width
         slope = tl.load(grad + token * width + column, mask=here, other=0.0).to(tl.float32)
         where = row[:, None] * width + column[None, :]
         mask = is_ffn[:, None] & here[None, :]
         value = tl.load(rows + where, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_rows + where, rounded(slope[None, :] * weight[:, None], DTYPE), mask=mask)
-        lanes += value * slope[None, :]
+        partials += value * slope[None, :]
         if IDENTITY:
             own = tl.load(x + token * width + column, mask=here, other=0.0).to(tl.float32)
-            own_lanes += (own * slope)[None, :]
+            own_partials += (own * slope)[None, :]
             tl.store(grad_x + token * width + column, rounded(slope * identity, DTYPE), mask=here)
-    of_gate = sum_halves(lanes, KP, STEPS)
-    of_identity = tl.sum(sum_halves(own_lanes, 1, STEPS), axis=0)
+    of_gate = sum_halves(partials, KP, STEPS)
+    of_identity = tl.sum(sum_halves(own_partials, 1, STEPS), axis=0)
     tl.store(grad_gates + token * K + choice, tl.where(is_ffn, of_gate, of_identity), mask=choice < K)
 
 
@@ -143,10 +143,10 @@ def combine_rows_backward(
     grad_rows, grad_gates = torch.empty_like(rows), torch.empty_like(gates)
     grad_x = grad.new_empty(0) if x is None else torch.empty_like(x)
     if num_tokens:
-        padded, lanes = power_of_two(top_k), lanes_of(width)
+        padded, partials = power_of_two(top_k), num_partial_sums(width)
         combine_backward_kernel[(num_tokens,)](
             grad, rows, gates, place, grad if x is None else x, grad_rows, grad_gates, grad_x, width,
-            K=top_k, KP=padded, GATE_STEPS=padded.bit_length() - 1, LANES=lanes, STEPS=lanes.bit_length() - 1,
+            K=top_k, KP=padded, GATE_STEPS=padded.bit_length() - 1, PARTIALS=partials, STEPS=partials.bit_length() - 1,
             IDENTITY=x is not None, **UNFUSED,
         )  # fmt: skip
     return grad_rows, grad_gates, grad_x

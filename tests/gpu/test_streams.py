@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from longcat.config import ModelConfig
 from longcat.layer import ShortcutLayer
 from longcat.ops.elementwise import rotary_angles
+from parallel.collectives.streams import Cuda, SideStreamContext, StreamContext
 from parallel.device import make_deterministic
 from parallel.expert import AllToAllDispatcher
 from parallel.kernels import install
-from parallel.streams import Cuda, Lanes, SideLanes
 
 pytestmark = pytest.mark.gpu
 CONFIG = ModelConfig(
@@ -46,7 +46,7 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def gradients(lanes: Lanes, chunks: int, after_attention: bool) -> list[Tensor]:
+def gradients(streams: StreamContext, chunks: int, after_attention: bool) -> list[Tensor]:
     """The result of four layers and every gradient, after several runs that reuse freed memory."""
     torch.manual_seed(0)
     device, found = torch.device("cuda"), []
@@ -56,8 +56,12 @@ def gradients(lanes: Lanes, chunks: int, after_attention: bool) -> list[Tensor]:
     group = dist.new_group([0])
     for layer in stack:
         layer.mlp.router.float()
-        layer.mlp.dispatcher = AllToAllDispatcher(group, "a layer", lanes)
-        layer.mlp.num_chunks, layer.mlp.after_attention, layer.mlp.lane = chunks, after_attention, lanes.experts
+        layer.mlp.dispatcher = AllToAllDispatcher(group, "a layer", streams)
+        layer.mlp.num_chunks, layer.mlp.after_attention, layer.mlp.expert_stream = (
+            chunks,
+            after_attention,
+            streams.experts,
+        )
     x = torch.randn(4, 512, CONFIG.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
     angles = rotary_angles(torch.arange(512, device=device), CONFIG.qk_rope_head_dim, 1e4)
     for _ in range(5):
@@ -74,7 +78,7 @@ def gradients(lanes: Lanes, chunks: int, after_attention: bool) -> list[Tensor]:
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("experts_stream", [False, True])
 def test_streams_change_no_bit(experts_stream: bool, chunks: int, after_attention: bool) -> None:
-    awaited = gradients(Lanes(at_once=True), chunks, after_attention)
-    aside = SideLanes(torch.device("cuda"), Cuda(), experts_stream)
-    overlapped = gradients(aside, chunks, after_attention)
+    awaited = gradients(StreamContext(blocking=True), chunks, after_attention)
+    on_side_stream = SideStreamContext(torch.device("cuda"), Cuda(), experts_stream)
+    overlapped = gradients(on_side_stream, chunks, after_attention)
     assert all(torch.equal(one, other) for one, other in zip(awaited, overlapped, strict=True))

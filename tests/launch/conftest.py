@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from launch.__main__ import main as longcat
-from tests.launch.exporting import checkpoint
+from tests.support.exporting import checkpoint
+from tests.support.running import tidily
 from tests.train.conftest import corpus, overrides
-from tests.train.running import tidily
 
 __all__ = ["Refused", "checkpoint", "corpus", "one_line_of", "overrides", "refused"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.launch.conftest import Refused
-from tests.train.running import NARROW, ended
-from train.checkpoint import list_checkpoints
+from tests.support.running import NARROW, ended
+from train.checkpoint.find import list_checkpoints
 
 
 @pytest.fixture

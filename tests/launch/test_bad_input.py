@@ -9,10 +9,10 @@ import pytest
 
 from launch.__main__ import main as longcat
 from tests.launch.conftest import Refused, one_line_of
-from tests.train.running import NARROW, contents, ended, finish, program, train_here
+from tests.support.running import NARROW, contents, ended, finish, program, train_here
 from train.__main__ import main as rank_main
-from train.checkpoint import list_checkpoints
-from train.folder import lock
+from train.checkpoint.find import list_checkpoints
+from train.run_dir import lock
 
 CONFIGURATION = {
     # unknown keys, with the nearest one

@@ -11,8 +11,8 @@ import pytest
 
 from launch.__main__ import main as longcat
 from tests.launch.conftest import Refused
-from tests.train.running import NARROW, contents, train_here
-from train.checkpoint import STATE
+from tests.support.running import NARROW, contents, train_here
+from train.checkpoint.find import STATE
 
 HALF = [*NARROW, "logging.hash_every=0", "train.steps=4"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.launch.conftest import Refused
-from tests.launch.exporting import done
-from train import reading
-from train.reading import Checkpoint
-from train.released import importing
+from tests.support.exporting import done
+from train.checkpoint import read
+from train.checkpoint.read import Checkpoint
+from train.huggingface import import_folder as import_module
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile_is_said_in_one_line(
     moment: str, verb: str, checkpoint: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(checkpoint, tmp_path / "source")
-    places = {"found": (reading, "find_whole"), "opened": (Checkpoint, "__init__"), "half-read": (Checkpoint, "read")}
+    places = {"found": (read, "find_whole"), "opened": (Checkpoint, "__init__"), "half-read": (Checkpoint, "read")}
     after(monkeypatch, *places[moment], lambda: shutil.rmtree(source))
     words = ["max_tokens=2"] if verb == "generate" else [f"target={tmp_path / 'out'}"]
     refused([verb, f"source={source}", *words], str(source), "can no longer be read", "remove its old checkpoints")
@@ -69,6 +69,6 @@ def test_an_export_that_goes_away_is_said_in_one_line(
 ) -> None:
     source = tmp_path / "source"
     done("export", f"source={checkpoint}", f"target={source}", "export.dtype=float32", "export.shard_gib=0.0001")
-    after(monkeypatch, importing, "configuration_of", lambda: shutil.rmtree(source))
+    after(monkeypatch, import_module, "configuration_of", lambda: shutil.rmtree(source))
     refused(["import", f"source={source}", f"target={tmp_path / 'out'}"], str(source), "missing or damaged")
     assert not list(tmp_path.iterdir())

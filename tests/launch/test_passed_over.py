@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.exporting import done, trained
+from tests.support.exporting import done, trained
 
 
 @pytest.mark.parametrize("verb", ["export", "generate", "grow"])

@@ -10,9 +10,9 @@ import pytest
 
 from launch.__main__ import main as longcat
 from tests.launch.conftest import Refused
-from tests.launch.exporting import SMALL, done, trained
-from tests.train.running import lines, tidily
-from train.checkpoint import STATE
+from tests.support.exporting import SMALL, done, trained
+from tests.support.running import lines, tidily
+from train.checkpoint.find import STATE
 from train.config import compose
 from train.data.build import build
 from train.data.corpus import file_sha256

@@ -12,7 +12,7 @@ from torch import Tensor
 from longcat.attention import LatentAttention
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
-from longcat.generation import Choice, Decoder, Draws, generate
+from longcat.generation import Decoder, Sampler, SamplingParams, generate
 from longcat.model import LongCat
 from longcat.names import role, stored_state
 from longcat.ops.attention import QUERY_BLOCK
@@ -117,7 +117,7 @@ def test_drafts_are_what_the_mtp_layers_say_of_the_whole_text() -> None:
     config = replace(BASE, num_mtp_layers=2)
     model = decided_model(config)
     assert model.mtp is not None and model.embed_tokens is not None and model.norm is not None
-    draws = Draws(Choice(temperature=1.0))
+    draws = Sampler(SamplingParams(temperature=1.0))
     tokens, place = ids(config, 9), 0
     rounds = []
     with Decoder(model, 40) as decoder:
@@ -134,14 +134,14 @@ def test_drafts_are_what_the_mtp_layers_say_of_the_whole_text() -> None:
         for depth, layer in enumerate(model.mtp.layers, start=1):
             embedded = model.embed_tokens(text[:, depth : depth + length])
             states = model.mtp.norm(layer(states, embedded, angles, None))
-            expected = draws.choice.probabilities(decoder.logits(states[0, -1:]))[0]
+            expected = draws.sampling.probabilities(decoder.logits(states[0, -1:]))[0]
             torch.testing.assert_close(likely[depth - 1], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_speculative_sampling_draws_from_the_model_s_distribution() -> None:
     likely = torch.tensor([0.6, 0.3, 0.1, 0.0], dtype=torch.float64)
     right = torch.tensor([[0.2, 0.3, 0.1, 0.4], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
-    draws = Draws(Choice(temperature=1.0))
+    draws = Sampler(SamplingParams(temperature=1.0))
     seen, stood, rounds = torch.zeros(4), 0, 20000
     for _ in range(rounds):
         draft = draws.draw(likely)
@@ -154,19 +154,19 @@ def test_speculative_sampling_draws_from_the_model_s_distribution() -> None:
 
 def test_choices() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, -5.0]])
-    assert Choice().probabilities(logits).tolist() == [[0, 1, 0, 0]]
-    plain = Choice(temperature=0.5).probabilities(logits)
+    assert SamplingParams().probabilities(logits).tolist() == [[0, 1, 0, 0]]
+    plain = SamplingParams(temperature=0.5).probabilities(logits)
     torch.testing.assert_close(plain, torch.softmax(logits.double() / 0.5, -1))
-    some = Choice(temperature=1.0, top_p=0.8).probabilities(logits)
+    some = SamplingParams(temperature=1.0, top_p=0.8).probabilities(logits)
     assert (some > 0).tolist() == [[False, True, True, False]]  # 0.66 is not enough, 0.91 is
     assert float(some.sum()) == pytest.approx(1.0)
-    first = Choice(temperature=1.0, top_p=1e-9).probabilities(logits)
+    first = SamplingParams(temperature=1.0, top_p=1e-9).probabilities(logits)
     assert first.tolist() == [[0, 1, 0, 0]]
 
 
 def test_the_seed_decides_a_sampled_text() -> None:
     model = decided_model(replace(BASE, num_mtp_layers=1))
-    texts = [generate(model, [1, 2], 20, Choice(1.0, 0.9, seed)).tokens for seed in (0, 0, 1)]
+    texts = [generate(model, [1, 2], 20, SamplingParams(1.0, 0.9, seed)).tokens for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -180,9 +180,15 @@ def test_generation_stops_behind_the_end_and_at_the_most_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt,most,choice",
-    [([], 3, Choice()), ([1], 0, Choice()), ([61], 3, Choice()), ([1], 3, Choice(-1.0)), ([1], 3, Choice(1.0, 0.0))],
+    "prompt,most,sampling",
+    [
+        ([], 3, SamplingParams()),
+        ([1], 0, SamplingParams()),
+        ([61], 3, SamplingParams()),
+        ([1], 3, SamplingParams(-1.0)),
+        ([1], 3, SamplingParams(1.0, 0.0)),
+    ],
 )
-def test_what_cannot_be_is_refused(prompt: list[int], most: int, choice: Choice) -> None:
+def test_what_cannot_be_is_refused(prompt: list[int], most: int, sampling: SamplingParams) -> None:
     with pytest.raises(ConfigError):
-        generate(decided_model(BASE), prompt, most, choice)
+        generate(decided_model(BASE), prompt, most, sampling)

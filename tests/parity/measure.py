@@ -12,15 +12,15 @@ from torch import Tensor
 
 from longcat.moe import Router
 from longcat.names import Box, pieces
-from parallel.memory import HeldBytes, held_bytes
+from parallel.memory import StateBytes, state_bytes
 from parallel.mesh import Topology, make_topology, resolve_sizes, world_from_environment
-from parallel.store import Held
+from parallel.store import LocalBox
 from tests.parity.mutations import MUTATIONS
 from train.batches import BatchReader
+from train.checkpoint.state_hash import state_hash
 from train.config import Config, compose
 from train.run import build_state
 from train.state import TrainState
-from train.state_hash import state_hash
 from train.step import Stepper
 
 VOCABULARY, LENGTH = 96, 32
@@ -58,8 +58,8 @@ class Measured:
     selections: list[int] = field(default_factory=list)  # one number for all choices of a step, summed over ranks
     counts: list[Tensor] = field(default_factory=list)
     smallest_gap: float = float("inf")
-    bytes_held: HeldBytes | None = None
-    bytes_by_formula: HeldBytes | None = None
+    measured_bytes: StateBytes | None = None
+    bytes_by_formula: StateBytes | None = None
     initial: list[Piece] = field(default_factory=list)
     first_gradients: list[Piece] = field(default_factory=list)
     last_gradients: list[Piece] = field(default_factory=list)
@@ -89,7 +89,7 @@ class SelectionLog:
         self.calls: dict[int, int] = {}
         for model in state.models:
             for number, layer in model.layers.items():
-                layer.mlp.router.register_forward_hook(self._hook(int(number), layer.mlp.sequence.held(LENGTH)))
+                layer.mlp.router.register_forward_hook(self._hook(int(number), layer.mlp.sequence.local_boxes(LENGTH)))
 
     def _hook(self, layer: int, positions: Tensor) -> Callable[[Router, Any, Any], None]:
         def hook(router: Router, _: Any, output: Any) -> None:
@@ -114,10 +114,10 @@ class SelectionLog:
         self.samples, self.calls, self.total = samples, {}, 0
 
 
-def logical(held: Iterable[Held]) -> list[Piece]:
+def logical(local_boxes: Iterable[LocalBox]) -> list[Piece]:
     """Boxes of stored tensors as pieces of logical ones."""
     found = []
-    for one in held:
+    for one in local_boxes:
         for piece in pieces(one.name, one.shape, one.box):
             found.append((piece.name, piece.shape, piece.box, one.values[piece.index].clone()))
     return found
@@ -139,15 +139,15 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
     if mutation:
         MUTATIONS[mutation](stepper)
     parts = [model.part for model in state.models]
-    out.bytes_by_formula = held_bytes(config.model, sizes, config.parallel.sharding, parts)
+    out.bytes_by_formula = state_bytes(config.model, sizes, config.parallel.sharding, parts)
     first = state.store.counts_here
     if full and first:
-        out.initial = logical(one for one in state.store.held() if one.kind == "weight")
+        out.initial = logical(one for one in state.store.local_boxes() if one.kind == "weight")
     out.hashes.append(state_hash(state, topology))
     update = stepper._update
 
     def keep_gradients(*arguments: Any) -> None:
-        out.bytes_held = state.store.bytes_held()
+        out.measured_bytes = state.store.measured_bytes()
         if full and first and len(out.losses) in (0, steps - 1):
             gradients = logical(state.store.gradients())
             if len(out.losses) == 0:
@@ -168,7 +168,7 @@ def measure(overrides: list[str], steps: int, full: bool = True, mutation: str |
     out.biases = state.biases
     if full and first:
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            of_kind = (one for one in state.store.held() if one.kind == kind)
+            of_kind = (one for one in state.store.local_boxes() if one.kind == kind)
             setattr(out, "weights" if kind == "weight" else kind, logical(of_kind))
     state.engine.close()
     return out

@@ -18,9 +18,9 @@ def double_one_expert(stepper: Stepper) -> None:
 
     def mutated(*arguments: Any) -> Any:
         found = run(*arguments)
-        for held in stepper.state.store.gradients():
-            if held.name == "layers.1.mlp.experts.down" and dist.get_rank() == 0:
-                held.values[0] *= 2
+        for local_boxes in stepper.state.store.gradients():
+            if local_boxes.name == "layers.1.mlp.experts.down" and dist.get_rank() == 0:
+                local_boxes.values[0] *= 2
         return found
 
     stepper.state.engine.run = mutated  # type: ignore[method-assign]
@@ -76,7 +76,7 @@ def count_replicas_in_the_norm(stepper: Stepper) -> None:
     store = stepper.state.store
 
     def mutated() -> Any:
-        return sum(held.values.double().square().sum() for held in store.gradients())
+        return sum(local_boxes.values.double().square().sum() for local_boxes in store.gradients())
 
     store.gradient_square = mutated  # type: ignore[method-assign]
 

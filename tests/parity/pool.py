@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.distributed import become, free_port
+from tests.support.distributed import become, free_port
 
 
 def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any) -> None:

@@ -25,16 +25,16 @@ from tests.parity.measure import MODEL, Piece, RandomSamples, assemble, logical
 from tests.parity.pool import close_pools, pool
 from tests.parity.test_parity import LATER, largest
 from train.batches import BatchReader
-from train.checkpoint import load
+from train.checkpoint.find import load
+from train.checkpoint.retention import Keep
+from train.checkpoint.save import SaveContext, Snapshot, write
+from train.checkpoint.staging import StagingBuffer
+from train.checkpoint.state_hash import state_hash
 from train.config import Config, compose
-from train.folder import as_mapping
-from train.keeping import Keep
 from train.run import build_state
-from train.stage import Stage
+from train.run_dir import as_mapping
 from train.state import TrainState
-from train.state_hash import state_hash
 from train.step import Stepper
-from train.writing import Side, Snapshot, write
 
 STEPS = 2  # before the checkpoint
 PROBLEM = "two_a_micro_batch"  # its routing has no near-ties: test_parity.py asserts it
@@ -126,8 +126,8 @@ class Run:
         result = self.stepper.step()
         assert result.healthy
         pieces: dict[str, list[Piece]] = {}
-        for held in self.state.store.held() if self.state.store.counts_here else ():
-            pieces.setdefault(held.kind, []).extend(logical([held]))
+        for local_boxes in self.state.store.local_boxes() if self.state.store.counts_here else ():
+            pieces.setdefault(local_boxes.kind, []).extend(logical([local_boxes]))
         replicated = {name: tensor.clone() for name, tensor in self.state.replicated()}
         return Next(self.hash(), result.metrics["first_sample"], pieces, replicated)
 
@@ -137,11 +137,11 @@ def write_in(folder: str, overrides: list[str]) -> Written:
     run = Run(overrides)
     for _ in range(STEPS):
         assert run.stepper.step().healthy
-    stage = Stage(run.topology.device)
+    stage = StagingBuffer(run.topology.device)
     configuration = as_mapping(run.config)
     snapshot = stage.copy(lambda take: Snapshot.of(run.state, configuration, run.topology, take=take))
     before, following = run.hash(), run.step()
-    path = write(snapshot, Path(folder), run.topology, Keep(), Side(group_beside_training(60)))
+    path = write(snapshot, Path(folder), run.topology, Keep(), SaveContext(group_beside_training(60)))
     run.state.engine.close()
     return Written(path, before, [following])
 
@@ -186,7 +186,7 @@ def errors_of_step(ranks: list[Next], expected: list[Next]) -> dict[str, float]:
     """Largest ‖Δ‖/‖ref‖ over the tensors of each kind, whole and by logical name."""
     errors = {}
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
-        ours, theirs = (assemble([rank.pieces.get(kind, []) for rank in side]) for side in (ranks, expected))
+        ours, theirs = (assemble([rank.pieces.get(kind, []) for rank in context]) for context in (ranks, expected))
         errors[kind] = largest(ours, theirs)
     errors["replicated"] = max(largest(rank.replicated, expected[0].replicated) for rank in ranks)
     return errors

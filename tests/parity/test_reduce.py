@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from parallel.reduce import sum_together
+from parallel.reduce import sum_in_one_collective
 from tests.parity.pool import pool
 
 LARGE = 2.0**60
@@ -14,7 +14,7 @@ OF_RANKS = [LARGE, 1.0, -LARGE, 3.0]  # by rank 3.0; in other orders up to 4.0
 
 def summed() -> tuple[list[float], list[float]]:
     rank = dist.get_rank()
-    numbers, others = sum_together(torch.tensor([OF_RANKS[rank], float(rank)]), torch.full((2, 1), 0.5))
+    numbers, others = sum_in_one_collective(torch.tensor([OF_RANKS[rank], float(rank)]), torch.full((2, 1), 0.5))
     return numbers.tolist(), others.flatten().tolist()
 
 
@@ -24,7 +24,7 @@ def test_numbers_are_added_in_the_order_of_ranks() -> None:
 
 def not_a_number() -> list[float]:
     value = float("nan") if dist.get_rank() == 1 else 1.0
-    return sum_together(torch.tensor([value, 1.0]))[0].tolist()
+    return sum_in_one_collective(torch.tensor([value, 1.0]))[0].tolist()
 
 
 def test_a_number_that_is_not_one_stays_in_its_place() -> None:

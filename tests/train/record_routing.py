@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from parallel.mesh import connect
-from train import checkpoint
+from train.checkpoint import find
+from train.checkpoint.compatibility import flatten
 from train.config import compose
-from train.folder import read_config
-from train.identity import flatten
 from train.run import build_data, build_state
+from train.run_dir import read_config
 
 BATCHES, LAYER = 12, "1"
 SKIPPED = ("environment", "derived", "run.num_processes", "data.stages")
@@ -37,9 +37,9 @@ def main(folder: Path) -> None:
     config = compose([word for word in overrides if not word.startswith(("run.", "schedule", "optim"))])
     topology = connect(config.parallel)
     state = build_state(config, topology)
-    found, _ = checkpoint.find(folder / "checkpoints", "auto")
+    found, _ = find.find(folder / "checkpoints", "auto")
     assert found is not None, f"{folder} has no checkpoint"
-    checkpoint.load(state, found, {**read_config(folder)})
+    find.load(state, found, {**read_config(folder)})
     samples, _ = build_data(config, topology)
     scores: list[np.ndarray] = []
     router = state.models[0].layers[LAYER].mlp.router

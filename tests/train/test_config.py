@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
+from train.checkpoint.compatibility import differences, flatten
 from train.config import Config, check_keys, compose, leaf_keys, named_folder, to_yaml
-from train.folder import as_mapping, read_config, write_config
-from train.identity import differences, flatten
+from train.run_dir import as_mapping, read_config, write_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -186,9 +186,9 @@ def test_the_yaml_composes_to_the_same_configuration() -> None:
 def typos(key: str) -> st.SearchStrategy[str]:
     """The key with two neighbouring letters of its last word exchanged, or one of its letters doubled."""
     head, _, last = key.rpartition(".")
-    exchanged = [last[:i] + last[i + 1] + last[i] + last[i + 2 :] for i in range(len(last) - 1)]
+    run_blocking = [last[:i] + last[i + 1] + last[i] + last[i + 2 :] for i in range(len(last) - 1)]
     doubled = [last[:i] + last[i] + last[i:] for i in range(len(last))]
-    return st.sampled_from([f"{head}.{word}" for word in [*exchanged, *doubled] if word != last])
+    return st.sampled_from([f"{head}.{word}" for word in [*run_blocking, *doubled] if word != last])
 
 
 @given(

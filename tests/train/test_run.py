@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.train.running import (
+from tests.support.running import (
     NARROW,
     ended,
     exact,
@@ -22,7 +22,7 @@ from tests.train.running import (
     train_two,
     wait_for_step,
 )
-from train.checkpoint import list_checkpoints, verify
+from train.checkpoint.find import list_checkpoints, verify
 
 METRICS = {
     "step", "first_sample", "tokens", "loss", "loss_mtp", "loss_balance", "loss_z", "grad_norm", "lr", "step_seconds",

@@ -14,7 +14,7 @@ import pytest
 
 from launch.__main__ import main as longcat
 from launch.local import run_elastic
-from tests.train.running import (
+from tests.support.running import (
     NARROW,
     ended,
     exact,
@@ -25,7 +25,7 @@ from tests.train.running import (
     train_here,
     wait_for_step,
 )
-from train.checkpoint import list_checkpoints, verify
+from train.checkpoint.find import list_checkpoints, verify
 from train.config import compose
 from train.metrics import MetricsWriter
 

@@ -17,12 +17,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from longcat.model import LongCat
-from parallel.crumbs import phase
-from parallel.lanes import COMPUTE, PIPELINE, StepRecorder
 from parallel.mesh import Topology
-from parallel.reduce import least_over_ranks, sum_over_ranks
+from parallel.reduce import min_over_ranks, sum_over_ranks
+from parallel.watchdog.spans import work_span
 from train.profiling.config import ProfileConfig, steps_of
 from train.profiling.modules import watched
+from train.profiling.recorder import COMPUTE, PIPELINE, StepRecorder
 from train.profiling.timeline import compute_pieces, outermost, timeline
 from train.profiling.trace import Event, TorchEvents, moved, rank_events, read_torch, writer
 
@@ -61,7 +61,7 @@ class Profiler:
             recorder.finish()
             with silent():
                 torch_profile.stop()
-        with phase(f"profile of step {number}"):
+        with work_span(f"profile of step {number}"):
             self._write(number, recorder, torch_profile, marks, (start, end))
 
     def _write(
@@ -75,7 +75,7 @@ class Profiler:
         export.unlink()
         events = within(events, span)
         to_wall = wall_offset()
-        origin = least_over_ranks(span[0] + to_wall) - to_wall  # one clock for all ranks, seen from this one
+        origin = min_over_ranks(span[0] + to_wall) - to_wall  # one clock for all ranks, seen from this one
         found = rank_events(rank, recorder.spans, recorder.journeys, recorder.sent, events)
         text = writer(step)(moved(found, 1e6 * origin))
         _put(self._file(step, rank), gzip.compress(text.encode(), compresslevel=3))

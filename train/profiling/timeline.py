@@ -8,7 +8,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
-from parallel.lanes import Journey, Span
+from train.profiling.recorder import CommSpan, Slice
 
 Interval = tuple[float, float]
 BACKWARD = "autograd::engine::evaluate_function"
@@ -28,7 +28,7 @@ class Operator:
 class Names:
     """Finds the part of the model that computes at a time: the innermost span around it."""
 
-    def __init__(self, spans: list[Span]) -> None:
+    def __init__(self, spans: list[Slice]) -> None:
         self.spans = sorted(spans, key=lambda span: span.start)
         self.starts = [span.start for span in self.spans]
 
@@ -39,7 +39,7 @@ class Names:
         return None
 
 
-def compute_pieces(operators: list[Operator], inner: list[Operator], spans: list[Span]) -> list[Span]:
+def compute_pieces(operators: list[Operator], inner: list[Operator], spans: list[Slice]) -> list[Slice]:
     """Busy stretches of this rank, each named by the part of the model that it is for.
 
     Args:
@@ -54,7 +54,7 @@ def compute_pieces(operators: list[Operator], inner: list[Operator], spans: list
         name = parts.at(one.start)
         if one.sequence is not None and name is not None and not one.name.startswith(BACKWARD):
             by_number[one.sequence] = name  # an operator without a gradient has the number that the next one will use
-    pieces: list[Span] = []
+    pieces: list[Slice] = []
     for one in operators:
         name = parts.at(one.start)
         if name is None and one.sequence is not None and one.name.startswith(BACKWARD):
@@ -63,7 +63,7 @@ def compute_pieces(operators: list[Operator], inner: list[Operator], spans: list
         if pieces and pieces[-1].name == name and one.start - pieces[-1].end < SAME_WORK:
             pieces[-1].end = max(pieces[-1].end, one.end)
         else:
-            pieces.append(Span("compute", name, one.start, one.end))
+            pieces.append(Slice("compute", name, one.start, one.end))
     return pieces
 
 
@@ -84,7 +84,7 @@ def _is_phase(name: str) -> bool:
     return " of micro-batch " in name or name in ("optimizer", "norm and numbers")
 
 
-def without(pieces: list[Span], holes: list[Interval]) -> list[Span]:
+def without(pieces: list[Slice], holes: list[Interval]) -> list[Slice]:
     """The pieces less the holes; holes are in order of time and do not overlap."""
     left = []
     ends = [hole[1] for hole in holes]
@@ -94,10 +94,10 @@ def without(pieces: list[Span], holes: list[Interval]) -> list[Span]:
             if hole[0] >= piece.end:
                 break
             if hole[0] > start:
-                left.append(Span(piece.lane, piece.name, start, hole[0]))
+                left.append(Slice(piece.lane, piece.name, start, hole[0]))
             start = max(start, hole[1])
         if start < piece.end:
-            left.append(Span(piece.lane, piece.name, start, piece.end))
+            left.append(Slice(piece.lane, piece.name, start, piece.end))
     return left
 
 
@@ -111,7 +111,7 @@ def outermost(operators: list[Operator]) -> list[Operator]:
 
 
 def timeline(
-    rank: int, pieces: list[Span], actions: list[Span], journeys: list[Journey], step: Interval, origin: float
+    rank: int, pieces: list[Slice], actions: list[Slice], journeys: list[CommSpan], step: Interval, origin: float
 ) -> dict[str, Any]:
     """As it lies in `traces/timeline-….json`: times in microseconds after ``origin``."""
 

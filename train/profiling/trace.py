@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.lanes import COMPUTE, LANES, PIPELINE, Journey, Span
+from train.profiling.recorder import COMPUTE, LANES, PIPELINE, CommSpan, Slice
 from train.profiling.timeline import Operator
 
 Event = dict[str, Any]
@@ -64,7 +64,7 @@ def read_torch(path: Path, marks: list[float], mark_name: str, main_thread: int)
 
 
 def rank_events(
-    rank: int, spans: list[Span], journeys: list[Journey], sent: list[tuple[float, str, int]], seen: TorchEvents
+    rank: int, spans: list[Slice], journeys: list[CommSpan], sent: list[tuple[float, str, int]], seen: TorchEvents
 ) -> list[Event]:
     """All events of one rank, as one process of the trace; times in microseconds of `time.monotonic`."""
     compute = [_kept(event) for event in seen.compute]
@@ -91,7 +91,7 @@ def rank_events(
     return events
 
 
-def exchange_slices(journey: Journey) -> list[Event]:
+def exchange_slices(journey: CommSpan) -> list[Event]:
     """The exchange from start to completion, and inside it what of it this rank stood still for."""
     assert journey.end is not None
     whole = _slice(journey.name, "exchange", journey.start, journey.end)

@@ -1,0 +1,135 @@
+"""The seams at which `parallel/` takes over: positions of a sequence, the vocabulary, weight gradients.
+
+Each is a small interface with its one-process version, which is the default and does nothing. The model calls
+them and never asks where it runs. The fourth seam, the way of tokens to their experts, stands in `dispatch.py`.
+"""
+
+# B sequences, S all positions, q positions whose queries are computed here, s positions whose residual is held here,
+# D width, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from longcat.ops.cross_entropy import linear_cross_entropy
+from longcat.ops.embedding import embedding
+
+
+class Sequence(Protocol):
+    """How the positions of a micro-batch are spread over processes.
+
+    Three sets of positions nest: the residual stream lives on s of them, a process computes the queries of q, and
+    keys are all S. In one process all three are the same.
+    """
+
+    num_shards: int  # processes that share the tokens of a micro-batch
+
+    def runs(self, length: int) -> list[tuple[int, int]]:
+        """(start, stop) of the q positions in the sequence of ``length``, in the order in which they are held."""
+
+    def positions(self, length: int) -> Tensor:
+        """The s positions of the residual stream in the sequence of ``length``, int64 on the CPU."""
+
+    def select(self, values: Tensor) -> Tensor:
+        """Values of all positions [B, S, ...] → of the q positions."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [B, s, D] → [B, q, D]; the backward sums what the sharing processes give back."""
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        """Partial results [B, q, D] of the sharing processes → their sum at the s positions here."""
+
+    def start_keys(self, latents: Tensor) -> Any:
+        """Start sending latents [B, s, R] to every process that computes queries of the micro-batch → handle."""
+
+    def wait_keys(self, handle: Any) -> Tensor:
+        """→ latents [B, S, R] in the order of positions; the backward sums."""
+
+    def start_count(self, counts: Tensor) -> Any:
+        """Start summing integers over the processes that share the micro-batch → handle."""
+
+    def wait_count(self, handle: Any) -> Tensor:
+        """→ the sums."""
+
+
+class UnshardedSequence:
+    """Every position is here."""
+
+    num_shards = 1
+
+    def runs(self, length: int) -> list[tuple[int, int]]:
+        return [(0, length)]
+
+    def positions(self, length: int) -> Tensor:
+        return torch.arange(length)
+
+    def select(self, values: Tensor) -> Tensor:
+        return values
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        return partial
+
+    def start_keys(self, latents: Tensor) -> Any:
+        return latents
+
+    def wait_keys(self, handle: Any) -> Tensor:
+        return handle  # type: ignore[no-any-return]
+
+    def start_count(self, counts: Tensor) -> Any:
+        return counts
+
+    def wait_count(self, handle: Any) -> Tensor:
+        return handle  # type: ignore[no-any-return]
+
+
+class Vocabulary(Protocol):
+    """Look-up and cross-entropy over a vocabulary whose rows may be spread over processes."""
+
+    def lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Token ids [...] → this process's part of their rows [..., D]: the parts of all processes sum to them."""
+
+    def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """As `linear_cross_entropy`, with ``weight`` the rows that are here; the result is the same everywhere."""
+
+
+class UnshardedVocabulary:
+    """Every row is here."""
+
+    def lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        return embedding(tokens, weight)
+
+    def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy(hidden, weight, labels, valid)
+
+
+class WeightGradStore(Protocol):
+    """Takes weight gradients that a backward puts off, so that a pipeline can compute them later."""
+
+    def put(self, module: nn.Module, name: str, compute: Callable[[], Tensor]) -> None:
+        """Add ``compute()`` to the gradient of ``module``'s parameter ``name``, at some later moment.
+
+        The module is asked for its parameter then: under recomputation the tensor that was multiplied is not it.
+        """
+
+
+def local_tensor(weight: Tensor) -> Tensor:
+    """The part of a weight that this process computes with: all of it, unless `parallel/` has spread it."""
+    spread = getattr(weight, "to_local", None)
+    return weight if spread is None else spread()
+
+
+def parts(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that hold a seam, for `parallel/` to put its own into."""
+    seams = ("sequence", "vocabulary", "dispatcher", "gradients")
+    return [module for module in model.modules() if any(seam in vars(module) for seam in seams)]
+
+
+UNSHARDED_SEQUENCE = UnshardedSequence()
+UNSHARDED_VOCABULARY = UnshardedVocabulary()

@@ -1,0 +1,287 @@
+"""The second sharding engine: DeepSpeed's ZeRO 1, 2 and 3, with CPU and NVMe offload.
+
+Masters are float32 and start from the same values as everywhere (DeepSpeed's bf16 mode would round them); under
+bfloat16 each product casts its weight. Gradients are SUMS over all ranks, and an expert's over the ranks that hold
+it. The norm, clipping and rates are the caller's: DeepSpeed reduces, updates and gathers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longcat.init import fill
+from longcat.interfaces import parts
+from longcat.model import LongCat, Losses
+from longcat.names import role
+from parallel.deepspeed.flat import FlatShard
+from parallel.deepspeed.layout import Fragment, fragments
+from parallel.deepspeed.setup import (
+    STAGES,
+    CastVocabulary,
+    UnderDeepSpeed,
+    allocate,
+    check,
+    data_parallel_size,
+    deepspeed_settings,
+    first_expert,
+    keep_gradients_in_memory,
+    keep_own_experts,
+    parameter_groups,
+    quiet_import,
+)
+from parallel.engine import MicroBatch, Objective, detached
+from parallel.memory import StateBytes
+from parallel.mesh import ParallelConfig, Topology
+from parallel.store import MOMENTS, LocalBox, MakeOptimizer
+
+NORM_CHUNK = 1 << 22  # elements cast to float64 at once: a flat partition may hold billions
+
+
+class ZeroEngine:
+    """A model, its gradients and its optimizer, cut by DeepSpeed.
+
+    ``model`` is on the meta device. ``make_optimizer`` gets parameter groups with "params" and "role" and returns
+    AdamW over them, with rates and decay by role; its groups keep their keys, so rates are set in
+    ``engine.optimizer.param_groups`` as with any optimizer.
+
+    Raises:
+        ConfigError: pipeline or tensor parallelism, experts under ZeRO-3, or an offload that cannot work.
+    """
+
+    def __init__(
+        self,
+        model: LongCat,
+        topology: Topology,
+        config: ParallelConfig,
+        compute_dtype: torch.dtype,
+        make_optimizer: MakeOptimizer,
+    ) -> None:
+        check(config, topology.sizes)
+        deepspeed = quiet_import(topology.device.type)
+        self.model, self.stage, self.parts = model, STAGES[config.sharding], [model]
+        self.offloads, self.transient = config.offload != "none", config.offload == "nvme"
+        self.num_ranks, self.first_expert = data_parallel_size(topology), first_expert(model, topology)
+        keep_own_experts(model, topology)
+        numels = [weight.numel() for weight in model.parameters()]
+        settings = deepspeed_settings(config, sum(numels), max(numels))
+        allocate(model, topology, settings)
+        if compute_dtype is not torch.float32:
+            for module in parts(model):
+                if "vocabulary" in vars(module):
+                    module.vocabulary = CastVocabulary(compute_dtype)  # type: ignore[assignment]
+        self.names = {weight: name for name, weight in model.named_parameters()}
+        self.shapes = {name: self._whole_shape(name, weight) for weight, name in self.names.items()}
+        self.optimizer = make_optimizer(parameter_groups(model, topology.sizes.ep))
+        self.engine, self.zero, _, _ = deepspeed.initialize(
+            model=UnderDeepSpeed(model, topology.sizes.ep),
+            optimizer=self.optimizer,
+            config=settings,
+            dist_init_required=False,
+        )
+        if self.stage == 3 and model.lm_head is not None:  # its weight is fetched by the model's own forward
+            deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
+        if self.transient:
+            keep_gradients_in_memory(self.zero.optimizer_swapper)
+        self.mtp_used, self.counts_here = False, True
+        self._make_moments()
+
+    def _whole_shape(self, name: str, weight: nn.Parameter) -> tuple[int, ...]:
+        shape = tuple(getattr(weight, "ds_shape", weight.shape))
+        return (self.model.config.num_experts, *shape[1:]) if role(name) == "expert" else shape
+
+    def _make_moments(self) -> None:
+        """Moments from the start, so that checkpoints and hashes hold them before the first step."""
+        for _, flat, _ in self._held(write=True):
+            flat.data.zero_()  # padding too, which nobody writes
+            state = self.optimizer.state[flat]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            for kind in MOMENTS:
+                state[kind] = torch.zeros_like(flat, requires_grad=False)
+
+    def initialise(self, seed: int) -> None:
+        """Give every weight its value from (seed, logical name): this rank draws what it holds, and all gather it."""
+        for shard in self.shards(write=True):
+            if shard.kind == "weight":
+                for box, values in shard.boxes():
+                    fill(values, shard.name, shard.shape, box, self.model.config, seed)
+        self.refresh()
+
+    # One step
+
+    def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
+        found = []
+        for number, batch in enumerate(micro_batches, start=1):
+            losses: Losses = self.forward(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=mtp)
+            self.backward(objective(losses), last=number == len(micro_batches), mtp=mtp)
+            found.append(detached(losses))
+        return [found]
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
+        return [[self.forward(one.tokens, one.labels, one.valid, one.documents, mtp=False) for one in micro_batches]]
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """The model's losses; ``mtp=False`` leaves MTP out, whose state then stands still."""
+        return self.engine(*arguments, **named)
+
+    def backward(self, loss: Tensor, last: bool, mtp: bool = True) -> None:
+        """Add the gradients of one micro-batch.
+
+        After the ``last`` of a step they are summed over ranks. Until then ZeRO-1 adds them up on this rank, in
+        float32; ZeRO-2 and 3 reduce those of each micro-batch.
+        """
+        self.mtp_used |= mtp
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if last and self.stage == 3:
+            self.scale_gradients(float(self.num_ranks))  # it averages; the loss's scale is left alone for its hooks
+
+    def gradient_square(self) -> Tensor:
+        """This rank's share of ‖all gradients‖₂², float64; every element counts on exactly one rank."""
+        square = torch.zeros((), dtype=torch.float64)
+        for grads in self._gradient_lists(write=False):
+            for chunk in (chunk for grad in grads for chunk in grad.reshape(-1).split(NORM_CHUNK)):
+                square += torch.linalg.vector_norm(chunk, dtype=torch.float64).square().cpu()
+        return square
+
+    def measured_bytes(self) -> StateBytes:
+        """Weights count what is computed with and the masters; gathered weights of ZeRO-3 count as their shards."""
+        computed = sum(getattr(weight, "ds_tensor", weight).nbytes for weight in self.model.parameters())
+        flats = self._flats()
+        masters = sum(flat.nbytes for flat in flats)
+        grads = sum(grad.nbytes for grads in self._gradient_lists(write=False) for grad in grads)
+        moments = sum(self.optimizer.state[flat][kind].nbytes for flat in flats for kind in MOMENTS)
+        return StateBytes(float(computed + masters), float(grads), float(moments))
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply every gradient by ``factor``, in place."""
+        for grads in self._gradient_lists(write=True):
+            torch._foreach_mul_(grads, factor)
+
+    def step(self) -> None:
+        """AdamW on this rank's parts, and the new weights to all ranks; gradients are dropped."""
+        idle = [] if self.mtp_used else [group for group in self.optimizer.param_groups if group["mtp"]]
+        rates = [group["lr"] for group in idle]
+        for group in idle:
+            group["lr"] = 0.0  # weights stand still, and moments stay zero for want of gradients
+        self.engine.step()
+        for group, rate in zip(idle, rates, strict=True):
+            group["lr"] = rate
+        if idle:
+            for number, flat in enumerate(self._flats()):
+                if self._group(number)["mtp"]:
+                    self.optimizer.state[flat]["step"].zero_()
+        self.mtp_used = False
+
+    # State
+
+    def local_boxes(self, write: bool = False) -> Iterator[LocalBox]:
+        yield from self._boxes(self.shards(write))
+
+    def _boxes(self, shards: Iterator[FlatShard]) -> Iterator[LocalBox]:
+        for shard in shards:
+            for box, values in shard.boxes():
+                yield LocalBox(shard.kind, shard.name, shard.shape, box, values)
+
+    def gradients(self) -> Iterator[LocalBox]:
+        """The reduced gradients by name: copies, to look at."""
+        yield from self._boxes(self._gradient_shards())
+
+    def shards(self, write: bool = False) -> Iterator[FlatShard]:
+        """This rank's parts of masters and moments; with ``write`` what is written into them stays.
+
+        After writing masters call `refresh`. Under NVMe offload a shard is in memory until the next is asked for, and
+        only whole rounds are written back.
+        """
+        for _, flat, pieces in self._held(write):
+            state = self.optimizer.state[flat]
+            for piece in pieces:
+                yield self._shard("weight", flat, piece)
+                for kind in MOMENTS:
+                    yield self._shard(kind, state[kind], piece)
+
+    def _gradient_shards(self) -> Iterator[FlatShard]:
+        for number, flat, pieces in self._held():
+            grad = flat.grad
+            if not self.offloads:
+                parts_here = self.zero.averaged_gradients.get(number)
+                grad = None if parts_here is None else torch.cat([part.reshape(-1) for part in parts_here])
+            if grad is not None:
+                for piece in pieces:
+                    yield self._shard("grad", grad, piece)
+
+    def steps(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """(stored name, AdamW's count of its steps, in place) of every weight; names of one group share a tensor."""
+        for number, flat in enumerate(self._flats()):
+            for weight in self._members(number):
+                yield self.names[weight], self.optimizer.state[flat]["step"]
+
+    def refresh(self) -> None:
+        """Make the weights that are computed with those of the masters; a collective."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        self.zero._partition_all_parameters()
+        for number, _, _ in self._held():
+            self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's groups, so that another run can start in this process."""
+        from deepspeed.comm import comm
+        from deepspeed.utils import groups
+
+        self.engine.destroy()
+        groups._release_process_group_references()
+        comm.cdb = None
+
+    def _gradient_lists(self, write: bool) -> Iterator[list[Tensor]]:
+        """This rank's unique parts of the reduced gradients, padding (zeros) among them, group by group."""
+        if self.offloads:
+            yield from ([flat.grad] for _, flat, _ in self._held(write) if flat.grad is not None)
+            return
+        for number in range(len(self._flats())):
+            if self.zero.averaged_gradients.get(number):
+                yield self.zero.averaged_gradients[number]
+
+    def _shard(self, kind: str, flat: Tensor, piece: Fragment) -> FlatShard:
+        name = self.names[piece.weight]
+        shape = self.shapes[name]
+        start = piece.start
+        if role(name) == "expert":
+            start += self.first_expert * shape[1] * shape[2]
+        values = flat.detach().view(-1).narrow(0, piece.offset, piece.numel)
+        return FlatShard(kind, name, shape, start, values)
+
+    def _flats(self) -> list[Tensor]:
+        """This rank's flat master of each group that DeepSpeed made."""
+        name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        return getattr(self.zero, name)  # type: ignore[no-any-return]
+
+    def _members(self, number: int) -> list[nn.Parameter]:
+        groups = self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
+        return groups[number]  # type: ignore[no-any-return]
+
+    def _group(self, number: int) -> dict[str, Any]:
+        return self.optimizer.param_groups[self.zero.sub_group_to_group_id[number] if self.stage == 3 else number]
+
+    def _held(self, write: bool = False) -> Iterator[tuple[int, Tensor, list[Fragment]]]:
+        """Of each of DeepSpeed's groups the flat master here and which parts of which weights it is.
+
+        Groups that live on NVMe are read in turn, and written back if ``write``.
+        """
+        for number, flat in enumerate(self._flats()):
+            swapped = self.transient and self.zero._swappable_optimizer_subgroup(number)
+            if swapped:
+                self.zero._optimizer_states_and_gradient_swap_in(number)
+            yield number, flat, fragments(self.zero, number, self.stage)
+            if swapped and write:
+                self.zero._writeback_swap_state(number, write_opt_state=True, write_gradients=True)
+            elif swapped:
+                self.zero._release_swap_buffers(number)

@@ -1,0 +1,248 @@
+"""How a model comes under DeepSpeed: what is refused, the configuration, its view of experts, casting on use."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longcat.errors import ConfigError
+from longcat.init import fill
+from longcat.interfaces import UnshardedVocabulary
+from longcat.model import LongCat
+from longcat.moe import Experts
+from longcat.names import role
+from parallel.mesh import MeshSizes, ParallelConfig, Topology
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+BUCKET_NUMEL = 1 << 26  # gradients reduced at once; each bucket is a buffer of as many float32
+NVME_NUMEL = 100_000_000
+PERSISTENT_NUMEL = 10_000  # under ZeRO-3 smaller tensors stay whole: gathering gains would cost more than it saves
+
+
+def check(config: ParallelConfig, sizes: MeshSizes) -> None:
+    """Refuse what DeepSpeed cannot do with this model.
+
+    Raises:
+        ConfigError: in one sentence, with the cure.
+    """
+    chosen = f"parallel.sharding={config.sharding}"
+    for name in ("pp", "tp"):
+        if getattr(sizes, name) > 1:
+            raise ConfigError(
+                f"{chosen} cannot be used with parallel.{name}={getattr(sizes, name)}; set parallel.{name}=1, or "
+                f"parallel.sharding=fsdp"
+            )
+    if config.sharding == "zero3" and sizes.ep > 1:
+        raise ConfigError(
+            f"{chosen} cannot be used with parallel.ep={sizes.ep}: DeepSpeed's ZeRO-3 knows no experts; use "
+            f"parallel.sharding=zero2, or parallel.ep=1"
+        )
+    if config.offload == "nvme":
+        check_nvme(config)
+
+
+def check_nvme(config: ParallelConfig) -> None:
+    """Refuse NVMe offload where it cannot work. Raises ConfigError."""
+    if config.sharding != "zero3":
+        raise ConfigError(
+            f"parallel.offload=nvme needs parallel.sharding=zero3, not {config.sharding}; use that, or "
+            f"parallel.offload=cpu"
+        )
+    folder = Path(config.offload_path)
+    if not config.offload_path or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"parallel.offload_path={config.offload_path!r} is no folder that can be written; name one on a fast disk "
+            f"for parallel.offload=nvme"
+        )
+    quiet_import("cuda" if torch.cuda.is_available() else "cpu")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ConfigError(
+            "parallel.offload=nvme needs libaio's headers and a C++ compiler: install Debian's libaio-dev and g++, or "
+            "use parallel.offload=cpu"
+        )
+
+
+def quiet_import(device_type: str) -> Any:
+    """Import DeepSpeed (2 s), which looks at the environment as it does so, and silence it."""
+    os.environ.setdefault("DS_ACCELERATOR", device_type)  # it need not guess; without a GPU its guess is a warning
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # it uses old names
+    if device_type == "cpu":
+        # It would compile an all-reduce over shared memory before the first collective; gloo's serves
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    return deepspeed
+
+
+def deepspeed_settings(config: ParallelConfig, num_weights: int, largest: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for ``num_weights`` elements, ``largest`` in one tensor. Batch sizes: for its log."""
+    stage = STAGES[config.sharding]
+    bucket = min(BUCKET_NUMEL, num_weights)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": torch.cuda.is_available(),
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": 2 * BUCKET_NUMEL,
+    }
+    if stage == 3:
+        zero |= {
+            "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear for the whole process
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
+        }
+    elif config.offload == "none":
+        zero["compute_grad_norm"] = False  # ours is known before the step; with offload theirs cannot be left out
+    if config.offload != "none":
+        place: dict[str, Any] = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
+        if config.offload == "nvme":
+            place["nvme_path"] = config.offload_path
+            zero["sub_group_size"] = NVME_NUMEL  # weights updated at once; they and their moments are buffers of it
+        zero["offload_optimizer"] = dict(place)
+        if stage == 3:
+            # A buffer holds this rank's part of any one weight
+            zero["offload_param"] = place | {"buffer_size": max(largest, 1)} if config.offload == "nvme" else place
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # clipping is ours; DeepSpeed's default is to clip at 1
+        "gradient_allreduce_op": "sum" if stage < 3 else "mean",  # ZeRO-3 always averages: `ZeroEngine` multiplies
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW was the faster one, and needs no compiler
+        "steps_per_print": 1 << 62,
+    }
+
+
+def keep_own_experts(model: LongCat, topology: Topology) -> None:
+    """Leave in each layer of a model on the meta device the experts of this rank: [N / ep, ...]."""
+    ep, total = topology.sizes.ep, model.config.num_experts
+    if total % ep:
+        raise ConfigError(f"parallel.ep={ep} does not divide model.num_experts={total}; use a divisor of it")
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if weight.shape[0] == total and ep > 1:
+                    setattr(module, name, nn.Parameter(weight.new_empty(total // ep, *weight.shape[1:])))
+
+
+def expert_group_name(ep: int) -> str:
+    """DeepSpeed's name for the groups of an expert-parallel size."""
+    return f"ep_size_{ep}"
+
+
+class UnderDeepSpeed(nn.Module):
+    """The model as DeepSpeed sees it, beside a marker that makes it see experts.
+
+    DeepSpeed takes experts into account only when some module is an instance of its own MoE layer; then it goes by
+    the attributes ``allreduce`` and ``group_name`` of each parameter alone. So the marker is an MoE layer that has
+    neither parameters nor a place in the forward: the model's own modules stay as they are.
+    """
+
+    def __init__(self, model: LongCat, ep: int) -> None:
+        super().__init__()
+        self.model = model
+        if ep > 1:
+            self.marker = experts_marker(ep, model.config.num_experts)
+            for name, weight in model.named_parameters():
+                if role(name) == "expert":
+                    weight.allreduce = False  # type: ignore[attr-defined]
+                    weight.group_name = expert_group_name(ep)  # type: ignore[attr-defined]
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        return self.model(*arguments, **named)
+
+
+def experts_marker(ep: int, num_experts: int) -> nn.Module:
+    """An empty instance of DeepSpeed's MoE layer that makes its groups of ``ep`` neighbouring ranks."""
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    class Marker(MoE):  # type: ignore[misc]
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = num_experts
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            if expert_group_name(ep) not in groups._get_expert_parallel_group_dict():
+                groups._create_expert_and_data_parallel(ep)
+
+    return Marker()
+
+
+def parameter_groups(model: LongCat, ep: int) -> list[dict[str, Any]]:
+    """One group for each role, MTP's apart: while it is off its moments and steps must stand still."""
+    members: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, weight in model.named_parameters():
+        members[role(name), name.startswith("mtp.")].append(weight)
+    made = []
+    for (kind, mtp), weights in members.items():
+        group = {"params": weights, "role": kind, "mtp": mtp, "name": f"{kind}{'-mtp' * mtp}"}
+        if kind == "expert" and ep > 1:
+            group |= {"moe": True, "name": expert_group_name(ep)}  # DeepSpeed looks the process group up by the name
+        made.append(group)
+    return made
+
+
+class CastVocabulary(UnshardedVocabulary):
+    """Embedding rows in the dtype of the computation, of a weight that stays float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        return super().lookup(tokens, weight).to(self.dtype)
+
+
+def allocate(model: LongCat, topology: Topology, settings: dict[str, Any]) -> None:
+    """Give a model on the meta device memory without values; under ZeRO-3 one module after the other, cut at once."""
+    stage = settings["zero_optimization"]["stage"]
+    if stage < 3:
+        model.to_empty(device=topology.device)
+    else:
+        import deepspeed
+
+        swapper = None  # one for all weights: making another clears the files of the first
+        for module in model.modules():
+            if module._parameters or module._buffers:
+                module.to_empty(device=topology.device, recurse=False)
+                if module._parameters:  # without dtype=, which it takes for bfloat16 on a CPU whatever is asked for
+                    cut = deepspeed.zero.Init(module=module, config_dict_or_path=settings, param_swapper=swapper)
+                    swapper = cut.param_swapper
+    for name, buffer in model.named_buffers():
+        fill(buffer, name, tuple(buffer.shape), None, model.config, seed=0)  # zeros: buffers are not drawn
+
+
+def first_expert(model: LongCat, topology: Topology) -> int:
+    """The number of the first expert that is here."""
+    rank = topology.experts["ep"].get_local_rank() if topology.sizes.ep > 1 else 0
+    return int(rank) * (model.config.num_experts // topology.sizes.ep)
+
+
+def keep_gradients_in_memory(swapper: Any) -> None:
+    """Stop DeepSpeed from writing gradients to NVMe: with libaio they came back wrong, without any error.
+
+    The suspect is reading to places that are not aligned. Nothing is lost: the buffer that they would be written from
+    holds all of them anyway.
+    """
+
+    def swap_out_gradients(parameter: Tensor, gradient_offsets: list[int], gradient_tensors: list[Tensor]) -> None:
+        information = swapper._get_param_swap_info(parameter)
+        information.unswapped_gradients.update(zip(gradient_offsets, gradient_tensors, strict=True))
+
+    swapper.swap_out_gradients = swap_out_gradients
+
+
+def data_parallel_size(topology: Topology) -> int:
+    """All ranks: those of dp, fsdp and cp alike are data-parallel ranks to DeepSpeed."""
+    return topology.sizes.dp * topology.sizes.fsdp * topology.sizes.cp

@@ -1,0 +1,51 @@
+"""FSDP2 under a pipeline: gradients add up through all micro-batches of a step and are reduced once at its end.
+
+Torch's pipeline does this for a stage that is itself an FSDP module. Ours is a wrapper around one, and weight
+gradients come late, so the same calls are made here.
+"""
+
+from __future__ import annotations
+
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from longcat.model import LongCat
+from parallel.fsdp.collectives import parameter_groups, wait_for_reductions
+
+
+def begin_accumulation(model: LongCat) -> None:
+    """Before a step: keep gathered weights and whole gradients until `reduce_accumulated`."""
+    if isinstance(model, FSDPModule):
+        _set(model, last=False)
+
+
+def accumulate_deferred(model: LongCat) -> None:
+    """Add late weight gradients to what is held in float32, so that two in a row are not added in bfloat16."""
+    for group in parameter_groups(model):
+        for parameter in group.fsdp_params:
+            if hasattr(parameter, "_unsharded_param"):
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+
+def reduce_accumulated(model: LongCat) -> None:
+    """After a step: reduce the gradients over the ranks and give the gathered weights back. A collective."""
+    if not isinstance(model, FSDPModule):
+        return
+    _set(model, last=True)
+    for group in parameter_groups(model):
+        group.post_backward()
+    fully_shard.state(model)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+    wait_for_reductions(model)
+
+
+def reshard_all(model: LongCat) -> None:
+    """Give gathered weights back after forwards without a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _set(model: FSDPModule, last: bool) -> None:
+    model.set_requires_gradient_sync(last)
+    model.set_reshard_after_backward(last)
+    model.set_is_last_backward(last)

@@ -1,0 +1,166 @@
+"""FSDP2's own exchanges, gathering weights and summing gradients: covered by compute, and in crumbs with their names.
+
+On a GPU they run on streams of FSDP2's. Gloo has none, and FSDP2 stands still there until an exchange is over, so on
+a CPU the exchanges here return at once: the weights of a layer travel while the one before it computes, and the sums of
+a unit's gradients are awaited when the second unit after it has its own, the last ones by `wait_for_reductions`. Where
+replicas are to be summed too (dp > 1), FSDP2 wants each sum at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
+
+from longcat.model import LongCat
+from parallel.collectives.point_to_point import all_gather, reduce_scatter
+from parallel.mesh import Axis
+from parallel.watchdog.spans import record_launch, wait_span
+
+
+class TracedCollective(dist.Work):
+    """An exchange under way, whose wait leaves a crumb."""
+
+    def __init__(self, what: str, group: dist.ProcessGroup, num_bytes: int, work: dist.Work) -> None:
+        super().__init__()
+        self.what, self.group, self.work = what, group, work
+        record_launch(what, num_bytes, work)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        with wait_span(self.what, Axis.FSDP, self.group):
+            return self.work.wait() if timeout is None else self.work.wait(timeout)
+
+
+class TracedAllGather(DefaultAllGather):
+    """Torch's all-gather in a crumb, which on NCCL ends at once; where it may go on beside compute, one of ours."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        if async_op:
+            gathering = all_gather(output_tensor.view(group.size(), -1), input_tensor, group)
+            return TracedCollective(self.what, group, input_tensor.nbytes * (group.size() - 1), gathering)
+        with wait_span(self.what, Axis.FSDP, group):
+            return super().__call__(output_tensor, input_tensor, group)
+
+
+class TracedReduceScatter(DefaultReduceScatter):
+    """Torch's reduce-scatter in a crumb."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work:
+        with wait_span(self.what, Axis.FSDP, group):
+            return super().__call__(output_tensor, input_tensor, group, op, async_op)
+
+
+class PendingReductions:
+    """Sums of gradients that a model has started and not awaited yet: those of two units at most."""
+
+    def __init__(self) -> None:
+        self._units: deque[tuple[str, list[TracedCollective]]] = deque()
+
+    def of(self, unit: str) -> list[TracedCollective]:
+        """Those of the unit that starts one now; what is older than the unit before it is awaited first."""
+        if not self._units or self._units[-1][0] != unit:
+            self.finish(but=1)
+            self._units.append((unit, []))
+        return self._units[-1][1]
+
+    def finish(self, but: int = 0) -> None:
+        """Await them, except for the last ``but`` units'."""
+        while len(self._units) > but:
+            for one in self._units.popleft()[1]:
+                one.wait()
+
+
+class DeferredReduceScatter(DefaultReduceScatter):
+    """A sum over ranks of a CPU, of one group of parameters.
+
+    FSDP2 makes the gradients of the shards out of the output right away: views of it, which is all that it does with
+    them where `_only_viewed`. Other sums are awaited here.
+    """
+
+    def __init__(self, unit: str, parameters: Any, under_way: PendingReductions) -> None:
+        self.unit, self.parameters, self.under_way = unit, parameters, under_way
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> TracedCollective:
+        assert op == dist.ReduceOp.SUM
+        of_unit = self.under_way.of(self.unit)
+        summing = reduce_scatter(output_tensor, input_tensor.view(group.size(), -1), group)
+        num_bytes = input_tensor.nbytes - output_tensor.nbytes
+        of_unit.append(TracedCollective(f"summed gradients, {self.unit}", group, num_bytes, summing))
+        if not self._only_viewed(output_tensor):
+            self.under_way.finish()
+        return of_unit[-1]
+
+    def _only_viewed(self, output: Tensor) -> bool:
+        """No replicas, division, cast, hook, or gradient to add to."""
+        group = self.parameters
+        parameters = [one.sharded_param for one in group.fsdp_params]
+        return (
+            not isinstance(group.mesh_info, HSDPMeshInfo)
+            and group.gradient_divide_factor == 1.0
+            and group._orig_dtype is output.dtype
+            and group._all_reduce_hook is None
+            and all(one.grad is None and not one._post_accumulate_grad_hooks for one in parameters)
+        )
+
+
+def install_collectives(model: LongCat, device: torch.device) -> None:
+    """Give each unit that FSDP2 shards its exchanges: `gathered weights, layers.3`, `summed gradients, layers.3`."""
+    under_way = PendingReductions()
+    for name, module in model.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        unit = name or "embedding, head and norm"
+        # A unit with experts has a group of parameters for each mesh; the public setters know one group only
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            group._all_gather_comm = TracedAllGather(f"gathered weights, {unit}")
+            if device.type == "cpu":
+                group.unshard_async_op = True
+                group._reduce_scatter_comm = DeferredReduceScatter(unit, group, under_way)
+            else:
+                group._reduce_scatter_comm = TracedReduceScatter(f"summed gradients, {unit}")
+    if device.type == "cpu":
+        _gather_ahead(model)
+
+
+def _gather_ahead(model: LongCat) -> None:
+    """Let the model gather its first layer's weights, and each layer the next one's, before they compute."""
+    chain: list[nn.Module] = [model, *model.shortcut_layers()]
+    for module, following in pairwise(chain):
+        assert isinstance(module, FSDPModule)
+        ahead: list[FSDPModule] = [inner for inner in following.modules() if isinstance(inner, FSDPModule)]
+        module.set_modules_to_forward_prefetch(ahead)
+
+
+def wait_for_reductions(model: LongCat) -> None:
+    """Await the sums of gradients that are still under way after a backward. One that failed ends the run."""
+    for group in parameter_groups(model):
+        if isinstance(group._reduce_scatter_comm, DeferredReduceScatter):
+            group._reduce_scatter_comm.under_way.finish()
+
+
+def parameter_groups(model: LongCat) -> Iterator[Any]:
+    """FSDP2's groups of parameters: what is gathered, and whose gradients are summed, together."""
+    if isinstance(model, FSDPModule):
+        for state in fully_shard.state(model)._state_ctx.all_states:  # type: ignore[attr-defined]
+            yield from state._fsdp_param_groups

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: stages, schedules, deferred weight gradients, and a simulator of schedules."""

@@ -1,0 +1,292 @@
+"""Pipeline parallelism: one step of this rank's stages under one of torch's schedules, and forward-only evaluation.
+
+Each stage is a `LongCat` with a `ModelPart`. Hidden states [B, s, D] are all that travels between stages; ids, labels
+and masks are on every rank. The auxiliary losses of inner stages enter the backward where they arise (`AddLoss`),
+since torch's schedules know a loss at the last stage only.
+"""
+
+# B sequences of a micro-batch, s positions held here, D width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import (
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+
+from longcat.model import LongCat, Losses
+from parallel.engine import MicroBatch, Objective, detached
+from parallel.fsdp import accumulation
+from parallel.fsdp.sharding import local_part
+from parallel.mesh import Axis, Topology
+from parallel.pipeline.spans import TracedStage
+from parallel.pipeline.stages import SPLIT_BACKWARD, check_micro_batches, num_stages, rank_of, stages_of
+from parallel.pipeline.weight_grad_store import WeightGradQueue, install
+from parallel.watchdog.spans import wait_span, work_span
+
+
+class AddLoss(torch.autograd.Function):
+    """``hidden`` unchanged; the backward gives the scalar ``total`` the gradient 1, as if it were part of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, total: Tensor) -> Tensor:
+        ctx.one = torch.ones_like(total)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], ctx.one
+
+
+class StageModule(nn.Module):
+    """A part of the model as torch's schedules call it: a micro-batch's number in, hidden states or the loss out.
+
+    The number leads to the micro-batch itself, which every stage needs, and not its tokens alone.
+    """
+
+    def __init__(self, model: LongCat) -> None:
+        super().__init__()
+        self.model = model
+        self.micro_batches: Sequence[MicroBatch] = ()
+        self.objective: Objective | None = None
+        self.mtp = False
+        self.found: dict[int, Losses] = {}
+
+    def forward(self, x: Tensor, number: Tensor | None = None) -> Tensor:
+        """x: the number [1] at the first stage, hidden [B, s, D] at others → hidden [B, s, D], or the loss at the last.
+
+        ``number`` [1] int64 stays on the CPU, so that reading it waits for no GPU.
+        """
+        first = self.model.part.embedding
+        place = int(x if number is None else number)
+        batch = self.micro_batches[place]
+        hidden = None if first else x
+        with work_span(f"forward of micro-batch {place + 1} in {layers_of(self.model)}"):
+            losses: Losses = self.model(batch.tokens, batch.labels, batch.valid, batch.documents, self.mtp, hidden)
+        self.found[place] = detached(losses)
+        if self.objective is None:
+            return losses.hidden
+        total = self.objective(losses)
+        return total if self.model.part.head else AddLoss.apply(losses.hidden, total)  # type: ignore[no-any-return]
+
+    def take(self) -> list[Losses]:
+        """The losses since the last call, in the order of the micro-batches."""
+        found, self.found = self.found, {}
+        self.micro_batches, self.objective = (), None
+        return [found[place] for place in sorted(found)]
+
+
+class Pipeline:
+    """This rank's stages and their schedule.
+
+    ``models`` are the parts that `stages_of` names for this rank, with their values in place, plain or
+    sharded by `parallel.sharding.shard` with ``reshard_after_forward=False``. ``hidden_shape`` is [B, s, D] of a
+    micro-batch's hidden states on this rank, which travel in ``compute_dtype``.
+
+    Raises:
+        ConfigError: the schedule cannot run ``num_micro_batches``.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[LongCat],
+        topology: Topology,
+        schedule: str,
+        num_micro_batches: int,
+        hidden_shape: tuple[int, int, int],
+        compute_dtype: torch.dtype,
+    ) -> None:
+        pp, rank = topology.sizes.pp, topology.coordinate(Axis.PP)
+        check_micro_batches(schedule, pp, num_micro_batches)
+        self.parts = list(models)
+        self.schedule_name, self.num_micro_batches, self.pp = schedule, num_micro_batches, pp
+        self.numbers, self._num_stages = stages_of(schedule, pp, rank), num_stages(schedule, pp)
+        if len(self.numbers) != len(self.parts):
+            raise ValueError(f"{len(models)} models for the stages {self.numbers} of parallel.schedule={schedule}")
+        self.device, self.group = topology.device, topology.group(Axis.PP)
+        self.shape, self.dtype = hidden_shape, compute_dtype
+        self.modules = [StageModule(model) for model in self.parts]
+        self.queues = [WeightGradQueue() for _ in self.parts] if schedule in SPLIT_BACKWARD else []
+        for model, queue in zip(self.parts, self.queues, strict=False):
+            install(model, queue)
+        self.stages = [self._stage(place) for place in range(len(self.parts))]
+        self.schedule = self._schedule()
+
+    def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
+        """Forward and backward of the micro-batches; gradients are left reduced in the parameters.
+
+        ``objective`` gives this part's share of the step's loss [] of a micro-batch, divided by what it counts over the
+        global batch; it is called at every stage. Returns for each local stage the losses of each micro-batch, without
+        graph and without hidden states. A collective of the pipeline.
+        """
+        if len(micro_batches) != self.num_micro_batches:
+            raise ValueError(f"{len(micro_batches)} micro-batches for a pipeline of {self.num_micro_batches}")
+        for module in self.modules:
+            module.micro_batches, module.objective, module.mtp = micro_batches, objective, mtp
+            accumulation.begin_accumulation(module.model)
+        numbers = torch.arange(self.num_micro_batches)
+        first, last = (any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last"))
+        given = (numbers,) if first else ()
+        with work_span("pipeline"):
+            self.schedule.step(*given, number=numbers, target=numbers if last else None, return_outputs=False)
+        assert not any(len(queue) for queue in self.queues), "weight gradients were left behind"
+        for model in self.parts:
+            accumulation.reduce_accumulated(model)
+        self._sum_embedding_gradients()
+        return [module.take() for module in self.modules]
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
+        """Forward of any number of micro-batches without gradients and MTP; losses as `run` gives them.
+
+        Each local stage runs all micro-batches before the next one does. All receives of a stage are posted at its
+        start, so that two ranks that exchange in both directions do so in the same order. A collective of the pipeline.
+        """
+        between: list[Tensor] = []  # from the stage before, where that is local too
+        sends: list[tuple[dist.Work, Tensor, int]] = []  # and what is being sent, which must live until then
+        for module, number in zip(self.modules, self.numbers, strict=True):
+            module.micro_batches, module.objective, module.mtp = micro_batches, None, False
+            arrivals = self._post_receives(number, len(micro_batches))
+            outputs = []
+            for place in range(len(micro_batches)):
+                x = between[place] if between else torch.tensor([place])
+                if arrivals:
+                    work, x = arrivals[place]
+                    what = f"hidden states of micro-batch {place + 1} into {layers_of(module.model)}"
+                    with wait_span(what, Axis.PP, self._holders(number - 1)):
+                        work.wait()
+                hidden = module(x, torch.tensor([place]))
+                if number + 1 in self.numbers:
+                    outputs.append(hidden)
+                elif number + 1 < self._num_stages:
+                    sends.append((*self._send(hidden, number + 1), number + 1))
+            between = outputs
+        for work, _, stage in sends:
+            with wait_span(f"hidden states to stage {stage}", Axis.PP, self._holders(stage)):
+                work.wait()
+        for model in self.parts:
+            accumulation.reshard_all(model)
+        return [module.take() for module in self.modules]
+
+    def close(self) -> None:
+        pass
+
+    def _stage(self, place: int) -> TracedStage:
+        """Shapes are given, or torch would run a forward and backward to learn them."""
+        module, number, stages = self.modules[place], self.numbers[place], self._num_stages
+        hidden = torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=True)
+        loss = torch.empty((), device="meta", requires_grad=True)
+        return TracedStage(
+            module,
+            number,
+            stages,
+            self.device,
+            input_args=torch.empty(1, dtype=torch.int64, device="meta") if number == 0 else hidden,
+            output_args=loss if number == stages - 1 else hidden,
+            group=self.group,
+            dw_builder=self._late_gradients(place) if self.queues else None,
+            layers=layers_of(self.parts[place]),
+        )
+
+    def _late_gradients(self, place: int) -> Callable[[], Callable[[], None]]:
+        queue, model = self.queues[place], self.parts[place]
+
+        def build() -> Callable[[], None]:
+            compute = queue.take()
+
+            def run() -> None:
+                compute()
+                accumulation.accumulate_deferred(model)
+
+            return run
+
+        return build
+
+    def _schedule(self) -> Any:
+        def pass_through(output: Tensor, target: Tensor) -> Tensor:
+            return output
+
+        settings: dict[str, Any] = {"loss_fn": pass_through, "scale_grads": False}
+        if self.schedule_name == "1f1b":
+            return Schedule1F1B(self.stages[0], self.num_micro_batches, **settings)
+        kinds: dict[str, Any] = {
+            "interleaved": ScheduleInterleaved1F1B,
+            "zbv": ScheduleZBVZeroBubble,
+            "dualpipev": ScheduleDualPipeV,
+        }
+        return kinds[self.schedule_name](self.stages, self.num_micro_batches, **settings)
+
+    @torch.no_grad()
+    def _sum_embedding_gradients(self) -> None:
+        """Give both copies of the embedding (the first stage's and the last's, where MTP reads it) their sum.
+
+        Both then get the same update, and stay equal bit for bit.
+        """
+        copies = [model for model in self.parts if is_copied(model)]
+        grads = [_gradient(model.embed_tokens.weight) for model in copies]  # type: ignore[union-attr]
+        if len(grads) == 2:
+            grads[0].add_(grads[1])
+            grads[1].copy_(grads[0])
+        elif grads:
+            ends = [rank_of(self.schedule_name, self.pp, stage) for stage in (0, self._num_stages - 1)]
+            grads[0].add_(self._exchange(grads[0], ends))
+
+    def _exchange(self, mine: Tensor, ends: list[int]) -> Tensor:
+        """What the other of two ranks has. One sends first: both at once would block each other on a GPU's stream."""
+        theirs = torch.empty_like(mine)
+        leads = self.group.rank() == ends[0]
+        peer = dist.get_global_rank(self.group, ends[1] if leads else ends[0])
+        with wait_span("gradients of the embedding's other copy", Axis.PP, [peer]):
+            for sending in (leads, not leads):
+                if sending:
+                    dist.send(mine, peer, group=self.group)
+                else:
+                    dist.recv(theirs, peer, group=self.group)
+        return theirs
+
+    def _post_receives(self, stage: int, count: int) -> list[tuple[dist.Work, Tensor]]:
+        if stage == 0 or stage - 1 in self.numbers:
+            return []
+        (peer,) = self._holders(stage - 1)
+        arrivals = []
+        for _ in range(count):
+            buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            work = dist.irecv(buffer, peer, group=self.group)
+            assert work is not None
+            arrivals.append((work, buffer))
+        return arrivals
+
+    def _holders(self, stage: int) -> list[int]:
+        """The rank that has the stage."""
+        return [dist.get_global_rank(self.group, rank_of(self.schedule_name, self.pp, stage))]
+
+    def _send(self, hidden: Tensor, stage: int) -> tuple[dist.Work, Tensor]:
+        (peer,) = self._holders(stage)
+        hidden = hidden.contiguous()
+        work = dist.isend(hidden, peer, group=self.group)
+        assert work is not None
+        return work, hidden
+
+
+def layers_of(model: LongCat) -> str:
+    return f"layers {model.part.first} to {model.part.last - 1}"
+
+
+def is_copied(model: LongCat) -> bool:
+    """Whether this part holds one of two copies of the embedding."""
+    return model.config.num_mtp_layers > 0 and model.part.embedding != model.part.head
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a parameter's gradient, zeros where there was none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return local_part(parameter.grad)[0]

@@ -1,0 +1,76 @@
+"""The queue of weight gradients that a zero-bubble pipeline computes later than the input gradients.
+
+Torch's own split of a backward runs a recomputed layer once more for each group of weights. Here the layers' matrix
+products leave the weight's part of their backward in this queue, so that a layer runs forward once, or twice where
+it is recomputed, whatever the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from longcat.moe import MoE
+from parallel.collectives.streams import CURRENT_STREAM, StreamContext
+
+Entry = tuple[nn.Module, str, Callable[[], Tensor]]
+
+
+class WeightGradQueue:
+    """Behind the seam `longcat.interfaces.WeightGradStore`: gathers what one backward puts off."""
+
+    def __init__(self) -> None:
+        self._entries: list[Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, module: nn.Module, name: str, compute: Callable[[], Tensor]) -> None:
+        """Take the computation of the gradient of ``module``'s parameter ``name``."""
+        self._entries.append((module, name, compute))
+
+    def take(self) -> Callable[[], None]:
+        """Everything since the last call, as one function that computes it and adds it to the gradients, once."""
+        entries, self._entries = self._entries, []
+
+        @torch.no_grad()
+        def run() -> None:
+            while entries:
+                module, name, compute = entries.pop()  # last in, first out: what the backward left warm
+                add_gradient(getattr(module, name), compute())
+
+        return run
+
+
+class _ForExperts:
+    """The queue, for products that may have a stream of their own: they are computed on it, late as well."""
+
+    def __init__(self, queue: WeightGradQueue, streams: StreamContext) -> None:
+        self.queue, self.streams = queue, streams
+
+    def put(self, module: nn.Module, name: str, compute: Callable[[], Tensor]) -> None:
+        self.queue.put(module, name, self.streams.bind_to_stream(compute))
+
+
+def install(model: nn.Module, queue: WeightGradQueue) -> None:
+    """Let every matrix product of the model leave its weight gradients in ``queue``."""
+    for module in model.modules():
+        if "gradients" in vars(module):
+            module.gradients = queue  # type: ignore[assignment]
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.experts.gradients = _ForExperts(queue, getattr(module.dispatcher, "streams", CURRENT_STREAM))
+
+
+def add_gradient(parameter: nn.Parameter, grad: Tensor) -> None:
+    """Add a gradient of this process's part of a parameter, in the parameter's dtype and layout."""
+    grad = grad.to(parameter.dtype)
+    if isinstance(parameter, DTensor):
+        grad = DTensor.from_local(grad, parameter.device_mesh, parameter.placements, run_check=False)
+    if parameter.grad is None:
+        parameter.grad = grad
+    else:
+        parameter.grad += grad

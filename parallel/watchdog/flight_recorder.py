@@ -1,0 +1,38 @@
+"""NCCL's flight recorder: its last collectives in the run's folder when a run hangs. Never run on a GPU here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from parallel.watchdog.heartbeats import within
+
+
+def flight_record_path(folder: Path, rank: int) -> Path:
+    return folder / "traces" / f"nccl_{rank}"
+
+
+def enable_flight_recorder(folder: Path) -> None:
+    """Have NCCL keep its last collectives and write them to `traces/nccl_<rank>` when one times out.
+
+    Environment defaults, to be set before the process group is made; what a person has set stays. Read the files with
+    `torchfrtrace runs/<name>/traces -p nccl_`. Never run on a GPU here.
+    """
+    if not torch.cuda.is_available():
+        return
+    path = flight_record_path(folder, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name of the same
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(path).removesuffix("0"))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def dump_flight_record(path: Path) -> None:
+    """Write NCCL's flight record of this rank now: the process ends before NCCL's own time-out."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if dump is not None:
+        within(5.0, lambda: path.write_bytes(dump()))

@@ -1,0 +1,94 @@
+"""DeepSpeed's ZeRO beyond the parity suite: masters, NVMe, flat ranges as boxes, and what is refused."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longcat.errors import ConfigError
+from parallel.deepspeed import setup
+from parallel.deepspeed.flat import FlatShard, boxes_of_range
+from parallel.mesh import ParallelConfig, resolve_sizes
+from tests.parallel.deepspeed import file_aio
+from tests.parity.measure import Measured, assemble, measure
+from tests.parity.pool import close_pools, pool
+from tests.parity.test_parity import STEPS, check, compare, reference
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pools() -> Iterator[None]:
+    yield
+    close_pools()
+
+
+@pytest.mark.parametrize("layout", ["sharding=zero1", "sharding=zero3"])
+def test_masters_keep_their_float32_bits_under_bfloat16(layout: str) -> None:
+    """DeepSpeed's own bf16 mode would make masters of rounded weights."""
+    ranks: list[Measured] = pool(2).run(measure, [f"parallel.{layout}", "train.dtype=bfloat16"], STEPS)
+    expected = reference("plain")
+    initial, wanted = assemble([rank.initial for rank in ranks]), assemble([expected.initial])
+    for name, value in wanted.items():
+        assert torch.equal(initial[name], value), f"{name} starts with other bits"
+    for kind in ("weights", "exp_avg", "exp_avg_sq"):
+        for name, value in assemble([getattr(rank, kind) for rank in ranks]).items():
+            value = value[value != 0]  # rows of the embedding that no token met
+            rounded = (value.bfloat16().float() == value).double().mean()
+            assert rounded < 0.2, f"{kind} of {name} looks rounded to bfloat16"
+
+
+def with_nvme() -> tuple[Measured, int]:
+    """Three steps with weights and moments in files, through a stand-in for libaio; and how many files."""
+    setup.PERSISTENT_NUMEL = 100  # some weights are gathered and some stay whole
+    file_aio.install()
+    with tempfile.TemporaryDirectory() as folder:
+        keys = ["parallel.sharding=zero3", "parallel.offload=nvme", f"parallel.offload_path={folder}"]
+        return measure(keys, STEPS), len(list(Path(folder).rglob("*.swp")))
+
+
+def test_nvme_offload_equals_one_process() -> None:
+    """What makes a file slow or fast is not tested: libaio is replaced."""
+    found = pool(2).run(with_nvme)
+    check(compare([measured for measured, _ in found], reference("plain")))
+    assert all(files >= 10 for _, files in found), "weights and moments were left in memory"
+
+
+def test_boxes_cover_a_range_in_order() -> None:
+    for shape in ((7,), (3, 5), (3, 4, 5)):
+        whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32)
+        for start in range(whole.numel()):
+            for stop in range(start, whole.numel() + 1):
+                shard = FlatShard("weight", "x", shape, start, whole[start:stop])
+                boxes = list(shard.boxes())
+                assert len(boxes) <= 2 * len(shape) - 1
+                for box, values in boxes:
+                    index = tuple(slice(*edge) for edge in box)
+                    assert torch.equal(whole.view(shape)[index], values)
+                assert sum(values.numel() for _, values in boxes) == stop - start
+    assert list(boxes_of_range((3, 5), 4, 4)) == []
+
+
+@pytest.mark.parametrize(
+    "keys,world,cure",
+    [
+        ({"sharding": "zero1", "pp": 2}, 2, "set parallel.pp=1"),
+        ({"sharding": "zero2", "tp": 2}, 2, "set parallel.tp=1"),
+        ({"sharding": "zero3", "ep": 2}, 2, "parallel.sharding=zero2"),
+        ({"sharding": "zero2", "offload": "nvme"}, 2, "parallel.offload=cpu"),
+        ({"sharding": "zero3", "offload": "nvme", "offload_path": "/nowhere"}, 2, "parallel.offload_path"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_with_the_cure(keys: dict[str, Any], world: int, cure: str) -> None:
+    config = ParallelConfig(**keys)
+    with pytest.raises(ConfigError, match=cure) as refusal:
+        setup.check(config, resolve_sizes(config, world))
+    assert refusal.value.exit_code == 2
+
+
+def test_offload_without_deepspeed_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"set one of them"):
+        ParallelConfig(offload="cpu").validate()

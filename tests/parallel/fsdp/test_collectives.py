@@ -1,0 +1,153 @@
+"""Exchanges that are begun without a wait: their bits, any order of waits, and FSDP2's own ones beside compute."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from time import monotonic
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.collectives.point_to_point import Sum, all_gather, reduce_scatter
+from parallel.mesh import connect
+from parallel.watchdog.spans import SPANS, Span
+from tests.parallel.fsdp.test_sharding import MODEL, RandomSamples
+from tests.support.distributed import run_ranks
+from train.batches import BatchReader
+from train.config import compose
+from train.run import build_state
+from train.step import Stepper
+
+RANKS = 3
+
+
+def values(rank: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(rank))
+
+
+def exchange_at_once() -> dict[str, Tensor]:
+    """Several under way on one group, of unlike sizes; ranks wait for them in unlike orders."""
+    dist.init_process_group("gloo")
+    rank, group = dist.get_rank(), dist.group.WORLD
+    assert group is not None
+    found = {
+        "floats": torch.empty(RANKS, 5, 2),
+        "integers": torch.empty(RANKS, 40_000, dtype=torch.int64),
+        "in place": torch.full((RANKS, 3), float(rank)),
+        "sum": torch.empty(4, 7),
+        "large sum": torch.empty(300_000),
+        "narrow sum": torch.empty(9, dtype=torch.bfloat16),
+    }
+    works = [
+        all_gather(found["floats"], values(rank, 5, 2), group),
+        reduce_scatter(found["sum"], values(rank, RANKS, 4, 7), group),
+        all_gather(found["integers"], torch.arange(40_000) * rank, group),
+        reduce_scatter(found["large sum"], values(rank, RANKS, 300_000), group),
+        all_gather(found["in place"], found["in place"][rank], group),
+        reduce_scatter(found["narrow sum"], values(rank, RANKS, 9).bfloat16(), group),
+    ]
+    for work in works[rank:] + works[:rank]:
+        work.wait()
+    works[1].wait()  # once more changes nothing
+    dist.destroy_process_group()
+    return found
+
+
+def test_what_arrives_is_what_was_sent_and_sums_have_the_order_of_ranks() -> None:
+    for rank, found in enumerate(run_ranks(exchange_at_once, RANKS)):
+        assert torch.equal(found["floats"], torch.stack([values(r, 5, 2) for r in range(RANKS)]))
+        assert torch.equal(found["integers"], torch.stack([torch.arange(40_000) * r for r in range(RANKS)]))
+        assert torch.equal(found["in place"], torch.arange(RANKS).float()[:, None].expand(-1, 3))
+        for name, shape, dtype in (
+            ("sum", (4, 7), torch.float32),
+            ("large sum", (300_000,), torch.float32),
+            ("narrow sum", (9,), torch.bfloat16),
+        ):
+            first, second, third = (values(r, RANKS, *shape).to(dtype)[rank] for r in range(RANKS))
+            assert torch.equal(found[name], first + second + third), name
+
+
+def start_in_another_order(first: str) -> str:
+    """What a rank hears whose first exchange is not that of the other."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    group = dist.group.WORLD
+    assert group is not None
+    like = torch.ones(2, 3)
+    works = {
+        "gather": lambda: all_gather(torch.empty(2, 3), like[0], group),
+        "sum": lambda: reduce_scatter(torch.empty(3), like, group),
+        "larger sum": lambda: reduce_scatter(torch.empty(4), torch.ones(2, 4), group),
+    }
+    work = works[first if dist.get_rank() == 0 else "sum"]()
+    heard, start = [], monotonic()
+    for _ in range(2):
+        try:
+            work.wait()
+        except RuntimeError as error:
+            heard.append(str(error))
+    assert len(heard) == 2, "it went through"
+    assert monotonic() - start < 3.5, "a second wait waited again"
+    return heard[0]
+
+
+@pytest.mark.parametrize("first", ["gather", "larger sum"])
+def test_ranks_that_differ_wait_for_each_other_until_the_time_out(first: str) -> None:
+    """Messages of one size must not meet by accident, nor those of two sizes."""
+    assert any("imed out" in heard for heard in run_ranks(start_in_another_order, 2, first))
+
+
+class Events:
+    """What crumbs tell of FSDP2's exchanges: (`started` or `awaited`, name)."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+
+    def record_launch(self, name: str, num_bytes: int, work: Any) -> None:
+        assert num_bytes > 0
+        self._add("started", name)
+
+    def left(self, wait_span: Span, now: float) -> None:
+        self._add("awaited", wait_span.what)
+
+    def _add(self, what: str, name: str) -> None:
+        if name.startswith(("gathered weights", "summed gradients")):
+            self.seen.append((what, name))
+
+
+def train_a_step(overrides: list[str]) -> list[tuple[str, str]]:
+    begin = Sum.__init__
+
+    def poisoned(self: Sum, group: dist.ProcessGroup, x: Tensor, out: Tensor) -> None:
+        out.fill_(float("nan"))  # until the sum is there: who reads it before sees no healthy step
+        begin(self, group, x, out)
+
+    Sum.__init__ = poisoned  # type: ignore[method-assign]
+    config = compose([*MODEL, *overrides])
+    topology = connect(config.parallel)
+    state = build_state(config, topology)
+    reader = BatchReader(RandomSamples(), config, topology)  # type: ignore[arg-type]
+    stepper = Stepper(state, reader, config, topology)
+    SPANS.recorder = events = Events()
+    router = state.models[0].shortcut_layers()[0].mlp.router
+    router.register_forward_hook(lambda *_: events.seen.append(("computed", "layers.0")))
+    assert stepper.step().healthy
+    SPANS.recorder = None
+    dist.destroy_process_group()
+    return events.seen
+
+
+def test_weights_come_while_the_layer_before_computes_and_gradients_go_while_the_next_does() -> None:
+    for seen in run_ranks(train_a_step, 2, ["train.micro_batch_size=2", "train.global_batch_size=4"]):
+
+        def first(what: str, name: str, seen: list[tuple[str, str]] = seen) -> int:
+            return seen.index((what, name))
+
+        weights = "gathered weights, layers.1"
+        assert first("started", weights) < first("computed", "layers.0") < first("awaited", weights)
+        below, above = "summed gradients, layers.0", "summed gradients, layers.1"
+        assert first("started", above) < first("started", below) < first("awaited", above)
+        sums = [event for event in seen if event[1].startswith("summed")]
+        assert sum(what == "started" for what, _ in sums) == sum(what == "awaited" for what, _ in sums) > 0

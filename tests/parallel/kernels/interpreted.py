@@ -1,0 +1,101 @@
+"""Cases for test_kernels.py, which runs this file with Triton's interpreter: each kernel against its plain version.
+
+Not collected by name: TRITON_INTERPRET has to be set before the kernels are imported.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from longcat.ops.permute import plan_permutation
+from tests.parallel.kernels.kernel_cases import (
+    Case,
+    assert_bits,
+    check_combine,
+    check_embedding,
+    check_gather,
+    check_plan,
+    check_sum,
+)
+
+cases = st.builds(
+    Case,
+    tokens=st.integers(0, 40),
+    experts=st.integers(1, 9),
+    zero=st.integers(0, 5),
+    top_k=st.integers(1, 6),
+    width=st.sampled_from([1, 3, 8, 40, 257, 600]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    skew=st.sampled_from([0.0, 3.0, 1e6]),
+    seed=st.integers(0, 2**20),
+)
+ALL_IDENTITY = Case(tokens=5, experts=2, zero=4, top_k=3, width=40, dtype=torch.bfloat16, skew=-1e6, seed=1)
+EMPTY_EXPERTS = Case(tokens=33, experts=9, zero=0, top_k=2, width=257, dtype=torch.float32, skew=1e6, seed=2)
+NO_TOKENS = Case(tokens=0, experts=3, zero=1, top_k=2, width=8, dtype=torch.bfloat16, skew=0.0, seed=3)
+SEVERAL_BLOCKS = Case(tokens=70, experts=5, zero=3, top_k=6, width=3, dtype=torch.bfloat16, skew=0.0, seed=4)
+
+
+@given(case=cases)
+@example(case=ALL_IDENTITY)
+@example(case=EMPTY_EXPERTS)
+@example(case=NO_TOKENS)
+@example(case=SEVERAL_BLOCKS)
+@settings(max_examples=30)
+def test_plan(case: Case) -> None:
+    check_plan(case)
+
+
+@given(case=cases)
+@example(case=ALL_IDENTITY)
+@example(case=EMPTY_EXPERTS)
+@example(case=NO_TOKENS)
+@settings(max_examples=15)
+def test_gather(case: Case) -> None:
+    check_gather(case)
+
+
+@given(case=cases)
+@example(case=ALL_IDENTITY)
+@example(case=EMPTY_EXPERTS)
+@example(case=NO_TOKENS)
+@settings(max_examples=25)
+def test_sum(case: Case) -> None:
+    check_sum(case)
+
+
+@given(case=cases, identity=st.booleans())
+@example(case=ALL_IDENTITY, identity=True)
+@example(case=ALL_IDENTITY, identity=False)
+@example(case=EMPTY_EXPERTS, identity=True)
+@example(case=NO_TOKENS, identity=True)
+@settings(max_examples=40)
+def test_combine_and_its_backward(case: Case, identity: bool) -> None:
+    check_combine(case, identity)
+
+
+@given(
+    places=st.integers(0, 150),
+    num_rows=st.sampled_from([1, 2, 5, 300]),
+    width=st.sampled_from([1, 3, 40, 1030]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**20),
+)
+@example(places=0, num_rows=5, width=3, dtype=torch.float32, seed=0)
+@example(places=129, num_rows=1, width=3, dtype=torch.bfloat16, seed=0)
+@settings(max_examples=25)
+def test_embedding_gradient(places: int, num_rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    check_embedding(places, num_rows, width, dtype, seed)
+
+
+def test_negative_zeros_and_infinities() -> None:
+    """The signs of zeros agree, and a number that is not finite reaches its own token only."""
+    from parallel.kernels import rows as kernels
+
+    plan = plan_permutation(torch.tensor([[0, 2], [1, 0], [2, 2]]), 2, 3)
+    rows = torch.tensor([[-0.0, -0.0, float("inf")], [1.0, -0.0, 2.0], [-1.0, -0.0, 3.0]], dtype=torch.bfloat16)
+    gates, x = torch.full((3, 2), 0.5), torch.full((3, 3), -0.0, dtype=torch.bfloat16)
+    plain = torch.ops.longcat.combine_rows(rows, gates, plan.place, x)
+    assert_bits(kernels.combine_rows(rows, gates, plan.place, x), plain)
+    assert torch.isfinite(plain).sum() == plain.numel() - 1

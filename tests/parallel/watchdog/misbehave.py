@@ -1,0 +1,75 @@
+"""A rank of a training run, one of which goes wrong inside a layer: `python -m tests.parallel.misbehave`.
+
+Arguments: the rank that misbehaves, how (a key of ACTIONS or SLOW), in which step, before
+which layer's forward of that step, the time-out in seconds from the first step on (before it, busy cores are slow), a
+folder whose file `acted` gets the time of the fault (of the machine's monotonic clock), overrides.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import FileSystemWriter
+
+from longcat.layer import ShortcutLayer
+from parallel.reduce import sum_scalars
+from parallel.watchdog import watchdog
+from parallel.watchdog.spans import SPANS
+from train.config import compose
+from train.run import main
+
+ACTIONS: dict[str, Callable[[], object]] = {
+    "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleeps": lambda: time.sleep(1000),
+    "differs": lambda: sum_scalars([0.0]),  # issues another collective than the others
+}
+
+SLOW = {"saves slowly": 2.0, "hardly saves": 20.0}  # time-outs that the disk takes
+
+
+def misbehave(action: str | None, step: int, layer: int, seconds: float, folder: Path) -> None:
+    """Act once, before the given layer's forward of the given step (layers are counted as they come).
+
+    Every rank shortens its time-out when it has made its first step.
+    """
+    forward, seen = ShortcutLayer.forward, [0, 0]
+
+    def then_act(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        seen[:] = [SPANS.step, seen[1] + 1 if seen[0] == SPANS.step else 0]
+        if seen == [2, 0]:
+            watchdog.limit(seconds)
+        if action is not None and seen == [step, layer]:
+            (folder / "acting").write_text(str(time.monotonic()))
+            (folder / "acting").rename(folder / "acted")
+            ACTIONS[action]()
+        return forward(self, *arguments, **keywords)
+
+    ShortcutLayer.forward = then_act  # type: ignore[method-assign]
+
+
+def save_slowly(seconds: float) -> None:
+    """A disk that takes ``seconds`` for each shard that this rank writes."""
+    write = FileSystemWriter._write_data
+
+    def then_write(self: Any, *arguments: Any) -> Any:
+        time.sleep(seconds)
+        return write(self, *arguments)
+
+    FileSystemWriter._write_data = then_write
+
+
+if __name__ == "__main__":
+    rank, action, step, layer, seconds, folder, *words = sys.argv[1:]
+    own = action if os.environ["RANK"] == rank else None
+    if own in SLOW:
+        save_slowly(SLOW[own] * float(seconds))
+        own = None
+    misbehave(own, int(step), int(layer), float(seconds), Path(folder))
+    sys.exit(main(compose(words)))

@@ -1,0 +1,66 @@
+"""Blocked seconds of a GPU are those of its compute stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from parallel.watchdog.spans import SPANS, begin_step, blocked_seconds, wait_span
+from parallel.watchdog.stream_clock import count_stream_waits
+
+
+class Counted:
+    """A clock of another device, by a count of its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def enter(self) -> None:
+        self.calls.append("enter")
+
+    def leave(self) -> None:
+        self.calls.append("leave")
+
+    def take(self) -> float:
+        self.calls.append("take")
+        return 1.5
+
+
+@pytest.fixture(autouse=True)
+def _host_clock() -> Iterator[None]:
+    yield
+    SPANS.streams = None
+
+
+def test_the_device_s_clock_is_asked_once_for_each_outermost_wait() -> None:
+    SPANS.streams = clock = Counted()
+    begin_step(1)
+    with wait_span("expert dispatch, layer 0"), wait_span("inside it"):
+        pass
+    assert blocked_seconds() == 1.5 and clock.calls == ["take", "enter", "leave", "take"]
+
+
+def test_a_cpu_keeps_the_host_s_clock() -> None:
+    count_stream_waits(torch.device("cpu"))
+    begin_step(1)
+    with wait_span("expert dispatch, layer 0"):
+        pass
+    assert SPANS.streams is None and 0 < blocked_seconds() < 0.1
+
+
+@pytest.mark.gpu
+def test_a_wait_of_the_compute_stream_counts_and_one_of_another_stream_does_not() -> None:
+    device, side = torch.device("cuda"), torch.cuda.Stream()
+    count_stream_waits(device)
+    begin_step(1)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+    with wait_span("the compute stream waits"):
+        torch.cuda.current_stream().wait_stream(side)
+    waited = blocked_seconds()
+    assert waited > 0.02
+    with torch.cuda.stream(side), wait_span("the other stream works"):
+        torch.cuda._sleep(200_000_000)
+    assert blocked_seconds() == 0.0

@@ -1,0 +1,267 @@
+"""Ranks that die, stop, sleep or differ: all end in time and say which rank, which exchange, which layer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.__main__ import main as longcat
+from parallel.watchdog import watchdog
+from parallel.watchdog.diagnosis import STRAGGLER, Diagnosis
+from parallel.watchdog.diagnosis import UNRESPONSIVE as SILENT_KIND
+from parallel.watchdog.heartbeats import HeartbeatStore
+from parallel.watchdog.spans import SPANS, begin_step, state, wait_span, work_span
+from parallel.watchdog.watchdog import Pace, Watchdog, causes, is_lost
+from tests.support.running import NARROW, ROOT, ended, free_ports, ranks_below, tidily, wait_for_step
+from tests.train.conftest import corpus, overrides  # noqa: F401  (fixtures)
+
+# Seconds allowed to a machine that stands still now and then; none unless asked for
+STALL = float(os.environ.get("LONGCAT_STALL", "0"))
+AT_MOST = 30.0  # seconds that the test waits for an end before it says what was printed
+
+
+@contextmanager
+def ranks_of_a_run(
+    words: list[str], world_size: int, wrong: tuple[int, str], timeout: float, meeting: Path
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Ranks without an agent, one of which misbehaves in step 3 before the second layer's forward."""
+    port = free_ports(1)[0]
+    meeting.mkdir()
+    fault = [*map(str, wrong), "3", "1", str(timeout), str(meeting)]
+    command = [sys.executable, "-m", "tests.parallel.watchdog.misbehave", *fault, *words]
+    common = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    common |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": ROOT}
+    ranks = []
+    for rank in range(world_size):
+        own = {key: str(value) for key, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        log = (meeting / f"{rank}.log").open("w")
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, **own}, stdout=log, stderr=log, text=True))
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def outcome(
+    words: list[str], world_size: int, wrong: tuple[int, str], timeout: float, folder: Path
+) -> tuple[str, float, list[int | None], str]:
+    """(exit.json's message, seconds from the fault to the last end, exit codes, what all ranks printed)."""
+    meeting = folder / "meeting"
+    words = [*words, "train.steps=100000", "logging.hash_every=0", "parallel.timeout_seconds=120"]
+    with ranks_of_a_run(words, world_size, wrong, timeout, meeting) as ranks:
+        end = time.monotonic() + 240
+        while not (meeting / "acted").exists():
+            assert time.monotonic() < end and any(rank.poll() is None for rank in ranks), printed(meeting)
+            time.sleep(0.05)
+        start = float((meeting / "acted").read_text())  # one clock for all processes of a machine
+        for process in ranks:
+            try:
+                process.wait(timeout + AT_MOST)
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"a rank goes on\n{printed(meeting)}") from None
+        seconds = time.monotonic() - start
+        found = ended(folder / "run")
+    assert found["code"] == 1
+    return found["message"], seconds, [rank.returncode for rank in ranks], printed(meeting)
+
+
+def printed(meeting: Path) -> str:
+    return "\n".join(log.read_text()[-3000:] for log in sorted(meeting.glob("*.log")))
+
+
+# The second layer's weights are on their way while the first one computes; those of the MTP layer are the next to start
+NEXT = r'"gathered weights, mtp\.layers\.0[.a-z]*" \(fsdp\) of forward of micro-batch 1'
+
+
+DEAD = "is gone"
+UNRESPONSIVE = "has stopped answering"
+STORE = ".*; rank 0, which keeps the ranks' signs, does not answer"
+ASLEEP = r'has not come to it .*"forward of micro-batch 1" after "gathered weights, layers\.1"'
+# Where the rank itself judges first, it says where the others are
+ELSEWHERE = (
+    r'has not come to it: it waits at step 3, "sum over all ranks" of forward of micro-batch 1'
+    rf"(, while rank \d \(process \d+ on .*\) waits at step 3, {NEXT})?; raise"
+)
+
+
+@pytest.mark.parametrize(
+    "timeout,world_size,rank,action,says",
+    [
+        (4, 2, 1, "dies", DEAD),
+        (4, 3, 0, "dies", DEAD + " " + STORE),
+        (4, 3, 1, "stops", UNRESPONSIVE),
+        (4, 2, 0, "stops", UNRESPONSIVE + " " + STORE),
+        (4, 3, 2, "sleeps", ASLEEP),
+        (4, 3, 1, "differs", ELSEWHERE),
+        (10, 2, 1, "dies", DEAD),
+        (10, 2, 1, "stops", UNRESPONSIVE),
+        (10, 2, 1, "sleeps", ASLEEP),
+        (10, 3, 1, "differs", ELSEWHERE),
+    ],
+    ids=lambda value: str(value).partition(" ")[0],
+)
+def test_the_run_ends_within_its_time_out_and_names_the_rank(
+    timeout: float,
+    world_size: int,
+    rank: int,
+    action: str,
+    says: str,
+    overrides: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """From the moment that a rank goes wrong to the end of the last process."""
+    words = [*overrides, "train.global_batch_size=12"]
+    message, seconds, codes, output = outcome(words, world_size, (rank, action), timeout, tmp_path)
+    print(f"{world_size} ranks, rank {rank} {action}: all ended after {seconds:.2f} of {timeout} s: {message}")
+    place = rf"(could not finish step 3's|has waited \d+ s in step 3 for) {NEXT}"
+    assert re.match(rf"rank (?!{rank})\d {place}: rank {rank} \(process \d+ on .*\) {says}", message), message
+    assert output.count(f"error: {message}") == 1, output
+    assert all(code == 1 for number, code in enumerate(codes) if number != rank), codes
+    assert codes[rank] == (1 if action in ("sleeps", "differs") else -signal.SIGKILL)
+    assert seconds < timeout + STALL, message
+
+
+@pytest.mark.parametrize("action", ["sleeps", "stops", "dies"])
+def test_a_stage_of_a_pipeline_is_named_with_its_layers(
+    action: str,
+    overrides: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The second stage hangs in its second micro-batch; the first one waits for the gradients of its first."""
+    words = [*overrides, "parallel.pp=2", "parallel.schedule=1f1b"]
+    message, seconds, _, _ = outcome(words, 2, (1, action), 4, tmp_path)
+    print(f"pp2, rank 1 {action}: all ended after {seconds:.2f} of 4 s: {message}")
+    waits = (
+        r'"(gradients of micro-batch \d into|hidden states of micro-batch \d out of) layers 0 to 0" \(pp\) of pipeline'
+    )
+    place = rf"(could not finish step 3's|has waited \d+ s in step 3 for) {waits}"
+    assert re.match(rf"rank 0 {place}: rank 1 \(process", message), message
+    says = {
+        "stops": UNRESPONSIVE,
+        "dies": DEAD,
+        "sleeps": r'has not come to it .* "forward of micro-batch 2 in layers 1 to 1"',
+    }[action]
+    assert re.search(says, message), message
+    assert seconds < 4 + STALL, message
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_slow_disk_ends_no_run_before_its_patience(
+    asynchronous: str,
+    overrides: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """A disk that takes two time-outs for a shard is waited for; one that takes twenty ends the run after six.
+
+    Beside training too, where the run waits for it at its end.
+    """
+    timeout, words = 1.0, [*overrides, "train.global_batch_size=8", "train.steps=3", "parallel.timeout_seconds=120"]
+    words.append(f"checkpoint.asynchronous={asynchronous}")
+    with ranks_of_a_run(words, 2, (1, "saves slowly"), timeout, tmp_path / "meeting") as ranks:
+        codes = [rank.wait(120) for rank in ranks]
+    assert codes == [0, 0], printed(tmp_path / "meeting")
+    assert ended(tmp_path / "run")["message"] == "done"
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "manifest.json").is_file()
+
+    words = [*words, "run.name=never"]
+    with ranks_of_a_run(words, 2, (1, "hardly saves"), timeout, tmp_path / "again") as ranks:
+        codes = [rank.wait(120) for rank in ranks]
+    message = ended(tmp_path / "never")["message"]
+    assert codes == [1, 1], printed(tmp_path / "again")
+    assert re.match(r"rank 0 has waited [56] s in step 3 for \"plan of the checkpoint", message), message
+    assert re.search(r'rank 1 .* at step 3, "writing the checkpoint" of plan of the checkpoint', message), message
+
+
+def test_the_agent_ends_soon_when_a_rank_stops(
+    overrides: list[str],  # noqa: F811
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """`longcat train` on two ranks, one stopped: no waiting for the hour that saving may take."""
+    folder, stopped = tmp_path / "run", []
+
+    def stop() -> None:
+        wait_for_step(folder, 2)
+        os.kill(ranks_below(os.getpid())[1], signal.SIGSTOP)
+        stopped.append(time.monotonic())
+
+    other = threading.Thread(target=stop)
+    other.start()
+    words = [*overrides, *NARROW, "train.steps=100000", "run.num_processes=2", "parallel.timeout_seconds=20"]
+    code = tidily(lambda: longcat(["train", *words]))
+    seconds = time.monotonic() - stopped[0]
+    other.join()
+    errors = capfd.readouterr().err
+    assert code == 1 and seconds < 20, (code, seconds, errors)
+    assert errors.count("rank 1 (process") == 1 and "has stopped answering" in errors, errors
+    assert errors.count("error: ") == 1, errors
+    assert json.loads((folder / "exit.json").read_text())["message"] in errors
+
+
+def test_crumbs_nest_and_an_error_leaves_the_innermost() -> None:
+    SPANS.clear()
+    with work_span("forward of micro-batch 1"), wait_span("expert dispatch, layer 3", "ep"):
+        assert state()[:4] == ("waits", "expert dispatch, layer 3", "ep", "forward of micro-batch 1")
+    assert state()[:2] == ("works", "") and SPANS.before == "expert dispatch, layer 3" and SPANS.sequence == 2
+    with pytest.raises(ValueError), work_span("backward"), wait_span("expert combine, layer 3"):
+        raise ValueError
+    assert state()[:4] == ("failed", "expert combine, layer 3", "", "backward")
+    begin_step(2)
+    assert state()[0] == "works", "who goes on has dealt with it"
+    SPANS.clear()
+
+
+@pytest.mark.parametrize("timeout", [0.5, 1, 4, 10, 60, 600])
+@pytest.mark.parametrize("world_size", [2, 8192])
+def test_looking_begins_early_enough_to_end_in_time(timeout: float, world_size: int) -> None:
+    pace = Pace.of(timeout, world_size)
+    assert timeout / 2 <= pace.look < timeout
+    assert pace.beat < pace.silence
+    if world_size == 2:
+        assert pace.look + pace.silence + 3 * pace.beat < timeout
+        assert pace.look > timeout - 6.6, "a wait may take nearly as long as the key says"
+
+
+def test_a_time_out_counts_anew_after_a_slow_phase() -> None:
+    kept = Watchdog(HeartbeatStore(torch.distributed.HashStore(), 0, 2), 10.0, lambda message: None)
+    late, silent = Diagnosis(STRAGGLER, (1,), ""), Diagnosis(SILENT_KIND, (1,), "")
+    assert kept._too_long(9.0, float("inf"), late) and not kept._too_long(6.0, float("inf"), late)
+    assert not kept._too_long(50.0, 0.0, late) and kept._too_long(58.0, 0.0, late)
+    assert not kept._too_long(50.0, 3.0, late) and kept._too_long(50.0, 9.0, late)
+    assert not kept._too_long(50.0, 0.0, silent), "until its last sign is that old"
+
+
+def test_what_a_pipeline_raises_is_known_by_its_cause() -> None:
+    try:
+        try:
+            raise RuntimeError("Connection closed by peer")
+        except RuntimeError as error:
+            raise RuntimeError("stage 1 failed to run forward") from error
+    except RuntimeError as error:
+        assert [is_lost(cause) for cause in causes(error)] == [False, True]
+
+
+def test_one_process_keeps_no_watch(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        before = threading.active_count()
+        watchdog.start(1.0, lambda message: None, tmp_path)
+        assert threading.active_count() == before
+        assert watchdog.explain(RuntimeError("Connection closed by peer")) is None
+    finally:
+        watchdog.stop()
+        torch.distributed.destroy_process_group()

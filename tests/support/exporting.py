@@ -1,0 +1,93 @@
+"""A small trained checkpoint with a tokenizer, and what the tests of exports and imports compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peer import peer_model, peer_tensors
+from launch.__main__ import main as longcat
+from longcat.config import ModelConfig
+from longcat.model import LongCat
+from tests.support.running import train_here
+from tests.train.conftest import VOCAB
+from train.checkpoint.read import Checkpoint, full_box, load_model, stored_shapes
+
+# 2 steps of a narrow model, so that weights, biases and moments have moved
+SMALL = [
+    "model=debug",
+    f"model.vocab_size={VOCAB}",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=48",
+    "model.expert_hidden_size=16",
+    "model.embedding_std=1",
+    "model.hidden_std=0.15",
+    "train.dtype=float32",
+    "train.steps=2",
+    "train.sequence_length=32",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "schedule.warmup_steps=0",
+    "optim.lr=0.01",
+    "validation.every=0",
+    "validation.documents=0",
+    "checkpoint.every=0",
+    "logging.hash_every=1",
+    "logging.wandb=disabled",
+    "run.num_processes=1",
+]
+
+
+def trained(corpus: Path, folder: Path, *changes: str) -> Path:
+    """The checkpoint of a short run."""
+    words = [*SMALL, f"data.paths=[{corpus}]", f"run.dir={folder}", "run.name=run", *changes]
+    assert train_here(words) == 0
+    return folder / "run" / "checkpoints" / "step-00000002"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(corpus, tmp_path_factory.mktemp("runs"))
+
+
+def done(*words: str) -> None:
+    """`longcat words…` ends in 0."""
+    assert longcat(list(words)) == 0
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """All weights and biases of a checkpoint by stored name."""
+    source = Checkpoint(folder)
+    return {name: source.read(name, shape, full_box(shape)) for name, shape in stored_shapes(source.model)}
+
+
+def our_logits(folder: Path, tokens: Tensor) -> Tensor:
+    source = Checkpoint(folder)
+    return loaded(source.model, source).logits(tokens)
+
+
+def loaded(config: ModelConfig, source: Any) -> LongCat:
+    return load_model(config, source, torch.float32, torch.device("cpu"))
+
+
+def some_tokens() -> Tensor:
+    return torch.randint(VOCAB, (3, 24), generator=torch.Generator().manual_seed(0))
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    """Within ``tolerance`` of the largest."""
+    difference = float((got - expected).detach().abs().max() / expected.detach().abs().max())
+    assert difference <= tolerance, f"{difference:.1e} of the largest logit"
+
+
+@torch.no_grad()
+def peer_of(config: ModelConfig, tensors: dict[str, Tensor]) -> nn.Module:
+    """The transformers model with tensors of the released names; every one of its own must be there."""
+    peer: nn.Module = peer_model(config, attention="eager")
+    for name, target in peer_tensors(peer, config):
+        target.copy_(tensors[name])
+    return peer

@@ -1,0 +1,211 @@
+"""Runs of the trainer for tests: in this process, on two ranks, or as a program of its own; and the bits they left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from parallel.mesh import Topology, connect
+from tests.support.distributed import run_ranks
+from train.batches import BatchReader
+from train.config import Config, compose
+from train.run import build_state, main
+from train.state import TrainState
+from train.step import Stepper
+
+ROOT = Path(__file__).resolve().parents[2]
+EXACT = ("loss", "grad_norm", "state_hash")
+# One layer of few experts: a step takes some hundredths of a second
+NARROW = ["model.num_layers=1", "model.num_experts=4", "model.num_zero_experts=2"]
+# A state of some thousand numbers, for tests that look at each of them
+TINY = [
+    "model=debug",
+    "model.vocab_size=97",
+    "model.num_layers=1",
+    "model.hidden_size=12",
+    "model.ffn_hidden_size=10",
+    "model.expert_hidden_size=6",
+    "model.num_experts=3",
+    "model.num_zero_experts=2",
+    "model.q_lora_rank=8",
+    "model.kv_lora_rank=8",
+    "train.sequence_length=8",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=1",
+    "train.dtype=float32",
+]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+def train_here(overrides: list[str]) -> int:
+    """Train in this process; it must leave signals and process groups as they were."""
+    return tidily(lambda: main(compose(overrides)))
+
+
+def tidily(action: Callable[[], int]) -> int:
+    """Run ``action``, take back what deterministic training switches on, and check that nothing else stays behind."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        return action()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        assert not dist.is_initialized(), "the run left its process group behind"
+        assert {number: signal.getsignal(number) for number in SIGNALS} == before, "the run left signal handlers behind"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports for ranks that meet several times: a store that has just been closed may still hold its port."""
+    local_boxes = [socket.socket() for _ in range(count)]
+    for free in local_boxes:
+        free.bind(("127.0.0.1", 0))
+    ports = [free.getsockname()[1] for free in local_boxes]
+    for free in local_boxes:
+        free.close()
+    return ports
+
+
+def _train_all(runs: list[list[str]], ports: list[int]) -> list[int]:
+    codes = []
+    for overrides, port in zip(runs, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        codes.append(main(compose(overrides)))
+    return codes
+
+
+def train_two(*runs: list[str]) -> list[int]:
+    """Train on two ranks, one run after the other in the same two processes; the first rank's exit codes."""
+    first, second = run_ranks(_train_all, 2, list(runs), free_ports(len(runs)), timeout=240)
+    assert first == second, "ranks ended with different codes"
+    return list(first)
+
+
+@cache
+def _straight(corpus_folder: Path, words: tuple[str, ...]) -> dict[int, dict[str, str]]:
+    name = hashlib.sha256(repr(words).encode()).hexdigest()[:12]
+    assert train_here([*words, f"run.dir={corpus_folder / 'straight'}", f"run.name={name}"]) == 0
+    return exact(corpus_folder / "straight" / name)
+
+
+def straight(corpus: Path, overrides: list[str]) -> dict[int, dict[str, str]]:
+    """What an uninterrupted run of the same configuration writes; made once, in a folder of its own."""
+    words = tuple(word for word in overrides if not word.startswith(("run.", "checkpoint.")))
+    return _straight(corpus.parent, words)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def exact(folder: Path) -> dict[int, dict[str, str]]:
+    """step → the numbers that a resume must repeat, as they are spelt in metrics.jsonl; each step stands there once."""
+    rows = [json.loads(line, parse_float=str) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    assert steps == list(range(1, len(steps) + 1)), f"steps of metrics.jsonl: {steps}"
+    return {row["step"]: {key: row[key] for key in EXACT if key in row} for row in rows}
+
+
+def ended(folder: Path) -> dict[str, Any]:
+    """exit.json."""
+    return dict(json.loads((folder / "exit.json").read_text()))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file of a folder and its hash."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def program(*words: str) -> subprocess.Popen[str]:
+    """Start `python -m words…` with its output in pipes and in a process group of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+    """Wait for a program; its exit code and standard error. One that hangs is ended with all its ranks."""
+    try:
+        _, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, errors = process.communicate()
+        raise AssertionError(f"no end within {seconds} s\n{output[-3000:]}\n{errors[-3000:]}") from None
+    return process.returncode, errors
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str] | None = None, seconds: float = 120) -> None:
+    """Return once metrics.jsonl holds ``step``; a program that ends before is an error."""
+    end = time.monotonic() + seconds
+    metrics = folder / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_text().count("\n") < step:
+        if process is not None and (process.poll() is not None or time.monotonic() > end):
+            code, errors = finish(process, 1)
+            raise AssertionError(f"ended with {code} before step {step}: {errors[-3000:]}")
+        assert time.monotonic() < end, f"no step {step} within {seconds} s"
+        time.sleep(0.01)
+
+
+def ranks_below(agent: int) -> list[int]:
+    """Process ids of an agent's ranks, in rank order (Linux)."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError, IndexError):
+            continue  # not a process, or one that has just ended
+        rank = next((word for word in environment if word.startswith(b"RANK=")), None)
+        if parent == agent and rank is not None:
+            found[int(rank.removeprefix(b"RANK="))] = int(entry.name)
+    return [pid for _, pid in sorted(found.items())]
+
+
+class RandomSamples:
+    """Windows of random ids below 97 that depend on the sample's number alone."""
+
+    eod = 0
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.random.default_rng(index).integers(0, 97, self.length + 1)
+
+
+def trained_state(overrides: list[str], steps: int) -> tuple[TrainState, Topology, Config]:
+    """A state after some steps on random tokens, without a run folder; the caller destroys the process group."""
+    config = compose(overrides)
+    topology = connect(config.parallel)
+    state = build_state(config, topology)
+    samples: Any = RandomSamples(config.train.sequence_length)
+    stepper = Stepper(state, BatchReader(samples, config, topology), config, topology)
+    for _ in range(steps):
+        assert stepper.step().healthy
+    return state, topology, config

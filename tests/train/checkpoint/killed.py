@@ -1,0 +1,189 @@
+"""Ranks of a run for tests that kill them: each logs the samples that it reads, and can be its own murderer.
+
+They come from a fork server that has imported everything, so a start takes tenths of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from parallel.watchdog.spans import SPANS
+from tests.support.distributed import become, free_port
+from train import run
+from train.batches import BatchReader
+from train.checkpoint import find as finding
+from train.checkpoint import save as saving
+from train.checkpoint import shards
+from train.checkpoint.staging import StagingBuffer
+from train.config import compose
+from train.data.samples import TokenSamples
+
+GRACE = 5.0  # seconds
+TRAIN = Path(run.__file__).parent
+
+
+@dataclass(frozen=True)
+class Fate:
+    """A rank dies in the ``call``-th call that a phase makes of its function, ``before`` it is done or after."""
+
+    phase: str
+    call: int
+    before: bool
+
+
+# phase → where a process dies in it: the holder and the name of a function that the phase calls again and again, and
+# the function of train/ by which it must be called to count, if not by any
+PHASES: dict[str, tuple[Any, str, str]] = {
+    "staging": (StagingBuffer, "_keep", ""),
+    "planning": (saving.SaveContext, "all", ""),
+    "writing": (saving.HashedFile, "write", ""),
+    "committing": (saving, "write_synced", ""),
+    "renaming": (os, "rename", "commit"),
+    "pruning": (os, "unlink", "prune"),
+    "moving": (os, "rename", ""),
+    "removing": (os, "unlink", ""),
+    "loading": (shards.RecordHeaders, "of", ""),
+    "verifying": (finding, "file_hash", ""),
+}
+
+
+def caller() -> str:
+    """The innermost function of train/ that is being called in this thread; "" if none is."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and TRAIN not in Path(frame.f_code.co_filename).parents:
+        frame = frame.f_back
+    return str(frame.f_code.co_qualname).replace(".<locals>", "") if frame is not None else ""
+
+
+def die(fate: Fate, will: Path) -> None:
+    """Die at once; ``will`` says where."""
+    will.write_text(f"{fate.phase} in {caller()}, {'before' if fate.before else 'after'}")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def place_of_death(samples: Path) -> str | None:
+    """Where a rank with a fate has died since this was asked last: `phase in function, before` or `after`."""
+    will = Path(f"{samples}.will")
+    if not will.exists():
+        return None
+    place = will.read_text()
+    will.unlink()
+    return place
+
+
+def die_by(fate: Fate, will: Path) -> None:
+    """Let this process die by its fate."""
+    holder, name, by = PHASES[fate.phase]
+    real = getattr(holder, name)
+    calls = 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        counts = not by or caller() == by
+        calls += counts
+        mine = counts and calls == fate.call
+        if mine and fate.before:
+            die(fate, will)
+        result = real(*arguments, **named)
+        if mine:
+            die(fate, will)
+        return result
+
+    setattr(holder, name, counted)
+
+
+def log_samples(path: Path) -> None:
+    """Append `step sample sample …` to ``path`` for every step's reading of this rank."""
+    read: list[int] = []
+    get, micro_batches = TokenSamples.__getitem__, BatchReader.read
+
+    def remember(self: TokenSamples, index: int) -> Any:
+        read.append(int(index))
+        return get(self, index)
+
+    def read_and_log(self: BatchReader, first_sample: int) -> Any:
+        read.clear()
+        found = list(micro_batches(self, first_sample))
+        with path.open("a") as file:
+            file.write(" ".join(map(str, [SPANS.step, *read])) + "\n")
+        return iter(found)
+
+    TokenSamples.__getitem__ = remember  # type: ignore[method-assign]
+    BatchReader.read = read_and_log  # type: ignore[method-assign]
+
+
+def rank_main(rank: int, world_size: int, port: int, words: list[str], samples: str, fate: Fate | None) -> None:
+    """One rank; the one with a ``fate`` dies by it."""
+    become(rank, world_size, port)
+    with open(f"{samples}.{rank}.log", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    log_samples(Path(f"{samples}.{rank}"))
+    if fate is not None:
+        die_by(fate, Path(f"{samples}.will"))
+    sys.exit(run.main(compose(words)))
+
+
+def start(
+    world_size: int, words: list[str], samples: Path, victim: int = 0, fate: Fate | None = None
+) -> list[BaseProcess]:
+    """Start all ranks of a run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "megatron.core.datasets.indexed_dataset"])
+    port = free_port()
+    ranks = [
+        context.Process(
+            target=rank_main,
+            args=(rank, world_size, port, words, str(samples), fate if rank == victim else None),
+            daemon=True,
+        )
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def end(ranks: list[BaseProcess], seconds: float) -> list[int | None]:
+    """Wait until all have ended; exit codes. As an agent would, kill those that outlive a killed one by `GRACE`.
+
+    A rank that has not ended after ``seconds`` though none was killed has None.
+    """
+    deadline, grace = time.monotonic() + seconds, 0.0
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        if not grace and any(process.exitcode == -signal.SIGKILL for process in ranks):
+            grace = time.monotonic() + GRACE
+            deadline = min(deadline, grace)
+        time.sleep(0.02)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    return [-signal.SIGKILL if code is None and grace else code for code in codes]
+
+
+def steps_read(samples: Path, rank: int) -> list[int]:
+    """The steps that a rank has read samples for, in the order in which it did, over all its lives."""
+    path = Path(f"{samples}.{rank}")
+    return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def samples_of_steps(samples: Path, world_size: int) -> dict[int, list[int]]:
+    """step → the sorted samples that all ranks read when they made it for the last time."""
+    last: dict[int, list[int]] = {}
+    for rank in range(world_size):
+        own: dict[int, list[int]] = {}
+        for line in Path(f"{samples}.{rank}").read_text().splitlines():
+            step, *read = map(int, line.split())
+            own[step] = read
+        for step, read in own.items():
+            last[step] = sorted(last.get(step, []) + read)
+    return last

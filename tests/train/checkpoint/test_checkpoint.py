@@ -1,0 +1,363 @@
+"""Checkpoints: committed at once or not at all, believed only when whole, readable in any layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from longcat.errors import ConfigError, UnhealthyError
+from parallel.mesh import Topology, connect
+from tests.support.distributed import run_ranks
+from tests.support.running import TINY, contents, free_ports, trained_state
+from train.checkpoint import find as finding
+from train.checkpoint import save as saving
+from train.checkpoint.find import find, last_valid, list_checkpoints, load, verify
+from train.checkpoint.retention import Keep, cleanup
+from train.checkpoint.save import save
+from train.checkpoint.state_hash import state_hash
+from train.config import Config, compose
+from train.run import build_state
+from train.run_dir import as_mapping, lock
+from train.state import TrainState
+
+
+class Saver:
+    """A state of this process and how it is saved."""
+
+    def __init__(self, state: TrainState, topology: Topology, config: Config, folder: Path) -> None:
+        self.state, self.topology, self.config, self.folder = state, topology, config, folder
+
+    def save(self, step: int, keep: int = 0) -> Path:
+        self.state.counters.step = step
+        return save(self.state, self.folder, as_mapping(self.config), self.topology, Keep(keep))
+
+    def load(self, path: Path) -> str:
+        """Load into the state; its hash."""
+        load(self.state, path, as_mapping(self.config))
+        return self.hash()
+
+    def hash(self) -> str:
+        return state_hash(self.state, self.topology)
+
+    @property
+    def names(self) -> list[str]:
+        """Committed checkpoints."""
+        return [path.name for path in list_checkpoints(self.folder)]
+
+    @property
+    def everything(self) -> list[str]:
+        """All that lies in the folder."""
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def assembled() -> Iterator[tuple[TrainState, Topology, Config]]:
+    yield trained_state(TINY, steps=2)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def saver(assembled: tuple[TrainState, Topology, Config], tmp_path: Path) -> Saver:
+    return Saver(*assembled, tmp_path / "checkpoints")
+
+
+# ------------------------------------------------------------------------------------- committed at once or not at all
+
+
+class PowerCut(BaseException):
+    """What ends a process in the middle of a save."""
+
+
+def cut_at(patch: pytest.MonkeyPatch, holder: object, name: str, when: Callable[..., bool]) -> None:
+    """Let a call of ``holder.name`` for which ``when(arguments…)`` holds be the last thing that happens."""
+    real = getattr(holder, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if when(*arguments):
+            raise PowerCut(name)
+        return real(*arguments, **named)
+
+    patch.setattr(holder, name, call)
+
+
+POINTS: dict[str, tuple[object, str, Callable[..., bool]]] = {
+    "before-the-shards": (dcp, "save", lambda *_: True),
+    "after-the-shards": (saving, "file_hash", lambda *_: True),
+    "before-the-state": (saving, "write_synced", lambda path, _: path.name == "state.json"),
+    "before-the-manifest": (saving, "write_synced", lambda path, _: path.name == "manifest.json"),
+    "before-the-folder-is-synced": (saving, "sync_folder", lambda path: path.suffix == ".partial"),
+    "before-the-commit": (os, "rename", lambda old, _: str(old).endswith("step-00000002.partial")),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_save_that_is_cut_leaves_the_previous_one(point: str, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = saver.save(1)
+    expected = saver.hash()
+    with monkeypatch.context() as patch:
+        cut_at(patch, *POINTS[point])
+        with pytest.raises(PowerCut):
+            saver.save(2)
+    assert saver.names == ["step-00000001"]
+    assert find(saver.folder, "auto") == (first, [])
+    assert saver.load(first) == expected
+    assert verify(saver.save(2)).problem is None, "what the cut left is in the way"
+    assert saver.everything == ["step-00000001", "step-00000002"]
+
+
+def test_a_cut_removal_leaves_whole_ones(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the renaming of an old checkpoint and its removal."""
+    for step in (1, 2):
+        saver.save(step)
+    with monkeypatch.context() as patch:
+        cut_at(patch, shutil, "rmtree", lambda path, *_: path.suffix == ".removed")
+        with pytest.raises(PowerCut):
+            saver.save(3, keep=2)
+    assert saver.names == ["step-00000002", "step-00000003"]
+    assert find(saver.folder, "auto") == (saver.folder / "step-00000003", [])
+    assert verify(saver.folder / "step-00000002").problem is None
+    assert saver.everything == ["step-00000001.removed", "step-00000002", "step-00000003"]
+    (saver.folder / "step-00000009.partial").mkdir()
+    assert cleanup(saver.folder, saver.folder / "step-00000003", []) == []
+    assert saver.everything == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("keep,left", [(0, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
+def test_the_newest_are_kept(keep: int, left: list[int], saver: Saver) -> None:
+    for step in (1, 2, 3, 4):
+        saver.save(step, keep)
+    assert saver.everything == [f"step-{step:08d}" for step in left]
+
+
+def test_what_was_just_written_stays_whatever_comes_into_the_folder(saver: Saver) -> None:
+    shutil.copytree(saver.save(1), saver.folder / "step-00000500")
+    saver.save(2, keep=1)
+    saver.save(3, keep=1)
+    assert saver.everything == ["step-00000003", "step-00000500"]
+
+
+def test_a_person_s_own_copies_are_neither_removed_nor_taken(saver: Saver) -> None:
+    copies = ["backup-step-00000001", "z-step-00000001", "step-000000001"]
+    for name in copies:
+        shutil.copytree(saver.folder / "step-00000001" if saver.folder.exists() else saver.save(1), saver.folder / name)
+    newest = saver.save(2, keep=1)
+    assert saver.everything == sorted([*copies, newest.name]) and saver.names == [newest.name]
+    assert find(saver.folder, "auto") == (newest, [])
+
+
+def test_the_same_step_is_written_anew(saver: Saver) -> None:
+    """A run that went back must not take what another past had saved there for its own; that stays beside it."""
+    path = saver.save(2)
+    before = contents(path)
+    saver.state.counters.tokens += 7
+    assert saver.save(2) == path and saver.save(2) == path
+    assert verify(path).problem is None and contents(path) != before
+    assert saver.everything == ["step-00000002", "step-00000002.replaced", "step-00000002.replaced-1"]
+    assert contents(saver.folder / "step-00000002.replaced") == before
+    assert saver.names == ["step-00000002"]
+
+
+def test_what_is_not_finite_is_not_saved(saver: Saver) -> None:
+    path = saver.save(1)
+    before = contents(path)
+    moment = next(
+        local_boxes.values for local_boxes in saver.state.store.local_boxes() if local_boxes.kind == "exp_avg"
+    )
+    value = float(moment.view(-1)[3])
+    moment.view(-1)[3] = float("nan")
+    with pytest.raises(
+        UnhealthyError, match=r"step 2: a weight or a moment is not finite.* last good checkpoint is .*step-00000001;"
+    ):
+        saver.save(2)
+    moment.view(-1)[3] = value
+    assert saver.everything == ["step-00000001"] and contents(path) == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 17, 4095])
+def test_one_value_that_is_not_finite_is_found(bad: float, place: int) -> None:
+    largest = torch.finfo(torch.float32).max
+    values = torch.full((64, 64), largest)
+    values[1] = -largest
+    assert save.is_finite(values)
+    values.view(-1)[place] = bad
+    assert not save.is_finite(values)
+
+
+# ------------------------------------------------------------------------------------- believed only when whole
+
+
+def shard(path: Path) -> Path:
+    return next(path.glob("*.distcp"))
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(shard(path).read_bytes())
+    data[len(data) // 3] ^= 16
+    shard(path).write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    shard(path).write_bytes(shard(path).read_bytes()[:-1])
+
+
+def lose_a_shard(path: Path) -> None:
+    shard(path).unlink()
+
+
+def lose_the_metadata(path: Path) -> None:
+    (path / ".metadata").unlink()
+
+
+def change_a_counter(path: Path) -> None:
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace('"samples": ', '"samples": 1'))
+
+
+def lose_the_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def tear_the_manifest(path: Path) -> None:
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text[: len(text) // 2])
+
+
+def hash_otherwise(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"hash": "sha256"}))
+
+
+def replace_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("[]")
+
+
+DAMAGE: dict[Callable[[Path], None], str] = {
+    flip_a_bit: "__0_0.distcp does not have the hash of the manifest",
+    truncate: "__0_0.distcp does not have the hash of the manifest",
+    lose_a_shard: "__0_0.distcp is missing",
+    lose_the_metadata: ".metadata is missing",
+    change_a_counter: "state.json does not have the hash of the manifest",
+    lose_the_manifest: "no readable manifest.json",
+    tear_the_manifest: "no readable manifest.json",
+    replace_the_manifest: "no readable manifest.json",
+    hash_otherwise: "manifest.json is another version's: its hashes are sha256, not xxh3_128",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_damaged_one_is_passed_over(damage: Callable[[Path], None], saver: Saver) -> None:
+    first, second = saver.save(1), saver.save(2)
+    damage(second)
+    found, passed_over = find(saver.folder, "auto")
+    assert found == first
+    assert [(status.folder, status.step, status.problem) for status in passed_over] == [(second, 2, DAMAGE[damage])]
+    with pytest.raises(ConfigError, match="is not whole"):
+        find(saver.folder, str(second))
+    damage(first)
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole \(step-00000002: .*; step-00000001: "):
+        find(saver.folder, "auto")
+
+
+def test_a_shard_that_breaks_after_it_was_verified_is_named(saver: Saver) -> None:
+    path = saver.save(1)
+    assert find(saver.folder, "auto") == (path, [])
+    with shard(path).open("r+b") as file:
+        file.truncate(shard(path).stat().st_size // 2)
+    with pytest.raises(ConfigError, match=r"step-00000001 could not be read: rank 0: .*; restore its files"):
+        saver.load(path)
+
+
+# ------------------------------------------------------------------------------------- one run at a time
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    with lock(tmp_path), pytest.raises(ConfigError, match="in use by a run that is still going"):
+        lock(tmp_path)
+    lock(tmp_path).close()
+
+
+# ------------------------------------------------------------------------------------- any layout
+
+
+def exchange(theirs: str, ours: str, ports: list[int]) -> tuple[str, str, str]:
+    """On two ranks: the hash of the state loaded from ``theirs``, of the one saved into ``ours``, the last good one."""
+    os.environ["MASTER_PORT"] = str(ports[0])
+    config = compose([*TINY, "train.seed=9"])
+    topology = connect(config.parallel)
+    state = build_state(config, topology)
+    load(state, Path(theirs), as_mapping(config))
+    loaded = state_hash(state, topology)
+    dist.destroy_process_group()
+
+    os.environ["MASTER_PORT"] = str(ports[1])
+    state, topology, config = trained_state([*TINY, "train.seed=7"], steps=2)
+    save(state, Path(ours), as_mapping(config), topology)
+    trained = state_hash(state, topology)
+    words = last_valid(Path(ours), topology)
+    dist.destroy_process_group()
+    return loaded, trained, words
+
+
+def look_together(folder: str) -> tuple[Any, list[str]]:
+    """On two ranks: what is found in ``folder``, and what this rank has hashed for it."""
+    config = compose(TINY)
+    topology = connect(config.parallel)
+    plain, hashed = find.file_hash, []
+
+    def noted(path: Path) -> str:
+        hashed.append(f"{path.parent.name}/{path.name}")
+        return plain(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finding, "file_hash", noted)
+        found = finding.find_together(Path(folder), "auto", topology)
+    dist.destroy_process_group()
+    return found, hashed
+
+
+def test_ranks_share_the_hashing_and_agree_on_what_they_find(saver: Saver) -> None:
+    """Damage in either rank's share is seen by both; the newest whole one is found, and nothing is hashed twice."""
+    first, second, third = (saver.save(step) for step in (1, 2, 3))
+    flip_a_bit(third)
+    change_a_counter(second)
+    both = run_ranks(look_together, 2, str(saver.folder))
+    problems = ["__0_0.distcp", "state.json"]
+    passed = [
+        (folder, f"{name} does not have the hash of the manifest")
+        for folder, name in zip((third, second), problems, strict=True)
+    ]
+    for (path, passed_over), _ in both:
+        assert path == first
+        assert [(status.folder, status.problem) for status in passed_over] == passed
+    shares = [set(hashed) for _, hashed in both]
+    every = {f"{path.name}/{name}" for path in (first, second, third) for name in files_of(path)}
+    assert shares[0] | shares[1] == every and not shares[0] & shares[1]
+    assert sum(len(hashed) for _, hashed in both) == len(every), "hashed twice"
+
+
+def files_of(path: Path) -> list[str]:
+    return [name for name in os.listdir(path) if name != "manifest.json"]
+
+
+def test_one_process_reads_what_two_wrote_and_the_other_way_round(saver: Saver, tmp_path: Path) -> None:
+    path = saver.save(2)
+    expected = saver.hash()
+    first, second = run_ranks(exchange, 2, str(path), str(tmp_path / "theirs"), free_ports(2))
+    assert first == second, "ranks disagree"
+    assert first[2] == f"the last good checkpoint is {tmp_path / 'theirs' / 'step-00000002'}"
+    assert first[0] == expected, "two ranks read another state than one wrote"
+    theirs = tmp_path / "theirs" / "step-00000002"
+    assert sorted(path.name for path in theirs.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+    assert verify(theirs).problem is None
+    assert saver.hash() != first[1]
+    assert saver.load(theirs) == first[1], "one rank reads another state than two wrote"

@@ -1,0 +1,131 @@
+"""Where a run starts from: its own newest whole checkpoint, or the place that it was told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.__main__ import main as longcat
+from tests.support.running import NARROW, lines, train_here
+from train.loop import Loop
+
+Said = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def narrow(overrides: list[str]) -> list[str]:
+    return [*overrides, *NARROW, "logging.hash_every=0"]
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a run's folder of checkpoints."""
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+# ------------------------------------------------------------------------------------- names that lie
+
+
+def test_a_checkpoint_under_another_step_s_name_is_passed_over(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
+    """It would be the newest one for ever: each start would go back to it, and each save be removed for it."""
+    run, words = tmp_path / "run", [*narrow, "checkpoint.keep=1", "checkpoint.every=1"]
+    assert train_here([*words, "train.steps=1"]) == 0
+    shutil.copytree(run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000500")
+    capfd.readouterr()
+    assert train_here([*words, "train.steps=3"]) == 0
+    assert "step-00000500: it holds step 1, which is not the step of its name" in capfd.readouterr().out
+    assert names(run) == ["step-00000003", "step-00000500.damaged"]
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    (run / "checkpoints" / "step-00000500.damaged").rename(run / "checkpoints" / "step-00000500")
+    assert train_here([*words, "train.steps=4"]) == 2
+    assert "no checkpoint in" in (said := capfd.readouterr().err) and "step-00000500: it holds step 1" in said
+
+
+# ------------------------------------------------------------------------------------- the place that it was told
+
+
+def test_a_run_that_died_before_its_first_save_starts_again_from_the_same_place(
+    narrow: list[str], tmp_path: Path, capfd: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice, and by the default `auto`; not from random weights."""
+    assert train_here([*narrow, "train.steps=2"]) == 0
+    words, source = [*narrow, "run.name=second", "train.steps=4"], tmp_path / "run"
+
+    def die(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "run", die)
+        for more in ([f"checkpoint.resume={source}"], []):
+            with pytest.raises(ZeroDivisionError):
+                train_here([*words, *more])
+    assert names(tmp_path / "second") == []
+    source.rename(tmp_path / "moved")
+    capfd.readouterr()
+    assert train_here(words) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and f"checkpoint.resume={source}, which is gone; name its new place" in said[0]
+    (tmp_path / "moved").rename(source)
+    assert train_here(words) == 0
+    assert f"no checkpoint of this run yet: checkpoint.resume={source}, as in its config.yaml" in capfd.readouterr().out
+    assert [row["step"] for row in lines(tmp_path / "second")] == [3, 4]
+
+
+def test_an_own_step_is_gone_back_to_also_on_another_disk(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
+    """The folder of checkpoints is a link, as where runs/ is small and scratch is large."""
+    run, words = tmp_path / "run", [*narrow, "checkpoint.every=1", "checkpoint.keep=0"]
+    (tmp_path / "scratch").mkdir()
+    run.mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
+    assert train_here([*words, "train.steps=3"]) == 0
+    capfd.readouterr()
+    assert train_here([*words, "train.steps=2", f"checkpoint.resume={run / 'checkpoints' / 'step-00000001'}"]) == 0
+    printed = capfd.readouterr().out
+    assert f"resumed from {run}/checkpoints/step-00000001: step 1" in printed and "is not used" not in printed
+    assert names(run) == ["step-00000001", "step-00000002", "step-00000002.abandoned", "step-00000003.abandoned"]
+
+
+def test_a_place_that_is_not_used_is_said_and_must_be_there(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
+    assert train_here([*narrow, "train.steps=1", "run.name=other"]) == 0
+    assert train_here([*narrow, "train.steps=2"]) == 0
+    capfd.readouterr()
+    other = tmp_path / "other"
+    assert train_here([*narrow, "train.steps=3", f"checkpoint.resume={other}"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count(f"checkpoint.resume={other} is not used: this run has checkpoints of its own") == 1
+    assert f"resumed from {tmp_path}/run/checkpoints/step-00000002" in printed
+    assert train_here([*narrow, "train.steps=4", f"checkpoint.resume={tmp_path / 'nowhere'}"]) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and f"checkpoint.resume={tmp_path / 'nowhere'} is no folder; use auto" in said[0]
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------- a disk that fails
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_a_file_that_the_disk_cannot_read_is_a_problem_of_its_checkpoint(
+    call: str, narrow: list[str], tmp_path: Path, capfd: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plain = tmp_path / "run", getattr(Path, call)
+    assert train_here([*narrow, "train.steps=2", "checkpoint.every=1"]) == 0
+
+    def fail(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self.suffix == ".distcp" and self.parent.name == "step-00000002":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return plain(self, *arguments, **named)
+
+    problem = "__0_0.distcp cannot be read (Input/output error)"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, fail)
+        capfd.readouterr()
+        assert longcat(["checkpoint", "verify", str(run)]) == 2
+        assert problem in capfd.readouterr().out
+        assert train_here([*narrow, "train.steps=2"]) == 0
+    printed = capfd.readouterr()
+    assert f"step-00000002: {problem}" in printed.out and "Traceback" not in printed.err
+    assert names(run) == ["step-00000001", "step-00000002", "step-00000002.damaged"]

@@ -1,0 +1,7 @@
+"""The fixtures of exports and imports."""
+
+from __future__ import annotations
+
+from tests.launch.conftest import checkpoint, corpus, overrides, refused
+
+__all__ = ["checkpoint", "corpus", "overrides", "refused"]

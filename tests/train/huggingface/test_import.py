@@ -1,0 +1,288 @@
+"""Imports: what we or transformers saved becomes a checkpoint for any layout; text from all of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+
+from launch.__main__ import main as longcat
+from tests.launch.conftest import Refused
+from tests.support.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, weights
+from tests.support.running import contents, lines, train_here, train_two
+from train.checkpoint.read import Checkpoint, full_box
+from train.checkpoint.retention import is_locked
+from train.huggingface import import_folder as import_module
+from train.huggingface.import_folder import model_words
+from train.huggingface.safetensors_folder import SafetensorsFolder
+
+
+@pytest.fixture(scope="module")
+def export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "float32"
+    done("export", f"source={checkpoint}", f"target={folder}", "export.dtype=float32", "export.shard_gib=0.0001")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imports") / "checkpoint"
+    done("import", f"source={export}", f"target={folder}")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["released", "transformers"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip_is_bitwise(layout: str, dtype: str, checkpoint: Path, tmp_path: Path) -> None:
+    """checkpoint → export → import → export: the two exports are the same files."""
+    words = [f"export.layout={layout}", f"export.dtype={dtype}", "export.shard_gib=0.0001"]
+    done("export", f"source={checkpoint}", f"target={tmp_path / 'first'}", *words)
+    done("import", f"source={tmp_path / 'first'}", f"target={tmp_path / 'back'}")
+    done("export", f"source={tmp_path / 'back'}", f"target={tmp_path / 'second'}", *words)
+    first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
+    assert first.pop("longcat.json") != second.pop("longcat.json")  # the counters began anew
+    assert first == second
+    if dtype == "float32":
+        original, back = weights(checkpoint), weights(tmp_path / "back")
+        assert original.keys() == back.keys() and all(torch.equal(original[name], back[name]) for name in original)
+
+
+def test_no_more_than_an_expert_is_read_at_a_time(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the way in and, where the shards are as small, on the way out."""
+    boxes = []
+    for kind in (SafetensorsFolder, Checkpoint):
+        plain = kind.read
+
+        def read(self: Any, name: str, shape: Any, box: Any, plain: Any = plain) -> torch.Tensor:
+            boxes.append((name, box))
+            return plain(self, name, shape, box)
+
+        monkeypatch.setattr(kind, "read", read)
+    monkeypatch.setattr(import_module, "FILE_BYTES", 20000)
+    done("import", f"source={export}", f"target={tmp_path / 'in'}")
+    assert len(list((tmp_path / "in").glob("*.distcp"))) > 20
+    words = ["export.dtype=float32", "export.shard_gib=0.0001"]
+    done("export", f"source={tmp_path / 'in'}", f"target={tmp_path / 'out'}", *words)
+    experts = [box for name, box in boxes if ".experts." in name]
+    assert len(experts) == 2 * 2 * 2 * 8 and all(stop - start == 1 for (start, stop), *_ in experts)
+    expected = {name: value for name, value in contents(export).items() if name != "longcat.json"}
+    assert expected.items() <= contents(tmp_path / "out").items()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("number", [0, 20, 40])
+def test_a_failure_while_writing_leaves_nothing(
+    number: int, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    """In whichever thread it comes; torch's writer goes on when one of its threads has failed."""
+    plain, calls = SafetensorsFolder.read, iter(range(1000))
+
+    def read(self: Any, *arguments: Any) -> torch.Tensor:
+        if next(calls) == number + 2:
+            raise OSError("the disk is gone")
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(SafetensorsFolder, "read", read)
+    monkeypatch.setattr(import_module, "FILE_BYTES", 20000)
+    refused(["import", f"source={export}", f"target={tmp_path / 'in'}"], "could not be made", "nothing is left of it")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_import_holds_what_it_writes(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = import_module.write, []
+
+    def write(tensors: dict[str, Any], folder: Path) -> None:
+        seen.append(is_locked(folder))
+        plain(tensors, folder)
+
+    monkeypatch.setattr(import_module, "write", write)
+    done("import", f"source={export}", f"target={tmp_path / 'in'}")
+    assert seen == [True] and not is_locked(tmp_path / "in")
+
+
+def test_an_import_stands_at_step_0_with_a_controller_that_goes_on(checkpoint: Path, imported: Path) -> None:
+    source = Checkpoint(imported)
+    assert source.counters == {"step": 0, "samples": 0, "tokens": 0, "data_start": 0}
+    assert source.model == Checkpoint(checkpoint).model
+    assert source.configuration["train"]["sequence_length"] == 32
+    integral = torch.zeros(2, 8, dtype=torch.float64)
+    moment = torch.ones(source.model.vocab_size, 32)
+    dcp.load(
+        {"controller/integral": integral, "exp_avg/lm_head.weight": moment},
+        storage_reader=dcp.FileSystemReader(imported),
+        no_dist=True,
+    )
+    for layer in range(2):
+        bias = source.read(f"layers.{layer}.mlp.router.e_score_correction_bias", (12,), full_box((12,)))
+        assert torch.equal(integral[layer].float(), bias[:8]) and bias.any()
+    assert not moment.any()
+    files = sum(path.stat().st_size for path in imported.glob("*.distcp"))
+    assert files > 3 * 4 * sum(values.numel() for values in weights(imported).values())
+
+
+def test_one_process_and_two_with_experts_spread_start_alike_from_an_import(
+    imported: Path, corpus: Path, tmp_path: Path
+) -> None:
+    words = [*SMALL, f"data.paths=[{corpus}]", f"run.dir={tmp_path}", f"checkpoint.resume={imported}", "train.steps=1"]
+    assert train_here([*words, "run.name=one"]) == 0
+    assert train_two([*words, "run.name=two", "parallel.ep=2"]) == [0]
+    one, two = (lines(tmp_path / name)[0] for name in ("one", "two"))
+    assert one["step"] == two["step"] == 1
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    assert one["loss"] < math.log(512) + 3
+    exported_is_stored(tmp_path / "two" / "checkpoints" / "step-00000001", tmp_path / "out")
+
+
+def exported_is_stored(checkpoint: Path, target: Path) -> None:
+    """The export of a checkpoint whose experts several ranks have saved has what torch's own loading gives."""
+    done("export", f"source={checkpoint}", f"target={target}", "export.dtype=float32")
+    found = load_file(target / "model-00001-of-00001.safetensors")
+    gate_up, norm = torch.empty(8, 32, 32), torch.empty(32)
+    dcp.load(
+        {"weight/layers.1.mlp.experts.gate_up": gate_up, "weight/norm.weight": norm},
+        storage_reader=dcp.FileSystemReader(checkpoint),
+        no_dist=True,
+    )
+    assert torch.equal(found["model.norm.weight"], norm)
+    for expert in range(8):
+        names = [f"model.layers.1.mlp.experts.{expert}.{matrix}_proj.weight" for matrix in ("gate", "up")]
+        assert torch.equal(torch.cat([found[name] for name in names]), gate_up[expert])
+    boxes = Checkpoint(checkpoint).boxes("layers.1.mlp.experts.gate_up", (8, 32, 32))
+    assert [box[0] for box in boxes] == [(0, 4), (4, 8)], "each rank has saved its experts"
+
+
+def test_what_transformers_saved_is_imported(checkpoint: Path, export: Path, tmp_path: Path) -> None:
+    """It has files for identity experts' projections, which mean nothing, and no MTP."""
+    tensors = {name: values for path in export.glob("*.safetensors") for name, values in load_file(path).items()}
+    peer: Any = peer_of(Checkpoint(checkpoint).model, tensors)
+    peer.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    assert list((tmp_path / "theirs").glob("*-of-*.safetensors"))
+    done("import", f"source={tmp_path / 'theirs'}", f"target={tmp_path / 'ours'}")
+    model = Checkpoint(tmp_path / "ours").model
+    assert (model.num_mtp_layers, model.expected_ffn_experts) == (0, 2.0)
+    assert_close(our_logits(tmp_path / "ours", some_tokens()), peer(input_ids=some_tokens()).logits)
+    back, original = weights(tmp_path / "ours"), weights(checkpoint)
+    assert all(torch.equal(values, original[name]) for name, values in back.items())
+
+
+def test_what_to_train_on_with_is_said(imported: Path, corpus: Path, tmp_path: Path) -> None:
+    words = model_words(Checkpoint(imported).model)
+    run = [word for word in SMALL if not word.startswith("model")]
+    paths = [f"data.paths=[{corpus}]", f"run.dir={tmp_path}", f"checkpoint.resume={imported}", "train.steps=1"]
+    assert train_here([*words, *run, *paths]) == 0
+
+
+def changed(export: Path, folder: Path, name: str, change: Any) -> Path:
+    """A copy of an export with one tensor changed, or left out by None; the index follows."""
+    shutil.copytree(export, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    path = folder / index["weight_map"][name]
+    tensors = load_file(path)
+    after = change(tensors.pop(name))
+    if after is None:
+        del index["weight_map"][name]
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        tensors[name] = after.contiguous()
+    save_file(tensors, path)
+    return folder
+
+
+def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused) -> None:
+    expert, target = "model.layers.1.mlp.experts.5.up_proj.weight", f"target={tmp_path / 'out'}"
+
+    def attempt(source: Path, *telling: str) -> None:
+        refused(["import", f"source={source}", target], *telling)
+
+    attempt(changed(export, tmp_path / "a", expert, lambda values: None), "lacks", expert)
+    attempt(changed(export, tmp_path / "b", expert, lambda values: values.T), expert, "[32, 16]", "[16, 32]")
+    attempt(changed(export, tmp_path / "c", expert, lambda values: values.to(torch.float8_e4m3fn)), expert, "F8_E4M3")
+    embedding = "model.mtp.embed_tokens.weight"
+    own = changed(export, tmp_path / "d", embedding, lambda values: values + 1)
+    attempt(own, embedding, "model.num_mtp_layers=0")
+
+    shutil.copytree(export, tmp_path / "e")
+    sorted((tmp_path / "e").glob("*.safetensors"))[3].unlink()
+    attempt(tmp_path / "e", "missing or damaged")
+    attempt(tmp_path / "nowhere", "neither")
+    refused(["import", f"source={export}"], "target=CHECKPOINT")
+    refused(["import", f"source={export}", f"target={tmp_path / 'a'}"], "not overwritten")
+    step = f"target={tmp_path / 'step-00000500'}"
+    refused(["import", f"source={export}", step], "names another step", "so step-00000000")
+    refused(["import", f"source={export}", target, "model.num_experts=9"], "lacks")
+    refused(["import", f"source={export}", target, "model.no_such=9"], "unknown key")
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob("step*"))
+    done("import", f"source={own}", target, "model.num_mtp_layers=0")
+
+
+@pytest.mark.parametrize(
+    "field,value,telling",
+    [
+        ("model_type", "llama", "longcat_flash"),
+        ("mla_scale_q_lora", False, "mla_scale_q_lora"),
+        ("tie_word_embeddings", True, "tie_word_embeddings"),
+        ("zero_expert_type", "copy", "zero_expert_type"),
+        ("rope_scaling", {"type": "yarn", "factor": 4}, "yarn"),
+        ("num_layers", 3, "lacks"),
+        ("num_layers", 1, "unknown"),
+        ("hidden_size", 64, "asks for"),
+        ("qk_rope_head_dim", 7, "even"),
+        ("n_routed_experts", None, "n_routed_experts is None; it must be a whole number"),
+        ("n_routed_experts", 0, "n_routed_experts must be at least 1"),
+        ("zero_expert_num", -8, "zero_expert_num not negative"),
+        ("num_attention_heads", True, "num_attention_heads is True; it must be a whole number"),
+        ("rope_theta", "x", "rope_theta is 'x'; it must be a number"),
+        ("rope_theta", float("nan"), "rope_theta is nan; it must be a number"),
+        ("rope_scaling", "linear", "rope_scaling is 'linear'; it must be an object or null"),
+        ("max_position_embeddings", "many", "max_position_embeddings is 'many'; it must be a whole number"),
+        ("moe_topk", "3", "moe_topk is '3'; it must be a whole number"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(
+    field: str, value: Any, telling: str, export: Path, tmp_path: Path, refused: Refused
+) -> None:
+    shutil.copytree(export, tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    refused(["import", f"source={tmp_path / 'source'}", f"target={tmp_path / 'out'}"], telling)
+
+
+def test_text_from_a_run_a_checkpoint_and_an_export_is_one(
+    checkpoint: Path, imported: Path, export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for source in (checkpoint.parents[1], checkpoint, imported, export):
+        words = [f"source={source}", "prompt=def main(", "max_tokens=24", "dtype=float32"]
+        assert longcat(["generate", *words]) == 0
+        text, _, summary = capsys.readouterr().out.rstrip().rpartition("\n")
+        assert text.startswith("def main(") and "drafts accepted (" in summary
+        said.append(text)
+        assert longcat(["generate", *words, "drafts=false"]) == 0
+        plain, _, summary = capsys.readouterr().out.rstrip().rpartition("\n")
+        assert plain == text and "no drafts" in summary
+    assert len(set(said)) == 1
+
+
+def test_wrong_words_of_generate_are_refused(export: Path, refused: Refused) -> None:
+    source = f"source={export}"
+    refused(["generate"], "source=CHECKPOINT")
+    refused(["generate", source, "max_tokens=0"], "max_tokens=0")
+    refused(["generate", source, "max_token=3"], "'max_tokens'")
+    for value in ("-1", "nan", "inf", "1e-320"):
+        refused(["generate", source, f"temperature={value}"], f"temperature={value}", "must be 0")
+    for value in ("99999999999999999999999", "-99999999999999999999999"):
+        refused(["generate", source, f"seed={value}"], f"seed={value}", "64 bits")
+    for value in ("1000000000000", "1" + "0" * 30):
+        refused(["generate", source, f"max_tokens={value}"], f"max_tokens={value}", "lower it")
+    refused(["generate", source, "drafts=maybe"], "true or false")
+    refused(["generate", source, "dtype=int8"], "bfloat16")
+    refused(["generate", source, "tokenizer=nowhere.json"], "nowhere.json")

@@ -1,0 +1,203 @@
+"""`profile.steps`: which steps, traces that a viewer can open, timelines that agree with the metrics."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longcat.errors import ConfigError
+from longcat.layer import ShortcutLayer
+from tests.support.distributed import run_ranks
+from tests.support.running import exact, free_ports, lines, train_here
+from train.config import compose
+from train.profiling.config import steps_of
+from train.profiling.recorder import LANES, CommSpan, Slice
+from train.profiling.timeline import Operator, compute_pieces, outermost, without
+from train.profiling.trace import TorchEvents, moved, rank_events, rows_of
+from train.run import main
+
+TWO_RANKS = ["model.num_layers=1", "model.num_experts=4", "model.num_zero_experts=2", "train.steps=3"]
+SLEEP = 0.05
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ("", []),
+        (None, []),
+        (10, [10]),
+        ("10", [10]),
+        ("10-12", [10, 11, 12]),
+        ([3, "5-6", 6], [3, 5, 6]),
+        ("2,4", [2, 4]),
+    ],
+)
+def test_steps_are_numbers_ranges_and_lists(given: Any, steps: list[int]) -> None:
+    assert steps_of(given) == steps
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("profile.steps=ten", "'ten' is no step; write 10, 10-12 or a list"),
+        ("profile.steps=0", "'0' is no step"),
+        ("profile.steps=12-10", "'12-10' is no step"),
+        ("profile.steps=[3,-4]", "'-4' is no step"),
+        ("profile.steps=1.5", "'1.5' is no step"),
+        ("profile.steps=1-500", "more than 100 steps"),
+        ("profile.steps=40-1001", "more than 100 steps"),
+        ("profile.steps=990-1001", "asks for step 1001, but train.steps=1000 is the last one"),
+        ("profile.stepz=1", "the nearest is 'profile.steps'"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([override])
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def slices_by_lane(events: list[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """(rank, lane) → slices, after checking what the format asks for."""
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+    found = defaultdict(list)
+    for event in events:
+        assert event["ph"] in ("X", "M", "i"), event
+        if event["ph"] == "X":
+            assert event["dur"] >= 0 and event["ts"] >= -1e-3, event
+            found[event["pid"], names[event["pid"], event["tid"]]].append(event)
+    for lane, slices in found.items():
+        ends: list[float] = []
+        for event in sorted(slices, key=lambda event: (event["ts"], -event["dur"])):
+            while ends and ends[-1] <= event["ts"] + 1e-3:
+                ends.pop()
+            assert not ends or event["ts"] + event["dur"] <= ends[-1] + 5e-3, f"{lane}: {event} leaves what it lies in"
+            ends.append(event["ts"] + event["dur"])
+    return found
+
+
+def test_exchanges_that_overlap_lie_in_rows_of_their_own_and_operators_inside_phases() -> None:
+    journeys = [
+        CommSpan("dispatch", "expert dispatch, layer 0", "", 1.0 + k, 4.0 + k, 10, (2.0 + k, 4.0 + k)) for k in range(3)
+    ]
+    operators = [
+        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0.9e6, "dur": 2e6},
+        {"ph": "X", "cat": "cpu_op", "name": "aten::add", "ts": 1e6, "dur": 2.5e6},  # a clock that is off
+    ]
+    spans = [Slice("compute", "forward of micro-batch 1", 0.5, 9.0)]
+    events = rank_events(3, spans, journeys, [(1.0, "sent to rank 1", 5)], TorchEvents(operators, {}))
+    found = slices_by_lane(moved(events, 0.5e6))
+    assert {lane for _, lane in found} == {"compute", "dispatch", "dispatch (2)", "dispatch (3)"}
+    assert [e["cat"] for e in found[3, "dispatch"]] == ["exchange", "blocked"]
+    assert found[3, "dispatch"][0]["args"]["bytes sent"] == 10
+    apart = [[{"cat": "exchange", "ts": t, "dur": 1.0}] for t in (0.0, 1.0, 2.0)]
+    assert len(rows_of(apart)) == 1
+
+
+def test_a_backward_belongs_to_the_part_whose_forward_had_its_number() -> None:
+    spans = [
+        Slice("compute", "attention 0, layer 1", 0.0, 1.0),
+        Slice("compute", "backward of micro-batch 1", 2.0, 3.0),
+    ]
+    forward = Operator("aten::mm", 0.5, 0.6, 7)
+    backward = Operator("autograd::engine::evaluate_function: MmBackward0", 2.1, 2.5, 7)
+    inside = Operator("aten::mm", 2.2, 2.3, None)
+    loose = Operator("aten::add_", 2.6, 2.7, None)
+    operators = [forward, backward, inside, loose]
+    pieces = compute_pieces(outermost(operators), operators, spans)
+    assert [piece.name for piece in pieces] == ["attention 0, layer 1", "attention 0, layer 1", "other"]
+    left = without(pieces, [(0.55, 0.58), (2.4, 2.65)])
+    assert [(one.start, one.end) for one in left] == [(0.5, 0.55), (0.58, 0.6), (2.1, 2.4), (2.65, 2.7)]
+
+
+def _runs(plain: list[str], profiled: list[str], slow: list[str], ports: list[int]) -> None:
+    """Three runs on this rank; in the third one rank 1 sleeps before each forward of a layer."""
+    for words, port in zip((plain, profiled), ports[:2], strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        assert main(compose(words)) == 0
+    forward = ShortcutLayer.forward
+
+    def late(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            time.sleep(SLEEP)
+        return forward(self, *arguments, **keywords)
+
+    ShortcutLayer.forward = late  # type: ignore[method-assign]
+    os.environ["MASTER_PORT"] = str(ports[2])
+    assert main(compose(slow)) == 0
+
+
+@pytest.fixture(scope="module")
+def folders(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run folders of two ranks: `plain`, `profiled` and `slow`."""
+    out = tmp_path_factory.mktemp("profiles")
+    words = [
+        *("model=debug", "model.vocab_size=512", "model.hidden_size=32", "model.ffn_hidden_size=48"),
+        *("model.expert_hidden_size=16", f"data.paths=[{corpus}]", "train.sequence_length=32", "parallel.ep=2"),
+        *("train.global_batch_size=4", "validation.every=0", "validation.documents=0", "checkpoint.every=0"),
+        *("logging.wandb=disabled", "logging.hash_every=1", f"run.dir={out}", *TWO_RANKS),
+    ]
+    profiled = [*words, "profile.steps=2-3"]
+    runs = ([*words, "run.name=plain"], [*profiled, "run.name=profiled"], [*profiled, "run.name=slow"])
+    run_ranks(_runs, 2, *runs, free_ports(3), timeout=120)
+    return {name: out / name for name in ("plain", "profiled", "slow")}
+
+
+def trace(folder: Path, step: int) -> dict[str, Any]:
+    return dict(json.loads((folder / "traces" / f"step-{step:06}.json").read_text()))
+
+
+def timeline(folder: Path, step: int) -> dict[str, Any]:
+    return dict(json.loads((folder / "traces" / f"timeline-{step:06}.json").read_text()))
+
+
+def test_a_trace_of_two_ranks_has_named_lanes_and_is_well_formed(folders: dict[str, Path]) -> None:
+    names = sorted(path.name for path in (folders["profiled"] / "traces").iterdir())
+    ranks = [f"step-{step:06}-rank-{rank:04}.json.gz" for step in (2, 3) for rank in range(2)]
+    assert names == sorted([*ranks, *(f"{kind}-{step:06}.json" for kind in ("step", "timeline") for step in (2, 3))])
+    found = slices_by_lane(trace(folders["profiled"], 3)["traceEvents"])
+    for rank in range(2):
+        assert {"compute", "dispatch", "combine", "gradients"} <= {lane for owner, lane in found if owner == rank}
+        about = {event["name"].partition(",")[0] for event in found[rank, "combine"]}
+        assert "expert combine" in about
+    own = json.loads(gzip.decompress((folders["profiled"] / "traces" / ranks[-1]).read_bytes()))
+    assert {event["pid"] for event in own["traceEvents"]} == {1}
+    assert {lane for _, lane in found} - set(LANES) <= {lane for _, lane in found if "thread" in lane or "(" in lane}
+
+
+def test_the_timeline_agrees_with_the_metric(folders: dict[str, Path]) -> None:
+    rows = {row["step"]: row for row in lines(folders["profiled"])}
+    for step in (2, 3):
+        ranks = timeline(folders["profiled"], step)["ranks"]
+        share = sum(rank["exposed_seconds"] for rank in ranks) / 2 / rows[step]["step_seconds"]
+        assert share == pytest.approx(rows[step]["exposed_comm_share"], rel=0.1)
+        for rank in ranks:
+            busy = sum(end - start for _, start, end in rank["compute"])
+            assert 0 < busy <= rank["end"] - rank["start"] - 1e6 * rank["exposed_seconds"] + 1
+    assert all(0 < row["exposed_comm_share"] < 1 for row in rows.values())
+
+
+def test_profiling_changes_no_number(folders: dict[str, Path]) -> None:
+    assert exact(folders["profiled"]) == exact(folders["plain"])
+
+
+def test_a_slow_rank_shows_in_what_the_other_waits(folders: dict[str, Path]) -> None:
+    asleep = 2 * SLEEP  # two micro-batches of one layer
+    waits, sleeps = timeline(folders["slow"], 3)["ranks"]
+    assert waits["exposed_seconds"] > 0.8 * asleep and waits["exposed_share"] > sleeps["exposed_share"]
+    mean = lines(folders["slow"])[-1]
+    assert mean["exposed_comm_share"] * mean["step_seconds"] > 0.4 * asleep
+
+
+def test_one_process_waits_for_nobody_and_has_a_trace_too(overrides: list[str], tmp_path: Path) -> None:
+    assert train_here([*overrides, "train.steps=2", "profile.steps=2"]) == 0
+    assert [row["exposed_comm_share"] for row in lines(tmp_path / "run")] == [0.0, 0.0]
+    found = slices_by_lane(trace(tmp_path / "run", 2)["traceEvents"])
+    assert (0, "compute") in found and "Timeline" in (tmp_path / "run" / "report.html").read_text()

@@ -1,0 +1,258 @@
+"""report.html: self-contained, escaped, complete where there is data and silent where there is none."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longcat.errors import ConfigError
+from tests.support.fabricate_run import SOURCE, fabricate
+from train.report import write_report
+
+VOID = {"meta", "img", "source", "path", "rect", "br", "link"}
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text; fails on tags that close in the wrong order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.heads: list[str] = []
+        self.text = ""
+        self.code = ""
+        self.feed(html)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open or "script" in self.open:
+            return
+        self.text += data
+        if self.open and self.open[-1] in ("h2", "h3"):
+            self.heads.append(data)
+        if "pre" in self.open:
+            self.code += data
+
+
+def read(path: Path) -> tuple[str, Page]:
+    html = path.read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fabricate(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+def rewrite_metrics(run: Path, change: object) -> None:
+    """Apply `change` to every row of metrics.jsonl."""
+    assert callable(change)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
+
+
+def test_a_whole_run_shows_every_subject(whole: Path) -> None:
+    target = write_report(whole)
+    assert target == whole / "report.html"
+    _, page = read(target)
+    for head in (
+        "Loss",
+        "Learning rate",
+        "FFN experts per token",
+        "Busiest expert",
+        "Expert load by layer",
+        "Selection bias by layer",
+        "Gradient norm",
+        "Hidden norm",
+        "Router similarity",
+        "Router gradient ratio",
+        "Throughput",
+        "MFU",
+        "Memory",
+        "Compute by token",
+        "Settings",
+    ):
+        assert head in page.heads
+    for fact in (
+        "quickstart",
+        "18.4M parameters",
+        "9.45M of them active",
+        "CPU (16 cores), 2 ranks",
+        "2.13.0",
+    ):
+        assert fact in page.text
+
+
+def test_the_page_needs_nothing_from_outside(whole: Path) -> None:
+    html, page = read(write_report(whole))
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "srcset", "action", "data", "poster"):
+            assert value.startswith(("data:image/png;base64,", "#")), f"{tag} {name}={value[:60]}"
+    assert "@import" not in html and "url(" not in html
+    assert not re.search(r"https?://|//cdn", html)
+    assert "link" not in {tag for tag, _, _ in page.attributes}
+
+
+def test_sentences_carry_the_numbers_of_the_run(whole: Path) -> None:
+    _, page = read(write_report(whole))
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    final = sum(row["loss"] for row in rows[-24:]) / 24
+    assert f"falls from {rows[0]['loss']:.2f} to {final:.2f} nats" in page.text
+    crossing = next(row["tokens"] for row in rows if row.get("val_loss", 99) < 2.74)
+    assert f"trigram (2.74) by {crossing / 1e6:.3g}M tokens" in page.text
+    share = sum(row["grad_norm"] > 1 for row in rows) / len(rows)
+    assert f"Clipped at 1 on {100 * share:.3g}" in page.text
+
+
+def test_text_keeps_white_space_and_escapes_markup(whole: Path) -> None:
+    page = read(write_report(whole))[1]
+    assert page.code == SOURCE.strip("\n") + "\n" + 'html = "<b>&amp;</b>"\nprint(html if a < b else "</pre>")\n'
+    titles = [float(value) for tag, name, value in page.attributes if tag == "span" and name == "title"]
+    wanted = [value for d in json.loads((whole / "text.json").read_text())["documents"] for value in d["ffn_experts"]]
+    assert titles == pytest.approx(wanted, abs=0.0051)
+
+
+def test_names_from_files_are_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    run = fabricate(tmp_path / "run", steps=40, settings={"run.name": evil, "environment.device": f'"{evil}'})
+    html, page = read(write_report(run))
+    assert evil in page.text
+    assert evil not in html
+
+
+@pytest.mark.parametrize(
+    ("missing", "head"),
+    [("text.json", "Compute by token"), ("routing.jsonl", "Expert load by layer"), ("metrics.jsonl", "Loss")],
+)
+def test_a_missing_file_leaves_its_section_out(tmp_path: Path, missing: str, head: str) -> None:
+    run = fabricate(tmp_path / "run", steps=60)
+    assert head in read(write_report(run))[1].heads
+    (run / missing).unlink()
+    page = read(write_report(run))[1]
+    assert head not in page.heads
+    assert "Settings" in page.heads
+
+
+def test_without_validation_and_baselines_the_loss_still_shows(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", steps=60, extras=False, routing_rows=0)
+    rewrite_metrics(run, lambda row: {key: value for key, value in row.items() if not key.startswith("val_")})
+    page = read(write_report(run))[1]
+    assert "Loss" in page.heads
+    assert "Validation loss" not in page.text and "unigram" not in page.text
+
+
+def test_one_step_gives_figures_and_no_curves(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", steps=1, routing_rows=1)
+    page = read(write_report(run))[1]
+    assert "1 step, 8.19k tokens" in page.text and "Loss" not in page.heads
+    assert "Training loss" in page.text
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"step": 1, "lo', "[1, 2]\n"])
+def test_metrics_without_a_whole_line_are_no_error(tmp_path: Path, content: str) -> None:
+    run = fabricate(tmp_path / "run", steps=2, extras=False)
+    (run / "metrics.jsonl").write_text(content)
+    assert "No step is recorded yet" in read(write_report(run))[1].text
+
+
+def test_a_cut_last_line_is_dropped_and_a_broken_middle_line_is_told(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", steps=50, extras=False, routing_rows=0)
+    whole_text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(whole_text[:-30])
+    page = read(write_report(run))[1]
+    assert "49 of 50 steps" in page.text and "could not be read" not in page.text
+    lines = whole_text.splitlines()
+    lines[20] = lines[20][:40]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "metrics.jsonl: 1 line could not be read" in read(write_report(run))[1].text
+
+
+def test_not_a_number_and_null_are_left_out_of_curves(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", steps=80, routing_rows=0)
+
+    def spoil(row: dict[str, object]) -> dict[str, object]:
+        if row["step"] in (40, 41, 80):
+            row |= {"loss": float("nan"), "grad_norm": float("inf"), "mfu": None}
+        return row
+
+    rewrite_metrics(run, spoil)
+    html, page = read(write_report(run))
+    assert "3 steps have no finite loss" in page.text
+    assert "Gradient norm" in page.heads
+    assert "nan" not in html.split("<main>")[1].lower().split("<script>")[0]
+    assert re.search(r'd="[^"]*(nan|inf)', html) is None
+
+
+def test_a_run_of_only_nan_still_gives_a_page(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", steps=30, routing_rows=0)
+    rewrite_metrics(run, lambda row: {key: float("nan") if key != "step" else row[key] for key in row})
+    page = read(write_report(run))[1]
+    assert "30 steps" in page.text and "Loss" not in page.heads
+
+
+def test_steps_done_again_after_a_restart_replace_the_lost_ones(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", steps=30, extras=False, routing_rows=0)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    again = [json.loads(line) | {"loss": 1.25} for line in lines[20:]]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in again)
+    page = read(write_report(run))[1]
+    assert "30 steps" in page.text and "to 1.25 nats" in page.text
+
+
+def test_a_long_run_of_a_large_model_stays_small(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", steps=1000, layers=28, experts=128, zero_experts=64, routing_rows=40)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in range(1001, 100_001):
+            rest = lines[step % 1000].split('"loss"', 1)[1]
+            file.write(f'{{"step": {step}, "tokens": {step * 8192}, "loss"{rest}\n')
+    target = write_report(run)
+    assert target.stat().st_size < 3_000_000
+    assert len(re.findall("<figcaption>Layer ", target.read_text())) == 2 * 28
+    assert "100,000 steps, 819M tokens" in target.read_text()
+
+
+def test_a_damaged_extra_file_is_told_at_the_foot(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", steps=30)
+    (run / "text.json").write_text('{"documents": [')
+    assert "text.json is left out" in read(write_report(run))[1].text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is no folder"):
+        write_report(tmp_path / "absent")
+    with pytest.raises(ConfigError, match=r"is no run: it has no config\.yaml and no metrics\.jsonl") as caught:
+        write_report(tmp_path)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "config.yaml").write_text("model: [1, 2\nrun: }")
+    with pytest.raises(ConfigError, match=r"config\.yaml") as caught:
+        write_report(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_written_by_yaml_shows_its_dotted_keys(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "run", steps=5, extras=False, routing_rows=0)
+    config = {"optim": {"lr": 0.003, "betas": [0.9, 0.95]}, "data": {"stages": {"first": {"weight": 0.25}}}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = read(write_report(run))[1].text
+    assert "data.stages.first" in text and "[0.9, 0.95]" in text

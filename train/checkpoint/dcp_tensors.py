@@ -1,0 +1,117 @@
+"""A stored tensor as torch.distributed.checkpoint sees it: its whole shape, and the boxes of it that are on this rank.
+
+Every sharding engine's state has this form, so a checkpoint of one loads into another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from longcat.names import Box
+from parallel.store import LocalBox
+from train.state import TrainState
+
+
+class DcpTensor(Tensor):
+    """A tensor without memory of its own over boxes that have some."""
+
+    boxes: dict[torch.Size, tuple[torch.Size, Tensor]]  # offset → (size, values)
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...], parts: Iterable[tuple[Box, Tensor]], dtype: torch.dtype) -> DcpTensor:
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # type: ignore[attr-defined]
+        made.boxes = {
+            torch.Size(start for start, _ in box): (torch.Size(stop - start for start, stop in box), values)
+            for box, values in parts
+            if values.numel()
+        }
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise TypeError(f"{function} on a tensor that is spread over ranks; use its boxes")
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offsets=offset, sizes=size) for offset, (size, _) in self.boxes.items()]
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.boxes[index.offset][1]
+
+
+def spread(local_boxes: Iterable[LocalBox]) -> dict[str, Tensor]:
+    """Boxes by the key of their tensor."""
+    by_key: dict[str, list[LocalBox]] = {}
+    for one in local_boxes:
+        by_key.setdefault(one.key, []).append(one)
+    return {
+        key: DcpTensor(boxes[0].shape, [(one.box, one.values) for one in boxes], boxes[0].values.dtype)
+        for key, boxes in by_key.items()
+    }
+
+
+Take = Callable[[Tensor], Tensor]  # a tensor → what is to be written in its place: itself or a copy
+
+
+def saved(state: TrainState, take: Take | None = None) -> dict[str, Tensor]:
+    """Everything of a state, as a checkpoint stores it, each tensor as ``take`` gives it."""
+    if take is None:
+        take = clone if state.store.transient else itself
+    steps = {f"optimizer_step/{name}": take(step) for name, step in state.store.steps()}
+    replicated = {name: take(tensor) for name, tensor in state.replicated()}
+    return spread(kept(state.store.local_boxes(), take)) | steps | replicated
+
+
+def itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def clone(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+def kept(local_boxes: Iterable[LocalBox], take: Take) -> Iterator[LocalBox]:
+    """The same boxes with other values."""
+    for one in local_boxes:
+        yield LocalBox(one.kind, one.name, one.shape, one.box, take(one.values))
+
+
+def box_values(tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+    """What this rank holds of the spread ones among ``tensors``."""
+    for tensor in tensors.values():
+        if isinstance(tensor, DcpTensor):
+            yield from (values for _, values in tensor.boxes.values())
+
+
+def loaded(state: TrainState) -> tuple[dict[str, Tensor], list[LocalBox]]:
+    """Tensors for a checkpoint to be loaded into, and the boxes among them; `finish_load` puts all in place."""
+    boxes = list(kept(state.store.local_boxes(write=True), clone if state.store.transient else itself))
+    steps = {f"optimizer_step/{name}": step for name, step in state.store.steps(write=True)}
+    return spread(boxes) | steps | dict(state.replicated()), boxes
+
+
+@torch.no_grad()
+def finish_load(state: TrainState, boxes: list[LocalBox]) -> None:
+    """Make a loaded state what is trained. A collective."""
+    if state.store.transient:
+        for mine, read in zip(state.store.local_boxes(write=True), boxes, strict=True):
+            mine.values.copy_(read.values)
+    state.store.refresh()
+    state.set_biases(state.biases)

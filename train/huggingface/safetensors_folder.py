@@ -1,0 +1,168 @@
+"""Folders of safetensors: written in shards of a chosen size with their index, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longcat.config import ModelConfig
+from longcat.errors import ConfigError
+from longcat.names import Box, pieces
+from train.checkpoint.read import full_box
+from train.checkpoint.save import write_synced
+from train.huggingface.layouts import LAYOUTS, PREDICTION, PREDICTION_EMBEDDING, Outline, identity_names, layout_tensors
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class ShardWriter:
+    """Writes tensors that come in the order of ``outline`` (name, bytes); no more than a shard is in memory."""
+
+    def __init__(self, folder: Path, outline: list[tuple[str, int]], shard_bytes: float) -> None:
+        self.folder = folder
+        self.total = sum(size for _, size in outline)
+        self.shards: list[list[str]] = [[]]
+        filled = 0
+        for name, size in outline:
+            if self.shards[-1] and filled + size > shard_bytes:
+                self.shards.append([])
+                filled = 0
+            self.shards[-1].append(name)
+            filled += size
+        self.held: dict[str, Tensor] = {}
+        self.written = 0
+
+    def file_name(self, number: int) -> str:
+        return f"model-{number + 1:05}-of-{len(self.shards):05}.safetensors"
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Take the next tensor; writes a file when its shard is complete."""
+        from safetensors.torch import save_file
+
+        expected = self.shards[self.written]
+        assert name == expected[len(self.held)], f"{name} came where {expected[len(self.held)]} was due"
+        self.held[name] = values
+        if len(self.held) == len(expected):
+            path = self.folder / self.file_name(self.written)
+            save_file(self.held, path, metadata={"format": "pt"})
+            path.chmod(self.folder.stat().st_mode & 0o666)  # safetensors keeps its files from everybody else
+            self.held = {}
+            self.written += 1
+
+    def close(self) -> None:
+        """Write the index."""
+        assert self.written == len(self.shards), "some tensors were never given"
+        places = {name: self.file_name(number) for number, shard in enumerate(self.shards) for name in shard}
+        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(places.items()))}
+        write_synced(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+class SafetensorsFolder:
+    """Tensors of a Hugging Face folder: a `TensorSource` of a model's stored ones, each expert a box of its own.
+
+    Raises:
+        ConfigError: there is no index and no model.safetensors, or a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, Any] = {}
+        self.places = self._places()
+
+    def _places(self) -> dict[str, str]:
+        """Name of each tensor → its file."""
+        if (self.folder / INDEX).is_file():
+            try:
+                return dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{self.folder / INDEX} cannot be read ({error}); restore it") from error
+        if (self.folder / SINGLE).is_file():
+            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        raise ConfigError(f"source={self.folder} has neither {INDEX} nor {SINGLE}; give a folder of safetensors")
+
+    def _open(self, file: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self.files:
+            try:
+                self.files[file] = safe_open(self.folder / file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{self.folder / file} is missing or damaged ({error}); restore it") from error
+        return self.files[file]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor; raises ConfigError where its kind of numbers is not known here."""
+        part = self._slice(name)
+        if part.get_dtype() not in DTYPES:
+            raise ConfigError(
+                f"{self.folder}: {name} is {part.get_dtype()}; only {', '.join(DTYPES)} can be read: convert it first"
+            )
+        return tuple(part.get_shape())
+
+    def _slice(self, name: str) -> Any:
+        from safetensors import SafetensorError
+
+        try:
+            return self._open(self.places[name]).get_slice(name)
+        except SafetensorError as error:
+            raise ConfigError(f"{self.folder / self.places[name]} has no {name} ({error}); restore it") from error
+
+    def check(self, config: ModelConfig) -> None:
+        """Compare names and shapes with those of a model of these sizes; nothing is read.
+
+        Raises:
+            ConfigError: what is missing, left over or of another shape.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, LAYOUTS[0], Outline())}
+        found = self.places.keys() - {PREDICTION_EMBEDDING}
+        shapes.pop(PREDICTION_EMBEDDING, None)  # our own copy of the embedding may be left out
+        if not config.num_mtp_layers:
+            found = {name for name in found if not name.startswith(PREDICTION)}
+        for layer in range(config.num_layers):
+            found = found - set(identity_names(f"model.layers.{layer}.mlp.experts", config))
+        for words, names in (("lacks", shapes.keys() - found), ("has unknown", found - shapes.keys())):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise ConfigError(
+                    f"source={self.folder} {words} {min(names)}{more}; is config.json, or a model.* given here, of "
+                    f"another model?"
+                )
+        for name, shape in shapes.items():
+            if self.shape(name) != shape:
+                raise ConfigError(
+                    f"source={self.folder}: {name} is {list(self.shape(name))} where config.json asks for {list(shape)}"
+                )
+        self._check_embedding(config)
+
+    def _check_embedding(self, config: ModelConfig) -> None:
+        """MTP shares the model's embedding here: a copy in the files must be one."""
+        if not config.num_mtp_layers or PREDICTION_EMBEDDING not in self.places:
+            return
+        ours, copy = self._slice("model.embed_tokens.weight"), self._slice(PREDICTION_EMBEDDING)
+        same = ours.get_shape() == copy.get_shape() and all(
+            torch.equal(ours[start : start + 4096], copy[start : start + 4096])
+            for start in range(0, config.vocab_size, 4096)
+        )
+        if not same:
+            raise ConfigError(
+                f"source={self.folder}: MTP has an embedding of its own ({PREDICTION_EMBEDDING}), where this model "
+                f"shares one; leave MTP out with model.num_mtp_layers=0"
+            )
+
+    def boxes(self, stored_name: str, shape: tuple[int, ...]) -> list[Box]:
+        """The whole tensor, or one box for each expert."""
+        if not stored_name.rpartition(".")[0].endswith(".experts"):
+            return [full_box(shape)]
+        return [((expert, expert + 1), *full_box(shape[1:])) for expert in range(shape[0])]
+
+    def read(self, stored_name: str, shape: tuple[int, ...], box: Box) -> Tensor:
+        values = torch.empty([stop - start for start, stop in box])
+        for piece in pieces(stored_name, shape, box):
+            part = self._slice(piece.name)[tuple(slice(start, stop) for start, stop in piece.box)]
+            values[piece.index] = part
+        return values

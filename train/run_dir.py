@@ -1,0 +1,214 @@
+"""The run's folder: whose it is, its lock, its configuration on disk, and how the run ended."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from longcat.errors import CRASHED, ConfigError, LongCatError
+from train.checkpoint.compatibility import CORPORA, TOKENIZER, differences
+from train.checkpoint.find import list_checkpoints
+from train.config import Config
+from train.data.corpus import fingerprints, tokenizer_sha256
+
+CONFIG, EXIT, LOCK = "config.yaml", "exit.json", ".lock"
+FIRST_RANK_SPEAKS_SECONDS = 20.0
+PACKAGES = ("torch", "numpy", "megatron-core", "datasets", "tokenizers", "hydra-core", "wandb", "safetensors")
+
+
+def check_folder(config: Config) -> None:
+    """Refuse a folder that belongs to another run or that cannot be written, and make it if need be.
+
+    Raises:
+        ConfigError: with the differing keys, and before anything in the folder changes.
+    """
+    folder = config.run.folder
+    try:
+        check_not_another_run(config)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{uuid.uuid4().hex}"  # ranks of several hosts probe one folder
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={config.run.dir}: cannot write in {folder} ({error.strerror}); choose another run.dir"
+        ) from error
+
+
+def check_not_another_run(config: Config) -> None:
+    """Raise ConfigError where the folder holds a run that this one would mix with or overwrite."""
+    folder = config.run.folder
+    wrong = []
+    if (folder / CONFIG).is_file():
+        wrong = differences(read_config(folder), as_mapping(config) | describe_corpora(config))
+    if wrong:
+        shown = "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise ConfigError(
+            f"{folder} belongs to another configuration: {shown}; choose another run.name or remove the folder"
+        )
+    if config.checkpoint.resume == "never" and (
+        list_checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()
+    ):
+        raise ConfigError(
+            f"{folder} holds a run already and checkpoint.resume=never would overwrite it; choose another run.name"
+        )
+
+
+def lock(folder: Path) -> IO[str]:
+    """Hold the folder for this process; a second run on it is refused. Keep the returned file open."""
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"{folder} is in use by a run that is still going; choose another run.name") from error
+    except OSError as error:
+        print(f"note: {folder} cannot be locked ({error.strerror}): keep a second run away from it", file=sys.stderr)
+    return file
+
+
+def as_mapping(config: Config) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def describe_corpora(config: Config) -> dict[str, Any]:
+    """What a run's config.yaml and its checkpoints say of the data beside the configuration.
+
+    Raises:
+        ConfigError: a corpus is missing or damaged.
+    """
+    return {CORPORA: fingerprints(config.data.paths), TOKENIZER: tokenizer_sha256(config.data.paths)}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a run folder was made with.
+
+    Raises:
+        ConfigError: the file cannot be read as one.
+    """
+    import yaml
+
+    try:
+        stored = yaml.safe_load((folder / CONFIG).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{folder / CONFIG} cannot be read; restore it or choose another run.name") from error
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{folder / CONFIG} is no configuration; restore it or choose another run.name")
+    return stored
+
+
+def initial_checkpoint(folder: Path) -> str:
+    """The folder that ``checkpoint.resume`` of a run's config.yaml names, or `auto`.
+
+    Raises:
+        ConfigError: it is gone, or config.yaml cannot be read.
+    """
+    settings = read_config(folder).get("checkpoint") if (folder / CONFIG).is_file() else None
+    named = str(settings.get("resume", "auto")) if isinstance(settings, dict) else "auto"
+    if named in ("auto", "never"):
+        return "auto"
+    if not Path(named).is_dir():
+        raise ConfigError(
+            f"{folder} has no checkpoint of its own and started from checkpoint.resume={named}, which is gone; name "
+            f"its new place or another run.name"
+        )
+    return named
+
+
+def write_config(config: Config, derived: dict[str, Any], device: str, world_size: int) -> None:
+    """config.yaml: the resolved configuration, what follows from it, and what it runs on."""
+    import yaml
+
+    target = config.run.folder / CONFIG
+    before = read_config(config.run.folder).get("environment", {}) if target.is_file() else {}
+    environment = {
+        "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "device": device,
+        "world_size": world_size,
+    }
+    tree = {
+        **as_mapping(config),
+        **describe_corpora(config),
+        "environment": environment,
+        "derived": derived,
+    }
+    partial = config.run.folder / f"{CONFIG}.partial"
+    partial.write_text(yaml.safe_dump(tree, sort_keys=False))
+    partial.replace(target)
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, or `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def claim_exit(folder: Path, code: int, message: str) -> bool:
+    """Write exit.json unless a rank has already; True for the one that wrote, which then tells the person."""
+    mine = folder / f".{EXIT}-{uuid.uuid4().hex}"
+    try:
+        write_exit(mine, code, message)
+        os.link(mine, folder / EXIT)  # there at once and whole, or not at all
+    except FileExistsError:
+        return False
+    except OSError:  # no folder to write in: then telling the person is all that is left
+        return is_first_rank()
+    finally:
+        mine.unlink(missing_ok=True)
+    return True
+
+
+def write_exit(path: Path, code: int, message: str) -> None:
+    path.write_text(json.dumps({"code": code, "message": message}))
+
+
+def recorded_code(folder: Path) -> int:
+    """The code in exit.json; a crash where nothing can be read."""
+    try:
+        return int(json.loads((folder / EXIT).read_text())["code"])
+    except (OSError, ValueError, KeyError):
+        return CRASHED
+
+
+def refuse(folder: Path | None, error: LongCatError) -> int:
+    """Say why a run does not start and return the exit code, which goes into exit.json where an agent hides it.
+
+    A folder that holds a run, or is in use by one, stays as it is. All ranks find the same fault: the first one
+    says it, and the agent ends the others, which wait for that.
+    """
+    if not is_first_rank():
+        time.sleep(FIRST_RANK_SPEAKS_SECONDS)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if "RANK" in os.environ and folder is not None and not (folder / CONFIG).exists():
+        with contextlib.suppress(OSError, ConfigError):  # cannot be written or is in use: it has been said above
+            folder.mkdir(parents=True, exist_ok=True)
+            with lock(folder):
+                write_exit(folder / EXIT, error.exit_code, str(error))
+    return error.exit_code
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
