@@ -43,7 +43,7 @@ LAYOUTS = {  # name → (ranks, overrides)
     "pp2_dualpipev": (2, "parallel.pp=2 parallel.schedule=dualpipev"),
     "zero1_ep2": (2, "parallel.sharding=zero1 parallel.ep=2"),
     "zero2_offload": (2, "parallel.sharding=zero2 parallel.offload=cpu"),
-    "zero3": (2, "parallel.sharding=zero3 parallel.recompute=full"),
+    "zero3": (2, "parallel.sharding=zero3 parallel.recompute=selective"),
 }
 
 
