@@ -32,10 +32,12 @@ from train.checkpoint.retention import Keep, prune
 from train.checkpoint.save import SaveContext, Snapshot, write
 from train.checkpoint.saver import Saver
 from train.checkpoint.staging import StagingBuffer
-from train.config import Config, compose
+from train.compose import compose
+from train.config import Config
 from train.run import build_state
 from train.run_dir import as_mapping
 from train.state import TrainState
+from train.terminal import SilentTerminal
 
 BLOCK = 1 << 24  # bytes of one plain read or write
 
@@ -120,7 +122,7 @@ class Bench:
 
     def stalls(self, rounds: int) -> tuple[list[float], list[float], float]:
         """Seconds that saves stall training, seconds of a warm copy before each, and the memory that saving took."""
-        saver = Saver(self.state, self.config, self.topology, None)
+        saver = Saver(self.state, self.config, self.topology, SilentTerminal())
         with PeakMemory() as memory:
             saver.save()
             saver.wait_pending()

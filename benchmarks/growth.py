@@ -21,7 +21,7 @@ from benchmarks.growth_picture import draw
 from longcat.errors import BAD_INPUT, OK, STOPPED, ConfigError
 from train.checkpoint.find import list_checkpoints
 from train.checkpoint.grow import GrowConfig, GrowthOptions, grow
-from train.run import main as train_here
+from train.process import main as train_here
 
 
 def train(arm: Arm, seconds: float) -> int:

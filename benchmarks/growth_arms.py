@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from longcat.counts import flops_per_token
-from train.config import Config, compose
+from train.compose import compose
+from train.config import Config
 
 LAYERS, FACTOR, STEPS = 2, 2, 600  # of the shallow run; and of the run from scratch, which sets the FLOPs
 MOMENTS = (100, 300, 500)  # steps of the shallow run

@@ -29,7 +29,7 @@ from benchmarks.common import gemm_gflops, print_json, print_table
 from parallel.device import keep_freed_memory
 from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from train.batches import BatchReader
-from train.config import compose
+from train.compose import compose
 from train.run import build_state
 from train.step import Stepper
 

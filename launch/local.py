@@ -32,7 +32,7 @@ def run_ranks(overrides: list[str], config: Config) -> int:
 
     One rank runs in this process; several run as `python -m train` under the elastic agent.
     """
-    from train.run import check, main
+    from train.process import check, main
 
     processes = num_processes(config)
     if Path("/sys/class/net/lo").exists():

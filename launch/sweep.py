@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat.errors import BAD_INPUT, STOPPED, ConfigError, LongCatError
-from train.config import check_keys, from_tree, one_line, register
+from train.compose import check_keys, from_tree, one_line, register
 from train.metrics import METRICS
 
 FOLDER = "hydra.sweep.dir=${run.dir}"  # where Hydra leaves multirun.yaml

@@ -20,7 +20,7 @@ def train(words: list[str]) -> int:
     """
     from launch.local import run_ranks
     from launch.sweep import run_sweep
-    from train.config import compose
+    from train.compose import compose
 
     if any(word in ("-m", "--multirun") for word in words):
         return run_sweep([word for word in words if word not in ("-m", "--multirun")])
@@ -37,7 +37,7 @@ def data(words: list[str]) -> int:
     A source is a hub id, a folder, a file or a glob of parquet, JSON lines or text files. The vocabulary's size is
     model.vocab_size; data.tokenizer=FILE takes a tokenizer instead of training one.
     """
-    from train.config import compose
+    from train.compose import compose
     from train.data.build import build
 
     if not words or words[0] != "build":
@@ -123,7 +123,7 @@ def counts(words: list[str]) -> int:
     longcat counts model=flash      560.66B, active 18.69B / 27.15B / 31.38B
     """
     from longcat.counts import describe, flops_per_token, human
-    from train.config import compose
+    from train.compose import compose
 
     config = compose(words)
     rows = describe(config.model)

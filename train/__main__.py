@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from longcat.errors import ConfigError
-from train.config import compose, named_folder
+from train.compose import compose, named_folder
 from train.run_dir import refuse
 
 
@@ -14,7 +14,7 @@ def main(overrides: list[str]) -> int:
         config = compose(overrides)
     except ConfigError as error:
         return refuse(named_folder(overrides), error)
-    from train.run import main as train
+    from train.process import main as train
 
     return train(config)
 

@@ -1,13 +1,11 @@
-"""The whole configuration: one typed tree, composed by Hydra, checked before anything starts."""
+"""The configuration of a run: one tree of dataclasses that check themselves."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
@@ -20,8 +18,6 @@ from train.objective import LossConfig
 from train.optimizer import OptimConfig
 from train.profiling.config import ProfileConfig
 from train.schedule import ScheduleConfig
-
-GROUPS = ("model", "data", "schedule", "experiment")  # folders of configs/, each file a choice
 
 
 @dataclass
@@ -166,7 +162,6 @@ class Config:
                 f"balance.num_groups={self.balance.num_groups} does not divide model.num_experts="
                 f"{self.model.num_experts}; use a divisor of it"
             )
-
         if self.overlap.experts_stream and self.parallel.transport != "all_to_all":
             raise ConfigError(
                 f"overlap.experts_stream=true does not go with parallel.transport={self.parallel.transport}, which has "
@@ -183,128 +178,3 @@ class Config:
                 f"train.global_batch_size a multiple of {self.train.micro_batch_size * data_ranks} or lower "
                 f"train.micro_batch_size"
             )
-
-
-def register() -> None:
-    """Make the typed tree known to Hydra under the name `schema`."""
-    from hydra.core.config_store import ConfigStore
-
-    ConfigStore.instance().store(name="schema", node=Config)
-
-
-def compose(overrides: list[str]) -> Config:
-    """Compose and validate the configuration from `key=value` overrides.
-
-    Raises:
-        ConfigError: an unknown key (with the nearest one), a wrong type, a missing choice, or sizes that cannot be.
-    """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    register()
-    check_keys(overrides)
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_module("configs", version_base="1.3"):
-            tree = hydra_compose("config", overrides=overrides)
-        config = from_tree(tree)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error)) from error
-    config.validate()
-    return config
-
-
-def named_folder(overrides: list[str]) -> Path | None:
-    """The run folder that overrides name, without composing them.
-
-    They may be what is wrong. None where that is not sure.
-    """
-    given = dict(word.split("=", maxsplit=1) for word in overrides if "=" in word)
-    if "experiment" in given and "run.name" not in given:
-        return None
-    run = RunConfig(name=given.get("run.name", RunConfig.name), dir=given.get("run.dir", RunConfig.dir))
-    try:
-        run.validate()
-    except ConfigError:
-        return None
-    return run.folder
-
-
-def from_tree(tree: Any) -> Config:
-    """A Hydra tree → the typed configuration."""
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_object(tree)
-    if not isinstance(config, Config):
-        raise ConfigError("the configuration does not start from the schema; keep `- schema` first in its defaults")
-    return config
-
-
-def check_keys(overrides: list[str]) -> None:
-    """Refuse overrides whose key is no key of the schema, naming the nearest one."""
-    sections = {section.name for section in fields(Config)}
-    known = {*leaf_keys(Config), *sections, *GROUPS}
-    for override in overrides:
-        key = re.split(r"=", override, maxsplit=1)[0]
-        if "=" not in override and not override.startswith("~"):
-            raise ConfigError(f"{override!r} is no override; write key=value, for instance train.steps=100")
-        key = key.lstrip("+~").split("@")[0]
-        if key in GROUPS and re.fullmatch(r"[^=]*=(null|)", override):
-            raise ConfigError(f"{override!r} names no choice; give the name of a file in configs/{key}")
-        if key.startswith("hydra") or key in known or any(name.startswith(f"{key}.") for name in known):
-            continue
-        if re.sub(r"\.\d+(\..*)?$", "", key) in known:
-            continue
-        candidates = leaf_keys(Config) if "." in key else [*sections, *GROUPS]
-        nearest = difflib.get_close_matches(key, sorted(candidates), n=1, cutoff=0.0)
-        raise ConfigError(f"unknown key {key!r}; the nearest is {nearest[0]!r}")
-
-
-def leaf_keys(kind: Any, prefix: str = "") -> list[str]:
-    """All dotted keys of a tree of dataclasses."""
-    from typing import get_type_hints
-
-    keys = []
-    for name, annotation in get_type_hints(kind).items():
-        if is_dataclass(annotation):
-            keys += leaf_keys(annotation, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
-
-
-def one_line(error: BaseException) -> str:
-    """The telling part of a Hydra or OmegaConf error in one line, and what to do about it."""
-    text = str(error).split("Config search path")[0]
-    cause = error.__cause__
-    if cause is not None and str(cause) not in text:
-        text = f"{text}\n{cause}"
-    if (override := getattr(error, "override", None)) and override not in text:
-        text = f"{override}: {text}"
-    lines = [line.strip() for line in text.splitlines()]
-    skip = ("object_type", "reference_type", "Set the environment", "See https", "To append", "Did you mean")
-    kept = [line.rstrip(".;") for line in lines if line and not line.startswith(skip)]
-    if kept[0].startswith("In 'config'"):  # a missing choice of a group, and the choices one a line
-        return f"{kept[0].partition(': ')[2]}; use {', '.join(kept[2:])}"
-    key = next((line.partition(": ")[2] for line in kept if line.startswith("full_key")), None)
-    kept = [line.removeprefix("Error merging override ") for line in kept if not line.startswith("full_key")]
-    return ": ".join(kept) + ("" if key is None else f"; {default_of(key)}")
-
-
-def default_of(key: str) -> str:
-    """What to give for a key whose value does not fit, by its default."""
-    value: Any = Config()
-    for part in re.split(r"[.\[]", key.partition("[")[0]):
-        if not hasattr(value, part):
-            return f"correct {key}"
-        value = getattr(value, part)
-    return f"{key} is a section: set its keys" if is_dataclass(value) else f"the default of {key} is {value!r}"
-
-
-def to_yaml(config: Config) -> str:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.structured(config))

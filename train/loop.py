@@ -1,4 +1,4 @@
-"""The training loop. What a step is stands in step.py; what happens after it, in observers and policy here."""
+"""The training loop: steps, and after each of them validation, metrics, checkpoints and requests to stop."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from train.checkpoint import find
 from train.checkpoint.saver import Saver
 from train.checkpoint.state_hash import state_hash
 from train.config import Config
-from train.metrics import MetricsWriter
+from train.metrics import MetricsSink
 from train.profiling.profiler import Profiler
 from train.run_dir import describe_corpora
 from train.state import TrainState
 from train.step import Stepper, StepRequests, StepResult
 from train.stop import StopSignal
-from train.terminal import Terminal
+from train.terminal import Display
 from train.validation import Validator
 
 
@@ -29,7 +29,7 @@ def due(every: int, step: int) -> bool:
 
 
 class Loop:
-    """Runs steps until the last one, or until it is told to stop."""
+    """Runs steps until the last one, or until a rank requests a stop."""
 
     def __init__(
         self,
@@ -39,13 +39,13 @@ class Loop:
         config: Config,
         topology: Topology,
         peak_flops: float,
-        writer: MetricsWriter | None,
-        terminal: Terminal | None,
+        writer: MetricsSink,
+        terminal: Display,
         stop_signal: StopSignal,
     ) -> None:
         self.state, self.stepper, self.validator = state, stepper, validator
         self.config, self.topology, self.peak_flops = config, topology, peak_flops
-        self.writer, self.terminal = writer, terminal  # on the first rank only
+        self.writer, self.terminal = writer, terminal
         self.stop_signal = stop_signal
         self.saver = Saver(state, config, topology, terminal, describe_corpora(config))
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
@@ -54,8 +54,8 @@ class Loop:
         """Train to ``train.steps``.
 
         Raises:
-            StopRequested: a signal or the time limit asked for it; the state is saved.
-            SaveError: it could not be saved at the end.
+            StopRequested: a signal or the time limit requested it; the state is saved.
+            SaveError: the last checkpoint could not be saved.
             UnhealthyError: the loss or a gradient is not finite; nothing was updated, the last checkpoint is named.
         """
         counters, config = self.state.counters, self.config
@@ -85,24 +85,24 @@ class Loop:
             if result.requests.stop and not last:
                 raise StopRequested(
                     f"stopped on {self.stop_signal.reason or 'request'} after step {counters.step}; state saved, "
-                    f"the same command{self._with_auto()} goes on from there"
+                    f"the same command{self._with_auto()} resumes from there"
                 )
 
     def _finish_metrics(self, result: StepResult, seconds: float, blocked: float) -> None:
-        """Add what needs a clock, the device or the weights. ``blocked`` of the ``seconds`` this rank stood still."""
+        """Add what needs a clock, the device or the weights; this rank waited ``blocked`` of the ``seconds``."""
         metrics = result.metrics
         flops = metrics.pop("flops")
         tokens = self.config.train.global_batch_size * self.config.train.sequence_length
-        now = self.state.biases
+        biases = self.state.biases
         metrics["step_seconds"] = seconds
         metrics["tokens_per_second"] = tokens / seconds
         metrics["mfu"] = flops / seconds / (self.peak_flops * self.topology.world_size)
-        metrics["bias_range"] = float(now.max() - now.min())
+        metrics["bias_range"] = float(biases.max() - biases.min())
         metrics["exposed_comm_share"] = self._exposed_share(blocked / seconds)
         metrics["memory_gib"] = peak_memory_gib(self.topology.device)
 
     def _exposed_share(self, share: float) -> float:
-        """The mean over ranks of the share of a step in which a rank stands at waits for others; a collective."""
+        """Mean over ranks of the share of a step in which a rank waits for others; a collective."""
         return 0.0 if self.topology.world_size == 1 else mean_over_ranks(share)
 
     def _validate(self, metrics: dict[str, Any]) -> None:
@@ -113,10 +113,7 @@ class Loop:
 
     def _report(self, result: StepResult, last: bool) -> None:
         step = self.state.counters.step
-        if self.writer is not None:
-            self.writer.write(result.metrics, result.counts, self.state.biases)
-        if self.terminal is None:
-            return
+        self.writer.write(result.metrics, result.counts, self.state.biases)
         if self.profiler.note:
             self.terminal.note(self.profiler.note)
         if due(self.config.logging.every, step) or last or step == 1:
@@ -133,9 +130,9 @@ class Loop:
         return "" if self.config.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
 
     def _describe_bad_step(self, result: StepResult) -> str:
-        self.saver.wait_pending()  # it may be the last good one that is being written
-        good = find.last_valid(self.config.run.folder / "checkpoints", self.topology)
+        self.saver.wait_pending()  # the checkpoint being written may be the last valid one
+        last_valid = find.last_valid(self.config.run.folder / "checkpoints", self.topology)
         return (
             f"step {self.state.counters.step}: loss {result.metrics['loss']}, gradient norm "
-            f"{result.metrics['grad_norm']}; nothing was updated and {good}; lower optim.lr or look at the data"
+            f"{result.metrics['grad_norm']}; nothing was updated and {last_valid}; lower optim.lr or look at the data"
         )

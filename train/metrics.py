@@ -1,11 +1,11 @@
-"""Where the numbers of each step go: metrics.jsonl, routing.jsonl and wandb."""
+"""The metrics of each step: metrics.jsonl, routing.jsonl and wandb."""
 
 from __future__ import annotations
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -15,10 +15,7 @@ METRICS, ROUTING, SUPERSEDED = "metrics.jsonl", "routing.jsonl", "superseded.jso
 
 
 def move_after(path: Path, step: int, target: Path) -> int:
-    """Leave the lines up to ``step`` in ``path``; append the later ones, which are trained again, to ``target``.
-
-    A torn line goes the same way. Returns how many lines were moved.
-    """
+    """Keep the lines up to ``step`` in ``path``; append later and torn ones to ``target``. Returns how many moved."""
     if not path.is_file():
         return 0
     partial, moved = path.with_suffix(".partial"), 0
@@ -36,8 +33,26 @@ def move_after(path: Path, step: int, target: Path) -> int:
     return moved
 
 
+class MetricsSink(Protocol):
+    """Takes the metrics of each step."""
+
+    def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
+        """Selection counts [L, N+Z] and biases [L, N+Z] belong to the same step as ``metrics``."""
+
+    def close(self) -> None:
+        """Wait until all is written; raises what went wrong."""
+
+
+class NullMetricsWriter:
+    """The sink of every rank but the first: it writes nothing."""
+
+    def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsWriter:
-    """Appends one object a step and flushes it; floats keep their bits (Python writes the shortest exact form)."""
+    """Appends and flushes one object per step; floats keep their bits (Python writes the shortest exact form)."""
 
     def __init__(self, config: Config, resumed_step: int) -> None:
         self.config = config
@@ -65,10 +80,10 @@ class MetricsWriter:
 
 
 class WandbWriter:
-    """Sends metrics to wandb from a thread of its own: starting it takes seconds that no step should wait for."""
+    """Sends metrics to wandb from its own thread: starting wandb takes seconds that no step should wait for."""
 
     def __init__(self, config: Config) -> None:
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")  # one thread keeps the order
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wandb")  # one thread: steps stay in order
         self.run = self.worker.submit(start_wandb, config)
         self.last: Future[None] | None = None
 
@@ -77,7 +92,7 @@ class WandbWriter:
         self.last = self.worker.submit(lambda: self.run.result().log(known, step=metrics["step"]))
 
     def close(self) -> None:
-        """Wait until all is written; raises what went wrong on the way."""
+        """Wait until all is sent; raises what went wrong."""
         if self.last is not None:
             self.last.result()
         self.run.result().finish()
@@ -85,7 +100,7 @@ class WandbWriter:
 
 
 def start_wandb(config: Config) -> Any:
-    """A wandb run, offline unless told otherwise."""
+    """A wandb run, offline by default."""
     import wandb
     from omegaconf import OmegaConf
 

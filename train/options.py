@@ -7,7 +7,7 @@ import re
 from typing import Any, TypeVar
 
 from longcat.errors import ConfigError
-from train.config import leaf_keys, one_line
+from train.compose import leaf_keys, one_line
 
 Kind = TypeVar("Kind")
 

@@ -1,4 +1,4 @@
-"""The lines that a person watches while a model trains: a panel, then one line for each logged step."""
+"""The lines that a person watches while a model trains: a panel, then one line per logged step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 HEADER_EVERY = 20
-LOPSIDED = 2.0  # busiest expert over mean from which the balance is coloured as a warning
+IMBALANCED = 2.0  # busiest expert over mean from which the balance is coloured as a warning
 DASH = "–"
-PACE_STEPS = 31  # the time left counts with the median of so many steps: the first, slow one soon has no say
+PACE_STEPS = 31  # the ETA uses the median of so many steps, which the slow first one hardly moves
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 ALARMS = ("nan", "inf", "-inf")
 _ASCII = str.maketrans({"–": "-", "─": "-", "│": "|", "╭": "+", "╮": "+", "╰": "+", "╯": "+", "±": "~", "×": "x"})
@@ -33,11 +33,43 @@ class Column:
     rank: int  # the highest rank leaves first where the terminal is narrow
 
 
-class Terminal:
-    """Prints the course of a run, coloured on a terminal, plain and unwrapped in a file or a pipe.
+class Display(Protocol):
+    """Where a run reports its progress to a person."""
 
-    `expected_ffn_experts` is K_e and `top_k` is K of the model; `stream` is standard output unless given; `log`
-    gets the same lines without colour. One of several ranks shows how much of a step they wait for each other.
+    def header(self, lines: list[tuple[str, str]]) -> None:
+        """(name, value) pairs: what was derived from the configuration."""
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """The metrics of one step."""
+
+    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        """A validation result: nats per token, bits per byte."""
+
+    def note(self, text: str) -> None:
+        """A remark, such as a checkpoint that was written."""
+
+
+class SilentTerminal:
+    """The display of every rank but the first: it prints nothing."""
+
+    def header(self, lines: list[tuple[str, str]]) -> None: ...
+
+    def step(self, metrics: Mapping[str, Any]) -> None: ...
+
+    def validation(self, step: int, loss: float, bits_per_byte: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Terminal:
+    """Prints the progress of a run, coloured on a terminal, plain and unwrapped in a file or a pipe.
+
+    Args:
+        expected_ffn_experts: K_e of the model.
+        top_k: K of the model.
+        stream: standard output unless given.
+        log: gets the same lines without colour.
+        num_ranks: with several, a column shows the share of a step that ranks wait for each other.
     """
 
     def __init__(
@@ -62,14 +94,14 @@ class Terminal:
         self._paint = _painter(self.stream)
 
     def header(self, lines: list[tuple[str, str]]) -> None:
-        """Print a panel of (name, value) pairs: what was derived from the configuration."""
+        """Print a panel of (name, value) pairs."""
         if not lines:
             return
         left = max(len(name) for name, _ in lines)
-        room = self._width()
+        width = self._width()
         rows: list[tuple[str, str]] = []
         for name, value in lines:
-            pieces = _wrap(value, max(12, room - left - 6)) if room else [value]
+            pieces = _wrap(value, max(12, width - left - 6)) if width else [value]
             rows += [(name if first == 0 else "", piece) for first, piece in enumerate(pieces)]
         right = max(len(value) for _, value in rows)
         edge = "─" * (left + right + 4)
@@ -80,7 +112,7 @@ class Terminal:
         self._print(self._paint(f"╰{edge}╯", "dim"))
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Print one line for one step; a missing or null metric shows as a dash."""
+        """Print one line per step; a missing or null metric shows as a dash."""
         seconds = _number(metrics, "step_seconds")
         if seconds is not None and math.isfinite(seconds):
             self._seconds.append(seconds)
@@ -128,7 +160,7 @@ class Terminal:
         return (DASH if step is None else f"{step:.0f}/{self.total_steps}"), ""
 
     def _experts_cell(self, metrics: Mapping[str, Any]) -> tuple[str, str]:
-        """Return FFN experts per token and the deviation from K_e: green within 1 %, yellow past 5 %."""
+        """FFN experts per token and the deviation from K_e: green within 1 %, yellow past 5 %."""
         value = _number(metrics, "ffn_experts_per_token")
         if value is None or not math.isfinite(value) or not self.expected:
             return _fixed(value, 2), ""
@@ -138,7 +170,7 @@ class Terminal:
 
     def _balance_cell(self, metrics: Mapping[str, Any]) -> tuple[str, str]:
         value = _number(metrics, "expert_load_max_over_mean")
-        return _fixed(value, 2), "yellow" if value is not None and value > LOPSIDED else ""
+        return _fixed(value, 2), "yellow" if value is not None and value > IMBALANCED else ""
 
     def _time_left(self, metrics: Mapping[str, Any]) -> tuple[str, str]:
         step = _number(metrics, "step")
@@ -147,7 +179,7 @@ class Terminal:
         return _duration((self.total_steps - step) * statistics.median(self._seconds)), "dim"
 
     def _width(self) -> int | None:
-        """Return the columns of the terminal, None where lines may be as long as they like."""
+        """The columns of the terminal; None where lines are not wrapped."""
         return shutil.get_terminal_size().columns if _is_terminal(self.stream) else None
 
     def _print(self, text: str) -> None:
@@ -159,7 +191,7 @@ class Terminal:
 
 
 def _painter(stream: TextIO) -> Callable[[str, str], str]:
-    """Return paint(text, style), by rich's rules (NO_COLOR, TERM) and changes nothing off a terminal."""
+    """paint(text, style) by rich's rules (NO_COLOR, TERM); off a terminal it returns the text."""
     if not _is_terminal(stream):
         return lambda text, style: text
     from rich.color import ColorSystem
@@ -213,27 +245,27 @@ def _number(metrics: Mapping[str, Any], key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _written(value: float | None, form: str) -> str:
-    """Return the number in a format, a dash for None, `nan` or `inf` as they are."""
+def _formatted(value: float | None, form: str) -> str:
+    """The number in a format, a dash for None, `nan` and `inf` as they are."""
     if value is None:
         return DASH
     return format(value, form) if math.isfinite(value) else str(value)
 
 
 def _fixed(value: float | None, decimals: int) -> str:
-    return _written(value, f".{decimals}f")
+    return _formatted(value, f".{decimals}f")
 
 
 def _significant(value: float | None) -> str:
-    return _written(value, ".3f" if value is None or value == 0 or 0.001 <= abs(value) < 1000 else ".1e")
+    return _formatted(value, ".3f" if value is None or value == 0 or 0.001 <= abs(value) < 1000 else ".1e")
 
 
 def _exponent(value: float | None) -> str:
-    return _written(value, ".2e")
+    return _formatted(value, ".2e")
 
 
 def _percent(value: float | None) -> str:
-    return _written(value, ".1%")
+    return _formatted(value, ".1%")
 
 
 def _count(value: float | None) -> str:
@@ -241,15 +273,15 @@ def _count(value: float | None) -> str:
         for scale, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
             if value >= scale:
                 return f"{value / scale:.1f}{suffix}"
-    return _written(value, ".0f")
+    return _formatted(value, ".0f")
 
 
 def _duration(seconds: float) -> str:
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 100 * 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+    rounded = max(0, round(seconds))
+    if rounded < 60:
+        return f"{rounded}s"
+    if rounded < 3600:
+        return f"{rounded // 60}m{rounded % 60:02d}s"
+    if rounded < 100 * 3600:
+        return f"{rounded // 3600}h{rounded % 3600 // 60:02d}m"
+    return f"{rounded // 86400}d{rounded % 86400 // 3600:02d}h"

@@ -78,7 +78,7 @@ class Validator:
             self.config.model.vocab_size,
         )
 
-    def colour_documents(self, state: TrainState) -> list[dict[str, list[str] | list[float]]]:
+    def documents_by_experts(self, state: TrainState) -> list[dict[str, list[str] | list[float]]]:
         """Pieces of validation documents and the FFN experts that each token used.
 
         As a mean over layers; a collective.

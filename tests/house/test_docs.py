@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from train.config import Config, compose, leaf_keys
+from train.compose import compose, leaf_keys
+from train.config import Config
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "user_guide.md"
 

@@ -154,7 +154,7 @@ def test_each_key_of_the_configuration_is_read() -> None:
 
 
 def test_each_choice_of_the_configuration_composes() -> None:
-    from train.config import compose
+    from train.compose import compose
 
     choices = [
         f"{folder.name}={path.stem}"

@@ -81,7 +81,7 @@ def test_a_wrong_configuration_is_refused_before_anything_is_made(
     case: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, telling = CONFIGURATION[case]
-    monkeypatch.setattr("train.run.main", lambda config: 0)  # what is not refused must not train before it fails
+    monkeypatch.setattr("train.process.main", lambda config: 0)  # what is not refused must not train before it fails
     refused(["train", f"run.dir={tmp_path / 'runs'}", *words], *telling)
     assert not (tmp_path / "runs").exists()
 

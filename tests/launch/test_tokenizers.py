@@ -13,7 +13,7 @@ from tests.launch.conftest import Refused
 from tests.support.exporting import SMALL, done, trained
 from tests.support.running import lines, tidily
 from train.checkpoint.find import STATE
-from train.config import compose
+from train.compose import compose
 from train.data.build import build
 from train.data.corpus import file_sha256
 

@@ -7,7 +7,7 @@ import torch
 
 from longcat.counts import active_range, count_parameters, flops_per_token
 from longcat.model import LongCat
-from train.config import compose
+from train.compose import compose
 
 PRESETS = ("debug", "tiny", "small", "proxy_768", "lite", "flash_half", "flash")
 

@@ -18,7 +18,8 @@ from parallel.store import LocalBox
 from tests.parity.mutations import MUTATIONS
 from train.batches import BatchReader
 from train.checkpoint.state_hash import state_hash
-from train.config import Config, compose
+from train.compose import compose
+from train.config import Config
 from train.run import build_state
 from train.state import TrainState
 from train.step import Stepper

@@ -30,7 +30,8 @@ from train.checkpoint.retention import Keep
 from train.checkpoint.save import SaveContext, Snapshot, write
 from train.checkpoint.staging import StagingBuffer
 from train.checkpoint.state_hash import state_hash
-from train.config import Config, compose
+from train.compose import compose
+from train.config import Config
 from train.run import build_state
 from train.run_dir import as_mapping
 from train.state import TrainState

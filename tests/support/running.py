@@ -22,8 +22,10 @@ import torch.distributed as dist
 from parallel.mesh import Topology, connect
 from tests.support.distributed import run_ranks
 from train.batches import BatchReader
-from train.config import Config, compose
-from train.run import build_state, main
+from train.compose import compose
+from train.config import Config
+from train.process import main
+from train.run import build_state
 from train.state import TrainState
 from train.step import Stepper
 

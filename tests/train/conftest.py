@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.config import compose
+from train.compose import compose
 from train.data.build import build
 
 VOCAB = 512

@@ -19,7 +19,7 @@ import torch
 from parallel.mesh import connect
 from train.checkpoint import find
 from train.checkpoint.compatibility import flatten
-from train.config import compose
+from train.compose import compose
 from train.run import build_data, build_state
 from train.run_dir import read_config
 

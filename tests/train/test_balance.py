@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longcat.config import ModelConfig
 from train.balance import BalanceConfig, build_controller
-from train.config import compose
+from train.compose import compose
 
 MODEL = ModelConfig(num_layers=1, num_experts=8, num_zero_experts=4, top_k=3, expected_ffn_experts=2)  # debug
 TARGET = 2 / 3 / 8  # the share of all selections that each FFN expert should get

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from train.checkpoint.compatibility import differences, flatten
-from train.config import Config, check_keys, compose, leaf_keys, named_folder, to_yaml
+from train.compose import check_keys, compose, leaf_keys, named_folder, to_yaml
+from train.config import Config
 from train.run_dir import as_mapping, read_config, write_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

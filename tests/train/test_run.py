@@ -136,8 +136,8 @@ def test_a_run_says_what_it_passes_over_and_replaces_it(
     capfd.readouterr()
     assert train_here(words) == 0
     said = capfd.readouterr().out
-    assert f"passed over {folder / 'step-00000006'}: __0_0.distcp does not have the hash" in said
-    assert f"passed over {folder / 'step-00000004'}: no readable manifest.json" in said
+    assert f"skipped {folder / 'step-00000006'}: __0_0.distcp does not have the hash" in said
+    assert f"skipped {folder / 'step-00000004'}: no readable manifest.json" in said
     assert f"resumed from {folder / 'step-00000002'}: step 2, 256 tokens" in said
     assert exact(tmp_path / "run") == straight(corpus, words)
     assert [verify(path).problem for path in list_checkpoints(folder)] == [None] * 5

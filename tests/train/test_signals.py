@@ -26,7 +26,7 @@ from tests.support.running import (
     wait_for_step,
 )
 from train.checkpoint.find import list_checkpoints, verify
-from train.config import compose
+from train.compose import compose
 from train.metrics import MetricsWriter
 
 ENDLESS = "train.steps=100000"

@@ -15,7 +15,8 @@ from longcat.model import LongCat
 from longcat.moe import Router
 from parallel.mesh import connect
 from train.batches import BatchReader, document_numbers, label_counts
-from train.config import Config, compose
+from train.compose import compose
+from train.config import Config
 from train.objective import objective
 from train.run import build_state
 from train.step import Stepper

@@ -24,7 +24,7 @@ from train.checkpoint.staging import StagingBuffer
 from train.config import Config
 from train.run_dir import as_mapping
 from train.state import TrainState
-from train.terminal import Terminal
+from train.terminal import Display
 
 
 class SaveThread(threading.Thread):
@@ -49,7 +49,7 @@ class Saver:
     """Saves a run's state. `save`, `wait_pending` and making one are collectives.
 
     Args:
-        terminal: says what went wrong without ending the run; on the first rank only.
+        terminal: reports what went wrong without ending the run.
         corpora: what a checkpoint says of the data beside the configuration (`describe_corpora`).
     """
 
@@ -58,7 +58,7 @@ class Saver:
         state: TrainState,
         config: Config,
         topology: Topology,
-        terminal: Terminal | None,
+        terminal: Display,
         corpora: dict[str, Any] | None = None,
     ) -> None:
         self.state, self.config, self.topology, self.terminal = state, config, topology, terminal
@@ -150,5 +150,4 @@ class Saver:
         self._say(f"NOT SAVED: {self.failed}; the next one that is due will be tried all the same")
 
     def _say(self, text: str) -> None:
-        if self.terminal is not None:
-            self.terminal.note(text)
+        self.terminal.note(text)

@@ -30,7 +30,8 @@ from train.checkpoint.find import check_name, file_hash
 from train.checkpoint.read import key_of, stored_shapes
 from train.checkpoint.retention import lock_folder
 from train.checkpoint.save import commit
-from train.config import Config, compose
+from train.compose import compose
+from train.config import Config
 from train.data.corpus import TOKENIZER_NAME, file_sha256, tokenizer_sha256
 from train.huggingface.config_json import from_folder
 from train.huggingface.export import appearing, check_absent

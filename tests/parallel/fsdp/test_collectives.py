@@ -17,7 +17,7 @@ from parallel.watchdog.spans import SPANS, Span
 from tests.parallel.fsdp.test_sharding import MODEL, RandomSamples
 from tests.support.distributed import run_ranks
 from train.batches import BatchReader
-from train.config import compose
+from train.compose import compose
 from train.run import build_state
 from train.step import Stepper
 

@@ -15,7 +15,8 @@ from parallel.mesh import ParallelConfig, connect, resolve_sizes
 from tests.support.distributed import run_ranks
 from train.batches import BatchReader
 from train.checkpoint.state_hash import state_hash
-from train.config import Config, compose
+from train.compose import compose
+from train.config import Config
 from train.run import build_state
 from train.state import TrainState
 from train.step import Stepper

@@ -21,8 +21,8 @@ from longcat.layer import ShortcutLayer
 from parallel.reduce import sum_scalars
 from parallel.watchdog import watchdog
 from parallel.watchdog.spans import SPANS
-from train.config import compose
-from train.run import main
+from train.compose import compose
+from train.process import main
 
 ACTIONS: dict[str, Callable[[], object]] = {
     "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),

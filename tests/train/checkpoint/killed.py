@@ -17,17 +17,17 @@ from typing import Any
 
 from parallel.watchdog.spans import SPANS
 from tests.support.distributed import become, free_port
-from train import run
 from train.batches import BatchReader
 from train.checkpoint import find as finding
 from train.checkpoint import save as saving
 from train.checkpoint import shards
 from train.checkpoint.staging import StagingBuffer
-from train.config import compose
+from train.compose import compose
 from train.data.samples import TokenSamples
+from train.process import main
 
 GRACE = 5.0  # seconds
-TRAIN = Path(run.__file__).parent
+TRAIN = Path(shards.__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def rank_main(rank: int, world_size: int, port: int, words: list[str], samples: 
     log_samples(Path(f"{samples}.{rank}"))
     if fate is not None:
         die_by(fate, Path(f"{samples}.will"))
-    sys.exit(run.main(compose(words)))
+    sys.exit(main(compose(words)))
 
 
 def start(

@@ -24,7 +24,8 @@ from train.checkpoint.find import find, last_valid, list_checkpoints, load, veri
 from train.checkpoint.retention import Keep, cleanup
 from train.checkpoint.save import save
 from train.checkpoint.state_hash import state_hash
-from train.config import Config, compose
+from train.compose import compose
+from train.config import Config
 from train.run import build_state
 from train.run_dir import as_mapping, lock
 from train.state import TrainState
@@ -188,9 +189,9 @@ def test_one_value_that_is_not_finite_is_found(bad: float, place: int) -> None:
     largest = torch.finfo(torch.float32).max
     values = torch.full((64, 64), largest)
     values[1] = -largest
-    assert save.is_finite(values)
+    assert saving.is_finite(values)
     values.view(-1)[place] = bad
-    assert not save.is_finite(values)
+    assert not saving.is_finite(values)
 
 
 # ------------------------------------------------------------------------------------- believed only when whole
@@ -312,7 +313,7 @@ def look_together(folder: str) -> tuple[Any, list[str]]:
     """On two ranks: what is found in ``folder``, and what this rank has hashed for it."""
     config = compose(TINY)
     topology = connect(config.parallel)
-    plain, hashed = find.file_hash, []
+    plain, hashed = finding.file_hash, []
 
     def noted(path: Path) -> str:
         hashed.append(f"{path.parent.name}/{path.name}")

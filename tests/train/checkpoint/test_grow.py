@@ -32,7 +32,8 @@ from train.checkpoint.grow import GrowConfig, GrowthOptions, grow
 from train.checkpoint.retention import is_locked
 from train.checkpoint.save import commit, save
 from train.checkpoint.state_hash import state_hash
-from train.config import Config, compose
+from train.compose import compose
+from train.config import Config
 from train.run import build_state
 from train.run_dir import as_mapping
 from train.state import TrainState

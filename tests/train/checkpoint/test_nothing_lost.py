@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.running import NARROW, train_here
 from train.checkpoint.retention import lock_folder
-from train.config import compose
+from train.compose import compose
 from train.data.build import build
 
 

@@ -22,7 +22,7 @@ from train.checkpoint.find import find, list_checkpoints, verify
 from train.checkpoint.retention import Keep, make_space, prune, validation_loss
 from train.checkpoint.saver import SaveThread
 from train.checkpoint.staging import StagingBuffer
-from train.config import compose
+from train.compose import compose
 from train.step import Stepper
 
 

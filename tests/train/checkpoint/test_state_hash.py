@@ -22,7 +22,7 @@ from tests.support.running import TINY, free_ports, trained_state
 from train.checkpoint.find import load
 from train.checkpoint.save import save
 from train.checkpoint.state_hash import COLUMNS, hash_range, state_hash
-from train.config import compose
+from train.compose import compose
 from train.run import build_state
 from train.run_dir import as_mapping
 from train.state import TrainState

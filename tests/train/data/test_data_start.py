@@ -13,7 +13,7 @@ import pytest
 from tests.support.running import NARROW, ended, lines, train_here
 from tests.train.conftest import VOCAB
 from train.checkpoint.find import STATE, list_checkpoints
-from train.config import compose
+from train.compose import compose
 from train.data.build import build
 from train.data.samples import TokenSamples
 

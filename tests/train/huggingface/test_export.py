@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.launch.conftest import Refused
 from tests.support.exporting import assert_close, done, our_logits, peer_of, some_tokens, trained, weights
 from train.checkpoint.read import Checkpoint
-from train.config import compose
+from train.compose import compose
 from train.huggingface.layouts import Outline, layout_tensors
 
 ROOT = Path(__file__).resolve().parents[3]

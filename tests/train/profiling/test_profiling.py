@@ -16,12 +16,12 @@ from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
 from tests.support.distributed import run_ranks
 from tests.support.running import exact, free_ports, lines, train_here
-from train.config import compose
+from train.compose import compose
+from train.process import main
 from train.profiling.config import steps_of
 from train.profiling.recorder import LANES, CommSpan, Slice
 from train.profiling.timeline import Operator, compute_pieces, outermost, without
 from train.profiling.trace import TorchEvents, moved, rank_events, rows_of
-from train.run import main
 
 TWO_RANKS = ["model.num_layers=1", "model.num_experts=4", "model.num_zero_experts=2", "train.steps=3"]
 SLEEP = 0.05

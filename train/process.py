@@ -1,0 +1,104 @@
+"""One rank's process: entering the run folder, ending with an exit code, reporting a hang."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
+from parallel.mesh import resolve_sizes, world_from_environment
+from parallel.prepare import check_layout
+from parallel.watchdog import watchdog
+from parallel.watchdog.spans import wait_span
+from train.config import Config
+from train.run import batch_shape, train
+from train.run_dir import EXIT, check_folder, claim_exit, lock, recorded_code, refuse
+from train.stop import StopSignal
+
+
+def main(config: Config) -> int:
+    """Train in this process, which is one rank of the world that the environment describes; returns the exit code."""
+    folder = config.run.folder
+    try:
+        folder_lock = enter(config)
+    except LongCatError as error:
+        return refuse(folder, error)
+    with folder_lock, StopSignal(config.train.stop_after_seconds) as stop_signal:
+        try:
+            code, message = outcome(config, stop_signal)
+        except BaseException as error:
+            hang = watchdog.explain(error)
+            if hang is not None:
+                report_hang(folder, hang)
+                watchdog.leave(recorded_code(folder))
+            if dist.is_initialized() and dist.get_world_size() == 1:
+                dist.destroy_process_group()  # a sweep starts its next run in this process
+            if claim_exit(folder, CRASHED, f"{type(error).__name__}: {error}"):
+                raise
+            return recorded_code(folder)  # another rank ended the run; this failure is a consequence
+        finally:
+            watchdog.stop()
+        claimed = claim_exit(folder, code, message)
+        if claimed and code != OK:
+            print(f"{'stopped' if code == STOPPED else 'error'}: {message}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code if claimed else recorded_code(folder)
+
+
+def enter(config: Config) -> AbstractContextManager[Any]:
+    """Check what can be checked before ranks meet; on the first rank the returned context locks the run folder."""
+    rank, _, world_size = world_from_environment()
+    check(config, world_size)
+    if rank:
+        return nullcontext()
+    folder_lock = lock(config.run.folder)
+    (config.run.folder / EXIT).unlink(missing_ok=True)
+    return folder_lock
+
+
+def outcome(config: Config, stop_signal: StopSignal) -> tuple[int, str]:
+    """Train; returns the exit code and its message."""
+    code, message = OK, "done"
+    try:
+        train(config, stop_signal, partial(report_hang, config.run.folder))
+    except ConfigError as error:
+        return error.exit_code, str(error)  # perhaps on this rank only: do not wait for the others
+    except LongCatError as error:
+        code, message = error.exit_code, str(error)
+    # Every rank gets here. The agent ends the others when the first exits, so none may still be writing.
+    with watchdog.slow_timeout(), wait_span("end of the run"):
+        dist.barrier()
+    return code, message
+
+
+_REPORTING = threading.Lock()
+
+
+def report_hang(folder: Path, message: str) -> None:
+    """Record and print, once for all ranks, which rank stopped the run. The watchdog's thread calls this too.
+
+    The second caller ends the process next, so it waits here until the first has printed.
+    """
+    with _REPORTING:
+        if claim_exit(folder, CRASHED, message):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def check(config: Config, world_size: int) -> None:
+    """Check layout, batch sizes and run folder before ranks start.
+
+    Raises:
+        ConfigError: with the key to change.
+    """
+    sizes = resolve_sizes(config.parallel, world_size)
+    config.validate_world(sizes.data_ranks)
+    num_micro_batches = batch_shape(config, sizes.data_ranks).num_micro_batches
+    check_layout(config.model, config.parallel, sizes, config.train.sequence_length, num_micro_batches)
+    check_folder(config)

@@ -1,0 +1,53 @@
+"""What a person reads before step 1: the values that follow from the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longcat.counts import active_range, count_parameters, describe, flops_per_token, human
+from longcat.model import LongCat, ModelPart
+from parallel.memory import state_bytes
+from parallel.mesh import Topology
+from train.config import Config
+
+
+def derived_values(config: Config, peak: float) -> dict[str, Any]:
+    """The section `derived` of config.yaml. ``peak`` is the device's FLOP/s."""
+    counts = count_parameters(config.model)
+    return {
+        "parameters": counts.total,
+        "mtp_parameters": counts.mtp,
+        "active_parameters": list(active_range(config.model)),
+        "flops_per_token": flops_per_token(config.model, config.train.sequence_length),
+        "peak_gflops_per_rank": peak / 1e9,
+    }
+
+
+def layers_of(part: ModelPart) -> str:
+    """What a model part contains, for instance `embedding, layers 0-3`."""
+    names = ["embedding"] if part.embedding else []
+    names.append(f"layers {part.first}-{part.last - 1}" if part.last - part.first > 1 else f"layer {part.first}")
+    return ", ".join([*names, *(["head"] if part.head else [])])
+
+
+def header(
+    config: Config, topology: Topology, parts: list[LongCat], peak: float, peak_source: str
+) -> list[tuple[str, str]]:
+    """(name, value) lines of the terminal's panel."""
+    train = config.train
+    batch_tokens = train.global_batch_size * train.sequence_length
+    sizes = topology.sizes
+    axes = ", ".join(f"{name} {size}" for name, size in vars(sizes).items() if size > 1) or "one of each"
+    stages = [layers_of(model.part) for model in parts]
+    memory = state_bytes(config.model, sizes, config.parallel.sharding, [model.part for model in parts])
+    return [
+        ("run", str(config.run.folder)),
+        ("model", config.model.name),
+        *describe(config.model),
+        ("batch", f"{train.global_batch_size} × {train.sequence_length} = {human(batch_tokens)} tokens per step"),
+        ("steps", f"{train.steps}, {human(train.steps * batch_tokens)} tokens"),
+        ("ranks", f"{topology.world_size} on {topology.device.type} ({axes})"),
+        *([("pipeline", f"{config.parallel.schedule}; this rank: {' and '.join(stages)}")] if sizes.pp > 1 else []),
+        ("memory per rank", f"{memory} (by formula; activations come on top)"),
+        ("compute", f"{train.dtype}, {peak / 1e9:,.0f} GFLOP/s per rank ({peak_source})"),
+    ]
