@@ -1,1 +1,1 @@
-"""How it is started: the command line and the local ranks."""
+"""The command line, and the local ranks that it starts."""

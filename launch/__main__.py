@@ -1,4 +1,4 @@
-"""The program `longcat`: one verb each, the same as `python -m launch`."""
+"""The program `longcat`, also `python -m launch`: its verbs."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ USAGE = """usage: longcat VERB [key=value …]
 
 {verbs}
 
-longcat VERB --help says more of one; docs/user_guide.md says the rest.
+longcat VERB --help describes one verb; docs/user_guide.md describes all of them.
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit code (0 done, 2 wrong input, 3 stopped, 4 unhealthy, 1 anything else)."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if not words:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
         print(f"error: no verb given; use one of {', '.join(VERBS)}, or --help", file=sys.stderr)
         return BAD_INPUT
-    if words[0] in ("-h", "--help", "help"):
+    if arguments[0] in ("-h", "--help", "help"):
         print(USAGE.format(verbs=listing()))
         return 0
-    verb = VERBS.get(words[0])
+    verb = VERBS.get(arguments[0])
     if verb is None:
-        print(f"error: unknown verb {words[0]!r}; use one of {', '.join(VERBS)}", file=sys.stderr)
+        print(f"error: unknown verb {arguments[0]!r}; use one of {', '.join(VERBS)}", file=sys.stderr)
         return BAD_INPUT
-    rest = words[1:]
-    if any(word in ("-h", "--help") for word in rest):
+    rest = arguments[1:]
+    if any(argument in ("-h", "--help") for argument in rest):
         print((verb.__doc__ or "").strip())
         return 0
     try:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def listing() -> str:
-    """One line for each verb: the first of its docstring."""
+    """One line per verb: the first of its docstring."""
     return "\n".join(f"  {name:11} {(verb.__doc__ or '').strip().splitlines()[0]}" for name, verb in VERBS.items())
 
 

@@ -1,4 +1,4 @@
-"""`longcat generate`: text from a checkpoint or an export."""
+"""`longcat generate`: text from a checkpoint or an export, with MTP drafts."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from train.huggingface.safetensors_folder import SafetensorsFolder
 
 @dataclass
 class GenerateOptions:
-    """What `longcat generate` is told."""
+    """The options of `longcat generate`."""
 
-    source: str = ""  # a checkpoint's or run's folder, or a Hugging Face folder
+    source: str = ""  # a checkpoint, a run folder or a Hugging Face folder
     prompt: str = ""  # empty = the start of a document
-    max_tokens: int = 128
-    temperature: float = 0.0  # 0 = the likeliest token each time
-    top_p: float = 1.0
-    seed: int = 0
-    drafts: bool = True  # MTP layers guess ahead, where the model has any
+    max_tokens: int = 128  # tokens after the prompt, at most
+    temperature: float = 0.0  # 0 = always the most likely token
+    top_p: float = 1.0  # nucleus sampling: the smallest set of tokens with this probability
+    seed: int = 0  # of the sampler
+    drafts: bool = True  # speculative decoding with the MTP layers, if the model has any
     dtype: str = "auto"  # bfloat16 | float32 | auto
     tokenizer: str = ""  # empty = the one of the source
 
@@ -51,7 +51,7 @@ class GenerateOptions:
 
 
 def generate_text(options: GenerateOptions) -> tuple[str, Generated, float]:
-    """The text that follows the prompt, what it is made of, and the seconds that it took without loading."""
+    """(text after the prompt, its tokens and draft counts, seconds without loading)."""
     options.validate()
     model, tokenizer_path = load(options)
     tokenizer = load_tokenizer(tokenizer_path)
@@ -63,13 +63,13 @@ def generate_text(options: GenerateOptions) -> tuple[str, Generated, float]:
     end = end_of_document_id(tokenizer, str(tokenizer_path))
     prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids or [end]
     started = time.perf_counter()
-    made = generate(model, prompt, options.max_tokens, options.sampling, end, options.drafts)
+    generated = generate(model, prompt, options.max_tokens, options.sampling, end, options.drafts)
     seconds = time.perf_counter() - started
-    return tokenizer.decode(made.tokens, skip_special_tokens=True), made, seconds
+    return tokenizer.decode(generated.tokens, skip_special_tokens=True), generated, seconds
 
 
 def load(options: GenerateOptions) -> tuple[LongCat, Path]:
-    """The model, on the first GPU or the CPU, and the path of its tokenizer."""
+    """The model, on the first GPU or else the CPU, and the path of its tokenizer."""
     folder = Path(options.source)
     source: TensorSource
     config: ModelConfig
@@ -87,9 +87,9 @@ def load(options: GenerateOptions) -> tuple[LongCat, Path]:
     return load_model(config, source, dtype, device), tokenizer
 
 
-def summary(made: Generated, seconds: float) -> str:
-    """One line: how many tokens, how fast, how many drafts stood."""
-    words = f"{len(made.tokens)} tokens in {seconds:.1f} s, {made.forwards} forwards of the model"
-    if made.acceptance is None:
-        return f"{words}; no drafts"
-    return f"{words}; {made.accepted} of {made.drafted} drafts accepted ({made.acceptance:.1%})"
+def summary(generated: Generated, seconds: float) -> str:
+    """One line: number of tokens, time, accepted drafts."""
+    text = f"{len(generated.tokens)} tokens in {seconds:.1f} s, {generated.forwards} forwards of the model"
+    if generated.acceptance is None:
+        return f"{text}; no drafts"
+    return f"{text}; {generated.accepted} of {generated.drafted} drafts accepted ({generated.acceptance:.1%})"

@@ -1,4 +1,4 @@
-"""Local ranks, started through torch's elastic agent, with the first failing rank's exit code passed on."""
+"""Local ranks under torch's elastic agent; the first failing rank's exit code is the program's."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SAVE_SECONDS = 3600  # how long ranks may take to save their state after a signa
 
 
 def num_processes(config: Config) -> int:
-    """`run.num_processes`, with -1 found out: one for each GPU, or one on a CPU. Never more than there are GPUs."""
+    """`run.num_processes`, where -1 is one per GPU, or one on a CPU. Never more than there are GPUs."""
     import torch
 
-    asked, gpus = config.run.num_processes, torch.cuda.device_count()
-    if asked == -1:
+    requested, gpus = config.run.num_processes, torch.cuda.device_count()
+    if requested == -1:
         return max(1, gpus)
-    return min(asked, gpus) if gpus else asked
+    return min(requested, gpus) if gpus else requested
 
 
 def run_ranks(overrides: list[str], config: Config) -> int:
-    """Train on the local ranks that the configuration asks for and return the run's exit code.
+    """Train on the configured number of local ranks; returns the run's exit code.
 
     One rank runs in this process; several run as `python -m train` under the elastic agent.
     """
@@ -37,7 +37,7 @@ def run_ranks(overrides: list[str], config: Config) -> int:
     processes = num_processes(config)
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    check(config, processes)  # what is wrong with the configuration is said once, before ranks start
+    check(config, processes)  # reports a wrong configuration once, before ranks start
     if processes == 1:
         return main(config)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -45,14 +45,14 @@ def run_ranks(overrides: list[str], config: Config) -> int:
 
 
 def run_elastic(overrides: list[str], config: Config, processes: int) -> int:
-    """Ranks under the elastic agent. No restarts: keeping a job alive is the supervisor's business."""
+    """Ranks under the elastic agent, without restarts: those are the job scheduler's task."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks say it in one line
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks report it in one line
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -72,14 +72,14 @@ def run_elastic(overrides: list[str], config: Config, processes: int) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else CRASHED
-    except SignalException:  # the agent has lost the ranks' codes; an older run's exit.json says nothing of this one
+    except SignalException:  # the agent has lost the ranks' codes, and exit.json may be an older run's
         same = exit_written(config.run.folder) == before
         return CRASHED if same else recorded_code(config.run.folder)
     return OK
 
 
 def exit_written(folder: Path) -> tuple[int, int] | None:
-    """Which exit.json stands in the folder, if any."""
+    """Identity of the exit.json in the folder, or None."""
     try:
         status = (folder / EXIT).stat()
     except FileNotFoundError:
@@ -89,21 +89,21 @@ def exit_written(folder: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def first_signal_alone() -> Iterator[None]:
-    """Let the first signal end the agent, which passes it on and waits for the ranks; further ones are ignored.
+    """The first signal ends the agent, which passes it on and waits for the ranks; later ones are ignored.
 
-    The agent's own handler would leave that wait with a later signal, and the ranks would train on without it.
+    With the agent's own handler a second signal would end that wait, and the ranks would train on without it.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
     def end(number: int, frame: object) -> None:
-        for taken in before:
-            signal.signal(taken, signal.SIG_IGN)
+        for handled in before:
+            signal.signal(handled, signal.SIG_IGN)
         raise SignalException(f"process {os.getpid()} got {signal.Signals(number).name}", signal.Signals(number))
 
-    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in taken}
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in signals}
     try:
-        for number in taken:
+        for number in signals:
             signal.signal(number, end)
         yield
     finally:

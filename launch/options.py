@@ -1,53 +1,62 @@
-"""Words `key=value` of the verbs that take no configuration: read into a dataclass of options, checked one by one."""
+"""Options of the verbs that take no run configuration: `key=value` arguments read into a dataclass."""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import Field, fields
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from enum import Enum
+from typing import Any, TypeVar, get_type_hints
 
 from longcat.errors import ConfigError
 
 Options = TypeVar("Options")
 
 
-def key_of(option: Field[Any]) -> str:
-    """What a person writes for a field: its name, or the key in its metadata."""
-    return str(option.metadata.get("key", option.name))
-
-
-def read_options(kind: type[Options], words: list[str]) -> Options:
-    """Options from words; each has the type of its field's default.
+def read_options(kind: type[Options], arguments: list[str]) -> Options:
+    """Options from `key=value` arguments; a nested dataclass has dotted keys. A value is plain text.
 
     Raises:
-        ConfigError: a word that is no key=value, an unknown key (with the nearest one), or a wrong type.
+        ConfigError: an argument that is no key=value, an unknown key (with the nearest one), or a wrong type.
     """
-    options, rest = split_options(kind, words)
-    known = sorted(key_of(option) for option in fields(kind))  # type: ignore[arg-type]
-    for word in rest:
-        key = word.partition("=")[0]
-        if "=" not in word:
-            raise ConfigError(f"{word!r} is no option; write key=value, for instance {known[0]}=…")
+    options, rest = split_options(kind, arguments)
+    known = sorted(dict(typed_keys(kind)))
+    for argument in rest:
+        key, equals, _ = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"{argument!r} is no option; write key=value, for instance {known[0]}=…")
         raise ConfigError(f"unknown key {key!r}; the nearest is {difflib.get_close_matches(key, known, 1, 0.0)[0]!r}")
     return options
 
 
-def split_options(kind: type[Options], words: list[str]) -> tuple[Options, list[str]]:
-    """The options among some words, and the other words."""
-    by_key = {key_of(option): option for option in fields(kind)}  # type: ignore[arg-type]
-    values, rest = {}, []
-    for word in words:
-        key, equals, text = word.partition("=")
-        if equals and key in by_key:
-            values[by_key[key].name] = converted(key, text, by_key[key].default)
+def split_options(kind: type[Options], arguments: list[str]) -> tuple[Options, list[str]]:
+    """The options of ``kind`` among ``arguments``, and the other arguments."""
+    types, rest = dict(typed_keys(kind)), []
+    options = kind()
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or key not in types:
+            rest.append(argument)
+            continue
+        *sections, name = key.split(".")
+        section: Any = options
+        for part in sections:
+            section = getattr(section, part)
+        setattr(section, name, convert(key, text, types[key]))
+    return options, rest
+
+
+def typed_keys(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]]]:
+    """(dotted key, type) of each option in a tree of dataclasses."""
+    for name, annotation in get_type_hints(kind).items():
+        if is_dataclass(annotation):
+            yield from typed_keys(annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
-            rest.append(word)
-    return kind(**values), rest
+            yield f"{prefix}{name}", annotation
 
 
-def converted(key: str, text: str, default: Any) -> Any:
-    """``text`` in the type of ``default``."""
-    kind = type(default)
+def convert(key: str, text: str, kind: type[Any]) -> Any:
+    """``text`` as a value of type ``kind``; ConfigError where it is none."""
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"{key}={text} must be true or false")
@@ -55,5 +64,8 @@ def converted(key: str, text: str, default: Any) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        words = {int: "a whole number", float: "a number"}
-        raise ConfigError(f"{key}={text} must be {words[kind]}") from error
+        if issubclass(kind, Enum):
+            choices = [str(choice.value) for choice in kind]
+            raise ConfigError(f"{key}={text} is not known; use {', '.join(choices[:-1])} or {choices[-1]}") from error
+        wanted = {int: "a whole number", float: "a number"}
+        raise ConfigError(f"{key}={text} must be {wanted[kind]}") from error

@@ -1,4 +1,4 @@
-"""A Hydra multirun: one training run for each choice, one after the other or by a sweeper plugin."""
+"""A Hydra multirun: one training run per choice, in sequence or by a sweeper plugin."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from longcat.errors import BAD_INPUT, STOPPED, ConfigError, LongCatError
 from train.compose import check_keys, from_tree, one_line, register
 from train.metrics import METRICS
 
-FOLDER = "hydra.sweep.dir=${run.dir}"  # where Hydra leaves multirun.yaml
+FOLDER = "hydra.sweep.dir=${run.dir}"  # where Hydra writes multirun.yaml
 
 
-def run_sweep(words: list[str]) -> int:
-    """Hand ``words`` to Hydra's sweeper; each job gets a run folder of its own. Returns the first code that is not 0.
+def run_sweep(overrides: list[str]) -> int:
+    """Give ``overrides`` to Hydra's sweeper; each job has its own run folder. Returns the first code that is not 0.
 
-    A job that is refused or fails does not keep the others from running; one that is stopped ends the sweep.
+    The sweep continues after a job that is refused or fails; a stopped job ends it.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -27,22 +27,22 @@ def run_sweep(words: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     register()
-    check_keys(words)
+    check_keys(overrides)
     codes: list[int] = []
 
     def job(tree: Any) -> float:
         if STOPPED in codes:
             return math.inf
         name = f"{tree.run.name}-{HydraConfig.get().job.num}"
-        overrides = [str(word) for word in HydraConfig.get().overrides.task]
-        overrides = [word for word in overrides if not word.startswith("run.name=")] + [f"run.name={name}"]
+        task = [str(override) for override in HydraConfig.get().overrides.task]
+        task = [override for override in task if not override.startswith("run.name=")] + [f"run.name={name}"]
         tree.run.name = name
-        codes.append(run_job(tree, overrides))
+        codes.append(run_job(tree, task))
         return math.inf if codes[-1] else final_loss(Path(tree.run.dir) / name)
 
     arguments = sys.argv
-    sys.argv = ["longcat train", "--multirun", *words, FOLDER]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here as they are, not printed and turned into exit code 1
+    sys.argv = ["longcat train", "--multirun", *overrides, FOLDER]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise its errors, instead of printing them and exiting with code 1
     try:
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -53,14 +53,14 @@ def run_sweep(words: list[str]) -> int:
 
 
 def final_loss(folder: Path) -> float:
-    """What a sweeper minimises: the last validation loss of a run, or its last training loss without one."""
+    """What a sweeper minimises: a run's last validation loss, or its last training loss if it has none."""
     rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
     return float(validated[-1] if validated else rows[-1]["loss"])
 
 
 def run_job(tree: Any, overrides: list[str]) -> int:
-    """One run of the sweep; what is wrong with its choice alone is said here."""
+    """One run of the sweep; an error in its own choice is printed here."""
     from omegaconf.errors import OmegaConfBaseException
 
     from launch.local import run_ranks

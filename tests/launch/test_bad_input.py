@@ -237,7 +237,7 @@ def test_verify_names_what_is_not_whole(
     used: tuple[list[str], Path], refused: Refused, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert longcat(["checkpoint", "verify", str(used[1])]) == 0
-    assert capfd.readouterr().out.count("  whole\n") == 2
+    assert capfd.readouterr().out.count("  valid\n") == 2
     spoil(list_checkpoints(used[1] / "checkpoints")[1])
     refused(["checkpoint", "verify", str(used[1])], "1 of 2 checkpoints", str(used[1]), "restore")
     refused(["checkpoint", "verify", str(used[1] / "checkpoints" / "step-00000002")], "1 of 1 checkpoints")

@@ -101,12 +101,12 @@ REFUSED = {
     "no-source": (["source={tmp}/nothing", "target={tmp}/grown"], ["source=", "is no folder", "name a checkpoint"]),
     "no-checkpoint": (["source={tmp}", "target={tmp}/grown"], ["is not whole", "no readable manifest.json"]),
     "factor-one": (["source=x", "target=y", "growth.factor=1"], ["growth.factor=1 adds no layer", "use 2 or more"]),
-    "factor-text": (["source=x", "target=y", "growth.factor=two"], ["growth.factor=two", "Integer"]),
-    "factor-list": (["source=x", "target=y", "growth.factor=2,3"], ["growth.factor=2,3", "give one"]),
+    "factor-text": (["source=x", "target=y", "growth.factor=two"], ["growth.factor=two", "a whole number"]),
+    "factor-list": (["source=x", "target=y", "growth.factor=2,3"], ["growth.factor=2,3", "a whole number"]),
     "method": (["source=x", "target=y", "growth.method=copy"], ["growth.method=copy", "use stack or interpose"]),
     "unknown": (["sorce=x"], ["unknown key 'sorce'", "'source'"]),
     "unknown-nested": (["growth.facter=3"], ["unknown key 'growth.facter'", "'growth.factor'"]),
-    "word": (["runs/half"], ["'runs/half' is no override", "write key=value"]),
+    "word": (["runs/half"], ["'runs/half' is no option", "write key=value"]),
 }
 
 

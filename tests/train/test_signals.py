@@ -37,7 +37,7 @@ def stopped_at(folder: Path, errors: str, reason: str) -> int:
     """Check that a run stopped cleanly and saved its last step; returns that step."""
     step = len(lines(folder))
     assert errors.strip() == (
-        f"stopped: stopped on {reason} after step {step}; state saved, the same command goes on from there"
+        f"stopped: stopped on {reason} after step {step}; state saved, the same command resumes from there"
     )
     assert ended(folder)["code"] == 3
     newest = list_checkpoints(folder / "checkpoints")[-1]

@@ -26,25 +26,35 @@ GIB = 2**30
 
 
 @dataclass
-class ExportOptions:
-    """What `longcat export` is told."""
+class ExportFormat:
+    """The form of an exported folder."""
 
-    source: str = ""  # a checkpoint's folder, or a run's for its newest whole one
-    target: str = ""  # a folder that does not exist yet
-    layout: str = field(default=LAYOUTS[0], metadata={"key": "export.layout"})
-    dtype: str = field(default="bfloat16", metadata={"key": "export.dtype"})
-    shard_gib: float = field(default=5.0, metadata={"key": "export.shard_gib"})
-    tokenizer: str = field(default="", metadata={"key": "export.tokenizer"})  # empty = the one of the corpus
+    layout: str = LAYOUTS[0]  # released = what serving engines read | transformers = what transformers 5.23 loads
+    dtype: str = "bfloat16"  # bfloat16 | float32
+    shard_gib: float = 5.0  # size of a safetensors file
+    tokenizer: str = ""  # a tokenizer.json; empty = the one of the corpus
 
     def validate(self) -> None:
-        if not self.source or not self.target:
-            raise ConfigError("say longcat export source=CHECKPOINT target=DIR")
         if self.layout not in LAYOUTS:
             raise ConfigError(f"export.layout={self.layout} is not known; use {' or '.join(LAYOUTS)}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"export.dtype={self.dtype} is not known; use bfloat16 or float32")
         if not self.shard_gib > 0:
             raise ConfigError(f"export.shard_gib={self.shard_gib} must be above 0")
+
+
+@dataclass
+class ExportOptions:
+    """The options of `longcat export`."""
+
+    source: str = ""  # a checkpoint's folder, or a run's for its newest valid one
+    target: str = ""  # a folder that does not exist yet
+    export: ExportFormat = field(default_factory=ExportFormat)
+
+    def validate(self) -> None:
+        if not self.source or not self.target:
+            raise ConfigError("say longcat export source=CHECKPOINT target=DIR")
+        self.export.validate()
 
 
 def export(options: ExportOptions) -> Path:
@@ -54,20 +64,20 @@ def export(options: ExportOptions) -> Path:
         ConfigError: a wrong option, a source that is no whole checkpoint, a target that exists.
     """
     options.validate()
-    target = Path(options.target)
+    target, form = Path(options.target), options.export
     check_absent(target)
     checkpoint = Checkpoint(Path(options.source))
     check_expressible(checkpoint.model)
-    tokenizer = tokenizer_of(checkpoint.configuration, options.tokenizer, "export.tokenizer")
+    tokenizer = tokenizer_of(checkpoint.configuration, form.tokenizer, "export.tokenizer")
     end = end_of_document_id(load_tokenizer(tokenizer), str(tokenizer))
-    dtype = getattr(torch, options.dtype)
+    dtype = getattr(torch, form.dtype)
     with appearing(target) as partial:
-        writer = ShardWriter(partial, outline(checkpoint.model, options.layout, dtype), options.shard_gib * GIB)
-        for name, values in layout_tensors(checkpoint.model, options.layout, checkpoint):
+        writer = ShardWriter(partial, outline(checkpoint.model, form.layout, dtype), form.shard_gib * GIB)
+        for name, values in layout_tensors(checkpoint.model, form.layout, checkpoint):
             writer.put(name, values.to(kept_dtype(name, dtype), copy=True).contiguous())
         writer.close()
         positions = int(checkpoint.configuration["train"]["sequence_length"])
-        files = texts(checkpoint.model, options.layout, options.dtype, end, positions, checkpoint.counters)
+        files = texts(checkpoint.model, form.layout, form.dtype, end, positions, checkpoint.counters)
         files["tokenizer_config.json"] = tokenizer_settings(tokenizer, end, positions)
         for file, text in files.items():
             write_synced(partial / file, text)
