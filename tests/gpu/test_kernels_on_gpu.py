@@ -55,7 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_equal_plain_versions_in_bits(shape: str, dtype: torch.dtype) -> None:
+def test_kernels_equal_plain_versions_bitwise(shape: str, dtype: torch.dtype) -> None:
     routing = case(dtype, **SHAPES[shape])
     for check in (check_plan, check_gather, check_sum):
         check(routing)
@@ -65,11 +65,11 @@ def test_kernels_equal_plain_versions_in_bits(shape: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("num_rows,places", [(1, 5000), (300, 4096), (131072, 4096), (5, 0)])
-def test_embedding_gradient_equals_plain_version_in_bits(num_rows: int, places: int, dtype: torch.dtype) -> None:
+def test_embedding_gradient_equals_plain_version_bitwise(num_rows: int, places: int, dtype: torch.dtype) -> None:
     check_embedding(places, num_rows, 768, dtype, 1, "cuda")
 
 
-def test_cuda_tensors_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_tensors_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """After `install` the operator of a CUDA tensor is the kernel's: on the GPU both give one result."""
     from parallel.kernels import rows
 
@@ -80,7 +80,7 @@ def test_cuda_tensors_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["one_document", "documents"])
-def test_attention_backward_repeats_bit_for_bit(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_backward_is_deterministic(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The widths of latent attention, with the deterministic setting of `parallel.device.make_deterministic`."""
     from parallel.device import make_deterministic
 
@@ -142,7 +142,7 @@ def programs(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], Callable[[], An
     }
 
 
-def test_times_beside_the_floor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernel_times_against_the_memory_floor(capsys: pytest.CaptureFixture[str]) -> None:
     """Prints µs, TB/s and torch's own µs; asserts only that no kernel is 10 times slower than its bytes need."""
     assert install(torch.device("cuda"))
     slow = []

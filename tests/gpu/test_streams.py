@@ -77,7 +77,7 @@ def gradients(streams: StreamContext, chunks: int, after_attention: bool) -> lis
 @pytest.mark.parametrize("after_attention", [False, True])
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("experts_stream", [False, True])
-def test_streams_change_no_bit(experts_stream: bool, chunks: int, after_attention: bool) -> None:
+def test_streams_leave_results_bitwise_identical(experts_stream: bool, chunks: int, after_attention: bool) -> None:
     awaited = gradients(StreamContext(blocking=True), chunks, after_attention)
     on_side_stream = SideStreamContext(torch.device("cuda"), Cuda(), experts_stream)
     overlapped = gradients(on_side_stream, chunks, after_attention)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ["longcat", "parallel", "train", "launch"]  # each may import itself and what stands before it
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
+MAX_TEST_NAME = 60
 
 
 def _files(*folders: str) -> list[Path]:
@@ -165,3 +166,12 @@ def test_each_choice_of_the_configuration_composes() -> None:
     assert choices
     for choice in choices:
         compose([choice])
+
+
+def test_test_names_are_short_and_unique_in_their_file() -> None:
+    """A name states the claim; the rest is its docstring."""
+    for path in _files("tests"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+        assert len(names) == len(set(names)), f"{_relative(path)} defines a test twice"
+        assert not [name for name in names if len(name) > MAX_TEST_NAME], f"long test names in {_relative(path)}"

@@ -77,7 +77,7 @@ CONFIGURATION = {
 
 
 @pytest.mark.parametrize("case", CONFIGURATION)
-def test_a_wrong_configuration_is_refused_before_anything_is_made(
+def test_wrong_configuration_is_refused_before_any_write(
     case: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, telling = CONFIGURATION[case]
@@ -127,7 +127,7 @@ def spoil(checkpoint: Path) -> None:
     ],
     ids=["other-model", "other-rate-and-seed", "other-batch", "never", "wrong-type", "wrong-layout"],
 )
-def test_a_folder_of_another_run_stays_as_it_is(
+def test_folder_of_another_run_is_left_alone(
     words: list[str], telling: list[str], used: tuple[list[str], Path], refused: Refused
 ) -> None:
     before = contents(used[1])
@@ -135,7 +135,7 @@ def test_a_folder_of_another_run_stays_as_it_is(
     assert contents(used[1]) == before
 
 
-def test_a_folder_in_use_stays_as_it_is(used: tuple[list[str], Path], refused: Refused) -> None:
+def test_folder_in_use_is_left_alone(used: tuple[list[str], Path], refused: Refused) -> None:
     before = contents(used[1])
     with lock(used[1]):
         refused(used[0], str(used[1]), "in use by a run that is still going", "choose another run.name")
@@ -158,7 +158,7 @@ def test_an_unwritable_folder_is_refused(overrides: list[str], refused: Refused,
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_checkpoints_of_which_none_is_whole_are_refused(used: tuple[list[str], Path], refused: Refused) -> None:
+def test_resume_is_refused_when_no_checkpoint_is_valid(used: tuple[list[str], Path], refused: Refused) -> None:
     for path in list_checkpoints(used[1] / "checkpoints"):
         spoil(path)
     before = contents(used[1])
@@ -180,7 +180,7 @@ def test_checkpoints_of_which_none_is_whole_are_refused(used: tuple[list[str], P
     ],
     ids=["missing", "run-of-broken-ones", "broken", "not-a-checkpoint", "other-model"],
 )
-def test_a_wrong_place_to_resume_from_is_refused(
+def test_wrong_resume_path_is_refused(
     where: str,
     words: list[str],
     telling: list[str],
@@ -225,7 +225,7 @@ OTHER_VERBS = {
 
 
 @pytest.mark.parametrize("case", OTHER_VERBS)
-def test_other_verbs_refuse_in_one_line(
+def test_other_commands_refuse_in_one_line(
     case: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, telling = OTHER_VERBS[case]
@@ -233,7 +233,7 @@ def test_other_verbs_refuse_in_one_line(
     refused([word.format(tmp=tmp_path) for word in words], *telling)
 
 
-def test_verify_names_what_is_not_whole(
+def test_verify_names_what_is_damaged(
     used: tuple[list[str], Path], refused: Refused, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert longcat(["checkpoint", "verify", str(used[1])]) == 0
@@ -254,7 +254,7 @@ def test_the_program_refuses_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_rank_alone_refuses_in_one_line(used: tuple[list[str], Path]) -> None:
+def test_single_rank_refuses_in_one_line(used: tuple[list[str], Path]) -> None:
     """`python -m train`, on a folder that holds the exit.json of the run before."""
     before = contents(used[1])
     code, errors = finish(program(*used[0], "optim.lr=0.5"))
@@ -263,7 +263,7 @@ def test_a_rank_alone_refuses_in_one_line(used: tuple[list[str], Path]) -> None:
     assert contents(used[1]) == before
 
 
-def test_under_torchrun_the_code_stands_in_exit_json(overrides: list[str], tmp_path: Path) -> None:
+def test_exit_json_holds_the_code_under_torchrun(overrides: list[str], tmp_path: Path) -> None:
     """torchrun turns every failure into 1; one rank speaks for all."""
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "train"]
     code, errors = finish(program(*launcher, *overrides, "train.stpes=3"))
@@ -280,9 +280,7 @@ def as_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("as_a_rank")
-def test_a_rank_that_is_refused_writes_exit_json(
-    overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_rank_writes_exit_json(overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert rank_main([*overrides, "train.global_batch_size=2"]) == 2
     said = one_line_of(capfd.readouterr().err, "1 micro-batches", "2 data-parallel ranks")
     assert ended(tmp_path / "run") == {"code": 2, "message": said.removeprefix("error: ")}
@@ -292,9 +290,7 @@ def test_a_rank_that_is_refused_writes_exit_json(
 
 
 @pytest.mark.usefixtures("as_a_rank")
-def test_a_rank_that_is_refused_leaves_other_runs_alone(
-    used: tuple[list[str], Path], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_refused_rank_leaves_other_runs_alone(used: tuple[list[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
     before = contents(used[1])
     for words, telling in ((["optim.lr=0.5"], "0.5 here"), (["train.stpes=3", "run.name=used"], "'train.steps'")):
         assert rank_main([*used[0][1:], "train.global_batch_size=4", *words]) == 2

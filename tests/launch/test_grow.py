@@ -34,7 +34,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("method", ["stack", "interpose"])
-def test_a_grown_run_goes_on_where_the_shallow_one_stopped(half: list[str], tmp_path: Path, method: str) -> None:
+def test_grown_run_resumes_where_the_shallow_one_stopped(half: list[str], tmp_path: Path, method: str) -> None:
     """Steps, tokens and schedule go on; the step after four, in a warm-up of five, has the peak rate."""
     before, target = contents(folder_of(half)), tmp_path / "grown"
     words = [f"source={folder_of(half)}", f"target={target}", f"growth.method={method}", "growth.factor=2"]
@@ -49,14 +49,14 @@ def test_a_grown_run_goes_on_where_the_shallow_one_stopped(half: list[str], tmp_
     assert steps[0]["lr"] == pytest.approx(shallow[0]["lr"] * 5)
 
 
-def test_a_target_in_a_new_run_s_folder_needs_no_resume(half: list[str], tmp_path: Path) -> None:
+def test_target_in_a_new_run_folder_needs_no_resume_key(half: list[str], tmp_path: Path) -> None:
     target = folder_of(half, "deep") / "checkpoints" / "step-00000004"
     assert longcat(["grow", f"source={folder_of(half)}", f"target={target}"]) == 0
     assert train_here([*half, "model.num_layers=2", "run.name=deep", "train.steps=5"]) == 0
     assert [step["step"] for step in metrics(folder_of(half, "deep"))] == [5]
 
 
-def test_a_target_that_is_there_stays_as_it_is(half: list[str], tmp_path: Path, refused: Refused) -> None:
+def test_existing_target_is_left_alone(half: list[str], tmp_path: Path, refused: Refused) -> None:
     target = tmp_path / "grown"
     assert longcat(["grow", f"source={folder_of(half)}", f"target={target}"]) == 0
     before = contents(target)
@@ -81,7 +81,7 @@ def test_damaged_and_half_written_sources_are_refused(half: list[str], tmp_path:
     assert not (tmp_path / "grown").exists()
 
 
-def test_another_growth_s_folder_is_left_alone(half: list[str], tmp_path: Path, refused: Refused) -> None:
+def test_partial_folder_of_another_growth_is_left_alone(half: list[str], tmp_path: Path, refused: Refused) -> None:
     other = tmp_path / "grown.partial"
     other.mkdir()
     (other / "shard").write_text("of another process")
@@ -89,7 +89,7 @@ def test_another_growth_s_folder_is_left_alone(half: list[str], tmp_path: Path, 
     assert (other / "shard").is_file()
 
 
-def test_the_grown_model_is_not_the_shallow_one(half: list[str], tmp_path: Path, refused: Refused) -> None:
+def test_grown_model_differs_from_the_shallow_one(half: list[str], tmp_path: Path, refused: Refused) -> None:
     target = tmp_path / "grown"
     assert longcat(["grow", f"source={folder_of(half)}", f"target={target}"]) == 0
     assert train_here([*half, f"checkpoint.resume={target}", "run.name=other"]) == 2
@@ -111,17 +111,17 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str, tmp_path: Path, refused: Refused) -> None:
+def test_wrong_growth_is_refused(name: str, tmp_path: Path, refused: Refused) -> None:
     words, telling = REFUSED[name]
     refused(["grow", *(word.format(tmp=tmp_path) for word in words)], *telling)
 
 
-def test_a_run_without_checkpoints_is_refused(tmp_path: Path, refused: Refused) -> None:
+def test_growing_a_run_without_checkpoints_is_refused(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     refused(["grow", f"source={tmp_path / 'run'}", f"target={tmp_path / 'grown'}"], "is a run without checkpoints")
 
 
-def test_help_says_what_each_method_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_each_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert longcat(["grow", "--help"]) == 0
     said = capsys.readouterr().out
     assert "growth.method=stack" in said and "interpose" in said and "checkpoint.resume=TARGET" in said

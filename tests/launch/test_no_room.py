@@ -30,7 +30,7 @@ def small_disk(num_bytes: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("num_bytes", [1000, 200_000])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_is_said_in_one_line(num_bytes: int, checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
+def test_full_disk_is_reported_in_one_line(num_bytes: int, checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
     done("export", f"source={checkpoint}", f"target={tmp_path / 'export'}", "export.dtype=float32")
     for verb, source in (("export", checkpoint), ("import", tmp_path / "export")):
         target = tmp_path / f"{verb}ed"
@@ -53,7 +53,7 @@ def after(patch: pytest.MonkeyPatch, holder: object, name: str, action: Callable
 
 @pytest.mark.parametrize("moment", ["found", "opened", "half-read"])
 @pytest.mark.parametrize("verb", ["export", "generate"])
-def test_a_checkpoint_that_is_pruned_meanwhile_is_said_in_one_line(
+def test_checkpoint_pruned_meanwhile_is_reported_in_one_line(
     moment: str, verb: str, checkpoint: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(checkpoint, tmp_path / "source")
@@ -64,7 +64,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile_is_said_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_that_goes_away_is_said_in_one_line(
+def test_export_that_vanishes_is_reported_in_one_line(
     checkpoint: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "source"

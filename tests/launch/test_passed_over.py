@@ -10,7 +10,7 @@ from tests.support.exporting import done, trained
 
 
 @pytest.mark.parametrize("verb", ["export", "generate", "grow"])
-def test_what_is_passed_over_is_said(
+def test_skipped_checkpoints_are_reported(
     verb: str, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     newest = trained(corpus, tmp_path, "checkpoint.every=1")

@@ -36,7 +36,7 @@ def other(tmp_path: Path) -> Path:
     return tmp_path / "other" / "corpus"
 
 
-def test_training_on_a_corpus_of_another_tokenizer_is_refused(checkpoint: Path, other: Path, tmp_path: Path) -> None:
+def test_corpus_of_another_tokenizer_is_refused_in_training(checkpoint: Path, other: Path, tmp_path: Path) -> None:
     """With data.from_start too: the ids mean other text whatever is read first."""
     words = [*SMALL, f"data.paths=[{other}]", f"run.dir={tmp_path}", "run.name=run", f"checkpoint.resume={checkpoint}"]
     telling = ["with the tokenizer of SHA-256", str(other), "longcat data build data.tokenizer=FILE"]
@@ -45,7 +45,7 @@ def test_training_on_a_corpus_of_another_tokenizer_is_refused(checkpoint: Path, 
     assert all(word in said for word in telling), said
 
 
-def test_text_and_exports_are_refused_when_the_tokenizer_s_file_is_another(
+def test_changed_tokenizer_file_is_refused_by_text_and_export(
     moved: Path, other: Path, corpus: Path, tmp_path: Path, refused: Refused
 ) -> None:
     source = f"source={trained(moved, tmp_path)}"
@@ -63,7 +63,7 @@ def test_text_and_exports_are_refused_when_the_tokenizer_s_file_is_another(
     assert file_sha256(tmp_path / "out" / "tokenizer.json") == file_sha256(right)
 
 
-def test_a_corpus_built_with_a_tokenizer_has_its_very_bytes(corpus: Path, tmp_path: Path) -> None:
+def test_corpus_keeps_the_tokenizer_file_byte_for_byte(corpus: Path, tmp_path: Path) -> None:
     """However its JSON is laid out, a checkpoint that was imported with it knows the corpus."""
     given = tmp_path / "given.json"
     given.write_text(json.dumps(json.loads((corpus.parent / "tokenizer.json").read_text()), indent=7))
@@ -74,7 +74,7 @@ def test_a_corpus_built_with_a_tokenizer_has_its_very_bytes(corpus: Path, tmp_pa
     assert build(config.data, 512).tokenizer_sha256 == file_sha256(given)
 
 
-def test_what_an_import_says_to_do_can_be_done(
+def test_commands_that_an_import_prints_work(
     checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after balance.method=sign; where the corpus is of another tokenizer, one is to be built first."""

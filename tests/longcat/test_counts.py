@@ -12,7 +12,7 @@ from train.compose import compose
 PRESETS = ("debug", "tiny", "small", "proxy_768", "lite", "flash_half", "flash")
 
 
-def test_the_report_s_sizes() -> None:
+def test_sizes_of_the_560b_model_are_the_report_s() -> None:
     """560.66B in total; 18.69 / 27.15 / 31.38B active with 0 / 8 / 12 FFN experts."""
     model = compose(["model=flash"]).model
     assert round(count_parameters(model).total / 1e9, 2) == 560.66
@@ -21,7 +21,7 @@ def test_the_report_s_sizes() -> None:
     assert round(model.latent_scale, 3) == 3.464
 
 
-def test_small_is_what_the_interface_says() -> None:
+def test_sizes_of_small() -> None:
     """~94M counts transformers' class, which stores gate and up matrices for the identity experts too."""
     model = compose(["model=small"]).model
     unused = model.num_layers * model.num_zero_experts * 2 * model.expert_hidden_size * model.hidden_size
@@ -37,7 +37,7 @@ def test_counts_equal_the_built_model(preset: str) -> None:
     assert built == count_parameters(model_config).with_mtp
 
 
-def test_flops_follow_the_ffn_experts_that_were_used() -> None:
+def test_flops_follow_the_ffn_experts_in_use() -> None:
     model = compose(["model=flash"]).model
     expert = 6 * 3 * model.hidden_size * model.expert_hidden_size * model.num_layers
     fewer = flops_per_token(model, 8192, ffn_experts=6)
@@ -46,7 +46,7 @@ def test_flops_follow_the_ffn_experts_that_were_used() -> None:
     assert flops_per_token(model, 8192, mtp=True) > flops_per_token(model, 8192)
 
 
-def test_flops_equal_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_equal_torch_s_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrix products of one forward and backward, counted by torch, on a model with only FFN experts."""
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -59,7 +59,7 @@ def test_logits_with_caches_equal_those_of_one_forward(cuts: list[int]) -> None:
             place += count
 
 
-def test_what_is_cut_leaves_no_trace() -> None:
+def test_truncated_cache_equals_one_that_was_never_longer() -> None:
     model = decided_model(BASE)
     tokens = ids(BASE, 12)
     with torch.no_grad(), Decoder(model, 20) as decoder:
@@ -69,7 +69,7 @@ def test_what_is_cut_leaves_no_trace() -> None:
     assert close(logits, model.logits(torch.tensor([tokens]))[0, 8:])
 
 
-def test_a_cache_holds_latents_and_the_model_is_itself_again() -> None:
+def test_cache_holds_latents_and_the_model_is_restored() -> None:
     model = decided_model(replace(BASE, num_mtp_layers=1))
     with Decoder(model, 7) as decoder:
         shapes = {tuple(cache.rows.shape) for cache in decoder.trunk}
@@ -113,7 +113,7 @@ def test_speculative_equals_greedy(num_mtp_layers: int, length: int) -> None:
 
 
 @torch.no_grad()
-def test_drafts_are_what_the_mtp_layers_say_of_the_whole_text() -> None:
+def test_drafts_equal_mtp_predictions_on_the_full_text() -> None:
     config = replace(BASE, num_mtp_layers=2)
     model = decided_model(config)
     assert model.mtp is not None and model.embed_tokens is not None and model.norm is not None
@@ -138,7 +138,7 @@ def test_drafts_are_what_the_mtp_layers_say_of_the_whole_text() -> None:
             torch.testing.assert_close(likely[depth - 1], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_speculative_sampling_draws_from_the_model_s_distribution() -> None:
+def test_speculative_sampling_keeps_the_model_s_distribution() -> None:
     likely = torch.tensor([0.6, 0.3, 0.1, 0.0], dtype=torch.float64)
     right = torch.tensor([[0.2, 0.3, 0.1, 0.4], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
     draws = Sampler(SamplingParams(temperature=1.0))
@@ -152,7 +152,7 @@ def test_speculative_sampling_draws_from_the_model_s_distribution() -> None:
     assert stood / rounds == pytest.approx(float(torch.minimum(likely, right[0]).sum()), abs=0.015)
 
 
-def test_choices() -> None:
+def test_sampling_from_logits() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, -5.0]])
     assert SamplingParams().probabilities(logits).tolist() == [[0, 1, 0, 0]]
     plain = SamplingParams(temperature=0.5).probabilities(logits)
@@ -170,7 +170,7 @@ def test_the_seed_decides_a_sampled_text() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_generation_stops_behind_the_end_and_at_the_most_tokens() -> None:
+def test_generation_stops_at_the_end_token_or_the_limit() -> None:
     model = decided_model(replace(BASE, num_mtp_layers=2, vocab_size=5))
     text = generate(model, [1], 40, draft=False).tokens
     for end in set(text):
@@ -189,6 +189,6 @@ def test_generation_stops_behind_the_end_and_at_the_most_tokens() -> None:
         ([1], 3, SamplingParams(1.0, 0.0)),
     ],
 )
-def test_what_cannot_be_is_refused(prompt: list[int], most: int, sampling: SamplingParams) -> None:
+def test_impossible_requests_are_refused(prompt: list[int], most: int, sampling: SamplingParams) -> None:
     with pytest.raises(ConfigError):
         generate(decided_model(BASE), prompt, most, sampling)

@@ -83,7 +83,7 @@ def test_only_the_stack_is_repeated() -> None:
 
 @pytest.mark.parametrize("method", ["stack", "interpose"])
 @pytest.mark.parametrize("factor", [2, 3])
-def test_grown_names_are_those_of_the_deep_model(method: str, factor: int) -> None:
+def test_grown_names_equal_the_deep_model_s(method: str, factor: int) -> None:
     with torch.device("meta"):
         shallow, deep = LongCat(SMALL), LongCat(replace(SMALL, num_layers=SMALL.num_layers * factor))
     growth = Growth(SMALL.num_layers, factor, method)
@@ -94,7 +94,7 @@ def test_grown_names_are_those_of_the_deep_model(method: str, factor: int) -> No
 
 @torch.no_grad()
 @pytest.mark.parametrize("factor", [2, 3])
-def test_stacked_forward_is_the_repeated_trunk_bit_for_bit(factor: int) -> None:
+def test_stacked_forward_is_bitwise_the_repeated_trunk(factor: int) -> None:
     shallow = random_model(SMALL)
     deep = grown_model(shallow, Growth(SMALL.num_layers, factor))
     tokens = torch.randint(0, SMALL.vocab_size, (2, 12))
@@ -112,7 +112,7 @@ def test_stacked_forward_is_the_repeated_trunk_bit_for_bit(factor: int) -> None:
 
 
 @torch.no_grad()
-def test_interposed_forward_is_each_layer_twice_bit_for_bit() -> None:
+def test_interposed_forward_is_bitwise_each_layer_twice() -> None:
     shallow = random_model(SMALL)
     deep = grown_model(shallow, Growth(SMALL.num_layers, 2, "interpose"))
     tokens = torch.randint(0, SMALL.vocab_size, (2, 12))
@@ -132,6 +132,6 @@ def test_interposed_forward_is_each_layer_twice_bit_for_bit() -> None:
         (Growth(2, 2, "double"), "growth.method=double is not known; use stack or interpose"),
     ],
 )
-def test_no_growth_is_refused(growth: Growth, telling: str) -> None:
+def test_growth_to_the_same_depth_is_refused(growth: Growth, telling: str) -> None:
     with pytest.raises(ConfigError, match=telling):
         growth.validate()

@@ -19,7 +19,7 @@ def built(seed: int = 0) -> LongCat:
     return model
 
 
-def test_every_stored_value_has_exactly_one_logical_place() -> None:
+def test_every_stored_value_has_one_logical_index() -> None:
     model = built()
     stored = sum(tensor.numel() for _, tensor in stored_state(model))
     logical = dict(logical_tensors(model))
@@ -65,7 +65,7 @@ def test_released_names_and_shapes_of_the_560b_model() -> None:
     assert {name: shapes.get(name) for name in expected} == expected
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
+def test_initial_values_depend_on_the_seed_alone() -> None:
     first, again, other = (dict(logical_tensors(built(seed))) for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
 
 
 @pytest.mark.parametrize("box", [((0, 3), (0, 10)), ((5, 17), (2, 9)), ((16, 17), (0, 1)), ((4, 4), (0, 10))])
-def test_any_box_equals_that_box_of_the_whole(box: tuple[tuple[int, int], ...]) -> None:
+def test_any_box_equals_that_box_of_the_full_tensor(box: tuple[tuple[int, int], ...]) -> None:
     whole = normal_box(3, "x", (17, 10), ((0, 17), (0, 10)))
     (top, bottom), (left, right) = box
     assert torch.equal(normal_box(3, "x", (17, 10), box), whole[top:bottom, left:right])
@@ -87,7 +87,7 @@ def test_boxes_across_row_blocks() -> None:
 
 
 @pytest.mark.parametrize("start,stop", [(0, 3), (3, 8), (2, 2)])
-def test_a_shard_of_stacked_experts_holds_the_whole_one_s_values(start: int, stop: int) -> None:
+def test_shard_of_stacked_experts_has_the_full_tensor_s_values(start: int, stop: int) -> None:
     name = "layers.0.mlp.experts.gate_up"
     shape = (CONFIG.num_experts, 2 * CONFIG.expert_hidden_size, CONFIG.hidden_size)
     whole, part = torch.empty(shape), torch.empty(stop - start, *shape[1:])
@@ -103,7 +103,7 @@ def test_pieces_of_a_box_that_cuts_a_matrix() -> None:
     assert all(".experts.1." in piece.name and piece.index[0] == 0 for piece in found)
 
 
-def test_roles() -> None:
+def test_initialisation_role_of_each_parameter() -> None:
     roles = {role(name) for name, _ in built().named_parameters()}
     assert roles == {"embedding", "head", "norm", "router", "expert", "hidden"}
 

@@ -66,7 +66,7 @@ def test_rms_norm() -> None:
 
 
 @pytest.mark.parametrize("width", [8, 5], ids=["aligned", "odd"])
-def test_gated_products_keep_gate_and_up_alone(width: int) -> None:
+def test_gated_products_save_only_gate_and_up(width: int) -> None:
     """silu(gate) · up by a matrix, or by each expert's: the product's input is computed again, not saved."""
     gate, up, one, several = draw(0, 4, width), draw(1, 4, width), draw(2, 7, width), draw(3, 2, 7, width)
 
@@ -99,7 +99,7 @@ def test_rotary_turns_interleaved_pairs() -> None:
 
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300, 1100])
 @pytest.mark.parametrize("masked", [False, True], ids=["one_document", "documents"])
-@pytest.mark.parametrize("parts", [False, True], ids=["whole", "stretches_of_queries"])
+@pytest.mark.parametrize("parts", [False, True], ids=["one_pass", "blocks_of_queries"])
 def test_causal_attention(length: int, masked: bool, parts: bool) -> None:
     """Stretches leave out the first queries, some in the middle, and the last, whose keys then get no gradient."""
     query, key, value = draw(0, 2, 3, length, 6), draw(1, 2, 3, length, 6), draw(2, 2, 3, length, 4)
@@ -115,7 +115,7 @@ def test_causal_attention(length: int, masked: bool, parts: bool) -> None:
     assert_same(ours, reference, [query, key, value])
 
 
-def test_causal_attention_computes_long_rows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_causal_attention_recomputes_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept or computed again, the gradients have the same bits; then nothing of size S² is saved."""
     inputs = [draw(0, 2, 3, 200, 6), draw(1, 2, 3, 200, 6), draw(2, 2, 3, 200, 4)]
     results, sizes = [], []

@@ -225,7 +225,7 @@ def test_logits_and_gradients_equal_transformers(name: str) -> None:
     assert not wrong, f"gradients that differ, with their relative errors: {wrong}"
 
 
-def test_a_prediction_layer_gets_no_gradient_from_the_language_loss() -> None:
+def test_mtp_layer_gets_no_gradient_from_the_language_loss() -> None:
     *_, model = run_both(CASES["with_a_prediction_layer"])
     assert any(name.startswith("model.mtp.") for name, _ in logical_tensors(model))
     own = {n: g for n, g in logical_tensors(model, grads=True) if n.startswith("model.mtp.")}

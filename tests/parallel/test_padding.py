@@ -52,7 +52,7 @@ def plain() -> dict[str, Any]:
     ],
     ids=["alone", "all_to_all", "all_gather", "chunks_recomputed"],
 )
-def test_training_is_the_same(layout: list[str], plain: dict[str, Any]) -> None:
+def test_training_with_padding_is_the_same(layout: list[str], plain: dict[str, Any]) -> None:
     for found in run_ranks(train_evened, 2 if layout else 1, [*MODEL, "model.num_experts=6", *layout]):
         assert found["asked"] > 0
         for name, reference in plain["grads"].items():
@@ -67,7 +67,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens,top_k", [(40, 3), (7, 1), (1, 2)])
-def test_a_row_of_nobody_gives_nothing_and_gets_zeros(tokens: int, top_k: int) -> None:
+def test_padding_rows_contribute_nothing_and_receive_zeros(tokens: int, top_k: int) -> None:
     indices = torch.rand(tokens, EXPERTS + ZERO, generator=torch.Generator().manual_seed(tokens)).topk(top_k).indices
     x, gates, weight = draw(0, tokens, WIDTH), draw(1, tokens, top_k), draw(2, EXPERTS, WIDTH, WIDTH)
     plan = plan_permutation(indices, EXPERTS, EXPERTS + ZERO)
@@ -89,7 +89,7 @@ def test_a_row_of_nobody_gives_nothing_and_gets_zeros(tokens: int, top_k: int) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_batch_equals_a_product_an_expert(dtype: torch.dtype) -> None:
+def test_batched_product_equals_one_product_per_expert(dtype: torch.dtype) -> None:
     rows, weight = draw(0, 4 * BLOCK, 8).to(dtype), draw(1, 4, 8, 16).to(dtype)
     grad, ends = draw(2, 4 * BLOCK, 16).to(dtype), torch.arange(BLOCK, 5 * BLOCK, BLOCK, dtype=torch.int32)
     each = [slice(end - BLOCK, end) for end in ends.tolist()]
@@ -99,7 +99,7 @@ def test_a_batch_equals_a_product_an_expert(dtype: torch.dtype) -> None:
     torch.testing.assert_close(grouped_sum(grad, rows, ends), summed.to(dtype))
 
 
-def test_room_is_made_where_it_pays() -> None:
+def test_capacity_is_padded_only_where_it_pays() -> None:
     narrow, wide = torch.empty(1, dtype=torch.bfloat16), torch.empty(1)
     assert padded_capacity(torch.tensor([250, 260, 240]), narrow) == (272 if cpu_has_amx() else None)
     assert padded_capacity(torch.tensor([250, 260, 240]), wide) is None
@@ -107,7 +107,7 @@ def test_room_is_made_where_it_pays() -> None:
     assert padded_capacity(torch.tensor([0, 0]), narrow) is None
 
 
-def test_rows_of_ranks_find_their_experts_and_the_way_back() -> None:
+def test_rows_reach_their_experts_and_return() -> None:
     received = torch.tensor([[2, 0, 3], [1, 2, 0]])  # from 2 ranks for 3 experts
     rows = torch.arange(1.0, 9.0)[:, None]
     arrival = ReceiveOrder(received, 8, room=4)

@@ -222,13 +222,13 @@ def load_everything(into: Layout, sources: list[Layout], written: Callable[[Layo
 
 
 @pytest.mark.parametrize("into", LAYOUTS, ids=lambda layout: layout.name)
-def test_every_checkpoint_loads_and_goes_on(into: Layout, written: Callable[[Layout], Written]) -> None:
+def test_every_checkpoint_resumes_in_every_layout(into: Layout, written: Callable[[Layout], Written]) -> None:
     load_everything(into, LAYOUTS, written)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("into", MORE, ids=lambda layout: layout.name)
-def test_every_checkpoint_of_more_layouts(into: Layout, written: Callable[[Layout], Written]) -> None:
+def test_every_checkpoint_resumes_in_more_layouts(into: Layout, written: Callable[[Layout], Written]) -> None:
     load_everything(into, MORE, written)
 
 
@@ -237,7 +237,7 @@ WORK = ("position in the data", "engine's own copies", "routers' biases")
 OUT_OF_SIGHT = WORK[1:]  # the hash does not cover them: only the step shows it
 
 
-def test_what_is_not_restored_is_seen(written: Callable[[Layout], Written]) -> None:
+def test_state_that_is_not_restored_is_detected(written: Callable[[Layout], Written]) -> None:
     source, into = (next(one for one in LAYOUTS if one.name == name) for name in ("one", "zero1-ep2"))
     checkpoint, left_out = written(source), ["", *KEYS, *WORK]
     ranks = pool(into.ranks).run(load_in, into.overrides, [checkpoint.path] * len(left_out), left_out)

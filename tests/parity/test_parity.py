@@ -62,7 +62,7 @@ def test_layout_equals_one_process(layout: Layout) -> None:
         ("count_replicas_in_the_norm", "dp2"),
     ],
 )
-def test_the_suite_sees(mutation: str, layout: str) -> None:
+def test_suite_detects(mutation: str, layout: str) -> None:
     chosen = next(one for one in LAYOUTS if one.name == layout)
     ranks = pool(chosen.ranks).run(measure, chosen.overrides, STEPS, True, mutation)
     with pytest.raises(AssertionError):
@@ -70,7 +70,7 @@ def test_the_suite_sees(mutation: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["ep2-chunks2", "cp2-ep2-chunks2"])
-def test_awaiting_every_exchange_at_once_changes_no_bit(layout: str) -> None:
+def test_blocking_collectives_are_bitwise_identical(layout: str) -> None:
     overlapped, awaited = (
         measured_on(next(one for one in LAYOUTS if one.name == name)) for name in (layout, f"{layout}-awaited")
     )
@@ -93,7 +93,7 @@ def test_bfloat16_losses_stay_close_for_20_steps(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_bytes_held_are_those_of_the_formula(layout: Layout) -> None:
+def test_bytes_held_equal_the_formula(layout: Layout) -> None:
     """Sum over ranks within 2 % for weights, gradients and moments."""
     ranks = measured_on(layout)
     for kind in ("weights", "gradients", "moments"):

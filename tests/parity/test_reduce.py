@@ -18,7 +18,7 @@ def summed() -> tuple[list[float], list[float]]:
     return numbers.tolist(), others.flatten().tolist()
 
 
-def test_numbers_are_added_in_the_order_of_ranks() -> None:
+def test_sums_follow_rank_order() -> None:
     assert pool(4).run(summed) == [([3.0, 6.0], [2.0, 2.0])] * 4
 
 
@@ -27,7 +27,7 @@ def not_a_number() -> list[float]:
     return sum_in_one_collective(torch.tensor([value, 1.0]))[0].tolist()
 
 
-def test_a_number_that_is_not_one_stays_in_its_place() -> None:
+def test_nan_stays_in_its_element() -> None:
     for first, second in pool(4).run(not_a_number):
         assert first != first
         assert second == 4.0

@@ -56,7 +56,7 @@ def overshoots(used: list[float]) -> int:
     return sum(now and not before for before, now in zip([False, *beyond], beyond, strict=False))
 
 
-def test_the_integral_part_alone_is_the_report_s_rule() -> None:
+def test_integral_term_alone_is_the_report_s_rule() -> None:
     controller = build_controller(BalanceConfig(kp=0, ki=0.3, kd=0, decay=0, smoothing=0), MODEL)
     generator = torch.Generator().manual_seed(0)
     expected = torch.zeros(MODEL.num_routed, dtype=torch.float64)
@@ -71,7 +71,7 @@ def test_the_integral_part_alone_is_the_report_s_rule() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.75])
-def test_each_part_of_the_pid(smoothing: float) -> None:
+def test_each_term_of_the_pid(smoothing: float) -> None:
     """Proportional and derivative parts act on the (filtered) error and its change; the first step has no change."""
     parts = BalanceConfig(kp=2.0, ki=0.0, kd=0.5, decay=0, smoothing=smoothing)
     controller = build_controller(parts, MODEL)
@@ -95,7 +95,7 @@ def test_decay_shrinks_every_gain() -> None:
         assert float(controller.update(counts)[0, 0]) == pytest.approx(total)
 
 
-def test_sign_moves_every_bias_by_the_same_amount() -> None:
+def test_sign_rule_moves_every_bias_equally() -> None:
     counts = torch.full((1, MODEL.num_routed), 10)
     counts[0, 0] = 100
     bias = build_controller(BalanceConfig(method="sign", ki=0.01, decay=0), MODEL).update(counts)
@@ -104,7 +104,7 @@ def test_sign_moves_every_bias_by_the_same_amount() -> None:
     assert torch.equal(bias[0, MODEL.num_experts :], torch.zeros(MODEL.num_zero_experts))
 
 
-def test_pid_reaches_the_budget_before_the_integral_part_alone() -> None:
+def test_pid_reaches_the_budget_before_the_integral_term() -> None:
     """On the recorded problem the quick start's gains settle before any integral gain alone, passing at most once."""
     pid = compose(["experiment=quickstart"]).balance
     with_pid, counts = control(pid, 100)

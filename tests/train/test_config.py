@@ -102,7 +102,7 @@ INTERFACE_KEYS = [
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_those_of_the_interface(preset: str) -> None:
+def test_presets_have_the_documented_sizes(preset: str) -> None:
     model = compose([f"model={preset}"]).model
     assert model.name == preset
     assert tuple(getattr(model, column) for column in COLUMNS) == PRESETS[preset]
@@ -140,7 +140,7 @@ def test_every_choice_composes_and_validates(choice: str) -> None:
     assert group == "experiment" or getattr(config, group).name == name
 
 
-def test_the_keys_of_the_interface_are_there() -> None:
+def test_documented_keys_exist() -> None:
     assert set(INTERFACE_KEYS) <= set(leaf_keys(Config))
 
 
@@ -152,12 +152,12 @@ def test_the_keys_of_the_interface_are_there() -> None:
         (["overlap.experts_stream=true", "parallel.transport=all_gather"], "leave one of them"),
     ],
 )
-def test_an_overlap_that_cannot_be_is_refused(words: list[str], advice: str) -> None:
+def test_impossible_overlap_is_refused(words: list[str], advice: str) -> None:
     with pytest.raises(ConfigError, match=advice):
         compose(words)
 
 
-def test_words_set_values_of_their_type() -> None:
+def test_overrides_set_values_of_their_type() -> None:
     config = compose(["model=small", "model.top_k=5", "optim.lr=3e-3", "data.paths=[a,b]", "schedule=constant"])
     assert (config.model.hidden_size, config.model.top_k) == (512, 5)
     assert (config.optim.lr, config.data.paths, config.schedule.name) == (0.003, ["a", "b"], "constant")
@@ -197,7 +197,7 @@ def typos(key: str) -> st.SearchStrategy[str]:
         lambda key: st.tuples(st.just(key), typos(key))
     )
 )
-def test_a_typo_is_answered_with_the_key(pair: tuple[str, str]) -> None:
+def test_typo_is_answered_with_the_nearest_key(pair: tuple[str, str]) -> None:
     key, typo = pair
     with pytest.raises(ConfigError, match="unknown key") as caught:
         check_keys([f"{typo}=1"])
@@ -226,7 +226,7 @@ ALWAYS = ("parallel.", "validation.", "checkpoint.", "logging.", "run.", "data.s
 
 
 @pytest.mark.parametrize("key", leaf_keys(Config))
-def test_what_decides_the_numbers_makes_another_run(key: str) -> None:
+def test_keys_that_change_results_make_another_run(key: str) -> None:
     """Model, losses, data and rates do; how long, where, on how many ranks and what is written down does not."""
     stored = as_mapping(Config())
     wanted = copy.deepcopy(stored)
@@ -271,5 +271,5 @@ def test_a_configuration_on_disk_is_the_same_run(corpus: Path, tmp_path: Path) -
         (["run.name="], None),
     ],
 )
-def test_words_name_a_folder_even_when_they_do_not_compose(words: list[str], folder: str | None) -> None:
+def test_run_folder_is_found_even_if_overrides_are_wrong(words: list[str], folder: str | None) -> None:
     assert named_folder(words) == (None if folder is None else Path(folder))

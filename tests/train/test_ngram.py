@@ -87,7 +87,7 @@ def test_probabilities_equal_the_dictionary_model_and_sum_to_one(train: list[lis
 
 @settings(max_examples=40, deadline=None)
 @given(train=SEQUENCES, validation=SEQUENCES)
-def test_nats_are_means_over_all_but_first_tokens(train: list[list[int]], validation: list[list[int]]) -> None:
+def test_nats_are_means_over_all_tokens_but_the_first(train: list[list[int]], validation: list[list[int]]) -> None:
     slow = Slow(train, VOCABULARY)
     lines = [*validation, [1, 2, 3]]
     unigram, bigram, trigram = [], [], []
@@ -111,7 +111,7 @@ def test_no_ngram_crosses_a_border() -> None:
     assert joined.bigram(one, two)[0] > apart.bigram(one, two)[0]
 
 
-def test_structure_orders_the_models() -> None:
+def test_longer_ngrams_predict_structured_text_better() -> None:
     rng = np.random.default_rng(0)
     following = rng.integers(0, 50, size=(50, 50, 3))
     lines = []

@@ -42,7 +42,7 @@ def test_two_halves_equal_one_run(corpus: Path, overrides: list[str], tmp_path: 
     assert len({row["state_hash"] for row in reference.values()}) == 40
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_killed_run_resumes_bitwise_identical(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     """SIGKILL some steps after a checkpoint: the steps since then are trained again, to the same bits."""
     words = [*overrides, *NARROW]
     reference = straight(corpus, words)
@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(corpus: Path, overrides: list[s
     ],
     ids=["mtp_after-accumulation", "mtp_before-documents", "bfloat16-sign-cosine", "two_layers-pid_decay-wsd"],
 )
-def test_resume_is_exact_with(variant: list[str], corpus: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_resume_is_bitwise_exact(variant: list[str], corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     """10 steps of 128 tokens, stopped after 5; MTP switches on after or before the stop."""
     words = [*overrides, *NARROW, "schedule.decay_steps=4", *variant, "train.steps=10"]
     reference = straight(corpus, words)
@@ -83,7 +83,7 @@ def test_resume_is_exact_with(variant: list[str], corpus: Path, overrides: list[
         assert True in used and False in used
 
 
-def test_resume_is_exact_on_two_processes(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_resume_is_bitwise_exact_on_two_processes(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     """Stopped in the middle, and by a rank's bad numbers: both ranks end with the same code each time."""
     words = [*overrides, *NARROW, "train.steps=16"]
     codes = train_two(
@@ -100,7 +100,7 @@ def test_resume_is_exact_on_two_processes(corpus: Path, overrides: list[str], tm
     assert f"the last good checkpoint is {good};" in ended(tmp_path / "bad")["message"], "whichever rank speaks"
 
 
-def test_the_same_run_twice_gives_the_same_bits(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_same_run_twice_is_bitwise_identical(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     words = [*overrides, *NARROW, "train.steps=10"]
     assert train_here([*words, "train.seed=1"]) == 0
     assert exact(tmp_path / "run") != straight(corpus, words), "the seed changes nothing"
@@ -108,7 +108,7 @@ def test_the_same_run_twice_gives_the_same_bits(corpus: Path, overrides: list[st
     assert exact(tmp_path / "again") == straight(corpus, words)
 
 
-def test_a_new_run_starts_from_another_ones_checkpoint(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_new_run_starts_from_another_run_s_checkpoint(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     """checkpoint.resume=DIR is where it starts; with checkpoints of its own it goes on from those."""
     words = [*overrides, *NARROW, "train.steps=10"]
     reference = straight(corpus, words)
@@ -122,7 +122,7 @@ def test_a_new_run_starts_from_another_ones_checkpoint(corpus: Path, overrides: 
     assert all(row["state_hash"] == reference[row["step"]]["state_hash"] for row in rows)
 
 
-def test_a_run_says_what_it_passes_over_and_replaces_it(
+def test_skipped_checkpoint_is_reported_and_replaced(
     corpus: Path, overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [*overrides, *NARROW, "checkpoint.every=2", "train.steps=10", "checkpoint.keep=0"]
@@ -144,7 +144,7 @@ def test_a_run_says_what_it_passes_over_and_replaces_it(
     assert {"step-00000004.damaged", "step-00000006.damaged"} < {path.name for path in folder.iterdir()}
 
 
-def test_a_run_can_go_back_to_a_checkpoint_of_its_own(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_run_can_go_back_to_its_own_checkpoint(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     words = [*overrides, *NARROW, "checkpoint.every=4", "train.steps=10", "checkpoint.keep=0"]
     assert train_here([*words, "train.steps=8"]) == 0
     back = tmp_path / "run" / "checkpoints" / "step-00000004"
@@ -170,7 +170,7 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "whole"
 
 
-def test_every_metric_of_the_interface_is_there(finished: Path) -> None:
+def test_every_documented_metric_is_written(finished: Path) -> None:
     rows = lines(finished)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
@@ -193,7 +193,7 @@ def test_floats_read_back_to_the_same_bits(finished: Path) -> None:
                 assert float(value.hex() and float.fromhex(value.hex())) == float(spelt[key])
 
 
-def test_the_folder_holds_configuration_report_and_end(finished: Path) -> None:
+def test_run_folder_holds_configuration_report_and_exit(finished: Path) -> None:
     stored = yaml.safe_load((finished / "config.yaml").read_text())
     assert stored["train"]["steps"] == 6 and stored["model"]["hidden_size"] == 32
     assert stored["train"]["dtype"] in ("bfloat16", "float32"), "auto is not resolved"
@@ -225,7 +225,7 @@ def test_routing_baselines_and_coloured_text_are_written(finished: Path) -> None
     assert list((finished / "wandb").glob("offline-run-*/*.wandb")), "wandb wrote nothing"
 
 
-def test_a_finished_run_is_left_as_it_is(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_finished_run_is_left_alone(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     """The same command again trains nothing and loses nothing."""
     words = [*overrides, *NARROW, "train.steps=3"]
     assert train_here(words) == 0

@@ -21,7 +21,7 @@ def test_wsd_without_a_decay_holds_for_ever() -> None:
     assert factors(ScheduleConfig("wsd", warmup_steps=2), 100)[1:] == [1.0] * 99
 
 
-def test_constant() -> None:
+def test_constant_schedule() -> None:
     assert factors(ScheduleConfig("constant", warmup_steps=0), 3) == [1.0, 1.0, 1.0]
 
 

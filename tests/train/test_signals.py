@@ -58,7 +58,7 @@ def in_step(step: int, action: Callable[[], None], patch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_signal_saves_and_the_same_command_resumes(
     number: signal.Signals,
     corpus: Path,
     overrides: list[str],
@@ -91,7 +91,7 @@ def through_the_agent(
     [(signal.SIGTERM, True, []), (signal.SIGINT, True, [0, 1]), (signal.SIGTERM, False, [1])],
     ids=["sigterm_to_the_agent", "ctrl_c_to_all", "sigterm_to_one_rank"],
 )
-def test_a_signal_saves_with_two_processes(
+def test_signal_saves_with_two_processes(
     number: signal.Signals,
     to_agent: bool,
     to_ranks: list[int],
@@ -113,7 +113,7 @@ def test_a_signal_saves_with_two_processes(
     assert exact(folder).keys() == set(range(1, step + 1))
 
 
-def test_further_signals_do_not_keep_the_agent_from_waiting(
+def test_agent_waits_for_the_save_despite_more_signals(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Three while a rank stands still: it is waited for, and the code is that of a clean stop."""
@@ -158,7 +158,7 @@ def test_a_killed_rank_is_a_crash(overrides: list[str], tmp_path: Path, capfd: p
     ],
     ids=["2", "3", "4_by_one_rank", "abort_of_one_rank", "exception", "done"],
 )
-def test_the_agent_passes_on(
+def test_agent_forwards_signals(
     script: str, code: int, overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The first failing rank's exit code, whatever the ranks are."""
@@ -180,7 +180,7 @@ def test_a_crash_leaves_its_reason(overrides: list[str], tmp_path: Path) -> None
     assert train_here([*overrides, *NARROW, "train.steps=1"]) == 0
 
 
-def test_a_signal_while_the_run_is_being_assembled_is_not_lost(overrides: list[str], tmp_path: Path) -> None:
+def test_signal_during_start_up_is_not_lost(overrides: list[str], tmp_path: Path) -> None:
     """It counts from the moment the ranks have met: one step is trained and saved."""
     import train.run
 
@@ -197,7 +197,7 @@ def test_a_signal_while_the_run_is_being_assembled_is_not_lost(overrides: list[s
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
 
 
-def test_before_the_ranks_have_met_a_signal_ends_them(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_before_rendezvous_ends_the_ranks(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that took it for a wish would wait minutes for one that has not, and is gone."""
     import train.run
 
@@ -227,7 +227,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(
     assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2]
 
 
-def test_the_time_limit_saves_and_the_same_command_goes_on(
+def test_time_limit_saves_and_the_same_command_resumes(
     corpus: Path, overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [*overrides, *NARROW, "train.steps=10"]
@@ -243,9 +243,10 @@ def test_a_signal_in_the_last_step_is_no_stop(overrides: list[str], tmp_path: Pa
     assert ended(tmp_path / "run")["code"] == 0
 
 
-def test_bad_numbers_end_with_4_and_name_the_last_good_checkpoint(
+def test_non_finite_loss_ends_with_4_and_names_a_checkpoint(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """The last valid checkpoint is named."""
     folder = tmp_path / "run"
     assert train_here([*overrides, *NARROW, *BLOWS_UP, "checkpoint.every=1"]) == 4
     errors = capfd.readouterr().err
@@ -258,7 +259,7 @@ def test_bad_numbers_end_with_4_and_name_the_last_good_checkpoint(
     assert (folder / "report.html").is_file()
 
 
-def test_bad_numbers_in_the_first_step_leave_nothing_to_go_on_from(
+def test_non_finite_first_step_leaves_no_checkpoint(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert train_here([*overrides, *NARROW, "model.hidden_std=1e30"]) == 4
@@ -269,7 +270,7 @@ def test_bad_numbers_in_the_first_step_leave_nothing_to_go_on_from(
     assert ended(tmp_path / "run")["code"] == 4
 
 
-def test_a_checkpoint_that_is_not_whole_is_not_called_good(
+def test_invalid_checkpoint_is_not_named_as_the_last_valid(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [*overrides, *NARROW, "checkpoint.every=1", "train.steps=3"]

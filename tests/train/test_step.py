@@ -58,7 +58,7 @@ def closing() -> Any:
 
 
 @pytest.mark.usefixtures("closing")
-def test_router_grad_ratio_is_the_ratio_of_the_gradients_by_the_mean_probability(
+def test_router_grad_ratio_equals_autograd_s(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """δ added to every token's R, separately where it weighs and where it balances: ∇_δ is ∇_P."""
@@ -119,7 +119,7 @@ def test_router_similarity_is_the_mean_pairwise_cosine() -> None:
 
 
 @pytest.mark.usefixtures("closing")
-def test_accumulation_and_micro_batch_size_do_not_change_the_gradient() -> None:
+def test_micro_batch_size_does_not_change_the_gradient() -> None:
     """Without the balance loss (whose T is the micro-batch) one micro-batch of 4 equals four of 1."""
     norms = []
     for size in (4, 1):

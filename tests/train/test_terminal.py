@@ -46,7 +46,7 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
     return FakeTerminal()
 
 
-def test_a_step_is_one_line_with_every_figure() -> None:
+def test_step_is_one_line_with_every_metric() -> None:
     stream = io.StringIO()
     make(stream).step(METRICS)
     heading, line = lines(stream)
@@ -87,7 +87,7 @@ def test_columns_stay_aligned_and_headings_return() -> None:
     assert [i for i, line in enumerate(printed) if "loss" in line] == [0, HEADER_EVERY + 1]
 
 
-def test_off_a_terminal_there_are_no_escapes_and_no_wrapping() -> None:
+def test_redirected_output_has_no_escapes_and_no_wrapping() -> None:
     stream = io.StringIO()
     terminal = make(stream)
     value = "AdamW " * 30
@@ -99,7 +99,7 @@ def test_off_a_terminal_there_are_no_escapes_and_no_wrapping() -> None:
     assert any(value in line for line in lines(stream))
 
 
-def test_missing_and_null_are_dashes_and_not_a_number_is_named() -> None:
+def test_missing_values_are_dashes_and_nan_is_named() -> None:
     stream = io.StringIO()
     terminal = make(stream)
     terminal.step({"step": 1, "loss": float("nan"), "mfu": None, "grad_norm": float("inf")})
@@ -108,7 +108,7 @@ def test_missing_and_null_are_dashes_and_not_a_number_is_named() -> None:
     assert set(lines(stream)[2].split()) == {"–"}
 
 
-def test_a_terminal_gets_colour_and_alarms_in_red(wide_terminal: FakeTerminal) -> None:
+def test_terminal_gets_colour_and_red_alarms(wide_terminal: FakeTerminal) -> None:
     terminal = make(wide_terminal)
     terminal.step(METRICS)
     terminal.step(METRICS | {"loss": float("nan")})
@@ -152,7 +152,7 @@ def test_each_line_is_flushed_at_once() -> None:
         assert pipe.read1() == b"saved\n"
 
 
-def test_the_time_left_follows_the_pace() -> None:
+def test_time_left_follows_the_step_time() -> None:
     stream = io.StringIO()
     terminal = make(stream, total=1000)
     for step in range(1, 101):
@@ -168,7 +168,7 @@ def test_a_line_takes_less_than_a_millisecond() -> None:
     assert (time.perf_counter() - started) / 500 < 1e-3
 
 
-def test_several_ranks_show_how_much_they_wait_for_each_other() -> None:
+def test_several_ranks_show_their_blocked_share() -> None:
     for num_ranks in (1, 2):
         stream = io.StringIO()
         Terminal(10, 4, 6, stream, num_ranks=num_ranks).step({**METRICS, "exposed_comm_share": 0.234})

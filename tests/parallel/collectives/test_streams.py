@@ -179,7 +179,7 @@ def plain(balanced: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_everything_is_ordered_and_nothing_is_freed_early(case: Case) -> None:
+def test_all_accesses_are_ordered_and_no_memory_freed_early(case: Case) -> None:
     recorder, found = watched(case)
     assert recorder.complaints == []
     assert recorder.uncounted == []
@@ -207,7 +207,7 @@ class Slow(Collective):
         return self
 
 
-def test_a_region_awaits_what_it_has_started_however_it_ends() -> None:
+def test_region_waits_for_its_collectives_even_on_error() -> None:
     before, inside = Slow("before", dist.group.WORLD), Slow("inside", dist.group.WORLD)
     x = torch.ones(2, requires_grad=True)
     start(x, before)
@@ -232,7 +232,7 @@ def without(site: Site, case: Case) -> list[str]:
     return watched(case, site)[0].complaints
 
 
-def test_every_wait_and_record_is_needed() -> None:
+def test_every_wait_and_record_stream_is_needed() -> None:
     places: dict[Site, list[Case]] = {}
     for case in MUTATED:
         for site in watched(case)[0].sites:
@@ -243,7 +243,7 @@ def test_every_wait_and_record_is_needed() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_host_waits_once_a_layer_and_never_in_the_backward(case: Case) -> None:
+def test_host_waits_once_per_layer_and_never_in_backward(case: Case) -> None:
     recorder, _ = watched(case)
     forwards = 2 * case.in_flight  # of layers
     assert recorder.forward_waits == forwards
@@ -261,6 +261,6 @@ def exchange_groups() -> tuple[set[str], set[str]]:
     return {topology.expert_exchange.group_name, topology.context_exchange.group_name}, summed
 
 
-def test_exchanges_have_groups_of_their_own() -> None:
+def test_overlapped_collectives_have_their_own_groups() -> None:
     for exchange, summed in run_ranks(exchange_groups, 2):
         assert len(exchange) == 2 and not exchange & summed

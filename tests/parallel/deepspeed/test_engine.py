@@ -27,7 +27,7 @@ def _pools() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("layout", ["sharding=zero1", "sharding=zero3"])
-def test_masters_keep_their_float32_bits_under_bfloat16(layout: str) -> None:
+def test_fp32_master_weights_survive_bfloat16_training(layout: str) -> None:
     """DeepSpeed's own bf16 mode would make masters of rounded weights."""
     ranks: list[Measured] = pool(2).run(measure, [f"parallel.{layout}", "train.dtype=bfloat16"], STEPS)
     expected = reference("plain")
@@ -82,7 +82,7 @@ def test_boxes_cover_a_range_in_order() -> None:
         ({"sharding": "zero3", "offload": "nvme", "offload_path": "/nowhere"}, 2, "parallel.offload_path"),
     ],
 )
-def test_what_deepspeed_cannot_do_is_refused_with_the_cure(keys: dict[str, Any], world: int, cure: str) -> None:
+def test_what_deepspeed_cannot_do_is_refused_with_a_cure(keys: dict[str, Any], world: int, cure: str) -> None:
     config = ParallelConfig(**keys)
     with pytest.raises(ConfigError, match=cure) as refusal:
         setup.check(config, resolve_sizes(config, world))

@@ -56,7 +56,7 @@ def exchange_at_once() -> dict[str, Tensor]:
     return found
 
 
-def test_what_arrives_is_what_was_sent_and_sums_have_the_order_of_ranks() -> None:
+def test_results_are_exact_and_sums_follow_rank_order() -> None:
     for rank, found in enumerate(run_ranks(exchange_at_once, RANKS)):
         assert torch.equal(found["floats"], torch.stack([values(r, 5, 2) for r in range(RANKS)]))
         assert torch.equal(found["integers"], torch.stack([torch.arange(40_000) * r for r in range(RANKS)]))
@@ -94,7 +94,7 @@ def start_in_another_order(first: str) -> str:
 
 
 @pytest.mark.parametrize("first", ["gather", "larger sum"])
-def test_ranks_that_differ_wait_for_each_other_until_the_time_out(first: str) -> None:
+def test_mismatched_collectives_time_out(first: str) -> None:
     """Messages of one size must not meet by accident, nor those of two sizes."""
     assert any("imed out" in heard for heard in run_ranks(start_in_another_order, 2, first))
 
@@ -139,7 +139,8 @@ def train_a_step(overrides: list[str]) -> list[tuple[str, str]]:
     return events.seen
 
 
-def test_weights_come_while_the_layer_before_computes_and_gradients_go_while_the_next_does() -> None:
+def test_fsdp_collectives_overlap_compute() -> None:
+    """Weights are gathered while the layer before computes; gradients are summed while the next backward runs."""
     for seen in run_ranks(train_a_step, 2, ["train.micro_batch_size=2", "train.global_batch_size=4"]):
 
         def first(what: str, name: str, seen: list[tuple[str, str]] = seen) -> int:

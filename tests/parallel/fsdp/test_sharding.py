@@ -126,7 +126,7 @@ def test_training_equals_one_process(layout: list[str], world_size: int, alone: 
     assert len({str(found["metrics"]) for found in ranks}) == 1, "ranks disagree on the metrics"
 
 
-def test_shards_are_shards(alone: dict[str, Any]) -> None:
+def test_each_rank_holds_only_its_shard(alone: dict[str, Any]) -> None:
     """Two FSDP ranks hold about half each; two replicas hold everything."""
     halves = [found["held"] for found in run_ranks(train_three_steps, 2, [*MODEL, "parallel.fsdp=2"])]
     assert sum(halves) == alone["held"]
@@ -137,12 +137,12 @@ def test_shards_are_shards(alone: dict[str, Any]) -> None:
     "dp,fsdp,world,expected",
     [(1, -1, 8, (1, 8)), (-1, 2, 8, (4, 2)), (2, 4, 8, (2, 4)), (1, 1, 1, (1, 1))],
 )
-def test_sizes_are_filled_in(dp: int, fsdp: int, world: int, expected: tuple[int, int]) -> None:
+def test_missing_mesh_sizes_are_derived(dp: int, fsdp: int, world: int, expected: tuple[int, int]) -> None:
     sizes = resolve_sizes(ParallelConfig(dp=dp, fsdp=fsdp), world)
     assert (sizes.dp, sizes.fsdp) == expected
 
 
 @pytest.mark.parametrize("dp,fsdp,world", [(3, -1, 8), (2, 2, 8), (-1, -1, 8), (0, 1, 1), (1, -2, 2)])
-def test_impossible_sizes_are_refused(dp: int, fsdp: int, world: int) -> None:
+def test_impossible_mesh_sizes_are_refused(dp: int, fsdp: int, world: int) -> None:
     with pytest.raises(ConfigError, match="parallel"):
         resolve_sizes(ParallelConfig(dp=dp, fsdp=fsdp), world)

@@ -23,7 +23,7 @@ FUSED = re.compile(r"\bfma\.\S*f32")
 ROW_TYPES = ("fp32", "bf16")
 
 
-def test_kernels_equal_plain_versions_in_bits() -> None:
+def test_kernels_equal_plain_versions_bitwise() -> None:
     """Random routings, empty experts, no tokens, identity experts only: a process of its own for the interpreter."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     cases = Path(__file__).with_name("interpreted.py")
@@ -72,7 +72,7 @@ def compilations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda number: f"sm_{number}")
-def test_kernels_compile_without_atomics_and_fused_sums(capability: int) -> None:
+def test_kernels_compile_without_atomics_or_fused_sums(capability: int) -> None:
     """A cubin comes out, no instruction is an atomic, and no product is fused with a sum."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -127,7 +127,7 @@ def test_evaluation_equals_one_process(case: Case) -> None:
 
 
 @every
-def test_a_layer_runs_forward_once_for_each_micro_batch_and_once_more_when_recomputed(case: Case) -> None:
+def test_forward_runs_once_per_micro_batch_twice_if_recomputed(case: Case) -> None:
     runs = case.micro_batches * (2 if case.recompute else 1)
     for rank in found(case):
         assert rank["calls"] == dict.fromkeys(rank["layers"], runs)
@@ -149,7 +149,7 @@ def test_copies_of_the_embedding_keep_equal_gradients(case: Case) -> None:
 
 
 @rounded
-def test_late_weight_gradients_lose_nothing_in_bfloat16(case: Case) -> None:
+def test_deferred_weight_gradients_lose_nothing_in_bfloat16(case: Case) -> None:
     """They are rounded once each, as without a pipeline, and added in float32. The embedding's come from two copies."""
     for rank in found(case):
         for grads in (*rank["grads"], *rank["again"]):
@@ -172,13 +172,14 @@ def refuse_a_short_step() -> str:
     return ""
 
 
-def test_too_few_micro_batches_are_refused_before_anything_runs() -> None:
+def test_too_few_micro_batches_are_refused_before_the_run() -> None:
     message = run_ranks(refuse_a_short_step, 1)[0]
     assert "parallel.schedule=dualpipev needs at least 2 micro-batches a rank" in message
     assert "raise train.global_batch_size or lower train.micro_batch_size" in message
 
 
-def test_every_schedule_is_tested_with_shards_and_without_recomputation() -> None:
+def test_cases_cover_every_schedule_sharded_and_stored() -> None:
+    """Every schedule has a case with sharding and one without recomputation."""
     for schedule in ("1f1b", "interleaved", "zbv", "dualpipev"):
         mine = [case for case in ALL if case.schedule == schedule]
         assert any(case.fsdp > 1 for case in mine) and any(case.recompute for case in mine), schedule

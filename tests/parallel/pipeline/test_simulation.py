@@ -25,7 +25,7 @@ def test_simulated_equals_the_formula(pp: int, count: int, times: tuple[float, f
 
 
 @pytest.mark.parametrize("pp,count", [(2, 4), (4, 8), (8, 16)])
-def test_zero_bubble_v_stands_still_a_sixth_as_long_at_equal_memory(pp: int, count: int) -> None:
+def test_zbv_bubble_is_a_sixth_of_1f1b_at_equal_memory(pp: int, count: int) -> None:
     """At equal times of forward, input and weight gradients; inside a rank's own span it never stands still."""
     plain, zero = (run(schedule, pp, count, 1.0, 1.0, 1.0) for schedule in ("1f1b", "zbv"))
     assert zero.idle <= plain.idle / 6 + 1e-9
@@ -33,7 +33,7 @@ def test_zero_bubble_v_stands_still_a_sixth_as_long_at_equal_memory(pp: int, cou
     assert zero.live_micro_batches == plain.live_micro_batches == pp
 
 
-def test_orders_that_wait_for_each_other_are_named() -> None:
+def test_schedules_that_deadlock_are_named() -> None:
     order = planned("1f1b", 2, 2)
     order[1].reverse()
     with pytest.raises(RuntimeError, match="1f1b wait for each other"):

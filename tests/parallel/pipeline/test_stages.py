@@ -33,7 +33,7 @@ def largest_cost(config: ModelConfig, sizes: list[int]) -> float:
 
 @pytest.mark.parametrize("num_layers,stages", [(4, 4), (5, 2), (7, 3), (9, 4), (12, 5), (28, 4)])
 @pytest.mark.parametrize("vocab_size", [64, 4_096, 131_072])
-def test_the_costliest_stage_costs_the_least_possible(num_layers: int, stages: int, vocab_size: int) -> None:
+def test_most_expensive_stage_is_as_cheap_as_possible(num_layers: int, stages: int, vocab_size: int) -> None:
     config = replace(SMALL, num_layers=num_layers, vocab_size=vocab_size)
     parts = split(config, stages, 128)
     sizes = [part.last - part.first for part in parts]
@@ -49,12 +49,12 @@ def test_the_costliest_stage_costs_the_least_possible(num_layers: int, stages: i
     assert largest_cost(config, sizes) <= best * (1 + 1e-9)
 
 
-def test_a_heavy_head_takes_layers_off_the_last_stage() -> None:
+def test_expensive_head_gives_the_last_stage_fewer_layers() -> None:
     sizes = [part.last - part.first for part in split(replace(SMALL, num_layers=12, num_mtp_layers=1), 3, 128)]
     assert sizes[2] < sizes[1] and abs(sizes[0] - sizes[1]) <= 1
 
 
-def test_no_head_to_speak_of_gives_even_stages() -> None:
+def test_cheap_head_gives_even_stages() -> None:
     config = replace(SMALL, num_layers=12, vocab_size=8, num_mtp_layers=0)
     assert [part.last - part.first for part in split(config, 4, 128)] == [3, 3, 3, 3]
 
@@ -85,7 +85,7 @@ def test_too_few_micro_batches_are_refused_with_a_cure(schedule: str, pp: int, r
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("pp", [1, 2, 3, 4])
-def test_what_is_not_refused_runs_to_its_end(schedule: str, pp: int) -> None:
+def test_accepted_micro_batch_counts_run_to_the_end(schedule: str, pp: int) -> None:
     ran = 0
     for count in range(1, 4 * pp):
         try:
@@ -101,7 +101,7 @@ def test_what_is_not_refused_runs_to_its_end(schedule: str, pp: int) -> None:
     assert ran
 
 
-def test_the_copy_of_the_embedding_is_the_last_stage_s() -> None:
+def test_last_stage_holds_the_embedding_copy() -> None:
     config = ModelConfig(num_layers=2, num_mtp_layers=1)
     first, last = split(config, 2, 16)
     assert LongCat(config, part=last).embed_tokens is not None

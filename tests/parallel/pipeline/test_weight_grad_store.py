@@ -23,7 +23,8 @@ def feed_forward() -> FeedForward:
     return model
 
 
-def test_late_gradients_equal_autograd_s_with_and_without_recomputation() -> None:
+def test_deferred_gradients_equal_autograd_s() -> None:
+    """With and without recomputation."""
     batches = torch.randn(3, 5, 6)
     plain = feed_forward()
     for x in batches:
@@ -43,7 +44,7 @@ def test_late_gradients_equal_autograd_s_with_and_without_recomputation() -> Non
             assert torch.equal(mine.grad, theirs.grad)  # type: ignore[arg-type]
 
 
-def test_input_gradients_do_not_wait_for_the_queue() -> None:
+def test_input_gradients_do_not_wait_for_weight_gradients() -> None:
     late, queue = feed_forward(), WeightGradQueue()
     install(late, queue)
     x, y = (torch.randn(5, 6, requires_grad=True) for _ in range(2))
@@ -54,7 +55,7 @@ def test_input_gradients_do_not_wait_for_the_queue() -> None:
     assert len(queue) == 3
 
 
-def test_what_was_taken_runs_once() -> None:
+def test_deferred_gradient_runs_once() -> None:
     layer, queue = Linear(2, 3), WeightGradQueue()
     nn.init.ones_(layer.weight)
     queue.put(layer, "weight", lambda: torch.ones(3, 2))
@@ -65,7 +66,7 @@ def test_what_was_taken_runs_once() -> None:
     assert torch.equal(layer.weight.grad, torch.ones(3, 2))  # type: ignore[arg-type]
 
 
-def test_the_module_is_asked_for_its_parameter_when_the_gradient_is_computed() -> None:
+def test_parameter_is_looked_up_when_its_gradient_is_computed() -> None:
     layer, queue = Linear(2, 3), WeightGradQueue()
     queue.put(layer, "weight", lambda: torch.ones(3, 2))
     layer.weight = nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16))
@@ -87,7 +88,7 @@ def gradient_of_a_shard() -> dict[str, Any]:
     return {"placements": str(grad.placements), "whole": whole}
 
 
-def test_a_spread_parameter_gets_a_spread_gradient() -> None:
+def test_sharded_parameter_gets_a_sharded_gradient() -> None:
     for found in run_ranks(gradient_of_a_shard, 2):
         assert found["placements"] == str((Shard(0),))
         assert found["whole"][:, 0].tolist() == [2, 2, 4, 4]

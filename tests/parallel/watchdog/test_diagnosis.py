@@ -54,7 +54,8 @@ def said(
     return diagnosis.kind, diagnosis.ranks, format_message(reporter(me, given, diagnosis), diagnosis)
 
 
-def test_a_silent_rank_is_named_with_its_last_sign_and_what_the_others_wait_for() -> None:
+def test_unresponsive_rank_is_named() -> None:
+    """With its last heartbeat and with what the other ranks wait for."""
     given = heartbeats(replace(WAITING, wall=NOW - 31, step=12, what="attention latents, layer 2", group="tp"), WAITING)
     assert said(1, given, silent={0}) == (
         UNRESPONSIVE,
@@ -66,67 +67,67 @@ def test_a_silent_rank_is_named_with_its_last_sign_and_what_the_others_wait_for(
     )
 
 
-def test_a_process_that_is_no_more_comes_before_one_that_is_silent() -> None:
+def test_dead_process_is_named_before_an_unresponsive_one() -> None:
     kind, ranks, text = said(0, heartbeats(WAITING, WAITING, WAITING), silent={2}, gone={1})
     assert (kind, ranks) == (DEAD, (1,)) and "rank 1 (process 41 on host) is gone" in text
     assert "parallel.timeout_seconds" not in text, "no time-out brings it back"
 
 
-def test_of_several_that_are_missing_the_first_to_go_is_named() -> None:
+def test_first_of_several_missing_ranks_is_named() -> None:
     given = heartbeats(WAITING, replace(WAITING, wall=NOW - 5), replace(WAITING, wall=NOW - 9), WAITING)
     assert said(3, given, silent={0, 1, 2})[1] == (2, 1, 0)
     assert "rank 2 (process 42 on host) has stopped" in said(3, given, silent={0, 1, 2})[2]
     assert "and so are ranks 0, 1;" in said(3, given, silent={0, 1, 2})[2]
 
 
-def test_one_that_ended_because_its_exchange_failed_is_not_the_first() -> None:
+def test_rank_whose_collective_failed_is_not_the_cause() -> None:
     given = heartbeats(WAITING, replace(WAITING, state=FAILED, wall=NOW - 9), replace(WAITING, wall=NOW - 5))
     assert said(0, given, gone={1, 2})[1] == (2, 1)
 
 
-def test_one_at_work_holds_up_those_that_wait() -> None:
+def test_computing_rank_delays_waiting_ranks() -> None:
     kind, ranks, text = said(0, heartbeats(WAITING, WAITING, WORKING))
     assert (kind, ranks) == (STRAGGLER, (2,))
     assert "has not come to it (for 30 s at step 12," in text
     assert '"forward of micro-batch 1" after "gathered weights, layers.3"' in text
 
 
-def test_one_at_work_also_holds_up_those_whose_exchange_failed() -> None:
+def test_computing_rank_delays_ranks_whose_collective_failed() -> None:
     kind, ranks, text = said(0, heartbeats(replace(WAITING, state=FAILED), WORKING))
     assert (kind, ranks) == (STRAGGLER, (1,)) and text.startswith("rank 0 could not finish step 12's")
 
 
-def test_of_those_at_work_the_one_furthest_behind_is_named() -> None:
+def test_of_computing_ranks_the_furthest_behind_is_named() -> None:
     assert said(0, heartbeats(WAITING, WORKING, replace(WORKING, step=11, sequence=60)))[1] == (2,)
 
 
-def test_the_one_to_blame_speaks_for_a_rank_that_waits() -> None:
+def test_straggler_reports_for_the_longest_waiting_rank() -> None:
     given = heartbeats(replace(WAITING, still_seconds=3.0), replace(WAITING, still_seconds=33.0), WORKING)
     assert said(2, given)[2].startswith("rank 1 has waited 33 s")
 
 
-def test_one_that_waits_for_something_earlier_is_late() -> None:
+def test_rank_in_an_earlier_collective_is_the_straggler() -> None:
     earlier = replace(WAITING, sequence=50, what="expert combine, layer 2")
     kind, ranks, text = said(0, heartbeats(WAITING, earlier, WAITING))
     assert (kind, ranks) == (STRAGGLER, (1,)) and '"expert combine, layer 2"' in text
 
 
-def test_one_that_waits_for_something_else_than_most() -> None:
+def test_rank_in_another_collective_than_most_is_named() -> None:
     other = replace(WAITING, what="sum over all ranks")
     for me in range(4):
         assert said(me, heartbeats(WAITING, WAITING, other, WAITING))[:2] == (STRAGGLER, (2,))
 
 
-def test_all_in_the_same_place_blames_no_rank() -> None:
+def test_no_rank_is_named_when_all_wait_in_one_collective() -> None:
     kind, ranks, text = said(0, heartbeats(WAITING, WAITING))
     assert (kind, ranks) == (UNKNOWN, ()) and "every rank waits in the same place" in text
 
 
-def test_no_verdict_while_all_work() -> None:
+def test_no_diagnosis_while_all_ranks_compute() -> None:
     assert diagnose(0, heartbeats(WORKING, WORKING), set(), set(), NOW) is None
 
 
 @pytest.mark.parametrize("heartbeat", [WAITING, replace(WORKING, what="", before="")])
-def test_a_sign_survives_the_store(heartbeat: Heartbeat) -> None:
+def test_heartbeat_survives_the_store(heartbeat: Heartbeat) -> None:
     assert Heartbeat.parse(heartbeat.text()) == heartbeat
     assert heartbeat.place.startswith("step 12, ")

@@ -34,7 +34,7 @@ def _host_clock() -> Iterator[None]:
     SPANS.streams = None
 
 
-def test_the_device_s_clock_is_asked_once_for_each_outermost_wait() -> None:
+def test_device_clock_is_read_once_per_outermost_wait() -> None:
     SPANS.streams = clock = Counted()
     begin_step(1)
     with wait_span("expert dispatch, layer 0"), wait_span("inside it"):
@@ -42,7 +42,7 @@ def test_the_device_s_clock_is_asked_once_for_each_outermost_wait() -> None:
     assert blocked_seconds() == 1.5 and clock.calls == ["take", "enter", "leave", "take"]
 
 
-def test_a_cpu_keeps_the_host_s_clock() -> None:
+def test_cpu_uses_the_host_clock() -> None:
     count_stream_waits(torch.device("cpu"))
     begin_step(1)
     with wait_span("expert dispatch, layer 0"):
@@ -51,7 +51,7 @@ def test_a_cpu_keeps_the_host_s_clock() -> None:
 
 
 @pytest.mark.gpu
-def test_a_wait_of_the_compute_stream_counts_and_one_of_another_stream_does_not() -> None:
+def test_only_waits_of_the_compute_stream_count() -> None:
     device, side = torch.device("cuda"), torch.cuda.Stream()
     count_stream_waits(device)
     begin_step(1)

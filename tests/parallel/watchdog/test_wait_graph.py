@@ -51,20 +51,20 @@ PP4 = on_board(
 
 
 @pytest.mark.parametrize("me", range(4))
-def test_the_hanging_stage_of_a_pipeline_is_named_by_every_rank(me: int) -> None:
+def test_every_rank_names_the_hanging_pipeline_stage(me: int) -> None:
     kind, ranks, text = blamed(me, PP4)
     assert (kind, ranks) == (STRAGGLER, (2,))
     assert 'for 30 s at step 12, "backward of micro-batch 2 in layers 2 to 3"' in text
 
 
-def test_a_stage_further_away_is_named_with_the_way_to_it() -> None:
+def test_distant_stage_is_named_with_the_path_to_it() -> None:
     text = blamed(0, PP4)[2]
     assert text.startswith('rank 0 has waited 20 s in step 12 for "gradients of micro-batch 1 into its layers" (pp)')
     assert "rank 2 (process 42 on host) holds it up by way of rank 1 (for 30 s" in text
     assert "has not come to it" in blamed(1, PP4)[2], "rank 1 waits for it itself"
 
 
-def test_a_stage_at_work_that_nobody_waits_for_is_not_named() -> None:
+def test_computing_stage_is_not_named_if_no_rank_waits_for_it() -> None:
     """Rank 3 computes on what it has, rank 0 and 1 wait for each other in different exchanges."""
     store = on_board(receives(1), receives(0, 2, "gradients"), receives(1, 2), works(still_seconds=40))
     kind, ranks, text = blamed(2, store)
@@ -73,7 +73,7 @@ def test_a_stage_at_work_that_nobody_waits_for_is_not_named() -> None:
     assert "while rank 1 (process 41 on host) waits at" in text
 
 
-def test_stages_that_wait_for_each_other_are_both_named() -> None:
+def test_both_stages_of_a_cycle_are_named() -> None:
     store = on_board(receives(1), receives(2), receives(3), receives(2, 2, "gradients", sequence=60))
     for me in range(4):
         kind, ranks, text = blamed(me, store)
@@ -83,7 +83,7 @@ def test_stages_that_wait_for_each_other_are_both_named() -> None:
 
 
 # Ranks 0 and 1 are the first stage with an expert-parallel group of their own, 2 and 3 the second; pp pairs 0-2, 1-3.
-def test_of_two_stages_of_experts_the_one_that_works_is_named() -> None:
+def test_computing_rank_in_an_expert_group_is_named() -> None:
     """Rank 1 hangs inside a layer; rank 0 waits for it in the experts' exchange, 2 and 3 for their first stages."""
     store = on_board(exchanges(0, 1, sequence=50), works(still_seconds=31), receives(0, still_seconds=33), receives(1))
     for me in range(4):
@@ -91,7 +91,7 @@ def test_of_two_stages_of_experts_the_one_that_works_is_named() -> None:
     assert "rank 1 (process 41 on host) holds it up by way of rank 0" in blamed(2, store)[2]
 
 
-def test_of_two_stages_of_experts_a_mismatch_names_both_ranks_and_exchanges() -> None:
+def test_mismatch_names_both_ranks_and_collectives() -> None:
     """Ranks 2 and 3 are in different exchanges; the first stage waits for their gradients."""
     other = exchanges(2, 3, layer=5, what="expert combine", sequence=72)
     store = on_board(receives(2, 1, "gradients"), receives(3, 1, "gradients"), exchanges(2, 3, layer=4), other)
@@ -102,46 +102,46 @@ def test_of_two_stages_of_experts_a_mismatch_names_both_ranks_and_exchanges() ->
         assert '"expert dispatch, layer 4"' in text and '"expert combine, layer 5"' in text
 
 
-def test_a_collective_of_the_group_and_one_of_all_are_a_mismatch() -> None:
+def test_collectives_of_different_groups_are_a_mismatch() -> None:
     store = on_board(exchanges(0, 1), replace(WAITING, what="sum over all ranks"), exchanges(2, 3), exchanges(2, 3))
     kind, ranks, text = blamed(0, store)
     assert (kind, ranks) == (STRAGGLER, (1,)) and '"sum over all ranks"' in text
 
 
-def test_an_exchange_that_lacks_nobody_blames_no_rank() -> None:
+def test_complete_collective_names_no_rank() -> None:
     store = on_board(exchanges(0, 1), exchanges(0, 1), receives(0), receives(1))
     for me in range(4):
         assert blamed(me, store)[:2] == (UNKNOWN, ()), me
 
 
-def test_a_slow_phase_is_named_last() -> None:
+def test_slow_phase_is_named_only_if_nothing_else_is() -> None:
     everybody = replace(WAITING, what="hashes of the checkpoint")
     writes = replace(WORKING, what="writing the checkpoint", slow_seconds_ago=0.0, still_seconds=60.0)
     assert blamed(0, on_board(everybody, writes, works(still_seconds=5)))[1] == (2,)
     assert blamed(0, on_board(everybody, writes, everybody))[1] == (1,)
 
 
-def test_the_walk_goes_through_ranks_whose_exchange_failed() -> None:
+def test_wait_path_passes_ranks_whose_collective_failed() -> None:
     store = on_board(receives(1, state=FAILED), receives(2, state=FAILED), works())
     assert blamed(0, store)[1] == (2,)
 
 
-def test_a_long_pipeline_and_a_wide_group_are_walked_soon() -> None:
+def test_wait_graph_of_2000_ranks_is_fast() -> None:
     chain = on_board(*(receives(rank + 1) for rank in range(2000)), works())
     assert wait_ends(0, chain) == [(2000,)] and wait_path(0, 2000, chain) == tuple(range(1, 2000))
     wide = on_board(*(exchanges(*range(2000)) for _ in range(1999)), works())
     assert wait_ends(0, wide) == [(1999,)] and wait_path(0, 1999, wide) == ()
 
 
-def test_signs_of_a_regular_group_stay_short() -> None:
+def test_encoded_ranks_of_a_regular_group_are_short() -> None:
     assert encode_ranks(range(0, 4096, 8)) == "0-4088:8"
     assert encode_ranks([3]) == "3" and encode_ranks([0, 1, 4, 5]) == "0-1:1,4-5:1"
 
 
 @for_all(strategies.sets(strategies.integers(0, 60), min_size=1))
-def test_spelt_reads_what_spell_writes(ranks: set[int]) -> None:
+def test_decode_ranks_inverts_encode_ranks(ranks: set[int]) -> None:
     assert decode_ranks(encode_ranks(ranks)) == ranks
 
 
-def test_a_rank_that_works_waits_for_nobody() -> None:
+def test_computing_rank_has_no_wait_edge() -> None:
     assert not replace(WAITING, state=WORKS).waits

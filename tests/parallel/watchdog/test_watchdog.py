@@ -114,7 +114,7 @@ ELSEWHERE = (
     ],
     ids=lambda value: str(value).partition(" ")[0],
 )
-def test_the_run_ends_within_its_time_out_and_names_the_rank(
+def test_run_ends_within_its_timeout_and_names_the_rank(
     timeout: float,
     world_size: int,
     rank: int,
@@ -136,7 +136,7 @@ def test_the_run_ends_within_its_time_out_and_names_the_rank(
 
 
 @pytest.mark.parametrize("action", ["sleeps", "stops", "dies"])
-def test_a_stage_of_a_pipeline_is_named_with_its_layers(
+def test_pipeline_stage_is_named_with_its_layers(
     action: str,
     overrides: list[str],  # noqa: F811
     tmp_path: Path,
@@ -160,7 +160,7 @@ def test_a_stage_of_a_pipeline_is_named_with_its_layers(
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_a_slow_disk_ends_no_run_before_its_patience(
+def test_slow_disk_ends_no_run_before_the_slow_timeout(
     asynchronous: str,
     overrides: list[str],  # noqa: F811
     tmp_path: Path,
@@ -186,7 +186,7 @@ def test_a_slow_disk_ends_no_run_before_its_patience(
     assert re.search(r'rank 1 .* at step 3, "writing the checkpoint" of plan of the checkpoint', message), message
 
 
-def test_the_agent_ends_soon_when_a_rank_stops(
+def test_agent_ends_soon_after_a_rank_stops(
     overrides: list[str],  # noqa: F811
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -212,7 +212,7 @@ def test_the_agent_ends_soon_when_a_rank_stops(
     assert json.loads((folder / "exit.json").read_text())["message"] in errors
 
 
-def test_crumbs_nest_and_an_error_leaves_the_innermost() -> None:
+def test_spans_nest_and_an_error_keeps_the_innermost() -> None:
     SPANS.clear()
     with work_span("forward of micro-batch 1"), wait_span("expert dispatch, layer 3", "ep"):
         assert state()[:4] == ("waits", "expert dispatch, layer 3", "ep", "forward of micro-batch 1")
@@ -227,7 +227,7 @@ def test_crumbs_nest_and_an_error_leaves_the_innermost() -> None:
 
 @pytest.mark.parametrize("timeout", [0.5, 1, 4, 10, 60, 600])
 @pytest.mark.parametrize("world_size", [2, 8192])
-def test_looking_begins_early_enough_to_end_in_time(timeout: float, world_size: int) -> None:
+def test_checks_begin_early_enough_to_end_in_time(timeout: float, world_size: int) -> None:
     pace = Pace.of(timeout, world_size)
     assert timeout / 2 <= pace.look < timeout
     assert pace.beat < pace.silence
@@ -236,7 +236,7 @@ def test_looking_begins_early_enough_to_end_in_time(timeout: float, world_size: 
         assert pace.look > timeout - 6.6, "a wait may take nearly as long as the key says"
 
 
-def test_a_time_out_counts_anew_after_a_slow_phase() -> None:
+def test_timeout_restarts_after_a_slow_phase() -> None:
     kept = Watchdog(HeartbeatStore(torch.distributed.HashStore(), 0, 2), 10.0, lambda message: None)
     late, silent = Diagnosis(STRAGGLER, (1,), ""), Diagnosis(SILENT_KIND, (1,), "")
     assert kept._too_long(9.0, float("inf"), late) and not kept._too_long(6.0, float("inf"), late)
@@ -245,7 +245,7 @@ def test_a_time_out_counts_anew_after_a_slow_phase() -> None:
     assert not kept._too_long(50.0, 0.0, silent), "until its last sign is that old"
 
 
-def test_what_a_pipeline_raises_is_known_by_its_cause() -> None:
+def test_lost_connection_is_recognised_by_the_cause() -> None:
     try:
         try:
             raise RuntimeError("Connection closed by peer")
@@ -255,7 +255,7 @@ def test_what_a_pipeline_raises_is_known_by_its_cause() -> None:
         assert [is_lost(cause) for cause in causes(error)] == [False, True]
 
 
-def test_one_process_keeps_no_watch(tmp_path: Path) -> None:
+def test_single_process_starts_no_watchdog(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         before = threading.active_count()

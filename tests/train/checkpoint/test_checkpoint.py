@@ -101,7 +101,9 @@ POINTS: dict[str, tuple[object, str, Callable[..., bool]]] = {
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_save_that_is_cut_leaves_the_previous_one(point: str, saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_save_leaves_the_previous_checkpoint(
+    point: str, saver: Saver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = saver.save(1)
     expected = saver.hash()
     with monkeypatch.context() as patch:
@@ -115,7 +117,7 @@ def test_a_save_that_is_cut_leaves_the_previous_one(point: str, saver: Saver, mo
     assert saver.everything == ["step-00000001", "step-00000002"]
 
 
-def test_a_cut_removal_leaves_whole_ones(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_removal_leaves_valid_checkpoints(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the renaming of an old checkpoint and its removal."""
     for step in (1, 2):
         saver.save(step)
@@ -133,20 +135,20 @@ def test_a_cut_removal_leaves_whole_ones(saver: Saver, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("keep,left", [(0, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
-def test_the_newest_are_kept(keep: int, left: list[int], saver: Saver) -> None:
+def test_newest_checkpoints_are_kept(keep: int, left: list[int], saver: Saver) -> None:
     for step in (1, 2, 3, 4):
         saver.save(step, keep)
     assert saver.everything == [f"step-{step:08d}" for step in left]
 
 
-def test_what_was_just_written_stays_whatever_comes_into_the_folder(saver: Saver) -> None:
+def test_just_written_checkpoint_is_never_pruned(saver: Saver) -> None:
     shutil.copytree(saver.save(1), saver.folder / "step-00000500")
     saver.save(2, keep=1)
     saver.save(3, keep=1)
     assert saver.everything == ["step-00000003", "step-00000500"]
 
 
-def test_a_person_s_own_copies_are_neither_removed_nor_taken(saver: Saver) -> None:
+def test_manual_copies_are_neither_removed_nor_loaded(saver: Saver) -> None:
     copies = ["backup-step-00000001", "z-step-00000001", "step-000000001"]
     for name in copies:
         shutil.copytree(saver.folder / "step-00000001" if saver.folder.exists() else saver.save(1), saver.folder / name)
@@ -155,7 +157,7 @@ def test_a_person_s_own_copies_are_neither_removed_nor_taken(saver: Saver) -> No
     assert find(saver.folder, "auto") == (newest, [])
 
 
-def test_the_same_step_is_written_anew(saver: Saver) -> None:
+def test_same_step_is_written_again(saver: Saver) -> None:
     """A run that went back must not take what another past had saved there for its own; that stays beside it."""
     path = saver.save(2)
     before = contents(path)
@@ -167,7 +169,7 @@ def test_the_same_step_is_written_anew(saver: Saver) -> None:
     assert saver.names == ["step-00000002"]
 
 
-def test_what_is_not_finite_is_not_saved(saver: Saver) -> None:
+def test_non_finite_state_is_not_saved(saver: Saver) -> None:
     path = saver.save(1)
     before = contents(path)
     moment = next(
@@ -185,7 +187,7 @@ def test_what_is_not_finite_is_not_saved(saver: Saver) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 17, 4095])
-def test_one_value_that_is_not_finite_is_found(bad: float, place: int) -> None:
+def test_one_non_finite_value_is_found(bad: float, place: int) -> None:
     largest = torch.finfo(torch.float32).max
     values = torch.full((64, 64), largest)
     values[1] = -largest
@@ -256,7 +258,7 @@ DAMAGE: dict[Callable[[Path], None], str] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_a_damaged_one_is_passed_over(damage: Callable[[Path], None], saver: Saver) -> None:
+def test_damaged_checkpoint_is_skipped(damage: Callable[[Path], None], saver: Saver) -> None:
     first, second = saver.save(1), saver.save(2)
     damage(second)
     found, passed_over = find(saver.folder, "auto")
@@ -269,7 +271,7 @@ def test_a_damaged_one_is_passed_over(damage: Callable[[Path], None], saver: Sav
         find(saver.folder, "auto")
 
 
-def test_a_shard_that_breaks_after_it_was_verified_is_named(saver: Saver) -> None:
+def test_shard_damaged_after_verification_is_named(saver: Saver) -> None:
     path = saver.save(1)
     assert find(saver.folder, "auto") == (path, [])
     with shard(path).open("r+b") as file:
@@ -281,7 +283,7 @@ def test_a_shard_that_breaks_after_it_was_verified_is_named(saver: Saver) -> Non
 # ------------------------------------------------------------------------------------- one run at a time
 
 
-def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+def test_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     with lock(tmp_path), pytest.raises(ConfigError, match="in use by a run that is still going"):
         lock(tmp_path)
     lock(tmp_path).close()
@@ -326,7 +328,7 @@ def look_together(folder: str) -> tuple[Any, list[str]]:
     return found, hashed
 
 
-def test_ranks_share_the_hashing_and_agree_on_what_they_find(saver: Saver) -> None:
+def test_ranks_share_the_hashing_and_agree_on_the_result(saver: Saver) -> None:
     """Damage in either rank's share is seen by both; the newest whole one is found, and nothing is hashed twice."""
     first, second, third = (saver.save(step) for step in (1, 2, 3))
     flip_a_bit(third)
@@ -350,7 +352,7 @@ def files_of(path: Path) -> list[str]:
     return [name for name in os.listdir(path) if name != "manifest.json"]
 
 
-def test_one_process_reads_what_two_wrote_and_the_other_way_round(saver: Saver, tmp_path: Path) -> None:
+def test_checkpoints_load_from_two_ranks_to_one_and_back(saver: Saver, tmp_path: Path) -> None:
     path = saver.save(2)
     expected = saver.hash()
     first, second = run_ranks(exchange, 2, str(path), str(tmp_path / "theirs"), free_ports(2))

@@ -87,7 +87,7 @@ def loaded(path: Path, old: Old, num_layers: int) -> TrainState:
 
 @pytest.mark.parametrize("method", ["stack", "interpose"])
 @pytest.mark.parametrize("factor", [2, 3])
-def test_all_of_the_state_is_repeated_bit_for_bit(old: Old, tmp_path: Path, factor: int, method: str) -> None:
+def test_grown_state_is_bitwise_the_repeated_one(old: Old, tmp_path: Path, factor: int, method: str) -> None:
     before = contents(old.path)
     grow(options(old.path, tmp_path / "grown", factor, method))
     assert contents(old.path) == before
@@ -123,7 +123,7 @@ def plain(state: TrainState, num_layers: int) -> LongCat:
 
 
 @torch.no_grad()
-def test_a_stacked_checkpoint_computes_the_trunk_twice_bit_for_bit(old: Old, tmp_path: Path) -> None:
+def test_stacked_checkpoint_is_bitwise_the_trunk_twice(old: Old, tmp_path: Path) -> None:
     grow(options(old.path, tmp_path / "grown"))
     shallow, deep = plain(old.state, 2), plain(loaded(tmp_path / "grown", old, 4), 4)
     tokens = torch.randint(0, 97, (3, 8))
@@ -134,7 +134,7 @@ def test_a_stacked_checkpoint_computes_the_trunk_twice_bit_for_bit(old: Old, tmp
     assert torch.equal(deep.logits(tokens), shallow.lm_head(shallow.norm(twice)))
 
 
-def test_growth_is_written_down_and_can_be_repeated(old: Old, tmp_path: Path) -> None:
+def test_growth_is_recorded_and_repeatable(old: Old, tmp_path: Path) -> None:
     grow(options(old.path, tmp_path / "four"))
     grow(options(tmp_path / "four", tmp_path / "twelve", 3, "interpose"))
     text = json.loads((tmp_path / "twelve" / STATE).read_text())
@@ -146,7 +146,7 @@ def test_growth_is_written_down_and_can_be_repeated(old: Old, tmp_path: Path) ->
     assert loaded(tmp_path / "twelve", old, 12).counters.step == 3
 
 
-def test_a_grown_state_trains_on(old: Old, tmp_path: Path) -> None:
+def test_grown_state_trains(old: Old, tmp_path: Path) -> None:
     grow(options(old.path, tmp_path / "grown"))
     state = loaded(tmp_path / "grown", old, 4)
     config = compose([*SHALLOW, "model.num_layers=4"])
@@ -196,7 +196,7 @@ def write_grow_and_load(folder: str, written: list[str]) -> tuple[str, dict[str,
 
 
 @pytest.mark.parametrize("written", ["ep2", "zero3", "pp2-1f1b"])
-def test_grows_from_any_layout_and_loads_into_any(written: str, tmp_path: Path) -> None:
+def test_growth_works_across_layouts(written: str, tmp_path: Path) -> None:
     layout = LAYOUTS.get(written, ["parallel.pp=2", "parallel.schedule=1f1b"])
     for _, after in pool(2).run(write_grow_and_load, str(tmp_path), layout):
         assert len(set(after.values())) == 1 and len(after) == len(LAYOUTS)
@@ -221,7 +221,7 @@ def fabricated(folder: Path, width: int, num_layers: int) -> Path:
     return folder / "half"
 
 
-def test_no_tensor_is_ever_in_memory(tmp_path: Path) -> None:
+def test_growth_never_holds_a_full_tensor(tmp_path: Path) -> None:
     """A layer is 30 MiB, a tensor 10; growing takes less than half a tensor above what a tiny growth needs once."""
     (tmp_path / "tiny").mkdir()
     grow(options(fabricated(tmp_path / "tiny", 4, 2), tmp_path / "tiny" / "grown"))  # imports, first buffers
@@ -238,7 +238,7 @@ def test_no_tensor_is_ever_in_memory(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- whole or not at all, and refusals
 
 
-def test_nothing_is_left_of_a_growth_that_fails(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_growth_leaves_nothing_behind(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -248,7 +248,7 @@ def test_nothing_is_left_of_a_growth_that_fails(old: Old, tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_a_growth_holds_what_it_writes(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_locks_its_target(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, seen = growing.write, []
 
     def write(source: Any, partial: Path, target: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_growth_holds_what_it_writes(old: Old, tmp_path: Path, monkeypatch: py
     assert seen == [True] and not is_locked(tmp_path / "grown")
 
 
-def test_a_small_disk_is_refused_before_writing(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_refused_before_growth_writes(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=growing.SPARE))
     with pytest.raises(ConfigError, match="GiB free; choose another target"):
@@ -268,7 +268,7 @@ def test_a_small_disk_is_refused_before_writing(old: Old, tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_a_name_that_a_run_would_mistake_is_refused(old: Old, tmp_path: Path) -> None:
+def test_ambiguous_target_name_is_refused(old: Old, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names another step; it would hold step 3, so step-00000003"):
         grow(options(old.path, tmp_path / "step-00000007"))
     other = tmp_path / "step-00000003.old"

@@ -109,7 +109,7 @@ def campaign(overrides: list[str], tmp_path: Path) -> Campaign:
     return Campaign(words, tmp_path, exact(undisturbed / "run"), random.Random(seed))
 
 
-def test_another_number_of_ranks_goes_on_at_the_next_sample(overrides: list[str], tmp_path: Path) -> None:
+def test_another_number_of_ranks_resumes_at_the_next_sample(overrides: list[str], tmp_path: Path) -> None:
     """From one rank to two and back: no sample is left out or read twice."""
     words = [*overrides, *NARROW, f"run.dir={tmp_path}", "run.name=run"]
     for world_size, steps in ((1, 3), (2, 7), (1, 9)):
@@ -139,12 +139,12 @@ def kill(campaign: Campaign, count: int) -> None:
     print(json.dumps(result))
 
 
-def test_ten_kills(campaign: Campaign) -> None:
+def test_resume_is_exact_after_10_kills(campaign: Campaign) -> None:
     kill(campaign, 10)
 
 
 @pytest.mark.long
-def test_two_hundred_kills(campaign: Campaign) -> None:
+def test_resume_is_exact_after_200_kills(campaign: Campaign) -> None:
     kill(campaign, 200)
     missed = [place for place in MET if not any(met.startswith(place) for met in campaign.kills)]
     assert not missed, f"no kill fell in: {missed}"

@@ -31,7 +31,7 @@ def narrow(overrides: list[str]) -> list[str]:
     return [*overrides, *NARROW, "logging.hash_every=0"]
 
 
-def test_a_damaged_checkpoint_never_counts_as_one_that_is_kept(narrow: list[str], tmp_path: Path) -> None:
+def test_damaged_checkpoint_does_not_count_as_kept(narrow: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert train_here([*narrow, "train.steps=6", "checkpoint.every=2", "checkpoint.keep=3"]) == 0
     damage(folder / "checkpoints" / "step-00000006")
@@ -40,7 +40,7 @@ def test_a_damaged_checkpoint_never_counts_as_one_that_is_kept(narrow: list[str]
     assert train_here([*narrow, "train.steps=7"]) == 0
 
 
-def test_going_back_keeps_what_was_and_goes_on_from_there(
+def test_going_back_keeps_later_steps_as_abandoned(
     narrow: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -55,7 +55,7 @@ def test_going_back_keeps_what_was_and_goes_on_from_there(
     assert "step-00000003" in text
 
 
-def test_logged_steps_without_a_checkpoint_are_moved_and_said(
+def test_logged_steps_past_the_checkpoint_are_moved(
     narrow: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -69,7 +69,7 @@ def test_logged_steps_without_a_checkpoint_are_moved_and_said(
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
-def test_half_written_and_half_removed_folders_go_at_the_next_start(narrow: list[str], tmp_path: Path) -> None:
+def test_partial_folders_are_removed_at_the_next_start(narrow: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert train_here([*narrow, "train.steps=2"]) == 0
     for name in ("step-00000009.partial", "step-00000001.removed"):
@@ -78,7 +78,7 @@ def test_half_written_and_half_removed_folders_go_at_the_next_start(narrow: list
     assert steps_there(folder) == ["step-00000002", "step-00000003"]
 
 
-def test_files_and_folders_that_others_write_stay_at_the_next_start(narrow: list[str], tmp_path: Path) -> None:
+def test_foreign_files_and_folders_survive_the_next_start(narrow: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     for name in ("step-00000009.partial", "step-00000008.partial", "elsewhere"):
         (folder / name).mkdir(parents=True)
@@ -92,7 +92,7 @@ def test_files_and_folders_that_others_write_stay_at_the_next_start(narrow: list
     assert steps_there(tmp_path / "run") == [*left, "step-00000002"], "the one that wrote it is dead"
 
 
-def test_a_failing_report_does_not_hide_how_the_run_ended(
+def test_failing_report_does_not_hide_the_exit(
     narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(folder: Path) -> Path:
@@ -104,9 +104,7 @@ def test_a_failing_report_does_not_hide_how_the_run_ended(
     assert "no report: RuntimeError: no ink" in capfd.readouterr().out
 
 
-def test_weights_that_are_not_finite_are_not_saved(
-    narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_weights_are_not_saved(narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finite gradient can still give an update that is not: here the third one does."""
     from train.step import Stepper
 
@@ -122,7 +120,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert steps_there(tmp_path / "run") == ["step-00000001", "step-00000002"]
 
 
-def test_a_corpus_that_was_built_again_is_not_the_same_run(
+def test_rebuilt_corpus_makes_another_run(
     narrow: list[str], corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text, out = tmp_path / "text", tmp_path / "corpus"
@@ -138,7 +136,7 @@ def test_a_corpus_that_was_built_again_is_not_the_same_run(
     assert "belongs to another configuration: corpora" in capfd.readouterr().err
 
 
-def test_a_run_that_is_past_its_steps_says_so_and_changes_nothing(
+def test_run_past_its_last_step_changes_nothing(
     narrow: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert train_here([*narrow, "train.steps=4"]) == 0

@@ -30,7 +30,7 @@ def names(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------- names that lie
 
 
-def test_a_checkpoint_under_another_step_s_name_is_passed_over(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
+def test_checkpoint_under_another_step_s_name_is_skipped(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
     """It would be the newest one for ever: each start would go back to it, and each save be removed for it."""
     run, words = tmp_path / "run", [*narrow, "checkpoint.keep=1", "checkpoint.every=1"]
     assert train_here([*words, "train.steps=1"]) == 0
@@ -48,7 +48,7 @@ def test_a_checkpoint_under_another_step_s_name_is_passed_over(narrow: list[str]
 # ------------------------------------------------------------------------------------- the place that it was told
 
 
-def test_a_run_that_died_before_its_first_save_starts_again_from_the_same_place(
+def test_run_killed_before_its_first_save_starts_over(
     narrow: list[str], tmp_path: Path, capfd: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice, and by the default `auto`; not from random weights."""
@@ -75,7 +75,7 @@ def test_a_run_that_died_before_its_first_save_starts_again_from_the_same_place(
     assert [row["step"] for row in lines(tmp_path / "second")] == [3, 4]
 
 
-def test_an_own_step_is_gone_back_to_also_on_another_disk(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
+def test_going_back_to_an_own_step_works_on_another_disk(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
     """The folder of checkpoints is a link, as where runs/ is small and scratch is large."""
     run, words = tmp_path / "run", [*narrow, "checkpoint.every=1", "checkpoint.keep=0"]
     (tmp_path / "scratch").mkdir()
@@ -89,7 +89,7 @@ def test_an_own_step_is_gone_back_to_also_on_another_disk(narrow: list[str], tmp
     assert names(run) == ["step-00000001", "step-00000002", "step-00000002.abandoned", "step-00000003.abandoned"]
 
 
-def test_a_place_that_is_not_used_is_said_and_must_be_there(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
+def test_unused_resume_path_is_reported_and_must_exist(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
     assert train_here([*narrow, "train.steps=1", "run.name=other"]) == 0
     assert train_here([*narrow, "train.steps=2"]) == 0
     capfd.readouterr()
@@ -108,7 +108,7 @@ def test_a_place_that_is_not_used_is_said_and_must_be_there(narrow: list[str], t
 
 
 @pytest.mark.parametrize("call", ["stat", "open"])
-def test_a_file_that_the_disk_cannot_read_is_a_problem_of_its_checkpoint(
+def test_unreadable_file_makes_its_checkpoint_invalid(
     call: str, narrow: list[str], tmp_path: Path, capfd: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, plain = tmp_path / "run", getattr(Path, call)

@@ -51,7 +51,7 @@ def slow_disk(patch: pytest.MonkeyPatch, seconds: float) -> list[str]:
     return threads
 
 
-def test_training_goes_on_and_the_checkpoint_holds_the_state_of_its_step(
+def test_background_save_holds_the_state_of_its_step(
     corpus: Path, narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step 2 is written while later steps are trained: a run from it repeats them to the same bits."""
@@ -79,7 +79,9 @@ def test_training_goes_on_and_the_checkpoint_holds_the_state_of_its_step(
     assert [row["first_sample"] for row in lines(tmp_path / "run")] == list(range(0, 40, 4))
 
 
-def test_one_is_written_at_a_time(narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_checkpoint_is_written_at_a_time(
+    narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, at_once, most = saving.write_shards, [0], [0]
 
     def counted(*arguments: Any) -> Any:
@@ -94,22 +96,20 @@ def test_one_is_written_at_a_time(narrow: list[str], tmp_path: Path, monkeypatch
     assert steps_there(tmp_path / "run") == [1, 2, 3, 4, 5] and most == [1]
 
 
-def test_at_once_if_asked(narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_blocks_if_asked(narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = slow_disk(monkeypatch, 0.0)
     assert train_here([*narrow, "train.steps=2", "checkpoint.every=1", "checkpoint.asynchronous=false"]) == 0
     assert set(threads) == {"MainThread"} and steps_there(tmp_path / "run") == [1, 2]
 
 
-def test_a_signal_is_answered_when_all_is_written(
-    narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_waits_for_the_save_under_way(narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_disk(monkeypatch, 0.3)
     assert train_here([*narrow, "train.stop_after_seconds=0.01", "checkpoint.every=1"]) == 3
     assert steps_there(tmp_path / "run") == [1]
     assert verify(list_checkpoints(tmp_path / "run" / "checkpoints")[0]).problem is None
 
 
-def test_the_buffer_is_made_once() -> None:
+def test_staging_buffer_is_allocated_once() -> None:
     tensors = [torch.arange(5.0), torch.tensor(3, dtype=torch.int64), torch.ones(2, 3), torch.empty(0)]
     stage = StagingBuffer(torch.device("cpu"))
     first = stage.copy(lambda take: [take(tensor) for tensor in tensors])
@@ -124,7 +124,7 @@ def test_the_buffer_is_made_once() -> None:
     assert second[0].equal(tensors[0])
 
 
-def test_by_the_clock(narrow: list[str], tmp_path: Path) -> None:
+def test_saves_by_minutes(narrow: list[str], tmp_path: Path) -> None:
     words = [*narrow, "train.steps=6", "checkpoint.every=0", "checkpoint.keep=0"]
     in_step = [*words, "checkpoint.asynchronous=false"]  # a save under way puts the next one off
     assert train_here([*in_step, "checkpoint.every_minutes=1e-12"]) == 0
@@ -136,7 +136,7 @@ def test_by_the_clock(narrow: list[str], tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- which ones stay
 
 
-def test_newest_every_and_best_stay(tmp_path: Path) -> None:
+def test_newest_periodic_and_best_are_kept(tmp_path: Path) -> None:
     losses = {1: 5.0, 2: 3.0, 3: None, 4: 3.5, 5: float("nan"), 6: 3.0, 7: 4.0, 8: None}
     for step, loss in losses.items():
         path = tmp_path / f"step-{step:08d}"
@@ -167,12 +167,12 @@ def test_only_a_finite_loss_can_be_the_best(bad: float, place: int, tmp_path: Pa
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{best:08d}", "step-00000005"]
 
 
-def test_the_best_of_losses_that_are_not_measured_is_refused() -> None:
+def test_keeping_the_best_needs_validation() -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.keep_best=2 .* validation\.every=0 measures none"):
         compose(["checkpoint.keep_best=2", "validation.every=0"])
 
 
-def test_the_best_by_validation_stays(narrow: list[str], tmp_path: Path) -> None:
+def test_best_checkpoint_by_validation_is_kept(narrow: list[str], tmp_path: Path) -> None:
     words = ["validation.every=2", "validation.batches=1", "checkpoint.every=1", "checkpoint.keep=1"]
     enough = ["train.steps=8", "checkpoint.keep_best=1", "data.validation_fraction=0.1"]
     assert train_here([*narrow, *words, *enough]) == 0
@@ -184,7 +184,7 @@ def test_the_best_by_validation_stays(narrow: list[str], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("key", ["every_minutes", "keep_every", "keep_best"])
-def test_negative_numbers_are_refused(key: str) -> None:
+def test_negative_retention_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"checkpoint\.{key}=-1\S* must not be negative"):
         compose([f"checkpoint.{key}=-1"])
 
@@ -217,7 +217,7 @@ def fill(disk: Path, left: int) -> Path:
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 @pytest.mark.parametrize("foreseen", [True, False], ids=["foreseen", "while_writing"])
-def test_a_full_disk_leaves_the_last_good_one_and_training_goes_on(
+def test_full_disk_keeps_the_last_checkpoint_and_the_run(
     foreseen: bool,
     asynchronous: str,
     corpus: Path,
@@ -226,6 +226,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_training_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """On a full disk the last valid checkpoint stays and training continues."""
     words = [*narrow, f"run.dir={small_disk}", f"checkpoint.asynchronous={asynchronous}", "checkpoint.keep=0"]
     run = small_disk / "run"
     assert train_here([*words, "train.steps=4"]) == 0
@@ -254,7 +255,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_training_goes_on(
     assert exact(run) == straight(corpus, [*words, "train.steps=10"])
 
 
-def test_room_made_in_time_is_used(
+def test_space_freed_in_time_is_used(
     narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The first two saves fail (each looks twice), the third does not: the run is done, and its end is saved."""
@@ -270,7 +271,7 @@ def test_room_made_in_time_is_used(
     assert capfd.readouterr().out.count("NOT SAVED") == 2
 
 
-def test_keeping_fewer_makes_room(
+def test_keeping_fewer_frees_space(
     narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Room for no third checkpoint."""
@@ -288,7 +289,7 @@ def test_keeping_fewer_makes_room(
     assert "NOT SAVED" in capfd.readouterr().out and steps_there(run) == [4]
 
 
-def test_room_is_not_made_of_the_newest_whole_one(narrow: list[str], tmp_path: Path) -> None:
+def test_newest_valid_checkpoint_is_never_removed_for_space(narrow: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train_here([*narrow, "train.steps=3", "checkpoint.every=1", "checkpoint.keep=3"]) == 0
     (run / "checkpoints" / "step-00000003" / "manifest.json").unlink()
@@ -296,7 +297,7 @@ def test_room_is_not_made_of_the_newest_whole_one(narrow: list[str], tmp_path: P
     assert steps_there(run) == [2, 3]
 
 
-def test_what_cannot_be_removed_is_said_and_no_more(
+def test_checkpoint_that_cannot_be_removed_is_only_reported(
     narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -309,9 +310,7 @@ def test_what_cannot_be_removed_is_said_and_no_more(
     assert "NOT SAVED" not in printed and steps_there(tmp_path / "run") == [1, 2]
 
 
-def test_a_fault_in_the_thread_is_not_swallowed(
-    narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_in_the_save_thread_is_raised(narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody foresaw ends the run as it would without a thread."""
 
     def fail(*arguments: Any) -> Any:
@@ -323,7 +322,7 @@ def test_a_fault_in_the_thread_is_not_swallowed(
     assert ended(tmp_path / "run")["code"] == 1
 
 
-def test_what_is_not_finite_ends_the_run_from_the_thread(
+def test_non_finite_state_in_the_save_thread_ends_the_run(
     narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = Stepper._update

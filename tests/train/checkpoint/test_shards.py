@@ -55,7 +55,7 @@ def cuts(size: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("block", [1 << 24, 200, 16], ids=lambda size: f"block-{size}")
 @pytest.mark.parametrize("name", ["one", "other"])
-def test_any_box_has_its_values(
+def test_any_box_reads_its_values(
     name: str, block: int, stored: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Across the boxes that were written, into memory of its own and into columns of wider memory."""
@@ -74,7 +74,7 @@ def transposed_like(values: Tensor) -> Tensor:
     return torch.zeros(values.shape[::-1]).permute(2, 1, 0)
 
 
-def test_whole_tensors_are_what_torch_reads(stored: tuple[Path, dict[str, Tensor]]) -> None:
+def test_full_tensors_equal_torch_s_reader(stored: tuple[Path, dict[str, Tensor]]) -> None:
     folder, written = stored
     ours, theirs = ({name: torch.zeros_like(written[name].clone()) for name in written} for _ in range(2))
     read(folder, ours)
@@ -83,7 +83,7 @@ def test_whole_tensors_are_what_torch_reads(stored: tuple[Path, dict[str, Tensor
         assert torch.equal(ours[name], tensor) and torch.equal(theirs[name], tensor), name
 
 
-def test_equal_heads_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_headers_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = {f"{number}": torch.full((300, 7), float(number)) for number in range(20)}
     written |= {f"step-{number}": torch.tensor(float(number)) for number in range(20)}
     written |= {f"turned-{number}": torch.full((7, 300), float(number)).t() for number in range(3)}
@@ -104,7 +104,7 @@ def test_equal_heads_are_decoded_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("what", ["cut", "gone"])
-def test_a_file_that_breaks_after_it_was_verified_is_named(what: str, tmp_path: Path) -> None:
+def test_file_damaged_after_verification_is_named(what: str, tmp_path: Path) -> None:
     """Of two records with the same head, so that the second one's archive is not looked at."""
     written = {name: torch.arange(5000.0) for name in ("a", "b")}
     torch.serialization.set_crc32_options(False)
@@ -123,14 +123,14 @@ def test_a_file_that_breaks_after_it_was_verified_is_named(what: str, tmp_path: 
     assert isinstance(error, OSError) and path.name in str(error)
 
 
-def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
+def test_entry_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     dcp.save({"text": "words"}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
     with pytest.raises(CheckpointException) as caught:
         read(tmp_path, {"text": ""})
     assert "no tensor; it was written by other code" in str(caught.value.failures[0][0])
 
 
-def test_a_box_of_a_stored_one_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_requested_box_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One expert of a stack costs its own bytes, and they go where they are wanted without a buffer."""
     stack = torch.arange(64 * 100.0).view(64, 100)
     dcp.save({"stack": stack}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)

@@ -107,7 +107,7 @@ def trained() -> Iterator[tuple[TrainState, Any]]:
     dist.destroy_process_group()
 
 
-def test_equals_the_slow_reference(trained: tuple[TrainState, Any]) -> None:
+def test_state_hash_equals_the_slow_reference(trained: tuple[TrainState, Any]) -> None:
     state, topology = trained
     names = [name for name, _ in everything(state)]
     assert any("experts.gate_up" in name for name in names) and any("mtp" in name for name in names)
@@ -124,7 +124,7 @@ def raw(tensor: torch.Tensor) -> np.ndarray:
 
 
 @given(data=st.data())
-def test_changes_with_any_one_bit(data: st.DataObject, trained: tuple[TrainState, Any]) -> None:
+def test_state_hash_changes_with_any_bit(data: st.DataObject, trained: tuple[TrainState, Any]) -> None:
     """Of a weight, a moment, a bias, the controller or an optimizer's step count."""
     state, topology = trained
     tensors = everything(state)
@@ -144,7 +144,7 @@ def test_changes_with_any_one_bit(data: st.DataObject, trained: tuple[TrainState
 
 @pytest.mark.parametrize("counter", ["step", "samples", "tokens"])
 @pytest.mark.parametrize("bit", [0, 20, 62])
-def test_changes_with_any_counter(counter: str, bit: int, trained: tuple[TrainState, Any]) -> None:
+def test_state_hash_changes_with_any_counter(counter: str, bit: int, trained: tuple[TrainState, Any]) -> None:
     state, topology = trained
     before, value = state_hash(state, topology), getattr(state.counters, counter)
     setattr(state.counters, counter, value ^ (1 << bit))
@@ -153,7 +153,7 @@ def test_changes_with_any_counter(counter: str, bit: int, trained: tuple[TrainSt
     assert changed != before and state_hash(state, topology) == before
 
 
-def test_changes_when_two_values_change_places(trained: tuple[TrainState, Any]) -> None:
+def test_state_hash_changes_when_two_values_swap(trained: tuple[TrainState, Any]) -> None:
     """A plain sum would not see it."""
     state, topology = trained
     before = state_hash(state, topology)
@@ -173,7 +173,7 @@ def test_changes_when_two_values_change_places(trained: tuple[TrainState, Any]) 
     cuts=st.lists(st.integers(0, 300), max_size=4),
     seed=st.integers(0, 99),
 )
-def test_a_range_is_the_sum_of_its_parts(start: int, length: int, cuts: list[int], seed: int) -> None:
+def test_hash_of_a_range_is_the_sum_of_its_parts(start: int, length: int, cuts: list[int], seed: int) -> None:
     values = torch.from_numpy(np.random.default_rng(seed).integers(-(1 << 31), 1 << 31, length, dtype=np.int32))
     whole = hash_range(values, start)
     assert whole == slow_sum([int(value) for value in values], start)
@@ -183,7 +183,7 @@ def test_a_range_is_the_sum_of_its_parts(start: int, length: int, cuts: list[int
 
 
 @pytest.mark.parametrize("start", [0, 1, COLUMNS - 1, COLUMNS, 3 * COLUMNS + 17])
-def test_a_range_over_several_rows_of_keys(start: int) -> None:
+def test_hash_of_a_range_over_several_rows_of_keys(start: int) -> None:
     """2.2 rows long, of 64-bit values."""
     values = torch.from_numpy(np.random.default_rng(start).integers(-(1 << 63), 1 << 63, 72_000, dtype=np.int64))
     assert hash_range(values, start) == slow_sum([int(value) for value in values], start)
@@ -208,7 +208,7 @@ def hashes_in_layouts(folder: str, layouts: list[list[str]], ports: list[int]) -
     return found
 
 
-def test_does_not_depend_on_the_layout(trained: tuple[TrainState, Any], tmp_path: Path) -> None:
+def test_state_hash_does_not_depend_on_the_layout(trained: tuple[TrainState, Any], tmp_path: Path) -> None:
     """One process, two shards, two replicas: 3 experts and odd sizes, so shards are uneven and cut experts apart."""
     state, topology = trained
     folder = save(state, tmp_path, as_mapping(compose(TINY)), topology)

@@ -101,7 +101,7 @@ def test_every_document_comes_back_from_the_corpus(make: Callable[[Path], str], 
     assert names == {"corpus.bin", "corpus.idx", "corpus.json", "tokenizer.json"}
 
 
-def test_text_that_spells_a_special_token_is_no_end_of_document(folder: Path, tmp_path: Path) -> None:
+def test_text_of_a_special_token_does_not_end_a_document(folder: Path, tmp_path: Path) -> None:
     (folder / "a.jsonl").write_text(json.dumps({"text": "a <|endoftext|> b"}) + "\n")
     config = config_of(str(folder), tmp_path)
     info = build(config, VOCABULARY)
@@ -141,7 +141,7 @@ def load_big_tokenizer(folder: Path) -> Path:
     return folder / "big.json"
 
 
-def test_finished_build_is_kept_and_said(
+def test_finished_build_is_kept_and_reported(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(jsonl(folder), tmp_path)
@@ -165,7 +165,7 @@ def test_other_settings_are_refused_unless_overwritten(folder: Path, tmp_path: P
     assert build(replace(changed, overwrite=True), VOCABULARY).bytes == 100
 
 
-def test_files_of_others_are_not_overwritten(folder: Path, tmp_path: Path) -> None:
+def test_foreign_files_are_not_overwritten(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "corpus.bin").write_text("precious")
     with pytest.raises(ConfigError, match=r"corpus\.bin that no finished build left"):
@@ -187,7 +187,7 @@ def test_interrupted_build_leaves_nothing(folder: Path, tmp_path: Path, monkeypa
     assert build(config, VOCABULARY).documents == len(DOCUMENTS)
 
 
-def test_same_text_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
+def test_same_text_gives_the_same_bytes_in_any_folder(tmp_path: Path) -> None:
     written = []
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
@@ -197,7 +197,7 @@ def test_same_text_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) -> None
     assert written[0] == written[1]
 
 
-def test_python_source_is_a_fair_mixture_in_a_fixed_order() -> None:
+def test_python_source_is_mixed_evenly_in_a_fixed_order() -> None:
     files = sources._python_files()
     assert files == sources._python_files()
     from_torch = np.array(["torch" in path.parts for path in files])
@@ -209,7 +209,7 @@ def test_python_source_is_a_fair_mixture_in_a_fixed_order() -> None:
     assert not [parts for parts in inside if {"site-packages", "test", "idlelib"} & set(parts)]
 
 
-def test_given_tokenizer_is_used_and_must_fit(folder: Path, tmp_path: Path) -> None:
+def test_given_tokenizer_is_used_and_must_fit_the_vocabulary(folder: Path, tmp_path: Path) -> None:
     first = config_of(jsonl(folder), tmp_path)
     info = build(first, VOCABULARY)
     path = str(tmp_path / "out" / "tokenizer.json")

@@ -59,7 +59,7 @@ def test_another_order_of_samples_is_refused(change: str, branch: list[str], tmp
     assert not list_checkpoints(tmp_path / "branch" / "checkpoints")
 
 
-def test_another_corpus_is_refused_under_another_name_or_the_same(
+def test_another_corpus_is_refused_under_any_name(
     branch: list[str], other: Path, words: list[str], corpus: Path, tmp_path: Path
 ) -> None:
     assert train_here([*branch, f"data.paths=[{other}]"]) == 2
@@ -73,18 +73,17 @@ def test_another_corpus_is_refused_under_another_name_or_the_same(
     assert "a corpus of other contents" in ended(tmp_path / "second")["message"]
 
 
-def test_what_leaves_the_samples_so_far_as_they_are_goes_on_at_the_next_one(
-    branch: list[str], corpus: Path, tmp_path: Path
-) -> None:
+def test_compatible_data_changes_resume_at_the_next_sample(branch: list[str], corpus: Path, tmp_path: Path) -> None:
     """A corpus that has moved, and a stage that begins with the next sample."""
     moved = shutil.copytree(corpus.parent, tmp_path / "moved", ignore=shutil.ignore_patterns("straight")) / "corpus"
     assert train_here([*branch, f"data.paths=[{moved}]", stages(12 * 32)]) == 0
     assert [row["first_sample"] for row in lines(tmp_path / "branch")] == [12, 16, 20, 24, 28]
 
 
-def test_new_data_is_read_from_its_first_sample_however_often_the_run_is_interrupted(
+def test_new_data_starts_at_its_first_sample(
     branch: list[str], other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """However often the run is interrupted."""
     read: list[tuple[int, bytes]] = []
     get = TokenSamples.__getitem__
 
@@ -118,7 +117,7 @@ def test_new_data_is_read_from_its_first_sample_however_often_the_run_is_interru
     assert [(row["loss"], row["state_hash"]) for row in rows] == [(row["loss"], row["state_hash"]) for row in straight]
 
 
-def test_a_third_run_goes_on_in_the_second_one_s_data(branch: list[str], tmp_path: Path) -> None:
+def test_third_run_resumes_in_the_second_run_s_data(branch: list[str], tmp_path: Path) -> None:
     """Without the key; with it, the third run too begins anew, though its data is the same."""
     longer = [*branch, "train.sequence_length=64", "train.steps=5"]
     assert train_here([*longer, "data.from_start=true"]) == 0
@@ -129,7 +128,7 @@ def test_a_third_run_goes_on_in_the_second_one_s_data(branch: list[str], tmp_pat
     assert [row["first_sample"] for row in lines(tmp_path / "anew")] == [0]
 
 
-def test_a_checkpoint_of_before_this_counter_goes_on(words: list[str], branch: list[str], tmp_path: Path) -> None:
+def test_checkpoint_without_this_counter_resumes(words: list[str], branch: list[str], tmp_path: Path) -> None:
     """It has none, and knows its corpora by path alone."""
     from train.checkpoint.find import MANIFEST, file_hash
 

@@ -102,7 +102,7 @@ def test_labels_continue_the_inputs(prefixes: list[str], tmp_path: Path) -> None
     assert (steps == 1).mean() > 0.9
 
 
-def test_seed_changes_the_order_of_training_and_not_of_validation(prefixes: list[str], tmp_path: Path) -> None:
+def test_seed_changes_the_order_of_training_alone(prefixes: list[str], tmp_path: Path) -> None:
     train = [samples_of(prefixes, tmp_path, seed=seed) for seed in (1, 2)]
     assert any(not np.array_equal(train[0][number], train[1][number]) for number in range(5))
     validation = [samples_of(prefixes, tmp_path, "validation", seed=seed) for seed in (1, 2)]
@@ -132,7 +132,7 @@ def test_split_does_not_depend_on_the_sequence_length(prefixes: list[str], tmp_p
         np.testing.assert_array_equal(one, other)
 
 
-def test_validation_documents_are_whole_and_come_from_all_corpora(prefixes: list[str], tmp_path: Path) -> None:
+def test_validation_uses_complete_documents_of_all_corpora(prefixes: list[str], tmp_path: Path) -> None:
     train = samples_of(prefixes, tmp_path)
     documents = train.validation_documents(6)
     assert [int(document[0]) >= 500_000 for document in documents] == [False, True] * 3
@@ -189,7 +189,7 @@ def test_stages_change_the_weights_and_repeat_no_sample() -> None:
         assert numbers == list(range(len(numbers)))
 
 
-def test_smallest_and_zero_weights_stay_within_one_sample_of_their_share() -> None:
+def test_tiny_and_zero_weights_stay_within_one_sample() -> None:
     assert Blend([1.0, 1e-9]).drawn(1 << 20)[1] <= 1
     assert Blend([1.0, 0.0]).drawn(1 << 20)[1] == 0
 

@@ -32,20 +32,20 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_bpe_has_the_asked_ids_and_ends_documents_with_0(path: Path) -> None:
+def test_bpe_has_the_requested_size_and_end_token_0(path: Path) -> None:
     tokenizer = load_tokenizer(path)
     assert 257 < tokenizer.get_vocab_size() <= 400
     assert end_of_document_id(tokenizer, "it") == 0
     assert tokenizer.token_to_id("<|endoftext|>") == 0
 
 
-def test_smallest_bpe_is_the_bytes_alone() -> None:
+def test_smallest_bpe_holds_only_the_bytes() -> None:
     assert train_bpe(TEXTS, 257).get_vocab_size() == 257
     with pytest.raises(ConfigError, match=r"model\.vocab_size=256 is too small"):
         train_bpe(TEXTS, 256)
 
 
-def test_digits_stand_alone(path: Path) -> None:
+def test_each_digit_is_one_token(path: Path) -> None:
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode("x = 12345").ids
     assert pieces(tokenizer, ids)[-5:] == ["1", "2", "3", "4", "5"]
@@ -104,7 +104,7 @@ def test_wrong_tokenizer_files_are_refused(path: Path, tmp_path: Path) -> None:
         token_byte_lengths(path, 300)
 
 
-def test_tokenizer_without_an_end_or_without_known_bytes_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_without_end_token_or_bytes_is_refused(tmp_path: Path) -> None:
     words = Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}))
     with pytest.raises(ConfigError, match="none of the end-of-document tokens"):
         end_of_document_id(words, "it")

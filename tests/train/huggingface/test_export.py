@@ -81,7 +81,7 @@ def table_of_560b() -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": shape for name, shape in table.items()} | biases
 
 
-def test_released_names_and_shapes_of_the_560b_model_are_the_table_s() -> None:
+def test_names_and_shapes_of_the_560b_export() -> None:
     config = compose(["model=flash"]).model
     found = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, "released", Outline())}
     assert found == table_of_560b()
@@ -91,7 +91,7 @@ def test_released_names_and_shapes_of_the_560b_model_are_the_table_s() -> None:
     assert "model.layers.27.mlp.experts.767.up_proj.weight" in extra
 
 
-def test_an_export_holds_the_checkpoint_s_values_bit_for_bit(checkpoint: Path, exports: Path) -> None:
+def test_export_holds_the_checkpoint_s_values_bitwise(checkpoint: Path, exports: Path) -> None:
     stored = weights(checkpoint)
     assert stored["layers.1.mlp.router.e_score_correction_bias"].any(), "biases that are zero say little"
     for layout in ("released", "transformers"):
@@ -121,7 +121,7 @@ def test_shards_keep_to_their_size(exports: Path) -> None:
         assert path.stat().st_mode & 0o444 == 0o444
 
 
-def test_transformers_loads_its_layout_and_gives_the_same_logits(checkpoint: Path, exports: Path) -> None:
+def test_transformers_layout_gives_the_same_logits(checkpoint: Path, exports: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -142,12 +142,12 @@ def test_transformers_loads_its_layout_and_gives_the_same_logits(checkpoint: Pat
     assert GenerationConfig.from_pretrained(exports / "released").eos_token_id == 0
 
 
-def test_the_released_layout_holds_what_an_independent_model_needs(checkpoint: Path, exports: Path) -> None:
+def test_released_layout_loads_into_an_independent_model(checkpoint: Path, exports: Path) -> None:
     peer: Any = peer_of(Checkpoint(checkpoint).model, tensors_of(exports / "released"))
     assert_close(peer(input_ids=some_tokens()).logits, our_logits(checkpoint, some_tokens()))
 
 
-def test_the_released_layout_loads_where_there_are_no_identity_experts(corpus: Path, tmp_path: Path) -> None:
+def test_released_layout_loads_without_identity_experts(corpus: Path, tmp_path: Path) -> None:
     """Without identity experts both layouts are one, which transformers 5.23 reads."""
     from transformers import AutoModelForCausalLM
 
@@ -172,9 +172,8 @@ torch.save(model(input_ids=tokens).logits.detach(), sys.argv[3])
 
 
 @pytest.mark.skipif(not os.environ.get(OLDER), reason=f"needs a folder with transformers 4.57 in {OLDER}")
-def test_transformers_4_57_loads_the_released_layout_and_gives_the_same_logits(
-    checkpoint: Path, exports: Path, tmp_path: Path
-) -> None:
+def test_transformers_4_57_gives_the_same_logits(checkpoint: Path, exports: Path, tmp_path: Path) -> None:
+    """transformers 4.57 loads the released layout."""
     torch.save(some_tokens(), tmp_path / "tokens")
     words = [sys.executable, "-c", OLDER_PROGRAM, exports / "released", tmp_path / "tokens", tmp_path / "logits"]
     environment = {**os.environ, "PYTHONPATH": os.environ[OLDER]}
@@ -183,7 +182,7 @@ def test_transformers_4_57_loads_the_released_layout_and_gives_the_same_logits(
     assert_close(torch.load(tmp_path / "logits"), our_logits(checkpoint, some_tokens()))
 
 
-def test_bfloat16_is_the_default_and_leaves_routers_alone(checkpoint: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_the_default_except_for_routers(checkpoint: Path, tmp_path: Path) -> None:
     done("export", f"source={checkpoint.parents[1]}", f"target={tmp_path / 'out'}")  # a run's folder will do
     found, stored = tensors_of(tmp_path / "out"), weights(checkpoint)
     kinds = {name: tensor.dtype for name, tensor in found.items()}

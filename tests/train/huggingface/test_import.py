@@ -54,7 +54,7 @@ def test_round_trip_is_bitwise(layout: str, dtype: str, checkpoint: Path, tmp_pa
         assert original.keys() == back.keys() and all(torch.equal(original[name], back[name]) for name in original)
 
 
-def test_no_more_than_an_expert_is_read_at_a_time(
+def test_import_reads_at_most_one_expert_at_a_time(
     export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the way in and, where the shards are as small, on the way out."""
@@ -80,7 +80,7 @@ def test_no_more_than_an_expert_is_read_at_a_time(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("number", [0, 20, 40])
-def test_a_failure_while_writing_leaves_nothing(
+def test_failed_import_leaves_nothing_behind(
     number: int, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     """In whichever thread it comes; torch's writer goes on when one of its threads has failed."""
@@ -97,7 +97,7 @@ def test_a_failure_while_writing_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_import_holds_what_it_writes(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_locks_its_target(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, seen = import_module.write, []
 
     def write(tensors: dict[str, Any], folder: Path) -> None:
@@ -109,7 +109,7 @@ def test_an_import_holds_what_it_writes(export: Path, tmp_path: Path, monkeypatc
     assert seen == [True] and not is_locked(tmp_path / "in")
 
 
-def test_an_import_stands_at_step_0_with_a_controller_that_goes_on(checkpoint: Path, imported: Path) -> None:
+def test_import_is_at_step_0_and_keeps_the_controller(checkpoint: Path, imported: Path) -> None:
     source = Checkpoint(imported)
     assert source.counters == {"step": 0, "samples": 0, "tokens": 0, "data_start": 0}
     assert source.model == Checkpoint(checkpoint).model
@@ -129,9 +129,7 @@ def test_an_import_stands_at_step_0_with_a_controller_that_goes_on(checkpoint: P
     assert files > 3 * 4 * sum(values.numel() for values in weights(imported).values())
 
 
-def test_one_process_and_two_with_experts_spread_start_alike_from_an_import(
-    imported: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_import_starts_alike_on_one_process_and_ep2(imported: Path, corpus: Path, tmp_path: Path) -> None:
     words = [*SMALL, f"data.paths=[{corpus}]", f"run.dir={tmp_path}", f"checkpoint.resume={imported}", "train.steps=1"]
     assert train_here([*words, "run.name=one"]) == 0
     assert train_two([*words, "run.name=two", "parallel.ep=2"]) == [0]
@@ -160,7 +158,7 @@ def exported_is_stored(checkpoint: Path, target: Path) -> None:
     assert [box[0] for box in boxes] == [(0, 4), (4, 8)], "each rank has saved its experts"
 
 
-def test_what_transformers_saved_is_imported(checkpoint: Path, export: Path, tmp_path: Path) -> None:
+def test_folder_saved_by_transformers_is_imported(checkpoint: Path, export: Path, tmp_path: Path) -> None:
     """It has files for identity experts' projections, which mean nothing, and no MTP."""
     tensors = {name: values for path in export.glob("*.safetensors") for name, values in load_file(path).items()}
     peer: Any = peer_of(Checkpoint(checkpoint).model, tensors)
@@ -174,7 +172,7 @@ def test_what_transformers_saved_is_imported(checkpoint: Path, export: Path, tmp
     assert all(torch.equal(values, original[name]) for name, values in back.items())
 
 
-def test_what_to_train_on_with_is_said(imported: Path, corpus: Path, tmp_path: Path) -> None:
+def test_overrides_that_an_import_prints_train_it(imported: Path, corpus: Path, tmp_path: Path) -> None:
     words = model_words(Checkpoint(imported).model)
     run = [word for word in SMALL if not word.startswith("model")]
     paths = [f"data.paths=[{corpus}]", f"run.dir={tmp_path}", f"checkpoint.resume={imported}", "train.steps=1"]
@@ -256,7 +254,7 @@ def test_a_config_of_another_model_is_refused(
     refused(["import", f"source={tmp_path / 'source'}", f"target={tmp_path / 'out'}"], telling)
 
 
-def test_text_from_a_run_a_checkpoint_and_an_export_is_one(
+def test_text_of_run_checkpoint_and_export_is_equal(
     checkpoint: Path, imported: Path, export: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = []
@@ -272,7 +270,7 @@ def test_text_from_a_run_a_checkpoint_and_an_export_is_one(
     assert len(set(said)) == 1
 
 
-def test_wrong_words_of_generate_are_refused(export: Path, refused: Refused) -> None:
+def test_wrong_options_of_generate_are_refused(export: Path, refused: Refused) -> None:
     source = f"source={export}"
     refused(["generate"], "source=CHECKPOINT")
     refused(["generate", source, "max_tokens=0"], "max_tokens=0")

@@ -57,7 +57,7 @@ def test_steps_are_numbers_ranges_and_lists(given: Any, steps: list[int]) -> Non
         ("profile.stepz=1", "the nearest is 'profile.steps'"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(override: str, told: str) -> None:
+def test_wrong_profiling_steps_are_refused_in_one_line(override: str, told: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose([override])
     assert told in str(caught.value) and "\n" not in str(caught.value)
@@ -83,7 +83,8 @@ def slices_by_lane(events: list[dict[str, Any]]) -> dict[tuple[int, str], list[d
     return found
 
 
-def test_exchanges_that_overlap_lie_in_rows_of_their_own_and_operators_inside_phases() -> None:
+def test_overlapping_collectives_get_rows_of_their_own() -> None:
+    """Operators are inside their phases."""
     journeys = [
         CommSpan("dispatch", "expert dispatch, layer 0", "", 1.0 + k, 4.0 + k, 10, (2.0 + k, 4.0 + k)) for k in range(3)
     ]
@@ -101,7 +102,7 @@ def test_exchanges_that_overlap_lie_in_rows_of_their_own_and_operators_inside_ph
     assert len(rows_of(apart)) == 1
 
 
-def test_a_backward_belongs_to_the_part_whose_forward_had_its_number() -> None:
+def test_backward_operators_belong_to_their_forward_s_module() -> None:
     spans = [
         Slice("compute", "attention 0, layer 1", 0.0, 1.0),
         Slice("compute", "backward of micro-batch 1", 2.0, 3.0),
@@ -158,7 +159,7 @@ def timeline(folder: Path, step: int) -> dict[str, Any]:
     return dict(json.loads((folder / "traces" / f"timeline-{step:06}.json").read_text()))
 
 
-def test_a_trace_of_two_ranks_has_named_lanes_and_is_well_formed(folders: dict[str, Path]) -> None:
+def test_trace_of_two_ranks_is_well_formed(folders: dict[str, Path]) -> None:
     names = sorted(path.name for path in (folders["profiled"] / "traces").iterdir())
     ranks = [f"step-{step:06}-rank-{rank:04}.json.gz" for step in (2, 3) for rank in range(2)]
     assert names == sorted([*ranks, *(f"{kind}-{step:06}.json" for kind in ("step", "timeline") for step in (2, 3))])
@@ -184,11 +185,11 @@ def test_the_timeline_agrees_with_the_metric(folders: dict[str, Path]) -> None:
     assert all(0 < row["exposed_comm_share"] < 1 for row in rows.values())
 
 
-def test_profiling_changes_no_number(folders: dict[str, Path]) -> None:
+def test_profiling_leaves_results_bitwise_identical(folders: dict[str, Path]) -> None:
     assert exact(folders["profiled"]) == exact(folders["plain"])
 
 
-def test_a_slow_rank_shows_in_what_the_other_waits(folders: dict[str, Path]) -> None:
+def test_slow_rank_shows_in_the_other_s_waits(folders: dict[str, Path]) -> None:
     asleep = 2 * SLEEP  # two micro-batches of one layer
     waits, sleeps = timeline(folders["slow"], 3)["ranks"]
     assert waits["exposed_seconds"] > 0.8 * asleep and waits["exposed_share"] > sleeps["exposed_share"]
@@ -196,7 +197,7 @@ def test_a_slow_rank_shows_in_what_the_other_waits(folders: dict[str, Path]) -> 
     assert mean["exposed_comm_share"] * mean["step_seconds"] > 0.4 * asleep
 
 
-def test_one_process_waits_for_nobody_and_has_a_trace_too(overrides: list[str], tmp_path: Path) -> None:
+def test_single_process_has_a_trace_without_waits(overrides: list[str], tmp_path: Path) -> None:
     assert train_here([*overrides, "train.steps=2", "profile.steps=2"]) == 0
     assert [row["exposed_comm_share"] for row in lines(tmp_path / "run")] == [0.0, 0.0]
     found = slices_by_lane(trace(tmp_path / "run", 2)["traceEvents"])

@@ -43,7 +43,7 @@ class FakeWork:
             callback(self)
 
 
-def test_only_waits_count_and_the_outermost_of_them_once() -> None:
+def test_outermost_waits_count_once_and_nothing_else() -> None:
     begin_step(1)
     with work_span("forward of micro-batch 1"):
         time.sleep(0.02)
@@ -58,7 +58,8 @@ def test_only_waits_count_and_the_outermost_of_them_once() -> None:
     assert blocked_seconds() == 0.0
 
 
-def test_an_exchange_lasts_from_its_start_to_its_completion_and_is_blocked_in_its_wait() -> None:
+def test_collective_spans_launch_to_completion() -> None:
+    """It is exposed only while a rank is blocked in its wait."""
     recorder, early, late = StepRecorder(), FakeWork(), FakeWork()
     recorder.start()
     with work_span("forward of micro-batch 2"):
@@ -80,7 +81,7 @@ def test_an_exchange_lasts_from_its_start_to_its_completion_and_is_blocked_in_it
     assert [span.name for span in recorder.spans] == ["forward of micro-batch 2"]
 
 
-def test_a_call_that_starts_and_waits_is_blocked_all_the_time() -> None:
+def test_blocking_collective_is_exposed_throughout() -> None:
     recorder = StepRecorder()
     recorder.start()
     with wait_span("summed gradients, layers.0", "fsdp"):
@@ -93,7 +94,7 @@ def test_a_call_that_starts_and_waits_is_blocked_all_the_time() -> None:
     assert len(recorder.journeys) == 1
 
 
-def test_an_exchange_whose_completion_nobody_saw_ends_with_its_wait() -> None:
+def test_collective_without_completion_ends_with_its_wait() -> None:
     one = CommSpan("pipeline", "hidden states", "", 1.0, blocked=(2.0, 3.0))
     one.close(9.0)
     assert one.end == 3.0
@@ -102,14 +103,14 @@ def test_an_exchange_whose_completion_nobody_saw_ends_with_its_wait() -> None:
     assert never.end == 9.0
 
 
-def test_actions_of_a_pipeline_are_written_short() -> None:
+def test_pipeline_actions_have_short_names() -> None:
     assert action_of("forward of micro-batch 2 in layers 0 to 1") == "F2, layers 0 to 1"
     assert action_of("input gradients of micro-batch 3 in layers 4 to 4") == "B3, layer 4"
     assert action_of("weight gradients of micro-batch 1 in layers 0 to 1") == "W1, layers 0 to 1"
     assert action_of("forward of micro-batch 2") is None and action_of("optimizer") is None
 
 
-def test_each_name_of_a_wait_has_its_lane_by_name() -> None:
+def test_every_collective_has_a_row_of_the_timeline() -> None:
     """Every crumb and exchange of the package, as its source spells it."""
     names = set()
     for path in PARALLEL.glob("*.py"):

@@ -92,7 +92,7 @@ def test_a_short_exact_series_is_drawn_as_it_is() -> None:
     assert np.array_equal(curve.mean, y) and not curve.has_envelope
 
 
-def test_settling_is_the_last_entry_into_the_band() -> None:
+def test_settling_time_is_the_last_entry_into_the_band() -> None:
     y = np.array([5.0, 4.0, 5.0, 4.02, 3.98])
     x = np.arange(5.0)
     assert settled_from(x, y, 3.96, 4.04) == 3.0
@@ -124,7 +124,7 @@ def test_png_decodes_to_what_was_encoded() -> None:
     assert np.array_equal(rows[:, 1:], levels)
 
 
-def test_load_map_puts_the_identity_group_below_and_keeps_a_hot_expert() -> None:
+def test_load_map_shows_identity_experts_and_a_hot_expert() -> None:
     counts = np.full((5, 130), 100.0)
     counts[:, 77] = 900.0
     counts[:, 128:] = 6400.0

@@ -70,7 +70,7 @@ def rewrite_metrics(run: Path, change: object) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
 
 
-def test_a_whole_run_shows_every_subject(whole: Path) -> None:
+def test_complete_run_shows_every_section(whole: Path) -> None:
     target = write_report(whole)
     assert target == whole / "report.html"
     _, page = read(target)
@@ -102,7 +102,7 @@ def test_a_whole_run_shows_every_subject(whole: Path) -> None:
         assert fact in page.text
 
 
-def test_the_page_needs_nothing_from_outside(whole: Path) -> None:
+def test_page_is_self_contained(whole: Path) -> None:
     html, page = read(write_report(whole))
     for tag, name, value in page.attributes:
         if name in ("src", "href", "srcset", "action", "data", "poster"):
@@ -112,7 +112,7 @@ def test_the_page_needs_nothing_from_outside(whole: Path) -> None:
     assert "link" not in {tag for tag, _, _ in page.attributes}
 
 
-def test_sentences_carry_the_numbers_of_the_run(whole: Path) -> None:
+def test_sentences_hold_the_run_s_numbers(whole: Path) -> None:
     _, page = read(write_report(whole))
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     final = sum(row["loss"] for row in rows[-24:]) / 24
@@ -168,13 +168,13 @@ def test_one_step_gives_figures_and_no_curves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", '{"step": 1, "lo', "[1, 2]\n"])
-def test_metrics_without_a_whole_line_are_no_error(tmp_path: Path, content: str) -> None:
+def test_metrics_without_a_complete_line_are_no_error(tmp_path: Path, content: str) -> None:
     run = fabricate(tmp_path / "run", steps=2, extras=False)
     (run / "metrics.jsonl").write_text(content)
     assert "No step is recorded yet" in read(write_report(run))[1].text
 
 
-def test_a_cut_last_line_is_dropped_and_a_broken_middle_line_is_told(tmp_path: Path) -> None:
+def test_cut_last_line_is_dropped_and_broken_line_reported(tmp_path: Path) -> None:
     run = fabricate(tmp_path / "run", steps=50, extras=False, routing_rows=0)
     whole_text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(whole_text[:-30])
@@ -186,7 +186,7 @@ def test_a_cut_last_line_is_dropped_and_a_broken_middle_line_is_told(tmp_path: P
     assert "metrics.jsonl: 1 line could not be read" in read(write_report(run))[1].text
 
 
-def test_not_a_number_and_null_are_left_out_of_curves(tmp_path: Path) -> None:
+def test_nan_and_null_are_left_out_of_curves(tmp_path: Path) -> None:
     run = fabricate(tmp_path / "run", steps=80, routing_rows=0)
 
     def spoil(row: dict[str, object]) -> dict[str, object]:
@@ -202,14 +202,14 @@ def test_not_a_number_and_null_are_left_out_of_curves(tmp_path: Path) -> None:
     assert re.search(r'd="[^"]*(nan|inf)', html) is None
 
 
-def test_a_run_of_only_nan_still_gives_a_page(tmp_path: Path) -> None:
+def test_run_of_only_nan_gives_a_page(tmp_path: Path) -> None:
     run = fabricate(tmp_path / "run", steps=30, routing_rows=0)
     rewrite_metrics(run, lambda row: {key: float("nan") if key != "step" else row[key] for key in row})
     page = read(write_report(run))[1]
     assert "30 steps" in page.text and "Loss" not in page.heads
 
 
-def test_steps_done_again_after_a_restart_replace_the_lost_ones(tmp_path: Path) -> None:
+def test_steps_repeated_after_a_restart_replace_the_lost(tmp_path: Path) -> None:
     run = fabricate(tmp_path / "run", steps=30, extras=False, routing_rows=0)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     again = [json.loads(line) | {"loss": 1.25} for line in lines[20:]]
@@ -232,13 +232,13 @@ def test_a_long_run_of_a_large_model_stays_small(tmp_path: Path) -> None:
     assert "100,000 steps, 819M tokens" in target.read_text()
 
 
-def test_a_damaged_extra_file_is_told_at_the_foot(tmp_path: Path) -> None:
+def test_damaged_extra_file_is_reported_in_the_footer(tmp_path: Path) -> None:
     run = fabricate(tmp_path / "run", steps=30)
     (run / "text.json").write_text('{"documents": [')
     assert "text.json is left out" in read(write_report(run))[1].text
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no folder"):
         write_report(tmp_path / "absent")
     with pytest.raises(ConfigError, match=r"is no run: it has no config\.yaml and no metrics\.jsonl") as caught:

@@ -60,7 +60,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_last_profiled_step_is_drawn_with_its_uncovered_share(run: Path) -> None:
+def test_last_profiled_step_is_drawn_with_its_exposed_share(run: Path) -> None:
     html, page = read(write_report(run))
     assert {"Timeline", "Step 12", "Layer 0, forward of micro-batch 1"} <= set(page.heads)
     assert "Step 3" not in page.heads
@@ -72,7 +72,7 @@ def test_the_last_profiled_step_is_drawn_with_its_uncovered_share(run: Path) -> 
     assert "<optimizer>" not in html
 
 
-def test_the_close_up_holds_the_whole_layer_in_both_directions(run: Path) -> None:
+def test_close_up_shows_a_full_layer_in_both_directions(run: Path) -> None:
     found = read_timeline(run, [])
     assert found is not None
     forward, backward = close_ups(found)
@@ -81,7 +81,7 @@ def test_the_close_up_holds_the_whole_layer_in_both_directions(run: Path) -> Non
     assert 4900 < backward.start < 5000 and 8000 < backward.end < 8999
 
 
-def test_without_exchanges_of_experts_only_the_step_is_drawn(run: Path) -> None:
+def test_without_expert_collectives_only_the_step_is_drawn(run: Path) -> None:
     row = rank_row(0) | {"exchanges": []}
     told = {"step": 20, "world_size": 64, "ranks": [row]}
     (run / "traces" / "timeline-000020.json").write_text(json.dumps(told))
@@ -93,13 +93,13 @@ def test_without_exchanges_of_experts_only_the_step_is_drawn(run: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"step": 1, "world_size": 1, "ranks": []}', '{"step": 1, "ranks": [{}]}']
 )
-def test_a_damaged_timeline_is_told_at_the_foot(run: Path, content: str) -> None:
+def test_damaged_timeline_is_reported_in_the_footer(run: Path, content: str) -> None:
     (run / "traces" / "timeline-000099.json").write_text(content)
     page = read(write_report(run))[1]
     assert "timeline-000099.json is left out" in page.text and "Timeline" not in page.heads
 
 
-def test_pieces_that_touch_are_drawn_as_one() -> None:
+def test_adjacent_spans_are_drawn_as_one() -> None:
     assert merged([(5, 9), (0, 2), (3, 4), (20, 21)]) == [(0, 9), (20, 21)]
     pieces = [Piece("dispatch", "", 0.0, 4.0), Piece("dispatch", "", 2.0, 5.0), Piece("dispatch", "", 7.0, 8.0)]
     assert covered_length(pieces) == 6.0
