@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-gpu test-long parity check bench clean
+.PHONY: help install train test test-gpu test-long parity reference check bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,6 +54,9 @@ test-long: install  ## run the tests that take minutes
 
 parity: install  ## every layout against one process; writes the table of errors to docs/parity.md
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest tests/parity -k equals_one_process --parity-table docs/parity.md $(PYTEST_ARGS)
+
+reference: install  ## write docs/reference/keys.md from the configuration's dataclasses
+	@$(BIN)/python -m tests.house.reference
 
 check: install  ## lint, format and types
 	@$(BIN)/ruff check .

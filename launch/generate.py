@@ -28,13 +28,13 @@ class GenerateOptions:
 
     source: str = ""  # a checkpoint, a run folder or a Hugging Face folder
     prompt: str = ""  # empty = the start of a document
-    max_tokens: int = 128  # tokens after the prompt, at most
+    max_tokens: int = 128  # most tokens to generate; the end of a document stops earlier
     temperature: float = 0.0  # 0 = always the most likely token
     top_p: float = 1.0  # nucleus sampling: the smallest set of tokens with this probability
     seed: int = 0  # of the sampler
-    drafts: bool = True  # speculative decoding with the MTP layers, if the model has any
-    dtype: str = "auto"  # bfloat16 | float32 | auto
-    tokenizer: str = ""  # empty = the one of the source
+    drafts: bool = True  # speculative decoding: each MTP layer drafts one token, one forward of the model verifies them
+    dtype: str = "auto"  # compute type: bfloat16, float32 or auto, as train.dtype
+    tokenizer: str = ""  # a tokenizer.json; empty = the one of the source
 
     def validate(self) -> None:
         if not self.source:

@@ -9,34 +9,37 @@ from longcat.errors import ConfigError
 
 @dataclass
 class ModelConfig:
-    """Sizes of one model; the presets stand in configs/model.
+    """Sizes of one model; `model=PRESET` sets them together (configs/model).
 
-    A "layer" is one shortcut-connected layer: two attention blocks, two dense FFNs and one mixture of experts.
+    A layer is one shortcut layer: two attention blocks, two dense FFNs and one mixture of experts.
     """
 
-    name: str = "tiny"
+    name: str = "tiny"  # name of the preset; a label only
+    # rows of the embedding and the head; also the size of a tokenizer trained by `longcat data build`
     vocab_size: int = 4096
-    num_layers: int = 4
-    hidden_size: int = 256
-    num_heads: int = 4
-    q_lora_rank: int = 96
-    kv_lora_rank: int = 64
-    qk_nope_head_dim: int = 32
-    qk_rope_head_dim: int = 16
-    v_head_dim: int = 32
-    ffn_hidden_size: int = 512
-    num_experts: int = 16  # N, SwiGLU experts
-    num_zero_experts: int = 8  # Z, identity experts
-    top_k: int = 6  # K
-    expected_ffn_experts: float = 4.0  # K_e
-    expert_hidden_size: int = 128
-    routed_scaling_factor: float = 4.0  # γ
-    num_mtp_layers: int = 1
-    rope_theta: float = 1e6
-    rms_norm_eps: float = 1e-5
-    latent_norm_eps: float = 1e-6  # the two norms inside MLA
-    embedding_std: float = 0.02  # unpublished; the project's choice
-    hidden_std: float = 0.02  # unpublished; all matrices but the embedding
+    num_layers: int = 4  # shortcut layers L
+    hidden_size: int = 256  # D, width of the residual stream
+    num_heads: int = 4  # H, attention heads
+    q_lora_rank: int = 96  # width of the query latent
+    kv_lora_rank: int = 64  # width of the key-value latent
+    qk_nope_head_dim: int = 32  # query/key width per head without position
+    qk_rope_head_dim: int = 16  # query/key width per head with rotary position; even
+    v_head_dim: int = 32  # value width per head
+    ffn_hidden_size: int = 512  # inner width of each dense FFN
+    num_experts: int = 16  # N, FFN (SwiGLU) experts per layer
+    num_zero_experts: int = 8  # Z, identity experts per layer
+    top_k: int = 6  # K, experts chosen per token; at most N + Z
+    # K_e, the compute budget: FFN experts per token on average; at most K and N, equal to K when Z = 0
+    expected_ffn_experts: float = 4.0
+    expert_hidden_size: int = 128  # inner width of each FFN expert
+    routed_scaling_factor: float = 4.0  # γ, multiplies every gate, those of identity experts too
+    num_mtp_layers: int = 1  # multi-token prediction layers; 0 = none
+    rope_theta: float = 1e6  # base of the rotary frequencies
+    rms_norm_eps: float = 1e-5  # ε of the RMS norms
+    latent_norm_eps: float = 1e-6  # ε of the two latent norms inside MLA
+    embedding_std: float = 0.02  # standard deviation of the embedding's initial values (unpublished)
+    # of all other matrices; divided by √(4·L) where they write to the residual stream (unpublished)
+    hidden_std: float = 0.02
 
     @property
     def num_routed(self) -> int:

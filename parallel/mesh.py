@@ -37,23 +37,31 @@ OFFLOADS = ("none", "cpu", "nvme")
 
 @dataclass
 class ParallelConfig:
-    """Sizes of the mesh axes (-1 takes the ranks that are left over, one axis at most) and how they are used."""
+    """Sizes of the mesh axes, and what runs on them.
 
-    pp: int = 1
-    dp: int = 1
-    fsdp: int = -1
-    cp: int = 1
-    tp: int = 1
-    ep: int = 1  # of the ranks of fsdp × cp × tp
-    schedule: str = "zbv"  # of the pipeline: zbv | 1f1b | interleaved | dualpipev
-    sharding: str = "fsdp"  # fsdp | zero1 | zero2 | zero3
-    offload: str = "none"  # of the optimizer, and of weights under zero3: none | cpu | nvme (zero3)
-    offload_path: str = ""  # the folder for nvme
-    recompute: str = "none"  # none | selective (attention from its latents on) | full (whole layers)
-    compile: bool = False  # torch.compile fuses what stands between matrix products
-    transport: str = "all_to_all"  # of tokens to their experts: all_to_all | all_gather
-    reshard_after_forward: bool = True  # False keeps gathered weights until the backward: faster, more memory
-    timeout_seconds: float = 600.0  # a collective that takes longer ends the run
+    The axes multiply to the number of ranks; one of them may be -1, the ranks left over.
+    """
+
+    pp: int = 1  # pipeline ranks; each has one stage of layers, or two, by the schedule
+    dp: int = 1  # replicas of the sharded model; above 1: hybrid sharding (HSDP)
+    fsdp: int = -1  # ranks that read different samples and shard the weights, gradients and moments of one replica
+    cp: int = 1  # context parallelism: ranks that share the positions of each sequence
+    tp: int = 1  # tensor parallelism: ranks that share heads, FFN columns, vocabulary, and the positions in between
+    ep: int = 1  # expert parallelism: ranks that share the experts, taken from fsdp × cp × tp; -1 = all of those
+    schedule: str = "zbv"  # of the pipeline: zbv (zero-bubble V), 1f1b, interleaved or dualpipev
+    sharding: str = "fsdp"  # fsdp = FSDP2; zero1, zero2, zero3 = DeepSpeed
+    # DeepSpeed only: cpu keeps fp32 master weights and moments in host memory (weights too under zero3), nvme in files
+    # (zero3 only)
+    offload: str = "none"
+    offload_path: str = ""  # folder on a fast disk for offload=nvme
+    # none; selective = recompute attention from its latents on in the backward; full = recompute whole layers
+    recompute: str = "none"
+    compile: bool = False  # fuse norms, SwiGLU, softmax and cross-entropy with torch.compile
+    # dispatcher of tokens to experts: all_to_all, or all_gather (with reduce-scatter back)
+    transport: str = "all_to_all"
+    # false keeps gathered weights until the backward: faster, more memory. A pipeline always keeps them
+    reshard_after_forward: bool = True
+    timeout_seconds: float = 600.0  # a rank that blocks the others for longer ends the run
 
     def validate(self) -> None:
         sizes = {name: getattr(self, name) for name in (*(axis.value for axis in Axis), "ep")}

@@ -18,12 +18,14 @@ PLACES = ("ffn", "attention")
 
 @dataclass
 class OverlapConfig:
-    """How the experts' exchange and the context exchange lie over computation."""
+    """How expert-parallel and context-parallel communication overlaps with compute."""
 
-    enabled: bool = True  # False awaits every exchange where it starts: the same bits, nothing covered
-    num_chunks: int = 1  # of a micro-batch's tokens: while one is on its way, experts work on another (not with ep=1)
-    experts_after: str = "ffn"  # where the experts are computed: ffn (the layer's first) | attention (its second)
-    experts_stream: bool = False  # on a GPU, experts on a stream of their own beside the dense path's
+    enabled: bool = True  # false makes every collective blocking, for comparison; results are bitwise identical
+    # chunks of a micro-batch's tokens; one is sent while experts compute another. Always 1 with parallel.ep=1
+    num_chunks: int = 1
+    experts_after: str = "ffn"  # where a layer computes its experts: after its first ffn, or after its second attention
+    # on a GPU, run the experts on a stream of their own; needs parallel.transport=all_to_all
+    experts_stream: bool = False
 
     def validate(self) -> None:
         if self.num_chunks < 1:

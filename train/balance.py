@@ -18,20 +18,21 @@ from longcat.errors import ConfigError
 class BalanceConfig:
     """The bias controller and the device-level balance loss.
 
-    The default is the report's rule, ``ki`` alone (its μ); its values, and how μ decays, are unpublished. Here
-    every gain of step t is divided by 1 + decay·t. With ``smoothing`` the loads pass a first-order filter: it keeps
-    single experts from swinging from full to empty, and so allows an integral gain that brings the whole budget in
-    line in tens of steps; the proportional part makes up for the filter's lag (configs/experiment/quickstart.yaml).
+    The default is the report's rule, `ki` alone (its μ); its value and its decay are unpublished. `smoothing` keeps
+    single experts from swinging between full and empty, and so allows an integral gain that reaches the compute
+    budget in tens of steps; `kp` makes up for the filter's lag (configs/experiment/quickstart.yaml).
     """
 
-    method: str = "pid"  # pid | sign
-    kp: float = 0.0
-    ki: float = 0.1
-    kd: float = 0.0
-    decay: float = 0.0
-    smoothing: float = 0.0  # of the measured loads: error ← smoothing·error + (1 - smoothing)·this step's
-    num_groups: int = 1  # D of the balance loss: a setting of the model, never read from the layout
-    group_loss_weight: float = 1e-3  # α; unpublished
+    method: str = "pid"  # pid, or sign: the bias moves by ki in the direction of the error
+    kp: float = 0.0  # proportional gain
+    ki: float = 0.1  # integral gain; alone it is the report's rule with this as μ (value unpublished)
+    kd: float = 0.0  # derivative gain
+    decay: float = 0.0  # the gains of step t (from 0) are divided by 1 + decay·t
+    # first-order filter of the loads: error ← smoothing·error + (1 - smoothing)·this step's error
+    smoothing: float = 0.0
+    # D, groups of experts in the balance loss; divides model.num_experts. Never read from the layout
+    num_groups: int = 1
+    group_loss_weight: float = 1e-3  # α, weight of the device-level balance loss (unpublished)
 
     def validate(self) -> None:
         if self.method not in CONTROLLERS:

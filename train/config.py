@@ -22,16 +22,19 @@ from train.schedule import ScheduleConfig
 
 @dataclass
 class TrainConfig:
-    """How long, how much at once, in which numbers. Batch sizes are in sequences."""
+    """Length of the run, batch sizes, compute type."""
 
-    steps: int = 1000
-    seed: int = 0
-    sequence_length: int = 256
-    global_batch_size: int = 8
+    steps: int = 1000  # steps of the whole run, counted from its first start
+    seed: int = 0  # determines the initial values and the order of the samples
+    sequence_length: int = 256  # tokens per sequence
+    global_batch_size: int = 8  # sequences per step, over all ranks
+    # sequences per forward and backward; divides the global batch into equal shares for all data ranks
     micro_batch_size: int = 1
-    dtype: str = "auto"  # bfloat16 | float32 | auto = bfloat16 where the device multiplies it natively
-    deterministic: bool = True
-    stop_after_seconds: float = 0.0  # 0 = no limit; else save and stop cleanly (exit code 3) after this long
+    # compute type: bfloat16, float32, or auto = bfloat16 where the device multiplies it natively, else float32.
+    # Weights, moments, router and reductions are always float32
+    dtype: str = "auto"
+    deterministic: bool = True  # ask torch for deterministic kernels
+    stop_after_seconds: float = 0.0  # save and stop with exit code 3 after this many seconds; 0 = no limit
 
     def validate(self) -> None:
         for name in ("steps", "sequence_length", "global_batch_size", "micro_batch_size"):
@@ -54,10 +57,11 @@ class TrainConfig:
 class ValidationConfig:
     """Validation on the held-out documents: the same sequences every time."""
 
-    every: int = 100  # steps; 0 = never
-    batches: int = 8  # global batches
-    ngram_baselines: bool = False  # at the end, n-gram models of the tokens that were trained on
-    documents: int = 3  # validation documents that the report colours by FFN experts a token; 0 = none
+    every: int = 100  # steps between validations; 0 = never. The last step validates too
+    batches: int = 8  # global batches of held-out text, the same ones each time
+    # after the last step, fit n-gram models to the same training tokens (up to 20 million) for comparison
+    ngram_baselines: bool = False
+    documents: int = 3  # held-out documents that the report colours by FFN experts per token; 0 = none
 
     def validate(self) -> None:
         for name in ("every", "documents"):
@@ -69,15 +73,20 @@ class ValidationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When state is saved, how many are kept, and where a run starts from."""
+    """When checkpoints are written, which are kept, and where a run starts from."""
 
-    every: int = 200  # steps; 0 = only at the end and when stopped
-    every_minutes: float = 0.0  # beside `every`, by the clock; 0 = never
-    keep: int = 2  # newest checkpoints that stay; 0 = all
-    keep_every: int = 0  # those of every so many steps stay for good; 0 = none
-    keep_best: int = 0  # so many of the lowest validation loss stay; 0 = none
-    asynchronous: bool = True  # training waits for a copy in memory only, and goes on while it is written
-    resume: str = "auto"  # auto = the newest whole one of this run, if any | never | a folder where a new run starts
+    every: int = 200  # steps between checkpoints; 0 = only at the end and when stopped
+    # minutes between checkpoints by the first rank's clock, in addition to `every`; 0 = never
+    every_minutes: float = 0.0
+    keep: int = 2  # number of newest checkpoints to keep; 0 = all
+    keep_every: int = 0  # keep every checkpoint whose step is a multiple of this; 0 = none
+    # number of checkpoints with the lowest finite validation loss to keep; needs validation.every; 0 = none
+    keep_best: int = 0
+    # block training only for a copy to host memory and write beside it; false = block until it is on disk
+    asynchronous: bool = True
+    # auto = the newest valid checkpoint of this run, if any; never = require an empty run folder; or the folder of a
+    # checkpoint or of another run to start from
+    resume: str = "auto"
 
     def validate(self) -> None:
         for name in ("every", "every_minutes", "keep", "keep_every", "keep_best"):
@@ -89,12 +98,12 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is written down, and how often. metrics.jsonl gets every step whatever stands here."""
+    """What is logged, and how often. metrics.jsonl gets every step in any case."""
 
-    every: int = 1  # steps between terminal lines
-    wandb: str = "offline"  # offline | online | disabled
+    every: int = 1  # steps between lines on the terminal
+    wandb: str = "offline"  # offline, online or disabled
     hash_every: int = 0  # steps between state hashes; 0 = never
-    routing_every: int = 5  # steps between the loads and biases in routing.jsonl; 0 = never
+    routing_every: int = 5  # steps between lines of routing.jsonl (expert loads and biases); 0 = never
 
     def validate(self) -> None:
         if self.wandb not in ("offline", "online", "disabled"):
@@ -108,11 +117,13 @@ class LoggingConfig:
 
 @dataclass
 class RunConfig:
-    """Where the run's folder is and how many local processes `longcat train` starts."""
+    """Where the run folder is and how many local processes `longcat train` starts."""
 
-    name: str = "default"
-    dir: str = "runs"  # the run's folder is <dir>/<name>
-    num_processes: int = -1  # -1 = one for each GPU, or one on a CPU; never more than GPUs; torchrun sets its own
+    name: str = "default"  # name of the run's folder
+    dir: str = "runs"  # parent folder; the run's folder is `<dir>/<name>`
+    # local ranks that `longcat train` starts, at most one per GPU; -1 = one per GPU, or one on a CPU. torchrun sets its
+    # own number
+    num_processes: int = -1
 
     def validate(self) -> None:
         if not re.fullmatch(r"[\w.,=+-]+", self.name) or self.name in (".", ".."):

@@ -12,11 +12,11 @@ from longcat.model import Losses
 
 @dataclass
 class LossConfig:
-    """Weights of the losses beside the language model's own. The report publishes none for MTP."""
+    """Weights of the auxiliary losses; the language-model loss has weight 1."""
 
-    mtp_weight: float = 0.3  # unpublished
-    mtp_start_tokens: int = 0  # MTP switches on once this many tokens have been seen
-    hidden_z_weight: float = 1e-7  # λ of section 9
+    mtp_weight: float = 0.3  # weight of the MTP cross-entropy (unpublished)
+    mtp_start_tokens: int = 0  # train MTP from the step on at whose start this many tokens have been seen
+    hidden_z_weight: float = 1e-7  # λ of the hidden z-loss (section 9); 0 = off
 
     def validate(self) -> None:
         for name in ("mtp_weight", "mtp_start_tokens", "hidden_z_weight"):

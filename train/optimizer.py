@@ -18,25 +18,25 @@ DECAYED_ROLES = (
 
 @dataclass
 class RateScales:
-    """Factors of ``optim.lr`` for each role of a parameter (section 7 divides hidden and head by the width ratio)."""
+    """Factors of `optim.lr` by role of a parameter (section 7 divides hidden and head by the width ratio)."""
 
-    embedding: float = 1.0
-    hidden: float = 1.0
-    expert: float = 1.0
-    head: float = 1.0
-    router: float = 1.0
-    norm: float = 1.0
+    embedding: float = 1.0  # the embedding
+    hidden: float = 1.0  # attention and dense FFN matrices
+    expert: float = 1.0  # FFN experts
+    head: float = 1.0  # the output head
+    router: float = 1.0  # routers
+    norm: float = 1.0  # gains of the norms
 
 
 @dataclass
 class OptimConfig:
-    """AdamW. ε = 1e-16 as in section 9; betas, decay, clipping and peak rate are unpublished."""
+    """AdamW over fp32 master weights. ε is that of section 9; betas, decay, clipping and peak rate are unpublished."""
 
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-16
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0  # 0 = no clipping
+    lr: float = 1e-3  # peak learning rate
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay rates of the two moments
+    eps: float = 1e-16  # ε of Adam
+    weight_decay: float = 0.1  # decoupled weight decay, of `hidden`, `expert` and `head` matrices only
+    grad_clip: float = 1.0  # gradients with a larger norm are scaled down to this norm; 0 = no clipping
     lr_scale: RateScales = field(default_factory=RateScales)
 
     def validate(self) -> None:

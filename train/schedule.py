@@ -10,17 +10,17 @@ from longcat.errors import ConfigError
 
 @dataclass
 class ScheduleConfig:
-    """A warm-up, a hold and a decay, in steps.
+    """Learning-rate schedule: warm-up, hold and decay, in absolute steps. `schedule=NAME` sets the shape.
 
-    The schedule never reads how many steps were asked for, so a run that is resumed with a larger
-    ``train.steps`` goes on exactly as one that was asked for them at the start.
+    It never reads `train.steps`, so a run resumed with a larger `train.steps` continues exactly as one that was
+    started with it.
     """
 
-    name: str = "wsd"  # wsd | constant | cosine
-    warmup_steps: int = 100
-    decay_start: int | None = None  # wsd: the first step of the decay; None = not yet
-    decay_steps: int = 0  # wsd and cosine: how long the decay takes
-    final_factor: float = 0.0  # the rate after the decay, as a factor of the peak
+    name: str = "wsd"  # wsd, constant or cosine; `schedule=` sets it
+    warmup_steps: int = 100  # steps of the linear warm-up
+    decay_start: int | None = None  # wsd: first step of the decay; null = no decay yet
+    decay_steps: int = 0  # wsd and cosine: steps of the decay
+    final_factor: float = 0.0  # learning rate after the decay, as a factor of the peak
 
     def validate(self) -> None:
         if self.name not in ("wsd", "constant", "cosine"):

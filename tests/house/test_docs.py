@@ -1,4 +1,4 @@
-"""The user guide names every key of the configuration with the default that it has."""
+"""The documentation is current: keys and defaults, links, file paths, command lines."""
 
 from __future__ import annotations
 
@@ -8,36 +8,30 @@ from typing import Any
 
 import pytest
 
+from tests.house import reference
 from train.compose import compose, leaf_keys
 from train.config import Config
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "user_guide.md"
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULTS = compose([])
+KEYS = (ROOT / "docs" / "reference" / "keys.md").read_text(encoding="utf-8")
 
 
-def documented() -> dict[str, str]:
-    """key → default as written, of the rows between the two markers."""
-    part = GUIDE.read_text().partition("<!-- keys: begin -->")[2].partition("<!-- keys: end -->")[0]
-    return dict(re.findall(r"^\| `([a-z_.]+)` \| `?([^|`]*)`? \|", part, re.MULTILINE))
-
-
-def value(config: Config, key: str) -> Any:
+def _value(config: Config, key: str) -> Any:
     found: Any = config
     for name in key.split("."):
         found = getattr(found, name)
     return found
 
 
+def test_the_page_of_keys_is_current() -> None:
+    assert reference.page() == KEYS, "docs/reference/keys.md is out of date; run `make reference`"
+
+
 @pytest.mark.parametrize("key", leaf_keys(Config))
-def test_key_is_in_the_user_guide_with_its_default(key: str) -> None:
-    written, default = documented().get(key), value(compose([]), key)
-    assert written is not None, f"docs/user_guide.md has no row for {key}"
-    if isinstance(default, bool) or default is None:
-        assert written == {True: "true", False: "false", None: "null"}[default]
-    elif isinstance(default, int | float):
-        assert float(written) == default
-    else:
-        assert written == str(default).replace("'", "")
-
-
-def test_the_user_guide_invents_no_key() -> None:
-    assert documented().keys() <= set(leaf_keys(Config))
+def test_key_is_on_the_page_with_default_and_meaning(key: str) -> None:
+    row = re.search(rf"^\| `{re.escape(key)}` \| [^|]+ \| `([^`]*)` \| (.*) \|$", KEYS, re.MULTILINE)
+    assert row is not None, f"docs/reference/keys.md has no row for {key}"
+    default = _value(DEFAULTS, key)
+    assert isinstance(default, bool) or not isinstance(default, int | float) or float(row[1]) == default
+    assert row[2], f"{key} has no comment in its dataclass"

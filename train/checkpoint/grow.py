@@ -49,16 +49,17 @@ OF_ONE_LAYER, OF_ALL_LAYERS = ("weight", "exp_avg", "exp_avg_sq", "optimizer_ste
 class GrowthOptions:
     """How often and in which order layers are repeated."""
 
-    factor: int = 2
-    method: str = "stack"  # stack = the whole stack again | interpose = each layer again, in place
+    factor: int = 2  # how often each layer is repeated; at least 2
+    # stack = the whole stack again, layers 0 1 0 1 (the report's way); interpose = each layer again in place, 0 0 1 1
+    method: str = "stack"
 
 
 @dataclass
 class GrowConfig:
-    """The keys of `longcat grow`."""
+    """Options of `longcat grow`."""
 
-    source: str = ""  # a checkpoint, or a run whose newest whole checkpoint is taken
-    target: str = ""  # the folder of the grown checkpoint; it must not exist
+    source: str = ""  # a checkpoint's folder, or a run folder for its newest valid one; written in any layout
+    target: str = ""  # the grown checkpoint's folder; it must not exist
     growth: GrowthOptions = field(default_factory=GrowthOptions)
 
     def validate(self) -> None:

@@ -21,32 +21,30 @@ class MixtureStage:
 
 @dataclass
 class DataConfig:
-    """One choice of the `data` group.
+    """What `longcat data build` reads (`source` to `overwrite`) and what training reads (`paths` to `from_start`).
 
-    `source` is a hub id, a folder, a file or a glob of parquet / JSON (lines) / text files, or the word
-    `python_source`: the Python sources of the running interpreter's standard library and of torch. Sizes are
-    in bytes of UTF-8 text; 0 means no limit. `paths` are prefixes of `.bin`/`.idx` pairs in Megatron's
-    format. `from_start` matters to a run that starts from another run's checkpoint: it reads its data from
-    the first sample instead of going on at the position of the checkpoint.
+    `data=NAME` chooses a file of configs/data.
     """
 
-    name: str
-    source: str
-    out: str = ""
-    tokenizer: str | None = None
-    text_field: str = "text"
-    split: str = "train"
-    subset: str | None = None
-    streaming: bool = True
-    max_bytes: int = 0
-    tokenizer_bytes: int = 6_000_000
-    overwrite: bool = False
-    paths: list[str] = field(default_factory=list)
+    name: str  # name of the choice; the default of `out` follows it
+    source: str  # python_source (Python files of this machine), a hub id, a folder, a file or a glob
+    out: str = ""  # folder that the corpus is written to
+    tokenizer: str | None = None  # a tokenizer.json to use; null = train one
+    text_field: str = "text"  # field (column) that holds the text
+    split: str = "train"  # split of the source; a slice such as train[:10%] needs data.streaming=false
+    subset: str | None = None  # subset (configuration name) of a hub data set
+    streaming: bool = True  # stream the source instead of downloading it first
+    max_bytes: int = 0  # bytes of UTF-8 text to take; 0 = all
+    tokenizer_bytes: int = 6_000_000  # bytes of text to train the tokenizer on; 0 = all
+    overwrite: bool = False  # replace a corpus in `out` that was built with other settings
+    paths: list[str] = field(default_factory=list)  # prefixes of the .bin/.idx pairs to train on, in Megatron's format
+    # share of each corpus in `paths`; empty = in proportion to their tokens
     weights: list[float] = field(default_factory=list)
+    # later mixtures: a list of {start_tokens, weights}; tokens count from the data's first sample
     stages: list[MixtureStage] = field(default_factory=list)
-    validation_fraction: float = 0.02
-    mask_documents: bool = False
-    from_start: bool = False
+    validation_fraction: float = 0.02  # share of the documents held out for validation
+    mask_documents: bool = False  # attention and MTP stay inside a document
+    from_start: bool = False  # a run that starts from another run's checkpoint reads its data from the first sample
 
     def __post_init__(self) -> None:
         if not self.out:

@@ -29,10 +29,12 @@ GIB = 2**30
 class ExportFormat:
     """The form of an exported folder."""
 
-    layout: str = LAYOUTS[0]  # released = what serving engines read | transformers = what transformers 5.23 loads
-    dtype: str = "bfloat16"  # bfloat16 | float32
-    shard_gib: float = 5.0  # size of a safetensors file
-    tokenizer: str = ""  # a tokenizer.json; empty = the one of the corpus
+    # released = what serving engines and transformers 4.57 read; transformers = what transformers 5.23 reads
+    layout: str = LAYOUTS[0]
+    # bfloat16, or float32 (the fp32 master weights). Routers and their biases are float32 always
+    dtype: str = "bfloat16"
+    shard_gib: float = 5.0  # largest file in GiB, unless one tensor is larger
+    tokenizer: str = ""  # the tokenizer.json the model was trained with; empty = that of the corpus
 
     def validate(self) -> None:
         if self.layout not in LAYOUTS:

@@ -46,10 +46,10 @@ MAX_THREADS = 8
 
 @dataclass
 class ImportOptions:
-    """What `longcat import` is told, beside keys of the configuration."""
+    """Options of `longcat import`. Any configuration key can be given beside them."""
 
-    source: str = ""  # a folder of safetensors with config.json
-    target: str = ""  # a folder that does not exist yet
+    source: str = ""  # a folder of safetensors with config.json, in either layout
+    target: str = ""  # the checkpoint's folder; it must not exist
 
     def validate(self) -> None:
         if not self.source or not self.target:

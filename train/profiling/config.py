@@ -13,8 +13,9 @@ MAX_STEPS = 100  # a step's trace takes seconds to write, and megabytes
 
 @dataclass
 class ProfileConfig:
-    """``steps``: `10`, `10-12` or a list such as `[3,10-12]`; empty = none. Steps count from 1."""
+    """Which steps are profiled."""
 
+    # steps to profile, counted from 1: 10, 10-12 or [3,10-12]; at most 100, none beyond train.steps; empty = none
     steps: Any = ""
 
     def validate(self) -> None:
