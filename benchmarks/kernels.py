@@ -103,14 +103,16 @@ def inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
 def results(sizes: Sizes, held: Inputs) -> dict[str, Any]:
     """Operator → a call of it."""
     ops, plan = torch.ops.longcat, held.plan
-    places = plan.token, plan.selection, plan.place
+    plan_tensors = plan.token, plan.selection, plan.row_index
     indices = sizes.routing()
     return {
         "plan": lambda: ops.plan(indices, sizes.experts, sizes.experts + sizes.zero),
         "gather_rows": lambda: ops.gather_rows(held.x, plan.token),
-        "sum_rows": lambda: ops.sum_rows(held.rows, plan.place),
-        "combine_rows": lambda: ops.combine_rows(held.rows, held.gates, plan.place, held.x),
-        "combine_rows_backward": lambda: ops.combine_rows_backward(held.grad, held.rows, held.gates, *places, held.x),
+        "sum_rows": lambda: ops.sum_rows(held.rows, plan.row_index),
+        "combine_rows": lambda: ops.combine_rows(held.rows, held.gates, plan.row_index, held.x),
+        "combine_rows_backward": lambda: ops.combine_rows_backward(
+            held.grad, held.rows, held.gates, *plan_tensors, held.x
+        ),
         "embedding_gradient": lambda: ops.embedding_gradient(held.grad, held.ids, sizes.vocabulary),
     }
 

@@ -90,6 +90,6 @@ def load(options: GenerateOptions) -> tuple[LongCat, Path]:
 def summary(generated: Generated, seconds: float) -> str:
     """One line: number of tokens, time, accepted drafts."""
     text = f"{len(generated.tokens)} tokens in {seconds:.1f} s, {generated.forwards} forwards of the model"
-    if generated.acceptance is None:
+    if generated.acceptance_rate is None:
         return f"{text}; no drafts"
-    return f"{text}; {generated.accepted} of {generated.drafted} drafts accepted ({generated.acceptance:.1%})"
+    return f"{text}; {generated.accepted} of {generated.drafted} drafts accepted ({generated.acceptance_rate:.1%})"

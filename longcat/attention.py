@@ -1,7 +1,7 @@
 """Multi-head latent attention with variance alignment (sections 2 and 6 of the model's equations)."""
 
 # B sequences, D width, H heads, C query/key width, V value width, R latent rank
-# S all positions, q positions with queries here, s positions held here (longcat/interfaces.py)
+# S all positions, q positions of local queries, s local positions of the residual stream (longcat/interfaces.py)
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longcat.ops.elementwise import rotary
 
 
 class LatentAttention(nn.Module):
-    """MLA: queries, keys and values come from small normed latents; one rotary key serves all heads."""
+    """MLA: queries, keys and values are expanded from small normed latents; all heads share one rotary key."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,20 +34,20 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
         """x [B, s, D], angles [S, rotary/2] complex, documents [B, S] or None → [B, s, D].
 
-        What travels between processes that share a sequence are the normed latents of keys and values: they are
-        small. Heads are expanded from them, on each process those heads that it has the weights of.
+        Ranks that share a sequence exchange the normed latents of keys and values, which are small. Each rank expands
+        from them the heads whose weights it holds.
         """
         config, sequence = self.config, self.sequence
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
-        # α_kv scales what comes out of the latent; the shared rotary key is not scaled
+        # α_kv scales the latent; the shared rotary key is not scaled
         latent = self.kv_a_layernorm(latent) * config.latent_scale
-        pending = sequence.start_keys(torch.cat((latent, k_rope), -1))  # covered by the queries
+        pending = sequence.start_keys(torch.cat((latent, k_rope), -1))  # overlaps with the queries
         query = self.q_b_proj(sequence.gather(self.q_a_layernorm(self.q_a_proj(x))))
         out = self.attend(query, sequence.wait_keys(pending), angles, documents)
         return sequence.reduce(self.o_proj(out))
 
     def attend(self, query: Tensor, latents: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
-        """query [B, q, H·C] and latents [B, S, R + rotary] → what the heads give, [B, q, H·V]."""
+        """query [B, q, H·C] and latents [B, S, R + rotary] → the heads' outputs [B, q, H·V]."""
         config = self.config
         nope, rope, width = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         runs = self.sequence.runs(latents.shape[1])
@@ -60,7 +60,7 @@ class LatentAttention(nn.Module):
             torch.cat((q_nope, rotary(q_rope, query_angles)), -1).transpose(1, 2).contiguous(),
             torch.cat((k_nope, k_rope), -1).transpose(1, 2).contiguous(),
             value.transpose(1, 2).contiguous(),
-            config.softmax_scale * config.query_scale,  # α_q multiplies both parts of the query: so the scores
+            config.softmax_scale * config.query_scale,  # α_q multiplies both parts of the query, hence the scores
             documents,
             runs,
         )

@@ -1,4 +1,4 @@
-"""The sizes of a LongCat-Flash model, and the checks that they make sense (longcat_flash report, section 2)."""
+"""The sizes of a LongCat-Flash model, and their validation (longcat_flash report, section 2)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ModelConfig:
                 raise ConfigError(f"model.{field}={getattr(self, field)} must not be negative")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(
-                f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary positions turn pairs"
+                f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary embeddings rotate pairs"
             )
         if self.top_k > self.num_routed:
             raise ConfigError(
@@ -99,11 +99,11 @@ class ModelConfig:
             )
         if self.num_zero_experts == 0 and expected != top_k:
             raise ConfigError(
-                f"model.expected_ffn_experts={expected} cannot hold with model.num_zero_experts=0: every choice is "
-                f"an FFN expert; set it to model.top_k={top_k} or add identity experts"
+                f"model.expected_ffn_experts={expected} is impossible with model.num_zero_experts=0: every selection "
+                f"is an FFN expert; set it to model.top_k={top_k} or add identity experts"
             )
         if top_k - expected > self.num_zero_experts:
             raise ConfigError(
-                f"model.expected_ffn_experts={expected} leaves {top_k - expected:g} identity choices a token, "
+                f"model.expected_ffn_experts={expected} leaves {top_k - expected:g} identity selections per token, "
                 f"but model.num_zero_experts={self.num_zero_experts}; raise either"
             )

@@ -1,4 +1,4 @@
-"""Parameters, active parameters and FLOPs of a model, from its configuration alone (nothing is built)."""
+"""Parameters, active parameters and FLOPs per token of a model, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from longcat.config import ModelConfig
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters. ``total`` holds embedding and head but not MTP, as the report's 560B does."""
+    """Numbers of parameters. ``total`` includes embedding and head but not MTP, like the report's 560B."""
 
     embedding: int
     head: int
@@ -21,13 +21,9 @@ class Counts:
     mtp: int  # all MTP layers; embedding and head are shared and not counted again
     total: int
 
-    @property
-    def with_mtp(self) -> int:
-        return self.total + self.mtp
-
 
 def count_parameters(config: ModelConfig) -> Counts:
-    """Count every weight by its part; the selection biases are state, not parameters."""
+    """Count the parameters by component. The routers' selection biases are state, not parameters."""
     d, heads = config.hidden_size, config.num_heads
     attention = (
         d * config.q_lora_rank
@@ -60,7 +56,7 @@ def count_parameters(config: ModelConfig) -> Counts:
 
 
 def active_parameters(config: ModelConfig, ffn_experts: float) -> float:
-    """Weights that one token meets when it uses ``ffn_experts`` FFN experts: head in, embedding and MTP out."""
+    """Active parameters of a token with ``ffn_experts`` FFN experts: with the head, without embedding and MTP."""
     counts = count_parameters(config)
     layer = 2 * counts.attention + 2 * counts.dense_ffn + ffn_experts * counts.expert + counts.router + counts.norms
     return config.num_layers * layer + counts.head + config.hidden_size
@@ -80,14 +76,14 @@ def active_range(config: ModelConfig) -> tuple[float, float, float]:
 def flops_per_token(
     config: ModelConfig, sequence_length: int, ffn_experts: float | None = None, mtp: bool = False
 ) -> float:
-    """FLOPs of forward and backward for one token: 6 a multiplied weight, plus causal attention's products.
+    """Model FLOPs of forward and backward for one token: 6 per active parameter, plus the products of causal attention.
 
-    Identity experts cost none, recomputation is not counted (model FLOPs), and ``ffn_experts`` is the number
-    that was really used, so that MFU does not flatter a model whose router has drifted.
+    Identity experts cost none and recomputation is not counted. ``ffn_experts`` is the measured number of FFN experts
+    per token (default: the expected one), so that MFU stays honest when a router drifts.
     """
     counts = count_parameters(config)
     used = config.expected_ffn_experts if ffn_experts is None else ffn_experts
-    # Norm gains are no multiplications worth a FLOP: they are left in, at under 0.1 % of any preset.
+    # Includes the norms' gains, which are no GEMM: under 0.1 % of any preset
     weights = active_parameters(config, used)
     scores = config.num_heads * (config.qk_head_dim + config.v_head_dim) * (sequence_length + 1) / 2
     blocks = 2 * config.num_layers
@@ -98,7 +94,7 @@ def flops_per_token(
 
 
 def describe(config: ModelConfig) -> list[tuple[str, str]]:
-    """The derived numbers as (name, text) rows, to be printed where a run starts."""
+    """The derived numbers as (name, text) rows, which a run prints when it starts."""
     counts = count_parameters(config)
     low, expected, high = active_range(config)
     return [
@@ -113,7 +109,7 @@ def describe(config: ModelConfig) -> list[tuple[str, str]]:
 
 
 def human(number: float) -> str:
-    """560.66B, 12.53M, 4.10K."""
+    """A count with a unit: 560.66B, 12.53M, 4.10K."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(number) >= size:
             return f"{number / size:.2f}{unit}"

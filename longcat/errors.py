@@ -1,4 +1,4 @@
-"""The errors that end a run with an exit code of their own."""
+"""The errors that end a run, each with its exit code."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ OK, CRASHED, BAD_INPUT, STOPPED, UNHEALTHY = 0, 1, 2, 3, 4
 
 
 class LongCatError(Exception):
-    """An expected end of a run: one line for the person, one exit code for the machine."""
+    """An expected end of a run: its message is one line for the user, `exit_code` is the process's."""
 
     exit_code = CRASHED
 
 
 class ConfigError(LongCatError):
-    """A wrong configuration or input. The message says what, where and what to do; exit code 2."""
+    """A wrong configuration or input; exit code 2. The message says what is wrong, where, and how to fix it."""
 
     exit_code = BAD_INPUT
 
 
 class SaveError(LongCatError):
-    """A checkpoint could not be written; those before it are untouched. Ends a run with 1 if it was to be the last."""
+    """A checkpoint could not be written; earlier ones are untouched. Exit code 1 if it was to be the last one."""
 
     def __init__(self, message: str, is_saved: bool = False) -> None:
-        """With ``is_saved`` the checkpoint itself is on disk, and only what was to be done beside it failed."""
+        """With ``is_saved`` the checkpoint itself is on disk, and only a later step failed."""
         super().__init__(message)
         self.is_saved = is_saved
 
 
 class StopRequested(LongCatError):
-    """A signal asked for the end and the state has been saved; exit code 3."""
+    """A signal requested the stop and the state has been saved; exit code 3."""
 
     exit_code = STOPPED
 
 
 class UnhealthyError(LongCatError):
-    """The numbers went bad (NaN, infinity); names the last good checkpoint; exit code 4."""
+    """Training became unhealthy (NaN, infinity); exit code 4. The message names the last valid checkpoint."""
 
     exit_code = UNHEALTHY

@@ -1,4 +1,4 @@
-"""Growth in depth: which layer of a deep model starts as which layer of a shallow one, by names alone (section 8)."""
+"""Depth growth: which layer of the shallow model initialises each layer of the deep one, by names (section 8)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from longcat.errors import ConfigError
 
 METHODS = ("stack", "interpose")
-LAYER = re.compile(r"layers\.(\d+)\.(.+)")  # of the stack; MTP's are `mtp.layers.…` and stay as they are
+LAYER = re.compile(r"layers\.(\d+)\.(.+)")  # a layer of the stack; MTP layers are `mtp.layers.…` and do not grow
 
 
 @dataclass(frozen=True)
 class Growth:
-    """A model of ``num_layers`` layers becomes one of ``factor`` times as many.
+    """A model of ``num_layers`` layers grows to ``factor`` times as many.
 
-    `stack` repeats the whole stack (0 1 0 1), which is the report's way: the grown model is the old trunk applied
-    ``factor`` times. `interpose` repeats each layer in place (0 0 1 1).
+    `stack` repeats the whole stack (0 1 0 1), the report's method: the grown model applies the old trunk ``factor``
+    times. `interpose` repeats each layer in place (0 0 1 1).
     """
 
     num_layers: int
@@ -24,7 +24,7 @@ class Growth:
     method: str = "stack"
 
     def validate(self) -> None:
-        """Raise ConfigError for what is no growth."""
+        """Raise ConfigError for a factor below 2 or an unknown method."""
         if self.factor < 2:
             raise ConfigError(f"growth.factor={self.factor} adds no layer; use 2 or more")
         if self.method not in METHODS:
@@ -32,16 +32,16 @@ class Growth:
 
     @property
     def sources(self) -> list[int]:
-        """The old layer that each new one starts as, by the new one's number."""
+        """The old layer that initialises each new layer, by the new layer's number."""
         layers = range(self.num_layers)
         if self.method == "stack":
             return [layer for _ in range(self.factor) for layer in layers]
         return [layer for layer in layers for _ in range(self.factor)]
 
     def grown_names(self, stored_name: str) -> list[str]:
-        """The stored names that a tensor has in the grown model: one for each copy of its layer.
+        """The stored names of a tensor in the grown model: one for each copy of its layer.
 
-        What belongs to no layer of the stack (embedding, final norm, head, MTP) keeps its name.
+        Tensors outside the stack (embedding, final norm, head, MTP) keep their names.
         """
         layer = layer_of(stored_name)
         if layer is None:
@@ -51,6 +51,6 @@ class Growth:
 
 
 def layer_of(stored_name: str) -> int | None:
-    """The number of the layer that a stored tensor belongs to; None outside the stack."""
+    """The layer number of a stored tensor; None outside the stack."""
     match = LAYER.fullmatch(stored_name)
     return int(match[1]) if match else None

@@ -1,6 +1,6 @@
-"""Initial values as a function of (seed, logical name, block of rows), so that every layout starts bitwise equal.
+"""Initial values as a function of (seed, logical name, block of rows): every layout starts bitwise identical.
 
-A rank draws only the row blocks that it stores, never a whole stacked tensor (51 GB at 560B).
+Each rank draws only the row blocks that it stores, never a full stacked tensor (51 GB at 560B).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from longcat.config import ModelConfig
 from longcat.names import Box, pieces, role, stored_state, writes_to_residual
 
-BLOCK_ELEMENTS = 1 << 16  # a block has as many whole rows as fit in here, and at least one
+BLOCK_ELEMENTS = 1 << 16  # a block has as many whole rows as fit into this, and at least one
 
 
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter and persistent buffer of a model that lives in one process, in place."""
+    """Fill every parameter and persistent buffer of an unsharded model, in place."""
     for stored_name, tensor in stored_state(model):
         fill(tensor, stored_name, tuple(tensor.shape), None, config, seed)
 
@@ -41,11 +41,11 @@ def fill(
 
 
 def standard_deviation(stored_name: str, config: ModelConfig) -> float:
-    """Of a matrix's initial values. Last matrices of blocks start smaller, so that depth does not add up to noise."""
+    """A matrix's initial std: smaller for the last matrix of each block, so that noise does not grow with depth."""
     if role(stored_name) == "embedding":
         return config.embedding_std
     if writes_to_residual(stored_name):
-        return config.hidden_std / math.sqrt(4 * config.num_layers)  # 2 attention and 2 FFN blocks a layer
+        return config.hidden_std / math.sqrt(4 * config.num_layers)  # 2 attention and 2 FFN blocks per layer
     return config.hidden_std
 
 
@@ -65,6 +65,6 @@ def normal_box(seed: int, name: str, shape: tuple[int, ...], box: Box) -> Tensor
 
 
 def block_seed(seed: int, name: str, block: int) -> int:
-    """A 63-bit seed that depends on nothing but its three arguments (Python's own hash is salted)."""
+    """A 63-bit seed that depends only on its three arguments (Python's own hash is salted)."""
     digest = hashlib.blake2b(f"{seed}|{name}|{block}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,6 +1,6 @@
 """The shortcut-connected layer (ScMoE, section 2 of the equations) and the dense MTP layer."""
 
-# B sequences, s positions held here, D width
+# B sequences, s local positions, D width
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longcat.moe import MoE, RoutingStatistics
 
 
 class ShortcutLayer(nn.Module):
-    """Two attention blocks and two dense FFNs, with a mixture of experts that runs beside all but the first."""
+    """Two attention blocks and two dense FFNs; the mixture of experts runs beside all but the first attention block."""
 
     def __init__(self, config: ModelConfig, balance_groups: int) -> None:
         super().__init__()
@@ -26,20 +26,20 @@ class ShortcutLayer(nn.Module):
         self.mlp = MoE(config, balance_groups)
 
     def forward(self, x: Tensor, angles: Tensor, documents: Tensor | None = None) -> tuple[Tensor, RoutingStatistics]:
-        """x [B, s, D] → y [B, s, D] and what the router did.
+        """x [B, s, D] → y [B, s, D] and the router's statistics.
 
-        The order of these statements is the overlap, in the forward and (reversed) in the backward: what stands
-        between a start and its wait covers the exchange. Experts right after the first FFN leave attention and the
-        second FFN to cover the way back; experts after attention 1 give the way there more cover, the way back less.
+        The order of these statements sets the overlap, in the forward and (reversed) in the backward: the computation
+        between a start and its wait overlaps the communication. With the experts right after the first FFN, attention
+        and the second FFN overlap combine; after attention 1, more computation overlaps dispatch and less combine.
         """
         attention, ffn, moe = self.self_attn, self.mlps, self.mlp
         a = x + attention[0](self.input_layernorm[0](x), angles, documents)
         u = self.post_attention_layernorm[0](a)
-        pending = moe.dispatch(u.flatten(0, 1))  # the exchange starts ...
+        pending = moe.dispatch(u.flatten(0, 1))  # dispatch starts ...
         b = a + ffn[0](u)
-        moe.send(pending)  # (at the latest, where the host only queues)
+        moe.send(pending)  # (here at the latest, where the host runs ahead of the device)
         if not moe.after_attention:
-            pending = moe.compute(pending)  # ... ends, and the way back starts
+            pending = moe.compute(pending)  # ... ends, and combine starts
         c = b + attention[1](self.input_layernorm[1](b), angles, documents)
         if moe.after_attention:
             pending = moe.compute(pending)
@@ -49,18 +49,18 @@ class ShortcutLayer(nn.Module):
 
 
 class NormBeforeProjection(nn.Module):
-    """An RMSNorm under the served name `….m.weight`."""
+    """An RMSNorm under the released checkpoints' name `….m.weight`."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.m = RMSNorm(width, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.m(x)  # type: ignore[no-any-return]
+        return self.m(x)
 
 
 class DenseBlock(nn.Module):
-    """Holds the MTP layer's FFN under the served name `transformer_layer.mlp`."""
+    """Holds the MTP layer's FFN under the released checkpoints' name `transformer_layer.mlp`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -85,4 +85,4 @@ class MTPLayer(nn.Module):
         """hidden, embedded [B, s, D] → [B, s, D], before the final norm of the MTP head."""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
         a = x + self.self_attn(self.input_layernorm(x), angles, documents)
-        return a + self.transformer_layer.mlp(self.post_attention_layernorm(a))  # type: ignore[no-any-return]
+        return a + self.transformer_layer.mlp(self.post_attention_layernorm(a))

@@ -19,10 +19,10 @@ from longcat.interfaces import (
     local_tensor,
 )
 from longcat.ops.elementwise import rms_norm
-from longcat.ops.matmul import Defer, gated_linear, linear
+from longcat.ops.matmul import StoreWeightGrad, gated_linear, linear
 
 
-def deferral(module: nn.Module, name: str) -> Defer | None:
+def deferral(module: nn.Module, name: str) -> StoreWeightGrad | None:
     """Where the gradient of ``module``'s parameter ``name`` is to be left by the backward; None = compute it there."""
     gradients: WeightGradStore | None = module.gradients  # type: ignore[assignment]
     return None if gradients is None else partial(gradients.put, module, name)

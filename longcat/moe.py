@@ -23,7 +23,7 @@ from longcat.dispatch import Dispatcher, LocalDispatcher, Routing
 from longcat.interfaces import UNSHARDED_SEQUENCE, Sequence, WeightGradStore, local_tensor
 from longcat.layers import Linear, deferral
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
-from longcat.ops.matmul import wide_linear
+from longcat.ops.matmul import fp32_linear
 
 
 class RoutingStatistics(NamedTuple):
@@ -53,7 +53,7 @@ class Router(nn.Module):
         weight = local_tensor(self.classifier.weight).float()
         if self.gate_slope is not None and self.direction is None:
             self.direction = torch.nn.functional.normalize(weight.detach().double(), dim=1).sum(0)
-        logits = wide_linear(u, weight)
+        logits = fp32_linear(u, weight)
         probabilities = torch.softmax(logits, -1)
         with torch.no_grad():
             choice = probabilities + self.e_score_correction_bias

@@ -1,10 +1,9 @@
 """Logical names: how stored tensors (stacked experts, shards) map to the names and boxes that every layout shares.
 
 A logical tensor is one matrix under its Hugging Face name, for instance
-``model.layers.3.mlp.experts.7.gate_proj.weight``. Stacking the experts of a layer is storage: `gate_up`
-[E, 2F, D] holds `gate_proj` and `up_proj` of E experts, `down` [E, D, F] their `down_proj`. A rank that stores only
-a box of a tensor finds here which boxes of which logical tensors that is; initial values, hashes and exports all ask
-this file.
+``model.layers.3.mlp.experts.7.gate_proj.weight``. The experts of a layer are stored stacked: `gate_up` [E, 2F, D] holds
+`gate_proj` and `up_proj` of E experts, `down` [E, D, F] their `down_proj`. `pieces` maps a box of a stored tensor to
+boxes of logical tensors; initial values, hashes and exports all use it.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ Box = tuple[tuple[int, int], ...]  # (start, stop) in each dimension
 class Piece:
     """A logical tensor's part of a stored box.
 
-    ``index`` cuts the part out of the local stored tensor; ``box`` says where it lies in the logical tensor of
-    shape ``shape``.
+    ``index`` selects the part in the local stored tensor; ``box`` is its position in the logical tensor of shape
+    ``shape``.
     """
 
     name: str
@@ -32,12 +31,12 @@ class Piece:
 
 
 def stored_to_logical(stored_name: str) -> str:
-    """The logical name of a parameter or buffer that is stored whole."""
+    """The logical name of a parameter or buffer that is stored unstacked."""
     return stored_name if stored_name.startswith("lm_head.") else f"model.{stored_name}"
 
 
 def pieces(stored_name: str, shape: tuple[int, ...], box: Box | None = None) -> Iterator[Piece]:
-    """Yield the logical parts of the stored tensor ``stored_name`` (global ``shape``) that lie inside ``box``.
+    """Yield the logical parts of the stored tensor ``stored_name`` (global ``shape``) inside ``box``.
 
     ``box`` is the part that this rank stores, in global coordinates; None means all of it.
     """
@@ -75,9 +74,9 @@ def stored_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def logical_tensors(model: nn.Module, grads: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Yield (logical name, view) of every parameter and buffer of a model in one process; views share storage.
+    """Yield (logical name, view) of every parameter and buffer of an unsharded model; views share storage.
 
-    With ``grads`` the views are of the gradients, and what has none (buffers, unused parts) is left out.
+    With ``grads``, views of the gradients; tensors without one (buffers, unused parameters) are left out.
     """
     for stored_name, tensor in stored_state(model):
         stored = tensor.grad if grads else tensor.detach()
@@ -101,5 +100,5 @@ def role(stored_name: str) -> str:
 
 
 def writes_to_residual(stored_name: str) -> bool:
-    """Whether a matrix is the last of a block: what it gives is added to the residual stream."""
+    """Whether a matrix is the last of a block, whose output is added to the residual stream."""
     return stored_name.endswith(("o_proj.weight", "down_proj.weight", "experts.down"))

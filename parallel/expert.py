@@ -229,7 +229,7 @@ class AllToAllDispatcher:
         incoming = sizes.incoming[:, number]
         room = None if self.streams.is_async_host else padded_capacity(incoming.sum(0), pending.x)
         arrival = ReceiveOrder(incoming, sum(received), room)
-        before = Reorder(lambda x: permute(x, plan), unpermute, lambda: (plan.place,))
+        before = Reorder(lambda x: permute(x, plan), unpermute, lambda: (plan.row_index,))
         launch_staged(pending.pending_collective, there, before, arrival.move(to_experts=True))
         with self.streams.on_side_stream():  # while the rows travel
             _ = arrival.order

@@ -76,7 +76,7 @@ class ShardedVocabulary:
     def lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
         row = tokens - self.place * weight.shape[0]
         here = (row >= 0) & (row < weight.shape[0])
-        return embedding(torch.where(here, row, weight.shape[0]), weight, beyond=True)
+        return embedding(torch.where(here, row, weight.shape[0]), weight, allow_out_of_range=True)
 
     def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled():

@@ -1,6 +1,6 @@
 """Cross-entropy of a linear head in chunks of tokens: the logits of a long batch never exist at once.
 
-The gradients are computed in the forward pass, while a chunk's logits are at hand, and scaled in the backward pass.
+The forward pass computes the gradients of each chunk while its logits exist; the backward pass only scales them.
 """
 
 # T tokens, D width, V vocabulary
@@ -15,28 +15,31 @@ from torch import Tensor
 from longcat.ops.fusion import Fusible, add_to, scaled
 from longcat.ops.matmul import product, raw_product
 
-CHUNK_LOGITS = 1 << 22  # logits at once, 16 MiB in float32: they stay in a processor's cache
-MIN_ROWS, MIN_ROWS_GPU = 256, 1024  # each chunk reads the head twice and adds to its gradient: 16 bytes a weight
+CHUNK_LOGITS = 1 << 22  # logits of a chunk, 16 MiB in float32: they stay in a processor's cache
+MIN_ROWS, MIN_ROWS_GPU = (
+    256,
+    1024,
+)  # tokens: each chunk reads the head twice and adds to its gradient, 16 bytes a weight
 
 
 def chunk_rows(weight: Tensor) -> int:
-    """Tokens of a chunk for a head of these rows [V, D]."""
+    """Tokens in a chunk for a head ``weight`` [V, D]."""
     return max(MIN_ROWS if weight.device.type == "cpu" else MIN_ROWS_GPU, CHUNK_LOGITS // weight.shape[0])
 
 
 @Fusible
 def _softmax_loss(logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [T, V], which may be overwritten → losses [T] float32, and their sum's gradient in two parts: of all
-    logits [T, V] as if none were a label's, and of those that are [T, 1].
+    """logits [T, V], which may be overwritten → losses [T] float32, and the gradient of their sum in two parts:
+    for every logit as if it were not its token's label [T, V], and for the labels' logits [T, 1].
     """
-    wide, keep = logits.float(), valid[:, None].float()
-    peak = wide.amax(1, keepdim=True)
-    chosen = wide.gather(1, labels[:, None]) - peak
-    weights = wide.sub_(peak).exp_()
-    total = weights.sum(1, keepdim=True)
-    share = keep / total  # 0 where the label does not count
-    at_labels = chosen.exp() * share - keep
-    return ((total.log() - chosen) * keep)[:, 0], weights.mul_(share).to(dtype), at_labels.to(dtype)
+    logits_fp32, mask = logits.float(), valid[:, None].float()
+    maximum = logits_fp32.amax(1, keepdim=True)
+    label_logits = logits_fp32.gather(1, labels[:, None]) - maximum
+    exponentials = logits_fp32.sub_(maximum).exp_()
+    total = exponentials.sum(1, keepdim=True)
+    inverse_total = mask / total  # 0 for invalid tokens
+    label_grad = label_logits.exp() * inverse_total - mask
+    return ((total.log() - label_logits) * mask)[:, 0], exponentials.mul_(inverse_total).to(dtype), label_grad.to(dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,10 +55,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.shape[0], rows):
             chunk = slice(start, start + rows)
             logits = raw_product(hidden[chunk], weight.t())
-            losses[chunk], grad, at_labels = _softmax_loss(logits, labels[chunk], valid[chunk], hidden.dtype)
-            grad[torch.arange(grad.shape[0], device=grad.device), labels[chunk]] = at_labels[
-                :, 0
-            ]  # scatter_ would copy
+            losses[chunk], grad, label_grad = _softmax_loss(logits, labels[chunk], valid[chunk], hidden.dtype)
+            row = torch.arange(grad.shape[0], device=grad.device)
+            grad[row, labels[chunk]] = label_grad[:, 0]  # scatter_ would copy
             if grad_hidden is not None:
                 grad_hidden[chunk] = product(grad, weight)
             if grad_weight is not None:
@@ -78,5 +80,5 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, valid: 
     hidden [T, D], weight [V, D], labels [T] int64, valid [T] bool; float32 results.
     """
     if not torch.is_grad_enabled():
-        hidden, weight = hidden.detach(), weight.detach()  # the forward computes the gradients: ask for none
-    return _LinearCrossEntropy.apply(hidden, weight, labels, valid)  # type: ignore[no-any-return]
+        hidden, weight = hidden.detach(), weight.detach()  # so that the forward computes no gradients
+    return _LinearCrossEntropy.apply(hidden, weight, labels, valid)

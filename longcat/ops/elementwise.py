@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rotary positions; their backwards recompute what is cheap instead of saving it."""
+"""RMSNorm, SwiGLU and rotary position embeddings; their backwards recompute what is cheap instead of saving it."""
 
 # T rows (tokens), D width, F expert or FFN width, S positions, H heads, R rotary width
 
@@ -15,7 +15,7 @@ from longcat.ops.fusion import Fusible
 
 @Fusible
 def _norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Products of x and float32 are float32 without a widened copy of x."""
+    """A product of x and a float32 tensor is float32 without an upcast copy of x."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
     return (x * inverse).to(x.dtype) * gain.to(x.dtype), inverse
@@ -43,25 +43,25 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) in float32, cast to x's dtype, times ``gain`` [D]: the released model's order."""
-    return _RMSNorm.apply(x, gain, eps)  # type: ignore[no-any-return]
+    """x / sqrt(mean(x²) + eps) in float32, cast to x's dtype, times ``gain`` [D]: the order of the released model."""
+    return _RMSNorm.apply(x, gain, eps)
 
 
 @Fusible
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, for the autograd functions of what it is multiplied by (`matmul`, `grouped`)."""
+    """silu(gate) · up, called inside the autograd functions of the product that follows (`matmul`, `grouped`)."""
     return silu(gate).mul_(up)
 
 
 @Fusible
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """→ the gradients by gate and up, and silu(gate) · up again."""
+    """→ the gradients of gate and up, and silu(gate) · up recomputed."""
     activation = silu(gate)
     return torch.ops.aten.silu_backward(grad * up, gate), activation * grad, activation * up
 
 
 def rotary_angles(positions: Tensor, width: int, theta: float) -> Tensor:
-    """Unit complex numbers [S, width/2] that turn the pairs at ``positions`` [S].
+    """Unit complex numbers [S, width/2] that rotate the pairs at ``positions`` [S].
 
     Pair i has frequency θ^(-2i/width).
     """
@@ -74,18 +74,18 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, angles: Tensor) -> Tensor:
         ctx.save_for_backward(angles)
-        return _turn(x, angles)
+        return _rotate(x, angles)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _turn(grads[0], ctx.saved_tensors[0].conj()), None
+        return _rotate(grads[0], ctx.saved_tensors[0].conj()), None
 
 
-def _turn(x: Tensor, angles: Tensor) -> Tensor:
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.float().contiguous().view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * angles[:, None, :]).flatten(-2).to(x.dtype)
 
 
 def rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the interleaved pairs of x [..., S, H, R] by ``angles`` [S, R/2] (`rotary_angles`), in float32."""
-    return _Rotary.apply(x, angles)  # type: ignore[no-any-return]
+    """Rotate the interleaved pairs of x [..., S, H, R] by ``angles`` [S, R/2] (`rotary_angles`), in float32."""
+    return _Rotary.apply(x, angles)

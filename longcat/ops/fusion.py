@@ -1,7 +1,7 @@
-"""Computations that a compiler may fuse: runs of elementwise steps and row sums, between tensors and without autograd.
+"""Computations that a compiler may fuse: chains of elementwise operations and row sums, outside autograd.
 
-Each is written once and works eagerly. `fuse` has torch.compile make one pass over memory of each, for the whole
-process; what calls them does not change, so fusing goes with every layout, schedule and recomputation.
+Each is written once and works eagerly. `fuse` lets torch.compile turn each into one pass over memory, for the whole
+process; their callers do not change, so fusing works with every layout, schedule and kind of recomputation.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
-VARIANTS = 64  # of one function: dtypes, numbers of dimensions, sizes of one; the compiler gives up after 8
+VARIANTS = 64  # compilations of one function (dtypes, numbers of dimensions, sizes of 1); the default limit is 8
 _FUSIBLE: list[Fusible] = []  # type: ignore[type-arg]
 
 
 class Fusible(Generic[P, R]):
-    """A function of tensors that runs as written or fused."""
+    """A function of tensors that runs eagerly or fused."""
 
     def __init__(self, function: Callable[P, R]) -> None:
         self.function = self.run = function
-        self.fused: Callable[P, R] | None = None  # made where it is first asked for: the compiler takes long to import
+        self.fused: Callable[P, R] | None = None  # created at first use: the compiler takes long to import
         update_wrapper(self, function)
         _FUSIBLE.append(self)
 
@@ -39,12 +39,12 @@ class Fusible(Generic[P, R]):
 
 
 def fuse(enabled: bool) -> None:
-    """Let everything fusible run fused from now on, or as written. A first call compiles, which takes a second or more.
+    """Let every `Fusible` run fused from now on, or eagerly. A first call compiles, which takes a second or more.
 
-    Fused results differ from unfused ones by rounding: sums over a row take another order.
+    Fused results differ from eager ones by rounding: sums over a row have another order.
     """
-    for one in _FUSIBLE:
-        one.fuse(enabled)
+    for fusible in _FUSIBLE:
+        fusible.fuse(enabled)
 
 
 @Fusible

@@ -1,7 +1,7 @@
-"""Tokens to the order of their experts and back: gathers and sums in a fixed order, never an atomic.
+"""Permute tokens into the order of their experts, and combine the results: sums in a fixed order, without atomics.
 
-The plan of one routing sorts the FFN selections by expert (stably, so by token within an expert). Identity
-experts are in no plan: they cost a multiplication where the results are combined.
+The plan of a routing sorts the FFN selections by expert (stably, so by token within an expert). Identity experts are
+not in the plan: they cost one multiplication when the results are combined.
 """
 
 # T tokens, K chosen, N FFN experts, Z identity experts, P FFN selections (rows), D width, C rows for each expert
@@ -20,33 +20,33 @@ from longcat.ops.rows import combine_rows, combine_rows_backward, gather_rows, s
 
 @dataclass(frozen=True)
 class Permutation:
-    """Where each FFN selection of a routing goes."""
+    """The row of each FFN selection of a routing, and the token and selection of each row."""
 
-    token: Tensor  # [P] the token of each row, rows sorted by (expert, token), -1 for a row of nobody
-    selection: Tensor  # [P] the flat (token · K + k) selection of each row, -1 for a row of nobody
-    place: Tensor  # [T, K] the row of each selection, -1 for an identity expert
+    token: Tensor  # [P] the token of each row, rows sorted by (expert, token), -1 for a padding row
+    selection: Tensor  # [P] the flat (token · K + k) selection of each row, -1 for a padding row
+    row_index: Tensor  # [T, K] the row of each selection, -1 for an identity expert
     counts: Tensor  # [N + Z] int64, selections of each expert; rows of each FFN expert
-    is_padded: bool = False  # there are rows of nobody
+    is_padded: bool = False  # has padding rows
 
-    def pad_to_capacity(self, room: int, num_experts: int) -> Permutation:
-        """With ``room`` C rows for each FFN expert, [N · C]: those it has, then rows of nobody.
+    def pad_to_capacity(self, capacity: int, num_experts: int) -> Permutation:
+        """The plan with ``capacity`` C rows for each FFN expert, [N · C]: its own, then padding rows.
 
-        A row of nobody is zero, no result of it is used, and its gradient is zero. For the plain operators: the kernels
-        of a GPU leave its gradient undefined.
+        A padding row is zero, its result is not used, and its gradient is zero. For the plain operators only: the GPU
+        kernels leave its gradient undefined.
         """
-        row = padded_positions(self.counts[:num_experts], room)
-        nobody = self.token.new_full((num_experts * room,), -1)
-        token, selection = nobody.index_copy(0, row, self.token), nobody.index_copy(0, row, self.selection)
-        place = torch.where(self.place >= 0, row[self.place], -1)
+        row = padded_positions(self.counts[:num_experts], capacity)
+        empty = self.token.new_full((num_experts * capacity,), -1)
+        token, selection = empty.index_copy(0, row, self.token), empty.index_copy(0, row, self.selection)
+        row_index = torch.where(self.row_index >= 0, row[self.row_index], -1)
         counts = self.counts.clone()
-        counts[:num_experts] = room
-        return Permutation(token, selection, place, counts, is_padded=True)
+        counts[:num_experts] = capacity
+        return Permutation(token, selection, row_index, counts, is_padded=True)
 
 
-def padded_positions(counts: Tensor, room: int) -> Tensor:
-    """Rows [P], sorted by expert with ``counts`` [N] each → where they stand if each expert has ``room`` rows."""
+def padded_positions(counts: Tensor, capacity: int) -> Tensor:
+    """Rows [P], sorted by expert with ``counts`` [N] each → their positions if each expert has ``capacity`` rows."""
     num_experts = counts.shape[0]
-    shift = torch.arange(num_experts) * room - (counts.cumsum(0) - counts)
+    shift = torch.arange(num_experts) * capacity - (counts.cumsum(0) - counts)
     return torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)
 
 
@@ -70,15 +70,15 @@ def _plan(
     if num_rows is None:
         num_rows = int(counts[:num_experts].sum())
     selection = order[:num_rows]
-    place = torch.full_like(flat, -1)
-    place.scatter_(0, selection, torch.arange(num_rows, device=flat.device))
-    return selection // indices.shape[1], selection.clone(), place.view(indices.shape), counts
+    row_index = torch.full_like(flat, -1)
+    row_index.scatter_(0, selection, torch.arange(num_rows, device=flat.device))
+    return selection // indices.shape[1], selection.clone(), row_index.view(indices.shape), counts
 
 
 def plan_permutation(indices: Tensor, num_experts: int, num_routed: int, num_rows: int | None = None) -> Permutation:
-    """Plan for expert numbers ``indices`` [T, K] below ``num_routed``; from ``num_experts`` on they are identity.
+    """The plan for expert numbers ``indices`` [T, K] below ``num_routed``; from ``num_experts`` on they are identity.
 
-    ``num_rows`` is the number of FFN selections where the host knows it; it waits for the device to tell otherwise.
+    ``num_rows`` is the number of FFN selections; without it the host waits for the device to count them.
     """
     return Permutation(*_plan(indices, num_experts, num_routed, num_rows))
 
@@ -86,31 +86,31 @@ def plan_permutation(indices: Tensor, num_experts: int, num_routed: int, num_row
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Permutation) -> Tensor:
-        ctx.save_for_backward(plan.place)
+        ctx.save_for_backward(plan.row_index)
         gather = gather_rows_padded if plan.is_padded else gather_rows
-        return gather(x, plan.token)  # type: ignore[no-any-return]
+        return gather(x, plan.token)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return unpermute(grads[0], *ctx.saved_tensors), None
 
 
-def unpermute(rows: Tensor, place: Tensor) -> Tensor:
-    """The adjoint of `permute`: for each token the sum of its rows, [P, D] → [T, D]."""
-    return sum_rows(rows.contiguous(), place)  # type: ignore[no-any-return]
+def unpermute(rows: Tensor, row_index: Tensor) -> Tensor:
+    """The adjoint (backward) of `permute`: for each token the sum of its rows, [P, D] → [T, D]."""
+    return sum_rows(rows.contiguous(), row_index)
 
 
 def permute(x: Tensor, plan: Permutation) -> Tensor:
     """x [T, D] → rows [P, D] sorted by expert."""
-    return _Permute.apply(x.contiguous(), plan)  # type: ignore[no-any-return]
+    return _Permute.apply(x.contiguous(), plan)
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) -> Tensor:
         rows, gates, x = rows.contiguous(), gates.contiguous(), None if x is None else x.contiguous()
-        ctx.save_for_backward(rows, gates, plan.token, plan.selection, plan.place, x)
-        return combine_rows(rows, gates, plan.place, x)  # type: ignore[no-any-return]
+        ctx.save_for_backward(rows, gates, plan.token, plan.selection, plan.row_index, x)
+        return combine_rows(rows, gates, plan.row_index, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
@@ -123,6 +123,6 @@ def combine(rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) ->
     """Σ_k gate · expert output for each token [T, D]: FFN experts from ``rows`` [P, D], identity experts from x [T, D].
 
     ``gates`` [T, K] float32 are γ·R of the selections (section 3 of the model's equations). Without ``x`` the
-    identity experts' share is left out.
+    identity experts are left out.
     """
-    return _Combine.apply(rows, gates, plan, x)  # type: ignore[no-any-return]
+    return _Combine.apply(rows, gates, plan, x)

@@ -8,11 +8,11 @@ import torch
 
 from longcat.ops.library import NAME
 
-_installed: list[torch.library.Library] = []  # a library that is collected takes its kernels with it
+_installed: list[torch.library.Library] = []  # kept alive: a garbage-collected library unregisters its kernels
 
 
 def install(device: torch.device) -> bool:
-    """Let CUDA tensors take the kernels; whether they do. Without Triton the plain versions run, and a line says so."""
+    """Register the kernels for CUDA tensors; return whether they run. Without Triton, log that plain versions run."""
     if device.type != "cuda":
         return False
     if not _installed:

@@ -1,4 +1,4 @@
-"""What the kernels share: one rounding, one order of sums, and the launch setting that keeps products unfused."""
+"""What the kernels share: rounding, the tree sum, and the launch option that keeps products unfused."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 
 UNFUSED = {"enable_fp_fusion": False}  # a product is rounded before it is added, as in the plain versions
-# Triton's interpreter cuts bfloat16 off or rounds its ties away; there the bits are rounded by hand
+# Triton's interpreter truncates to bfloat16 or rounds ties away from zero; there the bits are rounded by hand
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def power_of_two(number: int) -> int:
-    """The next power of two from ``number`` on."""
+    """The smallest power of two that is at least ``number``."""
     return 1 << (number - 1).bit_length()
 
 
@@ -28,8 +28,8 @@ def rounded(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def sum_halves(values, ROWS: tl.constexpr, STEPS: tl.constexpr):
-    """values [ROWS, 2^STEPS] → [ROWS]: the second half is added to the first until one number is left."""
+def tree_sum(values, ROWS: tl.constexpr, STEPS: tl.constexpr):
+    """values [ROWS, 2^STEPS] → [ROWS]: add the second half of the columns to the first until one is left."""
     for step in tl.static_range(STEPS):
         halves = tl.reshape(values, (ROWS, 2, 1 << (STEPS - 1 - step)))
         values = tl.sum(halves, axis=1)

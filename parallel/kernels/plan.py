@@ -1,7 +1,7 @@
-"""Kernels that count selections and sort them by expert, stably: histograms of blocks, their prefix sums, places.
+"""Kernels that count selections and sort them by expert, stably: histograms of blocks, prefix sums, row indices.
 
-A place is the expert's first row, plus the block's offset within the expert, plus how many selections before this
-one in the block chose the same expert. All are integers; each is found by comparing, and no counter is shared.
+A selection's row is the expert's first row, plus the block's offset within the expert, plus the number of earlier
+selections in the block of the same expert. All are integers found by comparisons; no program shares a counter.
 """
 
 # T tokens, K chosen, N FFN experts, Z identity experts, P FFN selections (rows), G blocks of selections
@@ -17,7 +17,7 @@ from parallel.kernels.common import power_of_two
 
 BLOCK = 128  # selections of a program
 EXPERTS = 64  # experts that a program counts at once
-SCAN = 1024  # blocks that a program adds up at once
+SCAN = 1024  # blocks that a program scans at once
 
 
 @triton.jit
@@ -45,22 +45,22 @@ def scan_kernel(histogram, counts, num_blocks, SCAN: tl.constexpr):
 
 
 @triton.jit
-def place_kernel(
-    indices, histogram, ends, counts, token, selection, place, size, num_blocks, num_experts, top_k,
+def row_index_kernel(
+    indices, histogram, ends, counts, token, selection, row_index, size, num_blocks, num_experts, top_k,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     number = tl.arange(0, BLOCK)
     flat = block * BLOCK + number
-    here = flat < size
-    chosen = tl.load(indices + flat, mask=here, other=-1).to(tl.int32)
+    in_bounds = flat < size
+    chosen = tl.load(indices + flat, mask=in_bounds, other=-1).to(tl.int32)
     earlier = (chosen[:, None] == chosen[None, :]) & (number[None, :] < number[:, None])
     rank = tl.sum(earlier.to(tl.int32), axis=1)
-    offset = tl.load(histogram + chosen * num_blocks + block, mask=here, other=0)
-    first = tl.load(ends + chosen, mask=here, other=0) - tl.load(counts + chosen, mask=here, other=0)
+    offset = tl.load(histogram + chosen * num_blocks + block, mask=in_bounds, other=0)
+    first = tl.load(ends + chosen, mask=in_bounds, other=0) - tl.load(counts + chosen, mask=in_bounds, other=0)
     row = first + offset + rank
-    is_ffn = here & (chosen < num_experts)
-    tl.store(place + flat, tl.where(is_ffn, row, -1), mask=here)
+    is_ffn = in_bounds & (chosen < num_experts)
+    tl.store(row_index + flat, tl.where(is_ffn, row, -1), mask=in_bounds)
     tl.store(selection + row, flat.to(tl.int64), mask=is_ffn)
     tl.store(token + row, (flat // top_k).to(tl.int64), mask=is_ffn)
 
@@ -68,25 +68,25 @@ def place_kernel(
 def plan(
     indices: Tensor, num_experts: int, num_routed: int, num_rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """indices [T, K] → token [P], selection [P], place [T, K], counts [N + Z]: see `longcat.ops.permute.Permutation`.
+    """indices [T, K] → token [P], selection [P], row_index [T, K], counts [N + Z] of `longcat.ops.permute.Permutation`.
 
-    Where it does not know the number of rows, the host waits for it once, when all kernels are on their way.
+    Without ``num_rows`` the host waits for the number once, after it has launched all kernels.
     """
     indices, size = indices.contiguous(), indices.numel()
     num_blocks = triton.cdiv(size, BLOCK)
     counts = torch.zeros(num_routed, dtype=torch.int64, device=indices.device)
-    room = size if num_rows is None else num_rows
-    token, selection, place = indices.new_empty(room), indices.new_empty(room), torch.empty_like(indices)
+    capacity = size if num_rows is None else num_rows
+    token, selection, row_index = indices.new_empty(capacity), indices.new_empty(capacity), torch.empty_like(indices)
     if size:
         histogram = torch.empty(num_routed, num_blocks, dtype=torch.int32, device=indices.device)
         experts = min(EXPERTS, power_of_two(num_routed))
         histogram_kernel[(num_blocks,)](indices, histogram, size, num_routed, num_blocks, BLOCK=BLOCK, EXPERTS=experts)
         scan_kernel[(num_routed,)](histogram, counts, num_blocks, SCAN=min(SCAN, power_of_two(num_blocks)))
-        place_kernel[(num_blocks,)](
-            indices, histogram, counts.cumsum(0), counts, token, selection, place,
+        row_index_kernel[(num_blocks,)](
+            indices, histogram, counts.cumsum(0), counts, token, selection, row_index,
             size, num_blocks, num_experts, indices.shape[1], BLOCK=BLOCK,
         )  # fmt: skip
     if num_rows is None:
         num_rows = int(counts[:num_experts].sum())
-        token, selection = token[:num_rows].clone(), selection[:num_rows].clone()  # not the room for all selections
-    return token, selection, place, counts
+        token, selection = token[:num_rows].clone(), selection[:num_rows].clone()  # frees the space of the others
+    return token, selection, row_index, counts

@@ -1,7 +1,7 @@
-"""Kernels that gather rows, sum them for each token, weigh them, and their backward: one program for each row or token.
+"""Kernels that gather rows and sum them per token, weighted or not, and the backward: one program per row or token.
 
-Each number of a result is written by one program, which adds in the order of `longcat/ops/rows.py`. The backward of the
-weighted sum reads a token's gradient once for all its rows.
+Each element of a result is written by one program, which adds in the order of `longcat/ops/rows.py`. The backward of
+the weighted sum reads a token's gradient once for all its rows.
 """
 
 # T tokens, K chosen, P rows (FFN selections), D width
@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from longcat.ops.library import num_partial_sums
-from parallel.kernels.common import UNFUSED, power_of_two, rounded, sum_halves
+from parallel.kernels.common import UNFUSED, power_of_two, rounded, tree_sum
 
 BLOCK = 1024  # columns of a program
 
 
 def _grid(num_rows: int, width: int) -> tuple[tuple[int, int], int]:
-    """Programs for ``num_rows`` × ``width`` numbers, and the columns of each."""
+    """The grid of programs for a tensor [``num_rows``, ``width``], and the columns of each program."""
     block = min(BLOCK, power_of_two(width))
     return (num_rows, triton.cdiv(width, block)), block
 
@@ -29,9 +29,9 @@ def _grid(num_rows: int, width: int) -> tuple[tuple[int, int], int]:
 def gather_kernel(source, index, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    here = column < width
+    in_bounds = column < width
     origin = tl.load(index + row)
-    tl.store(out + row * width + column, tl.load(source + origin * width + column, mask=here), mask=here)
+    tl.store(out + row * width + column, tl.load(source + origin * width + column, mask=in_bounds), mask=in_bounds)
 
 
 def gather_rows(source: Tensor, index: Tensor) -> Tensor:
@@ -45,19 +45,19 @@ def gather_rows(source: Tensor, index: Tensor) -> Tensor:
 
 @triton.jit
 def sum_kernel(
-    rows, gates, place, x, out, width,
+    rows, gates, row_index, x, out, width,
     K: tl.constexpr, KP: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr, IDENTITY: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = out.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    here = column < width
+    in_bounds = column < width
     total = tl.zeros((BLOCK,), tl.float32)
     for choice in tl.static_range(K):
-        row = tl.load(place + token * K + choice)
+        row = tl.load(row_index + token * K + choice)
         is_ffn = row >= 0
-        value = tl.load(rows + row * width + column, mask=here & is_ffn, other=0.0).to(tl.float32)
+        value = tl.load(rows + row * width + column, mask=in_bounds & is_ffn, other=0.0).to(tl.float32)
         if WEIGHTED:
             gate = tl.load(gates + token * K + choice, mask=is_ffn, other=0.0)
             value = value * rounded(gate, DTYPE).to(tl.float32)
@@ -65,87 +65,87 @@ def sum_kernel(
     total = rounded(total, DTYPE)
     if IDENTITY:
         choice = tl.arange(0, KP)
-        row = tl.load(place + token * K + choice, mask=choice < K, other=0)
+        row = tl.load(row_index + token * K + choice, mask=choice < K, other=0)
         gate = tl.load(gates + token * K + choice, mask=(choice < K) & (row < 0), other=0.0)
-        identity = tl.sum(sum_halves(tl.reshape(gate, (1, KP)), 1, STEPS), axis=0)
-        own = tl.load(x + token * width + column, mask=here, other=0.0).to(tl.float32)
-        total = rounded(own * identity + total.to(tl.float32), DTYPE)
-    tl.store(out + token * width + column, total, mask=here)
+        identity = tl.sum(tree_sum(tl.reshape(gate, (1, KP)), 1, STEPS), axis=0)
+        token_x = tl.load(x + token * width + column, mask=in_bounds, other=0.0).to(tl.float32)
+        total = rounded(token_x * identity + total.to(tl.float32), DTYPE)
+    tl.store(out + token * width + column, total, mask=in_bounds)
 
 
-def _sum(rows: Tensor, gates: Tensor | None, place: Tensor, x: Tensor | None) -> Tensor:
-    top_k = place.shape[1]
-    out = rows.new_empty(place.shape[0], rows.shape[1])
+def _sum(rows: Tensor, gates: Tensor | None, row_index: Tensor, x: Tensor | None) -> Tensor:
+    top_k = row_index.shape[1]
+    out = rows.new_empty(row_index.shape[0], rows.shape[1])
     if out.numel():
         grid, block = _grid(*out.shape)
         padded = power_of_two(top_k)
         sum_kernel[grid](
-            rows, rows if gates is None else gates, place, rows if x is None else x, out, out.shape[1],
+            rows, rows if gates is None else gates, row_index, rows if x is None else x, out, out.shape[1],
             K=top_k, KP=padded, STEPS=padded.bit_length() - 1, BLOCK=block,
             WEIGHTED=gates is not None, IDENTITY=x is not None, **UNFUSED,
         )  # fmt: skip
     return out
 
 
-def sum_rows(rows: Tensor, place: Tensor) -> Tensor:
-    """rows [P, D], place [T, K] (a row, or -1) → for each token the sum of its rows [T, D]."""
-    return _sum(rows, None, place, None)
+def sum_rows(rows: Tensor, row_index: Tensor) -> Tensor:
+    """rows [P, D], row_index [T, K] (a row, or -1) → for each token the sum of its rows [T, D]."""
+    return _sum(rows, None, row_index, None)
 
 
-def combine_rows(rows: Tensor, gates: Tensor, place: Tensor, x: Tensor | None) -> Tensor:
-    """rows [P, D], gates and place [T, K], x [T, D] → Σ gate · row, rounded, + Σ of the other gates · x, rounded."""
-    return _sum(rows, gates, place, x)
+def combine_rows(rows: Tensor, gates: Tensor, row_index: Tensor, x: Tensor | None) -> Tensor:
+    """rows [P, D], gates, row_index [T, K], x [T, D] → Σ gate · row, rounded, + Σ of the other gates · x, rounded."""
+    return _sum(rows, gates, row_index, x)
 
 
 @triton.jit
 def combine_backward_kernel(
-    grad, rows, gates, place, x, grad_rows, grad_gates, grad_x, width,
+    grad, rows, gates, row_index, x, grad_rows, grad_gates, grad_x, width,
     K: tl.constexpr, KP: tl.constexpr, GATE_STEPS: tl.constexpr, PARTIALS: tl.constexpr, STEPS: tl.constexpr,
     IDENTITY: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = grad_rows.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     choice = tl.arange(0, KP)
-    row = tl.load(place + token * K + choice, mask=choice < K, other=-1)
+    row = tl.load(row_index + token * K + choice, mask=choice < K, other=-1)
     gate = tl.load(gates + token * K + choice, mask=choice < K, other=0.0)
     is_ffn = row >= 0
     weight = rounded(gate, DTYPE).to(tl.float32)
     partials = tl.zeros((KP, PARTIALS), tl.float32)
-    own_partials = tl.zeros((1, PARTIALS), tl.float32)
-    identity = tl.sum(sum_halves(tl.reshape(tl.where(is_ffn, 0.0, gate), (1, KP)), 1, GATE_STEPS), axis=0)
+    identity_partials = tl.zeros((1, PARTIALS), tl.float32)
+    identity = tl.sum(tree_sum(tl.reshape(tl.where(is_ffn, 0.0, gate), (1, KP)), 1, GATE_STEPS), axis=0)
     for start in range(0, width, PARTIALS):
         column = start + tl.arange(0, PARTIALS)
-        here = column < width
-        slope = tl.load(grad + token * width + column, mask=here, other=0.0).to(tl.float32)
-        where = row[:, None] * width + column[None, :]
-        mask = is_ffn[:, None] & here[None, :]
-        value = tl.load(rows + where, mask=mask, other=0.0).to(tl.float32)
-        tl.store(grad_rows + where, rounded(slope[None, :] * weight[:, None], DTYPE), mask=mask)
-        partials += value * slope[None, :]
+        in_bounds = column < width
+        token_grad = tl.load(grad + token * width + column, mask=in_bounds, other=0.0).to(tl.float32)
+        offsets = row[:, None] * width + column[None, :]
+        mask = is_ffn[:, None] & in_bounds[None, :]
+        value = tl.load(rows + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_rows + offsets, rounded(token_grad[None, :] * weight[:, None], DTYPE), mask=mask)
+        partials += value * token_grad[None, :]
         if IDENTITY:
-            own = tl.load(x + token * width + column, mask=here, other=0.0).to(tl.float32)
-            own_partials += (own * slope)[None, :]
-            tl.store(grad_x + token * width + column, rounded(slope * identity, DTYPE), mask=here)
-    of_gate = sum_halves(partials, KP, STEPS)
-    of_identity = tl.sum(sum_halves(own_partials, 1, STEPS), axis=0)
-    tl.store(grad_gates + token * K + choice, tl.where(is_ffn, of_gate, of_identity), mask=choice < K)
+            token_x = tl.load(x + token * width + column, mask=in_bounds, other=0.0).to(tl.float32)
+            identity_partials += (token_x * token_grad)[None, :]
+            tl.store(grad_x + token * width + column, rounded(token_grad * identity, DTYPE), mask=in_bounds)
+    gate_grad = tree_sum(partials, KP, STEPS)
+    identity_gate_grad = tl.sum(tree_sum(identity_partials, 1, STEPS), axis=0)
+    tl.store(grad_gates + token * K + choice, tl.where(is_ffn, gate_grad, identity_gate_grad), mask=choice < K)
 
 
 def combine_rows_backward(
-    grad: Tensor, rows: Tensor, gates: Tensor, token: Tensor, selection: Tensor, place: Tensor, x: Tensor | None
+    grad: Tensor, rows: Tensor, gates: Tensor, token: Tensor, selection: Tensor, row_index: Tensor, x: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad [T, D] → the gradients by rows [P, D], gates [T, K] and x [T, D] (no elements without ``x``).
+    """grad [T, D] → the gradients of rows [P, D], gates [T, K] and x [T, D] (no elements without ``x``).
 
-    ``token`` and ``selection`` are the plain version's: a program here has a token, and finds its rows by ``place``.
+    Only the plain version needs ``token`` and ``selection``: a program here finds its token's rows in ``row_index``.
     """
-    num_tokens, top_k = place.shape
+    num_tokens, top_k = row_index.shape
     width = grad.shape[1]
     grad_rows, grad_gates = torch.empty_like(rows), torch.empty_like(gates)
     grad_x = grad.new_empty(0) if x is None else torch.empty_like(x)
     if num_tokens:
         padded, partials = power_of_two(top_k), num_partial_sums(width)
         combine_backward_kernel[(num_tokens,)](
-            grad, rows, gates, place, grad if x is None else x, grad_rows, grad_gates, grad_x, width,
+            grad, rows, gates, row_index, grad if x is None else x, grad_rows, grad_gates, grad_x, width,
             K=top_k, KP=padded, GATE_STEPS=padded.bit_length() - 1, PARTIALS=partials, STEPS=partials.bit_length() - 1,
             IDENTITY=x is not None, **UNFUSED,
         )  # fmt: skip

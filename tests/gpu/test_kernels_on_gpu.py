@@ -1,4 +1,4 @@
-"""Triton kernels on a GPU: the bits of the plain versions on the CPU, twice the same, and achieved bytes a second.
+"""Triton kernels on a GPU: bitwise identical to the plain versions on the CPU, repeatable; achieved bytes per second.
 
 `make test-gpu` runs this folder and prints the times. Nothing here has run yet: the project has had no GPU.
 """
@@ -76,7 +76,9 @@ def test_cuda_tensors_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert install(torch.device("cuda"))
     routing = case(torch.bfloat16)
     values = routing.draw(routing.plan.token.shape[0], routing.width)
-    assert_bits(torch.ops.longcat.sum_rows(values, routing.plan.place), rows.sum_rows(values, routing.plan.place))
+    assert_bits(
+        torch.ops.longcat.sum_rows(values, routing.plan.row_index), rows.sum_rows(values, routing.plan.row_index)
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["one_document", "documents"])
@@ -127,14 +129,14 @@ def programs(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], Callable[[], An
     gates = torch.rand(sizes.tokens, sizes.top_k, device=device)
     ids = sizes.ids().to(device)
     sums = torch.zeros_like(x)
-    places = plan.token, plan.selection, plan.place
+    plan_tensors = plan.token, plan.selection, plan.row_index
     backward = torch.ops.aten.embedding_dense_backward
     return {
         "plan": (lambda: ops.plan(indices, sizes.experts, sizes.experts + sizes.zero), None),
         "gather_rows": (lambda: ops.gather_rows(x, plan.token), lambda: x.index_select(0, plan.token)),
-        "sum_rows": (lambda: ops.sum_rows(rows, plan.place), lambda: sums.index_add_(0, plan.token, rows)),
-        "combine_rows": (lambda: ops.combine_rows(rows, gates, plan.place, x), None),
-        "combine_rows_backward": (lambda: ops.combine_rows_backward(grad, rows, gates, *places, x), None),
+        "sum_rows": (lambda: ops.sum_rows(rows, plan.row_index), lambda: sums.index_add_(0, plan.token, rows)),
+        "combine_rows": (lambda: ops.combine_rows(rows, gates, plan.row_index, x), None),
+        "combine_rows_backward": (lambda: ops.combine_rows_backward(grad, rows, gates, *plan_tensors, x), None),
         "embedding_gradient": (
             lambda: ops.embedding_gradient(grad, ids, sizes.vocabulary),
             lambda: backward(grad, ids, sizes.vocabulary, -1, False),

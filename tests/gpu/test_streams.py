@@ -39,7 +39,7 @@ CONFIG = ModelConfig(
 @pytest.fixture(autouse=True)
 def _one_rank() -> Iterator[None]:
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    install(torch.device("cuda"))  # the plain operators would hold the host up, and hide what comes too early
+    install(torch.device("cuda"))  # the plain operators would synchronise the host, and hide missing waits on streams
     make_deterministic()
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Counts from the configuration: the report's figures, and what a built model really has."""
+"""Counts from the configuration: the report's figures, and those of a built model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_counts_equal_the_built_model(preset: str) -> None:
     with torch.device("meta"):
         model = LongCat(model_config)
     built = sum(parameter.numel() for parameter in model.parameters())
-    assert built == count_parameters(model_config).with_mtp
+    counts = count_parameters(model_config)
+    assert built == counts.total + counts.mtp
 
 
 def test_flops_follow_the_ffn_experts_in_use() -> None:
@@ -52,7 +53,7 @@ def test_flops_equal_torch_s_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from longcat.init import initialise
 
-    monkeypatch.setattr("longcat.ops.grouped.BLOCK", 1)  # no rows beside the experts' own
+    monkeypatch.setattr("longcat.ops.grouped.BLOCK", 1)  # no rows but the experts' own
     config = compose(
         ["model=debug", "model.num_zero_experts=0", "model.expected_ffn_experts=3", "model.num_mtp_layers=0"]
     ).model

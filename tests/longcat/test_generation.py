@@ -1,4 +1,4 @@
-"""Generation: caches against whole forwards, greedy against transformers, drafts against no drafts."""
+"""Generation: KV caches against full forwards, greedy against transformers, with drafts against without."""
 
 from __future__ import annotations
 
@@ -46,35 +46,35 @@ def close(got: Tensor, expected: Tensor) -> bool:
     return bool((got - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-@pytest.mark.parametrize("cuts", [[1] * 9, [5, 1, 3], [QUERY_BLOCK + 20, 1, 2, QUERY_BLOCK + 5]])
-def test_logits_with_caches_equal_those_of_one_forward(cuts: list[int]) -> None:
+@pytest.mark.parametrize("counts", [[1] * 9, [5, 1, 3], [QUERY_BLOCK + 20, 1, 2, QUERY_BLOCK + 5]])
+def test_logits_with_caches_equal_those_of_one_forward(counts: list[int]) -> None:
     model = decided_model(BASE)
-    tokens = ids(BASE, sum(cuts))
+    tokens = ids(BASE, sum(counts))
     whole = model.logits(torch.tensor([tokens]))[0]
     with torch.no_grad(), Decoder(model, len(tokens)) as decoder:
-        place = 0
-        for count in cuts:
-            logits = decoder.logits(decoder.advance(tokens[place : place + count]))
-            assert close(logits, whole[place : place + count])
-            place += count
+        position = 0
+        for count in counts:
+            logits = decoder.logits(decoder.forward(tokens[position : position + count]))
+            assert close(logits, whole[position : position + count])
+            position += count
 
 
 def test_truncated_cache_equals_one_that_was_never_longer() -> None:
     model = decided_model(BASE)
     tokens = ids(BASE, 12)
     with torch.no_grad(), Decoder(model, 20) as decoder:
-        decoder.advance([*tokens[:8], 1, 2, 3])
-        decoder.cut(8)
-        logits = decoder.logits(decoder.advance(tokens[8:]))
+        decoder.forward([*tokens[:8], 1, 2, 3])
+        decoder.truncate(8)
+        logits = decoder.logits(decoder.forward(tokens[8:]))
     assert close(logits, model.logits(torch.tensor([tokens]))[0, 8:])
 
 
 def test_cache_holds_latents_and_the_model_is_restored() -> None:
     model = decided_model(replace(BASE, num_mtp_layers=1))
     with Decoder(model, 7) as decoder:
-        shapes = {tuple(cache.rows.shape) for cache in decoder.trunk}
+        shapes = {tuple(cache.rows.shape) for cache in decoder.trunk_caches}
         assert shapes == {(7, BASE.kv_lora_rank + BASE.qk_rope_head_dim)}
-        assert len(decoder.trunk) == 2 * BASE.num_layers
+        assert len(decoder.trunk_caches) == 2 * BASE.num_layers
     assert all("attend" not in vars(module) for module in model.modules() if isinstance(module, LatentAttention))
 
 
@@ -100,7 +100,7 @@ def test_greedy_equals_transformers_token_for_token(length: int) -> None:
 @pytest.mark.parametrize("num_mtp_layers", [1, 2, 3])
 @pytest.mark.parametrize("length", [2, 30])
 def test_speculative_equals_greedy(num_mtp_layers: int, length: int) -> None:
-    """A vocabulary of five: guesses of untrained MTP layers are right often and wrong often."""
+    """A vocabulary of five: drafts of untrained MTP layers are accepted often and rejected often."""
     config = replace(BASE, num_mtp_layers=num_mtp_layers, vocab_size=5)
     model = decided_model(config, seed=1)
     plain = generate(model, ids(config, length), 40, draft=False)
@@ -117,16 +117,16 @@ def test_drafts_equal_mtp_predictions_on_the_full_text() -> None:
     config = replace(BASE, num_mtp_layers=2)
     model = decided_model(config)
     assert model.mtp is not None and model.embed_tokens is not None and model.norm is not None
-    draws = Sampler(SamplingParams(temperature=1.0))
-    tokens, place = ids(config, 9), 0
+    sampler = Sampler(SamplingParams(temperature=1.0))
+    tokens, position = ids(config, 9), 0
     rounds = []
     with Decoder(model, 40) as decoder:
         for accepted in (0, 2, 1, 0, 2):
-            drafts, likely = decoder.draft(tokens, decoder.advance(tokens[place:-1]), draws)
-            rounds.append((tokens, drafts, likely))
-            place = len(tokens) - 1
+            drafts, draft_probs = decoder.draft(tokens, decoder.forward(tokens[position:-1]), sampler)
+            rounds.append((tokens, drafts, draft_probs))
+            position = len(tokens) - 1
             tokens = [*tokens, *drafts[:accepted], (drafts[-1] + 1) % config.vocab_size]
-    for tokens, drafts, likely in rounds:
+    for tokens, drafts, draft_probs in rounds:
         text = torch.tensor([tokens + drafts])
         length = len(tokens) - 1
         angles = model.angles(text)[:length]
@@ -134,22 +134,22 @@ def test_drafts_equal_mtp_predictions_on_the_full_text() -> None:
         for depth, layer in enumerate(model.mtp.layers, start=1):
             embedded = model.embed_tokens(text[:, depth : depth + length])
             states = model.mtp.norm(layer(states, embedded, angles, None))
-            expected = draws.sampling.probabilities(decoder.logits(states[0, -1:]))[0]
-            torch.testing.assert_close(likely[depth - 1], expected, rtol=1e-4, atol=1e-6)
+            expected = sampler.sampling.probabilities(decoder.logits(states[0, -1:]))[0]
+            torch.testing.assert_close(draft_probs[depth - 1], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_speculative_sampling_keeps_the_model_s_distribution() -> None:
-    likely = torch.tensor([0.6, 0.3, 0.1, 0.0], dtype=torch.float64)
-    right = torch.tensor([[0.2, 0.3, 0.1, 0.4], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
-    draws = Sampler(SamplingParams(temperature=1.0))
-    seen, stood, rounds = torch.zeros(4), 0, 20000
+    draft_probs = torch.tensor([0.6, 0.3, 0.1, 0.0], dtype=torch.float64)
+    target_probs = torch.tensor([[0.2, 0.3, 0.1, 0.4], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
+    sampler = Sampler(SamplingParams(temperature=1.0))
+    seen, accepted, rounds = torch.zeros(4), 0, 20000
     for _ in range(rounds):
-        draft = draws.draw(likely)
-        count, token = draws.verify([draft], [likely], right)
+        draft = sampler.sample(draft_probs)
+        count, token = sampler.verify([draft], [draft_probs], target_probs)
         seen[draft if count else token] += 1
-        stood += count
-    assert torch.allclose(seen / rounds, right[0].float(), atol=0.015)
-    assert stood / rounds == pytest.approx(float(torch.minimum(likely, right[0]).sum()), abs=0.015)
+        accepted += count
+    assert torch.allclose(seen / rounds, target_probs[0].float(), atol=0.015)
+    assert accepted / rounds == pytest.approx(float(torch.minimum(draft_probs, target_probs[0]).sum()), abs=0.015)
 
 
 def test_sampling_from_logits() -> None:

@@ -1,4 +1,4 @@
-"""Growth in depth: which layer starts as which, and that the grown model computes the shallow one's trunk twice."""
+"""Depth growth: which layer initialises which, and that the grown model computes the shallow trunk twice."""
 
 from __future__ import annotations
 

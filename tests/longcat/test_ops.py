@@ -67,7 +67,7 @@ def test_rms_norm() -> None:
 
 @pytest.mark.parametrize("width", [8, 5], ids=["aligned", "odd"])
 def test_gated_products_save_only_gate_and_up(width: int) -> None:
-    """silu(gate) · up by a matrix, or by each expert's: the product's input is computed again, not saved."""
+    """silu(gate) · up by a matrix, or by each expert's: the product's input is recomputed, not saved."""
     gate, up, one, several = draw(0, 4, width), draw(1, 4, width), draw(2, 7, width), draw(3, 2, 7, width)
 
     def x() -> Tensor:
@@ -101,7 +101,7 @@ def test_rotary_turns_interleaved_pairs() -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["one_document", "documents"])
 @pytest.mark.parametrize("parts", [False, True], ids=["one_pass", "blocks_of_queries"])
 def test_causal_attention(length: int, masked: bool, parts: bool) -> None:
-    """Stretches leave out the first queries, some in the middle, and the last, whose keys then get no gradient."""
+    """The ranges leave out the first queries, some in the middle, and the last, whose keys then get no gradient."""
     query, key, value = draw(0, 2, 3, length, 6), draw(1, 2, 3, length, 6), draw(2, 2, 3, length, 4)
     documents = torch.randint(0, 2, (2, length)).cumsum(1) // 8 if masked else None
     runs = [(length // 9, length // 3 + 1), (length // 2 + 1, length - length // 7)] if parts and length > 2 else None
@@ -116,11 +116,11 @@ def test_causal_attention(length: int, masked: bool, parts: bool) -> None:
 
 
 def test_causal_attention_recomputes_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept or computed again, the gradients have the same bits; then nothing of size S² is saved."""
+    """Saved or recomputed, the gradients are bitwise identical; recomputed, nothing of size S² is saved."""
     inputs = [draw(0, 2, 3, 200, 6), draw(1, 2, 3, 200, 6), draw(2, 2, 3, 200, 4)]
     results, sizes = [], []
     for limit in (200 * 4, 200 * 4 - 1):
-        monkeypatch.setattr("longcat.ops.attention.KEPT_BYTES", limit)
+        monkeypatch.setattr("longcat.ops.attention.MAX_SAVED_ROW_BYTES", limit)
         saved: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t.numel()) or t, lambda t: t):
             out = causal_attention(*inputs, 0.3, None)
@@ -165,5 +165,5 @@ def test_permute_and_combine_equal_a_loop_over_tokens(tokens: int, experts: int,
     reference = torch.stack(rows)
     assert plan.counts.tolist() == torch.bincount(indices.flatten(), minlength=experts + zero).tolist()
     torch.testing.assert_close(ours, reference)
-    if bool((plan.place >= 0).any()):
+    if bool((plan.row_index >= 0).any()):
         assert_same(ours, reference, [x, gates, scale])

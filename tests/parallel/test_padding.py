@@ -1,4 +1,4 @@
-"""Experts that are filled up to equally many rows, so that one batched product computes them, change no result."""
+"""Padding every expert to the same number of rows, so that one batched GEMM computes them, changes no result."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ EXPERTS, ZERO, WIDTH = 4, 2, 8
 
 
 def always(counts: Tensor, like: Tensor) -> int:
-    """Room for every routing and dtype."""
+    """A capacity for every routing and dtype, where `padded_capacity` would often give None."""
     return max(BLOCK, -(-int(counts.max()) // BLOCK) * BLOCK)
 
 
-def train_evened(overrides: list[str]) -> dict[str, Any]:
+def train_padded(overrides: list[str]) -> dict[str, Any]:
     import longcat.dispatch
     import parallel.expert
 
-    asked = []
+    calls = []
 
-    def noted(counts: Tensor, like: Tensor) -> int:
-        asked.append(counts.shape[0])
+    def recording(counts: Tensor, like: Tensor) -> int:
+        calls.append(counts.shape[0])
         return always(counts, like)
 
-    longcat.dispatch.padded_capacity = parallel.expert.padded_capacity = noted
-    return {**train_three_steps(overrides), "asked": len(asked)}
+    longcat.dispatch.padded_capacity = parallel.expert.padded_capacity = recording
+    return {**train_three_steps(overrides), "calls": len(calls)}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def plain() -> dict[str, Any]:
     ids=["alone", "all_to_all", "all_gather", "chunks_recomputed"],
 )
 def test_training_with_padding_is_the_same(layout: list[str], plain: dict[str, Any]) -> None:
-    for found in run_ranks(train_evened, 2 if layout else 1, [*MODEL, "model.num_experts=6", *layout]):
-        assert found["asked"] > 0
+    for found in run_ranks(train_padded, 2 if layout else 1, [*MODEL, "model.num_experts=6", *layout]):
+        assert found["calls"] > 0
         for name, reference in plain["grads"].items():
             error = torch.linalg.vector_norm(found["grads"][name] - reference)
             assert error <= 2e-6 * torch.linalg.vector_norm(reference) + 1e-12, name
@@ -71,12 +71,12 @@ def test_padding_rows_contribute_nothing_and_receive_zeros(tokens: int, top_k: i
     indices = torch.rand(tokens, EXPERTS + ZERO, generator=torch.Generator().manual_seed(tokens)).topk(top_k).indices
     x, gates, weight = draw(0, tokens, WIDTH), draw(1, tokens, top_k), draw(2, EXPERTS, WIDTH, WIDTH)
     plan = plan_permutation(indices, EXPERTS, EXPERTS + ZERO)
-    room = always(plan.counts[:EXPERTS], x) + BLOCK  # more than the busiest needs
-    pad_to_capacity = plan.pad_to_capacity(room, EXPERTS)
-    assert pad_to_capacity.counts[:EXPERTS].tolist() == [room] * EXPERTS
-    assert torch.equal(pad_to_capacity.counts[EXPERTS:], plan.counts[EXPERTS:])
+    capacity = always(plan.counts[:EXPERTS], x) + BLOCK  # more than the busiest needs
+    padded = plan.pad_to_capacity(capacity, EXPERTS)
+    assert padded.counts[:EXPERTS].tolist() == [capacity] * EXPERTS
+    assert torch.equal(padded.counts[EXPERTS:], plan.counts[EXPERTS:])
     results = []
-    for one in (plan, pad_to_capacity):
+    for one in (plan, padded):
         rows = grouped_linear(permute(x, one), weight, one.counts[:EXPERTS].cumsum(0).int())
         rows.retain_grad()
         out = combine(rows, gates, one, x)
@@ -93,9 +93,9 @@ def test_batched_product_equals_one_product_per_expert(dtype: torch.dtype) -> No
     rows, weight = draw(0, 4 * BLOCK, 8).to(dtype), draw(1, 4, 8, 16).to(dtype)
     grad, ends = draw(2, 4 * BLOCK, 16).to(dtype), torch.arange(BLOCK, 5 * BLOCK, BLOCK, dtype=torch.int32)
     each = [slice(end - BLOCK, end) for end in ends.tolist()]
-    apart = torch.cat([rows[part].double() @ weight[number].double() for number, part in enumerate(each)])
+    separate = torch.cat([rows[part].double() @ weight[number].double() for number, part in enumerate(each)])
     summed = torch.stack([grad[part].double().t() @ rows[part].double() for part in each])
-    torch.testing.assert_close(grouped_product(rows, weight, ends), apart.to(dtype))
+    torch.testing.assert_close(grouped_product(rows, weight, ends), separate.to(dtype))
     torch.testing.assert_close(grouped_sum(grad, rows, ends), summed.to(dtype))
 
 
@@ -110,11 +110,11 @@ def test_capacity_is_padded_only_where_it_pays() -> None:
 def test_rows_reach_their_experts_and_return() -> None:
     received = torch.tensor([[2, 0, 3], [1, 2, 0]])  # from 2 ranks for 3 experts
     rows = torch.arange(1.0, 9.0)[:, None]
-    arrival = ReceiveOrder(received, 8, room=4)
-    there, back = arrival.move(to_experts=True), arrival.move(to_experts=False)
+    order = ReceiveOrder(received, 8, 4)
+    there, back = order.move(to_experts=True), order.move(to_experts=False)
     at_experts = there.there(rows)
     assert at_experts[:, 0].tolist() == [1, 2, 6, 0, 7, 8, 0, 0, 3, 4, 5, 0]
-    assert arrival.counts.tolist() == [4, 4, 4]
+    assert order.counts.tolist() == [4, 4, 4]
     assert torch.equal(back.there(at_experts), rows)
     assert torch.equal(there.back(at_experts, *there.saved()), rows)
     assert torch.equal(back.back(rows, *back.saved()), at_experts)

@@ -96,6 +96,6 @@ def test_negative_zeros_and_infinities() -> None:
     plan = plan_permutation(torch.tensor([[0, 2], [1, 0], [2, 2]]), 2, 3)
     rows = torch.tensor([[-0.0, -0.0, float("inf")], [1.0, -0.0, 2.0], [-1.0, -0.0, 3.0]], dtype=torch.bfloat16)
     gates, x = torch.full((3, 2), 0.5), torch.full((3, 3), -0.0, dtype=torch.bfloat16)
-    plain = torch.ops.longcat.combine_rows(rows, gates, plan.place, x)
-    assert_bits(kernels.combine_rows(rows, gates, plan.place, x), plain)
+    plain = torch.ops.longcat.combine_rows(rows, gates, plan.row_index, x)
+    assert_bits(kernels.combine_rows(rows, gates, plan.row_index, x), plain)
     assert torch.isfinite(plain).sum() == plain.numel() - 1

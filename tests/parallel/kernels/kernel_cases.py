@@ -23,13 +23,13 @@ def assert_bits(ours: Tensor, plain: Tensor) -> None:
 
 
 def tensors(plan: Permutation) -> tuple[Tensor, ...]:
-    """What the operator that plans gives."""
-    return plan.token, plan.selection, plan.place, plan.counts
+    """The outputs of the `plan` operator."""
+    return plan.token, plan.selection, plan.row_index, plan.counts
 
 
 @dataclass(frozen=True)
 class Case:
-    """A routing of random numbers; ``skew`` prefers the first FFN experts (or, below zero, shuns all of them)."""
+    """A routing of random numbers; ``skew`` prefers the first FFN experts (below zero, it avoids all of them)."""
 
     tokens: int
     experts: int
@@ -71,8 +71,8 @@ def check_plan(case: Case) -> None:
     from parallel.kernels.plan import plan
 
     ours = plan(case.indices.to(case.device), case.experts, case.experts + case.zero)
-    for mine, theirs in zip(ours, tensors(case.plan), strict=True):
-        assert_bits(mine, theirs)
+    for mine, expected in zip(ours, tensors(case.plan), strict=True):
+        assert_bits(mine, expected)
 
 
 def check_gather(case: Case) -> None:
@@ -86,7 +86,7 @@ def check_sum(case: Case) -> None:
     from parallel.kernels.rows import sum_rows
 
     rows = case.draw(case.plan.token.shape[0], case.width)
-    assert_bits(sum_rows(rows, case.plan.place), torch.ops.longcat.sum_rows(rows.cpu(), case.plan.place.cpu()))
+    assert_bits(sum_rows(rows, case.plan.row_index), torch.ops.longcat.sum_rows(rows.cpu(), case.plan.row_index.cpu()))
 
 
 def check_combine(case: Case, identity: bool) -> None:
@@ -94,21 +94,23 @@ def check_combine(case: Case, identity: bool) -> None:
 
     plan, plain = case.plan, torch.ops.longcat
     rows = case.draw(plan.token.shape[0], case.width)
-    gates = case.draw(*plan.place.shape, dtype=torch.float32)
+    gates = case.draw(*plan.row_index.shape, dtype=torch.float32)
     x = case.draw(case.tokens, case.width) if identity else None
     grad = case.draw(case.tokens, case.width)
-    there = rows.cpu(), gates.cpu()
-    x_there = None if x is None else x.cpu()
-    assert_bits(combine_rows(rows, gates, plan.place, x), plain.combine_rows(*there, plan.place.cpu(), x_there))
-    places = plan.token, plan.selection, plan.place
-    ours = combine_rows_backward(grad, rows, gates, *places, x)
-    theirs = plain.combine_rows_backward(grad.cpu(), *there, *(part.cpu() for part in places), x_there)
-    for mine, other in zip(ours, theirs, strict=True):
-        assert_bits(mine, other)
+    cpu_inputs = rows.cpu(), gates.cpu()
+    cpu_x = None if x is None else x.cpu()
+    assert_bits(
+        combine_rows(rows, gates, plan.row_index, x), plain.combine_rows(*cpu_inputs, plan.row_index.cpu(), cpu_x)
+    )
+    indices = plan.token, plan.selection, plan.row_index
+    ours = combine_rows_backward(grad, rows, gates, *indices, x)
+    expected = plain.combine_rows_backward(grad.cpu(), *cpu_inputs, *(part.cpu() for part in indices), cpu_x)
+    for mine, wanted in zip(ours, expected, strict=True):
+        assert_bits(mine, wanted)
 
 
 def check_embedding(places: int, num_rows: int, width: int, dtype: torch.dtype, seed: int, device: str = "cpu") -> None:
-    """Ids of which low ones are frequent, and some stand beyond the table."""
+    """Ids of which low ones are frequent, and some are out of range."""
     from parallel.kernels.embedding import embedding_gradient
 
     case = Case(0, 1, 0, 1, width, dtype, 0.0, seed, device)

@@ -1,4 +1,4 @@
-"""Triton kernels give the bits of their plain versions in the interpreter, and compile for GPUs without an atomic."""
+"""Triton kernels are bitwise identical to their plain versions in the interpreter, and compile without atomics."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from longcat.ops.embedding import embedding
-from longcat.ops.library import sum_halves, sum_into_partials
+from longcat.ops.library import sum_into_partials, tree_sum
 
 triton = pytest.importorskip("triton", reason="needs the triton package, which .[dev] brings")
 ROOT = Path(__file__).resolve().parents[3]
 ATOMIC = re.compile(r"^\s*(@\S+\s+)?(atom|red)\b.*", re.MULTILINE)
-# In bfloat16 sm_80 multiplies by a fused sum with -0, which rounds once, as a product does
+# In bfloat16, sm_80 multiplies by a fused sum with -0, which rounds once, as a product does
 FUSED = re.compile(r"\bfma\.\S*f32")
 ROW_TYPES = ("fp32", "bf16")
 
@@ -43,14 +43,14 @@ def compilations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     found: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {}
     for dtype in ROW_TYPES:
         row, index = f"*{dtype}", "*i64"
-        sums = {"rows": row, "gates": "*fp32", "place": index, "x": row, "out": row, "width": "i32"}
+        sums = {"rows": row, "gates": "*fp32", "row_index": index, "x": row, "out": row, "width": "i32"}
         for weighted, identity in ((False, False), (True, False), (True, True)):
             constants = {"K": 12, "KP": 16, "STEPS": 4, "BLOCK": 1024, "WEIGHTED": weighted, "IDENTITY": identity}
             found[f"sum-{weighted}-{identity}-{dtype}"] = rows.sum_kernel, sums, constants
-        backward = {"grad": row, "rows": row, "gates": "*fp32", "place": index, "x": row}
+        backward = {"grad": row, "rows": row, "gates": "*fp32", "row_index": index, "x": row}
         backward |= {"grad_rows": row, "grad_gates": "*fp32", "grad_x": row, "width": "i32"}
         for identity in (False, True):
-            constants = {"K": 12, "KP": 16, "GATE_STEPS": 4, "LANES": 256, "STEPS": 8, "IDENTITY": identity}
+            constants = {"K": 12, "KP": 16, "GATE_STEPS": 4, "PARTIALS": 256, "STEPS": 8, "IDENTITY": identity}
             found[f"combine_backward-{identity}-{dtype}"] = rows.combine_backward_kernel, backward, constants
         gather = {"source": row, "index": index, "out": row, "width": "i32"}
         found[f"gather-{dtype}"] = rows.gather_kernel, gather, {"BLOCK": 1024}
@@ -64,10 +64,10 @@ def compilations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     found["histogram"] = plan.histogram_kernel, histogram, {"BLOCK": plan.BLOCK, "EXPERTS": plan.EXPERTS}
     scan = {"histogram": "*i32", "counts": "*i64", "num_blocks": "i32"}
     found["scan"] = plan.scan_kernel, scan, {"SCAN": 512}
-    place = {"indices": "*i64", "histogram": "*i32"}
-    place |= dict.fromkeys(("ends", "counts", "token", "selection", "place"), "*i64")
-    place |= dict.fromkeys(("size", "num_blocks", "num_experts", "top_k"), "i32")
-    found["place"] = plan.place_kernel, place, {"BLOCK": plan.BLOCK}
+    row_index = {"indices": "*i64", "histogram": "*i32"}
+    row_index |= dict.fromkeys(("ends", "counts", "token", "selection", "row_index"), "*i64")
+    row_index |= dict.fromkeys(("size", "num_blocks", "num_experts", "top_k"), "i32")
+    found["row_index"] = plan.row_index_kernel, row_index, {"BLOCK": plan.BLOCK}
     return found
 
 
@@ -79,8 +79,8 @@ def test_kernels_compile_without_atomics_or_fused_sums(capability: int) -> None:
 
     for name, (kernel, types, constants) in compilations().items():
         signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-        whole = [["tt.divisibility", 16]]  # as at a launch: aligned memory, widths of whole vectors
-        aligned = {(place,): whole for place, argument in enumerate(kernel.arg_names) if argument in types}
+        whole = [["tt.divisibility", 16]]  # as at a launch: aligned memory, widths in whole vectors
+        aligned = {(index,): whole for index, argument in enumerate(kernel.arg_names) if argument in types}
         source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
         target = GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
@@ -88,7 +88,7 @@ def test_kernels_compile_without_atomics_or_fused_sums(capability: int) -> None:
         ptx = compiled.asm["ptx"]
         assert f".target sm_{capability}" in ptx, name
         assert not ATOMIC.search(ptx), f"{name}: {ATOMIC.search(ptx)}"
-        assert not FUSED.search(ptx), f"{name}: a fused product and sum would round otherwise than the plain version"
+        assert not FUSED.search(ptx), f"{name}: a fused product and sum rounds differently from the plain version"
 
 
 def test_the_search_for_atomics_finds_one() -> None:
@@ -99,7 +99,7 @@ def test_the_search_for_atomics_finds_one() -> None:
 
 @pytest.mark.parametrize("width", [1, 3, 256, 600])
 def test_the_order_of_a_products_sum_is_the_documented_one(width: int) -> None:
-    """Lane by lane, then halves, spelled out with Python's loops."""
+    """Partial sums, then their tree sum, spelled out with Python's loops."""
     values = torch.randn(3, width)
     size = min(256, 1 << (width - 1).bit_length())
     wanted = []
@@ -111,7 +111,7 @@ def test_the_order_of_a_products_sum_is_the_documented_one(width: int) -> None:
             half = len(partials) // 2
             partials = [a + b for a, b in zip(partials[:half], partials[half:], strict=True)]
         wanted.append(partials[0])
-    assert torch.equal(sum_halves(sum_into_partials(values))[:, 0], torch.stack(wanted))
+    assert torch.equal(tree_sum(sum_into_partials(values))[:, 0], torch.stack(wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -119,7 +119,7 @@ def test_embedding_gradient_is_rounded_once(dtype: torch.dtype) -> None:
     """A row used 2,000 times has the sum of 2,000 numbers to the last place, where adding in bfloat16 stalls."""
     ids = torch.cat((torch.zeros(2000, dtype=torch.int64), torch.tensor([4, 2, 7])))
     weight = torch.zeros(5, 3, dtype=dtype, requires_grad=True)
-    rows = embedding(ids, weight, beyond=True)
+    rows = embedding(ids, weight, allow_out_of_range=True)
     upstream = torch.rand(rows.shape).to(dtype)
     (grad,) = torch.autograd.grad(rows, weight, upstream)
     wanted = torch.zeros(6, 3, dtype=torch.float64).index_add_(0, ids.clamp_max(5), upstream.double())[:5]

@@ -1,0 +1,135 @@
+"""Two of torch's own functions beside this project's: chunked linear cross-entropy, and operator registration.
+
+    python -m benchmarks.libraries                     # 2 threads, T = 2,048, D = 512, V = 8,192 and 131,072
+    python -m benchmarks.libraries --rounds 5 --vocabularies 8192
+
+Errors are relative to float64, over the first 256 tokens: the largest of |loss| and the norms of both gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from functools import partial
+from timeit import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import LinearCrossEntropyOptions
+from torch.nn.functional import cross_entropy
+from torch.nn.functional import linear_cross_entropy as torch_linear_cross_entropy
+
+from benchmarks.common import alternate, print_json, print_table
+from longcat.ops.cross_entropy import chunk_rows, linear_cross_entropy
+from longcat.ops.rows import gather_rows
+
+TOKENS, WIDTH, COMPARED_TOKENS, IGNORED = 2048, 512, 256, -100
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [T, D], weight [V, D], labels [T] → Σ of the losses
+
+
+def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    valid = labels != IGNORED
+    return linear_cross_entropy(hidden, weight, labels.clamp_min(0), valid)[0]
+
+
+def torch_auto(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """torch's chunked function with the settings that it picks itself."""
+    options = LinearCrossEntropyOptions()
+    return torch_linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
+
+
+def torch_same_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """torch's chunked function with our chunks and its most accurate policy."""
+    options = LinearCrossEntropyOptions(
+        batch_chunk_size=chunk_rows(weight), chunking_method=None, acc_policy="accurate", acc_dtype=torch.float32
+    )
+    return torch_linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
+
+
+LOSSES: dict[str, Loss] = {"ours": ours, "torch, auto": torch_auto, "torch, accurate, our chunks": torch_same_chunks}
+
+
+def inputs(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [T, D], weight [V, D], labels [T] of which one in ten does not count."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    weight = (0.05 * torch.randn(vocabulary, WIDTH, generator=generator)).to(dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (TOKENS,), generator=generator)
+    return hidden, weight, labels.masked_fill(torch.rand(TOKENS, generator=generator) < 0.1, IGNORED)
+
+
+def results(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total = loss(hidden, weight, labels)
+    return total.detach(), *torch.autograd.grad(total, (hidden, weight))
+
+
+def relative_error(loss: Loss, vocabulary: int, dtype: torch.dtype) -> list[float]:
+    """Of the loss, the gradient by the hidden states and the gradient by the head."""
+    hidden, weight, labels = inputs(vocabulary, dtype)
+    hidden, labels = hidden.detach()[:COMPARED_TOKENS].requires_grad_(), labels[:COMPARED_TOKENS]
+    exact = [one.detach().double().requires_grad_() for one in (hidden, weight)]
+    reference = results(lambda x, w, y: cross_entropy(x @ w.t(), y, reduction="sum"), exact[0], exact[1], labels)
+    found = results(loss, hidden, weight, labels)
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, reference, strict=True)]
+
+
+def compare_losses(vocabularies: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Seconds of forward and backward, peak memory and errors of each function, by vocabulary and dtype."""
+    rows = []
+    for vocabulary in vocabularies:
+        for dtype in (torch.float32, torch.bfloat16):
+            tensors = inputs(vocabulary, dtype)
+            programs = {name: partial(results, loss, *tensors) for name, loss in LOSSES.items()}
+            timed = alternate(programs, rounds)
+            same = {name: all(map(torch.equal, program(), programs["ours"]())) for name, program in programs.items()}
+            rows += [
+                {"V": vocabulary, "dtype": str(dtype).removeprefix("torch."), "function": name,
+                 "seconds": timed[name].median, "peak_gib": timed[name].peak_gib, "same_bits": same[name],
+                 "errors": relative_error(loss, vocabulary, dtype)}
+                for name, loss in LOSSES.items()
+            ]  # fmt: skip
+    return rows
+
+
+@torch.library.custom_op("longcat_benchmark::gather_rows", mutates_args=())
+def custom_gather_rows(source: Tensor, index: Tensor) -> Tensor:
+    return source.index_select(0, index)
+
+
+def compare_calls(number: int = 20000) -> dict[str, float]:
+    """Microseconds of one call that gathers 4 rows of 4 numbers: the least of 7 averages."""
+    source, index = torch.randn(4, 4), torch.arange(4)
+    calls: dict[str, Callable[[], Any]] = {
+        "index_select": lambda: source.index_select(0, index),
+        "our registration": lambda: gather_rows(source, index),
+        "torch.library.custom_op": lambda: custom_gather_rows(source, index),
+    }
+    return {name: min(repeat(call, number=number, repeat=7)) / number * 1e6 for name, call in calls.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 131072])
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", message="linear_cross_entropy")
+    calls = compare_calls()
+    print_table("one call of an operator", ["how", "µs"], [[name, f"{took:.2f}"] for name, took in calls.items()])
+    losses = compare_losses(args.vocabularies, args.rounds)
+    table = [
+        [f"{row['V']:,}", row["dtype"], row["function"], f"{row['seconds']:.2f}",
+         "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}", "yes" if row["same_bits"] else "no",
+         *(f"{error:.1e}" for error in row["errors"])]
+        for row in losses
+    ]  # fmt: skip
+    columns = ["V", "dtype", "function", "s", "peak GiB", "our bits", "loss", "∂hidden", "∂weight"]
+    print_table(f"forward and backward, {TOKENS:,} tokens of width {WIDTH}, {args.threads} threads", columns, table)
+    print_json("libraries", {"call_microseconds": calls, "losses": losses})
+
+
+if __name__ == "__main__":
+    main()
