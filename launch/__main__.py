@@ -12,7 +12,7 @@ USAGE = """usage: longcat VERB [key=value …]
 
 {verbs}
 
-longcat VERB --help describes one verb; docs/user_guide.md describes all of them.
+longcat VERB --help describes one verb; docs/guide/README.md is the guide.
 """
 
 

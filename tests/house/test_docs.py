@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.__main__ import VERBS
+from launch.options import split_options
 from tests.house import reference
-from train.compose import compose, leaf_keys
+from train.compose import check_keys, compose, leaf_keys
 from train.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = compose([])
 KEYS = (ROOT / "docs" / "reference" / "keys.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("CONTRIBUTING.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+# Records of the past name files as they were
+CURRENT = [page for page in PAGES if not re.search("decisions|architecture|claims", page.relative_to(ROOT).as_posix())]
+FOLDERS = "longcat|parallel|train|launch|configs|tests|benchmarks|docs|examples"
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+by_current_page = pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 def _value(config: Config, key: str) -> Any:
@@ -35,3 +44,64 @@ def test_key_is_on_the_page_with_default_and_meaning(key: str) -> None:
     default = _value(DEFAULTS, key)
     assert isinstance(default, bool) or not isinstance(default, int | float) or float(row[1]) == default
     assert row[2], f"{key} has no comment in its dataclass"
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"`|\[|\]\([^)]*\)", "", title.lower())).replace(" ", "-") for title in titles
+    }
+
+
+def _commands(page: Path) -> list[list[str]]:
+    """Words of each `longcat …` or `torchrun … -m train …` line of a page's code blocks, without placeholders."""
+    text, commands = page.read_text(encoding="utf-8"), []
+    for line in re.findall(r"^(?:    )?((?:longcat|torchrun) .*)$", text, re.MULTILINE):
+        words = shlex.split(re.sub(r"\s#.*", "", line))
+        if words[0] == "torchrun":
+            words = ["longcat", "train", *words[words.index("train") + 1 :]]
+        commands.append([word for word in words[1:] if word != "…"])
+    return commands
+
+
+@by_page
+def test_links_and_anchors_resolve(page: Path) -> None:
+    text = re.sub(r"`[^`]*`|^    .*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        if ":" in name:
+            continue
+        target = (page.parent / name) if name else page
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@by_current_page
+def test_named_files_and_modules_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    paths = set(re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w/.-]*\w", text))
+    paths |= {
+        f"{module.replace('.', '/')}.py" for module in re.findall(r"python -m ((?:benchmarks|tests)\.[\w.]*\w)", text)
+    }
+    names = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    missing = {path for path in paths if not (ROOT / path).exists() and not (ROOT / f"{path}.py").exists()}
+    missing |= {name for name in re.findall(r"`(\w+\.py)`", text) if name not in names}
+    assert not missing
+
+
+@by_current_page
+def test_commands_parse(page: Path) -> None:
+    for verb, *words in _commands(page):
+        assert verb in VERBS, f"longcat {verb} is no verb"
+        if verb == "data":
+            assert words.pop(0) == "build"
+        if verb in reference.VERBS:
+            _, words = split_options(reference.VERBS[verb], words)
+            assert verb == "import" or not words, f"longcat {verb} has no options {words}"
+        if verb == "train" and "-m" in words:
+            check_keys([word for word in words if word != "-m"])
+        elif verb in ("train", "data", "counts", "import"):
+            compose(words)
