@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longcat.config import ModelConfig
-from longcat.interfaces import UNSHARDED_SEQUENCE, Sequence
+from longcat.interfaces import SequenceModule
 from longcat.layers import Linear, RMSNorm
 from longcat.ops.attention import causal_attention
 from longcat.ops.elementwise import rotary
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(SequenceModule):
     """MLA: queries, keys and values are expanded from small normed latents; all heads share one rotary key."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -29,7 +29,6 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, d)
-        self.sequence: Sequence = UNSHARDED_SEQUENCE
 
     def forward(self, x: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
         """x [B, s, D], angles [S, rotary/2] complex, documents [B, S] or None → [B, s, D].
@@ -50,11 +49,11 @@ class LatentAttention(nn.Module):
         """query [B, q, H·C] and latents [B, S, R + rotary] → the heads' outputs [B, q, H·V]."""
         config = self.config
         nope, rope, width = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        runs = self.sequence.runs(latents.shape[1])
+        ranges = self.sequence.ranges(latents.shape[1])
         latent, k_rope = latents.split((config.kv_lora_rank, rope), -1)
         k_nope, value = self.kv_b_proj(latent).unflatten(-1, (-1, nope + width)).split((nope, width), -1)
         q_nope, q_rope = query.unflatten(-1, (-1, nope + rope)).split((nope, rope), -1)
-        query_angles = torch.cat([angles[start:stop] for start, stop in runs])
+        query_angles = torch.cat([angles[start:stop] for start, stop in ranges])
         k_rope = rotary(k_rope[:, :, None], angles).expand(-1, -1, k_nope.shape[2], -1)
         out = causal_attention(
             torch.cat((q_nope, rotary(q_rope, query_angles)), -1).transpose(1, 2).contiguous(),
@@ -62,6 +61,6 @@ class LatentAttention(nn.Module):
             value.transpose(1, 2).contiguous(),
             config.softmax_scale * config.query_scale,  # α_q multiplies both parts of the query, hence the scores
             documents,
-            runs,
+            ranges,
         )
         return out.transpose(1, 2).flatten(2)

@@ -1,7 +1,8 @@
-"""The seams at which `parallel/` takes over: positions of a sequence, the vocabulary, weight gradients.
+"""What `parallel/` replaces in a model: positions of a sequence, vocabulary, dispatcher, store of weight gradients.
 
-Each is a small interface with its one-process version, which is the default and does nothing. The model calls
-them and never asks where it runs. The fourth seam, the way of tokens to their experts, stands in `dispatch.py`.
+Each is a small interface; its one-process version is the default. A module that uses one inherits the class that holds
+it (`SequenceModule`, ...), and `install` sets it in a whole model. The model never asks where it runs. The dispatcher's
+interface is in `dispatch.py`.
 """
 
 # B sequences, S all positions, q positions whose queries are computed here, s positions whose residual is held here,
@@ -15,11 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from longcat.dispatch import Dispatcher
 from longcat.ops.cross_entropy import linear_cross_entropy
 from longcat.ops.embedding import embedding
 
 
-class Sequence(Protocol):
+class SequenceSharding(Protocol):
     """How the positions of a micro-batch are spread over processes.
 
     Three sets of positions nest: the residual stream lives on s of them, a process computes the queries of q, and
@@ -28,7 +30,7 @@ class Sequence(Protocol):
 
     num_shards: int  # processes that share the tokens of a micro-batch
 
-    def runs(self, length: int) -> list[tuple[int, int]]:
+    def ranges(self, length: int) -> list[tuple[int, int]]:
         """(start, stop) of the q positions in the sequence of ``length``, in the order in which they are held."""
 
     def positions(self, length: int) -> Tensor:
@@ -61,7 +63,7 @@ class UnshardedSequence:
 
     num_shards = 1
 
-    def runs(self, length: int) -> list[tuple[int, int]]:
+    def ranges(self, length: int) -> list[tuple[int, int]]:
         return [(0, length)]
 
     def positions(self, length: int) -> Tensor:
@@ -89,7 +91,7 @@ class UnshardedSequence:
         return handle  # type: ignore[no-any-return]
 
 
-class Vocabulary(Protocol):
+class VocabularySharding(Protocol):
     """Look-up and cross-entropy over a vocabulary whose rows may be spread over processes."""
 
     def lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
@@ -125,11 +127,49 @@ def local_tensor(weight: Tensor) -> Tensor:
     return weight if spread is None else spread()
 
 
-def parts(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that hold a seam, for `parallel/` to put its own into."""
-    seams = ("sequence", "vocabulary", "dispatcher", "gradients")
-    return [module for module in model.modules() if any(seam in vars(module) for seam in seams)]
-
-
 UNSHARDED_SEQUENCE = UnshardedSequence()
 UNSHARDED_VOCABULARY = UnshardedVocabulary()
+
+
+class SequenceModule(nn.Module):
+    """A module that works on a process's share of the positions."""
+
+    sequence: SequenceSharding = UNSHARDED_SEQUENCE
+
+
+class VocabularyModule(nn.Module):
+    """A module that uses embedding or head."""
+
+    vocabulary: VocabularySharding = UNSHARDED_VOCABULARY
+
+
+class WeightGradModule(nn.Module):
+    """A module whose weight gradients can be deferred. None: the backward computes them at once."""
+
+    weight_grad_store: WeightGradStore | None = None
+
+
+class DispatcherModule(nn.Module):
+    """A module that sends tokens to their experts."""
+
+    dispatcher: Dispatcher
+
+
+def install(
+    model: nn.Module,
+    *,
+    sequence: Callable[[str], SequenceSharding] | None = None,
+    vocabulary: Callable[[str], VocabularySharding] | None = None,
+    dispatcher: Callable[[str], Dispatcher] | None = None,
+    weight_grad_store: Callable[[str], WeightGradStore] | None = None,
+) -> None:
+    """Set what is given in every module of ``model`` that uses it, in place: each a function of the module's name."""
+    for name, module in model.named_modules():
+        if sequence is not None and isinstance(module, SequenceModule):
+            module.sequence = sequence(name)
+        if vocabulary is not None and isinstance(module, VocabularyModule):
+            module.vocabulary = vocabulary(name)
+        if dispatcher is not None and isinstance(module, DispatcherModule):
+            module.dispatcher = dispatcher(name)
+        if weight_grad_store is not None and isinstance(module, WeightGradModule):
+            module.weight_grad_store = weight_grad_store(name)

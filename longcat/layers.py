@@ -10,31 +10,23 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from longcat.interfaces import (
-    UNSHARDED_SEQUENCE,
-    UNSHARDED_VOCABULARY,
-    Sequence,
-    Vocabulary,
-    WeightGradStore,
-    local_tensor,
-)
+from longcat.interfaces import SequenceModule, VocabularyModule, WeightGradModule, local_tensor
 from longcat.ops.elementwise import rms_norm
 from longcat.ops.matmul import StoreWeightGrad, gated_linear, linear
 
 
-def deferral(module: nn.Module, name: str) -> StoreWeightGrad | None:
+def deferral(module: WeightGradModule, name: str) -> StoreWeightGrad | None:
     """Where the gradient of ``module``'s parameter ``name`` is to be left by the backward; None = compute it there."""
-    gradients: WeightGradStore | None = module.gradients  # type: ignore[assignment]
-    return None if gradients is None else partial(gradients.put, module, name)
+    store = module.weight_grad_store
+    return None if store is None else partial(store.put, module, name)
 
 
-class Linear(nn.Module):
+class Linear(WeightGradModule):
     """y = x Wᵀ without bias; weight [out, in]."""
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
-        self.gradients: WeightGradStore | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, local_tensor(self.weight), deferral(self, "weight"))
@@ -59,21 +51,19 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class Embedding(nn.Module):
+class Embedding(SequenceModule, VocabularyModule):
     """Token ids [B, S] → rows [B, s, D] of the positions that are here; weight [V, D]."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
-        self.sequence: Sequence = UNSHARDED_SEQUENCE
-        self.vocabulary: Vocabulary = UNSHARDED_VOCABULARY
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows = self.vocabulary.lookup(self.sequence.select(tokens), local_tensor(self.weight))
         return self.sequence.reduce(rows)
 
 
-class FeedForward(nn.Module):
+class FeedForward(SequenceModule):
     """down(silu(gate x) · up x)."""
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -81,7 +71,6 @@ class FeedForward(nn.Module):
         self.gate_proj = Linear(width, hidden)
         self.up_proj = Linear(width, hidden)
         self.down_proj = GatedLinear(hidden, width)
-        self.sequence: Sequence = UNSHARDED_SEQUENCE
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, s, D] → [B, s, D]."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
-from longcat.interfaces import UNSHARDED_SEQUENCE, UNSHARDED_VOCABULARY, Sequence, Vocabulary, local_tensor
+from longcat.interfaces import SequenceModule, VocabularyModule, local_tensor
 from longcat.layer import MTPLayer, ShortcutLayer
 from longcat.layers import Embedding, Linear, RMSNorm
 from longcat.moe import Router, RoutingStatistics
@@ -58,7 +58,7 @@ class MTP(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class LongCat(nn.Module):
+class LongCat(SequenceModule, VocabularyModule):
     """A LongCat-Flash model without values (see `longcat.init`).
 
     ``balance_groups`` is D of the balance loss: a setting of the model, never read from the layout. ``part`` is
@@ -83,8 +83,6 @@ class LongCat(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if part.head else None
         self.lm_head = Linear(config.hidden_size, config.vocab_size) if part.head else None
         self.mtp = MTP(config) if predicts else None
-        self.sequence: Sequence = UNSHARDED_SEQUENCE
-        self.vocabulary: Vocabulary = UNSHARDED_VOCABULARY
 
     def shortcut_layers(self) -> list[ShortcutLayer]:
         """The layers that live here, in the order of their global numbers."""

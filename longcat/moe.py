@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from longcat.config import ModelConfig
-from longcat.dispatch import Dispatcher, LocalDispatcher, Routing
-from longcat.interfaces import UNSHARDED_SEQUENCE, Sequence, WeightGradStore, local_tensor
+from longcat.dispatch import LocalDispatcher, Routing
+from longcat.interfaces import DispatcherModule, SequenceModule, WeightGradModule, local_tensor
 from longcat.layers import Linear, deferral
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
 from longcat.ops.matmul import fp32_linear
@@ -69,7 +69,7 @@ class Router(nn.Module):
             self.gate_slope += grad.sum(0)
 
 
-class Experts(nn.Module):
+class Experts(WeightGradModule):
     """Stacked SwiGLU experts: gate_up [N, 2F, D], down [N, D, F]; a process may hold E of the N."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -77,7 +77,6 @@ class Experts(nn.Module):
         num, width, hidden = config.num_experts, config.hidden_size, config.expert_hidden_size
         self.gate_up = nn.Parameter(torch.empty(num, 2 * hidden, width))
         self.down = nn.Parameter(torch.empty(num, width, hidden))
-        self.gradients: WeightGradStore | None = None
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [P, D] sorted by expert, counts [E] → [P, D]."""
@@ -97,7 +96,7 @@ class PendingMoE:
     total: Any  # the counts' sum over the micro-batch, under way
 
 
-class MoE(nn.Module):
+class MoE(SequenceModule, DispatcherModule):
     """Σ over the chosen experts of gate · expert(u), as dispatch, experts, combine."""
 
     def __init__(self, config: ModelConfig, balance_groups: int) -> None:
@@ -111,8 +110,7 @@ class MoE(nn.Module):
         self.expert_stream: Callable[[], AbstractContextManager[Any]] = (
             nullcontext  # around the experts: where they are queued
         )
-        self.dispatcher: Dispatcher = LocalDispatcher()
-        self.sequence: Sequence = UNSHARDED_SEQUENCE
+        self.dispatcher = LocalDispatcher()
 
     def dispatch(self, u: Tensor) -> PendingMoE:
         """Route u [T, D] and start sending the tokens of FFN experts; identity experts' tokens stay."""

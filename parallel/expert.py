@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from longcat.config import ModelConfig
 from longcat.dispatch import Routing
 from longcat.errors import ConfigError
-from longcat.layer import ShortcutLayer
+from longcat.interfaces import install
 from longcat.model import LongCat
 from longcat.ops.grouped import padded_capacity
 from longcat.ops.permute import (
@@ -86,19 +86,16 @@ def apply_expert_parallel(model: LongCat, topology: Topology, transport: str) ->
 def install_dispatchers(model: LongCat, topology: Topology, transport: str) -> None:
     """Let every layer send tokens to the ranks of their experts, in place."""
     if topology.sizes.ep > 1:
+        kind = AllToAllDispatcher if transport == "all_to_all" else AllGatherDispatcher
         group = topology.expert_exchange
-        for number, layer in model.layers.items():
-            place, moe = f"layer {number}", cast(ShortcutLayer, layer).mlp
-            moe.dispatcher = (
-                AllToAllDispatcher(group, place) if transport == "all_to_all" else AllGatherDispatcher(group, place)
-            )
+        install(model, dispatcher=lambda name: kind(group, f"layer {name.split('.')[1]}"))  # layers.3.mlp
 
 
 class SplitSizes:
     """The numbers of rows that ranks send each other in all chunks of a layer, on their way."""
 
-    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, place: str) -> None:
-        self.group, self.streams, self.place = group, streams, place
+    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, layer: str) -> None:
+        self.group, self.streams, self.layer = group, streams, layer
         with streams.on_side_stream():
             counts = torch.stack([_count(routing) for routing in routings])
             by_rank = counts.view(len(routings), dist.get_world_size(group), -1)  # [C, n, E]
@@ -111,7 +108,7 @@ class SplitSizes:
 
     @cached_property
     def _arrived(self) -> list[list[list[int]]]:
-        with wait_span(f"expert counts, {self.place}", among=self.group):
+        with wait_span(f"expert counts, {self.layer}", among=self.group):
             return self._numbers()
 
     @cached_property
@@ -124,7 +121,7 @@ class SplitSizes:
         """[n, C] rows from each rank in each chunk."""
         if self.streams.is_async_host:
             return self._arrived[1]
-        with wait_span(f"expert counts, {self.place}", among=self.group):
+        with wait_span(f"expert counts, {self.layer}", among=self.group):
             self.work.wait()
         return self.incoming.sum(2).tolist()
 
@@ -199,15 +196,19 @@ class _Sent:
     counts: Tensor | None = None  # [E]
 
 
-class AllToAllDispatcher:
-    """A row for each FFN selection goes to the rank of its expert."""
+class ExpertParallelDispatcher:
+    """What the dispatchers over an expert-parallel group have in common. ``layer`` names the layer in messages."""
 
-    def __init__(self, group: dist.ProcessGroup, place: str, streams: StreamContext = CURRENT_STREAM) -> None:
-        self.group, self.place, self.streams = group, place, streams
+    def __init__(self, group: dist.ProcessGroup, layer: str, streams: StreamContext = CURRENT_STREAM) -> None:
+        self.group, self.layer, self.streams = group, layer, streams
+
+
+class AllToAllDispatcher(ExpertParallelDispatcher):
+    """A row for each FFN selection goes to the rank of its expert."""
 
     def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Sent]:
         pending_collectives = [stage_input(x, self.streams) for x, _ in chunks]
-        sizes = SplitSizes([routing for _, routing in chunks], self.group, self.streams, self.place)
+        sizes = SplitSizes([routing for _, routing in chunks], self.group, self.streams, self.layer)
         pending = [
             _Sent(x, routing, sizes, number, pending_collective)
             for number, ((x, routing), pending_collective) in enumerate(zip(chunks, pending_collectives, strict=True))
@@ -225,7 +226,7 @@ class AllToAllDispatcher:
         with self.streams.on_side_stream():
             plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed, sum(sent))
         received = [row[number] for row in sizes.received]
-        there = AllToAll(f"expert dispatch, {self.place}", self.group, sent, received)
+        there = AllToAll(f"expert dispatch, {self.layer}", self.group, sent, received)
         incoming = sizes.incoming[:, number]
         room = None if self.streams.is_async_host else padded_capacity(incoming.sum(0), pending.x)
         arrival = ReceiveOrder(incoming, sum(received), room)
@@ -245,7 +246,7 @@ class AllToAllDispatcher:
     def start_back(self, rows: Tensor, pending: _Sent) -> _Sent:
         there, arrival = pending.pending_collective.exchange, pending.arrival
         assert isinstance(there, AllToAll) and arrival is not None
-        back = AllToAll(f"expert combine, {self.place}", self.group, there.received, there.sent)
+        back = AllToAll(f"expert combine, {self.layer}", self.group, there.received, there.sent)
         pending.pending_collective = start(rows, back, self.streams, arrival.move(to_experts=False))
         return pending
 
@@ -292,8 +293,8 @@ class _CombineAside(torch.autograd.Function):
 class GatheredRouting:
     """The experts that all ranks' tokens have chosen, on their way, in all chunks of a layer."""
 
-    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, place: str) -> None:
-        self.group, self.streams, self.name = group, streams, f"expert choices, {place}"
+    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, layer: str) -> None:
+        self.group, self.streams, self.name = group, streams, f"expert choices, {layer}"
         self.size = routings[0].num_experts // dist.get_world_size(group)  # experts here
         self.first = dist.get_rank(group) * self.size
         streams.fork()
@@ -336,19 +337,16 @@ class _Gathered:
     plan: Permutation | None = None
 
 
-class AllGatherDispatcher:
+class AllGatherDispatcher(ExpertParallelDispatcher):
     """Every token goes to every rank; each sums what its own experts give, and the sums come back added up.
 
     Its exchanges need no reordering, so they are launched from the caller's stream; only the numbers of rows are made
     aside.
     """
 
-    def __init__(self, group: dist.ProcessGroup, place: str, streams: StreamContext = CURRENT_STREAM) -> None:
-        self.group, self.place, self.streams = group, place, streams
-
     def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Gathered]:
-        choices = GatheredRouting([routing for _, routing in chunks], self.group, self.streams, self.place)
-        gather, direct = AllGather(f"expert dispatch, {self.place}", self.group), StreamContext(self.streams.blocking)
+        choices = GatheredRouting([routing for _, routing in chunks], self.group, self.streams, self.layer)
+        gather, direct = AllGather(f"expert dispatch, {self.layer}", self.group), StreamContext(self.streams.blocking)
         return [
             _Gathered(x, routing, choices, number, start(x, gather, direct), start(routing.gates, gather, direct))
             for number, (x, routing) in enumerate(chunks)
@@ -371,7 +369,7 @@ class AllGatherDispatcher:
     def start_back(self, rows: Tensor, pending: _Gathered) -> _Gathered:
         assert pending.all_gates is not None and pending.plan is not None
         partial = combine(rows, pending.all_gates, pending.plan, None)
-        scatter = ReduceScatter(f"expert combine, {self.place}", self.group)
+        scatter = ReduceScatter(f"expert combine, {self.layer}", self.group)
         whole = partial.view(dist.get_world_size(self.group), *pending.x.shape)
         pending.tokens = start(whole, scatter, StreamContext(self.streams.blocking))
         return pending

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from longcat.dispatch import LocalDispatcher
 from longcat.errors import ConfigError
-from longcat.interfaces import parts
+from longcat.interfaces import SequenceModule
 from longcat.model import LongCat
 from parallel.collectives.streams import StreamContext, stream_context
-from parallel.expert import AllGatherDispatcher, AllToAllDispatcher
+from parallel.expert import ExpertParallelDispatcher
 from parallel.mesh import Topology
 from parallel.sequence import ShardedSequence
 
@@ -42,12 +42,11 @@ def apply_overlap(model: LongCat, config: OverlapConfig, topology: Topology) -> 
     for layer in model.shortcut_layers():
         moe = layer.mlp
         moe.after_attention = config.experts_after == "attention"
-        if isinstance(moe.dispatcher, AllToAllDispatcher | AllGatherDispatcher):
+        if isinstance(moe.dispatcher, ExpertParallelDispatcher):
             streams = stream_context(topology.device, config.experts_stream) if config.enabled else awaited
             moe.dispatcher.streams, moe.expert_stream, moe.num_chunks = streams, streams.experts, config.num_chunks
         else:
             moe.dispatcher = LocalDispatcher(stream_context(topology.device, False).to_host)
-    for module in parts(model):
-        sequence = vars(module).get("sequence")
-        if isinstance(sequence, ShardedSequence) and not config.enabled:
-            sequence.streams = awaited
+    for module in model.modules():
+        if isinstance(module, SequenceModule) and isinstance(module.sequence, ShardedSequence) and not config.enabled:
+            module.sequence.streams = awaited

@@ -1,4 +1,4 @@
-"""Positions of a sequence spread over context- and tensor-parallel ranks: the seam `Sequence` of the model.
+"""Positions of a sequence spread over context- and tensor-parallel ranks: the model's `SequenceSharding`.
 
 Context parallelism cuts a sequence into 2·cp stretches and gives rank r the stretches r and 2·cp - 1 - r: with a causal
 mask all ranks then have the same work. What travels for attention are the normed latents of keys and values and the
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longcat.errors import ConfigError
-from longcat.interfaces import parts
+from longcat.interfaces import install
 from longcat.model import LongCat
 from parallel.collectives.async_collective import AllGather, AsyncCollective, ReduceScatter, run_blocking, start, wait
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
@@ -33,14 +33,7 @@ def apply_sequence_parallel(model: LongCat, topology: Topology) -> None:
     """Let a model work on this rank's share of each sequence, in place."""
     if topology.sizes.cp * topology.sizes.tp == 1:
         return
-    for module in parts(model):
-        if "sequence" in vars(module):
-            module.sequence = ShardedSequence(topology, place_of(model, module))  # type: ignore[assignment]
-
-
-def place_of(model: LongCat, module: torch.nn.Module) -> str:
-    """What a person calls a module: `layers.3.self_attn.0`."""
-    return next(name for name, candidate in model.named_modules() if candidate is module) or "model"
+    install(model, sequence=lambda name: ShardedSequence(topology, name or "model"))
 
 
 def check_length(length: int, cp: int, tp: int) -> None:
@@ -67,17 +60,17 @@ class ShardedSequence:
         self.streams: StreamContext = CURRENT_STREAM
         self.num_shards = self.cp * self.tp
 
-    def runs(self, length: int) -> list[tuple[int, int]]:
-        return cp_runs(length, self.cp, self.cp_rank)
+    def ranges(self, length: int) -> list[tuple[int, int]]:
+        return cp_ranges(length, self.cp, self.cp_rank)
 
     def positions(self, length: int) -> Tensor:
-        queries = torch.cat([torch.arange(start, stop) for start, stop in self.runs(length)])
+        queries = torch.cat([torch.arange(start, stop) for start, stop in self.ranges(length)])
         return queries.tensor_split(self.tp)[self.tp_rank]
 
     def select(self, values: Tensor) -> Tensor:
         if self.cp == 1:
             return values
-        return torch.cat([values[:, start:stop] for start, stop in self.runs(values.shape[1])], 1)
+        return torch.cat([values[:, start:stop] for start, stop in self.ranges(values.shape[1])], 1)
 
     def gather(self, x: Tensor) -> Tensor:
         if self.tp == 1:
@@ -117,7 +110,7 @@ class ShardedSequence:
         return total  # type: ignore[no-any-return]
 
 
-def cp_runs(length: int, cp: int, rank: int) -> list[tuple[int, int]]:
+def cp_ranges(length: int, cp: int, rank: int) -> list[tuple[int, int]]:
     """(start, stop) of the two stretches of a context-parallel rank."""
     if cp == 1:
         return [(0, length)]

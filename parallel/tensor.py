@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
-from longcat.interfaces import parts
+from longcat.interfaces import install
 from longcat.model import LongCat
 from longcat.ops.cross_entropy import chunk_rows
 from longcat.ops.embedding import embedding
@@ -61,9 +61,7 @@ def apply_tensor_parallel(model: LongCat, topology: Topology) -> None:
         spread = DTensor.from_local(torch.empty_like(part), mesh, [placement], run_check=False)
         model.get_submodule(owner).register_parameter(leaf, nn.Parameter(spread))
     vocabulary = ShardedVocabulary(topology.group(Axis.TP))
-    for module in parts(model):
-        if "vocabulary" in vars(module):
-            module.vocabulary = vocabulary  # type: ignore[assignment]
+    install(model, vocabulary=lambda _: vocabulary)
 
 
 class ShardedVocabulary:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longcat.init import fill
-from longcat.interfaces import parts
+from longcat.interfaces import install
 from longcat.model import LongCat, Losses
 from longcat.names import role
 from parallel.deepspeed.flat import FlatShard
@@ -70,9 +70,7 @@ class ZeroEngine:
         settings = deepspeed_settings(config, sum(numels), max(numels))
         allocate(model, topology, settings)
         if compute_dtype is not torch.float32:
-            for module in parts(model):
-                if "vocabulary" in vars(module):
-                    module.vocabulary = CastVocabulary(compute_dtype)  # type: ignore[assignment]
+            install(model, vocabulary=lambda _: CastVocabulary(compute_dtype))
         self.names = {weight: name for name, weight in model.named_parameters()}
         self.shapes = {name: self._whole_shape(name, weight) for weight, name in self.names.items()}
         self.optimizer = make_optimizer(parameter_groups(model, topology.sizes.ep))

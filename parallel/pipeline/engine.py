@@ -29,7 +29,7 @@ from parallel.fsdp.sharding import local_part
 from parallel.mesh import Axis, Topology
 from parallel.pipeline.spans import TracedStage
 from parallel.pipeline.stages import SPLIT_BACKWARD, check_micro_batches, num_stages, rank_of, stages_of
-from parallel.pipeline.weight_grad_store import WeightGradQueue, install
+from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gradients
 from parallel.watchdog.spans import wait_span, work_span
 
 
@@ -116,7 +116,7 @@ class Pipeline:
         self.modules = [StageModule(model) for model in self.parts]
         self.queues = [WeightGradQueue() for _ in self.parts] if schedule in SPLIT_BACKWARD else []
         for model, queue in zip(self.parts, self.queues, strict=False):
-            install(model, queue)
+            defer_weight_gradients(model, queue)
         self.stages = [self._stage(place) for place in range(len(self.parts))]
         self.schedule = self._schedule()
 

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from longcat.interfaces import install
 from longcat.moe import MoE
-from parallel.collectives.streams import CURRENT_STREAM, StreamContext
+from parallel.collectives.streams import StreamContext
+from parallel.expert import ExpertParallelDispatcher
 
 Entry = tuple[nn.Module, str, Callable[[], Tensor]]
 
 
 class WeightGradQueue:
-    """Behind the seam `longcat.interfaces.WeightGradStore`: gathers what one backward puts off."""
+    """A `longcat.interfaces.WeightGradStore`: collects the weight gradients that one backward defers."""
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
@@ -55,14 +57,12 @@ class _ForExperts:
         self.queue.put(module, name, self.streams.bind_to_stream(compute))
 
 
-def install(model: nn.Module, queue: WeightGradQueue) -> None:
+def defer_weight_gradients(model: nn.Module, queue: WeightGradQueue) -> None:
     """Let every matrix product of the model leave its weight gradients in ``queue``."""
+    install(model, weight_grad_store=lambda _: queue)
     for module in model.modules():
-        if "gradients" in vars(module):
-            module.gradients = queue  # type: ignore[assignment]
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.experts.gradients = _ForExperts(queue, getattr(module.dispatcher, "streams", CURRENT_STREAM))
+        if isinstance(module, MoE) and isinstance(module.dispatcher, ExpertParallelDispatcher):
+            module.experts.weight_grad_store = _ForExperts(queue, module.dispatcher.streams)
 
 
 def add_gradient(parameter: nn.Parameter, grad: Tensor) -> None:

@@ -90,7 +90,7 @@ class SelectionLog:
         self.calls: dict[int, int] = {}
         for model in state.models:
             for number, layer in model.layers.items():
-                layer.mlp.router.register_forward_hook(self._hook(int(number), layer.mlp.sequence.local_boxes(LENGTH)))
+                layer.mlp.router.register_forward_hook(self._hook(int(number), layer.mlp.sequence.positions(LENGTH)))
 
     def _hook(self, layer: int, positions: Tensor) -> Callable[[Router, Any, Any], None]:
         def hook(router: Router, _: Any, output: Any) -> None:

@@ -24,7 +24,7 @@ from parallel.collectives.async_collective import AllGather, AsyncCollective, Co
 from parallel.collectives.streams import SideStreamContext
 from parallel.expert import AllGatherDispatcher, AllToAllDispatcher
 from parallel.mesh import ParallelConfig, make_topology, resolve_sizes, world_from_environment
-from parallel.pipeline.weight_grad_store import WeightGradQueue, install
+from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gradients
 from parallel.recompute import _again
 from tests.parallel.collectives.fake_streams import RecordedCuda, Recorder, Site
 from tests.support.distributed import run_ranks
@@ -164,7 +164,7 @@ def watched(case: Case, without: Site | None = None) -> tuple[Recorder, list[Ten
         if case.recomputed:
             _again(layer, "forward")
     if case.late:
-        install(stack, queue)
+        defer_weight_gradients(stack, queue)
     with recorder:
         found = compute(list(stack), recorder, case.in_flight, case.balanced)  # type: ignore[arg-type]
         queue.take()()

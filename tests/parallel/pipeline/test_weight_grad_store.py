@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from longcat.layers import FeedForward, Linear
-from parallel.pipeline.weight_grad_store import WeightGradQueue, add_gradient, install
+from parallel.pipeline.weight_grad_store import WeightGradQueue, add_gradient, defer_weight_gradients
 from tests.support.distributed import run_ranks
 
 
@@ -31,7 +31,7 @@ def test_deferred_gradients_equal_autograd_s() -> None:
         plain(x).square().sum().backward()
     for recompute in (False, True):
         late, queue = feed_forward(), WeightGradQueue()
-        install(late, queue)
+        defer_weight_gradients(late, queue)
         waiting = []
         for x in batches:
             y = checkpoint(late, x, use_reentrant=False) if recompute else late(x)
@@ -46,7 +46,7 @@ def test_deferred_gradients_equal_autograd_s() -> None:
 
 def test_input_gradients_do_not_wait_for_weight_gradients() -> None:
     late, queue = feed_forward(), WeightGradQueue()
-    install(late, queue)
+    defer_weight_gradients(late, queue)
     x, y = (torch.randn(5, 6, requires_grad=True) for _ in range(2))
     y.data.copy_(x.data)
     late(x).sum().backward()
