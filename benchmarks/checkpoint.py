@@ -27,7 +27,8 @@ from parallel.mesh import Topology, connect
 from parallel.reduce import all_gather_object
 from tests.support.distributed import run_ranks
 from train.checkpoint.dcp_tensors import Take, box_values, saved
-from train.checkpoint.find import find_together, load
+from train.checkpoint.find import find_on_all_ranks
+from train.checkpoint.load import load
 from train.checkpoint.retention import Keep, prune
 from train.checkpoint.save import SaveContext, Snapshot, write
 from train.checkpoint.saver import Saver
@@ -166,7 +167,7 @@ class Bench:
         memory = memoryview(bytearray(b"\1") * shard.stat().st_size)  # touched
 
         def find() -> None:
-            assert find_together(self.folder, "auto", self.topology) == (path, [])
+            assert find_on_all_ranks(self.folder, "auto", self.topology) == (path, [])
 
         def fill() -> None:
             load(self.state, path, as_mapping(self.config))

@@ -19,8 +19,8 @@ from benchmarks.common import print_json, print_table
 from benchmarks.growth_arms import FACTOR, NAMES, Arm, results
 from benchmarks.growth_picture import draw
 from longcat.errors import BAD_INPUT, OK, STOPPED, ConfigError
-from train.checkpoint.find import list_checkpoints
 from train.checkpoint.grow import GrowConfig, GrowthOptions, grow
+from train.checkpoint.manifest import list_checkpoints
 from train.process import main as train_here
 
 

@@ -17,7 +17,6 @@ from train.checkpoint.read import Checkpoint, TensorSource, load_model
 from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import end_of_document_id, load_tokenizer
 from train.huggingface.config_json import CONFIG
-from train.huggingface.export import tokenizer_of
 from train.huggingface.import_folder import configuration_of
 from train.huggingface.safetensors_folder import SafetensorsFolder
 
@@ -79,9 +78,9 @@ def load(options: GenerateOptions) -> tuple[LongCat, Path]:
         source.check(config)
         tokenizer = Path(options.tokenizer or folder / TOKENIZER_NAME)
     else:
-        source = Checkpoint(folder)
-        config = source.model
-        tokenizer = tokenizer_of(source.configuration, options.tokenizer, "tokenizer")
+        checkpoint = source = Checkpoint(folder)
+        config = checkpoint.model
+        tokenizer = checkpoint.tokenizer(options.tokenizer, "tokenizer")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = fastest_dtype() if options.dtype == "auto" else getattr(torch, options.dtype)
     return load_model(config, source, dtype, device), tokenizer

@@ -73,7 +73,8 @@ def checkpoint(arguments: list[str]) -> int:
     longcat checkpoint list runs/quickstart
     longcat checkpoint verify runs/quickstart/checkpoints/step-00000100
     """
-    from train.checkpoint.find import MANIFEST, NAME, list_checkpoints, size, verify
+    from parallel.memory import mib
+    from train.checkpoint.manifest import MANIFEST, NAME, list_checkpoints, size, verify
 
     if len(arguments) != 2 or arguments[0] not in ("list", "verify"):
         raise ConfigError("say longcat checkpoint list DIR or longcat checkpoint verify DIR")
@@ -82,11 +83,11 @@ def checkpoint(arguments: list[str]) -> int:
     is_one = inside.is_dir() and (NAME.search(inside.name) or (inside / MANIFEST).is_file())
     found = [inside] if is_one else list_checkpoints(inside)
     if not found:
-        raise ConfigError(f"{folder} holds no checkpoint; give a run folder or a step-… folder")
+        raise ConfigError(f"{folder} has no checkpoint; give a run folder or a step-… folder")
     broken = 0
     for path in found:
         problem = verify(path).problem if arguments[0] == "verify" else None
-        print(f"{path}  {size(path) / 2**20:.1f} MiB" + ("" if arguments[0] == "list" else f"  {problem or 'valid'}"))
+        print(f"{path}  {mib(size(path))}" + ("" if arguments[0] == "list" else f"  {problem or 'valid'}"))
         broken += problem is not None
     if broken:
         raise ConfigError(

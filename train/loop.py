@@ -10,7 +10,7 @@ from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
 from parallel.reduce import mean_over_ranks
 from parallel.watchdog.spans import blocked_seconds, work_span
-from train.checkpoint import find
+from train.checkpoint.find import last_valid
 from train.checkpoint.saver import Saver
 from train.checkpoint.state_hash import state_hash
 from train.config import Config
@@ -131,8 +131,8 @@ class Loop:
 
     def _describe_bad_step(self, result: StepResult) -> str:
         self.saver.wait_pending()  # the checkpoint being written may be the last valid one
-        last_valid = find.last_valid(self.config.run.folder / "checkpoints", self.topology)
+        checkpoint = last_valid(self.config.run.folder / "checkpoints", self.topology)
         return (
             f"step {self.state.counters.step}: loss {result.metrics['loss']}, gradient norm "
-            f"{result.metrics['grad_norm']}; nothing was updated and {last_valid}; lower optim.lr or look at the data"
+            f"{result.metrics['grad_norm']}; nothing was updated and {checkpoint}; lower optim.lr or look at the data"
         )

@@ -19,8 +19,10 @@ from parallel.watchdog.spans import work_span
 from parallel.watchdog.stream_clock import count_stream_waits
 from train.balance import build_controller
 from train.batches import BatchReader
-from train.checkpoint import find, retention
-from train.checkpoint.find import is_inside
+from train.checkpoint.find import find_on_all_ranks, is_inside, resumes_elsewhere
+from train.checkpoint.load import load
+from train.checkpoint.manifest import list_checkpoints
+from train.checkpoint.retention import cleanup
 from train.config import Config
 from train.data.samples import TokenSamples
 from train.loop import Loop
@@ -164,23 +166,23 @@ def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Valida
 def resume(state: TrainState, config: Config, topology: Topology, terminal: Display) -> None:
     """Continue from the checkpoint that ``checkpoint.resume`` selects, and report which one and why."""
     folder, settings = config.run.folder / "checkpoints", config.checkpoint
-    if topology.is_first and settings.resume == "auto" and not find.list_checkpoints(folder):
+    if topology.is_first and settings.resume == "auto" and not list_checkpoints(folder):
         settings.resume = initial_checkpoint(config.run.folder)  # config.yaml keeps it until there is a checkpoint
         if settings.resume != "auto":
             terminal.note(f"no checkpoint of this run yet: checkpoint.resume={settings.resume}, as in its {CONFIG}")
     with watchdog.slow_timeout():
-        path, skipped = find.find_together(folder, settings.resume, topology)
+        path, skipped = find_on_all_ranks(folder, settings.resume, topology)
         if path is not None:
             configuration = as_mapping(config) | describe_corpora(config)
-            find.load(state, path, configuration, config.data.from_start, is_inside(path, folder))
+            load(state, path, configuration, config.data.from_start, is_inside(path, folder))
     if not topology.is_first:
         return
-    if settings.resume not in ("auto", "never") and not find.resumes_elsewhere(folder, settings.resume):
+    if settings.resume not in ("auto", "never") and not resumes_elsewhere(folder, settings.resume):
         terminal.note(f"checkpoint.resume={settings.resume} is not used: this run has checkpoints of its own")
     for status in skipped:
         terminal.note(f"skipped {status.folder}: {status.problem}")
     with work_span("cleaning up checkpoints", slow=True):
-        set_aside = retention.cleanup(folder, path, skipped)
+        set_aside = cleanup(folder, path, skipped)
     for aside in set_aside:
         terminal.note(f"set aside as {aside}")
     if path is not None:

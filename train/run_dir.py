@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from longcat.errors import CRASHED, ConfigError, LongCatError
 from train.checkpoint.compatibility import CORPORA, TOKENIZER, differences
-from train.checkpoint.find import list_checkpoints
+from train.checkpoint.manifest import list_checkpoints
 from train.config import Config
 from train.data.corpus import fingerprints, tokenizer_sha256
 

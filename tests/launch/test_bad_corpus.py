@@ -11,7 +11,7 @@ import pytest
 
 from tests.launch.conftest import Refused
 from tests.support.running import NARROW, ended
-from train.checkpoint.find import list_checkpoints
+from train.checkpoint.manifest import list_checkpoints
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from launch.__main__ import main as longcat
 from tests.launch.conftest import Refused, one_line_of
 from tests.support.running import NARROW, contents, ended, finish, program, train_here
 from train.__main__ import main as rank_main
-from train.checkpoint.find import list_checkpoints
+from train.checkpoint.manifest import list_checkpoints
 from train.run_dir import lock
 
 CONFIGURATION = {
@@ -118,9 +118,9 @@ def spoil(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     "words,telling",
     [
-        (["model.hidden_size=48"], ["model.hidden_size is 32 there and 48 here", "choose another run.name"]),
-        (["optim.lr=3e-3", "train.seed=5"], ["optim.lr is 0.001 there and 0.003 here", "train.seed is 0 there"]),
-        (["train.global_batch_size=4"], ["train.global_batch_size is 2 there and 4 here", "another configuration"]),
+        (["model.hidden_size=48"], ["model.hidden_size was 32 and is now 48", "choose another run.name"]),
+        (["optim.lr=3e-3", "train.seed=5"], ["optim.lr was 0.001 and is now 0.003", "train.seed was 0"]),
+        (["train.global_batch_size=4"], ["train.global_batch_size was 2 and is now 4", "another configuration"]),
         (["checkpoint.resume=never"], ["checkpoint.resume=never would overwrite it", "choose another run.name"]),
         (["train.steps=two"], ["train.steps=two"]),
         (["parallel.dp=2"], ["parallel.dp"]),
@@ -174,9 +174,13 @@ def test_resume_is_refused_when_no_checkpoint_is_valid(used: tuple[list[str], Pa
     [
         ("nowhere", [], ["nowhere is no folder", "use auto, never or a checkpoint's folder"]),
         ("used", [], ["no checkpoint in", "step-00000002", "restore one"]),
-        ("used/checkpoints/step-00000001", [], ["step-00000001 is not whole", "hash", "name another"]),
-        ("empty", [], ["empty is not whole: no readable manifest.json", "name another"]),
-        ("whole", ["model.hidden_size=48"], ["another model", "model.hidden_size is 32 there and 48 here", "alike"]),
+        ("used/checkpoints/step-00000001", [], ["step-00000001 is not a valid checkpoint", "hash", "name another"]),
+        ("empty", [], ["empty is not a valid checkpoint: no readable manifest.json", "name another"]),
+        (
+            "whole",
+            ["model.hidden_size=48"],
+            ["another model", "model.hidden_size was 32 and is now 48", "equal"],
+        ),
     ],
     ids=["missing", "run-of-broken-ones", "broken", "not-a-checkpoint", "other-model"],
 )
@@ -207,8 +211,8 @@ OTHER_VERBS = {
     "report-of-no-run": (["report", "{tmp}"], ["is no run", "give runs/<name>"]),
     "report-of-no-folder": (["report", "{tmp}/nothing"], ["nothing is no folder", "give the folder of a run"]),
     "checkpoint-of-nothing": (["checkpoint"], ["longcat checkpoint list DIR"]),
-    "checkpoint-of-no-run": (["checkpoint", "list", "{tmp}"], ["holds no checkpoint", "give a run folder"]),
-    "checkpoint-of-no-folder": (["checkpoint", "list", "{tmp}/step-00000100"], ["holds no checkpoint", "step-"]),
+    "checkpoint-of-no-run": (["checkpoint", "list", "{tmp}"], ["has no checkpoint", "give a run folder"]),
+    "checkpoint-of-no-folder": (["checkpoint", "list", "{tmp}/step-00000100"], ["has no checkpoint", "step-"]),
     "data-without-build": (["data"], ["longcat data build"]),
     "data-of-nothing": (["data", "build", "data.source={tmp}/no", "data.out={tmp}/out"], ["data.source", "no"]),
     "data-with-typo": (["data", "build", "data.text_filed=x"], ["'data.text_filed'", "'data.text_field'"]),
@@ -259,7 +263,7 @@ def test_single_rank_refuses_in_one_line(used: tuple[list[str], Path]) -> None:
     before = contents(used[1])
     code, errors = finish(program(*used[0], "optim.lr=0.5"))
     assert code == 2
-    assert errors == one_line_of(errors, "optim.lr is 0.001 there and 0.5 here") + "\n"
+    assert errors == one_line_of(errors, "optim.lr was 0.001 and is now 0.5") + "\n"
     assert contents(used[1]) == before
 
 
@@ -292,7 +296,7 @@ def test_refused_rank_writes_exit_json(overrides: list[str], tmp_path: Path, cap
 @pytest.mark.usefixtures("as_a_rank")
 def test_refused_rank_leaves_other_runs_alone(used: tuple[list[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
     before = contents(used[1])
-    for words, telling in ((["optim.lr=0.5"], "0.5 here"), (["train.stpes=3", "run.name=used"], "'train.steps'")):
+    for words, telling in ((["optim.lr=0.5"], "is now 0.5"), (["train.stpes=3", "run.name=used"], "'train.steps'")):
         assert rank_main([*used[0][1:], "train.global_batch_size=4", *words]) == 2
         one_line_of(capfd.readouterr().err, telling)
         assert contents(used[1]) == before

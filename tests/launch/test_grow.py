@@ -12,7 +12,7 @@ import pytest
 from launch.__main__ import main as longcat
 from tests.launch.conftest import Refused
 from tests.support.running import NARROW, contents, train_here
-from train.checkpoint.find import STATE
+from train.checkpoint.manifest import STATE
 
 HALF = [*NARROW, "logging.hash_every=0", "train.steps=4"]
 
@@ -72,12 +72,12 @@ def test_damaged_and_half_written_sources_are_refused(half: list[str], tmp_path:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    refused(["grow", f"source={damaged}", target], "not whole", shard.name, "name another")
+    refused(["grow", f"source={damaged}", target], "not a valid checkpoint", shard.name, "name another")
     shard.unlink()
-    refused(["grow", f"source={damaged}", target], "not whole", f"{shard.name} is missing")
+    refused(["grow", f"source={damaged}", target], "not a valid checkpoint", f"{shard.name} is missing")
     (damaged / STATE).unlink()
     (damaged / "manifest.json").unlink()
-    refused(["grow", f"source={damaged}", target], "not whole", "manifest.json")
+    refused(["grow", f"source={damaged}", target], "not a valid checkpoint", "manifest.json")
     assert not (tmp_path / "grown").exists()
 
 
@@ -85,7 +85,7 @@ def test_partial_folder_of_another_growth_is_left_alone(half: list[str], tmp_pat
     other = tmp_path / "grown.partial"
     other.mkdir()
     (other / "shard").write_text("of another process")
-    refused(["grow", f"source={folder_of(half)}", f"target={tmp_path / 'grown'}"], str(other), "another growth")
+    refused(["grow", f"source={folder_of(half)}", f"target={tmp_path / 'grown'}"], str(other), "another process")
     assert (other / "shard").is_file()
 
 
@@ -99,7 +99,10 @@ REFUSED = {
     "nothing": ([], ["needs source=DIR", "longcat grow source=DIR target=DIR"]),
     "no-target": (["source=x"], ["needs target=DIR"]),
     "no-source": (["source={tmp}/nothing", "target={tmp}/grown"], ["source=", "is no folder", "name a checkpoint"]),
-    "no-checkpoint": (["source={tmp}", "target={tmp}/grown"], ["is not whole", "no readable manifest.json"]),
+    "no-checkpoint": (
+        ["source={tmp}", "target={tmp}/grown"],
+        ["not a valid checkpoint", "no readable manifest.json"],
+    ),
     "factor-one": (["source=x", "target=y", "growth.factor=1"], ["growth.factor=1 adds no layer", "use 2 or more"]),
     "factor-text": (["source=x", "target=y", "growth.factor=two"], ["growth.factor=two", "a whole number"]),
     "factor-list": (["source=x", "target=y", "growth.factor=2,3"], ["growth.factor=2,3", "a whole number"]),

@@ -57,7 +57,7 @@ def test_checkpoint_pruned_meanwhile_is_reported_in_one_line(
     moment: str, verb: str, checkpoint: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(checkpoint, tmp_path / "source")
-    places = {"found": (read, "find_whole"), "opened": (Checkpoint, "__init__"), "half-read": (Checkpoint, "read")}
+    places = {"found": (read, "find_valid"), "opened": (Checkpoint, "__init__"), "half-read": (Checkpoint, "read")}
     after(monkeypatch, *places[moment], lambda: shutil.rmtree(source))
     words = ["max_tokens=2"] if verb == "generate" else [f"target={tmp_path / 'out'}"]
     refused([verb, f"source={source}", *words], str(source), "can no longer be read", "remove its old checkpoints")

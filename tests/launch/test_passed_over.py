@@ -20,8 +20,8 @@ def test_skipped_checkpoints_are_reported(
     capfd.readouterr()
     done(verb, f"source={newest.parents[1]}", *words)
     assert capfd.readouterr().err.splitlines() == [
-        f"passed over {newest}: no readable manifest.json",
-        f"taken instead: {older}",
+        f"skipped {newest}: no readable manifest.json",
+        f"used instead: {older}",
     ]
     (older.parent / "step-00000001").rename(tmp_path / "whole")
     done(verb, f"source={tmp_path / 'whole'}", *(word.replace("/out", "/again") for word in words))

@@ -12,7 +12,7 @@ from launch.__main__ import main as longcat
 from tests.launch.conftest import Refused
 from tests.support.exporting import SMALL, done, trained
 from tests.support.running import lines, tidily
-from train.checkpoint.find import STATE
+from train.checkpoint.manifest import STATE
 from train.compose import compose
 from train.data.build import build
 from train.data.corpus import file_sha256

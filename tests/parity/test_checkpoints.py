@@ -25,7 +25,7 @@ from tests.parity.measure import MODEL, Piece, RandomSamples, assemble, logical
 from tests.parity.pool import close_pools, pool
 from tests.parity.test_parity import LATER, largest
 from train.batches import BatchReader
-from train.checkpoint.find import load
+from train.checkpoint.load import load
 from train.checkpoint.retention import Keep
 from train.checkpoint.save import SaveContext, Snapshot, write
 from train.checkpoint.staging import StagingBuffer

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from parallel.mesh import connect
-from train.checkpoint import find
 from train.checkpoint.compatibility import flatten
+from train.checkpoint.find import find_start
+from train.checkpoint.load import load
 from train.compose import compose
 from train.run import build_data, build_state
 from train.run_dir import read_config
@@ -37,9 +38,9 @@ def main(folder: Path) -> None:
     config = compose([word for word in overrides if not word.startswith(("run.", "schedule", "optim"))])
     topology = connect(config.parallel)
     state = build_state(config, topology)
-    found, _ = find.find(folder / "checkpoints", "auto")
+    found, _ = find_start(folder / "checkpoints", "auto")
     assert found is not None, f"{folder} has no checkpoint"
-    find.load(state, found, {**read_config(folder)})
+    load(state, found, {**read_config(folder)})
     samples, _ = build_data(config, topology)
     scores: list[np.ndarray] = []
     router = state.models[0].layers[LAYER].mlp.router

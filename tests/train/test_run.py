@@ -22,7 +22,7 @@ from tests.support.running import (
     train_two,
     wait_for_step,
 )
-from train.checkpoint.find import list_checkpoints, verify
+from train.checkpoint.manifest import list_checkpoints, verify
 
 METRICS = {
     "step", "first_sample", "tokens", "loss", "loss_mtp", "loss_balance", "loss_z", "grad_norm", "lr", "step_seconds",
@@ -97,7 +97,7 @@ def test_resume_is_bitwise_exact_on_two_processes(corpus: Path, overrides: list[
     assert len(exact(tmp_path / "run")) == 16
     assert ended(tmp_path / "bad")["code"] == 4
     good = list_checkpoints(tmp_path / "bad" / "checkpoints")[-1]
-    assert f"the last good checkpoint is {good};" in ended(tmp_path / "bad")["message"], "whichever rank speaks"
+    assert f"the last valid checkpoint is {good};" in ended(tmp_path / "bad")["message"], "whichever rank speaks"
 
 
 def test_same_run_twice_is_bitwise_identical(corpus: Path, overrides: list[str], tmp_path: Path) -> None:

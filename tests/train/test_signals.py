@@ -25,7 +25,7 @@ from tests.support.running import (
     train_here,
     wait_for_step,
 )
-from train.checkpoint.find import list_checkpoints, verify
+from train.checkpoint.manifest import list_checkpoints, verify
 from train.compose import compose
 from train.metrics import MetricsWriter
 
@@ -253,7 +253,7 @@ def test_non_finite_loss_ends_with_4_and_names_a_checkpoint(
     good = list_checkpoints(folder / "checkpoints")
     step = len(lines(folder)) + 1
     assert errors.startswith(f"error: step {step}: loss ") and errors.count("\n") == 1
-    assert f"the last good checkpoint is {good[-1]};" in errors and "lower optim.lr" in errors
+    assert f"the last valid checkpoint is {good[-1]};" in errors and "lower optim.lr" in errors
     assert good[-1].name == f"step-{step - 1:08d}" and verify(good[-1]).problem is None
     assert ended(folder) == {"code": 4, "message": errors.strip().removeprefix("error: ")}
     assert (folder / "report.html").is_file()
@@ -285,4 +285,6 @@ def test_invalid_checkpoint_is_not_named_as_the_last_valid(
     for path in kept:
         (tmp_path / path.name).rename(tmp_path / "blown" / "checkpoints" / path.name)
     assert train_here(blown) == 4
-    assert f"the last good checkpoint is {tmp_path / 'blown' / 'checkpoints' / kept[0].name};" in capfd.readouterr().err
+    assert (
+        f"the last valid checkpoint is {tmp_path / 'blown' / 'checkpoints' / kept[0].name};" in capfd.readouterr().err
+    )

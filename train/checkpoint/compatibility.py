@@ -1,11 +1,11 @@
-"""Whether two configurations are the same run: what may change on a resume and what may not."""
+"""Compatibility of two configurations: which keys may change on a resume and which may not."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# What decides the numbers. The rest (how long, where, on how many ranks, what is written down) may change.
-IDENTITY = (
+# Keys that decide the results. The others (how long, where, on how many ranks, what is logged) may change.
+FIXED_KEYS = (
     "model",
     "loss",
     "balance",
@@ -24,11 +24,11 @@ IDENTITY = (
 )
 
 CORPORA = "corpora"  # {prefix: fingerprint}, beside the configuration's sections
-TOKENIZER = "tokenizer_sha256"  # of the tokenizer.json that made the corpora, or None where that is not known
+TOKENIZER = "tokenizer_sha256"  # of the corpora's tokenizer.json; None if unknown
 
-# What decides, beside the corpora and their stages, which text a sample's number stands for. Another seed is another
-# order of the same windows from the same position on, which may be wanted
-ORDER = ("train.sequence_length", "data.weights", "data.validation_fraction")
+# Keys that decide, beside the corpora and their stages, which text a sample number means. The seed is not one: another
+# seed is another order of the same windows from the same position on, which may be intended
+ORDER_KEYS = ("train.sequence_length", "data.weights", "data.validation_fraction")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -41,36 +41,35 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str, ...] = IDENTITY) -> list[str]:
-    """`key: stored → wanted` for each differing leaf below ``keys``; the preset's name alone makes no difference."""
+def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str, ...] = FIXED_KEYS) -> list[str]:
+    """A phrase per differing leaf below ``keys``; the preset's name is not compared."""
     old, new = flatten(stored), flatten(wanted)
     found = []
     for leaf in sorted(old.keys() | new.keys()):
         watched = any(leaf == key or leaf.startswith(f"{key}.") for key in keys)
         if watched and leaf != "model.name" and old.get(leaf) != new.get(leaf):
-            found.append(f"{leaf} is {old.get(leaf)} there and {new.get(leaf)} here")
+            found.append(f"{leaf} was {old.get(leaf)} and is now {new.get(leaf)}")
     return found
 
 
 def order_differences(stored: dict[str, Any], wanted: dict[str, Any], position: int) -> list[str]:
-    """As `differences`, of what decides which text the first ``position`` samples are.
+    """As `differences`, of the keys that decide which text the first ``position`` samples are.
 
-    Corpora are compared by their fingerprints where both sides have them, else by their paths. Of `data.stages` those
-    count that have begun.
+    Corpora are compared by fingerprint if both sides have them, else by path; `data.stages` as far as they have begun.
     """
-    paths = [context["data"]["paths"] for context in (stored, wanted)]
-    prints = [[context.get(CORPORA, {}).get(path) for path in context["data"]["paths"]] for context in (stored, wanted)]
-    found = differences(stored, wanted, ORDER)
+    paths = [side["data"]["paths"] for side in (stored, wanted)]
+    prints = [[side.get(CORPORA, {}).get(path) for path in side["data"]["paths"]] for side in (stored, wanted)]
+    found = differences(stored, wanted, ORDER_KEYS)
     if None in prints[0] + prints[1]:
         prints = paths
     if prints[0] != prints[1]:
-        here = "a corpus of other contents" if paths[0] == paths[1] else paths[1]
-        found.append(f"data.paths is {paths[0]} there and {here} here")
+        now = "a corpus of other contents" if paths[0] == paths[1] else paths[1]
+        found.append(f"data.paths was {paths[0]} and is now {now}")
     length = stored["train"]["sequence_length"]
     begun = [
-        [stage for stage in context["data"]["stages"] if -(-stage["start_tokens"] // length) < position]
-        for context in (stored, wanted)
+        [stage for stage in side["data"]["stages"] if -(-stage["start_tokens"] // length) < position]
+        for side in (stored, wanted)
     ]
     if begun[0] != begun[1]:
-        found.append(f"data.stages, as far as begun, is {begun[0]} there and {begun[1]} here")
+        found.append(f"data.stages, as far as begun, was {begun[0]} and is now {begun[1]}")
     return found

@@ -1,6 +1,6 @@
-"""A stored tensor as torch.distributed.checkpoint sees it: its whole shape, and the boxes of it that are on this rank.
+"""A stored tensor as torch.distributed.checkpoint sees it: its full shape, and its boxes on this rank.
 
-Every sharding engine's state has this form, so a checkpoint of one loads into another.
+Every sharding engine's state has this form, so checkpoints are resharded on load.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from train.state import TrainState
 
 
 class DcpTensor(Tensor):
-    """A tensor without memory of its own over boxes that have some."""
+    """A wrapper of the full shape, without memory, over the boxes of it that this rank stores."""
 
     boxes: dict[torch.Size, tuple[torch.Size, Tensor]]  # offset → (size, values)
 
@@ -35,7 +35,7 @@ class DcpTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise TypeError(f"{function} on a tensor that is spread over ranks; use its boxes")
+        raise TypeError(f"{function} on a sharded tensor; use its boxes")
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offsets=offset, sizes=size) for offset, (size, _) in self.boxes.items()]
@@ -56,30 +56,30 @@ class DcpTensor(Tensor):
         return self.boxes[index.offset][1]
 
 
-def spread(local_boxes: Iterable[LocalBox]) -> dict[str, Tensor]:
-    """Boxes by the key of their tensor."""
-    by_key: dict[str, list[LocalBox]] = {}
+def by_key(local_boxes: Iterable[LocalBox]) -> dict[str, Tensor]:
+    """Key of each stored tensor → its boxes on this rank."""
+    grouped: dict[str, list[LocalBox]] = {}
     for one in local_boxes:
-        by_key.setdefault(one.key, []).append(one)
+        grouped.setdefault(one.key, []).append(one)
     return {
         key: DcpTensor(boxes[0].shape, [(one.box, one.values) for one in boxes], boxes[0].values.dtype)
-        for key, boxes in by_key.items()
+        for key, boxes in grouped.items()
     }
 
 
-Take = Callable[[Tensor], Tensor]  # a tensor → what is to be written in its place: itself or a copy
+Take = Callable[[Tensor], Tensor]  # a tensor → what is written for it: itself or a copy
 
 
 def saved(state: TrainState, take: Take | None = None) -> dict[str, Tensor]:
-    """Everything of a state, as a checkpoint stores it, each tensor as ``take`` gives it."""
+    """The full state as a checkpoint stores it, each tensor as ``take`` returns it."""
     if take is None:
-        take = clone if state.store.transient else itself
+        take = clone if state.store.transient else identity
     steps = {f"optimizer_step/{name}": take(step) for name, step in state.store.steps()}
     replicated = {name: take(tensor) for name, tensor in state.replicated()}
-    return spread(kept(state.store.local_boxes(), take)) | steps | replicated
+    return by_key(replace_values(state.store.local_boxes(), take)) | steps | replicated
 
 
-def itself(tensor: Tensor) -> Tensor:
+def identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -87,31 +87,31 @@ def clone(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def kept(local_boxes: Iterable[LocalBox], take: Take) -> Iterator[LocalBox]:
+def replace_values(local_boxes: Iterable[LocalBox], take: Take) -> Iterator[LocalBox]:
     """The same boxes with other values."""
     for one in local_boxes:
         yield LocalBox(one.kind, one.name, one.shape, one.box, take(one.values))
 
 
 def box_values(tensors: dict[str, Tensor]) -> Iterator[Tensor]:
-    """What this rank holds of the spread ones among ``tensors``."""
+    """This rank's boxes of the sharded ones among ``tensors``."""
     for tensor in tensors.values():
         if isinstance(tensor, DcpTensor):
             yield from (values for _, values in tensor.boxes.values())
 
 
 def loaded(state: TrainState) -> tuple[dict[str, Tensor], list[LocalBox]]:
-    """Tensors for a checkpoint to be loaded into, and the boxes among them; `finish_load` puts all in place."""
-    boxes = list(kept(state.store.local_boxes(write=True), clone if state.store.transient else itself))
+    """Tensors to load a checkpoint into, and the boxes among them; call `finish_load` afterwards."""
+    boxes = list(replace_values(state.store.local_boxes(write=True), clone if state.store.transient else identity))
     steps = {f"optimizer_step/{name}": step for name, step in state.store.steps(write=True)}
-    return spread(boxes) | steps | dict(state.replicated()), boxes
+    return by_key(boxes) | steps | dict(state.replicated()), boxes
 
 
 @torch.no_grad()
 def finish_load(state: TrainState, boxes: list[LocalBox]) -> None:
-    """Make a loaded state what is trained. A collective."""
+    """Copy loaded boxes into the store where they are copies, and refresh what depends on them. A collective."""
     if state.store.transient:
-        for mine, read in zip(state.store.local_boxes(write=True), boxes, strict=True):
-            mine.values.copy_(read.values)
+        for target, read in zip(state.store.local_boxes(write=True), boxes, strict=True):
+            target.values.copy_(read.values)
     state.store.refresh()
     state.set_biases(state.biases)

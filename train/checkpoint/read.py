@@ -17,30 +17,33 @@ from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.model import LongCat
 from longcat.names import Box, stored_state
-from train.checkpoint.find import STATE, CheckpointStatus, list_checkpoints, verify
+from train.checkpoint.compatibility import TOKENIZER
+from train.checkpoint.find import find_valid
+from train.checkpoint.manifest import STATE, CheckpointStatus
 from train.checkpoint.shards import ShardReader
+from train.data.corpus import TOKENIZER_NAME, file_sha256
 
 
 class TensorSource(Protocol):
-    """Where a model's stored tensors come from, box by box, so that no more than a few need be in memory."""
+    """A source of a model's stored tensors, read box by box, so that few are in memory."""
 
     def boxes(self, stored_name: str, shape: tuple[int, ...]) -> list[Box]:
-        """Boxes that cover a stored tensor of this shape, in order, each cheap to read by itself."""
+        """Boxes that cover a stored tensor of this shape, in order, each cheap to read alone."""
 
     def read(self, stored_name: str, shape: tuple[int, ...], box: Box) -> Tensor:
         """The values in ``box``, float32."""
 
 
 class Checkpoint:
-    """A whole checkpoint of ours: a `TensorSource` of its weights and biases. Newer ones that are damaged are told of.
+    """A `TensorSource` of a valid checkpoint's weights and biases; reports newer ones that it skips.
 
     Raises:
-        ConfigError: the folder is none, or its hashes do not hold.
+        ConfigError: the folder is no checkpoint, or its hashes do not match.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, passed_over = find_valid(folder)
-        report_skipped(passed_over, self.folder)
+        self.folder, skipped = find_valid(folder)
+        report_skipped(skipped, self.folder)
         try:
             stored = json.loads((self.folder / STATE).read_text())
             self.reader = ShardReader(self.folder)
@@ -55,7 +58,7 @@ class Checkpoint:
             raise ConfigError(f"{self.folder} is of another version of this program ({error}); use that one") from error
 
     def boxes(self, stored_name: str, shape: tuple[int, ...]) -> list[Box]:
-        """The whole tensor, or stacks of experts as the shards cut them: a shard is read as one, and once."""
+        """The full tensor, or stacks of experts as the shards are cut, so that each shard is read once."""
         if not stored_name.rpartition(".")[0].endswith(".experts"):
             return [full_box(shape)]
         chunks = self._stored(stored_name).chunks
@@ -70,8 +73,8 @@ class Checkpoint:
         stored = tuple(self._stored(stored_name).size)
         if stored != tuple(shape):
             raise ConfigError(
-                f"{self.folder}: {stored_name} is {list(stored)} there and {list(shape)} by its configuration; "
-                f"take another checkpoint"
+                f"{self.folder}: {stored_name} has shape {list(stored)}, and {list(shape)} by its configuration; "
+                f"use another checkpoint"
             )
         values = torch.zeros([stop - start for start, stop in box])
         wanted: dict[str, Any] = {key_of(stored_name): DcpTensor(tuple(shape), [(box, values)], torch.float32)}
@@ -80,30 +83,50 @@ class Checkpoint:
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         plan = self.reader.prepare_local_plan(planner.create_local_plan())
         if sum(math.prod(item.lengths) for item in plan.items) != values.numel():
-            raise ConfigError(f"{self.folder} holds only parts of {stored_name}; take another checkpoint")
+            raise ConfigError(f"{self.folder} contains only parts of {stored_name}; use another checkpoint")
         try:
             self.reader.read_data(plan, planner).wait()
         except OSError as error:
             raise gone(self.folder, error) from error
         return values
 
+    def tokenizer(self, given: str, key: str) -> Path:
+        """The tokenizer.json that the checkpoint was trained with; ``given`` by the option ``key``, or the corpus's.
+
+        Raises:
+            ConfigError: it does not exist, or its hash is not the checkpoint's.
+        """
+        data = self.configuration["data"]
+        corpora = [Path(path).parent / TOKENIZER_NAME for path in data["paths"]]
+        candidates = [Path(path) for path in ([given] if given else [data.get("tokenizer"), *corpora]) if path]
+        existing = [path for path in candidates if path.is_file()]
+        if not existing:
+            raise ConfigError(f"no tokenizer at {' or '.join(map(str, candidates))}; name one with {key}=FILE")
+        wanted = self.configuration.get(TOKENIZER)
+        for path in existing:
+            if wanted is None or file_sha256(path) == wanted:
+                return path
+        raise ConfigError(
+            f"{' and '.join(map(str, existing))} is not the tokenizer that the checkpoint was trained with, whose "
+            f"SHA-256 is {wanted}; name that one with {key}=FILE"
+        )
+
     def _stored(self, stored_name: str) -> Any:
         found = self.metadata.state_dict_metadata.get(key_of(stored_name))
         if found is None:
-            raise ConfigError(f"{self.folder} has no {key_of(stored_name)}; take another checkpoint")
+            raise ConfigError(f"{self.folder} has no {key_of(stored_name)}; use another checkpoint")
         return found
 
 
 def gone(folder: Path, error: OSError) -> ConfigError:
-    """For a checkpoint that was whole a moment ago."""
+    """The error for a checkpoint that was valid a moment ago."""
     return ConfigError(
-        f"{folder} can no longer be read ({error}); does a run that still goes remove its old checkpoints? Take a "
-        f"newer one"
+        f"{folder} can no longer be read ({error}); does a running training remove its old checkpoints? Use a newer one"
     )
 
 
 def key_of(stored_name: str) -> str:
-    """Under which key a checkpoint stores a weight or a router's bias."""
+    """The key of a weight or a router's bias in a checkpoint."""
     return f"{'bias' if stored_name.endswith('e_score_correction_bias') else 'weight'}/{stored_name}"
 
 
@@ -111,35 +134,16 @@ def full_box(shape: tuple[int, ...]) -> Box:
     return tuple((0, size) for size in shape)
 
 
-def find_valid(folder: Path) -> tuple[Path, list[CheckpointStatus]]:
-    """``folder`` itself, or the newest whole checkpoint of a run's folder; and the newer ones that are not whole.
-
-    Raises:
-        ConfigError: there is none, or its hashes do not hold.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"source={folder} is no folder; give a checkpoint's or a run's")
-    inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    candidates = list_checkpoints(inside)[::-1] or [inside]
-    statuses = []
-    for candidate in candidates:
-        statuses.append(verify(candidate))
-        if statuses[-1].problem is None:
-            return candidate, statuses[:-1]
-    problems = "; ".join(f"{status.folder.name}: {status.problem}" for status in statuses)
-    raise ConfigError(f"source={folder} holds no whole checkpoint ({problems}); restore its files or name another")
-
-
-def report_skipped(passed_over: list[CheckpointStatus], taken: Path) -> None:
-    """On standard error: text and paths that are asked for go to standard output."""
-    for status in passed_over:
-        print(f"passed over {status.folder}: {status.problem}", file=sys.stderr)
-    if passed_over:
-        print(f"taken instead: {taken}", file=sys.stderr)
+def report_skipped(skipped: list[CheckpointStatus], used: Path) -> None:
+    """Print skipped checkpoints to standard error; standard output has the verb's result."""
+    for status in skipped:
+        print(f"skipped {status.folder}: {status.problem}", file=sys.stderr)
+    if skipped:
+        print(f"used instead: {used}", file=sys.stderr)
 
 
 def stored_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(stored name, shape) of all that a model of these sizes is made of; nothing is allocated."""
+    """(stored name, shape) of every tensor of a model; nothing is allocated."""
     with torch.device("meta"):
         model = LongCat(config)
     for name, tensor in stored_state(model):
@@ -148,7 +152,7 @@ def stored_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 @torch.no_grad()
 def load_model(config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: torch.device) -> LongCat:
-    """A model with a source's values in ``dtype``; routers and biases stay float32."""
+    """A model for inference with a source's values in ``dtype``; routers and biases stay float32."""
     with torch.device("meta"):
         model = LongCat(config).to(dtype)
         for router in model.routers():

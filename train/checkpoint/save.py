@@ -1,8 +1,7 @@
-"""How a checkpoint is written: shards beside, hashed on the way, then committed by renaming. A collective of all ranks.
+"""How all ranks write a checkpoint: each its shard, hashed on the way; then the first commits it by renaming.
 
-The same statements run in two places: in the main thread, which waits for them, and in a thread beside training, whose
-collectives have a process group of their own and leave no crumbs (those are the main thread's) until training waits
-for it.
+The same code runs in the main thread, which waits for it, or in a thread beside training. The thread's collectives
+have their own process group, and its spans appear on the main thread's stack only while that waits for the thread.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,21 +22,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longcat.errors import SaveError, UnhealthyError
+from parallel.memory import mib
 from parallel.mesh import Topology
 from parallel.watchdog.spans import wait_span, work_span
 from train.checkpoint.dcp_tensors import Take, box_values, saved
 from train.checkpoint.failures import describe, first_failure
-from train.checkpoint.find import HASH, MANIFEST, PARTIAL, STATE, describe_last_valid, file_hash, new_hash
-from train.checkpoint.retention import Keep, make_space, prune, set_aside
+from train.checkpoint.files import PARTIAL, HashedFile
+from train.checkpoint.find import describe_last_valid
+from train.checkpoint.manifest import commit
+from train.checkpoint.retention import Keep, make_space, prune
 from train.state import TrainState
 
-SYNCED_ALONGSIDE = 1 << 26  # bytes after which a second thread sends them to the disk
-SPARE_BYTES = 1 << 20  # a rank's file has more than its tensors: an index and some text
+SPARE_BYTES = 1 << 20  # per rank, for what its file has beside tensors: an index and some text
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank gives to a checkpoint."""
+    """What one rank contributes to a checkpoint."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -54,20 +54,20 @@ class Snapshot:
         val_loss: float | None = None,
         take: Take | None = None,
     ) -> Snapshot:
-        """The present state; with ``take`` in copies."""
+        """The present state; with ``take``, copies of it."""
         tensors = saved(state, take)
-        spread = sum(values.nbytes for values in box_values(tensors)) if state.store.counts_here else 0
+        num_bytes = sum(values.nbytes for values in box_values(tensors)) if state.store.counts_here else 0
         text = {"counters": asdict(state.counters), "configuration": configuration, "val_loss": val_loss}
-        return cls(state.counters.step, tensors, spread, json.dumps(text))
+        return cls(state.counters.step, tensors, num_bytes, json.dumps(text))
 
 
 class SaveContext:
-    """Where writing happens, and how its parts are agreed on between ranks."""
+    """Runs the steps of a save in the main thread or beside training, and lets all ranks agree on each."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """With a ``group`` beside training; without one in the main thread, on training's."""
+        """With a ``group``: beside training, in that process group. Without: in the main thread, in training's."""
         self.group = group
-        self.doing: tuple[tuple[str, bool], ...] = ()  # beside training: what, and whether it waits for other ranks
+        self.doing: tuple[tuple[str, bool], ...] = ()  # beside training: (span, whether it waits for other ranks)
 
     def waits(self, what: str) -> AbstractContextManager[Any]:
         return wait_span(what) if self.group is None else self._note(what, True)
@@ -85,17 +85,17 @@ class SaveContext:
             self.doing = outer
 
     def wait_for(self, thread: threading.Thread) -> None:
-        """Called by the main thread: until ``thread``, which writes here, has ended, its crumbs are the caller's."""
+        """Wait in the main thread for ``thread``, which writes in this context; its spans are shown as the caller's."""
         while thread.is_alive():
-            with ExitStack() as crumbs:
+            with ExitStack() as spans:
                 doing = self.doing
                 for what, waits in doing:
-                    crumbs.enter_context(wait_span(what) if waits else work_span(what, slow=True))
+                    spans.enter_context(wait_span(what) if waits else work_span(what, slow=True))
                 while thread.is_alive() and self.doing is doing:
                     thread.join(0.01)
 
-    def all(self, what: str, action: Callable[[], Any]) -> list[Any]:
-        """Every rank's result of its ``action``; where one of them fails, all ranks raise SaveError."""
+    def run_on_all_ranks(self, what: str, action: Callable[[], Any]) -> list[Any]:
+        """Every rank's result of ``action``; if it fails on any rank, all ranks raise SaveError."""
         failure = None
         with self.works(what):
             try:
@@ -114,42 +114,42 @@ class SaveContext:
 def save(
     state: TrainState, folder: Path, configuration: dict[str, Any], topology: Topology, keep: Keep | None = None
 ) -> Path:
-    """Write and commit the present state, and wait for it; raises what `write` raises."""
+    """Write and commit the present state in the main thread; raises what `write` raises."""
     return write(Snapshot.of(state, configuration, topology), folder, topology, keep or Keep(), SaveContext())
 
 
 def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, context: SaveContext) -> Path:
-    """Write and commit `<folder>/step-…`, then remove what ``keep`` does not name.
+    """Write and commit `<folder>/step-…`, then remove the checkpoints that ``keep`` does not select.
 
     Raises:
         UnhealthyError: a weight or a moment is not finite; nothing is written.
-        SaveError: it could not be written, or there is too little room; what had been written of it is removed.
+        SaveError: it could not be written, or the disk has too little space; the incomplete folder is removed.
     """
     check_finite(snapshot, folder, topology, context)
     target = folder / f"step-{snapshot.step:08d}"
     partial = folder / f"{target.name}{PARTIAL}"
     first = topology.is_first
     try:
-        if missing_space(snapshot, folder, context):  # checkpoint.keep may have been lowered to make some
-            context.all("making room", lambda: make_space(folder, keep) if first else None)
+        if missing_space(snapshot, folder, context):  # checkpoint.keep may have been lowered to make space
+            context.run_on_all_ranks("making space", lambda: make_space(folder, keep) if first else None)
             if lack := missing_space(snapshot, folder, context):
                 raise SaveError(lack)
-        context.all("making the checkpoint's folder", lambda: recreate(partial) if first else None)
+        context.run_on_all_ranks("making the checkpoint's folder", lambda: recreate(partial) if first else None)
         hashes = write_shards(snapshot, partial, context)
         files = {
             name: value
-            for part in context.all("hashing the checkpoint", lambda: hashes)
+            for part in context.run_on_all_ranks("hashing the checkpoint", lambda: hashes)
             for name, value in part.items()
         }
-        context.all(
+        context.run_on_all_ranks(
             "committing the checkpoint", lambda: commit(partial, target, snapshot.text, files) if first else None
         )
-    except SaveError as error:  # no rank writes any more
+    except SaveError as error:  # all ranks have stopped writing
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         raise SaveError(f"the checkpoint of step {snapshot.step} is not saved: {error}") from error
     try:
-        context.all("pruning checkpoints", lambda: prune(folder, keep, target) if first else None)
+        context.run_on_all_ranks("pruning checkpoints", lambda: prune(folder, keep, target) if first else None)
     except SaveError as error:
         raise SaveError(f"{target} is saved, but older ones could not be removed: {error}", is_saved=True) from error
     return target
@@ -159,39 +159,35 @@ def check_finite(snapshot: Snapshot, folder: Path, topology: Topology, context: 
     def look() -> bool:
         return all(is_finite(values) for values in box_values(snapshot.tensors))
 
-    if all(context.all("looking for what is not finite", look)):
+    if all(context.run_on_all_ranks("checking that the state is finite", look)):
         return
-    words = context.all(
-        "looking for a whole checkpoint", lambda: describe_last_valid(folder) if topology.is_first else ""
+    phrases = context.run_on_all_ranks(
+        "looking for a valid checkpoint", lambda: describe_last_valid(folder) if topology.is_first else ""
     )
     raise UnhealthyError(
         f"step {snapshot.step}: a weight or a moment is not finite, so the state is not saved; "
-        f"{words[0]}; lower optim.lr or look at the data"
+        f"{phrases[0]}; lower optim.lr or look at the data"
     )
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether all of at least one value are. A NaN becomes least and largest; both cost a tenth of a norm."""
+    """Whether all of at least one value are finite. aminmax passes a NaN on, and costs a tenth of a norm."""
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(values))
 
 
 def missing_space(snapshot: Snapshot, folder: Path, context: SaveContext) -> str:
-    """What to say where the file system has less room than the checkpoint takes, better than half of one; else ""."""
+    """A message if the file system has less space than the checkpoint takes; else "". Checked before writing."""
 
     def look() -> tuple[int, int]:
         folder.mkdir(parents=True, exist_ok=True)
         return snapshot.num_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
 
-    found = context.all("looking for room", look)
+    found = context.run_on_all_ranks("looking for disk space", look)
     needed, free = sum(bytes_here for bytes_here, _ in found), found[0][1]
     if needed <= free:
         return ""
-    advice = "make room, lower checkpoint.keep or move run.dir"
-    return f"it takes {in_mib(needed)} and {folder} has {in_mib(free)} left; {advice}"
-
-
-def in_mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"
+    advice = "free some, lower checkpoint.keep or move run.dir"
+    return f"it takes {mib(needed)} and {folder} has {mib(free)} left; {advice}"
 
 
 def recreate(partial: Path) -> None:
@@ -200,13 +196,13 @@ def recreate(partial: Path) -> None:
 
 
 def write_shards(snapshot: Snapshot, partial: Path, context: SaveContext) -> dict[str, str]:
-    """This rank's files with their hashes."""
+    """Write this rank's files; returns name → hash."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
     hashes: dict[str, str] = {}
     try:
-        with context.waits("plan of the checkpoint, or its end on all ranks"):
+        with context.waits("write of the checkpoint by all ranks"):
             dcp.save(
                 snapshot.tensors, storage_writer=shard_writer(partial, hashes, context), process_group=context.group
             )
@@ -217,44 +213,11 @@ def write_shards(snapshot: Snapshot, partial: Path, context: SaveContext) -> dic
     return {name: value for name, value in hashes.items() if name.endswith(".distcp")}
 
 
-class HashedFile(io.IOBase):
-    """A file being written whose hash is known when it is closed."""
-
-    def __init__(self, file: Any, pool: ThreadPoolExecutor) -> None:
-        self.file, self.pool, self.digest = file, pool, new_hash()
-        self.unsynced = 0
-        self.syncing: Future[Any] = pool.submit(int)
-        self.failure: OSError | None = None  # the first one: torch's writer puts a riddle of its own in its place
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        try:
-            count = int(self.file.write(data))
-        except OSError as error:
-            self.failure = self.failure or error
-            raise
-        self.unsynced += count
-        if self.unsynced >= SYNCED_ALONGSIDE and self.syncing.done():  # the disk works while the next part is made
-            self.syncing.result()  # an error of the disk is told once
-            self.unsynced, self.syncing = 0, self.pool.submit(os.fdatasync, self.file.fileno())
-        return count
-
-    def tell(self) -> int:
-        return int(self.file.tell())
-
-    def flush(self) -> None:
-        if not self.file.closed:
-            self.file.flush()
-
-    def fileno(self) -> int:
-        return int(self.file.fileno())
-
-
 def shard_writer(folder: Path, hashes: dict[str, str], context: SaveContext) -> Any:
-    """Torch's writer of shards, which puts each file's hash into ``hashes`` while it writes it.
+    """Torch's writer of shards, which puts each file's hash into ``hashes``.
 
-    The check sums of torch's own format are left out: they cost ten times what writing does, and guard nothing that
-    the hashes do not.
+    The checksums of torch's own format are left out: they take ten times as long as writing, and the hashes replace
+    them.
     """
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint.filesystem import FileSystem
@@ -262,16 +225,9 @@ def shard_writer(folder: Path, hashes: dict[str, str], context: SaveContext) -> 
     class Hashing(FileSystem):
         @contextmanager
         def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-            with Path(path).open(mode) as file, ThreadPoolExecutor(1) as pool:
-                stream = HashedFile(file, pool)
-                try:
-                    yield stream
-                except Exception:
-                    if stream.failure is None:
-                        raise
-                    raise stream.failure from None
-                stream.syncing.result()
-            hashes[Path(path).name] = stream.digest.hexdigest()
+            with HashedFile(Path(path), mode) as file:
+                yield file
+            hashes[Path(path).name] = file.hash
 
     class Writer(FileSystemWriter):
         def write_data(self, *args: Any, **keywords: Any) -> Any:
@@ -286,31 +242,3 @@ def shard_writer(folder: Path, hashes: dict[str, str], context: SaveContext) -> 
     writer = Writer(folder)
     writer.fs = Hashing()
     return writer
-
-
-def commit(partial: Path, target: Path, text: str, files: dict[str, str]) -> None:
-    """Write the state and the manifest of ``files`` (name → hash) beside the shards, and give the folder its name."""
-    write_synced(partial / STATE, text)
-    for name in (STATE, ".metadata"):
-        files[name] = file_hash(partial / name)
-    write_synced(partial / MANIFEST, json.dumps({"hash": HASH, "files": files}, indent=1))
-    sync_folder(partial)
-    set_aside(target, "replaced")
-    os.rename(partial, target)
-    sync_folder(target.parent)
-
-
-def write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename in ``path`` last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

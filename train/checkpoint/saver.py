@@ -1,7 +1,7 @@
-"""When training saves: at once, or as a copy in memory that a thread writes while training goes on.
+"""Saving during training: blocking, or as a copy in memory that a thread writes while training continues.
 
-One checkpoint is written at a time. How it ended is looked up after the step in which a rank finds it ended, and all
-ranks with it, since the step's exchange carries that.
+One checkpoint is written at a time. When a rank's thread has ended, the next step's all-reduce carries that, and all
+ranks check together how the save ended.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from train.terminal import Display
 
 
 class SaveThread(threading.Thread):
-    """One checkpoint on its way to the disk; ``error`` says afterwards what went wrong.
+    """Writes one checkpoint; ``error`` is afterwards what went wrong.
 
-    A daemon: a process that has to end does not wait for it, and half a checkpoint has another name.
+    A daemon: a process that has to end does not wait for it, since an incomplete checkpoint has another name.
     """
 
     def __init__(self, snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, context: SaveContext) -> None:
@@ -50,7 +50,7 @@ class Saver:
 
     Args:
         terminal: reports what went wrong without ending the run.
-        corpora: what a checkpoint says of the data beside the configuration (`describe_corpora`).
+        corpora: fingerprints of the data, stored beside the configuration (`describe_corpora`).
     """
 
     def __init__(
@@ -66,70 +66,70 @@ class Saver:
         settings = config.checkpoint
         self.folder = config.run.folder / "checkpoints"
         self.keep = Keep(settings.keep, settings.keep_every, settings.keep_best)
-        self.stage = StagingBuffer(topology.device) if settings.asynchronous else None
+        self.staging = StagingBuffer(topology.device) if settings.asynchronous else None
         self.context = SaveContext()
         if settings.asynchronous:
-            with watchdog.slow_timeout(), wait_span("making the group for checkpoints"):
+            with watchdog.slow_timeout(), wait_span("making the process group for checkpoints"):
                 self.context = SaveContext(group_beside_training(watchdog.longest(config.parallel.timeout_seconds)))
-        self.writing: SaveThread | None = None
+        self.thread: SaveThread | None = None
         self.failed: SaveError | None = None  # the newest checkpoint could not be written
-        self.last = time.monotonic()
+        self.last_save = time.monotonic()
 
     def is_overdue(self) -> bool:
-        """Whether the clock asks for a checkpoint; the first rank's clock does."""
+        """Whether a checkpoint is due by `checkpoint.every_minutes`; always False except on the first rank."""
         seconds = 60 * self.config.checkpoint.every_minutes
-        return self.topology.is_first and seconds > 0 and time.monotonic() - self.last >= seconds
+        return self.topology.is_first and seconds > 0 and time.monotonic() - self.last_save >= seconds
 
     def has_ended(self) -> bool:
-        """Whether there is a checkpoint to `wait_pending` that has been written, or could not be."""
-        return self.writing is not None and not self.writing.is_alive()
+        """Whether a save has ended, or failed, that `wait_pending` has not seen yet."""
+        return self.thread is not None and not self.thread.is_alive()
 
     def save(self, val_loss: float | None = None) -> None:
-        """Save the present step: wait for the checkpoint before, copy the state, and write it beside training.
+        """Save the present step: wait for the previous save, copy the state, and write it beside training.
 
-        Without ``checkpoint.asynchronous`` it is on disk afterwards.
+        Without ``checkpoint.asynchronous`` the checkpoint is on disk when this returns.
 
         Raises:
-            UnhealthyError: this or the former one's state is not finite.
+            UnhealthyError: the state of this or of the previous save is not finite.
         """
         self.wait_pending()
-        self.last = time.monotonic()
-        if self.stage is None:
+        self.last_save = time.monotonic()
+        if self.staging is None:
             with watchdog.slow_timeout(), work_span("saving"):
-                self._end(self._write_here(val_loss))
+                self._end(self._write_blocking(val_loss))
             return
         with work_span("copying the state for the checkpoint", slow=True):
-            snapshot = self.stage.copy(lambda take: self._snapshot(val_loss, take))
-        self.writing = SaveThread(snapshot, self.folder, self.topology, self.keep, self.context)
-        self.writing.start()
+            snapshot = self.staging.copy(lambda take: self._snapshot(val_loss, take))
+        self.thread = SaveThread(snapshot, self.folder, self.topology, self.keep, self.context)
+        self.thread.start()
 
     def wait_pending(self, final: bool = False) -> None:
-        """Wait for the checkpoint that is being written, if one is, and say so if it failed.
+        """Wait for the save in progress, if there is one, and report it if it failed.
 
         Raises:
             UnhealthyError: its state was not finite.
-            SaveError: with ``final``, where the newest checkpoint could not be written.
+            SaveError: with ``final``, if the newest checkpoint could not be written.
         """
-        if self.writing is not None:
+        if self.thread is not None:
             with watchdog.slow_timeout(), work_span("waiting for the checkpoint to be written", slow=True):
-                self.context.wait_for(self.writing)
-                error, self.writing = self.writing.error, None
+                self.context.wait_for(self.thread)
+                error, self.thread = self.thread.error, None
                 self._end(error)
         if self.failed is not None and final:
             raise self.failed
 
     def close(self) -> None:
-        """Let go of the buffer. In one process nothing may still write when its process group ends."""
-        if self.writing is not None and dist.get_world_size() == 1:
-            self.writing.join()
-        if self.stage is not None and self.writing is None:
-            self.stage.close()
+        """Free the buffer. With one rank, wait for the save first: its process group ends next."""
+        if self.thread is not None and dist.get_world_size() == 1:
+            self.thread.join()
+        if self.staging is not None and self.thread is None:
+            self.staging.close()
 
     def _snapshot(self, val_loss: float | None, take: object = None) -> Snapshot:
         configuration = as_mapping(self.config) | self.corpora
         return Snapshot.of(self.state, configuration, self.topology, val_loss, take)  # type: ignore[arg-type]
 
-    def _write_here(self, val_loss: float | None) -> BaseException | None:
+    def _write_blocking(self, val_loss: float | None) -> BaseException | None:
         try:
             write(self._snapshot(val_loss), self.folder, self.topology, self.keep, self.context)
         except LongCatError as error:
@@ -137,17 +137,14 @@ class Saver:
         return None
 
     def _end(self, error: BaseException | None) -> None:
-        """A full disk ends no run: steps would be lost for certain, and there may be room again by the next time."""
+        """A full disk does not end the run: that would lose steps, and the next save may find space again."""
         self.failed = None
         if error is None:
             return
         if not isinstance(error, SaveError):
             raise error
         if error.is_saved:
-            self._say(str(error))
+            self.terminal.note(str(error))
             return
         self.failed = SaveError(f"{error}; {last_valid(self.folder, self.topology)}")
-        self._say(f"NOT SAVED: {self.failed}; the next one that is due will be tried all the same")
-
-    def _say(self, text: str) -> None:
-        self.terminal.note(text)
+        self.terminal.note(f"NOT SAVED: {self.failed}; training continues and the next save is tried as usual")

@@ -1,8 +1,8 @@
-"""Tensors read out of torch.distributed.checkpoint's shards straight into their place, by several threads.
+"""Tensors read from torch.distributed.checkpoint's shards straight into their memory, by several threads.
 
-A shard is a row of records, each a tensor as torch.save writes it: an archive in which the values lie in one stretch,
-not compressed. Torch's own reader copies a record into a buffer, makes a tensor of that and copies it once more; here
-only an archive's index is decoded, and the values go from the file into the memory that wants them.
+A shard is a sequence of records, each a tensor as torch.save writes it: an archive with the values in one uncompressed
+range. Torch's own reader copies a record into a buffer, makes a tensor of that and copies it again; here only the
+archive's index is decoded, and the values go from the file straight into the target tensor.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
-BLOCK = 1 << 24  # bytes of one read, and of a thread's buffer for what cannot be read into its place
-PART = 1 << 26  # bytes that a thread reads before it takes up the next ones
+BLOCK = 1 << 24  # bytes of one read, and of a thread's buffer for values that need a copy
+PART = 1 << 26  # bytes of one task of a thread
 THREADS = min(4, os.cpu_count() or 1)
-HEAD = 1 << 12  # bytes; no head of a record was seen that is longer than a quarter of that
+HEADER = 1 << 12  # bytes; headers of records were at most a quarter of this
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """An open file."""
+    """An open shard."""
 
     path: Path
     descriptor: int
 
     def read_into(self, values: Tensor, position: int) -> None:
-        """Fill a contiguous tensor of host memory with the bytes from ``position`` on.
+        """Fill a contiguous tensor in host memory with the bytes from ``position`` on.
 
         Raises:
-            OSError: the file ends before, or cannot be read.
+            OSError: the file is too short or cannot be read.
         """
         memory = values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data
         while memory:
@@ -54,18 +54,18 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class FileRange:
-    """Values in a file: ``values`` has their shape and strides and no memory, and its storage begins at ``start``."""
+    """Values in a file: ``values`` (meta) has their shape and strides; its storage begins at byte ``start``."""
 
     shard: ShardFile
     values: Tensor
     start: int
 
     def of(self, values: Tensor) -> FileRange:
-        """The same storage seen as ``values``."""
+        """The same storage viewed as ``values``."""
         return FileRange(self.shard, values, self.start)
 
     def read_into(self, target: Tensor) -> None:
-        """Fill a tensor of the same shape; what has to be put in another order goes through a buffer of `BLOCK`."""
+        """Fill a tensor of the same shape; values to convert or reorder pass through a buffer of `BLOCK`."""
         values = self.values
         if not values.numel():
             return
@@ -74,19 +74,19 @@ class FileRange:
                 self.shard.read_into(target, self._position())
                 return
             step = BLOCK // values.itemsize
-            for mine, theirs in zip(target.view(-1).split(step), values.view(-1).split(step), strict=True):
-                self.of(theirs)._copy_into(mine)
+            for part, stored in zip(target.view(-1).split(step), values.view(-1).split(step), strict=True):
+                self.of(stored)._copy_into(part)
         elif self._num_elements() * values.itemsize <= BLOCK:
             self._copy_into(target)
         else:
-            for mine, theirs in zip(target.unbind(), values.unbind(), strict=True):
-                self.of(theirs).read_into(mine)
+            for part, stored in zip(target.unbind(), values.unbind(), strict=True):
+                self.of(stored).read_into(part)
 
     def _position(self) -> int:
         return self.start + int(self.values.storage_offset()) * self.values.itemsize
 
     def _num_elements(self) -> int:
-        """From the first to the last one, with those in between that are not wanted."""
+        """From the first value to the last, with those between them."""
         sizes = zip(self.values.shape, self.values.stride(), strict=True)
         return 1 + sum((size - 1) * stride for size, stride in sizes)
 
@@ -98,31 +98,31 @@ class FileRange:
 
 
 class ShardReader(FileSystemReader):
-    """Torch's reader of a checkpoint's folder with another way to the values of tensors."""
+    """Torch's reader of a checkpoint folder, with faster reading of tensors."""
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what ``plan`` names into the places that ``planner`` gives.
+        """Read the items of ``plan`` into the tensors that ``planner`` gives.
 
         Raises:
-            TypeError: something is stored that is no tensor.
+            TypeError: an item is not a tensor.
             OSError: a file is missing, cannot be read or is too short.
         """
         if any(item.type is LoadItemType.BYTE_IO for item in plan.items):
-            raise TypeError(f"{self.path} holds something that is no tensor; it was written by other code")
-        wants = [
+            raise TypeError(f"{self.path} contains an item that is not a tensor; other code wrote it")
+        requests = [
             ReadRequest(item, self.storage_data[item.storage_index], planner.resolve_tensor(item))
             for item in plan.items
         ]
-        heads = RecordHeaders()
+        headers = RecordHeaders()
         with ThreadPoolExecutor(THREADS) as pool:
-            reads = [pool.submit(read_part, Path(self.path) / name, part, heads) for name, part in parts(wants)]
+            reads = [pool.submit(read_part, Path(self.path) / name, part, headers) for name, part in parts(requests)]
             try:
                 for one in reads:
                     one.result()
             finally:
-                pool.shutdown(cancel_futures=True)  # after an error no other read begins
-        for want in wants:
-            planner.commit_tensor(want.item, want.target)
+                pool.shutdown(cancel_futures=True)  # after an error no further read starts
+        for request in requests:
+            planner.commit_tensor(request.item, request.target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -130,22 +130,22 @@ class ShardReader(FileSystemReader):
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """A stored tensor or a box of one, where its record lies, and the memory that it is read into."""
+    """A stored tensor or a box of one, the location of its record, and the tensor that it is read into."""
 
     item: ReadItem
-    place: Any  # relative_path, offset and length of the record
+    location: Any  # relative_path, offset and length of the record
     target: Tensor
 
 
-def parts(wants: list[ReadRequest]) -> Iterator[tuple[str, list[ReadRequest]]]:
-    """(file, wants that lie there one after the other, `PART` bytes or a little more)."""
-    in_order = sorted(wants, key=lambda want: (want.place.relative_path, want.place.offset))
-    for name, of_file in itertools.groupby(in_order, key=lambda want: str(want.place.relative_path)):
+def parts(requests: list[ReadRequest]) -> Iterator[tuple[str, list[ReadRequest]]]:
+    """(file, consecutive requests in it of `PART` bytes or a little more)."""
+    in_order = sorted(requests, key=lambda one: (one.location.relative_path, one.location.offset))
+    for name, in_file in itertools.groupby(in_order, key=lambda one: str(one.location.relative_path)):
         part: list[ReadRequest] = []
         size = 0
-        for want in of_file:
-            part.append(want)
-            size += want.target.nbytes
+        for request in in_file:
+            part.append(request)
+            size += request.target.nbytes
             if size >= PART:
                 yield name, part
                 part, size = [], 0
@@ -153,36 +153,36 @@ def parts(wants: list[ReadRequest]) -> Iterator[tuple[str, list[ReadRequest]]]:
             yield name, part
 
 
-def read_part(path: Path, wants: list[ReadRequest], heads: RecordHeaders) -> None:
+def read_part(path: Path, requests: list[ReadRequest], headers: RecordHeaders) -> None:
     with path.open("rb", buffering=0) as file:
         shard = ShardFile(path, file.fileno())
-        for want in wants:
-            stored = heads.of(file, want.place)
-            values = narrow_tensor_by_index(stored, want.item.storage_offsets, want.item.lengths)
-            target = want.target.detach()
-            assert values.shape == target.shape, f"{want.item.storage_index}: {values.shape} for {target.shape}"
-            start = want.place.offset + stored.untyped_storage()._checkpoint_offset
+        for request in requests:
+            item, stored = request.item, headers.of(file, request.location)
+            values = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
+            target = request.target.detach()
+            assert values.shape == target.shape, f"{item.storage_index}: {values.shape} for {target.shape}"
+            start = request.location.offset + stored.untyped_storage()._checkpoint_offset
             FileRange(shard, values, start).read_into(target)
 
 
 class RecordHeaders:
-    """What lies before the values of a record, decoded once for all records in which the same lies there.
+    """Headers of records, each distinct one decoded once.
 
-    A model has few shapes and many layers, and to decode an archive takes as long as to read a MiB.
+    A model has few shapes and many layers, and decoding an archive takes as long as reading a MiB.
     """
 
     def __init__(self) -> None:
-        self.known: dict[int, list[tuple[bytes, Tensor]]] = defaultdict(list)  # length of the record → heads
+        self.known: dict[int, list[tuple[bytes, Tensor]]] = defaultdict(list)  # length of the record → headers
 
-    def of(self, file: Any, place: Any) -> Tensor:
-        """A tensor of a record's shape, strides and type without memory; its storage knows its offset in the record."""
-        begin = os.pread(file.fileno(), min(HEAD, place.length), place.offset)
-        for head, stored in self.known[place.length]:
-            if begin.startswith(head):
+    def of(self, file: Any, location: Any) -> Tensor:
+        """A meta tensor of a record's shape, strides and dtype; its storage knows its offset in the record."""
+        begin = os.pread(file.fileno(), min(HEADER, location.length), location.offset)
+        for header, stored in self.known[location.length]:
+            if begin.startswith(header):
                 return stored
-        archive: Any = _create_file_view(file, place.offset, place.length)
+        archive: Any = _create_file_view(file, location.offset, location.length)
         found: Tensor = torch.load(archive, map_location="meta", weights_only=True)
         offset: Any = found.untyped_storage()._checkpoint_offset
         if offset <= len(begin):
-            self.known[place.length].append((begin[:offset], found))
+            self.known[location.length].append((begin[:offset], found))
         return found

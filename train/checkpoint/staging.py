@@ -1,4 +1,4 @@
-"""The staging buffer: a rank's state copied into memory of its own, so that training goes on while it is written."""
+"""The staging buffer: a copy of a rank's state in host memory, so that training continues while it is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALIGNMENT = 64  # bytes; what torch gives a tensor of its own
+ALIGNMENT = 64  # bytes, as torch aligns its tensors
 
 
 def padded(num_bytes: int) -> int:
@@ -17,9 +17,9 @@ def padded(num_bytes: int) -> int:
 
 
 class StagingBuffer:
-    """One buffer of host memory, made and touched by the first copy and used again by every later one.
+    """One buffer of host memory, allocated by the first copy and reused by every later one.
 
-    A copy is good until the next one is taken. On a GPU's host the buffer is page-locked.
+    A copy is valid until the next one is made. With a GPU the buffer is page-locked.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,9 +32,9 @@ class StagingBuffer:
         return 0 if self.memory is None else len(self.memory)
 
     def copy(self, gather: Callable[[Callable[[Tensor], Tensor]], Any]) -> Any:
-        """What ``gather(keep)`` returns, where it has called ``keep`` for every tensor and taken its copy instead.
+        """``gather(keep)``, which replaces every tensor by ``keep(tensor)``, its copy in the buffer.
 
-        The first time it is called twice, once to add up sizes.
+        The first time ``gather`` is called twice, once to add up sizes.
         """
         if self.memory is None:
             self._reserve(gather)
@@ -59,22 +59,22 @@ class StagingBuffer:
         self._lock_pages()
 
     def _lock_pages(self) -> None:
-        """Copies from a GPU run at the full rate into page-locked memory only; torch's own would be twice as large."""
+        """Copies from a GPU reach the full rate only into page-locked memory; torch's own would be twice as large."""
         if self.device.type == "cuda" and self.memory is not None:
             start = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(start, len(self.memory), 0)))
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        """A copy with a storage of just its size: the writer would copy what is part of a larger one once more."""
+        """A copy whose storage has its size: the writer would copy a view of a larger storage once more."""
         if not tensor.numel():
             return tensor
         assert self.memory is not None and self.used + tensor.nbytes <= len(self.memory), "the state has grown"
-        place = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.used)
+        target = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.used)
         self.used += padded(tensor.nbytes)
-        return place.view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+        return target.view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
 
     def close(self) -> None:
-        """Give the memory back, unless a tensor still lies in it."""
+        """Free the memory; it stays mapped while a tensor still uses it."""
         if self.memory is not None and self.device.type == "cuda":
             start = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(start)))

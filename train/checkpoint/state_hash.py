@@ -1,8 +1,8 @@
-"""One 64-bit hash of the whole state that does not depend on the layout.
+"""One 64-bit hash of the full state that does not depend on the layout.
 
 Σ_tensors H(name) · Σ_i bits_i · K(i) mod 2^64 over logical tensors: H and K odd, i the index in the unpadded
 logical tensor, bits the 32 of a float32 (a counter's 64), read as a signed integer. K(i) = A(i div C) · B(i mod C), so
-that C values at once cost a dot product. Moments hash under their weight's logical name and their kind.
+that C values cost one dot product. Moments hash under their weight's logical name and their kind.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MASK = (1 << 64) - 1
 def state_hash(state: TrainState, topology: Topology) -> str:
     """The hash of the state of all ranks as 16 hexadecimal digits; a collective."""
     total = 0
-    for local_boxes in state.store.local_boxes():
+    for box in state.store.local_boxes():
         if state.store.counts_here:
-            total += hash_stored(local_boxes)
+            total += hash_stored(box)
     if topology.holds_first_shards:
         for name, tensor in state.store.steps():
             total += name_key(f"optimizer_step/{name}") * hash_range(bits(tensor.detach()).flatten(), 0)
@@ -41,18 +41,18 @@ def state_hash(state: TrainState, topology: Topology) -> str:
     return f"{int(summed) & MASK:016x}"
 
 
-def hash_stored(local_boxes: LocalBox) -> int:
-    """The share of one box of a stored tensor in the sum."""
+def hash_stored(local_box: LocalBox) -> int:
+    """The contribution of one box of a stored tensor to the sum."""
     total = 0
-    for piece in pieces(local_boxes.name, local_boxes.shape, local_boxes.box):
-        values = bits(local_boxes.values[piece.index])
+    for piece in pieces(local_box.name, local_box.shape, local_box.box):
+        values = bits(local_box.values[piece.index])
         if len(piece.shape) == 1 or piece.box[1] == (0, piece.shape[1]):
             width = piece.shape[1] if len(piece.shape) == 2 else 1
             part = hash_range(values.flatten(), piece.box[0][0] * width)
         else:
             rows = enumerate(values, start=piece.box[0][0])
             part = sum(hash_range(row, number * piece.shape[1] + piece.box[1][0]) for number, row in rows)
-        total += name_key(f"{local_boxes.kind}/{piece.name}") * part
+        total += name_key(f"{local_box.kind}/{piece.name}") * part
     return total & MASK
 
 

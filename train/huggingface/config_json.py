@@ -1,4 +1,4 @@
-"""config.json and generation_config.json: a model's sizes in the field names of Hugging Face, both ways."""
+"""config.json and generation_config.json: a model's sizes to Hugging Face's field names and back."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ RENAMED = {
     "expert_hidden_size": "expert_ffn_hidden_size",
 }
 NAMES = dict.fromkeys(SAME) | RENAMED  # ours → theirs, None = the same
-REAL = ("routed_scaling_factor", "rms_norm_eps")  # of these; the others are whole numbers
-REQUIRED = {  # what this model computes; a config.json that says otherwise is of another one
+FLOATS = ("routed_scaling_factor", "rms_norm_eps")  # the other ones are integers
+REQUIRED = {  # what this model computes; with another value config.json is of another model
     "attention_bias": False,
     "tie_word_embeddings": False,
     "mla_scale_q_lora": True,
@@ -67,11 +67,11 @@ def to_config(model: ModelConfig, layout: str, dtype: str, end: int, positions: 
 
 
 def check_expressible(model: ModelConfig) -> None:
-    """Raise ConfigError for a model that config.json has no words for, which whoever loads it would compute wrongly."""
+    """Raise ConfigError for a model that config.json cannot describe; its readers would compute it wrongly."""
     if model.latent_norm_eps != THEIR_LATENT_EPS:
         raise ConfigError(
             f"model.latent_norm_eps={model.latent_norm_eps} cannot be exported: config.json has no field for it, and "
-            f"whoever reads it takes {THEIR_LATENT_EPS}; only a model trained with that can be"
+            f"its readers use {THEIR_LATENT_EPS}; only a model trained with that can be exported"
         )
 
 
@@ -80,7 +80,7 @@ def special_tokens(end: int) -> dict[str, int]:
 
 
 def from_folder(folder: Path, num_mtp_layers: int) -> dict[str, Any]:
-    """Fields of ModelConfig, and `positions`, that a folder's config.json (and longcat.json, if there) says.
+    """Fields of ModelConfig, and `positions`, from a folder's config.json and, if it exists, longcat.json.
 
     Raises:
         ConfigError: config.json is missing, damaged, or of a model that is not this one.
@@ -91,7 +91,7 @@ def from_folder(folder: Path, num_mtp_layers: int) -> dict[str, Any]:
         if tree.get("model_type") != "longcat_flash":
             raise ConfigError(f"{path}: model_type is {tree.get('model_type')!r}, not 'longcat_flash'; name another")
         found = {
-            ours: number(path, theirs or ours, tree[theirs or ours], ours in REAL) for ours, theirs in NAMES.items()
+            ours: number(path, theirs or ours, tree[theirs or ours], ours in FLOATS) for ours, theirs in NAMES.items()
         }
     except KeyError as error:
         raise ConfigError(f"{path} has no {error}; complete it") from error
@@ -105,7 +105,7 @@ def from_folder(folder: Path, num_mtp_layers: int) -> dict[str, Any]:
     found["name"] = "imported"
     if found["num_experts"] < 1 or found["num_zero_experts"] < 0:
         raise ConfigError(f"{path}: n_routed_experts must be at least 1 and zero_expert_num not negative; correct them")
-    # The budget stands in no config.json: by default FFN experts get their share of the choices (8 of 12 at 560B)
+    # config.json has no compute budget: by default FFN experts get their share of the choices (8 of 12 at 560B)
     share = found["num_experts"] / (found["num_experts"] + found["num_zero_experts"])
     found["expected_ffn_experts"] = round(found["top_k"] * share, 6)
     found |= {name: value for name, value in ours_of(folder).items() if name not in (*NAMES, "num_mtp_layers")}
@@ -115,7 +115,7 @@ def from_folder(folder: Path, num_mtp_layers: int) -> dict[str, Any]:
 
 
 def number(path: Path, name: str, value: Any, real: bool = False) -> Any:
-    """``value`` of a field of config.json, if it is a whole number, or with ``real`` any finite one.
+    """``value`` of a field of config.json, if it is an integer, or with ``real`` any finite number.
 
     Raises:
         ConfigError: it is not.
@@ -128,7 +128,7 @@ def number(path: Path, name: str, value: Any, real: bool = False) -> Any:
 
 
 def rope_theta(path: Path, tree: dict[str, Any]) -> float:
-    """The base of the rotary frequencies, from its old place or its new one."""
+    """The base of the rotary frequencies, from either of its two fields."""
     name = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
     parameters = tree.get(name) or {}
     if not isinstance(parameters, dict):
@@ -141,7 +141,7 @@ def rope_theta(path: Path, tree: dict[str, Any]) -> float:
 
 
 def ours_of(folder: Path) -> dict[str, Any]:
-    """The model of longcat.json, which our exports have beside config.json; empty where there is none."""
+    """The model in longcat.json, which our exports have beside config.json; empty without that file."""
     try:
         model = dict(json.loads((folder / OURS).read_text())["model"])
     except FileNotFoundError:

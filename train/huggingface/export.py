@@ -1,25 +1,21 @@
-"""A checkpoint → a Hugging Face folder, in a stream."""
+"""`longcat export`: a checkpoint as a Hugging Face folder, in constant memory."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from longcat.errors import ConfigError
-from train.checkpoint.compatibility import TOKENIZER
+from train.checkpoint.files import atomic_folder, check_absent, write_synced
 from train.checkpoint.read import Checkpoint
-from train.checkpoint.save import sync_folder, write_synced
-from train.data.corpus import TOKENIZER_NAME, file_sha256
+from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import end_of_document_id, load_tokenizer
 from train.huggingface.config_json import check_expressible, texts
-from train.huggingface.layouts import LAYOUTS, kept_dtype, layout_tensors, outline
+from train.huggingface.layouts import LAYOUTS, export_dtype, layout_tensors, tensor_sizes
 from train.huggingface.safetensors_folder import ShardWriter
 
 GIB = 2**30
@@ -60,58 +56,35 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> Path:
-    """Write the folder ``options.target`` and return it; it has this name when all of it is there.
+    """Write the folder ``options.target`` and return it; it gets this name when it is complete.
 
     Raises:
-        ConfigError: a wrong option, a source that is no whole checkpoint, a target that exists.
+        ConfigError: a wrong option, a source that is no valid checkpoint, a target that exists.
     """
     options.validate()
     target, form = Path(options.target), options.export
     check_absent(target)
     checkpoint = Checkpoint(Path(options.source))
     check_expressible(checkpoint.model)
-    tokenizer = tokenizer_of(checkpoint.configuration, form.tokenizer, "export.tokenizer")
+    tokenizer = checkpoint.tokenizer(form.tokenizer, "export.tokenizer")
     end = end_of_document_id(load_tokenizer(tokenizer), str(tokenizer))
     dtype = getattr(torch, form.dtype)
-    with appearing(target) as partial:
-        writer = ShardWriter(partial, outline(checkpoint.model, form.layout, dtype), form.shard_gib * GIB)
+    with atomic_folder(target) as partial:
+        writer = ShardWriter(partial, tensor_sizes(checkpoint.model, form.layout, dtype), form.shard_gib * GIB)
         for name, values in layout_tensors(checkpoint.model, form.layout, checkpoint):
-            writer.put(name, values.to(kept_dtype(name, dtype), copy=True).contiguous())
+            writer.put(name, values.to(export_dtype(name, dtype), copy=True).contiguous())
         writer.close()
         positions = int(checkpoint.configuration["train"]["sequence_length"])
         files = texts(checkpoint.model, form.layout, form.dtype, end, positions, checkpoint.counters)
         files["tokenizer_config.json"] = tokenizer_settings(tokenizer, end, positions)
         for file, text in files.items():
             write_synced(partial / file, text)
-        shutil.copyfile(tokenizer, partial / TOKENIZER_NAME)  # the same bytes, by whose hash a checkpoint knows it
+        shutil.copyfile(tokenizer, partial / TOKENIZER_NAME)  # unchanged: a checkpoint knows it by its hash
     return target
 
 
-def tokenizer_of(configuration: dict[str, Any], given: str, key: str) -> Path:
-    """The tokenizer.json that a checkpoint was trained with, or the one that is given by the option ``key``.
-
-    Raises:
-        ConfigError: it is not there, or its hash is not the one that the checkpoint knows.
-    """
-    data = configuration["data"]
-    places = (
-        [given] if given else [data.get("tokenizer"), *(Path(path).parent / TOKENIZER_NAME for path in data["paths"])]
-    )
-    there = [Path(place) for place in places if place and Path(place).is_file()]
-    if not there:
-        raise ConfigError(f"no tokenizer at {' or '.join(str(p) for p in places if p)}; name one with {key}=FILE")
-    wanted = configuration.get(TOKENIZER)
-    for place in there:
-        if wanted is None or file_sha256(place) == wanted:
-            return place
-    raise ConfigError(
-        f"{' and '.join(map(str, there))} is not the tokenizer that the checkpoint was trained with, whose SHA-256 is "
-        f"{wanted}; name that one with {key}=FILE"
-    )
-
-
 def tokenizer_settings(path: Path, end: int, positions: int) -> str:
-    """What AutoTokenizer wants beside tokenizer.json. Nothing is put before a text."""
+    """tokenizer_config.json, which AutoTokenizer needs; no token is put before a text."""
     name = load_tokenizer(path).id_to_token(end)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -120,42 +93,3 @@ def tokenizer_settings(path: Path, end: int, positions: int) -> str:
         "clean_up_tokenization_spaces": False,
     }
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-
-
-def check_absent(target: Path) -> None:
-    if target.exists():
-        raise ConfigError(f"target={target} exists and is not overwritten; choose another")
-
-
-@contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """A folder to write in that becomes ``target`` when the block ends well, and goes when it does not.
-
-    Raises:
-        ConfigError: the target exists, is being written, or cannot be; or the block failed to read or write a file.
-    """
-    from safetensors import SafetensorError
-
-    check_absent(target)
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError as error:
-        raise ConfigError(
-            f"{partial} is left of a conversion that did not end, or is being written; remove it"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"target={target} cannot be written ({error.strerror}); choose another") from error
-    try:
-        yield partial
-        if partial.exists():
-            partial.rename(target)
-            sync_folder(target.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise ConfigError(
-                f"target={target} could not be made ({error}); nothing is left of it; is the disk full, or was the "
-                f"source removed meanwhile?"
-            ) from error
-        raise

@@ -1,4 +1,4 @@
-"""A Hugging Face folder → a checkpoint at step 0 that any layout starts from, in a stream."""
+"""`longcat import`: a Hugging Face folder as a checkpoint at step 0, for any layout, in constant memory."""
 
 from __future__ import annotations
 
@@ -26,21 +26,19 @@ from parallel.store import MOMENTS
 from train.balance import build_controller
 from train.checkpoint.compatibility import TOKENIZER
 from train.checkpoint.dcp_tensors import DcpTensor
-from train.checkpoint.find import check_name, file_hash
+from train.checkpoint.files import atomic_folder, check_absent, file_hash
+from train.checkpoint.manifest import check_name, write_manifest
 from train.checkpoint.read import key_of, stored_shapes
-from train.checkpoint.retention import lock_folder
-from train.checkpoint.save import commit
 from train.compose import compose
 from train.config import Config
 from train.data.corpus import TOKENIZER_NAME, file_sha256, tokenizer_sha256
 from train.huggingface.config_json import from_folder
-from train.huggingface.export import appearing, check_absent
 from train.huggingface.layouts import PREDICTION
 from train.huggingface.safetensors_folder import SafetensorsFolder
 from train.run_dir import as_mapping
 from train.state import Counters
 
-FILE_BYTES = 1 << 30  # of a shard of the checkpoint; each thread that writes has as much in memory
+FILE_BYTES = 1 << 30  # of a shard of the checkpoint; each writing thread has as much in memory
 MAX_THREADS = 8
 
 
@@ -56,16 +54,16 @@ class ImportOptions:
             raise ConfigError("say longcat import source=DIR target=CHECKPOINT")
 
 
-class Promised(DcpTensor):
-    """A tensor in boxes whose values are made when they are written, and let go then."""
+class LazyTensor(DcpTensor):
+    """A tensor in boxes whose values are made when they are written, and freed afterwards."""
 
     make: Callable[[Box], Tensor]
 
     @staticmethod
-    def of(shape: tuple[int, ...], boxes: list[Box], make: Callable[[Box], Tensor]) -> Promised:
+    def of(shape: tuple[int, ...], boxes: list[Box], make: Callable[[Box], Tensor]) -> LazyTensor:
         empty = [(box, torch.empty([stop - start for start, stop in box], device="meta")) for box in boxes]
-        made = DcpTensor.__new__(Promised, shape, empty, torch.float32)
-        assert isinstance(made, Promised)
+        made = DcpTensor.__new__(LazyTensor, shape, empty, torch.float32)
+        assert isinstance(made, LazyTensor)
         made.make = make
         return made
 
@@ -76,10 +74,10 @@ class Promised(DcpTensor):
 
 
 def import_folder(options: ImportOptions, overrides: list[str]) -> tuple[Path, Config]:
-    """Write the checkpoint ``options.target``; → it, and the configuration that it holds.
+    """Write the checkpoint ``options.target``; returns it and its configuration.
 
     The model's sizes are those of config.json, then of ``overrides``, which may set any key. Moments are zero, and the
-    bias controller goes on from the imported biases.
+    bias controller continues from the imported biases.
 
     Raises:
         ConfigError: a wrong option, names or shapes that do not fit, a target that exists or names another step.
@@ -91,38 +89,41 @@ def import_folder(options: ImportOptions, overrides: list[str]) -> tuple[Path, C
     source = SafetensorsFolder(Path(options.source))
     config = configuration_of(source, overrides)
     source.check(config.model)
-    text = {"counters": asdict(Counters()), "configuration": as_mapping(config) | {TOKENIZER: tokenizer_of(config)}}
-    with appearing(target) as partial, lock_folder(partial):
-        write(promised(config, source), partial)
+    text = {
+        "counters": asdict(Counters()),
+        "configuration": as_mapping(config) | {TOKENIZER: configured_tokenizer_sha256(config)},
+    }
+    with atomic_folder(target) as partial:
+        write(initial_state(config, source), partial)
         files = {path.name: file_hash(path) for path in sorted(partial.glob("*.distcp"))}
-        commit(partial, target, json.dumps(text), files)  # gives the folder its name
+        write_manifest(partial, json.dumps(text), files)
     return target, config
 
 
 def configuration_of(source: SafetensorsFolder, overrides: list[str]) -> Config:
-    """The whole configuration: the folder's sizes, then what is given."""
+    """The full configuration: the folder's sizes, then ``overrides``."""
     prefix = rf"{re.escape(PREDICTION)}layers\.(\d+)\."
-    layers = {match[1] for name in source.places if (match := re.match(prefix, name))}
+    layers = {match[1] for name in source.files_by_tensor if (match := re.match(prefix, name))}
     found = from_folder(source.folder, len(layers))
     positions = found.pop("positions")
-    words = [f"model.{name}={value}" for name, value in found.items()]
+    sizes = [f"model.{name}={value}" for name, value in found.items()]
     if positions >= 2:
-        words.append(f"train.sequence_length={positions}")
-    config = compose([*words, *overrides])
+        sizes.append(f"train.sequence_length={positions}")
+    config = compose([*sizes, *overrides])
     tokenizer = source.folder / TOKENIZER_NAME
     if config.data.tokenizer is None and tokenizer.is_file():
         config.data.tokenizer = str(tokenizer.resolve())
     return config
 
 
-def tokenizer_of(config: Config) -> str | None:
-    """SHA-256 of the tokenizer of an import, if there is one."""
+def configured_tokenizer_sha256(config: Config) -> str | None:
+    """SHA-256 of `data.tokenizer`, if that file exists."""
     path = config.data.tokenizer
     return file_sha256(Path(path)) if path and Path(path).is_file() else None
 
 
-def promised(config: Config, source: SafetensorsFolder) -> dict[str, Tensor]:
-    """Everything of a state at step 0, under a checkpoint's keys."""
+def initial_state(config: Config, source: SafetensorsFolder) -> dict[str, Tensor]:
+    """The full state at step 0, under a checkpoint's keys."""
     tensors: dict[str, Tensor] = {}
     biases = torch.zeros(config.model.num_layers, config.model.num_routed)
     for name, shape in stored_shapes(config.model):
@@ -130,9 +131,9 @@ def promised(config: Config, source: SafetensorsFolder) -> dict[str, Tensor]:
         if key_of(name).startswith("bias/"):
             biases[int(name.split(".")[1])] = source.read(name, shape, boxes[0])
             continue
-        tensors[key_of(name)] = Promised.of(shape, boxes, lambda box, n=name, s=shape: source.read(n, s, box))  # type: ignore[misc]
+        tensors[key_of(name)] = LazyTensor.of(shape, boxes, lambda box, n=name, s=shape: source.read(n, s, box))  # type: ignore[misc]
         for kind in MOMENTS:
-            tensors[f"{kind}/{name}"] = Promised.of(shape, boxes, zeros)
+            tensors[f"{kind}/{name}"] = LazyTensor.of(shape, boxes, zeros)
         tensors[f"optimizer_step/{name}"] = torch.zeros((), dtype=torch.float32)
     for number, bias in enumerate(biases):
         tensors[f"bias/layers.{number}.mlp.router.e_score_correction_bias"] = bias.clone()
@@ -144,7 +145,7 @@ def zeros(box: Box) -> Tensor:
 
 
 def controller_state(config: Config, biases: Tensor) -> dict[str, Tensor]:
-    """Of a bias controller that has not stepped yet and whose memory are ``biases`` [L, N + Z]."""
+    """The state of a bias controller at step 0 that continues from ``biases`` [L, N + Z]."""
     state = build_controller(config.balance, config.model).state()
     for name in ("integral", "bias"):
         if name in state:
@@ -153,26 +154,26 @@ def controller_state(config: Config, biases: Tensor) -> dict[str, Tensor]:
 
 
 def write(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Torch's shards of what has been promised."""
+    """Write torch's shards and index."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
-    with warnings.catch_warnings():  # torch says that there are no other ranks
+    with warnings.catch_warnings():  # torch warns that there are no other ranks
         warnings.simplefilter("ignore")
         try:
             dcp.save(tensors, storage_writer=short_files(folder), no_dist=True)
-        except CheckpointException as error:  # it is no Exception, and wraps what happened for each rank
+        except CheckpointException as error:  # no Exception; it wraps the error of each rank
             cause: BaseException = next(iter(error.failures.values()))[0]
             if not isinstance(cause, OSError) and isinstance(cause.__context__, OSError):
-                cause = cause.__context__  # torch's writer puts a riddle in the place of a full disk
+                cause = cause.__context__  # torch's writer hides the OSError of a full disk
             raise cause from error
 
 
 def short_files(folder: Path) -> Any:
-    """Torch's writer with many files, written by a few threads: it keeps what it has put into a file until that ends.
+    """Torch's writer with many small files, since it frees a file's tensors when the file is complete.
 
     Raises (when it writes):
-        OSError: a thread failed, which torch would not say.
+        OSError: a thread failed, which torch does not report.
     """
     from torch.distributed.checkpoint import FileSystemWriter
 
@@ -186,7 +187,7 @@ def short_files(folder: Path) -> Any:
             before = set(threading.enumerate())
             try:
                 written = self._write_data(planner, files)
-            finally:  # after a failure the other threads would go on, in a folder that is removed
+            finally:  # after a failure, stop the other threads before the folder is removed
                 with contextlib.suppress(queue.Empty):
                     while True:
                         files.get_nowait()
@@ -200,40 +201,40 @@ def short_files(folder: Path) -> Any:
 
 
 def by_size(items: list[Any]) -> Iterator[list[Any]]:
-    """Consecutive items of FILE_BYTES together, or a little more."""
-    held: list[Any] = []
+    """Groups of consecutive items with FILE_BYTES together, or a little more."""
+    group: list[Any] = []
     size = 0
     for item in items:
-        held.append(item)
+        group.append(item)
         size += math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
         if size >= FILE_BYTES:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def how_to_train(target: Path, config: Config) -> list[str]:
-    """Commands that train on from an import: to build a corpus of its tokenizer where there is none, and the run."""
-    wanted, data = tokenizer_of(config), config.data
+    """Commands that train an imported model: build a corpus with its tokenizer if there is none, and the run."""
+    wanted, data = configured_tokenizer_sha256(config), config.data
     try:
         fits = wanted is None or tokenizer_sha256(data.paths) == wanted
-    except ConfigError:  # a damaged one
+    except ConfigError:  # a damaged corpus
         fits = False
-    words = [f"data.paths=[{','.join(data.paths)}]"]
+    overrides = [f"data.paths=[{','.join(data.paths)}]"]
     lines = []
     if not fits:
-        words = ["data.out=FOLDER"]
-        lines.append("the corpus must have the model's tokenizer; if you have none that has, build it first:")
+        overrides = ["data.out=FOLDER"]
+        lines.append("the corpus must have the model's tokenizer; if you have no such corpus, build it first:")
         lines.append(
             f"longcat data build data.source=TEXTS data.out=FOLDER data.tokenizer={data.tokenizer} "
             f"model.vocab_size={config.model.vocab_size}"
         )
-    words = [*model_words(config.model), f"balance.method={config.balance.method}", *words]
-    return [*lines, f"longcat train checkpoint.resume={target} run.name=… {' '.join(words)}"]
+    overrides = [*model_overrides(config.model), f"balance.method={config.balance.method}", *overrides]
+    return [*lines, f"longcat train checkpoint.resume={target} run.name=… {' '.join(overrides)}"]
 
 
-def model_words(model: ModelConfig) -> list[str]:
+def model_overrides(model: ModelConfig) -> list[str]:
     """The overrides with which `longcat train` builds this model."""
     plain = asdict(compose([]).model)
     return [f"model.{name}={value}" for name, value in asdict(model).items() if value != plain[name] and name != "name"]

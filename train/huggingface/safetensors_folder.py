@@ -1,4 +1,4 @@
-"""Folders of safetensors: written in shards of a chosen size with their index, read tensor by tensor."""
+"""Folders of safetensors: written in files of a chosen size with an index, read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -12,58 +12,65 @@ from torch import Tensor
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.names import Box, pieces
+from train.checkpoint.files import write_synced
 from train.checkpoint.read import full_box
-from train.checkpoint.save import write_synced
-from train.huggingface.layouts import LAYOUTS, PREDICTION, PREDICTION_EMBEDDING, Outline, identity_names, layout_tensors
+from train.huggingface.layouts import (
+    LAYOUTS,
+    PREDICTION,
+    PREDICTION_EMBEDDING,
+    MetaSource,
+    identity_names,
+    layout_tensors,
+)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class ShardWriter:
-    """Writes tensors that come in the order of ``outline`` (name, bytes); no more than a shard is in memory."""
+    """Writes tensors that arrive in the order of ``sizes`` (name, bytes); at most one file is in memory."""
 
-    def __init__(self, folder: Path, outline: list[tuple[str, int]], shard_bytes: float) -> None:
+    def __init__(self, folder: Path, sizes: list[tuple[str, int]], shard_bytes: float) -> None:
         self.folder = folder
-        self.total = sum(size for _, size in outline)
+        self.total = sum(size for _, size in sizes)
         self.shards: list[list[str]] = [[]]
         filled = 0
-        for name, size in outline:
+        for name, size in sizes:
             if self.shards[-1] and filled + size > shard_bytes:
                 self.shards.append([])
                 filled = 0
             self.shards[-1].append(name)
             filled += size
-        self.held: dict[str, Tensor] = {}
+        self.pending: dict[str, Tensor] = {}
         self.written = 0
 
     def file_name(self, number: int) -> str:
         return f"model-{number + 1:05}-of-{len(self.shards):05}.safetensors"
 
     def put(self, name: str, values: Tensor) -> None:
-        """Take the next tensor; writes a file when its shard is complete."""
+        """Take the next tensor; writes a file when it is complete."""
         from safetensors.torch import save_file
 
         expected = self.shards[self.written]
-        assert name == expected[len(self.held)], f"{name} came where {expected[len(self.held)]} was due"
-        self.held[name] = values
-        if len(self.held) == len(expected):
+        assert name == expected[len(self.pending)], f"{name} came where {expected[len(self.pending)]} was due"
+        self.pending[name] = values
+        if len(self.pending) == len(expected):
             path = self.folder / self.file_name(self.written)
-            save_file(self.held, path, metadata={"format": "pt"})
-            path.chmod(self.folder.stat().st_mode & 0o666)  # safetensors keeps its files from everybody else
-            self.held = {}
+            save_file(self.pending, path, metadata={"format": "pt"})
+            path.chmod(self.folder.stat().st_mode & 0o666)  # safetensors makes its files unreadable for other users
+            self.pending = {}
             self.written += 1
 
     def close(self) -> None:
         """Write the index."""
         assert self.written == len(self.shards), "some tensors were never given"
-        places = {name: self.file_name(number) for number, shard in enumerate(self.shards) for name in shard}
-        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(places.items()))}
+        files = {name: self.file_name(number) for number, shard in enumerate(self.shards) for name in shard}
+        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(files.items()))}
         write_synced(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 class SafetensorsFolder:
-    """Tensors of a Hugging Face folder: a `TensorSource` of a model's stored ones, each expert a box of its own.
+    """A `TensorSource` of a Hugging Face folder; each expert is a box.
 
     Raises:
         ConfigError: there is no index and no model.safetensors, or a file is missing or damaged.
@@ -71,10 +78,10 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files: dict[str, Any] = {}
-        self.places = self._places()
+        self.opened: dict[str, Any] = {}
+        self.files_by_tensor = self._read_index()
 
-    def _places(self) -> dict[str, str]:
+    def _read_index(self) -> dict[str, str]:
         """Name of each tensor → its file."""
         if (self.folder / INDEX).is_file():
             try:
@@ -88,15 +95,15 @@ class SafetensorsFolder:
     def _open(self, file: str) -> Any:
         from safetensors import SafetensorError, safe_open
 
-        if file not in self.files:
+        if file not in self.opened:
             try:
-                self.files[file] = safe_open(self.folder / file, framework="pt")
+                self.opened[file] = safe_open(self.folder / file, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{self.folder / file} is missing or damaged ({error}); restore it") from error
-        return self.files[file]
+        return self.opened[file]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor; raises ConfigError where its kind of numbers is not known here."""
+        """The shape of a tensor; raises ConfigError where its dtype is unknown."""
         part = self._slice(name)
         if part.get_dtype() not in DTYPES:
             raise ConfigError(
@@ -108,28 +115,30 @@ class SafetensorsFolder:
         from safetensors import SafetensorError
 
         try:
-            return self._open(self.places[name]).get_slice(name)
+            return self._open(self.files_by_tensor[name]).get_slice(name)
         except SafetensorError as error:
-            raise ConfigError(f"{self.folder / self.places[name]} has no {name} ({error}); restore it") from error
+            raise ConfigError(
+                f"{self.folder / self.files_by_tensor[name]} has no {name} ({error}); restore it"
+            ) from error
 
     def check(self, config: ModelConfig) -> None:
-        """Compare names and shapes with those of a model of these sizes; nothing is read.
+        """Compare names and shapes with those of a model; no tensor is read.
 
         Raises:
             ConfigError: what is missing, left over or of another shape.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, LAYOUTS[0], Outline())}
-        found = self.places.keys() - {PREDICTION_EMBEDDING}
+        shapes = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, LAYOUTS[0], MetaSource())}
+        found = self.files_by_tensor.keys() - {PREDICTION_EMBEDDING}
         shapes.pop(PREDICTION_EMBEDDING, None)  # our own copy of the embedding may be left out
         if not config.num_mtp_layers:
             found = {name for name in found if not name.startswith(PREDICTION)}
         for layer in range(config.num_layers):
             found = found - set(identity_names(f"model.layers.{layer}.mlp.experts", config))
-        for words, names in (("lacks", shapes.keys() - found), ("has unknown", found - shapes.keys())):
+        for verb, names in (("lacks", shapes.keys() - found), ("has unknown", found - shapes.keys())):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise ConfigError(
-                    f"source={self.folder} {words} {min(names)}{more}; is config.json, or a model.* given here, of "
+                    f"source={self.folder} {verb} {min(names)}{more}; is config.json, or a model.* given here, of "
                     f"another model?"
                 )
         for name, shape in shapes.items():
@@ -140,8 +149,8 @@ class SafetensorsFolder:
         self._check_embedding(config)
 
     def _check_embedding(self, config: ModelConfig) -> None:
-        """MTP shares the model's embedding here: a copy in the files must be one."""
-        if not config.num_mtp_layers or PREDICTION_EMBEDDING not in self.places:
+        """MTP shares the model's embedding: raise ConfigError if the files have another one."""
+        if not config.num_mtp_layers or PREDICTION_EMBEDDING not in self.files_by_tensor:
             return
         ours, copy = self._slice("model.embed_tokens.weight"), self._slice(PREDICTION_EMBEDDING)
         same = ours.get_shape() == copy.get_shape() and all(
@@ -155,7 +164,7 @@ class SafetensorsFolder:
             )
 
     def boxes(self, stored_name: str, shape: tuple[int, ...]) -> list[Box]:
-        """The whole tensor, or one box for each expert."""
+        """The full tensor, or one box per expert."""
         if not stored_name.rpartition(".")[0].endswith(".experts"):
             return [full_box(shape)]
         return [((expert, expert + 1), *full_box(shape[1:])) for expert in range(shape[0])]

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from longcat.errors import ConfigError
+from train.checkpoint.compatibility import flatten
 from train.report.chart import Chart, Guide, Series, render
 from train.report.numbers import DASH, Formatter, compact, duration, exact, fixed, percent, plain
-from train.report.page import flatten, footer, grid, show, write_page
+from train.report.page import footer, grid, show, write_page
 from train.report.reading import RunData, read_run
 
 PALETTE = 8

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint.compatibility import flatten
 from train.report import health, learning, routing
 from train.report.numbers import DASH, compact, duration, exact, percent, plain, signed_percent
 from train.report.reading import RunData, read_run
@@ -192,7 +193,7 @@ def settings(run: RunData) -> str:
 
 def fold(title: str, tree: Any) -> str:
     """Return a <details> with the dotted keys of a configuration tree, grouped by their first part."""
-    flat = flatten(tree)
+    flat = flatten(tree or {})
     if not flat:
         return ""
     groups: dict[str, list[str]] = {}
@@ -204,16 +205,6 @@ def fold(title: str, tree: Any) -> str:
         for group, rows in groups.items()
     )
     return f"<details><summary>{escape(title)}</summary><div class=settings>{blocks}</div></details>"
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return {dotted key: leaf} of nested mappings."""
-    if not isinstance(tree, dict):
-        return {prefix: tree} if prefix else {}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def show(value: Any) -> str:

@@ -182,8 +182,8 @@ def test_slow_disk_ends_no_run_before_the_slow_timeout(
         codes = [rank.wait(120) for rank in ranks]
     message = ended(tmp_path / "never")["message"]
     assert codes == [1, 1], printed(tmp_path / "again")
-    assert re.match(r"rank 0 has waited [56] s in step 3 for \"plan of the checkpoint", message), message
-    assert re.search(r'rank 1 .* at step 3, "writing the checkpoint" of plan of the checkpoint', message), message
+    assert re.match(r"rank 0 has waited [56] s in step 3 for \"write of the checkpoint", message), message
+    assert re.search(r'rank 1 .* at step 3, "writing the checkpoint" of write of the checkpoint', message), message
 
 
 def test_agent_ends_soon_after_a_rank_stops(

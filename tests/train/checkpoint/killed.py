@@ -18,9 +18,9 @@ from typing import Any
 from parallel.watchdog.spans import SPANS
 from tests.support.distributed import become, free_port
 from train.batches import BatchReader
-from train.checkpoint import find as finding
+from train.checkpoint import manifest, shards
 from train.checkpoint import save as saving
-from train.checkpoint import shards
+from train.checkpoint.files import HashedFile
 from train.checkpoint.staging import StagingBuffer
 from train.compose import compose
 from train.data.samples import TokenSamples
@@ -43,15 +43,15 @@ class Fate:
 # the function of train/ by which it must be called to count, if not by any
 PHASES: dict[str, tuple[Any, str, str]] = {
     "staging": (StagingBuffer, "_keep", ""),
-    "planning": (saving.SaveContext, "all", ""),
-    "writing": (saving.HashedFile, "write", ""),
-    "committing": (saving, "write_synced", ""),
+    "planning": (saving.SaveContext, "run_on_all_ranks", ""),
+    "writing": (HashedFile, "write", ""),
+    "committing": (manifest, "write_synced", ""),
     "renaming": (os, "rename", "commit"),
     "pruning": (os, "unlink", "prune"),
     "moving": (os, "rename", ""),
     "removing": (os, "unlink", ""),
     "loading": (shards.RecordHeaders, "of", ""),
-    "verifying": (finding, "file_hash", ""),
+    "verifying": (manifest, "file_hash", ""),
 }
 
 

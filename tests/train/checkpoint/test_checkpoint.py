@@ -1,4 +1,4 @@
-"""Checkpoints: committed at once or not at all, believed only when whole, readable in any layout."""
+"""Checkpoints: committed atomically, used only when valid, readable in any layout."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from longcat.errors import ConfigError, UnhealthyError
 from parallel.mesh import Topology, connect
 from tests.support.distributed import run_ranks
 from tests.support.running import TINY, contents, free_ports, trained_state
-from train.checkpoint import find as finding
+from train.checkpoint import manifest
 from train.checkpoint import save as saving
-from train.checkpoint.find import find, last_valid, list_checkpoints, load, verify
+from train.checkpoint.find import find_on_all_ranks, find_start, last_valid
+from train.checkpoint.load import load
+from train.checkpoint.manifest import list_checkpoints, verify
 from train.checkpoint.retention import Keep, cleanup
 from train.checkpoint.save import save
 from train.checkpoint.state_hash import state_hash
@@ -71,7 +73,7 @@ def saver(assembled: tuple[TrainState, Topology, Config], tmp_path: Path) -> Sav
     return Saver(*assembled, tmp_path / "checkpoints")
 
 
-# ------------------------------------------------------------------------------------- committed at once or not at all
+# ------------------------------------------------------------------------------------- committed atomically
 
 
 class PowerCut(BaseException):
@@ -92,10 +94,10 @@ def cut_at(patch: pytest.MonkeyPatch, holder: object, name: str, when: Callable[
 
 POINTS: dict[str, tuple[object, str, Callable[..., bool]]] = {
     "before-the-shards": (dcp, "save", lambda *_: True),
-    "after-the-shards": (saving, "file_hash", lambda *_: True),
-    "before-the-state": (saving, "write_synced", lambda path, _: path.name == "state.json"),
-    "before-the-manifest": (saving, "write_synced", lambda path, _: path.name == "manifest.json"),
-    "before-the-folder-is-synced": (saving, "sync_folder", lambda path: path.suffix == ".partial"),
+    "after-the-shards": (manifest, "file_hash", lambda *_: True),
+    "before-the-state": (manifest, "write_synced", lambda path, _: path.name == "state.json"),
+    "before-the-manifest": (manifest, "write_synced", lambda path, _: path.name == "manifest.json"),
+    "before-the-folder-is-synced": (manifest, "sync_folder", lambda path: path.suffix == ".partial"),
     "before-the-commit": (os, "rename", lambda old, _: str(old).endswith("step-00000002.partial")),
 }
 
@@ -111,7 +113,7 @@ def test_interrupted_save_leaves_the_previous_checkpoint(
         with pytest.raises(PowerCut):
             saver.save(2)
     assert saver.names == ["step-00000001"]
-    assert find(saver.folder, "auto") == (first, [])
+    assert find_start(saver.folder, "auto") == (first, [])
     assert saver.load(first) == expected
     assert verify(saver.save(2)).problem is None, "what the cut left is in the way"
     assert saver.everything == ["step-00000001", "step-00000002"]
@@ -126,7 +128,7 @@ def test_interrupted_removal_leaves_valid_checkpoints(saver: Saver, monkeypatch:
         with pytest.raises(PowerCut):
             saver.save(3, keep=2)
     assert saver.names == ["step-00000002", "step-00000003"]
-    assert find(saver.folder, "auto") == (saver.folder / "step-00000003", [])
+    assert find_start(saver.folder, "auto") == (saver.folder / "step-00000003", [])
     assert verify(saver.folder / "step-00000002").problem is None
     assert saver.everything == ["step-00000001.removed", "step-00000002", "step-00000003"]
     (saver.folder / "step-00000009.partial").mkdir()
@@ -154,7 +156,7 @@ def test_manual_copies_are_neither_removed_nor_loaded(saver: Saver) -> None:
         shutil.copytree(saver.folder / "step-00000001" if saver.folder.exists() else saver.save(1), saver.folder / name)
     newest = saver.save(2, keep=1)
     assert saver.everything == sorted([*copies, newest.name]) and saver.names == [newest.name]
-    assert find(saver.folder, "auto") == (newest, [])
+    assert find_start(saver.folder, "auto") == (newest, [])
 
 
 def test_same_step_is_written_again(saver: Saver) -> None:
@@ -178,7 +180,7 @@ def test_non_finite_state_is_not_saved(saver: Saver) -> None:
     value = float(moment.view(-1)[3])
     moment.view(-1)[3] = float("nan")
     with pytest.raises(
-        UnhealthyError, match=r"step 2: a weight or a moment is not finite.* last good checkpoint is .*step-00000001;"
+        UnhealthyError, match=r"step 2: a weight or a moment is not finite.* last valid checkpoint is .*step-00000001;"
     ):
         saver.save(2)
     moment.view(-1)[3] = value
@@ -196,7 +198,7 @@ def test_one_non_finite_value_is_found(bad: float, place: int) -> None:
     assert not saving.is_finite(values)
 
 
-# ------------------------------------------------------------------------------------- believed only when whole
+# ------------------------------------------------------------------------------------- used only when valid
 
 
 def shard(path: Path) -> Path:
@@ -261,19 +263,19 @@ DAMAGE: dict[Callable[[Path], None], str] = {
 def test_damaged_checkpoint_is_skipped(damage: Callable[[Path], None], saver: Saver) -> None:
     first, second = saver.save(1), saver.save(2)
     damage(second)
-    found, passed_over = find(saver.folder, "auto")
+    found, skipped = find_start(saver.folder, "auto")
     assert found == first
-    assert [(status.folder, status.step, status.problem) for status in passed_over] == [(second, 2, DAMAGE[damage])]
-    with pytest.raises(ConfigError, match="is not whole"):
-        find(saver.folder, str(second))
+    assert [(status.folder, status.step, status.problem) for status in skipped] == [(second, 2, DAMAGE[damage])]
+    with pytest.raises(ConfigError, match="is not a valid checkpoint"):
+        find_start(saver.folder, str(second))
     damage(first)
-    with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole \(step-00000002: .*; step-00000001: "):
-        find(saver.folder, "auto")
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is valid \(step-00000002: .*; step-00000001: "):
+        find_start(saver.folder, "auto")
 
 
 def test_shard_damaged_after_verification_is_named(saver: Saver) -> None:
     path = saver.save(1)
-    assert find(saver.folder, "auto") == (path, [])
+    assert find_start(saver.folder, "auto") == (path, [])
     with shard(path).open("r+b") as file:
         file.truncate(shard(path).stat().st_size // 2)
     with pytest.raises(ConfigError, match=r"step-00000001 could not be read: rank 0: .*; restore its files"):
@@ -315,15 +317,15 @@ def look_together(folder: str) -> tuple[Any, list[str]]:
     """On two ranks: what is found in ``folder``, and what this rank has hashed for it."""
     config = compose(TINY)
     topology = connect(config.parallel)
-    plain, hashed = finding.file_hash, []
+    plain, hashed = manifest.file_hash, []
 
     def noted(path: Path) -> str:
         hashed.append(f"{path.parent.name}/{path.name}")
         return plain(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finding, "file_hash", noted)
-        found = finding.find_together(Path(folder), "auto", topology)
+        patch.setattr(manifest, "file_hash", noted)
+        found = find_on_all_ranks(Path(folder), "auto", topology)
     dist.destroy_process_group()
     return found, hashed
 
@@ -339,9 +341,9 @@ def test_ranks_share_the_hashing_and_agree_on_the_result(saver: Saver) -> None:
         (folder, f"{name} does not have the hash of the manifest")
         for folder, name in zip((third, second), problems, strict=True)
     ]
-    for (path, passed_over), _ in both:
+    for (path, skipped), _ in both:
         assert path == first
-        assert [(status.folder, status.problem) for status in passed_over] == passed
+        assert [(status.folder, status.problem) for status in skipped] == passed
     shares = [set(hashed) for _, hashed in both]
     every = {f"{path.name}/{name}" for path in (first, second, third) for name in files_of(path)}
     assert shares[0] | shares[1] == every and not shares[0] & shares[1]
@@ -357,7 +359,7 @@ def test_checkpoints_load_from_two_ranks_to_one_and_back(saver: Saver, tmp_path:
     expected = saver.hash()
     first, second = run_ranks(exchange, 2, str(path), str(tmp_path / "theirs"), free_ports(2))
     assert first == second, "ranks disagree"
-    assert first[2] == f"the last good checkpoint is {tmp_path / 'theirs' / 'step-00000002'}"
+    assert first[2] == f"the last valid checkpoint is {tmp_path / 'theirs' / 'step-00000002'}"
     assert first[0] == expected, "two ranks read another state than one wrote"
     theirs = tmp_path / "theirs" / "step-00000002"
     assert sorted(path.name for path in theirs.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]

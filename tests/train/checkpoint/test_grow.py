@@ -27,10 +27,11 @@ from tests.parity.pool import close_pools, pool
 from tests.support.running import TINY, RandomSamples, contents, trained_state
 from train.batches import BatchReader
 from train.checkpoint import grow as growing
-from train.checkpoint.find import MANIFEST, STATE, file_hash, load, verify
+from train.checkpoint.files import file_hash, is_locked
 from train.checkpoint.grow import GrowConfig, GrowthOptions, grow
-from train.checkpoint.retention import is_locked
-from train.checkpoint.save import commit, save
+from train.checkpoint.load import load
+from train.checkpoint.manifest import MANIFEST, STATE, commit, verify
+from train.checkpoint.save import save
 from train.checkpoint.state_hash import state_hash
 from train.compose import compose
 from train.config import Config
@@ -251,9 +252,9 @@ def test_failed_growth_leaves_nothing_behind(old: Old, tmp_path: Path, monkeypat
 def test_growth_locks_its_target(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, seen = growing.write, []
 
-    def write(source: Any, partial: Path, target: Path) -> None:
+    def write(source: Any, partial: Path) -> None:
         seen.append(is_locked(partial))
-        plain(source, partial, target)
+        plain(source, partial)
 
     monkeypatch.setattr(growing, "write", write)
     grow(options(old.path, tmp_path / "grown"))
@@ -281,8 +282,8 @@ def test_ambiguous_target_name_is_refused(old: Old, tmp_path: Path) -> None:
 
 
 def test_unknown_state_is_refused(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growing, "OF_ALL_LAYERS", "something")
-    with pytest.raises(ConfigError, match=r"holds controller/.*, which growth cannot place"):
+    monkeypatch.setattr(growing, "ALL_LAYERS", "something")
+    with pytest.raises(ConfigError, match=r"holds controller/.*, which growth does not know"):
         grow(options(old.path, tmp_path / "grown"))
 
 
@@ -296,5 +297,5 @@ def test_a_state_of_other_depth_is_refused(old: Old, tmp_path: Path) -> None:
     files = json.loads((wrong / MANIFEST).read_text())
     files["files"][STATE] = file_hash(wrong / STATE)
     (wrong / MANIFEST).write_text(json.dumps(files))
-    with pytest.raises(ConfigError, match=r"does not hold the 3 layers|cannot place"):
+    with pytest.raises(ConfigError, match=r"does not contain the 3 layers|does not know"):
         grow(options(wrong, tmp_path / "grown"))

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.running import NARROW, exact, lines
 from tests.train.checkpoint.killed import PHASES, Fate, end, place_of_death, samples_of_steps, start, steps_read
-from train.checkpoint.find import list_checkpoints, verify
+from train.checkpoint.manifest import list_checkpoints, verify
 
 RANKS, STEPS, BATCH = 2, 16, 4
 ENDS_WITHIN = 60.0  # seconds in which the survivors must find out by themselves

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.running import NARROW, train_here
-from train.checkpoint.retention import lock_folder
+from train.checkpoint.files import lock_folder
 from train.compose import compose
 from train.data.build import build
 

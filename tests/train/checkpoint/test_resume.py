@@ -37,12 +37,12 @@ def test_checkpoint_under_another_step_s_name_is_skipped(narrow: list[str], tmp_
     shutil.copytree(run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000500")
     capfd.readouterr()
     assert train_here([*words, "train.steps=3"]) == 0
-    assert "step-00000500: it holds step 1, which is not the step of its name" in capfd.readouterr().out
+    assert "step-00000500: it contains step 1, which is not the step of its name" in capfd.readouterr().out
     assert names(run) == ["step-00000003", "step-00000500.damaged"]
     shutil.rmtree(run / "checkpoints" / "step-00000003")
     (run / "checkpoints" / "step-00000500.damaged").rename(run / "checkpoints" / "step-00000500")
     assert train_here([*words, "train.steps=4"]) == 2
-    assert "no checkpoint in" in (said := capfd.readouterr().err) and "step-00000500: it holds step 1" in said
+    assert "no checkpoint in" in (said := capfd.readouterr().err) and "step-00000500: it contains step 1" in said
 
 
 # ------------------------------------------------------------------------------------- the place that it was told

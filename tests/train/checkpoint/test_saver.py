@@ -18,7 +18,8 @@ import torch
 from longcat.errors import ConfigError
 from tests.support.running import NARROW, ended, exact, lines, straight, train_here
 from train.checkpoint import save as saving
-from train.checkpoint.find import find, list_checkpoints, verify
+from train.checkpoint.find import find_start
+from train.checkpoint.manifest import list_checkpoints, verify
 from train.checkpoint.retention import Keep, make_space, prune, validation_loss
 from train.checkpoint.saver import SaveThread
 from train.checkpoint.staging import StagingBuffer
@@ -236,7 +237,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run(
     capfd.readouterr()
     assert train_here([*words, "train.steps=10", "checkpoint.every=2"]) == 1
     reason = (
-        r"checkpoints has 0\.\d MiB left; make room, lower checkpoint\.keep or"
+        r"checkpoints has 0\.\d MiB left; free some, lower checkpoint\.keep or"
         if foreseen
         else "No space left on device"
     )
@@ -248,8 +249,8 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run(
     assert "Traceback" not in printed.err and printed.err.count("error: ") == 1
     assert len(lines(run)) == 10, "training went on"
     assert steps_there(run) == [4] and not list(run.glob("checkpoints/*.partial"))
-    found, passed_over = find(run / "checkpoints", "auto")
-    assert found is not None and found.name == "step-00000004" and passed_over == []
+    found, skipped = find_start(run / "checkpoints", "auto")
+    assert found is not None and found.name == "step-00000004" and skipped == []
     stuff.unlink()
     assert train_here([*words, "train.steps=10"]) == 0
     assert exact(run) == straight(corpus, [*words, "train.steps=10"])

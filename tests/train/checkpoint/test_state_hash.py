@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from parallel.mesh import connect
 from tests.support.distributed import run_ranks
 from tests.support.running import TINY, free_ports, trained_state
-from train.checkpoint.find import load
+from train.checkpoint.load import load
 from train.checkpoint.save import save
 from train.checkpoint.state_hash import COLUMNS, hash_range, state_hash
 from train.compose import compose

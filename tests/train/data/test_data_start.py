@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.running import NARROW, ended, lines, train_here
 from tests.train.conftest import VOCAB
-from train.checkpoint.find import STATE, list_checkpoints
+from train.checkpoint.manifest import STATE, list_checkpoints
 from train.compose import compose
 from train.data.build import build
 from train.data.samples import TokenSamples
@@ -63,7 +63,7 @@ def test_another_corpus_is_refused_under_any_name(
     branch: list[str], other: Path, words: list[str], corpus: Path, tmp_path: Path
 ) -> None:
     assert train_here([*branch, f"data.paths=[{other}]"]) == 2
-    assert f"data.paths is ['{corpus}'] there and ['{other}'] here" in ended(tmp_path / "branch")["message"]
+    assert f"data.paths was ['{corpus}'] and is now ['{other}']" in ended(tmp_path / "branch")["message"]
     moved = shutil.copytree(other.parent, tmp_path / "moved") / "corpus"
     assert train_here([*words, f"data.paths=[{moved}]", "run.name=first", "train.steps=3"]) == 0
     shutil.rmtree(moved.parent)
@@ -130,7 +130,8 @@ def test_third_run_resumes_in_the_second_run_s_data(branch: list[str], tmp_path:
 
 def test_checkpoint_without_this_counter_resumes(words: list[str], branch: list[str], tmp_path: Path) -> None:
     """It has none, and knows its corpora by path alone."""
-    from train.checkpoint.find import MANIFEST, file_hash
+    from train.checkpoint.files import file_hash
+    from train.checkpoint.manifest import MANIFEST
 
     folder = tmp_path / "run" / "checkpoints" / "step-00000003"
     state = json.loads((folder / STATE).read_text())

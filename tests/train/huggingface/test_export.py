@@ -18,7 +18,7 @@ from tests.launch.conftest import Refused
 from tests.support.exporting import assert_close, done, our_logits, peer_of, some_tokens, trained, weights
 from train.checkpoint.read import Checkpoint
 from train.compose import compose
-from train.huggingface.layouts import Outline, layout_tensors
+from train.huggingface.layouts import MetaSource, layout_tensors
 
 ROOT = Path(__file__).resolve().parents[3]
 OLDER = "LONGCAT_OLDER_TRANSFORMERS"  # a folder with transformers 4.57 (pip install --target)
@@ -83,9 +83,9 @@ def table_of_560b() -> dict[str, tuple[int, ...]]:
 
 def test_names_and_shapes_of_the_560b_export() -> None:
     config = compose(["model=flash"]).model
-    found = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, "released", Outline())}
+    found = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, "released", MetaSource())}
     assert found == table_of_560b()
-    loadable = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, "transformers", Outline())}
+    loadable = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, "transformers", MetaSource())}
     extra = loadable.keys() - found.keys()
     assert len(extra) == 28 * 256 * 2 and {loadable[name] for name in extra} == {(2048, 6144)}
     assert "model.layers.27.mlp.experts.767.up_proj.weight" in extra

@@ -17,10 +17,10 @@ from launch.__main__ import main as longcat
 from tests.launch.conftest import Refused
 from tests.support.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, weights
 from tests.support.running import contents, lines, train_here, train_two
+from train.checkpoint.files import is_locked
 from train.checkpoint.read import Checkpoint, full_box
-from train.checkpoint.retention import is_locked
 from train.huggingface import import_folder as import_module
-from train.huggingface.import_folder import model_words
+from train.huggingface.import_folder import model_overrides
 from train.huggingface.safetensors_folder import SafetensorsFolder
 
 
@@ -93,7 +93,7 @@ def test_failed_import_leaves_nothing_behind(
 
     monkeypatch.setattr(SafetensorsFolder, "read", read)
     monkeypatch.setattr(import_module, "FILE_BYTES", 20000)
-    refused(["import", f"source={export}", f"target={tmp_path / 'in'}"], "could not be made", "nothing is left of it")
+    refused(["import", f"source={export}", f"target={tmp_path / 'in'}"], "could not be written", "nothing is left")
     assert not list(tmp_path.iterdir())
 
 
@@ -173,7 +173,7 @@ def test_folder_saved_by_transformers_is_imported(checkpoint: Path, export: Path
 
 
 def test_overrides_that_an_import_prints_train_it(imported: Path, corpus: Path, tmp_path: Path) -> None:
-    words = model_words(Checkpoint(imported).model)
+    words = model_overrides(Checkpoint(imported).model)
     run = [word for word in SMALL if not word.startswith("model")]
     paths = [f"data.paths=[{corpus}]", f"run.dir={tmp_path}", f"checkpoint.resume={imported}", "train.steps=1"]
     assert train_here([*words, *run, *paths]) == 0

@@ -1,0 +1,87 @@
+"""A checkpoint loaded into a run's state, whatever layout it was written in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from longcat.errors import ConfigError
+from parallel.watchdog.spans import wait_span, work_span
+from train.checkpoint.compatibility import TOKENIZER, differences, order_differences
+from train.checkpoint.dcp_tensors import finish_load, loaded
+from train.checkpoint.failures import describe, first_failure
+from train.checkpoint.manifest import STATE
+from train.checkpoint.shards import ShardReader
+from train.state import Counters, TrainState
+
+
+def load(
+    state: TrainState, path: Path, configuration: dict[str, Any], from_start: bool = False, own: bool = True
+) -> None:
+    """Read a checkpoint into ``state``, in place, whatever layouts it was written in and this run has.
+
+    Args:
+        from_start: as `data.from_start`.
+        own: whether it is one of this run's own checkpoints, which count samples of its present data.
+
+    Raises:
+        ConfigError: the checkpoint is of another model or of other data (with the differing keys), or a rank could
+            not read it.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        stored = json.loads((path / STATE).read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"checkpoint {path} could not be read: {describe(error)}; restore its files or name another"
+        ) from error
+    wrong = differences(stored["configuration"], configuration, ("model", "balance.method"))
+    if wrong:
+        raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(wrong)}; set them equal")
+    check_tokenizer(path, stored["configuration"], configuration)
+    counters = asdict(Counters()) | stored["counters"]
+    position = counters["samples"] - counters["data_start"]
+    wrong = order_differences(stored["configuration"], configuration, position) if position else []
+    if from_start and (wrong or not own):
+        counters["data_start"] = counters["samples"]
+    elif wrong:
+        raise ConfigError(
+            f"checkpoint {path} is at sample {position} of other data: {'; '.join(wrong)}; set them equal, or "
+            f"read this run's data from its first sample with data.from_start=true"
+        )
+    with work_span("reading the checkpoint", slow=True):
+        tensors, boxes = loaded(state)
+    try:
+        with wait_span("read of the checkpoint by all ranks"):
+            dcp.load(tensors, storage_reader=TracedReader(path))
+    except CheckpointException as error:
+        failed = first_failure({rank: describe(cause) for rank, (cause, _) in error.failures.items()})
+        raise ConfigError(
+            f"checkpoint {path} could not be read: {failed}; restore its files or name another"
+        ) from error
+    finish_load(state, boxes)
+    for name, value in counters.items():
+        setattr(state.counters, name, value)
+
+
+def check_tokenizer(path: Path, stored: dict[str, Any], configuration: dict[str, Any]) -> None:
+    """Raise ConfigError if a checkpoint and the run's corpora are known to have different tokenizers."""
+    theirs, ours = stored.get(TOKENIZER), configuration.get(TOKENIZER)
+    if theirs and ours and theirs != ours:
+        raise ConfigError(
+            f"checkpoint {path} was made with the tokenizer of SHA-256 {theirs[:12]}… and data.paths="
+            f"{configuration['data']['paths']} with that of {ours[:12]}…, so token ids mean other text; build the "
+            f"corpus with the checkpoint's tokenizer (longcat data build data.tokenizer=FILE) or name one that was"
+        )
+
+
+class TracedReader(ShardReader):
+    """Marks the reading for the watchdog as work that may take long."""
+
+    def read_data(self, *args: Any, **keywords: Any) -> Any:
+        with work_span("reading the checkpoint", slow=True):
+            return super().read_data(*args, **keywords)
