@@ -135,9 +135,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
     except FileExistsError as error:
-        raise ConfigError(
-            f"{partial} exists: another process writes it; if none does, remove it"
-        ) from error
+        raise ConfigError(f"{partial} exists: another process writes it; if none does, remove it") from error
     except OSError as error:
         raise ConfigError(f"target={target} cannot be written ({error.strerror}); choose another") from error
     try:
