@@ -15,7 +15,7 @@ from benchmarks.kernels import FLASH, Sizes, floors
 from longcat.ops.attention import causal_attention
 from longcat.ops.permute import plan_permutation
 from parallel.kernels import install
-from tests.parallel.kernels.kernel_cases import (
+from tests.support.kernel_cases import (
     Case,
     assert_bits,
     check_combine,

@@ -175,3 +175,16 @@ def test_test_names_are_short_and_unique_in_their_file() -> None:
         names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
         assert len(names) == len(set(names)), f"{_relative(path)} defines a test twice"
         assert not [name for name in names if len(name) > MAX_TEST_NAME], f"long test names in {_relative(path)}"
+
+
+def test_tests_share_helpers_through_support_alone() -> None:
+    """No file imports a test module, and helpers of several folders are in tests/support."""
+    wrong = []
+    for path in _files("tests"):
+        folder = ".".join(path.parent.relative_to(ROOT).parts)
+        for name in _imports(path):
+            shared = f"{name}.".startswith(("tests.support.", f"{folder}."))
+            is_test = any(part.startswith("test_") for part in name.split("."))
+            if name.startswith("tests.") and (is_test or not shared):
+                wrong.append(f"{_relative(path)} imports {name}")
+    assert not wrong

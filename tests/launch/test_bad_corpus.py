@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import Refused
+from tests.support.fixtures import Refused
 from tests.support.running import NARROW, ended
 from train.checkpoint.manifest import list_checkpoints
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main as longcat
-from tests.launch.conftest import Refused, one_line_of
+from tests.support.fixtures import Refused, one_line_of
 from tests.support.running import NARROW, contents, ended, finish, program, train_here
 from train.__main__ import main as rank_main
 from train.checkpoint.manifest import list_checkpoints

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launch.__main__ import main as longcat
-from tests.launch.conftest import Refused
+from tests.support.fixtures import Refused
 from tests.support.running import NARROW, contents, train_here
 from train.checkpoint.manifest import STATE
 

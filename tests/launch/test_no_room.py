@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import Refused
 from tests.support.exporting import done
+from tests.support.fixtures import Refused
 from train.checkpoint import read
 from train.checkpoint.read import Checkpoint
 from train.huggingface import import_folder as import_module

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main as longcat
-from tests.launch.conftest import Refused
 from tests.support.exporting import SMALL, done, trained
+from tests.support.fixtures import Refused
 from tests.support.running import lines, tidily
 from train.checkpoint.manifest import STATE
 from train.compose import compose

@@ -16,7 +16,7 @@ from longcat.generation import Decoder, Sampler, SamplingParams, generate
 from longcat.model import LongCat
 from longcat.names import role, stored_state
 from longcat.ops.attention import QUERY_BLOCK
-from tests.longcat.test_transformers import BASE, our_model, plain_peer, randomise
+from tests.longcat.peers import BASE, our_model, plain_peer, randomise
 
 TOLERANCE = 2e-5  # of the largest logit
 

@@ -12,8 +12,8 @@ from longcat.ops.grouped import BLOCK, grouped_linear, grouped_product, grouped_
 from longcat.ops.matmul import cpu_has_amx
 from longcat.ops.permute import combine, permute, plan_permutation
 from parallel.expert import ReceiveOrder
-from tests.parallel.fsdp.test_sharding import MODEL, train_three_steps
 from tests.support.distributed import run_ranks
+from tests.support.three_steps import MODEL, train_three_steps
 
 EXPERTS, ZERO, WIDTH = 4, 2, 8
 

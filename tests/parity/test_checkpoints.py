@@ -21,9 +21,9 @@ from torch import Tensor
 
 from parallel.mesh import Topology, group_beside_training, make_topology, resolve_sizes, world_from_environment
 from tests.parity.layouts import Layout
-from tests.parity.measure import MODEL, Piece, RandomSamples, assemble, logical
-from tests.parity.pool import close_pools, pool
-from tests.parity.test_parity import LATER, largest
+from tests.support.comparison import LATER, largest
+from tests.support.measure import MODEL, Piece, assemble, logical, samples
+from tests.support.pool import close_pools, pool
 from train.batches import BatchReader
 from train.checkpoint.load import load
 from train.checkpoint.retention import Keep
@@ -116,7 +116,7 @@ class Run:
         sizes = resolve_sizes(self.config.parallel, world_size)
         self.topology: Topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
         self.state: TrainState = build_state(self.config, self.topology)
-        reader = BatchReader(RandomSamples(), self.config, self.topology)  # type: ignore[arg-type]
+        reader = BatchReader(samples(), self.config, self.topology)  # type: ignore[arg-type]
         self.stepper = Stepper(self.state, reader, self.config, self.topology)
 
     def hash(self) -> str:

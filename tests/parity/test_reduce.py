@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.reduce import sum_in_one_collective
-from tests.parity.pool import pool
+from tests.support.pool import pool
 
 LARGE = 2.0**60
 OF_RANKS = [LARGE, 1.0, -LARGE, 3.0]  # by rank 3.0; in other orders up to 4.0

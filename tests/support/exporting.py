@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +12,7 @@ from benchmarks.peer import peer_model, peer_tensors
 from launch.__main__ import main as longcat
 from longcat.config import ModelConfig
 from longcat.model import LongCat
-from tests.support.running import train_here
-from tests.train.conftest import VOCAB
+from tests.support.running import VOCAB, train_here
 from train.checkpoint.read import Checkpoint, full_box, load_model, stored_shapes
 
 # 2 steps of a narrow model, so that weights, biases and moments have moved
@@ -47,11 +45,6 @@ def trained(corpus: Path, folder: Path, *changes: str) -> Path:
     words = [*SMALL, f"data.paths=[{corpus}]", f"run.dir={folder}", "run.name=run", *changes]
     assert train_here(words) == 0
     return folder / "run" / "checkpoints" / "step-00000002"
-
-
-@pytest.fixture(scope="session")
-def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(corpus, tmp_path_factory.mktemp("runs"))
 
 
 def done(*words: str) -> None:

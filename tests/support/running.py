@@ -50,6 +50,7 @@ TINY = [
     "train.micro_batch_size=1",
     "train.dtype=float32",
 ]
+VOCAB = 512  # tokens of the corpus of the fixtures
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -190,15 +191,16 @@ def ranks_below(agent: int) -> list[int]:
 
 
 class RandomSamples:
-    """Windows of random ids below 97 that depend on the sample's number alone."""
+    """Sequences of random ids below ``num_ids`` that depend only on the sample's index; id 0 ends documents."""
 
     eod = 0
+    num_samples = 64
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, length: int, num_ids: int = 97) -> None:
+        self.length, self.num_ids = length, num_ids
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.random.default_rng(index).integers(0, 97, self.length + 1)
+        return np.random.default_rng(index).integers(0, self.num_ids, self.length + 1)
 
 
 def trained_state(overrides: list[str], steps: int) -> tuple[TrainState, Topology, Config]:

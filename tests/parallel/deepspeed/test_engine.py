@@ -15,9 +15,9 @@ from parallel.deepspeed import setup
 from parallel.deepspeed.flat import FlatShard, boxes_of_range
 from parallel.mesh import ParallelConfig, resolve_sizes
 from tests.parallel.deepspeed import file_aio
-from tests.parity.measure import Measured, assemble, measure
-from tests.parity.pool import close_pools, pool
-from tests.parity.test_parity import STEPS, check, compare, reference
+from tests.support.comparison import STEPS, check, compare, one_process
+from tests.support.measure import Measured, assemble, measure
+from tests.support.pool import close_pools, pool
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,7 +30,7 @@ def _pools() -> Iterator[None]:
 def test_fp32_master_weights_survive_bfloat16_training(layout: str) -> None:
     """DeepSpeed's own bf16 mode would make masters of rounded weights."""
     ranks: list[Measured] = pool(2).run(measure, [f"parallel.{layout}", "train.dtype=bfloat16"], STEPS)
-    expected = reference("plain")
+    expected = one_process()
     initial, wanted = assemble([rank.initial for rank in ranks]), assemble([expected.initial])
     for name, value in wanted.items():
         assert torch.equal(initial[name], value), f"{name} starts with other bits"
@@ -53,7 +53,7 @@ def with_nvme() -> tuple[Measured, int]:
 def test_nvme_offload_equals_one_process() -> None:
     """What makes a file slow or fast is not tested: libaio is replaced."""
     found = pool(2).run(with_nvme)
-    check(compare([measured for measured, _ in found], reference("plain")))
+    check(compare([measured for measured, _ in found], one_process()))
     assert all(files >= 10 for _, files in found), "weights and moments were left in memory"
 
 

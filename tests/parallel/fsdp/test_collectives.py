@@ -14,8 +14,9 @@ from torch import Tensor
 from parallel.collectives.point_to_point import Sum, all_gather, reduce_scatter
 from parallel.mesh import connect
 from parallel.watchdog.spans import SPANS, Span
-from tests.parallel.fsdp.test_sharding import MODEL, RandomSamples
 from tests.support.distributed import run_ranks
+from tests.support.running import RandomSamples
+from tests.support.three_steps import MODEL
 from train.batches import BatchReader
 from train.compose import compose
 from train.run import build_state
@@ -128,7 +129,7 @@ def train_a_step(overrides: list[str]) -> list[tuple[str, str]]:
     config = compose([*MODEL, *overrides])
     topology = connect(config.parallel)
     state = build_state(config, topology)
-    reader = BatchReader(RandomSamples(), config, topology)  # type: ignore[arg-type]
+    reader = BatchReader(RandomSamples(16), config, topology)  # type: ignore[arg-type]
     stepper = Stepper(state, reader, config, topology)
     SPANS.recorder = events = Events()
     router = state.models[0].shortcut_layers()[0].mlp.router

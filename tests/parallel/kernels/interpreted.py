@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longcat.ops.permute import plan_permutation
-from tests.parallel.kernels.kernel_cases import (
+from tests.support.kernel_cases import (
     Case,
     assert_bits,
     check_combine,

@@ -1,4 +1,4 @@
-"""Who is to blame: verdicts on made-up signs."""
+"""The diagnosis names the rank that delays the others, from made-up heartbeats."""
 
 from __future__ import annotations
 
@@ -12,37 +12,12 @@ from parallel.watchdog.diagnosis import (
     STRAGGLER,
     UNKNOWN,
     UNRESPONSIVE,
-    WAITS,
-    WORKS,
     Heartbeat,
     diagnose,
     format_message,
     reporter,
 )
-
-NOW = 1000.0
-WAITING = Heartbeat(
-    rank=0,
-    beat=30,
-    wall=NOW - 1,
-    step=12,
-    sequence=70,
-    state=WAITS,
-    what="expert dispatch, layer 3",
-    group="ep",
-    phase="forward of micro-batch 1",
-    among="",
-    before="gathered weights, layers.3",
-    still_seconds=30.0,
-    slow_seconds_ago=float("inf"),
-    machine="host/1",
-    pid=40,
-)
-WORKING = replace(WAITING, state=WORKS, what="forward of micro-batch 1", group="", phase="", sequence=68)
-
-
-def heartbeats(*given: Heartbeat) -> dict[int, Heartbeat]:
-    return {rank: replace(heartbeat, rank=rank, pid=40 + rank) for rank, heartbeat in enumerate(given)}
+from tests.parallel.watchdog.heartbeat_cases import NOW, WAITING, WORKING, heartbeats
 
 
 def said(

@@ -1,4 +1,4 @@
-"""Who waits for whom, on made-up boards: pipelines of four stages, two stages of two expert-parallel ranks."""
+"""Who waits for whom in made-up heartbeats: pipelines of four stages, and two stages of two expert-parallel ranks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ from hypothesis import strategies
 
 from parallel.watchdog.diagnosis import FAILED, STRAGGLER, UNKNOWN, WORKS, Heartbeat, diagnose, format_message, reporter
 from parallel.watchdog.wait_graph import decode_ranks, encode_ranks, wait_ends, wait_path
-from tests.parallel.watchdog.test_diagnosis import WAITING, WORKING
-
-NOW = 1000.0
-
-
-def on_board(*heartbeats: Heartbeat) -> dict[int, Heartbeat]:
-    return {rank: replace(heartbeat, rank=rank, pid=40 + rank) for rank, heartbeat in enumerate(heartbeats)}
+from tests.parallel.watchdog.heartbeat_cases import NOW, WAITING, WORKING, heartbeats
 
 
 def receives(peer: int, micro_batch: int = 1, what: str = "hidden states", **changes: object) -> Heartbeat:
@@ -42,7 +36,7 @@ def blamed(me: int, store: dict[int, Heartbeat]) -> tuple[str, tuple[int, ...], 
 
 # Rank 2 hangs in its backward. Rank 1 waits for its gradients, rank 0 for rank 1's; rank 3 has left the fewest crumbs,
 # by which it would be the suspect.
-PP4 = on_board(
+PP4 = heartbeats(
     receives(1, 1, "gradients", sequence=90, still_seconds=20),
     receives(2, 1, "gradients", sequence=80, still_seconds=25),
     works(sequence=75, still_seconds=30),
@@ -66,7 +60,7 @@ def test_distant_stage_is_named_with_the_path_to_it() -> None:
 
 def test_computing_stage_is_not_named_if_no_rank_waits_for_it() -> None:
     """Rank 3 computes on what it has, rank 0 and 1 wait for each other in different exchanges."""
-    store = on_board(receives(1), receives(0, 2, "gradients"), receives(1, 2), works(still_seconds=40))
+    store = heartbeats(receives(1), receives(0, 2, "gradients"), receives(1, 2), works(still_seconds=40))
     kind, ranks, text = blamed(2, store)
     assert (kind, ranks) == (STRAGGLER, (0,))
     assert "rank 0 (process 40 on host) holds it up by way of rank 1" in text
@@ -74,7 +68,7 @@ def test_computing_stage_is_not_named_if_no_rank_waits_for_it() -> None:
 
 
 def test_both_stages_of_a_cycle_are_named() -> None:
-    store = on_board(receives(1), receives(2), receives(3), receives(2, 2, "gradients", sequence=60))
+    store = heartbeats(receives(1), receives(2), receives(3), receives(2, 2, "gradients", sequence=60))
     for me in range(4):
         kind, ranks, text = blamed(me, store)
         assert (kind, ranks) == (STRAGGLER, (3,)), me
@@ -85,7 +79,9 @@ def test_both_stages_of_a_cycle_are_named() -> None:
 # Ranks 0 and 1 are the first stage with an expert-parallel group of their own, 2 and 3 the second; pp pairs 0-2, 1-3.
 def test_computing_rank_in_an_expert_group_is_named() -> None:
     """Rank 1 hangs inside a layer; rank 0 waits for it in the experts' exchange, 2 and 3 for their first stages."""
-    store = on_board(exchanges(0, 1, sequence=50), works(still_seconds=31), receives(0, still_seconds=33), receives(1))
+    store = heartbeats(
+        exchanges(0, 1, sequence=50), works(still_seconds=31), receives(0, still_seconds=33), receives(1)
+    )
     for me in range(4):
         assert blamed(me, store)[:2] == (STRAGGLER, (1,)), me
     assert "rank 1 (process 41 on host) holds it up by way of rank 0" in blamed(2, store)[2]
@@ -94,7 +90,7 @@ def test_computing_rank_in_an_expert_group_is_named() -> None:
 def test_mismatch_names_both_ranks_and_collectives() -> None:
     """Ranks 2 and 3 are in different exchanges; the first stage waits for their gradients."""
     other = exchanges(2, 3, layer=5, what="expert combine", sequence=72)
-    store = on_board(receives(2, 1, "gradients"), receives(3, 1, "gradients"), exchanges(2, 3, layer=4), other)
+    store = heartbeats(receives(2, 1, "gradients"), receives(3, 1, "gradients"), exchanges(2, 3, layer=4), other)
     for me in range(4):
         kind, ranks, text = blamed(me, store)
         assert (kind, ranks) == (STRAGGLER, (2,)), me
@@ -103,13 +99,13 @@ def test_mismatch_names_both_ranks_and_collectives() -> None:
 
 
 def test_collectives_of_different_groups_are_a_mismatch() -> None:
-    store = on_board(exchanges(0, 1), replace(WAITING, what="sum over all ranks"), exchanges(2, 3), exchanges(2, 3))
+    store = heartbeats(exchanges(0, 1), replace(WAITING, what="sum over all ranks"), exchanges(2, 3), exchanges(2, 3))
     kind, ranks, text = blamed(0, store)
     assert (kind, ranks) == (STRAGGLER, (1,)) and '"sum over all ranks"' in text
 
 
 def test_complete_collective_names_no_rank() -> None:
-    store = on_board(exchanges(0, 1), exchanges(0, 1), receives(0), receives(1))
+    store = heartbeats(exchanges(0, 1), exchanges(0, 1), receives(0), receives(1))
     for me in range(4):
         assert blamed(me, store)[:2] == (UNKNOWN, ()), me
 
@@ -117,19 +113,19 @@ def test_complete_collective_names_no_rank() -> None:
 def test_slow_phase_is_named_only_if_nothing_else_is() -> None:
     everybody = replace(WAITING, what="hashes of the checkpoint")
     writes = replace(WORKING, what="writing the checkpoint", slow_seconds_ago=0.0, still_seconds=60.0)
-    assert blamed(0, on_board(everybody, writes, works(still_seconds=5)))[1] == (2,)
-    assert blamed(0, on_board(everybody, writes, everybody))[1] == (1,)
+    assert blamed(0, heartbeats(everybody, writes, works(still_seconds=5)))[1] == (2,)
+    assert blamed(0, heartbeats(everybody, writes, everybody))[1] == (1,)
 
 
 def test_wait_path_passes_ranks_whose_collective_failed() -> None:
-    store = on_board(receives(1, state=FAILED), receives(2, state=FAILED), works())
+    store = heartbeats(receives(1, state=FAILED), receives(2, state=FAILED), works())
     assert blamed(0, store)[1] == (2,)
 
 
 def test_wait_graph_of_2000_ranks_is_fast() -> None:
-    chain = on_board(*(receives(rank + 1) for rank in range(2000)), works())
+    chain = heartbeats(*(receives(rank + 1) for rank in range(2000)), works())
     assert wait_ends(0, chain) == [(2000,)] and wait_path(0, 2000, chain) == tuple(range(1, 2000))
-    wide = on_board(*(exchanges(*range(2000)) for _ in range(1999)), works())
+    wide = heartbeats(*(exchanges(*range(2000)) for _ in range(1999)), works())
     assert wait_ends(0, wide) == [(1999,)] and wait_path(0, 1999, wide) == ()
 
 

@@ -24,8 +24,8 @@ from parallel.watchdog.diagnosis import UNRESPONSIVE as SILENT_KIND
 from parallel.watchdog.heartbeats import HeartbeatStore
 from parallel.watchdog.spans import SPANS, begin_step, state, wait_span, work_span
 from parallel.watchdog.watchdog import Pace, Watchdog, causes, is_lost
+from tests.support.fixtures import corpus, overrides  # noqa: F401  (fixtures)
 from tests.support.running import NARROW, ROOT, ended, free_ports, ranks_below, tidily, wait_for_step
-from tests.train.conftest import corpus, overrides  # noqa: F401  (fixtures)
 
 # Seconds allowed to a machine that stands still now and then; none unless asked for
 STALL = float(os.environ.get("LONGCAT_STALL", "0"))

@@ -21,9 +21,8 @@ from longcat.growth import Growth, layer_of
 from longcat.model import LongCat
 from longcat.names import stored_state
 from parallel.mesh import Topology, make_topology, resolve_sizes, world_from_environment
-from tests.parity.measure import MODEL
-from tests.parity.measure import RandomSamples as ParitySamples
-from tests.parity.pool import close_pools, pool
+from tests.support.measure import MODEL, samples
+from tests.support.pool import close_pools, pool
 from tests.support.running import TINY, RandomSamples, contents, trained_state
 from train.batches import BatchReader
 from train.checkpoint import grow as growing
@@ -185,7 +184,7 @@ def write_grow_and_load(folder: str, written: list[str]) -> tuple[str, dict[str,
             load(state, path, as_mapping(config))
             after[name] = state_hash(state, topology)
         else:
-            reader = BatchReader(ParitySamples(), config, topology)  # type: ignore[arg-type]
+            reader = BatchReader(samples(), config, topology)  # type: ignore[arg-type]
             stepper = Stepper(state, reader, config, topology)
             assert all(stepper.step().healthy for _ in range(2))
             saved = save(state, Path(folder) / "half", as_mapping(config), topology)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.running import NARROW, ended, lines, train_here
-from tests.train.conftest import VOCAB
+from tests.support.running import NARROW, VOCAB, ended, lines, train_here
 from train.checkpoint.manifest import STATE, list_checkpoints
 from train.compose import compose
 from train.data.build import build

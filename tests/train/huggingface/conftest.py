@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.launch.conftest import checkpoint, corpus, overrides, refused
+from tests.support.fixtures import checkpoint, corpus, overrides, refused
 
 __all__ = ["checkpoint", "corpus", "overrides", "refused"]

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.launch.conftest import Refused
 from tests.support.exporting import assert_close, done, our_logits, peer_of, some_tokens, trained, weights
+from tests.support.fixtures import Refused
 from train.checkpoint.read import Checkpoint
 from train.compose import compose
 from train.huggingface.layouts import MetaSource, layout_tensors

@@ -14,8 +14,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from launch.__main__ import main as longcat
-from tests.launch.conftest import Refused
 from tests.support.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, weights
+from tests.support.fixtures import Refused
 from tests.support.running import contents, lines, train_here, train_two
 from train.checkpoint.files import is_locked
 from train.checkpoint.read import Checkpoint, full_box

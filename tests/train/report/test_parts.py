@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from longcat.errors import ConfigError
 from tests.support.fabricate_run import fabricate
-from tests.train.report.test_report import read
+from tests.train.report.html_page import read
 from train.report import write_comparison
 from train.report.curves import downsample, first_below, settled_from
 from train.report.heatmap import LEVELS, LIGHT, palette, png, to_levels

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.fabricate_run import fabricate
-from tests.train.report.test_report import read
+from tests.train.report.html_page import read
 from train.report import write_report
 from train.report.timeline import covered_length, merged
 from train.report.timeline_data import Piece, close_ups, read_timeline

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from longcat.names import Box, pieces
 from parallel.memory import StateBytes, state_bytes
 from parallel.mesh import Topology, make_topology, resolve_sizes, world_from_environment
 from parallel.store import LocalBox
-from tests.parity.mutations import MUTATIONS
+from tests.support.running import RandomSamples
 from train.batches import BatchReader
 from train.checkpoint.state_hash import state_hash
 from train.compose import compose
@@ -70,14 +69,9 @@ class Measured:
     biases: Tensor | None = None
 
 
-class RandomSamples:
-    """Windows of random ids that depend on the sample's number alone; id 0 ends documents."""
-
-    eod = 0
-    num_samples = 64
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return np.random.default_rng(index).integers(0, VOCABULARY // 4, LENGTH + 1)
+def samples() -> RandomSamples:
+    """Few different ids, so that documents end and routing repeats."""
+    return RandomSamples(LENGTH, VOCABULARY // 4)
 
 
 class SelectionLog:
@@ -124,21 +118,25 @@ def logical(local_boxes: Iterable[LocalBox]) -> list[Piece]:
     return found
 
 
-def measure(overrides: list[str], steps: int, full: bool = True, mutation: str | None = None) -> Measured:
-    """Train ``steps`` steps in this rank's layout, perhaps with something broken on purpose. A collective.
+def measure(
+    overrides: list[str], steps: int, full: bool = True, mutate: Callable[[Stepper], None] | None = None
+) -> Measured:
+    """Train ``steps`` steps in this rank's layout. A collective.
 
-    ``full`` keeps tensors too, not only losses and hashes.
+    Args:
+        full: keep tensors too, not only losses and hashes.
+        mutate: breaks something on purpose before the first step.
     """
     config = compose([*MODEL, *overrides])
     rank, _, world_size = world_from_environment()
     sizes = resolve_sizes(config.parallel, world_size)
     topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
     state = build_state(config, topology)
-    reader = BatchReader(RandomSamples(), config, topology)  # type: ignore[arg-type]
+    reader = BatchReader(samples(), config, topology)  # type: ignore[arg-type]
     stepper = Stepper(state, reader, config, topology)
     log, out = SelectionLog(state, config), Measured()
-    if mutation:
-        MUTATIONS[mutation](stepper)
+    if mutate:
+        mutate(stepper)
     parts = [model.part for model in state.models]
     out.bytes_by_formula = state_bytes(config.model, sizes, config.parallel.sharding, parts)
     first = state.store.counts_here
