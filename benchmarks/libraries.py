@@ -65,6 +65,10 @@ def results(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple
     return total.detach(), *torch.autograd.grad(total, (hidden, weight))
 
 
+def keep_results(latest: dict[str, tuple[Tensor, ...]], name: str, *tensors: Tensor) -> None:
+    latest[name] = results(LOSSES[name], *tensors)
+
+
 def relative_error(loss: Loss, vocabulary: int, dtype: torch.dtype) -> list[float]:
     """Of the loss, the gradient by the hidden states and the gradient by the head."""
     hidden, weight, labels = inputs(vocabulary, dtype)
@@ -81,9 +85,10 @@ def compare_losses(vocabularies: list[int], rounds: int) -> list[dict[str, Any]]
     for vocabulary in vocabularies:
         for dtype in (torch.float32, torch.bfloat16):
             tensors = inputs(vocabulary, dtype)
-            programs = {name: partial(results, loss, *tensors) for name, loss in LOSSES.items()}
+            latest: dict[str, tuple[Tensor, ...]] = {}
+            programs = {name: partial(keep_results, latest, name, *tensors) for name in LOSSES}
             timed = alternate(programs, rounds)
-            same = {name: all(map(torch.equal, program(), programs["ours"]())) for name, program in programs.items()}
+            same = {name: all(map(torch.equal, latest[name], latest["ours"])) for name in LOSSES}
             rows += [
                 {"V": vocabulary, "dtype": str(dtype).removeprefix("torch."), "function": name,
                  "seconds": timed[name].median, "peak_gib": timed[name].peak_gib, "same_bits": same[name],

@@ -189,7 +189,7 @@ def forward_in_sequence(self: ShortcutLayer, x: Tensor, angles: Tensor, document
     a = x + attention[0](self.input_layernorm[0](x), angles, documents)
     u = self.post_attention_layernorm[0](a)
     pending = moe.dispatch(u.flatten(0, 1))
-    moe.send(pending)
+    moe.send_rows(pending)
     m, statistics = moe.combine(moe.compute(pending))
     b = a + ffn[0](u)
     c = b + attention[1](self.input_layernorm[1](b), angles, documents)

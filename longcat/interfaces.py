@@ -5,8 +5,8 @@ it (`SequenceModule`, ...), and `install` sets it in a whole model. The model ne
 interface is in `dispatch.py`.
 """
 
-# B sequences, S all positions, q positions whose queries are computed here, s positions whose residual is held here,
-# D width, V vocabulary
+# B sequences, S all positions, q positions of local queries, s local positions of the residual stream, D width,
+# V vocabulary
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from longcat.ops.embedding import embedding
 
 
 class SequenceSharding(Protocol):
-    """How the positions of a micro-batch are spread over processes.
+    """How the positions of a micro-batch are sharded over ranks.
 
-    Three sets of positions nest: the residual stream lives on s of them, a process computes the queries of q, and
-    keys are all S. In one process all three are the same.
+    Three sets of positions nest: each rank has the residual stream of s of them, computes the queries of q, and needs
+    the keys of all S. In one process all three are the same.
     """
 
-    num_shards: int  # processes that share the tokens of a micro-batch
+    num_shards: int  # ranks that share the tokens of a micro-batch
 
     def ranges(self, length: int) -> list[tuple[int, int]]:
-        """(start, stop) of the q positions in the sequence of ``length``, in the order in which they are held."""
+        """(start, stop) of the q positions in the sequence of ``length``, in the order of the local queries."""
 
     def positions(self, length: int) -> Tensor:
         """The s positions of the residual stream in the sequence of ``length``, int64 on the CPU."""
@@ -40,26 +40,26 @@ class SequenceSharding(Protocol):
         """Values of all positions [B, S, ...] → of the q positions."""
 
     def gather(self, x: Tensor) -> Tensor:
-        """x [B, s, D] → [B, q, D]; the backward sums what the sharing processes give back."""
+        """x [B, s, D] → [B, q, D]; the backward sums the gradients of the ranks that share the positions."""
 
     def reduce(self, partial: Tensor) -> Tensor:
-        """Partial results [B, q, D] of the sharing processes → their sum at the s positions here."""
+        """Partial results [B, q, D] of the ranks that share the positions → their sum at the s local positions."""
 
     def start_keys(self, latents: Tensor) -> Any:
-        """Start sending latents [B, s, R] to every process that computes queries of the micro-batch → handle."""
+        """Start sending latents [B, s, R] to every rank that computes queries of the micro-batch → handle."""
 
     def wait_keys(self, handle: Any) -> Tensor:
-        """→ latents [B, S, R] in the order of positions; the backward sums."""
+        """→ latents [B, S, R] in the order of positions; the backward sums over ranks."""
 
     def start_count(self, counts: Tensor) -> Any:
-        """Start summing integers over the processes that share the micro-batch → handle."""
+        """Start summing integers over the ranks that share the micro-batch → handle."""
 
     def wait_count(self, handle: Any) -> Tensor:
         """→ the sums."""
 
 
 class UnshardedSequence:
-    """Every position is here."""
+    """Every position is local."""
 
     num_shards = 1
 
@@ -82,27 +82,27 @@ class UnshardedSequence:
         return latents
 
     def wait_keys(self, handle: Any) -> Tensor:
-        return handle  # type: ignore[no-any-return]
+        return handle
 
     def start_count(self, counts: Tensor) -> Any:
         return counts
 
     def wait_count(self, handle: Any) -> Tensor:
-        return handle  # type: ignore[no-any-return]
+        return handle
 
 
 class VocabularySharding(Protocol):
-    """Look-up and cross-entropy over a vocabulary whose rows may be spread over processes."""
+    """Look-up and cross-entropy over a vocabulary whose rows may be sharded over ranks."""
 
     def lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """Token ids [...] → this process's part of their rows [..., D]: the parts of all processes sum to them."""
+        """Token ids [...] → this rank's partial rows [..., D]; the sum over ranks is the embedding."""
 
     def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """As `linear_cross_entropy`, with ``weight`` the rows that are here; the result is the same everywhere."""
+        """As `linear_cross_entropy`, with ``weight`` the local rows; the result is the same on every rank."""
 
 
 class UnshardedVocabulary:
-    """Every row is here."""
+    """Every row is local."""
 
     def lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
         return embedding(tokens, weight)
@@ -112,19 +112,19 @@ class UnshardedVocabulary:
 
 
 class WeightGradStore(Protocol):
-    """Takes weight gradients that a backward puts off, so that a pipeline can compute them later."""
+    """Stores weight gradients that a backward defers, so that a pipeline computes them later (as in DualPipe)."""
 
     def put(self, module: nn.Module, name: str, compute: Callable[[], Tensor]) -> None:
-        """Add ``compute()`` to the gradient of ``module``'s parameter ``name``, at some later moment.
+        """Later add ``compute()`` to the gradient of ``module``'s parameter ``name``.
 
-        The module is asked for its parameter then: under recomputation the tensor that was multiplied is not it.
+        By name, because under recomputation the tensor that was multiplied is not the parameter.
         """
 
 
 def local_tensor(weight: Tensor) -> Tensor:
-    """The part of a weight that this process computes with: all of it, unless `parallel/` has spread it."""
-    spread = getattr(weight, "to_local", None)
-    return weight if spread is None else spread()
+    """The local part of a weight: all of it, unless `parallel/` has sharded it."""
+    to_local = getattr(weight, "to_local", None)
+    return weight if to_local is None else to_local()
 
 
 UNSHARDED_SEQUENCE = UnshardedSequence()
@@ -132,13 +132,13 @@ UNSHARDED_VOCABULARY = UnshardedVocabulary()
 
 
 class SequenceModule(nn.Module):
-    """A module that works on a process's share of the positions."""
+    """A module that works on a rank's share of the positions."""
 
     sequence: SequenceSharding = UNSHARDED_SEQUENCE
 
 
 class VocabularyModule(nn.Module):
-    """A module that uses embedding or head."""
+    """A module that uses the embedding or the head."""
 
     vocabulary: VocabularySharding = UNSHARDED_VOCABULARY
 
@@ -163,7 +163,10 @@ def install(
     dispatcher: Callable[[str], Dispatcher] | None = None,
     weight_grad_store: Callable[[str], WeightGradStore] | None = None,
 ) -> None:
-    """Set what is given in every module of ``model`` that uses it, in place: each a function of the module's name."""
+    """Set the given objects in every module of ``model`` that uses them, in place.
+
+    Each argument maps the module's name to the object.
+    """
     for name, module in model.named_modules():
         if sequence is not None and isinstance(module, SequenceModule):
             module.sequence = sequence(name)

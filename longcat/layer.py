@@ -37,7 +37,7 @@ class ShortcutLayer(nn.Module):
         u = self.post_attention_layernorm[0](a)
         pending = moe.dispatch(u.flatten(0, 1))  # dispatch starts ...
         b = a + ffn[0](u)
-        moe.send(pending)  # (here at the latest, where the host runs ahead of the device)
+        moe.send_rows(pending)  # (here at the latest, where the host runs ahead of the device)
         if not moe.after_attention:
             pending = moe.compute(pending)  # ... ends, and combine starts
         c = b + attention[1](self.input_layernorm[1](b), angles, documents)

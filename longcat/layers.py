@@ -1,6 +1,6 @@
 """The plain building blocks: linear layer, RMSNorm, embedding and the dense SwiGLU feed-forward network.
 
-They hold weights without values: `longcat.init` fills them, wherever and in whatever shards they live.
+Their weights are uninitialised: `longcat.init` fills them, on every layout.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from longcat.ops.elementwise import rms_norm
 from longcat.ops.matmul import StoreWeightGrad, gated_linear, linear
 
 
-def deferral(module: WeightGradModule, name: str) -> StoreWeightGrad | None:
-    """Where the gradient of ``module``'s parameter ``name`` is to be left by the backward; None = compute it there."""
+def grad_store(module: WeightGradModule, name: str) -> StoreWeightGrad | None:
+    """Stores the gradient of ``module``'s parameter ``name``; None if the backward is to compute it."""
     store = module.weight_grad_store
     return None if store is None else partial(store.put, module, name)
 
@@ -29,18 +29,18 @@ class Linear(WeightGradModule):
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, local_tensor(self.weight), deferral(self, "weight"))
+        return linear(x, local_tensor(self.weight), grad_store(self, "weight"))
 
 
 class GatedLinear(Linear):
     """y = (silu(gate) · up) Wᵀ without bias."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
-        return gated_linear(gate, up, local_tensor(self.weight), deferral(self, "weight"))
+        return gated_linear(gate, up, local_tensor(self.weight), grad_store(self, "weight"))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a gain; float32 inside."""
+    """Root-mean-square norm with a gain; computes in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(SequenceModule, VocabularyModule):
-    """Token ids [B, S] → rows [B, s, D] of the positions that are here; weight [V, D]."""
+    """Token ids [B, S] → rows [B, s, D] of the local positions; weight [V, D]."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()

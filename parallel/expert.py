@@ -206,7 +206,7 @@ class ExpertParallelDispatcher:
 class AllToAllDispatcher(ExpertParallelDispatcher):
     """A row for each FFN selection goes to the rank of its expert."""
 
-    def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Sent]:
+    def start_dispatch(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Sent]:
         pending_collectives = [stage_input(x, self.streams) for x, _ in chunks]
         sizes = SplitSizes([routing for _, routing in chunks], self.group, self.streams, self.layer)
         pending = [
@@ -215,10 +215,10 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
         ]
         if not self.streams.is_async_host:
             for chunk in pending:
-                self.send(chunk)
+                self.send_rows(chunk)
         return pending
 
-    def send(self, pending: _Sent) -> None:
+    def send_rows(self, pending: _Sent) -> None:
         if pending.plan is not None:
             return
         routing, sizes, number = pending.routing, pending.sizes, pending.number
@@ -237,20 +237,20 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
             pending.counts = arrival.counts
         pending.plan, pending.arrival = plan, arrival
 
-    def wait(self, pending: _Sent) -> tuple[Tensor, Tensor]:
-        self.send(pending)
+    def wait_dispatch(self, pending: _Sent) -> tuple[Tensor, Tensor]:
+        self.send_rows(pending)
         rows = wait(pending.pending_collective)
         assert pending.counts is not None
         return rows, pending.counts  # which stay in `pending` until the way back has started
 
-    def start_back(self, rows: Tensor, pending: _Sent) -> _Sent:
+    def start_combine(self, rows: Tensor, pending: _Sent) -> _Sent:
         there, arrival = pending.pending_collective.exchange, pending.arrival
         assert isinstance(there, AllToAll) and arrival is not None
         back = AllToAll(f"expert combine, {self.layer}", self.group, there.received, there.sent)
         pending.pending_collective = start(rows, back, self.streams, arrival.move(to_experts=False))
         return pending
 
-    def wait_back(self, pending: _Sent) -> Tensor:
+    def wait_combine(self, pending: _Sent) -> Tensor:
         rows, exchange = wait(pending.pending_collective, on_side=True), pending.pending_collective.exchange
         return _CombineAside.apply(rows, pending.routing.gates, pending.plan, pending.x, exchange, self.streams)  # type: ignore[no-any-return]
 
@@ -344,7 +344,7 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
     aside.
     """
 
-    def start(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Gathered]:
+    def start_dispatch(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Gathered]:
         choices = GatheredRouting([routing for _, routing in chunks], self.group, self.streams, self.layer)
         gather, direct = AllGather(f"expert dispatch, {self.layer}", self.group), StreamContext(self.streams.blocking)
         return [
@@ -352,10 +352,10 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
             for number, (x, routing) in enumerate(chunks)
         ]
 
-    def send(self, pending: _Gathered) -> None:
+    def send_rows(self, pending: _Gathered) -> None:
         pass
 
-    def wait(self, pending: _Gathered) -> tuple[Tensor, Tensor]:
+    def wait_dispatch(self, pending: _Gathered) -> tuple[Tensor, Tensor]:
         choices, number = pending.choices, pending.number
         num_rows = None if choices.num_rows is None else choices.num_rows[number]
         wait_on_stream(choices.name, self.group, self.streams, choices.indices)
@@ -366,7 +366,7 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
         pending.all_gates = wait(pending.gates).flatten(0, 1)
         return permute(wait(pending.tokens).flatten(0, 1), pending.plan), pending.plan.counts[:size]
 
-    def start_back(self, rows: Tensor, pending: _Gathered) -> _Gathered:
+    def start_combine(self, rows: Tensor, pending: _Gathered) -> _Gathered:
         assert pending.all_gates is not None and pending.plan is not None
         partial = combine(rows, pending.all_gates, pending.plan, None)
         scatter = ReduceScatter(f"expert combine, {self.layer}", self.group)
@@ -374,7 +374,7 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
         pending.tokens = start(whole, scatter, StreamContext(self.streams.blocking))
         return pending
 
-    def wait_back(self, pending: _Gathered) -> Tensor:
+    def wait_combine(self, pending: _Gathered) -> Tensor:
         is_ffn = pending.routing.indices < pending.routing.num_experts
         identity_gate = pending.routing.gates.masked_fill(is_ffn, 0.0).sum(1, keepdim=True)
         return wait(pending.tokens) + (pending.x * identity_gate).to(pending.x.dtype)
