@@ -55,8 +55,9 @@ test-long: install  ## run the tests that take minutes
 parity: install  ## every layout against one process; writes the table of errors to docs/parity.md
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest tests/parity -k equals_one_process --parity-table docs/parity.md $(PYTEST_ARGS)
 
-reference: install  ## write docs/reference/keys.md from the configuration's dataclasses
+reference: install  ## write docs/reference/keys.md and docs/images/architecture.svg from the code
 	@$(BIN)/python -m tests.house.reference
+	@$(BIN)/python -m tests.house.picture
 
 check: install  ## lint, format and types
 	@$(BIN)/ruff check .
