@@ -107,7 +107,7 @@ def test_speculative_equals_greedy(num_mtp_layers: int, length: int) -> None:
     drafted = generate(model, ids(config, length), 40)
     assert len(set(plain.tokens)) > 2, "a text of so few tokens says little"
     assert drafted.tokens == plain.tokens
-    assert plain.acceptance is None and plain.forwards == 40
+    assert plain.acceptance_rate is None and plain.forwards == 40
     assert 0 < drafted.accepted < drafted.drafted
     assert drafted.forwards < plain.forwards
 
