@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longcat.errors import ConfigError
+from parallel.torch_internals import flatten_mesh, unflatten_mesh
 
 
 class Axis(StrEnum):
@@ -205,10 +206,10 @@ def make_topology(sizes: MeshSizes, rank: int, world_size: int, device: torch.de
     """The mesh and its foldings. A collective of all ranks."""
     lengths = tuple(getattr(sizes, axis.value) for axis in Axis)
     mesh = init_device_mesh(device.type, lengths, mesh_dim_names=tuple(axis.value for axis in Axis))
-    dense = mesh[Axis.FSDP, Axis.CP]._flatten("fsdp_cp")
-    replicated = mesh[Axis.FSDP, Axis.CP, Axis.TP]._flatten("fsdp_cp_tp")
-    experts = replicated._unflatten(0, (sizes.efsdp, sizes.ep), ("efsdp", "ep"))
-    shared = mesh[Axis.CP, Axis.TP]._flatten("cp_tp")
+    dense = flatten_mesh(mesh[Axis.FSDP, Axis.CP], "fsdp_cp")
+    replicated = flatten_mesh(mesh[Axis.FSDP, Axis.CP, Axis.TP], "fsdp_cp_tp")
+    experts = unflatten_mesh(replicated, 0, (sizes.efsdp, sizes.ep), ("efsdp", "ep"))
+    shared = flatten_mesh(mesh[Axis.CP, Axis.TP], "cp_tp")
     return Topology(
         mesh=mesh,
         dense=dense,

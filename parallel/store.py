@@ -16,6 +16,7 @@ from parallel.fsdp.sharding import local_part
 from parallel.memory import StateBytes
 from parallel.mesh import Topology
 from parallel.pipeline.stages import is_replica
+from parallel.torch_internals import foreach_norms, foreach_scale_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Groups = list[dict[str, Any]]  # each with "params" and "role"
@@ -114,7 +115,7 @@ class ShardedAdamW:
         grads = [grad.values for grad in self.gradients()]
         if not grads or not self.counts_here:
             return torch.zeros((), dtype=torch.float64)
-        return torch.stack(torch._foreach_norm(grads)).double().square().sum().cpu()
+        return torch.stack(foreach_norms(grads)).double().square().sum().cpu()
 
     def measured_bytes(self) -> StateBytes:
         weights = [local_part(parameter.detach())[0] for _, parameter in self.parameters]
@@ -125,7 +126,7 @@ class ShardedAdamW:
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
         grads = [local_part(p.grad)[0] for _, p in self.parameters if p.grad is not None]
-        torch._foreach_mul_(grads, factor)
+        foreach_scale_(grads, factor)
 
     def step(self) -> None:
         self.optimizer.step()

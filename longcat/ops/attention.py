@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from longcat.ops.fusion import Fusible, add_to
 from longcat.ops.matmul import product, raw_product
+from longcat.ops.torch_internals import softmax_backward
 
 QUERY_BLOCK = 128  # queries in a block: smaller blocks waste less work above the diagonal
 MAX_SAVED_ROW_BYTES = 1024  # longer rows of probabilities are recomputed in the backward instead of saved
@@ -86,7 +87,7 @@ def _softmax(scores: Tensor, mask: Tensor, scale: float, dtype: torch.dtype) -> 
 @Fusible
 def _scores_gradient(grad: Tensor, probabilities: Tensor, scale: float) -> Tensor:
     """The gradient of the scores from that of the probabilities, in the dtype of the probabilities."""
-    grad = torch.ops.aten._softmax_backward_data(grad.float(), probabilities.float(), -1, torch.float32)
+    grad = softmax_backward(grad.float(), probabilities.float())
     return grad.mul_(scale).to(probabilities.dtype)
 
 

@@ -13,6 +13,8 @@ from typing import Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from longcat.ops.torch_internals import allow_recompilations
+
 P = ParamSpec("P")
 R = TypeVar("R")
 VARIANTS = 64  # compilations of one function (dtypes, numbers of dimensions, sizes of 1); the default limit is 8
@@ -33,7 +35,7 @@ class Fusible(Generic[P, R]):
 
     def fuse(self, enabled: bool) -> None:
         if enabled and self.fused is None:
-            torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+            allow_recompilations(VARIANTS)
             self.fused = torch.compile(self.function, fullgraph=True, dynamic=True)
         self.run = self.fused if enabled and self.fused else self.function
 

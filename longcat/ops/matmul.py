@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from longcat.ops.elementwise import swiglu, swiglu_backward
+from longcat.ops.torch_internals import cpu_has_amx_tiles, cpu_has_avx512_bf16
 
 StoreWeightGrad = Callable[[Callable[[], Tensor]], None]  # stores the computation of a weight's gradient, for later
 
@@ -26,14 +27,12 @@ StoreWeightGrad = Callable[[Callable[[], Tensor]], None]  # stores the computati
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this processor has bfloat16 dot products (AVX512-BF16 or AMX, or Arm's BF16)."""
     capabilities = torch.backends.cpu.get_cpu_capability()
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(probe and probe()) or "SVE" in capabilities
+    return cpu_has_avx512_bf16() or "SVE" in capabilities
 
 
 def cpu_has_amx() -> bool:
     """Whether this processor has AMX, whose matrix tiles multiply bfloat16 several times faster still."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe and probe())
+    return cpu_has_amx_tiles()
 
 
 _NATIVE_BFLOAT16 = cpu_multiplies_bfloat16()  # a constant, so that torch.compile need not trace the probe

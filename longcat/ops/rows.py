@@ -17,6 +17,7 @@ from torch.nn.functional import embedding_bag, pad
 
 from longcat.ops.fusion import Fusible
 from longcat.ops.library import accumulate_dtype, num_partial_sums, operator, sum_into_partials, tree_sum
+from longcat.ops.torch_internals import sparse_row_sums
 
 CHUNK_ELEMENTS = 1 << 20  # of a chunk of rows on the CPU: its temporaries stay in the cache
 MIN_VECTOR_WIDTH = 32  # partial sums per row: a tree sum of fewer columns uses a CPU's vector units badly
@@ -46,7 +47,7 @@ def _sum_rows(rows: Tensor, row_index: Tensor, weights: Tensor | None) -> Tensor
         # embedding_bag rounds ties of bfloat16 away from zero; the sparse product rounds as every other operator
         values = torch.ones(row.shape, dtype=rows.dtype) if weight is None else weight
         sparse = torch.sparse_csr_tensor(pad(ends, (1, 0)), row, values, (row_index.shape[0], rows.shape[0]))
-        return torch.ops.aten._sparse_mm_reduce_impl(sparse, rows, "sum")[0]
+        return sparse_row_sums(sparse, rows)
     values = rows.to(accumulate_dtype(rows.dtype))
     if weight is not None:  # multiplied first: embedding_bag would not round the products
         weight_of_row = values.new_zeros(values.shape[0]).scatter_(0, row, weight.to(values.dtype))

@@ -37,6 +37,7 @@ from parallel.engine import MicroBatch, Objective, detached
 from parallel.memory import StateBytes
 from parallel.mesh import ParallelConfig, Topology
 from parallel.store import MOMENTS, LocalBox, MakeOptimizer
+from parallel.torch_internals import foreach_scale_
 
 NORM_CHUNK = 1 << 22  # elements cast to float64 at once: a flat partition may hold billions
 
@@ -159,7 +160,7 @@ class ZeroEngine:
     def scale_gradients(self, factor: float) -> None:
         """Multiply every gradient by ``factor``, in place."""
         for grads in self._gradient_lists(write=True):
-            torch._foreach_mul_(grads, factor)
+            foreach_scale_(grads, factor)
 
     def step(self) -> None:
         """AdamW on this rank's parts, and the new weights to all ranks; gradients are dropped."""

@@ -214,9 +214,10 @@ def allocate(model: LongCat, topology: Topology, settings: dict[str, Any]) -> No
 
         swapper = None  # one for all weights: making another clears the files of the first
         for module in model.modules():
-            if module._parameters or module._buffers:
+            own_parameters = list(module.parameters(recurse=False))
+            if own_parameters or any(True for _ in module.buffers(recurse=False)):
                 module.to_empty(device=topology.device, recurse=False)
-                if module._parameters:  # without dtype=, which it takes for bfloat16 on a CPU whatever is asked for
+                if own_parameters:  # without dtype=, which it takes for bfloat16 on a CPU whatever is asked for
                     cut = deepspeed.zero.Init(module=module, config_dict_or_path=settings, param_swapper=swapper)
                     swapper = cut.param_swapper
     for name, buffer in model.named_buffers():

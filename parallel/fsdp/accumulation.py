@@ -6,10 +6,11 @@ gradients come late, so the same calls are made here.
 
 from __future__ import annotations
 
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 from longcat.model import LongCat
 from parallel.fsdp.collectives import parameter_groups, wait_for_reductions
+from parallel.torch_internals import accumulate_unsharded_gradients, finish_backward
 
 
 def begin_accumulation(model: LongCat) -> None:
@@ -21,10 +22,7 @@ def begin_accumulation(model: LongCat) -> None:
 def accumulate_deferred(model: LongCat) -> None:
     """Add late weight gradients to what is held in float32, so that two in a row are not added in bfloat16."""
     for group in parameter_groups(model):
-        for parameter in group.fsdp_params:
-            if hasattr(parameter, "_unsharded_param"):
-                parameter.accumulate_unsharded_grad_if_needed()
-                parameter.to_accumulated_grad_if_needed()
+        accumulate_unsharded_gradients(group)
 
 
 def reduce_accumulated(model: LongCat) -> None:
@@ -34,7 +32,7 @@ def reduce_accumulated(model: LongCat) -> None:
     _set(model, last=True)
     for group in parameter_groups(model):
         group.post_backward()
-    fully_shard.state(model)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+    finish_backward(model)
     wait_for_reductions(model)
 
 

@@ -17,13 +17,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
-from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
+from torch.distributed.fsdp import FSDPModule
 
 from longcat.model import LongCat
 from parallel.collectives.point_to_point import all_gather, reduce_scatter
 from parallel.mesh import Axis
+from parallel.torch_internals import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+    HSDPMeshInfo,
+    all_parameter_groups,
+    keeps_reduced_gradients_as_views,
+    parameter_groups_of,
+    reduce_scatter_of,
+    set_all_gather,
+    set_reduce_scatter,
+)
 from parallel.watchdog.spans import record_launch, wait_span
 
 
@@ -114,13 +123,11 @@ class DeferredReduceScatter(DefaultReduceScatter):
     def _only_viewed(self, output: Tensor) -> bool:
         """No replicas, division, cast, hook, or gradient to add to."""
         group = self.parameters
-        parameters = [one.sharded_param for one in group.fsdp_params]
         return (
             not isinstance(group.mesh_info, HSDPMeshInfo)
             and group.gradient_divide_factor == 1.0
-            and group._orig_dtype is output.dtype
-            and group._all_reduce_hook is None
-            and all(one.grad is None and not one._post_accumulate_grad_hooks for one in parameters)
+            and keeps_reduced_gradients_as_views(group, output)
+            and all(one.sharded_param.grad is None for one in group.fsdp_params)
         )
 
 
@@ -132,13 +139,13 @@ def install_collectives(model: LongCat, device: torch.device) -> None:
             continue
         unit = name or "embedding, head and norm"
         # A unit with experts has a group of parameters for each mesh; the public setters know one group only
-        for group in module._get_fsdp_state()._fsdp_param_groups:
-            group._all_gather_comm = TracedAllGather(f"gathered weights, {unit}")
+        for group in parameter_groups_of(module):
+            set_all_gather(group, TracedAllGather(f"gathered weights, {unit}"))
             if device.type == "cpu":
                 group.unshard_async_op = True
-                group._reduce_scatter_comm = DeferredReduceScatter(unit, group, under_way)
+                set_reduce_scatter(group, DeferredReduceScatter(unit, group, under_way))
             else:
-                group._reduce_scatter_comm = TracedReduceScatter(f"summed gradients, {unit}")
+                set_reduce_scatter(group, TracedReduceScatter(f"summed gradients, {unit}"))
     if device.type == "cpu":
         _gather_ahead(model)
 
@@ -155,12 +162,12 @@ def _gather_ahead(model: LongCat) -> None:
 def wait_for_reductions(model: LongCat) -> None:
     """Await the sums of gradients that are still under way after a backward. One that failed ends the run."""
     for group in parameter_groups(model):
-        if isinstance(group._reduce_scatter_comm, DeferredReduceScatter):
-            group._reduce_scatter_comm.under_way.finish()
+        collective = reduce_scatter_of(group)
+        if isinstance(collective, DeferredReduceScatter):
+            collective.under_way.finish()
 
 
 def parameter_groups(model: LongCat) -> Iterator[Any]:
     """FSDP2's groups of parameters: what is gathered, and whose gradients are summed, together."""
     if isinstance(model, FSDPModule):
-        for state in fully_shard.state(model)._state_ctx.all_states:  # type: ignore[attr-defined]
-            yield from state._fsdp_param_groups
+        yield from all_parameter_groups(model)

@@ -9,15 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Placement, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from longcat.config import ModelConfig
 from longcat.init import fill
 from longcat.model import LongCat
 from longcat.names import Box, stored_state
 from parallel.mesh import Axis, Topology
+from parallel.torch_internals import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+    ShardPlacementResult,
+    compute_local_shape_and_global_offset,
+    concatenate_meshes,
+    initialize_root,
+)
 
 
 def shard(model: LongCat, topology: Topology, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
@@ -57,7 +63,7 @@ def with_replicas(topology: Topology, mesh: DeviceMesh) -> DeviceMesh:
     """A sharding mesh with the replicating axis in front where there is one."""
     if topology.sizes.dp == 1:
         return mesh
-    return DeviceMesh._concatenate([topology.mesh[Axis.DP], mesh])
+    return concatenate_meshes([topology.mesh[Axis.DP], mesh])
 
 
 def placements(topology: Topology) -> Callable[[nn.Parameter], Shard | ShardPlacementResult]:
@@ -120,7 +126,7 @@ def _gather_once(model: LongCat) -> None:
     Where gradients are held back FSDP2 asks every unit for the weights that it last gathered, even one that never ran.
     """
     if isinstance(model, FSDPModule) and model.mtp is not None:
-        fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]  # the root first, or a unit takes itself for it
+        initialize_root(model)
         for layer in model.mtp.layers:
             assert isinstance(layer, FSDPModule)
             layer.unshard()

@@ -8,9 +8,10 @@ from functools import wraps
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import PipelineStage
 
 from parallel.mesh import Axis
+from parallel.torch_internals import wrap_batch_p2p
 from parallel.watchdog.spans import record_launch, wait_span, work_span
 
 
@@ -85,4 +86,4 @@ def _watch(work: dist.Work, operations: list[dist.P2POp]) -> TracedWork:
     return TracedWork(work, " and ".join(names), [one.peer for one in operations])
 
 
-schedules._batch_p2p = watched(schedules._batch_p2p)  # the one place through which every schedule sends and receives
+wrap_batch_p2p(watched)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from parallel.torch_internals import can_dump_nccl_trace, dump_nccl_trace
 from parallel.watchdog.heartbeats import within
 
 
@@ -33,6 +34,5 @@ def enable_flight_recorder(folder: Path) -> None:
 
 def dump_flight_record(path: Path) -> None:
     """Write NCCL's flight record of this rank now: the process ends before NCCL's own time-out."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
-    if dump is not None:
-        within(5.0, lambda: path.write_bytes(dump()))
+    if can_dump_nccl_trace():
+        within(5.0, lambda: path.write_bytes(dump_nccl_trace()))

@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +27,7 @@ import torch.distributed as dist
 
 from longcat.errors import CRASHED
 from parallel.mesh import BESIDE
+from parallel.torch_internals import default_store, process_groups, set_group_timeout
 from parallel.watchdog import spans
 from parallel.watchdog.diagnosis import (
     DEAD,
@@ -340,7 +340,7 @@ def start(timeout_seconds: float, on_hang: Callable[[str], None], folder: Path) 
         return
     rank = dist.get_rank()
     record = flight_record_path(folder, rank) if torch.cuda.is_available() else None
-    store = HeartbeatStore(dist.distributed_c10d._get_default_store(), rank, dist.get_world_size())
+    store = HeartbeatStore(default_store(), rank, dist.get_world_size())
     _present = Watchdog(store, timeout_seconds, on_hang, record)
     limit(timeout_seconds)
     _present.start()
@@ -354,9 +354,9 @@ def limit(timeout_seconds: float) -> None:
 
 
 def _limit_groups(seconds: float) -> None:
-    for group in list(dist.distributed_c10d._world.pg_map):
+    for group in process_groups():
         if group.group_desc != BESIDE:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+            set_group_timeout(group, seconds)
 
 
 def longest(timeout_seconds: float) -> float:

@@ -11,6 +11,8 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from tests.house.figures import private_name_figures
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ["longcat", "parallel", "train", "launch"]  # each may import itself and what stands before it
 MAX_FILE_LINES = 400
@@ -188,3 +190,10 @@ def test_tests_share_helpers_through_support_alone() -> None:
             if name.startswith("tests.") and (is_test or not shared):
                 wrong.append(f"{_relative(path)} imports {name}")
     assert not wrong
+
+
+def test_private_names_of_torch_are_in_one_file_per_package() -> None:
+    """Imports and attributes with a leading underscore, also as strings, that no file of the four packages defines."""
+    wrong = private_name_figures(SOURCES, ROOT)["private_names"]
+    assert not wrong["torch"], "put these into parallel/torch_internals.py or longcat/ops/torch_internals.py"
+    assert all(name.startswith("parallel/deepspeed/") for name in wrong["deepspeed"]), wrong["deepspeed"]

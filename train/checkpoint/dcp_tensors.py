@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from longcat.names import Box
 from parallel.store import LocalBox
+from parallel.torch_internals import make_wrapper_subclass
 from train.state import TrainState
 
 
@@ -25,7 +26,7 @@ class DcpTensor(Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], parts: Iterable[tuple[Box, Tensor]], dtype: torch.dtype) -> DcpTensor:
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # type: ignore[attr-defined]
+        made = make_wrapper_subclass(cls, shape, dtype)
         made.boxes = {
             torch.Size(start for start, _ in box): (torch.Size(stop - start for start, stop in box), values)
             for box, values in parts

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
+
+from parallel.torch_internals import file_view, narrow_tensor_by_index, offset_in_archive
 
 BLOCK = 1 << 24  # bytes of one read, and of a thread's buffer for values that need a copy
 PART = 1 << 26  # bytes of one task of a thread
@@ -161,7 +161,7 @@ def read_part(path: Path, requests: list[ReadRequest], headers: RecordHeaders) -
             values = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
             target = request.target.detach()
             assert values.shape == target.shape, f"{item.storage_index}: {values.shape} for {target.shape}"
-            start = request.location.offset + stored.untyped_storage()._checkpoint_offset
+            start = request.location.offset + offset_in_archive(stored)
             FileRange(shard, values, start).read_into(target)
 
 
@@ -180,9 +180,9 @@ class RecordHeaders:
         for header, stored in self.known[location.length]:
             if begin.startswith(header):
                 return stored
-        archive: Any = _create_file_view(file, location.offset, location.length)
+        archive = file_view(file, location.offset, location.length)
         found: Tensor = torch.load(archive, map_location="meta", weights_only=True)
-        offset: Any = found.untyped_storage()._checkpoint_offset
+        offset = offset_in_archive(found)
         if offset <= len(begin):
             self.known[location.length].append((begin[:offset], found))
         return found

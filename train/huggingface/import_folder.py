@@ -177,6 +177,8 @@ def short_files(folder: Path) -> Any:
     """
     from torch.distributed.checkpoint import FileSystemWriter
 
+    from parallel.torch_internals import write_checkpoint_files
+
     class Writer(FileSystemWriter):
         def write_data(self, plan: Any, planner: Any) -> Any:
             files: queue.Queue[Any] = queue.Queue()
@@ -186,7 +188,7 @@ def short_files(folder: Path) -> Any:
             self.thread_count = max(1, min(MAX_THREADS, os.cpu_count() or 1, files.qsize()))
             before = set(threading.enumerate())
             try:
-                written = self._write_data(planner, files)
+                written = write_checkpoint_files(self, planner, files)
             finally:  # after a failure, stop the other threads before the folder is removed
                 with contextlib.suppress(queue.Empty):
                     while True:

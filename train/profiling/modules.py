@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from longcat.model import LongCat
+from parallel.torch_internals import has_compiled_forward
 
 Heard = Callable[[str, float, float], None]  # name, start, end in seconds of `time.monotonic`
 
@@ -38,7 +39,7 @@ def watched(models: Sequence[LongCat], heard: Heard) -> Iterator[None]:
     handles: list[RemovableHandle] = []
     for model in models:
         for name, module in named_parts(model):
-            if getattr(module, "_compiled_call_impl", None) is None:
+            if not has_compiled_forward(module):
                 handles += _watch(name, module, heard)
     try:
         yield

@@ -1,0 +1,190 @@
+"""Every private name of torch that parallel/ and train/ use, each behind a typed function or alias.
+
+Tried on torch 2.13.0. When another release moves one of these names, this is the only file to mend; the twin for the
+model is `longcat/ops/torch_internals.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+from torch.distributed._shard._utils import narrow_tensor_by_index as narrow_tensor_by_index
+from torch.distributed.checkpoint.utils import _create_file_view
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather as DefaultAllGather
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter as DefaultReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo as FSDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo as HSDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult as ShardPlacementResult
+from torch.distributed.pipelining import schedules
+from torch.distributed.tensor._utils import (
+    compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,
+)
+
+# --- aliases: imported above under their own names ----------------------------------------------------------------
+#
+# DefaultAllGather, DefaultReduceScatter: FSDP2's collectives, to subclass; only the interface that they have is public.
+# FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult: the answer of `shard_placement_fn` that names another mesh.
+# compute_local_shape_and_global_offset: a DTensor's local box; the public API gives its size without its offset.
+# narrow_tensor_by_index: the part of a stored tensor that a checkpoint's read request names, as torch's reader cuts it.
+
+
+# --- device mesh --------------------------------------------------------------------------------------------------
+
+
+def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """One dimension of all ranks of a mesh, under a name; no public function folds dimensions."""
+    return mesh._flatten(name)
+
+
+def unflatten_mesh(mesh: DeviceMesh, dim: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """A dimension cut into several, the last one innermost; no public function does."""
+    return mesh._unflatten(dim, sizes, names)
+
+
+def concatenate_meshes(meshes: list[DeviceMesh]) -> DeviceMesh:
+    """The dimensions of several meshes in one, which FSDP2 wants for HSDP; public slicing knows one root mesh only."""
+    return DeviceMesh._concatenate(meshes)
+
+
+# --- FSDP2 --------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups_of(module: FSDPModule) -> list[Any]:
+    """FSDP2's groups of parameters of one module, one for each mesh; the public setters know a single group."""
+    return list(module._get_fsdp_state()._fsdp_param_groups)
+
+
+def all_parameter_groups(root: FSDPModule) -> Iterator[Any]:
+    """FSDP2's groups of parameters of a root module and all modules in it; the public API does not list them."""
+    for state in fully_shard.state(root)._state_ctx.all_states:  # type: ignore[attr-defined]
+        yield from state._fsdp_param_groups
+
+
+def set_all_gather(group: Any, collective: DefaultAllGather) -> None:
+    """Let a group of parameters gather through ``collective``; the public setter refuses a module of several groups."""
+    group._all_gather_comm = collective
+
+
+def set_reduce_scatter(group: Any, collective: DefaultReduceScatter) -> None:
+    """Let a group of parameters reduce through ``collective``; see `set_all_gather`."""
+    group._reduce_scatter_comm = collective
+
+
+def reduce_scatter_of(group: Any) -> Any:
+    """What `set_reduce_scatter` set; there is no public getter."""
+    return group._reduce_scatter_comm
+
+
+def keeps_reduced_gradients_as_views(group: Any, output: Tensor) -> bool:
+    """Whether FSDP2 only views the output of a group's reduce-scatter as gradients: no cast, no hook on the sums."""
+    return (
+        group._orig_dtype is output.dtype
+        and group._all_reduce_hook is None
+        and all(not one.sharded_param._post_accumulate_grad_hooks for one in group.fsdp_params)
+    )
+
+
+def accumulate_unsharded_gradients(group: Any) -> None:
+    """Add the new gradients of a group's gathered parameters to those kept in float32, as FSDP2's backward does."""
+    for parameter in group.fsdp_params:
+        if hasattr(parameter, "_unsharded_param"):
+            parameter.accumulate_unsharded_grad_if_needed()
+            parameter.to_accumulated_grad_if_needed()
+
+
+def finish_backward(root: FSDPModule) -> None:
+    """Run what FSDP2 runs at the end of a root's backward; under a pipeline no backward of the root ends a step."""
+    fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+
+
+def initialize_root(root: FSDPModule) -> None:
+    """Make a module the root before its first forward, or a unit that is gathered first takes itself for the root."""
+    fully_shard.state(root)._lazy_init()  # type: ignore[attr-defined]
+
+
+# --- pipeline -----------------------------------------------------------------------------------------------------
+
+BatchP2P = Callable[..., list[dist.Work]]
+
+
+def wrap_batch_p2p(wrapper: Callable[[BatchP2P], BatchP2P]) -> None:
+    """Wrap the one function through which every pipeline schedule sends and receives; schedules have no hook for it."""
+    schedules._batch_p2p = wrapper(schedules._batch_p2p)
+
+
+# --- process groups -----------------------------------------------------------------------------------------------
+
+
+def default_store() -> dist.Store:
+    """The store of the default process group; a second public store would need a port of its own."""
+    return distributed_c10d._get_default_store()
+
+
+def process_groups() -> list[dist.ProcessGroup]:
+    """All process groups of this rank; meshes and libraries make some that nobody lists."""
+    return list(distributed_c10d._world.pg_map)
+
+
+def set_group_timeout(group: dist.ProcessGroup, seconds: float) -> None:
+    """The time-out of a process group that exists; the public API sets it at creation only."""
+    distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def can_dump_nccl_trace() -> bool:
+    """Whether this torch has NCCL's flight recorder; one built for CPUs has not."""
+    return hasattr(torch._C._distributed_c10d, "_dump_nccl_trace")
+
+
+def dump_nccl_trace() -> bytes:
+    """NCCL's flight record of this rank; by public means torch writes it only after a time-out."""
+    return cast(bytes, torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
+
+
+# --- tensors ------------------------------------------------------------------------------------------------------
+
+
+def foreach_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """‖t‖₂ of each tensor in one kernel; the public `clip_grad` helpers give their total norm only."""
+    return torch._foreach_norm(tensors)  # type: ignore[return-value]
+
+
+def foreach_scale_(tensors: list[Tensor], factor: float) -> None:
+    """Multiply each tensor in place, in one kernel; no public function does."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def make_wrapper_subclass(cls: type[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """A tensor of a subclass with a shape and without memory; torch's own subclasses are made so."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # type: ignore[attr-defined]
+
+
+def has_compiled_forward(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called; torch says so nowhere else."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+# --- checkpoint files ---------------------------------------------------------------------------------------------
+
+
+def file_view(file: Any, offset: int, length: int) -> Any:
+    """A range of an open file as a file, as torch's checkpoint reader opens one record of a shard."""
+    return _create_file_view(file, offset, length)
+
+
+def write_checkpoint_files(writer: Any, planner: Any, files: Any) -> Any:
+    """Let a checkpoint writer's threads write a queue of files; a subclass chooses the files in its `write_data`."""
+    return writer._write_data(planner, files)
+
+
+def offset_in_archive(tensor: Tensor) -> int:
+    """Where in its archive the values of a tensor loaded to the meta device lie, for reading them without a copy."""
+    storage: Any = tensor.untyped_storage()
+    return int(storage._checkpoint_offset)
