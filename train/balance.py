@@ -47,13 +47,13 @@ class BalanceConfig:
 
 
 class BiasController(Protocol):
-    """Turns the global batch's selection counts into the next step's biases. Holds its own state."""
+    """Computes the next step's biases from the global batch's selection counts; has a state."""
 
     def update(self, counts: Tensor) -> Tensor:
         """counts [L, N+Z] int64 of one global batch → biases [L, N+Z] float32, 0 for identity experts."""
 
     def state(self) -> dict[str, Tensor]:
-        """Named tensors that a checkpoint must hold; `load` writes into them in place."""
+        """Named tensors of the controller for a checkpoint, which is loaded into them in place."""
 
 
 def load_error(counts: Tensor, model: ModelConfig) -> Tensor:
@@ -90,7 +90,7 @@ class PID:
 
 
 class Sign:
-    """b += ki·sign(error), with the same decay: the field's usual rule, to compare with."""
+    """b += ki·sign(error), with the same decay: the usual rule, for comparison."""
 
     def __init__(self, config: BalanceConfig, model: ModelConfig) -> None:
         self.config, self.model = config, model

@@ -25,12 +25,12 @@ class Batch:
 
     tokens: Tensor  # [B, S] int64
     labels: Tensor  # [B, S] the next token of each
-    valid: Tensor  # [B, S] bool, where the label counts
+    valid: Tensor  # [B, S] bool, True where the label counts
     documents: Tensor | None  # [B, S] document numbers, with data.mask_documents
 
 
 class BatchReader:
-    """Cuts the global batch that starts at a sample number into micro-batches; rank r takes the r-th share of them."""
+    """Divides a global batch into micro-batches; data-parallel rank r reads the r-th contiguous share of them."""
 
     def __init__(self, samples: TokenSamples, config: Config, topology: Topology) -> None:
         self.samples = samples
@@ -38,7 +38,7 @@ class BatchReader:
         self.topology = topology
         self.size = config.train.micro_batch_size
         self.num_micro_batches = config.train.global_batch_size // self.size
-        self.share = self.num_micro_batches // topology.data_ranks  # of one rank
+        self.share = self.num_micro_batches // topology.data_ranks  # micro-batches per data-parallel rank
 
     def read(self, first_sample: int) -> Iterator[Batch]:
         """This rank's micro-batches of the global batch ``first_sample`` ..., in order."""
@@ -61,25 +61,25 @@ class BatchReader:
         return Batch(tokens, labels, torch.ones_like(tokens, dtype=torch.bool), documents)
 
     def divisors(self, batches: list[Batch]) -> Divisors:
-        """What the sums of this step are divided by; a collective."""
+        """The divisors of this step's sums; a collective."""
         tokens = self.config.train.global_batch_size * self.config.train.sequence_length
         counts = label_counts(batches, self.config.model.num_mtp_layers)
         if self.config.data.mask_documents:
-            once = float(self.topology.reads_first)
-            labels, mtp_labels = sum_scalars([count * once for count in counts])
-        else:  # every window has as many: no need to ask the others
+            weight = float(self.topology.reads_first)  # ranks that share a batch count it once
+            labels, mtp_labels = sum_scalars([count * weight for count in counts])
+        else:  # every window has as many labels: no collective needed
             labels, mtp_labels = (count * self.topology.data_ranks for count in counts)
         return Divisors(int(labels), int(mtp_labels), tokens, self.num_micro_batches)
 
 
 def document_numbers(tokens: Tensor, eod: int) -> Tensor:
-    """0, 1, 2 … along each row; the end-of-document token belongs to the document that it ends."""
+    """Document numbers 0, 1, 2 … in each row [B, S]; an end-of-document token belongs to the document it ends."""
     ends = (tokens == eod).to(torch.int64)
     return ends.cumsum(1) - ends
 
 
 def label_counts(batches: list[Batch], num_mtp_layers: int) -> list[float]:
-    """[labels of the language model, labels of the MTP layers] in these micro-batches."""
+    """[labels of the language model, labels of the MTP layers] in ``batches``."""
     main = sum(int(batch.valid.sum()) for batch in batches)
     further = sum(
         int(mtp_valid(batch.valid, batch.documents, depth).sum())

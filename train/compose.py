@@ -15,7 +15,7 @@ GROUPS = ("model", "data", "schedule", "experiment")  # folders of configs/; eac
 
 
 def register() -> None:
-    """Make the typed tree known to Hydra under the name `schema`."""
+    """Register the typed tree with Hydra under the name `schema`."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="schema", node=Config)
@@ -25,7 +25,7 @@ def compose(overrides: list[str]) -> Config:
     """Compose and validate the configuration from `key=value` overrides.
 
     Raises:
-        ConfigError: an unknown key (with the nearest one), a wrong type, a missing choice, or sizes that cannot be.
+        ConfigError: an unknown key (with the nearest one), a wrong type, a missing choice, or impossible sizes.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
@@ -47,11 +47,8 @@ def compose(overrides: list[str]) -> Config:
 
 
 def named_folder(overrides: list[str]) -> Path | None:
-    """The run folder that overrides name, without composing them.
-
-    They may be what is wrong. None where that is not sure.
-    """
-    given = dict(word.split("=", maxsplit=1) for word in overrides if "=" in word)
+    """The run folder that ``overrides`` select, without composing them, since they may be wrong. None if unknown."""
+    given = dict(override.split("=", maxsplit=1) for override in overrides if "=" in override)
     if "experiment" in given and "run.name" not in given:
         return None
     run = RunConfig(name=given.get("run.name", RunConfig.name), dir=given.get("run.dir", RunConfig.dir))
@@ -73,7 +70,7 @@ def from_tree(tree: Any) -> Config:
 
 
 def check_keys(overrides: list[str]) -> None:
-    """Refuse overrides whose key is no key of the schema, naming the nearest one."""
+    """Raise ConfigError for an override whose key is not in the schema, with the nearest one."""
     sections = {section.name for section in fields(Config)}
     known = {*leaf_keys(Config), *sections, *GROUPS}
     for override in overrides:
@@ -106,7 +103,7 @@ def leaf_keys(kind: Any, prefix: str = "") -> list[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """The telling part of a Hydra or OmegaConf error in one line, and what to do about it."""
+    """A Hydra or OmegaConf error in one line, with the remedy."""
     text = str(error).split("Config search path")[0]
     cause = error.__cause__
     if cause is not None and str(cause) not in text:
@@ -116,7 +113,7 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines()]
     skip = ("object_type", "reference_type", "Set the environment", "See https", "To append", "Did you mean")
     kept = [line.rstrip(".;") for line in lines if line and not line.startswith(skip)]
-    if kept[0].startswith("In 'config'"):  # a missing choice of a group, and the choices one a line
+    if kept[0].startswith("In 'config'"):  # a missing choice of a group, with one choice per line
         return f"{kept[0].partition(': ')[2]}; use {', '.join(kept[2:])}"
     key = next((line.partition(": ")[2] for line in kept if line.startswith("full_key")), None)
     kept = [line.removeprefix("Error merging override ") for line in kept if not line.startswith("full_key")]
@@ -124,7 +121,7 @@ def one_line(error: BaseException) -> str:
 
 
 def default_of(key: str) -> str:
-    """What to give for a key whose value does not fit, by its default."""
+    """The remedy for a key whose value does not fit: its default."""
     value: Any = Config()
     for part in re.split(r"[.\[]", key.partition("[")[0]):
         if not hasattr(value, part):

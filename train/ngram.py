@@ -1,4 +1,4 @@
-"""Interpolated Kneser-Ney n-grams: what counting alone reaches on the same tokens, as a line to beat.
+"""Interpolated Kneser-Ney n-gram models of the same tokens, as a baseline of the validation loss.
 
 Source: Kneser and Ney 1995, interpolated as in Chen and Goodman 1999, with one absolute discount for each
 order, n1 / (n1 + 2 n2), where n1 and n2 are how many n-grams were counted once and twice.
@@ -20,7 +20,7 @@ _DISCOUNT_WITHOUT_SINGLES = 0.5  # the estimate would be 0, and unseen tokens wo
 def kneser_ney(
     train_sequences: Iterable[np.ndarray], validation_sequences: Iterable[np.ndarray], vocab_size: int
 ) -> dict[str, float]:
-    """Mean cross-entropy of n-gram models in nats for each predicted token.
+    """Mean cross-entropy of n-gram models in nats per predicted token.
 
     Predicted are all tokens of a validation sequence but its first, as a language model predicts them; the
     second token has one token of context, so the trigram model uses its bigrams there. No n-gram crosses a
@@ -116,7 +116,7 @@ class _Table:
         return cls(keys, counts, contexts, totals, kinds, _discount(counts), vocab_size)
 
     def interpolated(self, context: np.ndarray, word: np.ndarray, lower: np.ndarray) -> np.ndarray:
-        """Discounted share of `word` after `context`, plus the mass taken away times `lower`."""
+        """Discounted share of `word` after `context`, plus the discounted mass times `lower`."""
         if self.keys.size == 0:
             return lower
         count = _look_up(self.keys, self.counts, context * self.vocab_size + word)
@@ -127,7 +127,7 @@ class _Table:
 
 
 def _joined(sequences: Iterable[np.ndarray], vocab_size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """All ids one behind the other, and the place of each in its sequence; int64 [tokens] both."""
+    """All ids concatenated, and the position of each in its sequence; both int64 [tokens]."""
     parts = [np.asarray(sequence, dtype=np.int64).reshape(-1) for sequence in sequences]
     if not parts:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)

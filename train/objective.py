@@ -1,4 +1,4 @@
-"""The number that is minimised: sums of the losses over the global batch, each divided once by what it counts."""
+"""The training objective: sums of the losses over the global batch, each divided by its count."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Divisors:
-    """What the sums of one step are divided by; the same on every rank, known before the first backward."""
+    """The divisors of one step's sums; the same on every rank, known before the first backward."""
 
     valid_tokens: int  # labels of the language model in the global batch
     mtp_tokens: int  # labels of all MTP layers
@@ -35,7 +35,7 @@ class Divisors:
 
 
 def objective(losses: Losses, divisors: Divisors, config: LossConfig, balance_weight: float) -> Tensor:
-    """One micro-batch's part of the step's loss; the parts of all ranks and micro-batches add up to it."""
+    """One micro-batch's term of the step's loss, which is the sum over all ranks and micro-batches."""
     total = losses.lm / max(divisors.valid_tokens, 1)
     total = total + config.mtp_weight * losses.mtp / max(divisors.mtp_tokens, 1)
     total = total + balance_weight * losses.balance / divisors.micro_batches

@@ -1,4 +1,4 @@
-"""AdamW over float32 masters, with parameter groups by role."""
+"""AdamW over fp32 master weights, with parameter groups by role."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class OptimConfig:
 
 
 def make_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over groups of parameters that name their "role", with its rate and decay."""
+    """AdamW over parameter groups, each with the rate and decay of its "role"."""
     for group in groups:
         group["lr"] = config.lr * getattr(config.lr_scale, group["role"])
         group["weight_decay"] = config.weight_decay if group["role"] in DECAYED_ROLES else 0.0

@@ -1,4 +1,4 @@
-"""The run's folder: whose it is, its lock, its configuration on disk, and how the run ended."""
+"""The run folder: checks, lock, config.yaml, and exit.json with how the run ended."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from train.config import Config
 from train.data.corpus import fingerprints, tokenizer_sha256
 
 CONFIG, EXIT, LOCK = "config.yaml", "exit.json", ".lock"
-FIRST_RANK_SPEAKS_SECONDS = 20.0
+FIRST_RANK_PRINTS_SECONDS = 20.0
 PACKAGES = ("torch", "numpy", "megatron-core", "datasets", "tokenizers", "hydra-core", "wandb", "safetensors")
 
 
 def check_folder(config: Config) -> None:
-    """Refuse a folder that belongs to another run or that cannot be written, and make it if need be.
+    """Make the run folder; refuse one that belongs to another run or cannot be written.
 
     Raises:
-        ConfigError: with the differing keys, and before anything in the folder changes.
+        ConfigError: with the differing keys; nothing in the folder has changed.
     """
     folder = config.run.folder
     try:
         check_not_another_run(config)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{uuid.uuid4().hex}"  # ranks of several hosts probe one folder
+        probe = folder / f".probe-{uuid.uuid4().hex}"  # ranks of several hosts probe the same folder
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -46,7 +46,7 @@ def check_folder(config: Config) -> None:
 
 
 def check_not_another_run(config: Config) -> None:
-    """Raise ConfigError where the folder holds a run that this one would mix with or overwrite."""
+    """Raise ConfigError if the folder has a run that this one would mix with or overwrite."""
     folder = config.run.folder
     wrong = []
     if (folder / CONFIG).is_file():
@@ -60,19 +60,19 @@ def check_not_another_run(config: Config) -> None:
         list_checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()
     ):
         raise ConfigError(
-            f"{folder} holds a run already and checkpoint.resume=never would overwrite it; choose another run.name"
+            f"{folder} already has a run, which checkpoint.resume=never would overwrite; choose another run.name"
         )
 
 
 def lock(folder: Path) -> IO[str]:
-    """Hold the folder for this process; a second run on it is refused. Keep the returned file open."""
+    """Lock the folder while the returned file is open; raises ConfigError if another run has it."""
     file = (folder / LOCK).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ConfigError(f"{folder} is in use by a run that is still going; choose another run.name") from error
+        raise ConfigError(f"{folder} is in use by a running training; choose another run.name") from error
     except OSError as error:
-        print(f"note: {folder} cannot be locked ({error.strerror}): keep a second run away from it", file=sys.stderr)
+        print(f"note: {folder} cannot be locked ({error.strerror}): do not start a second run in it", file=sys.stderr)
     return file
 
 
@@ -85,7 +85,7 @@ def as_mapping(config: Config) -> dict[str, Any]:
 
 
 def describe_corpora(config: Config) -> dict[str, Any]:
-    """What a run's config.yaml and its checkpoints say of the data beside the configuration.
+    """Fingerprints of the data, stored in config.yaml and checkpoints beside the configuration.
 
     Raises:
         ConfigError: a corpus is missing or damaged.
@@ -94,10 +94,10 @@ def describe_corpora(config: Config) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration that a run folder was made with.
+    """The configuration in a run folder's config.yaml.
 
     Raises:
-        ConfigError: the file cannot be read as one.
+        ConfigError: it cannot be read.
     """
     import yaml
 
@@ -111,25 +111,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def initial_checkpoint(folder: Path) -> str:
-    """The folder that ``checkpoint.resume`` of a run's config.yaml names, or `auto`.
+    """The folder in ``checkpoint.resume`` of a run's config.yaml, or `auto`.
 
     Raises:
         ConfigError: it is gone, or config.yaml cannot be read.
     """
     settings = read_config(folder).get("checkpoint") if (folder / CONFIG).is_file() else None
-    named = str(settings.get("resume", "auto")) if isinstance(settings, dict) else "auto"
-    if named in ("auto", "never"):
+    source = str(settings.get("resume", "auto")) if isinstance(settings, dict) else "auto"
+    if source in ("auto", "never"):
         return "auto"
-    if not Path(named).is_dir():
+    if not Path(source).is_dir():
         raise ConfigError(
-            f"{folder} has no checkpoint of its own and started from checkpoint.resume={named}, which is gone; name "
-            f"its new place or another run.name"
+            f"{folder} has no checkpoint of its own and started from checkpoint.resume={source}, which is gone; name "
+            f"its new path or another run.name"
         )
-    return named
+    return source
 
 
 def write_config(config: Config, derived: dict[str, Any], device: str, world_size: int) -> None:
-    """config.yaml: the resolved configuration, what follows from it, and what it runs on."""
+    """Write config.yaml: the resolved configuration, derived values and the environment."""
     import yaml
 
     target = config.run.folder / CONFIG
@@ -160,21 +160,21 @@ def version(package: str) -> str:
 
 
 def git_commit() -> str:
-    """The commit of the code that runs, or `unknown` outside a checkout."""
+    """The commit of the running code, or `unknown` outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
 def claim_exit(folder: Path, code: int, message: str) -> bool:
-    """Write exit.json unless a rank has already; True for the one that wrote, which then tells the person."""
+    """Write exit.json unless another rank has; True if this rank wrote it and must print the message."""
     mine = folder / f".{EXIT}-{uuid.uuid4().hex}"
     try:
         write_exit(mine, code, message)
-        os.link(mine, folder / EXIT)  # there at once and whole, or not at all
+        os.link(mine, folder / EXIT)  # atomic
     except FileExistsError:
         return False
-    except OSError:  # no folder to write in: then telling the person is all that is left
+    except OSError:  # the folder cannot be written: the first rank still prints the message
         return is_first_rank()
     finally:
         mine.unlink(missing_ok=True)
@@ -186,7 +186,7 @@ def write_exit(path: Path, code: int, message: str) -> None:
 
 
 def recorded_code(folder: Path) -> int:
-    """The code in exit.json; a crash where nothing can be read."""
+    """The code in exit.json; `CRASHED` if it cannot be read."""
     try:
         return int(json.loads((folder / EXIT).read_text())["code"])
     except (OSError, ValueError, KeyError):
@@ -194,16 +194,16 @@ def recorded_code(folder: Path) -> int:
 
 
 def refuse(folder: Path | None, error: LongCatError) -> int:
-    """Say why a run does not start and return the exit code, which goes into exit.json where an agent hides it.
+    """Print why a run does not start and return the exit code; under an agent, which hides it, write exit.json too.
 
-    A folder that holds a run, or is in use by one, stays as it is. All ranks find the same fault: the first one
-    says it, and the agent ends the others, which wait for that.
+    A folder that has a run, or is in use, does not change. All ranks find the same error: the first one prints it,
+    while the others wait for the agent to end them.
     """
     if not is_first_rank():
-        time.sleep(FIRST_RANK_SPEAKS_SECONDS)
+        time.sleep(FIRST_RANK_PRINTS_SECONDS)
     print(f"error: {error}", file=sys.stderr, flush=True)
     if "RANK" in os.environ and folder is not None and not (folder / CONFIG).exists():
-        with contextlib.suppress(OSError, ConfigError):  # cannot be written or is in use: it has been said above
+        with contextlib.suppress(OSError, ConfigError):  # cannot be written or is in use: the error is printed above
             folder.mkdir(parents=True, exist_ok=True)
             with lock(folder):
                 write_exit(folder / EXIT, error.exit_code, str(error))

@@ -37,8 +37,7 @@ class ScheduleConfig:
             )
         if self.decay_start is not None and self.decay_start < self.warmup_steps:
             raise ConfigError(
-                f"schedule.decay_start={self.decay_start} lies inside the warm-up of {self.warmup_steps} steps; "
-                f"raise it"
+                f"schedule.decay_start={self.decay_start} is inside the warm-up of {self.warmup_steps} steps; raise it"
             )
 
 

@@ -1,4 +1,4 @@
-"""The whole state of a run: weights, moments, biases, controller and counters, by stored name."""
+"""The full state of a run: weights, moments, biases, controller and counters, by stored name."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from train.balance import BiasController
 
 @dataclass
 class Counters:
-    """Where the training stands, counted from its very first step."""
+    """Progress of the training, counted from its first step."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
-    data_start: int = 0  # what ``samples`` was when the present data began; above 0 after data.from_start
+    data_start: int = 0  # value of ``samples`` when the present data began; above 0 after data.from_start
 
     @property
     def position(self) -> int:
-        """Number of the next sample of the present data: one global counter."""
+        """Number of the next sample of the present data, over all ranks."""
         return self.samples - self.data_start
 
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds and a resumed run continues from."""
+    """What a checkpoint stores and a resumed run continues from."""
 
     engine: Engine
     store: Store
     controller: BiasController
     counters: Counters
-    biases: Tensor  # [L, N + Z] of all layers, the same on every rank; `set_biases` gives them to the routers here
+    biases: Tensor  # [L, N + Z] of all layers, the same on every rank; `set_biases` copies them to this rank's routers
 
     @property
     def models(self) -> list[LongCat]:
-        """The parts of the model that are on this rank."""
+        """The parts of the model on this rank."""
         return self.engine.parts
 
     def routers(self) -> Iterator[tuple[int, Router]]:
-        """The routers on this rank with the numbers of their layers."""
+        """(layer number, router) of each router on this rank."""
         for model in self.models:
             yield from enumerate(model.routers(), start=model.part.first)
 
     def set_biases(self, biases: Tensor) -> None:
-        """Write the selection biases [L, N+Z]; the same on every rank, since sharding does not manage buffers."""
+        """Set the selection biases [L, N+Z] on every rank: sharding does not manage buffers."""
         self.biases.copy_(biases)
         for number, router in self.routers():
             router.e_score_correction_bias.copy_(self.biases[number])
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
-        """What every rank holds whole: biases and the controller's state."""
+        """(key, tensor) of the state that every rank has in full: biases and the controller's state."""
         for number, bias in enumerate(self.biases):
             yield f"bias/layers.{number}.mlp.router.e_score_correction_bias", bias
         for name, tensor in self.controller.state().items():

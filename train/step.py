@@ -1,4 +1,4 @@
-"""One training step: micro-batches, gradients, norm, AdamW, bias control, and the numbers of it all."""
+"""One training step: micro-batches, gradients, norm, AdamW, bias control, metrics."""
 
 # L layers, N FFN experts, Z identity experts
 
@@ -26,20 +26,20 @@ from train.state import TrainState
 
 @dataclass
 class StepSums:
-    """What this rank's micro-batches add up to; over all ranks each figure counts once."""
+    """Sums over this rank's micro-batches. The sum over all ranks counts each micro-batch once."""
 
     sums: Tensor  # [5] float64: lm, mtp, balance, hidden z, hidden norm
     counts: Tensor  # [L, N + Z] int64
-    balance_slope: Tensor  # [L, N + Z]
+    balance_gradient: Tensor  # [L, N + Z] of the balance loss by the mean router probabilities P
 
 
 @dataclass(frozen=True)
 class StepRequests:
-    """What a rank wants to be done after a step; a step's exchange carries it, so that all ranks do the same."""
+    """What a rank requests after a step; the step's all-reduce carries it, so that all ranks do the same."""
 
-    stop: bool = False  # to save and stop
-    save: bool = False  # to save, because the time has come
-    wait_pending: bool = False  # to look how the checkpoint ended that was written beside training
+    stop: bool = False  # save and stop
+    save: bool = False  # save, since checkpoint.every_minutes have passed
+    wait_pending: bool = False  # check how the asynchronous save ended
 
 
 NONE = StepRequests()
@@ -47,38 +47,39 @@ NONE = StepRequests()
 
 @dataclass
 class StepResult:
-    """Global figures of one step; the same on every rank."""
+    """Results of one step, the same on every rank."""
 
     metrics: dict[str, Any]  # keys of metrics.jsonl, and `flops` of the step
     counts: Tensor  # [L, N+Z] int64, selections of the global batch
     healthy: bool  # False: nothing was updated
-    requests: StepRequests  # those of any rank
+    requests: StepRequests  # set where any rank requested it
 
 
 class Stepper:
-    """Runs steps on a state. Knows nothing of when to save, log or stop."""
+    """Runs steps on a state. When to save, log or stop is the loop's decision."""
 
     def __init__(self, state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> None:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
 
     def step(self, requests: StepRequests = NONE) -> StepResult:
-        """Train on the next global batch. With a loss or gradient that is not finite, nothing is updated."""
+        """Train on the next global batch. If the loss or a gradient is not finite, nothing is updated."""
         counters, config = self.state.counters, self.config
         begin_step(counters.step + 1)
         batches = list(self.reader.read(counters.position))
         divisors = self.reader.divisors(batches)
         use_mtp = counters.tokens >= config.loss.mtp_start_tokens and config.model.num_mtp_layers > 0
-        self._watch_gates()
-        tally = self._backward(batches, divisors, use_mtp)
+        self._reset_routers()
+        local = self._backward(batches, divisors, use_mtp)
 
         with work_span("norm and numbers"):
             square = self.state.store.gradient_square().reshape(1)
-            wished = torch.tensor([float(stop_signal) for stop_signal in astuple(requests)], dtype=torch.float64)
-            own = torch.cat((square, tally.sums, wished))
-            numbers, slopes, directions = sum_in_one_collective(own, self._slopes(tally), self._directions())
-            counts = sum_over_ranks(tally.counts)
-        square_of_all, *sums = numbers[: -wished.numel()].tolist()
-        norm = math.sqrt(square_of_all)
+            wanted = torch.tensor([float(request) for request in astuple(requests)], dtype=torch.float64)
+            scalars, gradients, directions = sum_in_one_collective(
+                torch.cat((square, local.sums, wanted)), self._probability_gradients(local), self._directions()
+            )
+            counts = sum_over_ranks(local.counts)
+        global_square, *sums = scalars[: -wanted.numel()].tolist()
+        norm = math.sqrt(global_square)
         healthy = all(map(math.isfinite, (norm, *sums)))
         factor = rate_factor(config.schedule, counters.step + 1)
         if healthy:
@@ -87,32 +88,36 @@ class Stepper:
         counters.step += 1
         counters.samples += config.train.global_batch_size
         counters.tokens += divisors.tokens
-        metrics = self._metrics(sums, divisors, norm, factor, counts, slopes, use_mtp)
+        metrics = self._metrics(sums, divisors, norm, factor, counts, gradients, use_mtp)
         metrics["router_similarity"] = router_similarity(directions, config.model.num_routed)
         return StepResult(
-            metrics, counts, healthy, StepRequests(*(count > 0 for count in numbers[-wished.numel() :].tolist()))
+            metrics, counts, healthy, StepRequests(*(count > 0 for count in scalars[-wanted.numel() :].tolist()))
         )
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> StepSums:
         weights = self.config.loss, self.config.balance.group_loss_weight
-        found = self.state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), use_mtp)
-        return self._tally(found)
+        losses_by_part = self.state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), use_mtp)
+        return self._sum(losses_by_part)
 
-    def _tally(self, found: list[list[Losses]]) -> StepSums:
-        """Ranks that share a vocabulary have the same `lm`, those that share a micro-batch the same slope."""
-        one_of_vocabulary = float(self.topology.coordinate(Axis.TP) == 0)
-        one_of_batch = one_of_vocabulary * float(self.topology.coordinate(Axis.CP) == 0)
+    def _sum(self, losses_by_part: list[list[Losses]]) -> StepSums:
+        """Add up what each part of the model returned per micro-batch, with weight 0 for what other ranks count.
+
+        TP ranks share the vocabulary and so compute the same `lm` and `mtp`; TP and CP ranks share a micro-batch and
+        so compute the same balance gradient.
+        """
+        counts_labels = float(self.topology.coordinate(Axis.TP) == 0)
+        counts_balance = counts_labels * float(self.topology.coordinate(Axis.CP) == 0)
         shape = self.state.biases.shape
-        tally = StepSums(torch.zeros(5, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
-        once = torch.tensor([one_of_vocabulary, one_of_vocabulary, 1.0, 1.0, 1.0], dtype=torch.float64)
-        for model, of_part in zip(self.state.models, found, strict=True):
+        total = StepSums(torch.zeros(5, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
+        weights = torch.tensor([counts_labels, counts_labels, 1.0, 1.0, 1.0], dtype=torch.float64)
+        for model, losses in zip(self.state.models, losses_by_part, strict=True):
             layers = slice(model.part.first, model.part.last)
-            parts = [(one.lm, one.mtp, one.balance, one.hidden_z, one.hidden_norm) for one in of_part]
-            tally.sums += torch.stack([torch.stack([p.double() for p in part]) for part in parts]).sum(0).cpu() * once
-            tally.counts[layers] += torch.stack([one.counts for one in of_part]).sum(0).cpu()
-            tally.balance_slope[layers] += torch.stack([one.balance_slope for one in of_part]).sum(0).cpu()
-        tally.balance_slope *= one_of_batch
-        return tally
+            rows = [(one.lm, one.mtp, one.balance, one.hidden_z, one.hidden_norm) for one in losses]
+            total.sums += torch.stack([torch.stack([x.double() for x in row]) for row in rows]).sum(0).cpu() * weights
+            total.counts[layers] += torch.stack([one.counts for one in losses]).sum(0).cpu()
+            total.balance_gradient[layers] += torch.stack([one.balance_slope for one in losses]).sum(0).cpu()
+        total.balance_gradient *= counts_balance
+        return total
 
     def _update(self, norm: float, factor: float, counts: Tensor) -> None:
         limit = self.config.optim.grad_clip
@@ -122,28 +127,28 @@ class Stepper:
         self.state.store.step()
         self.state.set_biases(self.state.controller.update(counts))
 
-    def _watch_gates(self) -> None:
-        """Let the routers gather Σ_t ∂loss/∂R_t of this step's backward."""
+    def _reset_routers(self) -> None:
+        """Let the routers accumulate Σ_t ∂loss/∂R_t in this step's backward."""
         for _, router in self.state.routers():
             router.gate_slope, router.direction = torch.zeros_like(router.e_score_correction_bias), None
 
     def _directions(self) -> Tensor:
-        """This rank's share of the sums of each router's rows, scaled to length 1: [L, D]; a stage counts once."""
+        """This rank's part of the sums of each router's rows, scaled to length 1: [L, D]; each router counts once."""
         model = self.config.model
-        shares = torch.zeros(model.num_layers, model.hidden_size, dtype=torch.float64)
+        sums = torch.zeros(model.num_layers, model.hidden_size, dtype=torch.float64)
         for number, router in self.state.routers():
             assert router.direction is not None
-            shares[number] = router.direction.cpu() * float(self.topology.holds_first_shards)
-        return shares
+            sums[number] = router.direction.cpu() * float(self.topology.holds_first_shards)
+        return sums
 
-    def _slopes(self, tally: StepSums) -> Tensor:
-        """This rank's share of ∇_P of the task's loss and of the balance loss: [2, L, N+Z]."""
-        gates = torch.zeros_like(tally.balance_slope)
+    def _probability_gradients(self, local: StepSums) -> Tensor:
+        """This rank's part of ∇_P of the task's loss and of the balance loss: [2, L, N+Z]."""
+        task = torch.zeros_like(local.balance_gradient)
         for number, router in self.state.routers():
             assert router.gate_slope is not None
-            gates[number] = router.gate_slope.cpu()
-        balance = tally.balance_slope / self.reader.num_micro_batches * self.config.balance.group_loss_weight
-        return torch.stack((gates, balance))
+            task[number] = router.gate_slope.cpu()
+        balance = local.balance_gradient / self.reader.num_micro_batches * self.config.balance.group_loss_weight
+        return torch.stack((task, balance))
 
     def _metrics(
         self,
@@ -152,14 +157,14 @@ class Stepper:
         norm: float,
         factor: float,
         counts: Tensor,
-        slopes: Tensor,
+        gradients: Tensor,
         use_mtp: bool,
     ) -> dict[str, Any]:
         config, counters = self.config, self.state.counters
         num_experts = config.model.num_experts
         ffn = counts[:, :num_experts].double()
         used = float(ffn.sum()) / (config.model.num_layers * divisors.tokens)
-        task, balance = torch.linalg.vector_norm(slopes, dim=-1)
+        task, balance = torch.linalg.vector_norm(gradients, dim=-1)
         return {
             "step": counters.step,
             "first_sample": counters.position - config.train.global_batch_size,

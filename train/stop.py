@@ -1,4 +1,4 @@
-"""A wish to stop, from a signal or a time limit; the loop asks once a step."""
+"""A request to stop, by a signal or a time limit; the loop checks it once per step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """True once SIGINT or SIGTERM came or the time is over.
-
-    On leaving its context the signals mean what they did before.
-    """
+    """True after SIGINT, SIGTERM or the time limit. Leaving its context restores the signal handlers."""
 
     def __init__(self, after_seconds: float) -> None:
         self.reason: str | None = None
@@ -23,7 +20,7 @@ class StopSignal:
         self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """From here on a signal is a wish and no longer the end of the process."""
+        """From now on a signal is a request and does not end the process."""
         self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def __enter__(self) -> StopSignal:
@@ -35,8 +32,8 @@ class StopSignal:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.reason is not None and number == signal.SIGINT and "RANK" not in os.environ:
-            # Asked twice: do not wait for the step to end. Under an agent one Ctrl-C comes twice, from the terminal and
-            # from the agent.
+            # A second Ctrl-C: do not wait for the step to end. Under an agent one Ctrl-C arrives twice, from the
+            # terminal and from the agent.
             signal.default_int_handler(number, frame)
         self.reason = signal.Signals(number).name
 

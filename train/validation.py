@@ -1,4 +1,4 @@
-"""Validation loss, bits per byte, n-gram baselines, and which tokens of a real text use how many FFN experts."""
+"""Validation loss, bits per byte, n-gram baselines, and FFN experts per token of validation text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_BASELINE_TOKENS = 20_000_000  # more would take the n-gram models minutes
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Mean nats a token, and bits a byte of text where the tokenizer is at hand."""
+    """Mean nats per token, and bits per byte of text if the tokenizer is known."""
 
     loss: float
     bits_per_byte: float | None
@@ -44,23 +44,23 @@ class Validator:
 
     @property
     def num_samples(self) -> int:
-        """Whole global batches, no more than the split has: none is counted twice."""
+        """Full global batches, at most as many as the split has, so that no sample counts twice."""
         size = self.config.train.global_batch_size
-        whole = max(1, self.reader.samples.num_samples // size)
-        return min(self.config.validation.batches, whole) * size
+        available = max(1, self.reader.samples.num_samples // size)
+        return min(self.config.validation.batches, available) * size
 
     def measure(self, state: TrainState) -> ValidationResult:
-        """A collective of all ranks."""
+        """Validation loss and bits per byte; a collective of all ranks."""
         nats, tokens, text_bytes = 0.0, 0.0, 0.0
         for first in range(0, self.num_samples, self.config.train.global_batch_size):
             batches = list(self.reader.read(first))
-            for of_part in state.engine.evaluate(batches):
-                nats += sum(float(losses.lm) for losses in of_part)
+            for losses_of_part in state.engine.evaluate(batches):
+                nats += sum(float(losses.lm) for losses in losses_of_part)
             for batch in batches:
                 tokens += float(batch.valid.sum())
                 if self.byte_lengths is not None:
                     text_bytes += float(self.byte_lengths[batch.labels[batch.valid]].sum())
-        if self.topology.coordinate(Axis.TP):  # the same loss as the first rank that shares the vocabulary
+        if self.topology.coordinate(Axis.TP):  # TP ranks share the vocabulary: the first one counts the loss
             nats = 0.0
         if not self.topology.reads_first:
             tokens, text_bytes = 0.0, 0.0
@@ -69,7 +69,7 @@ class Validator:
         return ValidationResult(nats / tokens, bits)
 
     def baselines(self, train_samples: TokenSamples, seen_samples: int) -> dict[str, float] | None:
-        """n-gram models of exactly the samples that were trained on, on exactly the validation labels."""
+        """Loss of n-gram models of the samples trained on, on the validation labels; None if there are too many."""
         if seen_samples * self.config.train.sequence_length > MAX_BASELINE_TOKENS:
             return None
         return kneser_ney(
@@ -79,10 +79,7 @@ class Validator:
         )
 
     def documents_by_experts(self, state: TrainState) -> list[dict[str, list[str] | list[float]]]:
-        """Pieces of validation documents and the FFN experts that each token used.
-
-        As a mean over layers; a collective.
-        """
+        """Token texts of validation documents, and the FFN experts per token (mean over layers); a collective."""
         if self.tokenizer is None:
             return []
         length = self.config.train.sequence_length
@@ -97,11 +94,11 @@ class Validator:
 
     def _ffn_experts(self, state: TrainState, window: Tensor) -> Tensor:
         """FFN experts of each token [S] of one window [1, S + 1], mean over layers; every data rank reads the same."""
-        batches = [self.reader.to_batch(window.expand(self.reader.size, -1))]  # a pipeline has one shape
+        batches = [self.reader.to_batch(window.expand(self.reader.size, -1))]  # a pipeline needs its batch shape
         used = torch.zeros(window.shape[1] - 1, dtype=torch.float64)
         if self.topology.data_rank == 0:
-            for model, of_part in zip(state.models, state.engine.evaluate(batches), strict=True):
-                used[model.sequence.positions(len(used))] += of_part[0].ffn_experts[:, 0].double().sum(0).cpu()
+            for model, losses in zip(state.models, state.engine.evaluate(batches), strict=True):
+                used[model.sequence.positions(len(used))] += losses[0].ffn_experts[:, 0].double().sum(0).cpu()
         else:
             state.engine.evaluate(batches)
         return sum_over_ranks(used) / self.config.model.num_layers

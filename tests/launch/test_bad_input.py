@@ -121,7 +121,7 @@ def spoil(checkpoint: Path) -> None:
         (["model.hidden_size=48"], ["model.hidden_size was 32 and is now 48", "choose another run.name"]),
         (["optim.lr=3e-3", "train.seed=5"], ["optim.lr was 0.001 and is now 0.003", "train.seed was 0"]),
         (["train.global_batch_size=4"], ["train.global_batch_size was 2 and is now 4", "another configuration"]),
-        (["checkpoint.resume=never"], ["checkpoint.resume=never would overwrite it", "choose another run.name"]),
+        (["checkpoint.resume=never"], ["checkpoint.resume=never would overwrite", "choose another run.name"]),
         (["train.steps=two"], ["train.steps=two"]),
         (["parallel.dp=2"], ["parallel.dp"]),
     ],
@@ -138,7 +138,7 @@ def test_folder_of_another_run_is_left_alone(
 def test_folder_in_use_is_left_alone(used: tuple[list[str], Path], refused: Refused) -> None:
     before = contents(used[1])
     with lock(used[1]):
-        refused(used[0], str(used[1]), "in use by a run that is still going", "choose another run.name")
+        refused(used[0], str(used[1]), "in use by a running training", "choose another run.name")
     assert contents(used[1]) == before
 
 

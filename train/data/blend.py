@@ -8,13 +8,13 @@ import numpy as np
 
 from train.data.config import MixtureStage
 
+# Samples after which a mixture's pattern repeats: 10 MB in memory for any length of run. In a block each corpus is
+# about one sample from its share, so a run is within a millionth of it.
 BLOCK = 1 << 20
-"""Samples after which a mixture's pattern repeats: 10 MB in memory however long the run is. In a block each
-corpus stays about one sample from its share, so a whole run stays within a millionth of it."""
 
 
 class Blend:
-    """Samples of several corpora in fixed shares, as Megatron's greedy blending deals them out."""
+    """Samples of several corpora in fixed shares, by Megatron's greedy blending."""
 
     def __init__(self, weights: list[float]) -> None:
         from megatron.core.datasets.helpers import build_blending_indices
@@ -26,10 +26,10 @@ class Blend:
         self._totals = np.bincount(self._corpus, minlength=len(shares))
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Global sample → (corpus, the how-manieth sample of that corpus)."""
-        block, place = divmod(index, BLOCK)
-        corpus = int(self._corpus[place])
-        return corpus, block * int(self._totals[corpus]) + int(self._number[place])
+        """Global sample → (corpus, sample number within that corpus)."""
+        block, offset = divmod(index, BLOCK)
+        corpus = int(self._corpus[offset])
+        return corpus, block * int(self._totals[corpus]) + int(self._number[offset])
 
     def drawn(self, count: int) -> np.ndarray:
         """Samples of each corpus among the first `count`, int64 [corpora]."""
@@ -45,7 +45,7 @@ class _Stage:
 
 
 class Mixture:
-    """A sequence of blends; a corpus goes on where the stage before left it."""
+    """A sequence of blends; each corpus continues where the previous stage left it."""
 
     def __init__(self, weights: list[float], stages: list[MixtureStage], sequence_length: int) -> None:
         self._stages: list[_Stage] = []
@@ -61,7 +61,7 @@ class Mixture:
             self._stages.append(_Stage(start, Blend(table), before))
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Global sample → (corpus, the how-manieth sample of that corpus since the start of training)."""
+        """Global sample → (corpus, sample number within that corpus since the start of training)."""
         if not self._stages:
             return 0, index
         stage = next(stage for stage in reversed(self._stages) if stage.start <= index)

@@ -1,4 +1,4 @@
-"""Build a corpus: a source and a tokenizer in; `.bin`, `.idx`, `tokenizer.json` and `corpus.json` out."""
+"""`longcat data build`: a source and a tokenizer → `.bin`, `.idx`, `tokenizer.json` and `corpus.json`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _BATCH_BYTES = 4_000_000
 _BATCH_DOCUMENTS = 1024
-_FILES = ("corpus.bin", "corpus.idx", TOKENIZER_NAME, INFO_NAME)  # in the order of being put into place
+_FILES = ("corpus.bin", "corpus.idx", TOKENIZER_NAME, INFO_NAME)  # in the order in which they are moved into place
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 _PACKAGES = ("datasets", "tokenizers", "megatron-core", "numpy")
 
@@ -36,11 +36,11 @@ def build(config: DataConfig, vocab_size: int) -> CorpusInfo:
     """Build `<data.out>/corpus.bin`, `corpus.idx`, `tokenizer.json` and `corpus.json` from `data.source`.
 
     The text is read twice, in a stream: once for the tokenizer (the first `data.tokenizer_bytes`), once to
-    encode it. Nothing stands under its final name before all is written; `corpus.json` comes last. A finished
-    corpus of the same settings is left as it is.
+    encode it. No file has its final name before all are written; `corpus.json` comes last. A finished corpus of
+    the same settings is not built again.
 
     Args:
-        vocab_size: most ids that the tokenizer may have (`model.vocab_size`).
+        vocab_size: largest number of ids that the tokenizer may have (`model.vocab_size`).
 
     Raises:
         ConfigError: the source cannot be read, or `data.out` holds another corpus and `data.overwrite` is
@@ -52,7 +52,7 @@ def build(config: DataConfig, vocab_size: int) -> CorpusInfo:
     console = Console(stderr=True)
     finished = _finished(config, out, settings)
     if finished is not None:
-        console.print(f"{out}/corpus is there already: {_summary(finished)}", **_PLAIN)
+        console.print(f"{out}/corpus exists already: {_summary(finished)}", **_PLAIN)
         return finished
     temporary = out / f".building-{os.getpid()}"
     try:
@@ -72,12 +72,12 @@ def build(config: DataConfig, vocab_size: int) -> CorpusInfo:
 def _summary(info: CorpusInfo) -> str:
     return (
         f"{info.tokens:,} tokens, {info.documents:,} documents, {info.bytes:,} bytes "
-        f"({info.bytes_per_token:.2f} a token), vocabulary {info.vocab_size:,}"
+        f"({info.bytes_per_token:.2f} per token), vocabulary {info.vocab_size:,}"
     )
 
 
 def _settings(config: DataConfig, vocab_size: int) -> dict[str, Any]:
-    """What the result depends on, as far as the configuration says it."""
+    """The configuration keys that decide the result."""
     keys = ("source", "text_field", "split", "subset", "max_bytes")
     settings: dict[str, Any] = {key: getattr(config, key) for key in keys} | {"vocab_size": vocab_size}
     if config.tokenizer is None:
@@ -90,17 +90,17 @@ def _settings(config: DataConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def _finished(config: DataConfig, out: Path, settings: dict[str, Any]) -> CorpusInfo | None:
-    """The corpus that is there, if it is whole and has the same settings.
+    """The existing corpus, if it is complete and has the same settings.
 
     Raises:
-        ConfigError: something else is there and must not be overwritten.
+        ConfigError: something else exists and must not be overwritten.
     """
-    there = [name for name in _FILES if (out / name).exists()]
-    if not there or config.overwrite:
+    existing = [name for name in _FILES if (out / name).exists()]
+    if not existing or config.overwrite:
         return None
     cure = "give another data.out, or data.overwrite=true to replace it"
-    if INFO_NAME not in there:
-        raise ConfigError(f"data.out={out} holds {', '.join(there)} that no finished build left; {cure}")
+    if INFO_NAME not in existing:
+        raise ConfigError(f"data.out={out} holds {', '.join(existing)} of an unfinished build; {cure}")
     prefix = out / "corpus"
     check_corpus(prefix)
     info = read_info(prefix)
@@ -113,7 +113,7 @@ def _finished(config: DataConfig, out: Path, settings: dict[str, Any]) -> Corpus
 
 
 def _put_in_place(temporary: Path, out: Path) -> None:
-    (out / INFO_NAME).unlink(missing_ok=True)  # from here on an old corpus does not count as finished
+    (out / INFO_NAME).unlink(missing_ok=True)  # from now on an old corpus does not count as finished
     for name in _FILES:
         os.replace(temporary / name, out / name)
 
@@ -128,7 +128,7 @@ def _write(config: DataConfig, vocab_size: int, settings: dict[str, Any], folder
         tokenizer = _tokenizer(config, vocab_size, source, progress)
         if config.tokenizer is None:
             tokenizer.save(str(folder / TOKENIZER_NAME))
-        else:  # the same bytes, by whose hash a checkpoint knows its tokenizer
+        else:  # unchanged: a checkpoint knows its tokenizer by the hash
             shutil.copyfile(config.tokenizer, folder / TOKENIZER_NAME)
         where = config.tokenizer or "the trained tokenizer"
         totals = _Totals(eod=end_of_document_id(tokenizer, where))
@@ -170,7 +170,7 @@ def _tokenizer(config: DataConfig, vocab_size: int, source: Source, progress: Pr
 
 @dataclass
 class _Totals:
-    """What is counted while encoding."""
+    """Counts of an encoding."""
 
     eod: int
     documents: int = 0
@@ -192,7 +192,7 @@ def _encode(
 
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
     builder = megatron_builder(str(folder / "corpus.bin"), dtype)
-    # Text that spells a special token is text, not the end of a document.
+    # Text that looks like a special token is text, not the end of a document.
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

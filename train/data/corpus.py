@@ -1,4 +1,4 @@
-"""A corpus on disk: `.bin`, `.idx` and `corpus.json`, and whether the three are whole."""
+"""A corpus on disk: `.bin`, `.idx` and `corpus.json`, their checks and fingerprints."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _ITEM_SIZE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # Megatron's codes of the int
 _HOW_TO_BUILD = "build it with `longcat data build` (or `make train`), or correct data.paths"
 
 
-INDEX_BYTES = 1 << 22  # of an index, enough to tell corpora apart
+INDEX_BYTES = 1 << 22  # of an index that are hashed, enough to tell corpora apart
 
 
 @dataclass
 class CorpusInfo:
-    """What `corpus.json` says; `tokens` counts the ends of documents, `bytes` is UTF-8 text alone."""
+    """The content of `corpus.json`; `tokens` counts the ends of documents, `bytes` is UTF-8 text alone."""
 
     documents: int
     tokens: int
@@ -42,7 +42,7 @@ class CorpusInfo:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes for each token."""
+        """UTF-8 bytes per token."""
         return self.bytes / max(1, self.tokens)
 
 
@@ -52,12 +52,12 @@ def info_path(prefix: str | Path) -> Path:
 
 
 def write_info(path: Path, info: CorpusInfo) -> None:
-    """Write `info` as JSON, for people too."""
+    """Write `info` as indented JSON."""
     path.write_text(json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_info(prefix: str | Path) -> CorpusInfo | None:
-    """The `corpus.json` of `prefix`; None when there is none, as for corpora that other tools made.
+    """The `corpus.json` of `prefix`; None if it does not exist, as for corpora of other tools.
 
     Raises:
         ConfigError: the file is there and cannot be understood.
@@ -75,7 +75,7 @@ def read_info(prefix: str | Path) -> CorpusInfo | None:
 
 
 def check_corpus(prefix: str | Path) -> None:
-    """Check that the pair `.bin`/`.idx` exists, is a Megatron index, holds tokens, and that the sizes agree.
+    """Check that the pair `.bin`/`.idx` exists, is a Megatron index, has tokens, and that the sizes agree.
 
     Raises:
         ConfigError: one line with the file and what to do.
@@ -121,7 +121,7 @@ def file_sha256(path: Path) -> str:
 
 
 def tokenizer_sha256(prefixes: list[str]) -> str | None:
-    """SHA-256 of the tokenizer.json that made the ids of ``prefixes``; None where nothing says which that was.
+    """SHA-256 of the tokenizer.json that made the ids of ``prefixes``; None if unknown.
 
     The first corpus that says it counts: by its corpus.json, else by the file beside it.
     """
@@ -135,7 +135,7 @@ def tokenizer_sha256(prefixes: list[str]) -> str | None:
 
 
 def fingerprints(prefixes: list[str]) -> dict[str, str]:
-    """What tells each corpus of ``prefixes`` from another one under the same name: sizes, index and tokenizer.
+    """Fingerprints of ``prefixes``, by sizes, index and tokenizer, to detect another corpus of the same name.
 
     Raises:
         ConfigError: a corpus is missing or damaged.

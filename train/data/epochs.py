@@ -1,7 +1,7 @@
-"""Samples of one corpus, epoch after epoch, from megatron-core; to be imported late (seconds, 460 MB).
+"""Samples of one corpus, epoch after epoch, from megatron-core; imported late (seconds, 460 MB).
 
-megatron's GPTDataset shuffles differently when more samples are asked for, so each epoch here is a data set
-of its own with its own seed; then the order is a function of (seed, epoch, index) alone.
+Megatron's GPTDataset shuffles differently when more samples are requested, so each epoch here is its own data set with
+its own seed: the order depends on (seed, epoch, index) alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ with warnings.catch_warnings():
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
     from megatron.core.datasets.utils import Split
 
-# It warns for each data set that has no cache of megatron's own kind; ours is _Epoch's.
+# It warns for each data set without a cache of megatron's own kind; _Epoch has another one.
 logging.getLogger(GPTDataset.__module__).setLevel(logging.ERROR)
 
 SplitName = Literal["train", "validation"]
@@ -37,7 +37,7 @@ _FILES = ("documents", "samples", "shuffle")
 
 
 class _NoPadding:
-    """The part of a tokenizer that GPTDataset asks for: no id is padding, so none is rewritten."""
+    """The part of a tokenizer that GPTDataset uses: no id is padding, so none is rewritten."""
 
     vocab_size = None
     eod, pad = -1, -(1 << 62)
@@ -47,10 +47,9 @@ class _NoPadding:
 class _Epoch(GPTDataset):
     """One epoch whose indices are shared through files.
 
-    megatron lets rank 0 write its cache and expects a barrier before the others read. Ranks reach a new epoch
-    at different moments, or never (inner pipeline stages), so a barrier could hang. Here whoever comes first
-    writes a folder and renames it into place; all would write the same, so a loser throws its own away and
-    nobody waits.
+    In megatron rank 0 writes the cache and a barrier must follow before the others read. Ranks reach a new epoch at
+    different times, or never (inner pipeline stages), so a barrier could hang. Here the first rank writes a folder and
+    renames it into place; the content is the same on every rank, so a rank that loses the race deletes its own folder.
     """
 
     def __init__(self, cache: Path, *arguments: Any) -> None:
@@ -60,7 +59,7 @@ class _Epoch(GPTDataset):
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         try:
             return self._read()
-        except (OSError, ValueError):  # absent, or torn by a lost machine: build it
+        except (OSError, ValueError):  # absent, or incomplete after a crash: build it
             built = super()._build_document_sample_shuffle_indices()
         self._publish(built)
         return built
@@ -78,7 +77,7 @@ class _Epoch(GPTDataset):
             if not self.cache.exists():
                 os.rename(temporary, self.cache)
         except OSError as error:
-            if not self.cache.exists():  # not a lost race but a folder that cannot be written
+            if not self.cache.exists():  # not a lost race: the folder cannot be written
                 raise ConfigError(
                     f"cannot write the sample index {self.cache} ({error}); free or move its folder"
                 ) from error
@@ -87,12 +86,12 @@ class _Epoch(GPTDataset):
 
 
 def megatron_builder(path: str, dtype: type[np.number[Any]]) -> IndexedDatasetBuilder:
-    """The writer of a `.bin`/`.idx` pair; it stands here so that one module imports megatron-core."""
+    """The writer of a `.bin`/`.idx` pair; here so that only this module imports megatron-core."""
     return IndexedDatasetBuilder(path, dtype=dtype)
 
 
 class CorpusReader:
-    """The samples of one split of one corpus, numbered without end.
+    """The samples of one split of one corpus, numbered over all epochs.
 
     Documents are split between training and validation by a fixed permutation, the same for every seed of
     training and every sequence length, so runs can be compared and no document is in both.
@@ -120,9 +119,9 @@ class CorpusReader:
         self._identity = self._describe(validation_fraction)
 
     def sample(self, number: int) -> np.ndarray:
-        """Sample `number` = epoch · samples_per_epoch + place, int64 [sequence_length + 1]."""
-        epoch, place = divmod(number, self.samples_per_epoch)
-        item = self._epoch(epoch)[place]
+        """Sample `number` = epoch · samples_per_epoch + position, int64 [sequence_length + 1]."""
+        epoch, position = divmod(number, self.samples_per_epoch)
+        item = self._epoch(epoch)[position]
         return np.concatenate((item["tokens"].numpy(), item["labels"][-1:].numpy()))
 
     def document(self, number: int) -> np.ndarray:
@@ -158,7 +157,7 @@ class CorpusReader:
         )
 
     def _describe(self, fraction: float) -> list[Any]:
-        """Everything that the order of an epoch depends on, apart from the seed."""
+        """Everything but the seed that the order of an epoch depends on."""
         status = Path(f"{self.prefix}.idx").stat()
         where = str(Path(self.prefix).resolve())
         file = [where, status.st_size, status.st_mtime_ns]
@@ -168,7 +167,7 @@ class CorpusReader:
         if epoch in self._epochs:
             return self._epochs[epoch]
         seed = (self._seed + epoch) % (1 << 32)
-        # Without a blend in its configuration megatron reads the data set it is given and keeps no cache.
+        # Without a blend in its configuration megatron reads the given data set and keeps no cache.
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=self._sequence_length,

@@ -76,12 +76,8 @@ class TokenSamples:
         reader = self._readers[corpus]
         return self._checked(reader.sample(number), reader.prefix)
 
-    def corpus_of(self, index: int) -> int:
-        """The place in `data.paths` of the corpus that global sample `index` comes from."""
-        return self._mixture.locate(int(index))[0]
-
     def validation_documents(self, count: int) -> list[np.ndarray]:
-        """The first `count` whole documents of the validation split, int64 [length] each, corpora in turn."""
+        """The first `count` documents of the validation split, int64 [length] each, corpora in turn."""
         if count < 0:
             raise ValueError(f"count={count} is negative")
         found: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, globs, hub data sets and the Python sources of this installation."""
+"""Text sources: files, folders, globs, hub data sets and the Python sources of this installation."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ _KINDS = {".parquet": "parquet", ".txt": "text", ".text": "text"} | dict.fromkey
 )
 _TEXT_IF_NAMED = (".md", ".rst", ".tex", ".py")  # text in a file or glob, not picked up from a folder of data
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# Python sources that are tables or data rather than code, or tests: by zlib they hold 4.5 to 8 times less
-# than they weigh where ordinary modules hold 3.5 to 4, and `test` alone would be half of the standard
-# library.
+# Python sources that are tables, data or tests rather than code: zlib compresses them 4.5 to 8 times, ordinary modules
+# 3.5 to 4 times, and `test` alone would be half of the standard library.
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "idle_test"} | {
     "turtledemo", "pydoc_data", "encodings", "lib2to3", "generated"
 }  # fmt: skip
-_LARGEST_SOURCE = 100_000  # bytes; 500 kB let one file be half of the validation text
-_SPARE = 1.1  # file sizes to text: \r\n becomes \n, so text is a little smaller than its files
+_LARGEST_SOURCE = 100_000  # bytes; with 500 kB one file could be half of the validation text
+_SPARE = 1.1  # files per text in bytes: \r\n becomes \n, so text is slightly smaller than its files
 
 
 class Source:
-    """The documents of `data.source`, in an order that depends on names only, never on a file system.
+    """The documents of `data.source`, in an order that depends on file names only.
 
-    Local files come in the order of the hashes of their names, so a prefix of `max_bytes` is a fair mixture.
+    Local files are ordered by the hashes of their names, so a prefix of `max_bytes` is a fair mixture.
 
     Raises:
         ConfigError: the source is missing, empty, unreadable, or has no field `data.text_field`.
@@ -57,7 +56,7 @@ class Source:
         self._check_field()
 
     def texts(self, max_bytes: int) -> Iterator[str]:
-        """Documents that are not empty, until `max_bytes` of UTF-8 (0: all); the last one is cut there."""
+        """Non-empty documents up to `max_bytes` of UTF-8 (0: all), where the last one is cut."""
         left = max_bytes
         for number, row in enumerate(self._guarded_rows()):
             text = row[self._config.text_field]
@@ -79,7 +78,7 @@ class Source:
                 return
 
     def _find(self) -> None:
-        """Fill in the files and their kind, or leave a hub id to be tried."""
+        """Set the files and their kind; none for a hub id."""
         source = self._config.source
         path = Path(source).expanduser()
         if path.is_dir():
@@ -113,7 +112,7 @@ class Source:
 
         datasets.disable_progress_bars()
         config = self._config
-        # Only the name of the split: given whole, a slice such as train[:10%] would be taken for a name.
+        # Only the split's name: datasets would take a slice such as train[:10%] for a name.
         name = config.split.partition("[")[0]
         local: dict[str, Any] = {"data_files": {name: [str(path) for path in self._files]}}
         if self._kind == "text":
@@ -126,13 +125,13 @@ class Source:
                     config.source, name=config.subset, split=config.split, streaming=config.streaming
                 )
             return datasets.load_dataset(self._kind, split=config.split, streaming=config.streaming, **local)
-        except StopIteration as error:  # how streaming meets a file without rows
+        except StopIteration as error:  # raised by streaming for a file without rows
             raise ConfigError(self._empty()) from error
         except _reading_errors() as error:
             raise ConfigError(self._unreadable(error)) from error
 
     def _guarded_rows(self) -> Iterator[dict[str, Any]]:
-        """Rows, with the errors of the readers as ConfigError."""
+        """Rows; readers' errors become ConfigError."""
         rows = iter(self._rows)
         while True:
             try:
@@ -171,7 +170,7 @@ class Source:
 
 
 def _reading_errors() -> tuple[type[Exception], ...]:
-    """What reading through `datasets` raises for a source that is missing or damaged."""
+    """The exceptions of `datasets` for a source that is missing or damaged."""
     import datasets
     import pyarrow
 
@@ -186,7 +185,7 @@ class _Reports(logging.Handler):
         self.last = ""
         for kind in ("json", "parquet"):
             logger = logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}")
-            logger.handlers, logger.propagate = [self], False  # else it is printed besides our own error
+            logger.handlers, logger.propagate = [self], False  # otherwise it is printed beside our own error
             logger.disabled = False  # a logging configuration made after the import (Hydra's) switches loggers off
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -229,7 +228,7 @@ def _python_files() -> list[Path]:
 
 
 def _enough(files: list[Path], max_bytes: int) -> list[Path]:
-    """The first files that hold `max_bytes` and to spare: resolving thousands more would take seconds."""
+    """The first files with somewhat more than `max_bytes`: resolving thousands more would take seconds."""
     if not max_bytes:
         return files
     total = 0

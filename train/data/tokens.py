@@ -1,4 +1,4 @@
-"""Tokenizers: training a byte-level BPE, reading one, and what text each id stands for."""
+"""Tokenizers: training a byte-level BPE, loading one, and the text of each id."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _WORD_MARK = "\u2581"  # stands for a space in Metaspace vocabularies
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE of at most `vocab_size` ids; id 0 ends a document, digits stand alone.
+    """Train a byte-level BPE of at most `vocab_size` ids; id 0 ends a document, each digit is a token.
 
     Raises:
-        ConfigError: `vocab_size` has no room for the 256 bytes and the end-of-document token.
+        ConfigError: `vocab_size` is too small for the 256 bytes and the end-of-document token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -54,7 +54,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a `tokenizer.json`.
 
     Raises:
-        ConfigError: it is missing or no tokenizer.
+        ConfigError: it is missing or is no tokenizer.
     """
     from tokenizers import Tokenizer
 
@@ -70,7 +70,7 @@ def end_of_document_id(tokenizer: Tokenizer, where: str) -> int:
     """Id of the token that ends a document.
 
     Raises:
-        ConfigError: the tokenizer knows none of the usual names.
+        ConfigError: the tokenizer has none of the usual names.
     """
     for name in _END_NAMES:
         token_id = tokenizer.token_to_id(name)
@@ -82,7 +82,7 @@ def end_of_document_id(tokenizer: Tokenizer, where: str) -> int:
 
 
 def tokenizer_path(config: DataConfig) -> Path | None:
-    """The `tokenizer.json` beside the first of `data.paths`; None when there is none."""
+    """The `tokenizer.json` beside the first of `data.paths`; None if it does not exist."""
     path = Path(config.paths[0]).parent / TOKENIZER_NAME
     return path if path.is_file() else None
 
@@ -95,10 +95,10 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def token_byte_lengths(path: str | Path, vocab_size: int) -> np.ndarray:
-    """Bytes of UTF-8 text that each id stands for, int64 [vocab_size]; special and unused ids have 0.
+    """UTF-8 bytes of the text of each id, int64 [vocab_size]; 0 for special and unused ids.
 
-    A piece of a multi-byte character counts the bytes it holds, so a text's lengths sum to its bytes (leading
-    spaces that a tokenizer adds by itself apart).
+    A piece of a multi-byte character counts its own bytes, so the lengths of a text sum to its bytes (except leading
+    spaces that a tokenizer adds).
 
     Raises:
         ConfigError: the tokenizer has more ids than `vocab_size`, or pieces of a kind without known bytes.
@@ -114,9 +114,9 @@ def token_byte_lengths(path: str | Path, vocab_size: int) -> np.ndarray:
 
 
 def pieces(tokenizer: Tokenizer | str | Path, ids: Sequence[int] | np.ndarray) -> list[str]:
-    """The text of each id for people: bytes that are no character become U+FFFD, control characters symbols.
+    """The text of each id for display: invalid bytes become U+FFFD, control characters symbols.
 
-    New lines and tabs stay; a special token appears by its name.
+    Line feeds and tabs stay; a special token appears by its name.
     """
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)

@@ -1,4 +1,4 @@
-"""report.html: what a person sees of a run, and of several runs side by side."""
+"""report.html: one run as charts and tables, or several runs side by side."""
 
 from __future__ import annotations
 

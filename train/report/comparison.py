@@ -93,7 +93,7 @@ def _tag(index: int) -> str:
 
 
 def results(runs: list[RunData]) -> str:
-    """Return the table of final figures, one row a run; the best of each column is set bold."""
+    """Return the table of final figures, one row per run; the best of each column is set bold."""
     table = {figure: [figure.read(run) for run in runs] for figure in FIGURES}
     table = {figure: values for figure, values in table.items() if any(map(math.isfinite, values))}
     rows = []
@@ -112,7 +112,7 @@ def results(runs: list[RunData]) -> str:
 
 
 def differences(runs: list[RunData]) -> str:
-    """Return the table of settings that are not the same in all runs, names and folders left out."""
+    """Return the table of settings that differ between runs, without names and folders."""
     flat = [flatten({k: v for k, v in run.config.items() if k != "run"}) for run in runs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     rows = []
@@ -132,7 +132,7 @@ def differences(runs: list[RunData]) -> str:
 
 
 def curves(runs: list[RunData]) -> list[str]:
-    """Return the overlaid pictures; those that no run has data for are empty strings."""
+    """Return the overlaid charts; empty strings where no run has data."""
     axis = "tokens" if all(run.axis_name == "tokens" for run in runs) else "step"
     wanted = {run.number("model.expected_ffn_experts") for run in runs} - {None}
     guides = [Guide(value, f"Kₑ = {exact(value)}") for value in sorted(value for value in wanted if value is not None)]
@@ -141,12 +141,12 @@ def curves(runs: list[RunData]) -> list[str]:
         _overlay(runs, axis, "val_loss", fixed(3), "Validation loss", "nats per token, ends at", log=True),
         _overlay(runs, axis, "ffn_experts_per_token", fixed(2), "FFN experts per token", "ends at", guides=guides),
         _overlay(runs, axis, "grad_norm", plain, "Gradient norm", "ends at", log=True),
-        _overlay(runs, axis, "tokens_per_second", plain, "Throughput", "tokens a second, ends at", from_zero=True),
+        _overlay(runs, axis, "tokens_per_second", plain, "Throughput", "tokens per second, ends at", from_zero=True),
     ]
 
 
 def _overlay(runs: list[RunData], axis: str, key: str, write: Formatter, title: str, says: str, **options: Any) -> str:
-    """Draw one metric of all runs; the runs' letters stand at the ends of their curves."""
+    """Draw one metric of all runs; each curve ends with its run's letter."""
     series, ends = [], []
     for index, run in enumerate(runs):
         x, y = run.series(key)

@@ -1,4 +1,4 @@
-"""Curves made small: a long series as bucket means with the envelope of what was averaged away."""
+"""Curves reduced to few points: bucket means of a long series with the envelope of its values."""
 
 from __future__ import annotations
 

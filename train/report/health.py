@@ -12,17 +12,17 @@ ROUTER_RATIO_LIMIT = 0.1  # report, router stability: the balance loss's share o
 
 
 def stability(run: RunData) -> list[str]:
-    """Return the pictures of numerical health; those without data are empty strings."""
+    """Return the charts of numerical health; those without data are empty strings."""
     return [gradient_chart(run), hidden_chart(run), ratio_chart(run), similarity_chart(run)]
 
 
 def speed(run: RunData) -> list[str]:
-    """Return the pictures of speed and memory; those without data are empty strings."""
+    """Return the charts of speed and memory; those without data are empty strings."""
     return [throughput_chart(run), mfu_chart(run), exposed_chart(run), memory_chart(run)]
 
 
 def gradient_chart(run: RunData) -> str:
-    """Norm of the whole gradient before clipping, with the clipping limit where one is set."""
+    """Norm of the gradient before clipping, with the clipping limit if one is set."""
     x, y = run.series("grad_norm")
     if not len(y):
         return ""
@@ -48,7 +48,7 @@ def hidden_chart(run: RunData) -> str:
     final = run.final("hidden_norm")
     sentence = (
         f"The hidden state before the final norm goes from {plain(float(y[0]))} to {plain(final)}; "
-        "growth by orders of magnitude would announce loss spikes."
+        "growth by orders of magnitude precedes loss spikes."
     )
     return render(
         Chart(
@@ -86,22 +86,22 @@ def similarity_chart(run: RunData) -> str:
     final = run.final("router_similarity")
     sentence = (
         f"Mean cosine between the router's rows: {plain(final)} at the end, at most {plain(float(y.max()))}; "
-        "a rise towards 1 would mean that the balance loss drowns the choice of experts."
+        "a rise towards 1 would mean that the balance loss dominates the router."
     )
     series = [Series("cosine", x, y, 3)]
     return render(Chart("Router similarity", sentence, series, plain(final), axis_name=run.axis_name))
 
 
 def throughput_chart(run: RunData) -> str:
-    """Tokens a second over all ranks."""
+    """Tokens per second over all ranks."""
     x, y = run.series("tokens_per_second")
     if not len(y):
         return ""
     middle = float(np.median(y))
     slow = float((y < 0.8 * middle).mean())
     sentence = (
-        f"{compact(middle)} tokens a second in the middle; {percent(slow)} of the steps were slower "
-        "than four fifths of that (a lasting dip means a slow rank, disk or neighbour)."
+        f"{compact(middle)} tokens per second (median); {percent(slow)} of the steps were slower "
+        "than 80 % of that (a lasting dip means a slow rank or disk, or another process)."
     )
     series = [Series("tokens/s", x, y, 2)]
     value = f"{compact(middle)}/s"
@@ -114,27 +114,27 @@ def mfu_chart(run: RunData) -> str:
     if not len(y):
         return ""
     middle, peak = float(np.median(y)), run.number("derived.peak_gflops_per_rank")
-    against = f" of {flops(peak * 1e9)} a rank" if peak else " of the peak"
+    against = f" of {flops(peak * 1e9)} per rank" if peak else " of the peak"
     best = percent(float(y.max()))
-    sentence = f"Model FLOPs utilisation is {percent(middle)}{against} in the middle, {best} at best."
+    sentence = f"Model FLOPs utilisation is {percent(middle)}{against} (median), {best} at best."
     series = [Series("MFU %", x, 100 * y, 2)]
     return render(Chart("MFU", sentence, series, percent(middle), from_zero=True, axis_name=run.axis_name, unit="%"))
 
 
 def exposed_chart(run: RunData) -> str:
-    """Share of the step spent waiting for communication that nothing covered."""
+    """Share of a step in which ranks wait for exposed communication."""
     x, y = run.series("exposed_comm_share")
     if not len(y) or not (y > 0).any():
         return ""
     middle = float(np.median(y))
-    sentence = f"{percent(middle)} of a step waits for communication that no computation covers; lower is better."
-    title = "Uncovered communication"
+    sentence = f"{percent(middle)} of a step (median) is exposed: no computation overlaps it; lower is better."
+    title = "Exposed communication"
     series = [Series("exposed %", x, 100 * y, 1)]
     return render(Chart(title, sentence, series, percent(middle), from_zero=True, axis_name=run.axis_name, unit="%"))
 
 
 def memory_chart(run: RunData) -> str:
-    """Peak memory of a rank."""
+    """Peak memory per rank."""
     x, y = run.series("memory_gib")
     if not len(y):
         return ""

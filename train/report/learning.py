@@ -13,7 +13,7 @@ NGRAMS = ("unigram", "bigram", "trigram")
 
 
 def charts(run: RunData) -> list[str]:
-    """Return the pictures of this subject; those without data are empty strings."""
+    """Return the charts of this subject; empty strings where there is no data."""
     return [loss_chart(run), rate_chart(run), auxiliary_chart(run)]
 
 
@@ -49,7 +49,7 @@ def loss_chart(run: RunData) -> str:
 
 
 def loss_sentence(run: RunData) -> str:
-    """Say how far the loss fell and which n-gram models it passed, where."""
+    """State how far the loss fell and which n-gram models it passed, where."""
     y = run.series("loss")[1]
     if not len(y):
         return "Validation loss in nats per token."

@@ -1,4 +1,4 @@
-"""The report of one run: header, headline figures, pictures by subject, text, configuration, environment."""
+"""The report of one run: header, headline figures, charts by subject, text, configuration, environment."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def write_page(target: Path, title: str, body: str) -> Path:
-    """Write a whole page around `body`, first under another name so that a reader never sees half of it."""
+    """Write the page around `body`, under another name first, so that no reader sees an incomplete file."""
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -57,7 +57,7 @@ def write_page(target: Path, title: str, body: str) -> Path:
 
 
 def grid(charts: list[str]) -> str:
-    """Lay pictures out in two columns; the last of an odd number takes the whole width."""
+    """Lay charts out in two columns; the last of an odd number takes the full width."""
     shown = [chart for chart in charts if chart]
     narrow = [chart for chart in shown if 'class="chart wide"' not in chart]
     if len(narrow) % 2:
@@ -91,7 +91,7 @@ def summary(run: RunData) -> str:
     if run.axis_name == "tokens":
         text += f", {compact(run.last('tokens'))} tokens"
     if math.isfinite(run.total_seconds):
-        text += f", {duration(run.total_seconds)} of computing"
+        text += f", {duration(run.total_seconds)} of training"
     losses = run.series("loss")[1]
     if len(losses) > 1:
         text += f". Loss {losses[0]:.2f} → {run.final('loss'):.2f}"
@@ -119,7 +119,7 @@ def model_line(run: RunData) -> str:
         parts.append(f"{compact(total)} parameters")
     if isinstance(active, list) and len(active) == 3:
         low, middle, high = (compact(float(value)) for value in active)
-        parts.append(f"{middle} of them active for a token on average ({low} to {high})")
+        parts.append(f"{middle} of them active per token on average ({low} to {high})")
     name = run.setting("model.name")
     text = "; ".join(parts)
     return f"Model {name}: {text}." if name and text else (f"{text}." if text else "")
@@ -139,7 +139,7 @@ def device_line(run: RunData) -> str:
 
 
 def headline(run: RunData) -> list[tuple[str, str, str]]:
-    """Return (name, value, note) of the figures that a person looks for first; a dash means not measured."""
+    """Return (name, value, note) of the headline figures; a dash means not measured."""
     from train.report.reading import tail_length
 
     count = len(run.series("loss")[1])
@@ -156,18 +156,18 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
         ("Tokens", compact(run.last("tokens")), _tokens_note(run)),
         ("Tokens per second", compact(_median(speed)), "median, all ranks"),
         ("MFU", percent(_median(mfu)), "median"),
-        ("Uncovered communication", percent(_median(waits[waits > 0])), "median share of a step"),
+        ("Exposed communication", percent(_median(waits[waits > 0])), "median share of a step"),
         (
             "Peak memory",
             f"{plain(_largest(run, 'memory_gib'))} GiB".replace(f"{DASH} GiB", DASH),
-            "of a rank",
+            "per rank",
         ),
     ]
 
 
 def _tokens_note(run: RunData) -> str:
     sequences, length = run.number("train.global_batch_size"), run.number("train.sequence_length")
-    return f"{compact(sequences * length)} a step" if sequences and length else "seen in training"
+    return f"{compact(sequences * length)} per step" if sequences and length else "seen in training"
 
 
 def _median(values: Any) -> float:
@@ -182,7 +182,7 @@ def _largest(run: RunData, key: str) -> float:
 
 
 def settings(run: RunData) -> str:
-    """Return configuration, derived values and environment, each folded away."""
+    """Return configuration, derived values and environment, each in a closed <details>."""
     special = {"environment": "Environment", "derived": "Derived values"}
     config = {key: value for key, value in run.config.items() if key not in special}
     folded = fold("Configuration", config)

@@ -1,4 +1,4 @@
-"""Where tokens go: FFN experts per token, expert load by layer, and the biases that steer it."""
+"""Routing: FFN experts per token, expert load by layer, and the selection biases that control them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ OCTAVES = 1.0  # the colours reach from half to twice the mean
 
 
 def charts(run: RunData) -> list[str]:
-    """Return the pictures of this subject; those without data are empty strings."""
+    """Return the charts of this subject; empty strings where there is no data."""
     return [experts_chart(run), balance_chart(run), spread_chart(run)]
 
 
 def blocks(run: RunData) -> list[str]:
-    """Return the small multiples by layer: load maps and bias paths."""
+    """Return one small chart per layer: load maps and bias paths."""
     return [load_maps(run), bias_paths(run)]
 
 
@@ -98,7 +98,7 @@ def _growth(y: Array) -> str:
 
 
 def load_maps(run: RunData) -> str:
-    """One heat map for each layer: colour is load / mean, the identity experts as a group below."""
+    """One heat map per layer: colour is load / mean, the identity experts as a group below."""
     if run.routing is None:
         return ""
     routing, ffn = run.routing, num_ffn(run, run.routing)
@@ -175,7 +175,7 @@ def _in_columns(counts: Array) -> Array:
 
 
 def bias_paths(run: RunData) -> str:
-    """One panel for each layer with the path of each expert's selection bias, all on one scale."""
+    """One panel per layer with the path of each expert's selection bias, all on one scale."""
     if run.routing is None or not np.isfinite(run.routing.bias).all():
         return ""
     routing, ffn = run.routing, num_ffn(run, run.routing)
@@ -189,7 +189,7 @@ def bias_paths(run: RunData) -> str:
     final = bias[-1, :, :ffn]
     top, bottom = np.unravel_index(final.argmax(), final.shape), np.unravel_index(final.argmin(), final.shape)
     sentence = (
-        "One line for each expert; lines that level off mean that the router is balanced. At the end the "
+        "One line per expert; lines that level off mean that the router is balanced. At the end the "
         f"biases reach from {plain(float(final.min()))} (layer {bottom[0]}, expert {bottom[1]}) "
         f"to {plain(float(final.max()))} (layer {top[0]}, expert {top[1]})."
     )
@@ -200,7 +200,7 @@ def bias_paths(run: RunData) -> str:
 
 
 def _bias_panel(bias: Array, layer: int, ffn: int, x: Array, across: Scale, up: Scale, run: RunData) -> str:
-    """Draw up to PATH_LINES experts of one layer, chosen evenly by final bias, within everyone's envelope."""
+    """Draw up to PATH_LINES experts of one layer, chosen evenly by final bias, within the envelope of all."""
     order = np.argsort(bias[-1, :ffn], kind="stable")
     chosen = order[np.unique(np.linspace(0, ffn - 1, min(ffn, PATH_LINES)).astype(int))]
     at = across.share(x)
@@ -228,7 +228,7 @@ def num_ffn(run: RunData, routing: Routing) -> int:
 
 
 def identity_share(run: RunData) -> float | None:
-    """Return (K − K_e) / K, the identity experts' due share of selections; None when unknown or 0."""
+    """Return (K − K_e) / K, the identity experts' expected share of selections; None when unknown or 0."""
     top_k, wanted = run.number("model.top_k"), run.number("model.expected_ffn_experts")
     return (top_k - wanted) / top_k if top_k and wanted and wanted < top_k else None
 

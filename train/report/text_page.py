@@ -42,7 +42,7 @@ def text_section(run: RunData) -> str:
     return (
         f"<p>{escape(text_sentence(run, finite))}{cut}</p>"
         f"<p class=legend>{legend(centre, span)} FFN experts per token, mean over layers; "
-        f"the middle is {exact(centre)}. Point at a token for its number.</p>{''.join(bodies)}"
+        f"the middle is {exact(centre)}. Hover over a token for its number.</p>{''.join(bodies)}"
     )
 
 

@@ -286,7 +286,7 @@ def test_shard_damaged_after_verification_is_named(saver: Saver) -> None:
 
 
 def test_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
-    with lock(tmp_path), pytest.raises(ConfigError, match="in use by a run that is still going"):
+    with lock(tmp_path), pytest.raises(ConfigError, match="in use by a running training"):
         lock(tmp_path)
     lock(tmp_path).close()
 

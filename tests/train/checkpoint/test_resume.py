@@ -68,7 +68,7 @@ def test_run_killed_before_its_first_save_starts_over(
     capfd.readouterr()
     assert train_here(words) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and f"checkpoint.resume={source}, which is gone; name its new place" in said[0]
+    assert len(said) == 1 and f"checkpoint.resume={source}, which is gone; name its new path" in said[0]
     (tmp_path / "moved").rename(source)
     assert train_here(words) == 0
     assert f"no checkpoint of this run yet: checkpoint.resume={source}, as in its config.yaml" in capfd.readouterr().out

@@ -149,7 +149,7 @@ def test_finished_build_is_kept_and_reported(
     capsys.readouterr()
     monkeypatch.setattr(build_module, "_write", None)  # a second build would fail
     assert build(config, VOCABULARY) == first
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_other_settings_are_refused_unless_overwritten(folder: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_other_settings_are_refused_unless_overwritten(folder: Path, tmp_path: P
 def test_foreign_files_are_not_overwritten(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "corpus.bin").write_text("precious")
-    with pytest.raises(ConfigError, match=r"corpus\.bin that no finished build left"):
+    with pytest.raises(ConfigError, match=r"corpus\.bin of an unfinished build"):
         build(config_of(jsonl(folder), tmp_path), VOCABULARY)
     assert (tmp_path / "out" / "corpus.bin").read_text() == "precious"
 

@@ -145,13 +145,13 @@ def test_mixture_keeps_its_shares_at_every_count(prefixes: list[str], tmp_path: 
     samples = samples_of(prefixes, tmp_path, weights=[3.0, 1.0])
     second = np.cumsum([int(samples[number][0]) >= 500_000 for number in range(400)])
     assert np.abs(second - 0.25 * np.arange(1, 401)).max() <= 1
-    assert [samples.corpus_of(number) for number in range(400)] == np.diff(second, prepend=0).tolist()
+    assert [samples._mixture.locate(number)[0] for number in range(400)] == np.diff(second, prepend=0).tolist()
 
 
 def test_default_weights_are_in_proportion_to_tokens(prefixes: list[str], tmp_path: Path) -> None:
     samples = samples_of(prefixes, tmp_path)
     share = samples_of(prefixes[1:], tmp_path).num_tokens / samples.num_tokens
-    assert np.mean([samples.corpus_of(number) for number in range(1000)]) == pytest.approx(share, abs=1e-3)
+    assert np.mean([samples._mixture.locate(number)[0] for number in range(1000)]) == pytest.approx(share, abs=1e-3)
 
 
 WEIGHTS = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=5)

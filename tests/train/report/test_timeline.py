@@ -66,7 +66,7 @@ def test_last_profiled_step_is_drawn_with_its_exposed_share(run: Path) -> None:
     assert "Step 3" not in page.heads
     assert "20.0\u202f% of step 12 is communication that nothing covers, mean over all ranks" in page.text
     assert "dispatch 10.0\u202f%, gradients 10.0\u202f%" in page.text
-    assert "Uncovered communication" in page.text
+    assert "Exposed communication" in page.text
     assert html.count('aria-label="compute"') == 2 + 2
     assert "expert dispatch, layer 0: 141 kB sent, in forward of micro-batch 1: 1.90\u202fms" in html
     assert "<optimizer>" not in html
