@@ -1,4 +1,4 @@
-# One target for each thing that is done with this project from a fresh clone; `make` alone lists them.
+# Targets for a fresh clone; `make` alone lists them.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -9,16 +9,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS ?= tests
 PYTEST_ARGS ?=
-# The programs among them, but growth, which takes a word, and overlap, which takes a trained run and root
+# All benchmark programs but growth, which needs an argument, and overlap, which needs a trained run and root
 BENCH ?= $(filter-out growth overlap,$(basename $(notdir $(shell grep -l __main__ benchmarks/*.py))))
 
-# Found out, not asked: a working driver means cuda. The lock pins torch's version; the index decides which build comes.
+# A working NVIDIA driver means cuda. requirements.lock pins torch's version; pip's index decides which build it gets.
 DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-# Several processes on one machine: one thread each, and gloo on the loopback device where there is one.
+# Several ranks on one machine: one thread per rank, and gloo on the loopback device if there is one.
 LOCAL_RANKS := OMP_NUM_THREADS=1 $(if $(wildcard /sys/class/net/lo),GLOO_SOCKET_IFNAME=lo)
 
-# The first Python from 3.11 on that can make an environment (some systems ship python3 without ensurepip).
+# The first Python from 3.11 on that can create an environment (some systems ship python3 without ensurepip).
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c '$(USABLE)' >/dev/null 2>&1 && { echo $$python; break; }; done)
@@ -26,7 +26,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-install: $(STAMP)  ## make .venv with the exact versions of requirements.lock (nothing to do when they are there)
+install: $(STAMP)  ## create .venv with the exact versions of requirements.lock (does nothing if it is up to date)
 
 $(STAMP): pyproject.toml requirements.lock
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 or newer with venv found; name one: make install PYTHON=..." >&2; exit 2; }
@@ -43,30 +43,30 @@ train: install  ## build the default corpus and train the default model on 2 loc
 	@$(BIN)/longcat data build data=python_source model=tiny
 	@$(BIN)/longcat train experiment=quickstart
 
-test: install  ## run the test suite (all but what takes minutes); TESTS=path chooses some
+test: install  ## run the tests that take seconds; TESTS=path selects some
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
-test-gpu: install  ## run what needs a GPU: kernels against their plain versions in bits, times beside the floor
+test-gpu: install  ## run the GPU tests: kernels bitwise equal to their plain versions, times against the memory floor
 	@$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
 
 test-long: install  ## run the tests that take minutes
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -m long -o faulthandler_timeout=3600 $(PYTEST_ARGS)
 
-parity: install  ## every layout against one process; writes the table of errors to docs/parity.md
+parity: install  ## compare every layout with one process; writes the table of errors to docs/parity.md
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest tests/parity -k equals_one_process --parity-table docs/parity.md $(PYTEST_ARGS)
 
 reference: install  ## write docs/reference/keys.md and docs/images/architecture.svg from the code
 	@$(BIN)/python -m tests.house.reference
 	@$(BIN)/python -m tests.house.picture
 
-check: install  ## lint, format and types
+check: install  ## check lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: install  ## run the benchmarks; BENCH="throughput ..." chooses some
+bench: install  ## run the benchmarks; BENCH="throughput ..." selects some
 	@for name in $(BENCH); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
-clean:  ## remove caches and build folders; keeps .venv, data and runs
+clean:  ## remove caches and build folders, but not .venv, data and runs
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,11 +1,10 @@
 """Bubbles of the pipeline schedules: by formula, by simulation with measured times, and as recorded on ranks.
 
-First the seconds of a layer's forward (F), input gradient (I) and weight gradient (W) are measured in one process that
-is alone, on layers of equal cost. The simulation runs each schedule's actions with these. Then ranks run the schedule
-and each action's processor seconds are recorded. Ranks that share processors would measure each other, so they take
-turns: one action at a time on the machine, under a lock, with real messages between. The recorded bubble comes from
-replaying these seconds, each rank in its recorded order, as soon as what an action needs is there. So it holds what
-differs between actions, and not the time that messages take.
+First one process measures the seconds of a layer's forward (F), input gradient (I) and weight gradient (W), on layers
+of equal cost. The simulation runs each schedule's actions with these times. Then ranks run the schedule and record
+each action's CPU seconds. Ranks that share cores would slow each other, so a lock admits one action at a time on the
+machine, with real messages between ranks. The recorded bubble replays these seconds: each rank in its recorded order,
+each action as soon as its inputs are ready. It includes differences between actions, but not the time of messages.
 
     python -m benchmarks.bubble --ranks 4 --micro-batches 8
 """
@@ -36,7 +35,7 @@ from parallel.pipeline.stages import STAGES_PER_RANK, num_stages, split, stages_
 from parallel.pipeline.weight_grad_store import WeightGradQueue, install
 from tests.support.distributed import run_ranks
 
-# A small vocabulary: embedding and head cost next to nothing, and all stages the same
+# A small vocabulary makes embedding and head cheap, so that all stages cost the same
 CONFIG = ModelConfig(
     name="bubble", vocab_size=32, num_layers=8, hidden_size=512, num_heads=4, q_lora_rank=128, kv_lora_rank=64,
     qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, ffn_hidden_size=2048, num_experts=8, num_zero_experts=4,
@@ -72,10 +71,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a micro-batch")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
-    parser.add_argument("--rounds", type=int, default=15, help="measurements of a stage")
-    parser.add_argument("--steps", type=int, default=5, help="recorded steps of each schedule")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per micro-batch")
+    parser.add_argument("--length", type=int, default=64, help="tokens per sequence")
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of a layer")
+    parser.add_argument("--steps", type=int, default=5, help="recorded steps per schedule")
     return parser.parse_args()
 
 
@@ -90,7 +89,7 @@ def objective(losses: Losses) -> Tensor:
 
 
 def measure(config: ModelConfig, size: int, length: int, rounds: int) -> Times:
-    """Median processor seconds of the three parts of one inner layer, one thread, nothing beside."""
+    """Median CPU seconds of F, I and W of one inner layer, with one thread and an idle machine."""
     torch.set_num_threads(1)
     model = LongCat(config, part=ModelPart(1, 2, embedding=False, head=False))
     initialise(model, config, SEED)
@@ -114,7 +113,7 @@ def measure(config: ModelConfig, size: int, length: int, rounds: int) -> Times:
 
 
 def record(schedule: str, config: ModelConfig, args: argparse.Namespace, turn: str) -> list[list[tuple[Action, float]]]:
-    """On one rank: each step's actions in their order, with their seconds. ``turn`` is a file to lock."""
+    """On one rank: each step's actions in order, with their CPU seconds. ``turn`` is a file to lock."""
     topology = connect(ParallelConfig(pp=args.ranks, fsdp=1))
     parts = split(config, num_stages(schedule, args.ranks), args.length)
     models = []
@@ -141,7 +140,7 @@ def record(schedule: str, config: ModelConfig, args: argparse.Namespace, turn: s
 
 
 def watch(stage: Any, log: list[tuple[Action, float]], lock: IO[str]) -> None:
-    """Let a torch stage log its forward, backward and weight-gradient calls, and run them when it is its turn."""
+    """Make a torch stage log its forward, backward and weight-gradient calls, and run them under the lock."""
 
     def logged(name: str, kind: str) -> None:
         inner = getattr(stage, name)
@@ -164,7 +163,7 @@ def watch(stage: Any, log: list[tuple[Action, float]], lock: IO[str]) -> None:
 
 
 def replay(schedule: str, ranks: list[list[list[tuple[Action, float]]]]) -> Simulation:
-    """The step that the recorded seconds give; of several steps each action's median."""
+    """Simulate a step with the recorded seconds: each action's median over steps."""
     orders = {rank: [action for action, _ in steps[0]] for rank, steps in enumerate(ranks)}
     seconds = {
         (rank, action): statistics.median(step[place][1] for step in steps)
@@ -175,7 +174,7 @@ def replay(schedule: str, ranks: list[list[list[tuple[Action, float]]]]) -> Simu
 
 
 def row(schedule: str, times: Times, config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one schedule."""
+    """All figures of one schedule."""
     ranks = args.ranks
     order = planned(schedule, ranks, args.micro_batches)
     layers = config.num_layers // num_stages(schedule, ranks)
@@ -202,7 +201,7 @@ def row(schedule: str, times: Times, config: ModelConfig, args: argparse.Namespa
 
 
 def show(rows: list[dict[str, Any]], times: Times, args: argparse.Namespace) -> None:
-    """Two tables, shares of the step and seconds beside 1F1B's, and what the words mean."""
+    """Two tables: bubbles as shares of the step, idle seconds relative to 1F1B; and what the words mean."""
     base, kinds = rows[0], ("theory", "simulated", "recorded")
     title = f"bubble of {args.ranks} ranks, {args.micro_batches} micro-batches of {args.batch} x {args.length} tokens"
     shares = [
@@ -219,13 +218,13 @@ def show(rows: list[dict[str, Any]], times: Times, args: argparse.Namespace) -> 
         for one in rows
     ]
     columns = ["schedule", *kinds, "inside, simulated", "inside, recorded"]
-    print_table("seconds a rank stands still, over those of 1f1b", columns, against)
+    print_table("idle seconds per rank, relative to 1f1b", columns, against)
     f, i, w = (1e3 * value for value in (times.forward, times.inputs, times.weights))
     print(
         f"F : I : W of a layer = 1 : {i / f:.2f} : {w / f:.2f} ({f:.1f}, {i:.1f}, {w:.1f} ms). The bubble is the share "
-        f"of the step, from the first start to the last end on all ranks, in which a rank stands still. Inside: the "
-        f"worst rank's, between its own first start and last end, as papers count it. Recorded: processor time of each "
-        f"action, run when no other rank computes, and replayed in dependency order."
+        f"of the step, from the first start to the last end on all ranks, in which a rank is idle. Inside: the "
+        f"worst rank's idle time between its own first start and last end, as papers count it. Recorded: CPU time of "
+        f"each action, run while no other rank computes, and replayed in dependency order."
     )
 
 

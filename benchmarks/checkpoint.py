@@ -1,9 +1,9 @@
-"""What saving and loading cost: `python -m benchmarks.checkpoint` prints a table and one JSON line.
+"""Costs of saving and loading: `python -m benchmarks.checkpoint` prints a table and one JSON line.
 
-Each of ``--ranks`` processes holds a state of at least a GiB; a time is that of the slowest. Ratios are between
-neighbours of one run, of the sums over all rounds: the stall of a save beside training and a copy into a warm buffer;
-writing and a plain sequential write of as many bytes by each process; loading and a plain read of its file by each,
-both after all files have left the page cache. A resume is finding the checkpoint, which verifies it, and loading it.
+Each of ``--ranks`` processes holds a state of at least a GiB; a time is the slowest rank's. Each ratio compares two
+alternating measurements, summed over all rounds: the stall of an asynchronous save and a copy into a warm buffer;
+writing and a plain sequential write of as many bytes per process; loading and a plain read of each process's file,
+both with a cold page cache. A resume finds the checkpoint, which verifies it, and loads it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,7 @@ from train.state import TrainState
 from train.terminal import SilentTerminal
 
 BLOCK = 1 << 24  # bytes of one plain read or write
-
-
-# With them weights and moments are more than a GiB a rank
-LAYERS = {1: 4, 2: 12}  # of as many ranks
+LAYERS = {1: 4, 2: 12}  # ranks → layers with which weights and moments exceed a GiB per rank
 
 
 def plain_copy(source: list[torch.Tensor], target: list[torch.Tensor]) -> None:
@@ -53,7 +50,7 @@ def plain_copy(source: list[torch.Tensor], target: list[torch.Tensor]) -> None:
 
 
 def plain_write(path: Path, memory: memoryview) -> None:
-    """The same bytes in one file, front to back, and to the disk."""
+    """Write the same bytes to one file sequentially, and sync it."""
     with path.open("wb", buffering=0) as file:
         for start in range(0, len(memory), BLOCK):
             file.write(memory[start : start + BLOCK])
@@ -68,7 +65,7 @@ def plain_read(path: Path, memory: memoryview) -> None:
 
 
 def forget(path: Path) -> None:
-    """Take a file, or all files of a folder, out of the page cache."""
+    """Drop a file, or all files of a folder, from the page cache."""
     for file in path.iterdir() if path.is_dir() else [path]:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -77,7 +74,7 @@ def forget(path: Path) -> None:
 
 
 class PeakMemory(threading.Thread):
-    """The most resident memory above rest while its context lasts, looked at 100 times a second."""
+    """Peak resident memory above the start of its context, sampled 100 times a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -102,7 +99,7 @@ class PeakMemory(threading.Thread):
 
 
 def together(action: Callable[[], Any]) -> float:
-    """Seconds in which all ranks have done it, begun at once."""
+    """Seconds until all ranks have run ``action``, started together."""
     dist.barrier()
     start = time.perf_counter()
     action()
@@ -111,18 +108,18 @@ def together(action: Callable[[], Any]) -> float:
 
 
 class Bench:
-    """A state, and a folder for its checkpoints; what times it is a collective."""
+    """A state and a folder for its checkpoints. Every method that measures is a collective."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
         self.config, self.topology, self.folder = config, topology, config.run.folder / "checkpoints"
         self.state: TrainState = build_state(config, topology)
         self.values = list(box_values(saved(self.state)))
         self.num_bytes = sum(values.nbytes for values in self.values)
-        for values in self.values:  # moments are all zeros before the first step, which a disk may make less of
+        for values in self.values:  # moments of zeros might compress on disk
             values.uniform_()
 
     def stalls(self, rounds: int) -> tuple[list[float], list[float], float]:
-        """Seconds that saves stall training, seconds of a warm copy before each, and the memory that saving took."""
+        """Seconds that each save stalls training and of a warm copy before each, and the extra memory of saving."""
         saver = Saver(self.state, self.config, self.topology, SilentTerminal())
         with PeakMemory() as memory:
             saver.save()
@@ -139,7 +136,7 @@ class Bench:
         return stalls, copies, memory.extra_gib
 
     def writes(self, rounds: int) -> tuple[list[float], list[float], Path]:
-        """Seconds of writing and committing what is staged, and of a plain write of the same bytes before each."""
+        """Seconds of writing and committing the staged state, and of a plain write of the same bytes before each."""
         memory = memoryview(mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         torch.cat([values.flatten() for values in self.values], out=torch.frombuffer(memory, dtype=torch.float32))
         plain, ours, paths = [], [], [self.folder]
@@ -151,7 +148,7 @@ class Bench:
             self.state.counters.step += 1
             snapshot = stage.copy(self._snapshot)
             ours.append(together(lambda shot=snapshot: paths.append(self._write(shot))))
-            if self.topology.is_first:  # removing is in neither time
+            if self.topology.is_first:  # not timed
                 prune(self.folder, Keep(newest=1))
         return plain, ours, paths[-1]
 
@@ -162,7 +159,7 @@ class Bench:
         return write(snapshot, self.folder, self.topology, Keep(), SaveContext())
 
     def loads(self, rounds: int, path: Path) -> tuple[dict[str, list[float]], float]:
-        """Seconds of a plain read, of loading, of verifying and of a resume, and the memory that loading took."""
+        """Seconds of a plain read, of loading, verifying and resuming, and the extra memory of loading."""
         shard = path / f"__{self.topology.rank}_0.distcp"
         memory = memoryview(bytearray(b"\1") * shard.stat().st_size)  # touched
 
@@ -181,7 +178,7 @@ class Bench:
         with PeakMemory() as peak:
             fill()
         seconds: dict[str, list[float]] = {name: [] for name in actions}
-        for turn in range(rounds):  # each begins with another one
+        for turn in range(rounds):  # each round starts with another action
             order = [list(actions)[(turn + place) % len(actions)] for place in range(len(actions))]
             for name in order:
                 if self.topology.is_first:
@@ -191,12 +188,12 @@ class Bench:
 
 
 def ratio(ours: list[float], plain: list[float]) -> float:
-    """Our time over the plain one, over all rounds: a disk's bursts make a single one swing by a factor of four."""
+    """Our time over the plain one, summed over rounds: single times of a disk vary by a factor of four."""
     return sum(ours) / sum(plain)
 
 
 def measure(words: list[str], rounds: int) -> dict[str, float]:
-    """On each rank: the figures."""
+    """The figures; a collective."""
     torch.set_num_threads(1)
     config = compose([*words, "checkpoint.keep=1", "train.dtype=float32"])
     topology = connect(config.parallel)
@@ -230,8 +227,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=1, choices=LAYERS)
-    parser.add_argument("--folder", default=None, help="where to write; a new folder in the system's own otherwise")
-    parser.add_argument("overrides", nargs="*", help="another model; the default one has more than a GiB a rank")
+    parser.add_argument("--folder", default=None, help="where to write (default: a new temporary folder)")
+    parser.add_argument("overrides", nargs="*", help="another model (the default has more than a GiB per rank)")
     given = parser.parse_args()
     model = ["model=small", "model.vocab_size=32768", f"model.num_layers={LAYERS[given.ranks]}"]
     if given.folder:

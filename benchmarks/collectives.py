@@ -1,12 +1,12 @@
-"""What travels between ranks: the two transports of tokens to experts, and the schemes of context parallelism.
+"""Bytes between ranks: both token dispatchers, and the schemes of context parallelism.
 
-    python -m benchmarks.exchanges                 # bytes by formula, and both transports timed on 2 and 4 local ranks
-    python -m benchmarks.exchanges --ranks 2 --tokens 1024 --model small
+    python -m benchmarks.collectives               # bytes by formula; both dispatchers timed on 2 and 4 local ranks
+    python -m benchmarks.collectives --ranks 2 --tokens 1024 --model small
 
-The floor of a transport is the bytes that a rank must send. With the all-to-all a token travels once for each FFN
-expert on another rank, K_e·(n-1)/n times each way; with all-gather and reduce-scatter it travels to all n-1 other
-ranks, once each way. So the all-gather sends fewer bytes while n < K_e. The times are of the exchange and the experts
-of one MoE layer, forward and backward, over the loopback device: sockets take processor time, and nothing covers them.
+The floor of a dispatcher is the bytes that a rank must send. The all-to-all sends a token once for each FFN expert on
+another rank, K_e·(n-1)/n times each way; all-gather and reduce-scatter send it to all n-1 other ranks, once each way.
+So the all-gather sends fewer bytes while n < K_e. The times include dispatch, experts and combine of one MoE layer,
+forward and backward, over the loopback device, with exposed communication whose sockets also take CPU time.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ TRANSPORTS = ("all_to_all", "all_gather")
 
 
 def transport_rows(config: ModelConfig, ranks: int) -> dict[str, float]:
-    """Rows of D numbers that a rank sends for each of its tokens in one direction of the forward, by formula."""
+    """Rows of D numbers that a rank sends per token in one direction of the forward, by formula."""
     return {"all_to_all": config.expected_ffn_experts * (ranks - 1) / ranks, "all_gather": ranks - 1.0}
 
 
 def context_numbers(config: ModelConfig, cp: int) -> dict[str, float]:
-    """Numbers that a rank receives for each of its positions in the forward of one attention block, by formula."""
+    """Numbers that a rank receives per position in the forward of one attention block, by formula."""
     heads, value = config.num_heads, config.v_head_dim
     latent = config.kv_lora_rank + config.qk_rope_head_dim
-    others = cp - 1  # shares of other ranks, each as large as the own one
+    others = cp - 1  # ranks, each with as many positions
     return {
         "latents of keys and values (ours)": others * latent,
-        "latents to heads, results back": others * (config.q_lora_rank + latent) + heads * value * others / cp,
+        "latents to heads, results returned": others * (config.q_lora_rank + latent) + heads * value * others / cp,
         "heads to heads (all-to-all of q, k, v and results)": heads * 2 * (config.qk_head_dim + value) * others / cp,
-        "keys and values passed around": others * heads * (config.qk_head_dim + value),
+        "keys and values around a ring": others * heads * (config.qk_head_dim + value),
     }
 
 
 def one_layer(config: ModelConfig, transport: str, ranks: int) -> MoE:
-    """The mixture of experts of a layer as this rank holds it, with values."""
+    """A layer's MoE with this rank's experts and initial values."""
     sizes = resolve_sizes(ParallelConfig(ep=ranks), ranks)
     topology = make_topology(sizes, dist.get_rank(), ranks, torch.device("cpu"))
     with torch.device("meta"):
@@ -69,7 +69,7 @@ def one_layer(config: ModelConfig, transport: str, ranks: int) -> MoE:
 
 
 def timed(rank: int, ranks: int, port: int, config: ModelConfig, tokens: int, rounds: int, queue: Any) -> None:
-    """One rank: both transports in turn; the first rank reports median seconds and bytes sent for each."""
+    """One rank: both dispatchers in turn; the first rank reports median seconds and bytes sent for each."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
@@ -116,29 +116,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="small")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
-    parser.add_argument("--tokens", type=int, default=1024, help="of each rank")
+    parser.add_argument("--tokens", type=int, default=1024, help="per rank")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     flash = preset("flash")
     rows = [
         [f"n = {n}", *(f"{value:.2f}" for value in transport_rows(flash, n).values())] for n in (2, 4, 8, 16, 32, 64)
     ]
-    print_table("rows a token sends to other ranks, one way, flash (K_e = 8)", ["ranks", *TRANSPORTS], rows)
+    print_table("rows sent to other ranks per token, one way, flash (K_e = 8)", ["ranks", *TRANSPORTS], rows)
     rows = [
         [name, *(f"{2 * context_numbers(flash, cp)[name] / 1024:.1f}" for cp in (2, 4, 8))]
         for name in context_numbers(flash, 2)
     ]
     print_table(
-        "context parallelism, KiB received a position and block, bfloat16, flash", ["", "cp 2", "cp 4", "cp 8"], rows
+        "context parallelism, KiB received per position and block, bfloat16, flash", ["", "cp 2", "cp 4", "cp 8"], rows
     )
     config, measured = preset(args.model), {}
     for ranks in args.ranks:
         measured[ranks] = run(ranks, config, args.tokens, args.rounds)
         rows = [[name, f"{sent / 2**20:.2f}", f"{took * 1e3:.1f}"] for name, (took, sent) in measured[ranks].items()]
-        columns = ["transport", "MiB sent by rank 0", "ms, forward and backward"]
+        columns = ["dispatcher", "MiB sent by rank 0", "ms, forward and backward"]
         print_table(f"{args.model}, {ranks} ranks, {args.tokens} tokens each, float32", columns, rows)
     print_json(
-        "exchanges", {"model": args.model, "config": asdict(config), "tokens": args.tokens, "measured": measured}
+        "collectives", {"model": args.model, "config": asdict(config), "tokens": args.tokens, "measured": measured}
     )
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: GEMM rates, alternating rounds, peak memory, tables and the one JSON line."""
+"""Helpers of the benchmarks: GEMM rates, alternating rounds, peak memory, tables and the JSON line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 
 @dataclass
 class Rounds:
-    """What alternating rounds of one program gave: seconds a round, and the most memory above rest."""
+    """Results of one program in alternating rounds: seconds per round, and peak memory above the start."""
 
     seconds: list[float]
     peak_gib: float | None
@@ -38,7 +38,7 @@ def device() -> torch.device:
 
 
 def synchronise() -> None:
-    """Wait for the GPU, where there is one: a time that is read before is the time of the launches."""
+    """Wait for the GPU, if there is one: kernels run asynchronously, so a timer must wait for them."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -53,11 +53,10 @@ def seconds_of(program: Callable[[], Any]) -> float:
 
 
 def gemm_gflops(dtype: torch.dtype, budget_seconds: float = 1.0) -> float:
-    """GFLOP/s of a square GEMM with the threads that torch has now: the median over ``budget_seconds``.
+    """GFLOP/s of a square GEMM with torch's current threads: the median over ``budget_seconds``.
 
-    The size grows from 256 until one product takes 5 ms (or 4096 is reached): small enough for a processor
-    without instructions for the dtype, large enough for one with them. This is what the machine gives in that
-    dtype, so model FLOPs a second over it are an honest utilisation.
+    The size grows from 256 until one product takes 5 ms (or 4096 is reached): small enough for a CPU without
+    instructions for the dtype, large enough for one with them. Model FLOP/s over this rate is the utilisation.
     """
     size, seconds = 256, 0.0
     while size < 4096 and seconds < 0.005:
@@ -77,7 +76,7 @@ def _matmul_seconds(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def peak_memory_gib(program: Callable[[], Any]) -> float | None:
-    """The most memory of one call above what was held before, in GiB; None where nothing tells."""
+    """Peak memory of one call above what was held before, in GiB; None where it cannot be measured."""
     if torch.cuda.is_available():
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -88,13 +87,13 @@ def peak_memory_gib(program: Callable[[], Any]) -> float | None:
         return None
     _give_freed_memory_back()
     before = _resident_gib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to the present size
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current size
     program()
     return _resident_gib("VmHWM") - before
 
 
 def _give_freed_memory_back() -> None:
-    """Let the C library return what earlier calls freed, or it would hide what this call takes."""
+    """Make the C library return freed memory to the system, or it would hide this call's allocations."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -112,8 +111,8 @@ def alternate(
 ) -> dict[str, Rounds]:
     """Run the programs in turn (A B A B ...), once to warm up, then ``rounds`` times, each after ``between``.
 
-    Taking turns lets a machine that slows down for a while slow all of them, so that the ratio of two
-    neighbouring times says more than the ratio of two separate runs.
+    A machine that slows down for a while then slows all of them, so the ratio of two neighbouring times is more
+    reliable than the ratio of two separate runs.
     """
     peaks = {name: peak_memory_gib(program) for name, program in programs.items()}
     results = {name: Rounds([], peaks[name]) for name in programs}
@@ -148,7 +147,7 @@ def preset(name: str) -> ModelConfig:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table whose first column is text and whose others are numbers."""
+    """Print a table whose first column is text and whose others are numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -161,13 +160,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def print_json(benchmark: str, values: Mapping[str, Any]) -> None:
-    """One line for programs: the benchmark's name, where it ran, and its values."""
+    """Print one line of JSON: the benchmark's name, the machine, and its values."""
     line = {"benchmark": benchmark, "machine": machine(), **values}
     print(json.dumps(line), flush=True)
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to place a number: device, capability, threads, torch."""
+    """Where a figure was measured: device, capability, threads, torch."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "capability": torch.backends.cpu.get_cpu_capability(),

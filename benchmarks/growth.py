@@ -1,10 +1,10 @@
 """Growth against full depth from scratch: validation loss by tokens and by FLOPs, both methods, three moments.
 
-One shallow run is trained with a constant rate and grown at three of its checkpoints, by stacking and by interposing.
-The grown runs, one of full depth from scratch and the shallow one itself go on to the same FLOPs. These are counted
-for the FFN experts that were really used, the shallow run's steps before a growth included, validation left out.
+One shallow run is trained at a constant learning rate and grown at three of its checkpoints, by stacking and by
+interposing. The grown runs, one of full depth from scratch and the shallow run itself continue to the same FLOPs.
+FLOPs count the FFN experts in use and the shallow run's steps before a growth; they leave validation out.
 
-    python -m benchmarks.growth train full                     a run, or on where it stopped; --seconds 150 stops it
+    python -m benchmarks.growth train full                     starts or resumes a run; --seconds 150 stops it
     python -m benchmarks.growth train half stack-100 …         in this order: growth takes a checkpoint of half
     python -m benchmarks.growth draw                           tables, docs/images/growth.png
 """
@@ -16,34 +16,34 @@ import time
 from pathlib import Path
 
 from benchmarks.common import print_json, print_table
-from benchmarks.growth_arms import FACTOR, NAMES, Arm, results
 from benchmarks.growth_picture import draw
+from benchmarks.growth_runs import FACTOR, NAMES, GrowthRun, results
 from longcat.errors import BAD_INPUT, OK, STOPPED, ConfigError
 from train.checkpoint.grow import GrowConfig, GrowthOptions, grow
 from train.checkpoint.manifest import list_checkpoints
 from train.process import main as train_here
 
 
-def train(arm: Arm, seconds: float) -> int:
-    """Start the run, or go on with it; grown first where it starts as another's checkpoint."""
-    if arm.is_complete:
+def train(run: GrowthRun, seconds: float) -> int:
+    """Start or resume the run; a run that starts from a checkpoint of another depth is grown first."""
+    if run.is_complete:
         return OK
-    name = f"step-{arm.moment:08d}"
-    target = arm.run / "checkpoints" / name
-    if arm.moment and not list_checkpoints(target.parent):
-        source = Arm("half", arm.folder).run / "checkpoints" / name
-        grow(GrowConfig(str(source), str(target), GrowthOptions(FACTOR, arm.method)))
-    return train_here(arm.config(seconds))
+    name = f"step-{run.moment:08d}"
+    target = run.path / "checkpoints" / name
+    if run.moment and not list_checkpoints(target.parent):
+        source = GrowthRun("half", run.folder).path / "checkpoints" / name
+        grow(GrowConfig(str(source), str(target), GrowthOptions(FACTOR, run.method)))
+    return train_here(run.config(seconds))
 
 
 def train_all(names: list[str], folder: Path, seconds: float) -> int:
-    """Train each of ``names`` until ``seconds`` are over (0 = no limit)."""
+    """Train each of ``names`` until ``seconds`` have passed (0 = no limit)."""
     end = time.monotonic() + seconds
     for name in names:
         left = end - time.monotonic() if seconds else 0.0
         if seconds and left < 1:
             return STOPPED
-        code = train(Arm(name, folder), left)
+        code = train(GrowthRun(name, folder), left)
         if code:
             return code
     return OK
@@ -70,7 +70,7 @@ def main() -> int:
     rows = [
         [
             one.name,
-            f"{one.last_step} of {Arm(one.name, arguments.folder).steps}",
+            f"{one.last_step} of {GrowthRun(one.name, arguments.folder).steps}",
             shown(one.rise, 2),
             str(one.recovered_after or ""),
             shown(one.equal_tokens, 3),
@@ -78,7 +78,7 @@ def main() -> int:
         ]
         for one in found
     ]
-    print_table("validation loss less that of full depth from scratch, nats a token", columns, rows)
+    print_table("validation loss minus that of full depth from scratch, nats per token", columns, rows)
     print_json("growth", {"outcomes": [vars(one) for one in found]})
     draw(arguments.folder, found, arguments.picture)
     return OK

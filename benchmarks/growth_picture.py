@@ -1,15 +1,15 @@
-"""The picture of benchmarks/growth.py: loss by tokens and by FLOPs, the rise, and who ends lower."""
+"""The picture of benchmarks/growth.py: loss by tokens and by FLOPs, loss spikes after growth, final differences."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.growth_arms import METHODS, MOMENTS, Arm, Outcome
+from benchmarks.growth_runs import METHODS, MOMENTS, GrowthRun, Outcome
 from train.report.theme import PALETTE_LIGHT
 
 BLUE, ORANGE, GREEN = PALETTE_LIGHT[:3]
-PITCH = 1.8  # from bars to bars
+PITCH = 1.8  # between groups of bars
 INK, SOFT, GRID = "#191d22", "#5a636e", "#edeff2"
 COLOURS = {"full": INK, "half": SOFT, "stack": BLUE, "interpose": ORANGE}
 LABELS = {"full": "full depth from scratch", "half": "half depth", "stack": "stacked", "interpose": "interposed"}
@@ -23,17 +23,17 @@ STYLE = {
 
 
 def draw(folder: Path, found: list[Outcome], target: Path) -> None:
-    """Draw what is there of the runs in ``folder`` into a PNG."""
+    """Draw the runs found in ``folder`` into a PNG."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    arms = [Arm(name, folder) for name in ["full", *(one.name for one in found)]]
+    runs = [GrowthRun(name, folder) for name in ["full", *(one.name for one in found)]]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(10, 7.2), layout="constrained")
-        curves(axes[0][0], arms, "tokens", 1e6, "million tokens")
-        curves(axes[0][1], arms, "spent", 1e12, "TFLOPs of training, the shallow run's included")
+        curves(axes[0][0], runs, "tokens", 1e6, "million tokens")
+        curves(axes[0][1], runs, "spent", 1e12, "TFLOPs of training, the shallow run's included")
         axes[0][0].set_title("Validation loss by tokens")
         axes[0][1].set_title("Validation loss by compute")
         rise(axes[1][0], folder, found)
@@ -55,45 +55,45 @@ def few_colours(path: Path) -> None:
     small.save(path, optimize=True)
 
 
-def curves(axis: Any, arms: list[Arm], key: str, unit: float, label: str) -> None:
+def curves(axis: Any, runs: list[GrowthRun], key: str, unit: float, label: str) -> None:
     """Validation losses over ``key``; a dot where a run has grown."""
     named = set()
     lowest = float("inf")
-    for arm in arms:
-        steps = [step for step in arm.steps_from_scratch() if step.get("val_loss") is not None]
-        steps = [step for step in steps if step["step"] >= arm.moment]
+    for run in runs:
+        steps = [step for step in run.steps_from_scratch() if step.get("val_loss") is not None]
+        steps = [step for step in steps if step["step"] >= run.moment]
         x, y = [step[key] / unit for step in steps], [step["val_loss"] for step in steps]
-        colour = COLOURS[arm.method]
-        name = None if arm.method in named else LABELS[arm.method]
-        named.add(arm.method)
-        width, order = (2.0, 3) if arm.method == "full" else (1.3, 2)
+        colour = COLOURS[run.method]
+        name = None if run.method in named else LABELS[run.method]
+        named.add(run.method)
+        width, order = (2.0, 3) if run.method == "full" else (1.3, 2)
         axis.plot(x, y, color=colour, linewidth=width, zorder=order, label=name)
-        if arm.moment:
+        if run.moment:
             axis.plot(x[:1], y[:1], "o", color=colour, markersize=4, zorder=4)
         lowest = min(lowest, *y)
     axis.set_xlabel(label)
-    axis.set_ylabel("nats a token")
+    axis.set_ylabel("nats per token")
     axis.set_ylim(lowest - 0.05, lowest + 1.2)
 
 
 def rise(axis: Any, folder: Path, found: list[Outcome]) -> None:
-    """Training loss of grown runs less the shallow run's on the same batches, over the steps since the growth."""
-    shallow = {step["step"]: step["loss"] for step in Arm("half", folder).own_steps()}
-    for arm in (Arm(one.name, folder) for one in found if one.rise is not None):
-        own = [step for step in arm.own_steps() if step["step"] in shallow and step["step"] <= arm.moment + 80]
-        x = [step["step"] - arm.moment for step in own]
+    """Training loss of grown runs minus the shallow run's on the same batches, by steps since the growth."""
+    shallow = {step["step"]: step["loss"] for step in GrowthRun("half", folder).own_steps()}
+    for run in (GrowthRun(one.name, folder) for one in found if one.rise is not None):
+        own = [step for step in run.own_steps() if step["step"] in shallow and step["step"] <= run.moment + 80]
+        x = [step["step"] - run.moment for step in own]
         y = [step["loss"] - shallow[step["step"]] for step in own]
-        strength = 0.35 + 0.3 * MOMENTS.index(arm.moment)
-        axis.plot(x, y, color=COLOURS[arm.method], alpha=strength, linewidth=1.3)
+        strength = 0.35 + 0.3 * MOMENTS.index(run.moment)
+        axis.plot(x, y, color=COLOURS[run.method], alpha=strength, linewidth=1.3)
     axis.axhline(0, color=SOFT, linewidth=1)
     axis.set_xlim(0, 80)
     axis.set_title("Rise and recovery")
     axis.set_xlabel("steps since the growth (paler = grown earlier)")
-    axis.set_ylabel("training loss less half depth's, nats")
+    axis.set_ylabel("training loss minus half depth's, nats")
 
 
 def differences(axis: Any, found: list[Outcome]) -> None:
-    """Bars for each run: validation loss less that of the run from scratch, at equal tokens and at equal FLOPs."""
+    """Bars for each run: validation loss minus that of the run from scratch, at equal tokens and at equal FLOPs."""
     by_name = {one.name: one for one in found}
     moments = [moment for moment in MOMENTS if any(f"{method}-{moment}" in by_name for method in METHODS)]
     ticks = []
@@ -124,7 +124,7 @@ def differences(axis: Any, found: list[Outcome]) -> None:
     axis.margins(y=0.2)
     axis.set_title("Against full depth from scratch")
     axis.set_xlabel("step at which it grew (never = half depth)")
-    axis.set_ylabel("validation loss less full depth's, nats")
+    axis.set_ylabel("validation loss minus full depth's, nats")
 
 
 def bar(axis: Any, place: float, value: float, colour: str) -> None:

@@ -1,10 +1,10 @@
-"""Operators of tokens and embedding: floors by formula, times here, and errors in units in the last place (ULP).
+"""Token permutation and embedding operators: floors by formula, CPU times, and errors in ULP.
 
     python -m benchmarks.kernels                  # times at 2,048 tokens of width 512, floors of a flash layer
     python -m benchmarks.kernels --rounds 5
 
-A floor is the bytes that an operator must read and write, over the rate of the memory: none of them computes enough
-to be bound by FLOPs. Bytes of index tables are left out, as they are below 1 %.
+A floor is the bytes that an operator must read and write, over the memory bandwidth: all of them are memory-bound.
+Bytes of index tables are left out, as they are below 1 %. ULP: units in the last place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.common import print_json, print_table, seconds_of
 from longcat.ops import embedding as _embedding  # noqa: F401 (declares its operator)
 from longcat.ops.permute import Permutation, plan_permutation
 
-H100 = 3.35e12  # bytes a second, by the maker's data sheet
+H100 = 3.35e12  # bytes per second, by the data sheet
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Sizes:
     zero: int
     width: int
     vocabulary: int
-    ffn_experts: float  # of a token, on average
+    ffn_experts: float  # per token, on average
 
     def routing(self, seed: int = 0) -> Tensor:
-        """Random choices [T, K] in which a token has ``ffn_experts`` FFN experts on average, where uniform ones do."""
+        """Uniformly random selections [T, K]."""
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(self.tokens, self.experts + self.zero, generator=generator).topk(self.top_k).indices
 
@@ -51,7 +51,7 @@ SMALL = Sizes(2048, 6, 32, 16, 512, 32768, 4.0)
 
 
 class Floor(NamedTuple):
-    """What an operator cannot do without."""
+    """The least an operator must move and compute."""
 
     num_bytes: float
     flops: float
@@ -72,7 +72,7 @@ def floors(sizes: Sizes, num_bytes: int = 2) -> dict[str, Floor]:
 
 
 def copy_rate(seconds: float = 0.5) -> float:
-    """Bytes read and written a second by a copy of 256 MiB on the CPU."""
+    """Bytes read and written per second by a copy of 256 MiB on the CPU."""
     source = torch.ones(1 << 26)
     target = torch.empty_like(source)
     return 2 * 4 * source.numel() / min(seconds_of(lambda: target.copy_(source)) for _ in range(6))
@@ -164,7 +164,9 @@ def main() -> None:
             [name, f"{took * 1e3:.2f}", f"{floors(SMALL, size)[name].num_bytes / rate * 1e3:.2f}"]
             for name, took in times.items()
         ]
-        print_table(f"plain versions here, {dtype}, 2,048 tokens of width 512", ["operator", "ms", "floor, ms"], rows)
+        print_table(
+            f"plain versions on this CPU, {dtype}, 2,048 tokens of width 512", ["operator", "ms", "floor, ms"], rows
+        )
     shapes = {"512 wide": SMALL, "768 wide": Sizes(1024, 12, 64, 32, 768, 4096, 8.0),
               "6144 wide": Sizes(128, 12, 512, 256, 6144, 1024, 8.0)}  # fmt: skip
     ulp = {

@@ -1,4 +1,4 @@
-"""Two network namespaces joined by a link of a chosen speed: two ranks on one machine that a network keeps apart."""
+"""Two network namespaces joined by a link of a chosen speed, for two ranks on one machine (root only)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def _run(*words: str) -> None:
 
 @contextmanager
 def shaped_link() -> Iterator[None]:
-    """Make the namespaces and the link between them, and remove them in the end. Its speed is set by `set_speed`.
+    """Make the namespaces and the link between them, and remove them at the end. `set_speed` sets its speed.
 
     Raises:
-        ConfigError: this user or machine cannot make them.
+        ConfigError: this user is not root, or a program is missing.
     """
     if shutil.which("ip") is None or shutil.which("tc") is None or os.geteuid() != 0:
         raise ConfigError("a shaped link needs root and the programs ip and tc: install iproute2 and run as root")
@@ -53,12 +53,12 @@ def set_speed(rank: int, mbit: float) -> None:
 
 
 def inside(rank: int, command: list[str]) -> list[str]:
-    """``command`` in the namespace of a rank."""
+    """``command``, run in the namespace of a rank."""
     return ["ip", "netns", "exec", NAMES[rank], *command]
 
 
 def _bucket(mbit: float) -> list[str]:
-    """A token bucket of 4 ms, refilled at the kernel's ticks: after a rest not much more goes through at once."""
+    """A token bucket of 4 ms: little more than the rate passes at once after idle time."""
     size = max(64e3, mbit * 1e6 / 8 * 0.004)
     return ["tbf", "rate", f"{mbit * 1e6:.0f}bit", "burst", f"{size:.0f}b", "latency", "200ms"]
 

@@ -1,16 +1,16 @@
-"""One MoE layer, forward and backward, beside torchtitan's and DeepSpeed's: same shapes, values, tokens and process.
+"""One MoE layer, forward and backward, against torchtitan's and DeepSpeed's: same shapes, values, tokens and process.
 
-Without identity experts all compute the same, and outputs (of torchtitan also gradients) are compared before anything
-is timed; what differs stands in benchmarks/moe_peers.py. One more row is our layer as it is trained, with identity
-experts and the same FFN experts a token on average. Tokens are new in each round, as in a training. Each program runs
-as written and compiled (ours: `parallel.compile`), each in turn, and a ratio is to the peer's faster one.
+Without identity experts all compute the same: outputs (with torchtitan also gradients) are compared before timing;
+benchmarks/moe_peers.py lists the differences. One more row is our layer as trained, with identity experts and the same
+FFN experts per token on average. Tokens are new in each round, as in training. Programs run in turn, eager and compiled
+(ours: `parallel.compile`), and a ratio is to the faster program of the peer.
 
-torchtitan 0.3.0 asks for an older `datasets` than this project, so it comes beside the environment, not into it:
+torchtitan 0.3.0 requires an older `datasets` than this project, so it goes into a folder outside the environment:
 
     pip install --no-deps --target /tmp/titan torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring-parser typeguard
     PYTHONPATH=/tmp/titan python -m benchmarks.moe_layer --model small proxy_768 --threads 2
 
-Without it, its rows are left out. The floor is the time of the products alone at the measured GEMM rates.
+Without it, its rows are left out. The floor is the time of the GEMMs alone at the measured GEMM rates.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from longcat.ops.fusion import fuse
 from parallel.device import keep_freed_memory
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of ‖difference‖ / ‖value‖ between two programs
-MOST_COMPILED = 32  # DeepSpeed's experts are modules, which a compiler unrolls one by one
+MOST_COMPILED = 32  # experts: DeepSpeed's are modules, which the compiler unrolls
 
 
 class Tokens:
@@ -56,7 +56,7 @@ class Tokens:
 
 @dataclass
 class Program:
-    """A layer and how it is called."""
+    """A layer and its forward."""
 
     layer: nn.Module
     forward: Callable[[Tensor], Tensor]  # [T, D] → [T, D]
@@ -64,7 +64,7 @@ class Program:
     fused: bool = False
 
     def __call__(self) -> Tensor:
-        """Forward and backward; at rest no program holds gradients of weights."""
+        """Forward and backward; between calls no program holds gradients of weights."""
         fuse(self.fused)
         self.tokens.x.grad = None
         out = self.forward(self.tokens.x)
@@ -83,7 +83,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled programs out, which take long")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out the compiled programs, which are slow to build"
+    )
     return parser.parse_args()
 
 
@@ -105,7 +107,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def agreement(ours: MoE, titan: Any, speed: Any, tokens: Tokens) -> dict[str, float]:
-    """‖difference‖ / ‖ours‖ of the peers' results; ends the program where one is not a rounding's."""
+    """‖difference‖ / ‖ours‖ of the peers' results; exits where one exceeds rounding."""
     x, grad = tokens.x, tokens.grad
     out = our_forward(ours)(x)
     weights = [ours.router.classifier.weight, ours.experts.gate_up, ours.experts.down]
@@ -134,12 +136,12 @@ def agreement(ours: MoE, titan: Any, speed: Any, tokens: Tokens) -> dict[str, fl
 
 
 def programs_of(config: ModelConfig, trained: ModelConfig, tokens: Tokens, compiled: bool) -> tuple[dict, dict]:
-    """The programs by name, and how far the peers' results are from ours."""
+    """The programs by name, and the relative differences of the peers' results."""
     ours, whole = our_layer(config, tokens.dtype), our_layer(trained, tokens.dtype)
     try:
         titan: Any = torchtitan_layer(config, ours)
     except ImportError as error:
-        print(f"torchtitan is left out ({error}); the first lines of this file say how to install it")
+        print(f"torchtitan is left out ({error}); see the docstring of this file for how to install it")
         titan = None
     speed, dropping = deepspeed_layer(config, ours, None), deepspeed_layer(config, ours, 1.0)
     found = agreement(ours, titan, speed, tokens)
@@ -172,7 +174,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, args.dtype)
     tokens = Tokens(args.tokens, config.hidden_size, dtype)
     made, found = programs_of(config, trained, tokens, not args.no_compile)
-    for _ in range(3):  # a compiler looks again at the second shape of a thing
+    for _ in range(3):  # the compiler recompiles at the second shape
         for program in made.values():
             program()
         tokens.draw()
@@ -180,7 +182,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     def between_rounds() -> None:
         tokens.draw()
-        for kind in rates:  # the best rate counts: a machine that others slow down must not flatter us
+        for kind in rates:  # the best rate: a busy machine must not flatter us
             rates[kind] = max(rates[kind], gemm_gflops(kind, budget_seconds=0.1))
 
     timed = alternate(made, args.rounds, between=between_rounds)
@@ -201,7 +203,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def speedup(ours: Rounds, timed: dict[str, Rounds], peer: str) -> dict[str, Any]:
-    """How many times faster ours is than the peer's faster program: median, and over the rounds."""
+    """Speed-up over the peer's faster program: median, and range over the rounds."""
     best = min((name for name in (peer, f"{peer} compiled") if name in timed), key=lambda name: timed[name].median)
     ratios = pairwise_ratios(timed[best], ours)
     return {"beside": best, "median": statistics.median(ratios), "range": [ratios[0], ratios[-1]]}
@@ -238,14 +240,14 @@ def show(result: dict[str, Any], args: argparse.Namespace) -> None:
     )
     for name, one in result["speedup"].items():
         low, high = one["range"]
-        print(f"{one['median']:.2f} times as fast as {name} (rounds {low:.2f} to {high:.2f}; beside {one['beside']})")
+        print(f"{one['median']:.2f} times as fast as {name} (rounds {low:.2f} to {high:.2f}; against {one['beside']})")
     print("differences: " + "; ".join(f"{name} {value:.1e}" for name, value in result["differences"].items()))
 
 
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as a training does; all programs of this process get it
+    keep_freed_memory()  # as in training; applies to all programs of this process
     results = []
     for name in args.model:
         results.append(compare(name, args))

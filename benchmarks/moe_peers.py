@@ -1,12 +1,12 @@
 """The MoE layers of torchtitan and DeepSpeed for a configuration of ours, with the values of our layer.
 
-What differs from ours, and what was done about it:
+Differences from ours, and how they are handled:
 
-- torchtitan's router asks for float32 through autocast, which a CPU does not have, so there it would multiply, choose
-  and weigh in bfloat16. It gets a gate that multiplies in float32, which is what it does on a GPU.
+- torchtitan's router gets float32 from autocast, which CPUs do not support, so on a CPU it would multiply, select and
+  weigh in bfloat16. Here it gets a gate that multiplies in float32, as on a GPU.
 - DeepSpeed divides a token's gates by their sum and has no scaling factor, for any K. So its outputs equal ours
-  divided by the sum of our gates. It gives each expert as many rows as the busiest one has (`drop_tokens=False`), the
-  rest zeros. Its experts are modules, one for each: here gate and up in one product, as in ours.
+  divided by the sum of our gates. It pads each expert to the rows of the busiest one (`drop_tokens=False`). Its
+  experts are one module each: here with gate and up in one GEMM, as in ours.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""How much of ScMoE's communication stays uncovered: two ranks over a link that is slow on purpose.
+"""Exposed communication of ScMoE: two ranks over a link that is slow on purpose.
 
     sudo .venv/bin/python -m benchmarks.overlap --run runs/quickstart
 
-Two network namespaces, a token bucket between them, one thread a rank, experts spread over both (ep = 2). A step is
-forward and backward of the model of a run that `make train` left, on its own text; gradients of replicated weights are
-not reduced. For either router the link's speed is chosen so that a step that awaits every exchange where it starts is
-blocked 25 to 30 %. The settings take turns. Blocked seconds are what `exposed_comm_share` counts: from entering a wait
-to leaving it.
+Two network namespaces with a token bucket between them, one thread per rank, experts sharded over both (ep = 2). A step
+is forward and backward of the model of a run that `make train` left, on its own text; gradients of replicated weights
+are not reduced. For each router the link's speed is chosen so that a step with blocking collectives is blocked 25 to
+30 %. The settings run in turn. Blocked seconds are those of `exposed_comm_share`: from entering a wait to leaving it.
 
-Beside the learned router stands one that sends every expert the same number of tokens. `in sequence` is the order of an
-ordinary mixture of experts: dispatch, experts and combine follow one another, so only chunks can overlap. `network` is
-what the network threads of a rank take of its core: nothing hides that, with as many ranks as cores.
+One router is the learned one; the other sends every expert the same number of tokens. `in sequence` is the order of an
+ordinary MoE layer: dispatch, experts and combine in sequence, so that only chunks can overlap. `network` is the CPU
+time of a rank's network threads: nothing hides it with as many ranks as cores.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ from benchmarks.common import print_json, print_table
 from benchmarks.link import ADDRESSES, inside, shaped_link
 from longcat.errors import ConfigError
 
-REPORTED = (0.253, 0.084)  # uncovered communication without and with ScMoE's overlap, from the technical report
+REPORTED = (0.253, 0.084)  # exposed communication without and with ScMoE's overlap, from the technical report
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", default="runs/quickstart", help="folder of a run with a checkpoint")
-    parser.add_argument("--sequences", type=int, default=8, help="of each rank")
+    parser.add_argument("--sequences", type=int, default=8, help="per rank")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--blocked", type=float, default=0.275, help="share of a step to be blocked without overlap")
+    parser.add_argument("--blocked", type=float, default=0.275, help="share of a step that is blocked without overlap")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def measure(words: list[str]) -> list[dict[str, Any]]:
-    """Run both ranks; returns what each wrote."""
+    """Run both ranks; returns the figures of each."""
     with tempfile.TemporaryDirectory() as folder, shaped_link():
         ranks = []
         for rank in (0, 1):
@@ -72,7 +71,7 @@ def show(title: str, measured: dict[str, dict[str, float]]) -> None:
     rows = [
         [name, f"{one['share']:.1%}", *(f"{one[kind] * 1e3:.0f}" for kind in kinds)] for name, one in measured.items()
     ]
-    print_table(f"{title}; milliseconds", ["setting", "uncovered", *kinds], rows)
+    print_table(f"{title}; milliseconds", ["setting", "exposed", *kinds], rows)
 
 
 def main() -> None:
@@ -94,9 +93,9 @@ def main() -> None:
     curve = {name: together(ranks, "curve", name) for name in ranks[0]["curve"]}
     show("balanced router, by speed of the link and chunks", curve)
     same = all(one["same_gradients"] for one in ranks)
-    print(f"gradients of overlapped steps equal to the bit those of awaited ones with the same chunks: {same}")
+    print(f"gradients of overlapped and blocking steps with the same chunks are bitwise identical: {same}")
     print(f"tokens to the busier rank over the mean, learned router: {max(one['skew'] for one in ranks):.3f}")
-    print("the technical report: {:.1%} uncovered without, {:.1%} with ScMoE's overlap".format(*REPORTED))
+    print("the technical report: {:.1%} exposed without, {:.1%} with ScMoE's overlap".format(*REPORTED))
     print_json("overlap", {"mbit": speed, "same_gradients": same, "curve": curve, **results})
 
 

@@ -1,4 +1,4 @@
-"""One rank of `benchmarks.overlap`: the model with its experts spread, the settings in turn, what each step took."""
+"""One rank of `benchmarks.overlap`: the model with sharded experts, the settings in turn, the time of each step."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from parallel.watchdog.spans import begin_step, blocked_seconds
 from train.profiling.recorder import StepRecorder
 
 CHUNKS = (1, 2, 4, 8)
-SPEEDS = (0.5, 1.0, 2.0, 4.0)  # of the chosen one
+SPEEDS = (0.5, 1.0, 2.0, 4.0)  # relative to the chosen speed
 WAITS = ("expert counts", "expert dispatch", "expert combine")
-Row = list[float]  # seconds of a step, blocked, processor seconds of the network threads, blocked in each of WAITS
+Row = list[float]  # seconds of a step, blocked, CPU seconds of the network threads, blocked in each of WAITS
 
 
 def measure_rank(args: argparse.Namespace) -> None:
@@ -48,7 +48,7 @@ def measure_rank(args: argparse.Namespace) -> None:
     bench.force_balance(True)
     speed = bench.choose_speed(args.blocked)
     found: dict[str, Any] = {"same_gradients": bench.same_gradients(), "skew": bench.skew()}
-    settings = {"awaited at once": (OverlapConfig(enabled=False), False)}
+    settings = {"blocking": (OverlapConfig(enabled=False), False)}
     for chunks in CHUNKS:
         for place in ("ffn", "attention"):
             name = f"after {place}, {chunks} chunks"
@@ -64,7 +64,7 @@ def measure_rank(args: argparse.Namespace) -> None:
     for factor in SPEEDS:
         bench.set_speed(speed * factor)
         of_speed = {
-            f"{speed * factor:.0f} Mbit/s, awaited at once": (OverlapConfig(enabled=False), False),
+            f"{speed * factor:.0f} Mbit/s, blocking": (OverlapConfig(enabled=False), False),
             **{
                 f"{speed * factor:.0f} Mbit/s, {n} chunks": (
                     OverlapConfig(num_chunks=n, experts_after="attention"),
@@ -135,10 +135,9 @@ class Bench:
         return took
 
     def choose_speed(self, share: float) -> float:
-        """The link's Mbit/s at which a step that awaits all exchanges at once is blocked for ``share`` of it.
+        """The link's Mbit/s at which a step with blocking collectives is blocked for ``share`` of it.
 
-        Medians of both ranks. The search ends within 1.5 per cent of a step; what was measured is off by as much, so
-        each move goes most of the way only.
+        Medians of both ranks. The search ends within 1.5 % of a step, the noise of a measurement, so moves are damped.
         """
         speed = 1000.0
         for _ in range(12):
@@ -154,7 +153,7 @@ class Bench:
         return speed
 
     def same_gradients(self) -> bool:
-        """Whether overlapping changes a bit of any gradient, chunks and places alike."""
+        """Whether overlapped gradients are bitwise identical to blocking ones, for all chunks and positions."""
         for chunks in CHUNKS:
             for place in ("ffn", "attention"):
                 hashes = set()
@@ -171,7 +170,7 @@ class Bench:
         return True
 
     def skew(self) -> float:
-        """Rows for the busier rank over the mean of both, the largest of all layers, by the router that was learned."""
+        """Rows of the busier rank over the mean of both, largest over layers, with the learned router."""
         self.force_balance(False)
         _, statistics = self.model.trunk(self.tokens, None)
         self.force_balance(True)
@@ -184,7 +183,7 @@ FORWARD = ShortcutLayer.forward
 
 
 def forward_in_sequence(self: ShortcutLayer, x: Tensor, angles: Tensor, documents: Tensor | None = None) -> Any:
-    """The same values in the order of an ordinary mixture of experts: nothing dense between its three calls."""
+    """The same values in the order of an ordinary MoE layer: no dense compute between its three calls."""
     attention, ffn, moe = self.self_attn, self.mlps, self.mlp
     a = x + attention[0](self.input_layernorm[0](x), angles, documents)
     u = self.post_attention_layernorm[0](a)
@@ -206,7 +205,7 @@ def balanced(router: Router) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]
         used = round(config.expected_ffn_experts)
         token = torch.arange(u.shape[0])[:, None]
         ffn = (token * used + torch.arange(used)) % config.num_experts
-        # One after the other, so that the experts of a token lie on both ranks
+        # Alternate, so that a token's experts are on both ranks
         ffn = ffn % 2 * (config.num_experts // 2) + ffn // 2
         rest = torch.arange(config.top_k - used).expand(u.shape[0], -1) + config.num_experts
         indices = torch.cat((ffn, rest), 1)
@@ -216,7 +215,7 @@ def balanced(router: Router) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]
 
 
 def load_model(config: ModelConfig, checkpoint: Path, topology: Topology) -> LongCat:
-    """The model of a checkpoint in bfloat16, its experts spread over the ranks."""
+    """The model of a checkpoint in bfloat16, its experts sharded over the ranks."""
     import torch.distributed.checkpoint as dcp
 
     with torch.device("meta"):
@@ -238,7 +237,7 @@ def load_model(config: ModelConfig, checkpoint: Path, topology: Topology) -> Lon
 
 
 def network_seconds() -> float:
-    """Processor seconds of this process's threads other than the main one: gloo's, with one thread for torch."""
+    """CPU seconds of all threads but the main one: gloo's, as torch has one thread."""
     ticks = os.sysconf("SC_CLK_TCK")
     total = 0.0
     for task in Path("/proc/self/task").iterdir():

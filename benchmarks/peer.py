@@ -16,7 +16,7 @@ def peer_model(config: ModelConfig, attention: str) -> Any:
     """LongcatFlashForCausalLM of the same sizes; ``attention`` is its attention implementation."""
     from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
-    # The decorated configuration class hides from type checkers what its base class takes.
+    # The decorated configuration class hides its base class's arguments from type checkers.
     options: dict[str, Any] = {"use_cache": False, "attn_implementation": attention}
     return LongcatFlashForCausalLM(
         LongcatFlashConfig(
@@ -44,7 +44,7 @@ def peer_model(config: ModelConfig, attention: str) -> Any:
 
 
 def peer_tensors(peer: nn.Module, config: ModelConfig, grads: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(logical name, view) of the peer's values or gradients, less its identity experts' unused rows."""
+    """(logical name, view) of the peer's values or gradients, without the unused rows of identity experts."""
     width = config.expert_hidden_size
     persistent = peer.state_dict().keys()
     stored: list[tuple[str, Tensor | None]] = list(peer.named_parameters())
@@ -69,7 +69,7 @@ def peer_tensors(peer: nn.Module, config: ModelConfig, grads: bool = False) -> I
 
 @torch.no_grad()
 def copy_to_peer(model: nn.Module, peer: nn.Module, config: ModelConfig) -> None:
-    """Give the peer our model's values, so that both route every token alike; MTP stays behind."""
+    """Copy our model's values to the peer, all but MTP's, so that both route every token alike."""
     targets = dict(peer_tensors(peer, config))
     for name, tensor in logical_tensors(model):
         if not name.startswith("model.mtp."):

@@ -1,8 +1,8 @@
-"""Training throughput of this model beside transformers' LongCat-Flash: same sizes, values, dtype and batch.
+"""Training throughput of this model and of transformers' LongCat-Flash: same sizes, values, dtype and batch.
 
-Forward and backward with cross-entropy, taking turns in one process, MTP off in both. The peer gets the
-faster of its attention implementations; for the experts it has just one, a loop over those that were hit (its
-class takes no part in the package's choice of grouped or batched products).
+Forward and backward with cross-entropy, in alternating rounds in one process, without MTP. The peer gets the faster of
+its attention implementations; its experts have only one, a loop over those with tokens (its class does not support
+the package's grouped or batched GEMMs).
 
     python -m benchmarks.throughput --model small --dtype float32 --batch 4 --length 512
 """
@@ -46,9 +46,9 @@ PEER_ATTENTION = ("sdpa", "eager")
 
 
 class Batch:
-    """Tokens and labels [B, S], drawn anew for each round: no step of a training sees a batch twice.
+    """Tokens and labels [B, S], drawn anew for each round: training sees no batch twice.
 
-    It matters: a processor's library prepares code for each number of rows that an expert gets.
+    It matters: CPU libraries compile code for each number of rows that an expert gets.
     """
 
     tokens: Tensor
@@ -72,12 +72,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small", help="a preset of configs/model")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, help="sequences; 4, or 1 where bfloat16 has no instructions")
-    parser.add_argument("--length", type=int, help="tokens a sequence; 512, or 128 where bfloat16 has none")
+    parser.add_argument("--batch", type=int, help="sequences (default: 4, or 1 without bfloat16 instructions)")
+    parser.add_argument("--length", type=int, help="tokens per sequence (default: 512, or 128 without them)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=N", help="fields of the model, as num_layers=2")
-    parser.add_argument("--no-compile", action="store_true", help="as parallel.compile=false: nothing fused")
-    parser.add_argument("--rounds", type=int, help="timed rounds; 5, or 3 where bfloat16 has none")
+    parser.add_argument("--no-compile", action="store_true", help="as parallel.compile=false: no fused operators")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default: 5, or 3 without them)")
     return parser.parse_args()
 
 
@@ -88,14 +88,14 @@ def our_step(model: LongCat, batch: Batch) -> Callable[[], float]:
         valid = torch.ones_like(batch.labels, dtype=torch.bool)
         loss = model(batch.tokens, batch.labels, valid, mtp=False).lm / batch.num_tokens
         loss.backward()
-        model.zero_grad(set_to_none=True)  # at rest neither program holds gradients
+        model.zero_grad(set_to_none=True)  # between steps neither program holds gradients
         return loss.item()
 
     return step
 
 
 def peer_step(peer: Any, batch: Batch) -> Callable[[], float]:
-    """The same of the peer, with the float32 cross-entropy that its own loss function takes."""
+    """Forward and backward of the peer, with float32 cross-entropy as in its own loss function."""
 
     def step() -> float:
         logits = peer(input_ids=batch.tokens).logits
@@ -108,7 +108,7 @@ def peer_step(peer: Any, batch: Batch) -> Callable[[], float]:
 
 
 def fastest_attention(peer: Any, step: Callable[[], float]) -> str:
-    """Set the peer to the attention implementation that is the fastest in one run, and say which."""
+    """Set the peer to the attention implementation that is fastest in one run; returns its name."""
     times = {}
     for name in PEER_ATTENTION:
         peer.set_attn_implementation(name)
@@ -126,7 +126,7 @@ def compare(config: ModelConfig, dtype: torch.dtype, batch: Batch, rounds: int) 
     copy_to_peer(model, peer, config)
     model, peer = model.to(device(), dtype), peer.to(device(), dtype).train()
     ours, theirs = our_step(model, batch), peer_step(peer, batch)
-    losses = ours(), theirs()  # and warm
+    losses = ours(), theirs()  # also warms up
     difference = abs(losses[0] / losses[1] - 1)
     if not difference <= LOSS_TOLERANCE[dtype]:
         raise SystemExit(f"the losses {losses[0]} and {losses[1]} differ by {difference:.1e}: no comparison")
@@ -139,7 +139,7 @@ def compare(config: ModelConfig, dtype: torch.dtype, batch: Batch, rounds: int) 
 
     def between_rounds() -> None:
         batch.draw()
-        # The best rate counts: a machine that others slow down must not flatter us.
+        # The best rate: a busy machine must not flatter us.
         for name in rates:
             rates[name] = max(rates[name], gemm_gflops(getattr(torch, name), budget_seconds=0.3))
 
@@ -159,7 +159,7 @@ def compare(config: ModelConfig, dtype: torch.dtype, batch: Batch, rounds: int) 
 
 
 def describe(timed: Rounds, num_tokens: int, flops: float, rates: dict[str, float]) -> dict[str, Any]:
-    """One program's row: speed, and its model FLOPs a second over each dtype's GEMM rate."""
+    """One program's row: speed, and its model FLOP/s over each dtype's GEMM rate."""
     gflops = flops / timed.median / 1e9
     return {
         "tokens_per_second": num_tokens / timed.median,
@@ -202,7 +202,7 @@ def show(result: dict[str, Any], name: str, config: ModelConfig) -> None:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as a training does; all programs of this process get it
+    keep_freed_memory()  # as in training; applies to all programs of this process
     fields = {name: int(value) for name, value in (one.split("=") for one in args.set)}
     config = replace(preset(args.model), num_mtp_layers=0, **fields)
     config.validate()

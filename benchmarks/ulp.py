@@ -2,9 +2,9 @@
 
     python -m benchmarks.ulp
 
-Forward and backward, over the widths of the presets, as written and fused (`parallel.compile`). The unit is that of the
+Forward and backward, over the widths of the presets, eager and fused (`parallel.compile`). The unit is that of the
 largest number in the row of the exact result. Inputs are random and already of the dtype, so what is measured is the
-operator's own rounding. Operators with a kernel of their own are in `benchmarks.kernels`.
+operator's own rounding. `benchmarks.kernels` has the operators with Triton kernels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Function = Callable[..., Tensor]
 
 
 class Case(NamedTuple):
-    """An operator on one shape: ours and the same in plain torch, of tensors drawn with these shapes."""
+    """An operator on one shape: ours and plain torch's, on random tensors of these shapes."""
 
     name: str
     ours: Function

@@ -1,14 +1,14 @@
-"""Weak scaling from one rank to two: whole training steps, expert parallelism over two ranks, tokens a rank fixed.
+"""Weak scaling from one rank to two: full training steps, expert parallelism over two ranks, fixed tokens per rank.
 
-Three things take turns, each with one thread a rank: one rank while the other processor stands still; two ranks that
-share the experts (`parallel.ep=2`, gloo over the loopback device); two processes that each train alone at once. The
-last is what two processors give that share memory bandwidth, cache and clock and send each other nothing. Two ranks
-may do better than that: each holds, casts and updates half of the experts, so the work of a step that does not depend
-on its tokens is shared. Efficiency is tokens a second over twice those of the one rank.
+Three programs run in turn with one thread per rank: one rank while the other core is idle; two ranks that share the
+experts (`parallel.ep=2`, gloo over the loopback device); two independent processes at the same time. The last shows
+what two cores reach that share memory bandwidth, cache and clock but no messages. Two ranks may exceed it: each
+holds, casts and updates half of the experts, so they share the work of a step that does not depend on its tokens.
+Efficiency is tokens per second over twice those of the one rank.
 
     python -m benchmarks.weak_scaling --batch 4 --length 512
     python -m benchmarks.weak_scaling --set parallel.compile=true parallel.transport=all_gather
-    python -m benchmarks.weak_scaling --profile        # also where a step's time goes, on one rank and on two
+    python -m benchmarks.weak_scaling --profile        # also profiles a step, on one rank and on two
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHOWN = 14  # rows of a profile
 
 
 class RandomSamples:
-    """Windows of random ids that depend on the sample's number alone."""
+    """Sequences of random ids that depend only on the sample's index."""
 
     eod = 0
 
@@ -52,12 +52,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small", help="a preset of configs/model")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, default=4, help="sequences of each rank and step, in one micro-batch")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per rank and step, in one micro-batch")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
-    parser.add_argument("--steps", type=int, default=2, help="steps of each round")
+    parser.add_argument("--steps", type=int, default=2, help="steps per round")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the configuration")
-    parser.add_argument("--profile", action="store_true", help="also torch's profile of a step, on one rank and on two")
+    parser.add_argument("--profile", action="store_true", help="also profile a step with torch, on one rank and on two")
     return parser.parse_args()
 
 
@@ -75,7 +75,7 @@ def overrides(args: argparse.Namespace, ranks: int) -> list[str]:
 
 
 class Training:
-    """A stepper of our own, as `longcat train` builds it, without data sets, checkpoints and logs."""
+    """A stepper as `longcat train` builds it, without data sets, checkpoints and logs."""
 
     def __init__(self, args: argparse.Namespace, ranks: int) -> None:
         config = compose(overrides(args, ranks))
@@ -92,11 +92,11 @@ class Training:
         for _ in range(num):
             result = self.stepper.step()
             if not result.healthy:
-                raise SystemExit("a step was not finite: its time counts for nothing")
+                raise SystemExit("a step was not finite, so its time is invalid")
         return time.perf_counter() - start
 
     def profile(self, _: int) -> list[tuple[str, float, int]]:
-        """(operator, milliseconds of its own, calls) of one step, the largest first."""
+        """(operator, self milliseconds, calls) of one step, the largest first."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
             self.steps(1)
         rows = [(one.key, one.self_cpu_time_total / 1e3, one.count) for one in recorded.key_averages()]
@@ -104,7 +104,7 @@ class Training:
 
 
 def serve(rank: int, ranks: int, port: int, args: argparse.Namespace, tasks: Any, answers: Any) -> None:
-    """A rank: builds its training and answers method names with what the method gives."""
+    """A rank: builds its training, then runs the methods that it is sent and returns their results."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -125,7 +125,7 @@ def serve(rank: int, ranks: int, port: int, args: argparse.Namespace, tasks: Any
 
 
 class World:
-    """Processes of one world, asked together."""
+    """The processes of one world."""
 
     def __init__(self, ranks: int, args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
@@ -152,14 +152,14 @@ class World:
 
 
 def ask(worlds: list[World], method: str, number: int) -> list[Any]:
-    """The answers of all ranks of all ``worlds``, which work at the same time."""
+    """The answers of all ranks of all ``worlds``, which run at the same time."""
     for world in worlds:
         world.start(method, number)
     return [answer for world in worlds for answer in world.collect()]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each program's rounds, the slowest rank's of each."""
+    """Seconds of each program's rounds, each the slowest rank's."""
     alone, other, pair = World(1, args), World(1, args), World(2, args)
     programs: dict[str, list[World]] = {
         "1 rank": [alone],
@@ -172,7 +172,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         rates.append(gemm_gflops(getattr(torch, args.dtype), budget_seconds=0.1))
         for name, worlds in programs.items():
             took = max(ask(worlds, "steps", args.steps))
-            if number:  # the first is to warm up
+            if number:  # the first round warms up
                 seconds[name].append(took)
     profiles = {}
     if args.profile:
@@ -183,7 +183,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def efficiencies(seconds: dict[str, list[float]], name: str) -> list[float]:
-    """Tokens a second of both ranks over twice those of one, round by round, sorted: equal tokens a rank."""
+    """Tokens per second of both ranks over twice those of one, round by round, sorted (equal tokens per rank)."""
     return sorted(one / two for one, two in zip(seconds["1 rank"], seconds[name], strict=True))
 
 
@@ -207,19 +207,19 @@ def main() -> None:
                 f"{ratios[0]:.1%} to {ratios[-1]:.1%}",
             ]
         )
-    columns = ["program", "s a step", "tokens/s", "efficiency", "rounds"]
-    title = f"{args.model}, {args.dtype}, {args.batch} x {args.length} tokens a rank and step, one thread a rank"
+    columns = ["program", "s per step", "tokens/s", "efficiency", "rounds"]
+    title = f"{args.model}, {args.dtype}, {args.batch} x {args.length} tokens per rank and step, one thread per rank"
     print_table(title, columns, rows)
     share = efficiency_of_exchange(seconds)
-    print(f"two ranks with ep=2 give this much of what two that train apart give: {share:.1%}")
+    print(f"throughput with ep=2 over that of two independent ranks: {share:.1%}")
     for name, profile in measured["profiles"].items():
         shown = [[operator, f"{took:.1f}", str(calls)] for operator, took, calls in profile]
-        print_table(f"one step, {name}, first rank", ["operator", "ms of its own", "calls"], shown)
+        print_table(f"one step, {name}, first rank", ["operator", "self ms", "calls"], shown)
     print_json("weak_scaling", {**vars(args), "efficiency": found, "of_ceiling": share, **measured})
 
 
 def efficiency_of_exchange(seconds: dict[str, list[float]]) -> float:
-    """Tokens a second of two ranks that share the experts over those of two that train apart: median of the rounds."""
+    """Tokens per second of two ranks with ep=2 over those of two independent ranks: median of the rounds."""
     both = zip(seconds["2 x 1 rank, apart"], seconds["2 ranks, ep=2"], strict=True)
     return statistics.median(apart / together for apart, together in both)
 

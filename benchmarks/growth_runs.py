@@ -29,15 +29,15 @@ Steps = list[dict[str, Any]]  # lines of metrics.jsonl
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One of the runs, by its name: `full`, `half`, or `<method>-<moment>`."""
+class GrowthRun:
+    """One run, by its name: `full`, `half`, or `<method>-<moment>`."""
 
     name: str
     folder: Path
 
     @cached_property
     def moment(self) -> int:
-        """The step it grew at; 0 for the two that start from scratch."""
+        """The step at which it grew; 0 for the two runs from scratch."""
         return int(self.name.partition("-")[2] or 0)
 
     @property
@@ -45,7 +45,7 @@ class Arm:
         return self.name.partition("-")[0]
 
     @property
-    def run(self) -> Path:
+    def path(self) -> Path:
         return self.folder / self.name
 
     def config(self, seconds: float = 0.0) -> Config:
@@ -55,7 +55,7 @@ class Arm:
 
     @property
     def steps(self) -> int:
-        """Steps until the FLOPs of the run from scratch are used up, for the expected FFN experts, in whole tens."""
+        """Steps until the FLOPs of the run from scratch are spent, at the expected FFN experts, rounded to tens."""
         share = token_flops(LAYERS) / token_flops(LAYERS * FACTOR)
         if self.method == "half":
             return 10 * round(STEPS / share / 10)
@@ -63,15 +63,15 @@ class Arm:
 
     @property
     def is_complete(self) -> bool:
-        return (self.run / "metrics.jsonl").is_file() and self.own_steps()[-1]["step"] == self.steps
+        return (self.path / "metrics.jsonl").is_file() and self.own_steps()[-1]["step"] == self.steps
 
     def own_steps(self) -> Steps:
-        lines = (self.run / "metrics.jsonl").read_text().splitlines()
+        lines = (self.path / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
     def steps_from_scratch(self) -> Steps:
-        """metrics of each step, the shallow run's before the growth, with `spent`: FLOPs up to and with the step."""
-        before = Arm("half", self.folder).own_steps()[: self.moment]
+        """Metrics of each step, with the shallow run's before the growth, and `spent`: FLOPs up to and including it."""
+        before = GrowthRun("half", self.folder).own_steps()[: self.moment]
         shallow = self.steps if self.method == "half" else len(before)
         found, spent, tokens = [*before, *self.own_steps()], 0.0, 0
         for number, step in enumerate(found):
@@ -82,7 +82,7 @@ class Arm:
 
 
 def token_flops(num_layers: int, ffn_experts: float | None = None) -> float:
-    """Of forward and backward of one token with the FFN experts that it used; None = the expected number."""
+    """FLOPs of forward and backward of one token; ``ffn_experts`` in use, None = the expected number."""
     config = settings(num_layers)
     return flops_per_token(config.model, config.train.sequence_length, ffn_experts)
 
@@ -93,7 +93,7 @@ def settings(num_layers: int) -> Config:
 
 
 def at(steps: Steps, key: str, value: float) -> float:
-    """The validation loss where ``key`` (tokens or spent) reaches ``value``, on the line between two measurements."""
+    """The validation loss where ``key`` (tokens or spent) reaches ``value``, by linear interpolation."""
     known = [(step[key], step["val_loss"]) for step in steps if step.get("val_loss") is not None]
     for (x0, y0), (x1, y1) in pairwise(known):
         if x0 <= value <= x1:
@@ -102,9 +102,9 @@ def at(steps: Steps, key: str, value: float) -> float:
 
 
 def gap(steps: Steps, full: Steps, key: str) -> float | None:
-    """Validation loss less that of ``full`` at equal ``key``: the mean at ten points of the last tenth of ``full``.
+    """Validation loss minus that of ``full`` at equal ``key``: the mean at ten points of the last tenth of ``full``.
 
-    None where the run has not come that far (two per cent are let off, and left out of both).
+    None where the run ends more than 2 % before ``full``; the missing part is left out of both.
     """
     end = min(last_validated(steps, key), last_validated(full, key))
     if end < 0.98 * full[-1][key]:
@@ -119,28 +119,28 @@ def last_validated(steps: Steps, key: str) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run shows, in nats a token."""
+    """Results of a run, in nats per token."""
 
     name: str
-    last_step: int  # of `Arm.steps`
+    last_step: int  # of `GrowthRun.steps`
     rise: float | None  # of the training loss on the first batch after the growth, over the shallow run's on it
     recovered_after: int | None  # steps until it is no higher than the shallow run's, as a mean over ten steps
     equal_tokens: float | None  # see `gap`
     equal_flops: float | None
 
 
-def outcome(arm: Arm, full: Steps, half: Steps) -> Outcome:
-    steps = arm.steps_from_scratch()
+def outcome(run: GrowthRun, full: Steps, half: Steps) -> Outcome:
+    steps = run.steps_from_scratch()
     shallow = {step["step"]: step["loss"] for step in half}
-    gaps = [step["loss"] - shallow[step["step"]] for step in arm.own_steps() if arm.moment and step["step"] in shallow]
+    gaps = [step["loss"] - shallow[step["step"]] for step in run.own_steps() if run.moment and step["step"] in shallow]
     recovered = next((n for n in range(len(gaps) - 9) if sum(gaps[n : n + 10]) <= 0), None)
     rise = gaps[0] if gaps else None
     equal = gap(steps, full, "tokens"), gap(steps, full, "spent")
-    return Outcome(arm.name, steps[-1]["step"], rise, recovered, *equal)
+    return Outcome(run.name, steps[-1]["step"], rise, recovered, *equal)
 
 
 def results(folder: Path) -> list[Outcome]:
-    """Of the runs beside `full`, as far as they have come."""
-    full, half = (Arm(name, folder).steps_from_scratch() for name in ("full", "half"))
-    arms = (Arm(name, folder) for name in NAMES[1:])
-    return [outcome(arm, full, half) for arm in arms if (arm.run / "metrics.jsonl").is_file()]
+    """Results of all runs but `full` that have begun."""
+    full, half = (GrowthRun(name, folder).steps_from_scratch() for name in ("full", "half"))
+    runs = (GrowthRun(name, folder) for name in NAMES[1:])
+    return [outcome(run, full, half) for run in runs if (run.path / "metrics.jsonl").is_file()]
