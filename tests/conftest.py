@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, loopback, no network, fixed seeds, a reason for each skip."""
+"""Settings of every test: one thread, loopback, no network, fixed seeds, a reason for each skip."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Derandomised: a failure that a reader sees is one that a second run shows again.
+# Derandomised, so that a failure is reproducible.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, and say so."""
+    """Skip tests that need a GPU where there is none, with the reason."""
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch sees none")
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Each test starts from the same random state, whichever tests ran before it."""
+    """Start each test from the same random state."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.fixtures import Refused
-from tests.support.running import NARROW, ended
+from tests.support.running import NARROW, exit_json
 from train.checkpoint.manifest import list_checkpoints
 
 
 @pytest.fixture
 def broken(corpus: Path, tmp_path: Path) -> Path:
     """The prefix of a copy of the corpus, to be broken."""
-    shutil.copytree(corpus.parent, tmp_path / "broken", ignore=shutil.ignore_patterns("index", "straight"))
+    shutil.copytree(corpus.parent, tmp_path / "broken", ignore=shutil.ignore_patterns("index", "uninterrupted"))
     return tmp_path / "broken" / "corpus"
 
 
@@ -85,5 +85,5 @@ def test_a_wrong_corpus_is_refused(
 ) -> None:
     damage(broken)
     said = refused(["train", *overrides, *NARROW, f"data.paths=[{broken}]", *words], *telling, str(broken.parent))
-    assert ended(tmp_path / "run") == {"code": 2, "message": said.removeprefix("error: ")}
+    assert exit_json(tmp_path / "run") == {"code": 2, "message": said.removeprefix("error: ")}
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []

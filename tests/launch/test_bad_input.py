@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main as longcat
-from tests.support.fixtures import Refused, one_line_of
-from tests.support.running import NARROW, contents, ended, finish, program, train_here
+from tests.support.fixtures import Refused, error_line
+from tests.support.running import NARROW, contents, exit_json, finish, program, train_here
 from train.__main__ import main as rank_main
 from train.checkpoint.manifest import list_checkpoints
 from train.run_dir import lock
@@ -164,7 +164,7 @@ def test_resume_is_refused_when_no_checkpoint_is_valid(used: tuple[list[str], Pa
     before = contents(used[1])
     refused(used[0], "no checkpoint in", "step-00000002", "does not have the hash", "another run.name")
     after = contents(used[1])
-    assert ended(used[1])["code"] == 2
+    assert exit_json(used[1])["code"] == 2
     assert before.pop("exit.json") != after.pop("exit.json")
     assert after == before
 
@@ -254,7 +254,7 @@ def test_verify_names_what_is_damaged(
 def test_the_program_refuses_in_one_line(tmp_path: Path) -> None:
     code, errors = finish(program("launch", "train", "train.stpes=3", f"run.dir={tmp_path / 'runs'}"))
     assert code == 2
-    assert errors == one_line_of(errors, "'train.steps'") + "\n"
+    assert errors == error_line(errors, "'train.steps'") + "\n"
     assert not (tmp_path / "runs").exists()
 
 
@@ -263,7 +263,7 @@ def test_single_rank_refuses_in_one_line(used: tuple[list[str], Path]) -> None:
     before = contents(used[1])
     code, errors = finish(program(*used[0], "optim.lr=0.5"))
     assert code == 2
-    assert errors == one_line_of(errors, "optim.lr was 0.001 and is now 0.5") + "\n"
+    assert errors == error_line(errors, "optim.lr was 0.001 and is now 0.5") + "\n"
     assert contents(used[1]) == before
 
 
@@ -272,8 +272,8 @@ def test_exit_json_holds_the_code_under_torchrun(overrides: list[str], tmp_path:
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "train"]
     code, errors = finish(program(*launcher, *overrides, "train.stpes=3"))
     assert code == 1
-    said = one_line_of(errors, "'train.steps'")
-    assert ended(tmp_path / "run") == {"code": 2, "message": said.removeprefix("error: ")}
+    said = error_line(errors, "'train.steps'")
+    assert exit_json(tmp_path / "run") == {"code": 2, "message": said.removeprefix("error: ")}
 
 
 @pytest.fixture
@@ -286,11 +286,11 @@ def as_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("as_a_rank")
 def test_refused_rank_writes_exit_json(overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert rank_main([*overrides, "train.global_batch_size=2"]) == 2
-    said = one_line_of(capfd.readouterr().err, "1 micro-batches", "2 data-parallel ranks")
-    assert ended(tmp_path / "run") == {"code": 2, "message": said.removeprefix("error: ")}
+    said = error_line(capfd.readouterr().err, "1 micro-batches", "2 data-parallel ranks")
+    assert exit_json(tmp_path / "run") == {"code": 2, "message": said.removeprefix("error: ")}
     assert rank_main([*overrides, "parallel.fsdp=3"]) == 2
-    said = one_line_of(capfd.readouterr().err, "parallel.fsdp", "2 ranks")
-    assert ended(tmp_path / "run")["message"] == said.removeprefix("error: "), "an older refusal stands there"
+    said = error_line(capfd.readouterr().err, "parallel.fsdp", "2 ranks")
+    assert exit_json(tmp_path / "run")["message"] == said.removeprefix("error: "), "an older refusal stands there"
 
 
 @pytest.mark.usefixtures("as_a_rank")
@@ -298,7 +298,7 @@ def test_refused_rank_leaves_other_runs_alone(used: tuple[list[str], Path], capf
     before = contents(used[1])
     for words, telling in ((["optim.lr=0.5"], "is now 0.5"), (["train.stpes=3", "run.name=used"], "'train.steps'")):
         assert rank_main([*used[0][1:], "train.global_batch_size=4", *words]) == 2
-        one_line_of(capfd.readouterr().err, telling)
+        error_line(capfd.readouterr().err, telling)
         assert contents(used[1]) == before
     (used[1] / "config.yaml").unlink()  # as in a run that has just begun
     with lock(used[1]):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.exporting import done
+from tests.support.exporting import run_command
 from tests.support.fixtures import Refused
 from train.checkpoint import read
 from train.checkpoint.read import Checkpoint
@@ -31,7 +31,7 @@ def small_disk(num_bytes: int) -> Iterator[None]:
 @pytest.mark.parametrize("num_bytes", [1000, 200_000])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_full_disk_is_reported_in_one_line(num_bytes: int, checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
-    done("export", f"source={checkpoint}", f"target={tmp_path / 'export'}", "export.dtype=float32")
+    run_command("export", f"source={checkpoint}", f"target={tmp_path / 'export'}", "export.dtype=float32")
     for verb, source in (("export", checkpoint), ("import", tmp_path / "export")):
         target = tmp_path / f"{verb}ed"
         with small_disk(num_bytes):
@@ -68,7 +68,7 @@ def test_export_that_vanishes_is_reported_in_one_line(
     checkpoint: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "source"
-    done("export", f"source={checkpoint}", f"target={source}", "export.dtype=float32", "export.shard_gib=0.0001")
+    run_command("export", f"source={checkpoint}", f"target={source}", "export.dtype=float32", "export.shard_gib=0.0001")
     after(monkeypatch, import_module, "configuration_of", lambda: shutil.rmtree(source))
     refused(["import", f"source={source}", f"target={tmp_path / 'out'}"], str(source), "missing or damaged")
     assert not list(tmp_path.iterdir())

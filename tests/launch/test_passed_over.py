@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.exporting import done, trained
+from tests.support.exporting import run_command, trained
 
 
 @pytest.mark.parametrize("verb", ["export", "generate", "grow"])
@@ -18,11 +18,11 @@ def test_skipped_checkpoints_are_reported(
     (newest / "manifest.json").unlink()
     words = {"generate": ["max_tokens=2"]}.get(verb, [f"target={tmp_path / 'out'}"])
     capfd.readouterr()
-    done(verb, f"source={newest.parents[1]}", *words)
+    run_command(verb, f"source={newest.parents[1]}", *words)
     assert capfd.readouterr().err.splitlines() == [
         f"skipped {newest}: no readable manifest.json",
         f"used instead: {older}",
     ]
     (older.parent / "step-00000001").rename(tmp_path / "whole")
-    done(verb, f"source={tmp_path / 'whole'}", *(word.replace("/out", "/again") for word in words))
+    run_command(verb, f"source={tmp_path / 'whole'}", *(word.replace("/out", "/again") for word in words))
     assert capfd.readouterr().err == ""

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main as longcat
-from tests.support.exporting import SMALL, done, trained
+from tests.support.exporting import SMALL, run_command, trained
 from tests.support.fixtures import Refused
-from tests.support.running import lines, tidily
+from tests.support.running import lines, run_cleanly
 from train.checkpoint.manifest import STATE
 from train.compose import compose
 from train.data.build import build
@@ -22,7 +22,8 @@ from train.data.corpus import file_sha256
 def moved(corpus: Path, tmp_path: Path) -> Path:
     """A corpus of the test's own."""
     return (
-        Path(shutil.copytree(corpus.parent, tmp_path / "corpus", ignore=shutil.ignore_patterns("straight"))) / "corpus"
+        Path(shutil.copytree(corpus.parent, tmp_path / "corpus", ignore=shutil.ignore_patterns("uninterrupted")))
+        / "corpus"
     )
 
 
@@ -40,7 +41,7 @@ def test_corpus_of_another_tokenizer_is_refused_in_training(checkpoint: Path, ot
     """With data.from_start too: the ids mean other text whatever is read first."""
     words = [*SMALL, f"data.paths=[{other}]", f"run.dir={tmp_path}", "run.name=run", f"checkpoint.resume={checkpoint}"]
     telling = ["with the tokenizer of SHA-256", str(other), "longcat data build data.tokenizer=FILE"]
-    assert tidily(lambda: longcat(["train", *words, "data.from_start=true", "train.steps=3"])) == 2
+    assert run_cleanly(lambda: longcat(["train", *words, "data.from_start=true", "train.steps=3"])) == 2
     said = json.loads((tmp_path / "run" / "exit.json").read_text())["message"]
     assert all(word in said for word in telling), said
 
@@ -58,8 +59,8 @@ def test_changed_tokenizer_file_is_refused_by_text_and_export(
     refused(["export", source, target, f"export.tokenizer={wrong}"], str(wrong), "is not the tokenizer")
     assert not (tmp_path / "out").exists()
     right = corpus.parent / "tokenizer.json"
-    done("generate", source, "max_tokens=2", f"tokenizer={right}")
-    done("export", source, target, f"export.tokenizer={right}")
+    run_command("generate", source, "max_tokens=2", f"tokenizer={right}")
+    run_command("export", source, target, f"export.tokenizer={right}")
     assert file_sha256(tmp_path / "out" / "tokenizer.json") == file_sha256(right)
 
 
@@ -78,10 +79,10 @@ def test_commands_that_an_import_prints_work(
     checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after balance.method=sign; where the corpus is of another tokenizer, one is to be built first."""
-    done("export", f"source={checkpoint}", f"target={tmp_path / 'export'}", "export.dtype=float32")
+    run_command("export", f"source={checkpoint}", f"target={tmp_path / 'export'}", "export.dtype=float32")
     words = ["import", f"source={tmp_path / 'export'}", "balance.method=sign"]
     capsys.readouterr()
-    done(*words, f"target={tmp_path / 'in'}", f"data.paths=[{corpus}]")
+    run_command(*words, f"target={tmp_path / 'in'}", f"data.paths=[{corpus}]")
     _, command = capsys.readouterr().out.splitlines()
     known = json.loads((tmp_path / "in" / STATE).read_text())["configuration"]["tokenizer_sha256"]
     assert known == file_sha256(corpus.parent / "tokenizer.json")
@@ -89,18 +90,18 @@ def test_commands_that_an_import_prints_work(
     short = [word for word in SMALL if not word.startswith("model")] + [f"run.dir={tmp_path}", "train.steps=1"]
     program, *rest = command.replace("run.name=…", "run.name=first").split()
     assert program == "longcat" and "balance.method=sign" in rest
-    assert tidily(lambda: longcat([*rest, *short])) == 0
+    assert run_cleanly(lambda: longcat([*rest, *short])) == 0
     assert [row["step"] for row in lines(tmp_path / "first")] == [1]
 
     monkeypatch.chdir(tmp_path)  # where there is no corpus
     capsys.readouterr()
-    done(*words, f"target={tmp_path / 'again'}")
+    run_command(*words, f"target={tmp_path / 'again'}")
     _, said, build_it, command = capsys.readouterr().out.splitlines()
     assert "must have the model's tokenizer" in said
     (tmp_path / "text").mkdir()
     for number in range(40):
         (tmp_path / "text" / f"{number}.txt").write_text("def main(): return 0\n" * 50)
     program, *rest = build_it.replace("=TEXTS", "=text").replace("=FOLDER", "=mine").split()
-    done(*rest)
+    run_command(*rest)
     program, *rest = command.replace("run.name=…", "run.name=second").replace("=FOLDER", "=mine").split()
-    assert tidily(lambda: longcat([*rest, *short])) == 0
+    assert run_cleanly(lambda: longcat([*rest, *short])) == 0

@@ -1,4 +1,4 @@
-"""The table of layouts and their largest errors: printed after the suite, and written where --parity-table says."""
+"""The table of layouts and their largest errors: printed after the tests, and written to --parity-table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-ERRORS: dict[str, tuple[int, str, dict[str, float]]] = {}  # layout → ranks, its overrides, largest error of each kind
+ERRORS: dict[str, tuple[int, str, dict[str, float]]] = {}  # layout → ranks, overrides, largest error of each kind
 SHOWN = ("first gradients", "last gradients", "grad_norm", "weights", "exp avg", "exp avg_sq", "biases", "loss")
 COLUMNS = ("gradients, step 1", "gradients, step 3", "norm", "weights", "first moment", "second", "biases", "loss")
 
@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def table() -> list[str]:
-    """Markdown lines."""
+    """The table as lines of markdown."""
     lines = [f"| layout | ranks | {' | '.join(COLUMNS)} |", f"|---|---|{'---|' * len(COLUMNS)}"]
     for name, (ranks, _, errors) in ERRORS.items():
         lines.append(f"| {name} | {ranks} | {' | '.join(f'{errors[key]:.1e}' for key in SHOWN)} |")

@@ -1,4 +1,4 @@
-"""The layouts of the suite: a name, the ranks, and the overrides; and the problems that they are compared on."""
+"""The layouts of the parity tests: name, ranks and overrides; and the problems that they compute."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """One layout. ``problem`` names what is computed; one process computes the same."""
+    """One layout, compared with one process on the same ``problem``."""
 
     name: str
     ranks: int
@@ -21,7 +21,7 @@ class Layout(NamedTuple):
 
 PROBLEMS: dict[str, list[str]] = {
     "plain": [],
-    "two_a_micro_batch": ["train.micro_batch_size=2"],
+    "two_per_micro_batch": ["train.micro_batch_size=2"],
     "documents": ["data.mask_documents=true"],
     "no_mtp": ["model.num_mtp_layers=0", "train.seed=3"],
     "late_mtp": ["loss.mtp_start_tokens=256"],  # on from the second step
@@ -35,21 +35,21 @@ LAYOUTS = [
     Layout("ep2", 2, "ep=2"),
     Layout("ep2-all_gather", 2, "ep=2 transport=all_gather"),
     Layout("ep2-chunks2", 2, "ep=2 overlap.num_chunks=2"),
-    Layout("ep2-chunks3", 2, "ep=2 overlap.num_chunks=3", "two_a_micro_batch"),
-    Layout("ep2-chunks2-awaited", 2, "ep=2 overlap.num_chunks=2 overlap.enabled=false"),
+    Layout("ep2-chunks3", 2, "ep=2 overlap.num_chunks=3", "two_per_micro_batch"),
+    Layout("ep2-chunks2-blocking", 2, "ep=2 overlap.num_chunks=2 overlap.enabled=false"),
     Layout("ep2-chunks2-after_attention", 2, "ep=2 overlap.num_chunks=2 overlap.experts_after=attention"),
     Layout("tp2", 2, "tp=2"),
     Layout("cp2", 2, "cp=2"),
     Layout("cp2-documents", 2, "cp=2", "documents"),
     Layout("cp2-ep2", 2, "cp=2 ep=2"),
     Layout("cp2-ep2-chunks2", 2, "cp=2 ep=2 overlap.num_chunks=2"),
-    Layout("cp2-ep2-chunks2-awaited", 2, "cp=2 ep=2 overlap.num_chunks=2 overlap.enabled=false"),
-    Layout("tp2-ep2", 2, "tp=2 ep=2", "two_a_micro_batch"),
+    Layout("cp2-ep2-chunks2-blocking", 2, "cp=2 ep=2 overlap.num_chunks=2 overlap.enabled=false"),
+    Layout("tp2-ep2", 2, "tp=2 ep=2", "two_per_micro_batch"),
     Layout("tp2-ep2-chunks2-after_attention", 2, "tp=2 ep=2 overlap.num_chunks=2 overlap.experts_after=attention"),
     Layout("ep2-recompute_full", 2, "ep=2 recompute=full"),
     Layout("ep2-recompute_selective", 2, "ep=2 recompute=selective"),
     Layout("pp2-1f1b", 2, "pp=2 schedule=1f1b"),
-    Layout("pp2-interleaved", 2, "pp=2 schedule=interleaved", "two_a_micro_batch"),
+    Layout("pp2-interleaved", 2, "pp=2 schedule=interleaved", "two_per_micro_batch"),
     Layout("pp2-zbv", 2, "pp=2 schedule=zbv"),
     Layout("pp2-dualpipev", 2, "pp=2 schedule=dualpipev"),
     Layout("pp2-zbv-seven_layers", 2, "pp=2 schedule=zbv", "seven_layers"),
@@ -63,7 +63,7 @@ LAYOUTS = [
     Layout("pp4-1f1b-seven_layers", 4, "pp=4 schedule=1f1b", "seven_layers"),
     Layout("pp4-zbv", 4, "pp=4 schedule=zbv", "eight_layers"),
     Layout("zero1", 2, "sharding=zero1"),
-    Layout("zero2", 2, "sharding=zero2", "two_a_micro_batch"),
+    Layout("zero2", 2, "sharding=zero2", "two_per_micro_batch"),
     Layout("zero3", 2, "sharding=zero3"),
     Layout("ep2-late_mtp", 2, "ep=2", "late_mtp"),
     Layout("pp2-zbv-late_mtp", 2, "pp=2 schedule=zbv", "late_mtp"),
@@ -71,14 +71,14 @@ LAYOUTS = [
     Layout("zero3-late_mtp", 2, "sharding=zero3", "late_mtp"),
     Layout("zero1-ep2", 2, "sharding=zero1 ep=2"),
     Layout("zero2-ep2-recompute_full", 2, "sharding=zero2 ep=2 recompute=full", "documents"),
-    Layout("zero2-offload", 2, "sharding=zero2 offload=cpu", "two_a_micro_batch"),
+    Layout("zero2-offload", 2, "sharding=zero2 offload=cpu", "two_per_micro_batch"),
     Layout("zero1-dp2-fsdp2-ep2", 4, "sharding=zero1 dp=2 fsdp=2 ep=2"),
     Layout("zero1-cp2-ep2", 4, "sharding=zero1 fsdp=2 cp=2 ep=2"),
-    Layout("zero3-recompute_selective", 4, "sharding=zero3 recompute=selective", "two_a_micro_batch"),
+    Layout("zero3-recompute_selective", 4, "sharding=zero3 recompute=selective", "two_per_micro_batch"),
     Layout("cp2-tp2-ep4", 4, "cp=2 tp=2 ep=4", "documents"),
     Layout("fsdp2-cp2-ep4", 4, "fsdp=2 cp=2 ep=4"),
     Layout("dp2-fsdp2-ep2", 4, "dp=2 fsdp=2 ep=2"),
-    Layout("fsdp4-ep2", 4, "fsdp=4 ep=2", "two_a_micro_batch"),
+    Layout("fsdp4-ep2", 4, "fsdp=4 ep=2", "two_per_micro_batch"),
     Layout("cp4-ep2", 4, "cp=4 ep=2"),
     Layout("tp4", 4, "tp=4"),
     Layout("fsdp2-tp2-ep2-recompute_full", 4, "fsdp=2 tp=2 ep=2 recompute=full", "documents"),

@@ -1,4 +1,4 @@
-"""The commonest silent bugs of parallel training, put in on purpose: the suite must see each of them."""
+"""Common silent bugs of parallel training, made on purpose: the parity tests must detect each."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def double_one_expert(stepper: Stepper) -> None:
 
     def mutated(*arguments: Any) -> Any:
         found = run(*arguments)
-        for local_boxes in stepper.state.store.gradients():
-            if local_boxes.name == "layers.1.mlp.experts.down" and dist.get_rank() == 0:
-                local_boxes.values[0] *= 2
+        for shard in stepper.state.store.gradients():
+            if shard.name == "layers.1.mlp.experts.down" and dist.get_rank() == 0:
+                shard.values[0] *= 2
         return found
 
     stepper.state.engine.run = mutated  # type: ignore[method-assign]
 
 
 def drop_a_shard_from_the_norm(stepper: Stepper) -> None:
-    """The last rank leaves one tensor's shard out of the gradient norm."""
+    """The last rank omits the shards of one layer from the gradient norm."""
     store = stepper.state.store
     assert isinstance(store, ShardedAdamW)
     gradients = store.gradients
@@ -64,19 +64,19 @@ def normalise_by_rank(stepper: Stepper) -> None:
     divisors = stepper.reader.divisors
 
     def mutated(batches: Any) -> Any:
-        whole = divisors(batches)
+        of_batch = divisors(batches)
         own = sum(int(batch.valid.sum()) for batch in batches)
-        return type(whole)(own, whole.mtp_tokens, whole.tokens, whole.micro_batches)
+        return type(of_batch)(own, of_batch.mtp_tokens, of_batch.tokens, of_batch.micro_batches)
 
     stepper.reader.divisors = mutated  # type: ignore[method-assign]
 
 
 def count_replicas_in_the_norm(stepper: Stepper) -> None:
-    """Shards that several replicas hold are added up as if they were different ones."""
+    """The norm counts shards that several replicas hold as if they were different."""
     store = stepper.state.store
 
     def mutated() -> Any:
-        return sum(local_boxes.values.double().square().sum() for local_boxes in store.gradients())
+        return sum(shard.values.double().square().sum() for shard in store.gradients())
 
     store.gradient_square = mutated  # type: ignore[method-assign]
 

@@ -1,7 +1,7 @@
-"""A checkpoint of any layout, sharding engine and number of ranks loads into any other, and training goes on.
+"""A checkpoint of any layout, sharding engine and number of ranks resumes in any other.
 
-Right after loading the hash of the whole state is the one from before saving. The step after that is the writing run's
-own next step: to the bit in the same layout, up to the order of sums in another one.
+Right after loading, the state hash is the one from before saving. The next step equals the writing run's own next step:
+bitwise in the same layout, up to the order of sums in another one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from train.state import TrainState
 from train.step import Stepper
 
 STEPS = 2  # before the checkpoint
-PROBLEM = "two_a_micro_batch"  # its routing has no near-ties: test_parity.py asserts it
+PROBLEM = "two_per_micro_batch"  # its routing has no near-ties: `one_process` asserts it
 LAYOUTS = [
     Layout("one", 1, "", PROBLEM),
     Layout("tp2-ep2", 2, "tp=2 ep=2", PROBLEM),
@@ -62,7 +62,7 @@ MORE = [
 
 @dataclass
 class Next:
-    """The state after the step that follows the checkpoint: of one rank, its pieces by kind."""
+    """One rank's state after the step that follows the checkpoint, as pieces by kind."""
 
     hash: str
     first_sample: int
@@ -72,7 +72,7 @@ class Next:
 
 @dataclass
 class Written:
-    """A layout's checkpoint, and what its uninterrupted run went on to."""
+    """A layout's checkpoint, and the next step of its uninterrupted run."""
 
     path: Path
     hash: str
@@ -81,7 +81,7 @@ class Written:
 
 @dataclass
 class Loaded:
-    """What one rank saw when it loaded a checkpoint and took a step."""
+    """One rank's state hash after loading a checkpoint, and its next step."""
 
     hash: str
     following: Next
@@ -95,7 +95,7 @@ def _pools() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Written]:
-    """What a layout has written; made once."""
+    """The checkpoint of a layout; written once."""
 
     @cache
     def found(layout: Layout) -> Written:
@@ -108,7 +108,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Writ
 
 
 class Run:
-    """A state in this rank's layout, and the means to train it. Making one is a collective, as are its methods."""
+    """A state in this rank's layout and its stepper. The constructor and all methods are collectives."""
 
     def __init__(self, overrides: list[str]) -> None:
         self.config: Config = compose([*MODEL, *overrides])
@@ -123,18 +123,18 @@ class Run:
         return state_hash(self.state, self.topology)
 
     def step(self) -> Next:
-        """Train a step and look at all of the state."""
+        """Train one step; returns the full state."""
         result = self.stepper.step()
         assert result.healthy
         pieces: dict[str, list[Piece]] = {}
-        for local_boxes in self.state.store.local_boxes() if self.state.store.counts_here else ():
-            pieces.setdefault(local_boxes.kind, []).extend(logical([local_boxes]))
+        for shard in self.state.store.local_boxes() if self.state.store.counts_here else ():
+            pieces.setdefault(shard.kind, []).extend(logical([shard]))
         replicated = {name: tensor.clone() for name, tensor in self.state.replicated()}
         return Next(self.hash(), result.metrics["first_sample"], pieces, replicated)
 
 
 def write_in(folder: str, overrides: list[str]) -> Written:
-    """Train in this layout, and save as training does: from a copy that is written when a further step is done."""
+    """Train in this layout, and save as training does: from a staged copy, written after a further step."""
     run = Run(overrides)
     for _ in range(STEPS):
         assert run.stepper.step().healthy
@@ -148,12 +148,12 @@ def write_in(folder: str, overrides: list[str]) -> Written:
 
 
 def load_in(overrides: list[str], paths: list[Path], left_out: list[str]) -> list[Loaded]:
-    """Load checkpoints one after the other into one state of this layout, each followed by a step.
+    """Load checkpoints in turn into one state of this layout, each followed by a step.
 
-    Every load but the first finds the state that the step before has left, and has to replace all of it.
+    Every load but the first must replace all of the state that the step before has left.
 
     Args:
-        left_out: for each checkpoint what its loading forgets on purpose (`forgetting`).
+        left_out: for each checkpoint, what loading omits on purpose (see `forgetting`).
     """
     run = Run(overrides)
     found = []
@@ -167,7 +167,7 @@ def load_in(overrides: list[str], paths: list[Path], left_out: list[str]) -> lis
 
 @contextmanager
 def forgetting(state: TrainState, what: str) -> Iterator[None]:
-    """Meanwhile loading leaves out tensors whose key begins so, or a part of its work; "" leaves out nothing."""
+    """Make loading omit tensors whose key starts with ``what``, or one part of its work; "" omits nothing."""
     samples, read = state.counters.samples, dcp.load
 
     def without(tensors: dict[str, Any], **named: Any) -> None:
@@ -184,7 +184,7 @@ def forgetting(state: TrainState, what: str) -> Iterator[None]:
 
 
 def errors_of_step(ranks: list[Next], expected: list[Next]) -> dict[str, float]:
-    """Largest ‖Δ‖/‖ref‖ over the tensors of each kind, whole and by logical name."""
+    """Largest ‖Δ‖/‖ref‖ over the full logical tensors of each kind."""
     errors = {}
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         ours, theirs = (assemble([rank.pieces.get(kind, []) for rank in context]) for context in (ranks, expected))
@@ -198,7 +198,7 @@ def check_loaded(ranks: Sequence[Loaded], written: Written) -> None:
 
 
 def check_step(ranks: Sequence[Loaded], written: Written, same_layout: bool) -> float:
-    """The largest error of all."""
+    """Check the step after loading; returns the largest error."""
     following = [rank.following for rank in ranks]
     assert {one.first_sample for one in following} == {written.following[0].first_sample}
     errors = errors_of_step(following, written.following)
@@ -209,7 +209,7 @@ def check_step(ranks: Sequence[Loaded], written: Written, same_layout: bool) -> 
 
 
 def load_everything(into: Layout, sources: list[Layout], written: Callable[[Layout], Written]) -> None:
-    """Prints the largest error of each pair."""
+    """Load all checkpoints in one layout; prints the largest error of each pair."""
     checkpoints = [written(source) for source in sources]
     paths = [one.path for one in checkpoints]
     ranks = pool(into.ranks).run(load_in, into.overrides, paths, [""] * len(paths))
@@ -234,7 +234,7 @@ def test_every_checkpoint_resumes_in_more_layouts(into: Layout, written: Callabl
 
 KEYS = ("weight/layers.1", "exp_avg/", "exp_avg_sq/", "optimizer_step/", "bias/", "controller/")
 WORK = ("position in the data", "engine's own copies", "routers' biases")
-OUT_OF_SIGHT = WORK[1:]  # the hash does not cover them: only the step shows it
+OUT_OF_SIGHT = WORK[1:]  # the state hash does not cover these: only the next step shows them
 
 
 def test_state_that_is_not_restored_is_detected(written: Callable[[Layout], Written]) -> None:

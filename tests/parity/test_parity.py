@@ -50,11 +50,11 @@ def test_suite_detects(mutation: str, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["ep2-chunks2", "cp2-ep2-chunks2"])
 def test_blocking_collectives_are_bitwise_identical(layout: str) -> None:
-    overlapped, awaited = (
-        measured_on(next(one for one in LAYOUTS if one.name == name)) for name in (layout, f"{layout}-awaited")
+    overlapped, blocking = (
+        measured_on(next(one for one in LAYOUTS if one.name == name)) for name in (layout, f"{layout}-blocking")
     )
-    assert overlapped[0].hashes == awaited[0].hashes
-    for ours, theirs in zip(overlapped, awaited, strict=True):
+    assert overlapped[0].hashes == blocking[0].hashes
+    for ours, theirs in zip(overlapped, blocking, strict=True):
         pairs = zip(ours.first_gradients, theirs.first_gradients, strict=True)
         assert all(one[:3] == other[:3] and torch.equal(one[3], other[3]) for one, other in pairs)
 
@@ -63,7 +63,7 @@ def test_blocking_collectives_are_bitwise_identical(layout: str) -> None:
 def test_bfloat16_losses_stay_close_for_20_steps(layout: str) -> None:
     """|Δloss| ≤ 0.01 nat against one process in bfloat16."""
     chosen = next(one for one in LAYOUTS if one.name == layout)
-    # few micro-batches: it is messages that take time
+    # few micro-batches, as messages take most of the time
     words = ["train.dtype=bfloat16", "train.global_batch_size=4", "train.micro_batch_size=2"]
     (expected,) = pool(1).run(measure, [*PROBLEMS[chosen.problem], *words], 20, False)
     ours = pool(chosen.ranks).run(measure, [*chosen.overrides, *words], 20, False)[0]
@@ -73,13 +73,13 @@ def test_bfloat16_losses_stay_close_for_20_steps(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_bytes_held_equal_the_formula(layout: Layout) -> None:
-    """Sum over ranks within 2 % for weights, gradients and moments."""
+    """Summed over ranks, within 2 %, for weights, gradients and moments."""
     ranks = measured_on(layout)
     for kind in ("weights", "gradients", "moments"):
-        local_boxes = sum(getattr(rank.measured_bytes, kind) for rank in ranks)
+        held = sum(getattr(rank.measured_bytes, kind) for rank in ranks)
         formula = sum(getattr(rank.bytes_by_formula, kind) for rank in ranks)
-        assert abs(local_boxes / formula - 1) <= 0.02, (
-            f"{kind}: {local_boxes / len(ranks):.0f} bytes a rank, {formula / len(ranks):.0f}"
+        assert abs(held / formula - 1) <= 0.02, (
+            f"{kind}: {held / len(ranks):.0f} bytes per rank, {formula / len(ranks):.0f} by formula"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sums over ranks that the update depends on do not depend on the order in which a reduction adds."""
+"""Sums over ranks that enter the update do not depend on the order in which a reduction adds."""
 
 from __future__ import annotations
 

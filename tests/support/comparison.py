@@ -1,4 +1,4 @@
-"""What ranks have measured against one process: relative errors of each kind, and their bounds."""
+"""Compares the results of ranks with one process: relative errors of each kind, and their bounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST, LATER = 2e-6, 1e-5  # ‖Δ‖/‖ref‖ of each tensor: gradients of ste
 
 @cache
 def one_process(*overrides: str) -> Measured:
-    """What one process computes; computed once for each configuration."""
+    """The results of one process; computed once per configuration."""
     (measured,) = pool(1).run(measure, list(overrides), STEPS)
     assert measured.smallest_gap > 1e-5, "this seed has a near-tie in its routing: choose another"
     return measured
@@ -27,7 +27,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def largest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """DeepSpeed has zeros where torch has no gradient: MTP's before it joins."""
+    """Largest relative error. DeepSpeed has zeros where torch has no gradient: MTP's before it is switched on."""
     assert ours.keys() >= theirs.keys()
     assert not any(ours[name].any() for name in ours.keys() - theirs.keys())
     return max(relative(ours[name], theirs[name]) for name in theirs)
@@ -39,16 +39,16 @@ def check(errors: dict[str, float]) -> None:
 
 
 def compare(ranks: list[Measured], expected: Measured) -> dict[str, float]:
-    """Largest relative error of each kind; what must be equal to the bit is asserted."""
+    """Largest relative error of each kind; asserts what must be bitwise identical."""
     for measured in ranks:
-        assert measured.hashes == ranks[0].hashes, "ranks disagree on the hash of the whole state"
-        assert [c.tolist() for c in measured.counts] == [c.tolist() for c in expected.counts], "other counts"
+        assert measured.hashes == ranks[0].hashes, "ranks disagree on the state hash"
+        assert [c.tolist() for c in measured.counts] == [c.tolist() for c in expected.counts], "expert counts differ"
         assert torch.equal(measured.biases, ranks[0].biases), "ranks disagree on the biases"
-    assert ranks[0].hashes[0] == expected.hashes[0], "initial state is not equal to the bit"
+    assert ranks[0].hashes[0] == expected.hashes[0], "initial states are not bitwise identical"
     initial, wanted = assemble([rank.initial for rank in ranks]), assemble([expected.initial])
     assert all(torch.equal(initial[name], wanted[name]) for name in wanted)
     chosen = [sum(rank.selections[step] for rank in ranks) for step in range(STEPS)]
-    assert chosen == expected.selections, "other selections"
+    assert chosen == expected.selections, "selections differ"
     errors = {}
     kinds = ("first_gradients", "last_gradients", "weights", "exp_avg", "exp_avg_sq")
     for kind in kinds:

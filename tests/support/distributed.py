@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 
-def become(rank: int, world_size: int, port: int) -> None:
-    """Make this process a rank, as torchrun would: one thread, on the loopback device."""
+def set_rank_environment(rank: int, world_size: int, port: int) -> None:
+    """Set the environment of a rank, as torchrun does, with one thread and the loopback device."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -36,7 +36,7 @@ def _rank_main(
     queue: Any,
     arguments: tuple[Any, ...],
 ) -> None:
-    become(rank, world_size, port)
+    set_rank_environment(rank, world_size, port)
     try:
         answer = io.BytesIO()  # bytes: tensors in a queue would share memory with a process that has ended
         torch.save(function(*arguments), answer)

@@ -1,4 +1,4 @@
-"""A small trained checkpoint with a tokenizer, and what the tests of exports and imports compare."""
+"""A small trained checkpoint with a tokenizer, and comparisons for the tests of exports and imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longcat.model import LongCat
 from tests.support.running import VOCAB, train_here
 from train.checkpoint.read import Checkpoint, full_box, load_model, stored_shapes
 
-# 2 steps of a narrow model, so that weights, biases and moments have moved
+# 2 steps of a narrow model, so that weights, biases and moments are no longer initial
 SMALL = [
     "model=debug",
     f"model.vocab_size={VOCAB}",
@@ -47,8 +47,8 @@ def trained(corpus: Path, folder: Path, *changes: str) -> Path:
     return folder / "run" / "checkpoints" / "step-00000002"
 
 
-def done(*words: str) -> None:
-    """`longcat words…` ends in 0."""
+def run_command(*words: str) -> None:
+    """Run `longcat words…`, which must end with code 0."""
     assert longcat(list(words)) == 0
 
 
@@ -72,14 +72,14 @@ def some_tokens() -> Tensor:
 
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
-    """Within ``tolerance`` of the largest."""
+    """The largest difference is at most ``tolerance`` of the largest value."""
     difference = float((got - expected).detach().abs().max() / expected.detach().abs().max())
     assert difference <= tolerance, f"{difference:.1e} of the largest logit"
 
 
 @torch.no_grad()
 def peer_of(config: ModelConfig, tensors: dict[str, Tensor]) -> nn.Module:
-    """The transformers model with tensors of the released names; every one of its own must be there."""
+    """The transformers model with ``tensors`` by their released names; none may be missing."""
     peer: nn.Module = peer_model(config, attention="eager")
     for name, target in peer_tensors(peer, config):
         target.copy_(tensors[name])

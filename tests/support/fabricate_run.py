@@ -47,7 +47,7 @@ def fabricate(
     extras: bool = True,
     floor: float = 1.85,
 ) -> Path:
-    """Write a whole run folder and return it; `extras` adds baselines.json and text.json."""
+    """Write a complete run folder and return it; `extras` adds baselines.json and text.json."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
     (folder / "config.yaml").write_text(_config(folder.name, steps, layers, experts, zero_experts, settings or {}))

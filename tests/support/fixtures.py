@@ -10,7 +10,7 @@ import pytest
 
 from launch.__main__ import main as longcat
 from tests.support.exporting import trained
-from tests.support.running import VOCAB, tidily
+from tests.support.running import VOCAB, run_cleanly
 from train.compose import compose
 from train.data.build import build
 
@@ -19,7 +19,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prefix of a corpus of some of the standard library's sources, vocabulary 512."""
+    """Path prefix of a corpus of standard library sources, vocabulary 512."""
     out = tmp_path_factory.mktemp("corpus")
     text = tmp_path_factory.mktemp("text")
     for number, source in enumerate(sorted(Path(email.__file__).parent.glob("*.py"))):
@@ -31,7 +31,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def overrides(corpus: Path, tmp_path: Path) -> list[str]:
-    """A run of seconds: 40 steps of 4 × 32 tokens on a model of two narrow layers."""
+    """A run that takes seconds: 40 steps of 4 × 32 tokens on two narrow layers."""
     return [
         "model=debug",
         f"model.vocab_size={VOCAB}",
@@ -60,26 +60,26 @@ def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(corpus, tmp_path_factory.mktemp("runs"))
 
 
-def one_line_of(errors: str, *telling: str) -> str:
-    """The one line of ``errors`` that starts with `error: `; it holds all the telling words."""
-    said = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1, errors
-    for word in telling:
-        assert word in said[0], f"{word!r} is not in {said[0]!r}"
-    return said[0]
+def error_line(errors: str, *parts: str) -> str:
+    """The only line of ``errors`` that starts with `error: `; it must contain all ``parts``."""
+    found = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(found) == 1, errors
+    for part in parts:
+        assert part in found[0], f"{part!r} is not in {found[0]!r}"
+    return found[0]
 
 
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Runs `longcat words…`, checks that it ends in 2 with one telling line on standard error, and returns the line."""
+    """Runs `longcat words…`, which must end with code 2 and one line on standard error with ``parts``; returns it."""
 
-    def run(words: list[str], *telling: str) -> str:
+    def run(words: list[str], *parts: str) -> str:
         capfd.readouterr()
-        code = tidily(lambda: longcat(words))
+        code = run_cleanly(lambda: longcat(words))
         errors = capfd.readouterr().err
         assert code == 2, errors
-        said = one_line_of(errors, *telling)
-        assert errors == f"{said}\n"
-        return said
+        line = error_line(errors, *parts)
+        assert errors == f"{line}\n"
+        return line
 
     return run

@@ -1,4 +1,4 @@
-"""What a layout computes in some steps: the bits of all that the suite compares, by logical name."""
+"""Runs a layout for some steps and records what the parity tests compare, by logical name."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ Piece = tuple[str, tuple[int, ...], Box, Tensor]  # logical name, shape, box, va
 
 @dataclass
 class Measured:
-    """Of one rank; `assemble` puts ranks together."""
+    """The results of one rank; `assemble` joins ranks."""
 
     hashes: list[str] = field(default_factory=list)
     losses: list[dict[str, float]] = field(default_factory=list)  # of each step
-    selections: list[int] = field(default_factory=list)  # one number for all choices of a step, summed over ranks
+    selections: list[int] = field(default_factory=list)  # a checksum of a step's selections, summed over ranks
     counts: list[Tensor] = field(default_factory=list)
     smallest_gap: float = float("inf")
     measured_bytes: StateBytes | None = None
@@ -70,12 +70,12 @@ class Measured:
 
 
 def samples() -> RandomSamples:
-    """Few different ids, so that documents end and routing repeats."""
+    """Random samples of few ids, so that many documents end."""
     return RandomSamples(LENGTH, VOCABULARY // 4)
 
 
 class SelectionLog:
-    """Adds up a number for each (step, sample, position, layer, expert) chosen: equal sums mean equal selections."""
+    """Checksum of all selected (step, sample, position, layer, expert): equal sums mean equal selections."""
 
     def __init__(self, state: TrainState, config: Config) -> None:
         self.total, self.smallest_gap = 0, float("inf")
@@ -89,7 +89,7 @@ class SelectionLog:
     def _hook(self, layer: int, positions: Tensor) -> Callable[[Router, Any, Any], None]:
         def hook(router: Router, _: Any, output: Any) -> None:
             if torch._C._current_graph_task_id() != -1:
-                return  # recomputed in a backward
+                return  # recomputation in the backward
             probabilities, indices, _ = output
             call = self.calls.get(layer, 0)
             self.calls[layer] = call + 1
@@ -110,7 +110,7 @@ class SelectionLog:
 
 
 def logical(local_boxes: Iterable[LocalBox]) -> list[Piece]:
-    """Boxes of stored tensors as pieces of logical ones."""
+    """Boxes of stored tensors, split into pieces of logical tensors."""
     found = []
     for one in local_boxes:
         for piece in pieces(one.name, one.shape, one.box):
@@ -174,20 +174,20 @@ def measure(
 
 
 def own_samples(state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> list[int]:
-    """Numbers of the samples that this rank reads in the next step."""
+    """Indices of the samples that this rank reads in the next step."""
     share = config.train.global_batch_size // topology.data_ranks
     start = state.counters.samples + topology.data_rank * share
     return list(range(start, start + share))
 
 
 def assemble(ranks: list[list[Piece]]) -> dict[str, Tensor]:
-    """Whole logical tensors from the ranks' pieces; every element must be held exactly once."""
-    whole: dict[str, Tensor] = {}
+    """Full logical tensors from the ranks' pieces; every element must be held exactly once."""
+    full: dict[str, Tensor] = {}
     times: dict[str, Tensor] = {}
     for name, shape, box, values in (piece for pieces_of_rank in ranks for piece in pieces_of_rank):
         index = tuple(slice(start, stop) for start, stop in box)
-        whole.setdefault(name, torch.zeros(shape, dtype=values.dtype))[index] = values
+        full.setdefault(name, torch.zeros(shape, dtype=values.dtype))[index] = values
         times.setdefault(name, torch.zeros(shape, dtype=torch.int8))[index] += 1
     wrong = [name for name, count in times.items() if not bool((count == 1).all())]
     assert not wrong, f"not held exactly once: {wrong[:3]}"
-    return whole
+    return full

@@ -1,4 +1,4 @@
-"""A pool of gloo ranks for each world size: started once, asked many times; a rank that fails or hangs is named."""
+"""A pool of gloo ranks for each world size, reused by many tests; a rank that fails or hangs is named."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.support.distributed import become, free_port
+from tests.support.distributed import free_port, set_rank_environment
 
 
 def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any) -> None:
-    become(rank, world_size, port)
+    set_rank_environment(rank, world_size, port)
     dist.init_process_group("gloo")
     while (task := tasks.get()) is not None:
         function, arguments = task
@@ -32,19 +32,19 @@ def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any) -> N
 
 
 def _leave_groups() -> None:
-    """Leave the groups that a task has made: gloo's threads wake a hundred times a second, whether used or not."""
+    """Destroy the groups that a task has made: gloo's threads wake a hundred times a second even when idle."""
     gc.collect()
-    dist.barrier()  # or another rank may still be in one
+    dist.barrier()  # another rank may still use one
     world = dist.distributed_c10d._world
     for group in list(world.pg_map):
         if group is not dist.group.WORLD:
             name = world.pg_names[group]
             dist.destroy_process_group(group)
-            world.pg_names[object()] = name  # type: ignore[index]  # taken: the store still holds its addresses
+            world.pg_names[object()] = name  # type: ignore[index]  # reserves the name: the store still holds the group's addresses
 
 
 class Pool:
-    """``world_size`` ranks in one process group. A failure ends the pool: its ranks may no longer be in step."""
+    """``world_size`` ranks in one process group. A failure ends the pool: its ranks may be at different collectives."""
 
     def __init__(self, world_size: int) -> None:
         self.closed = False
@@ -80,7 +80,7 @@ class Pool:
         if failures:
             self.close()
             first = min(failures)
-            raise AssertionError(f"ranks {sorted(failures)} failed, rank {first} so:\n{failures[first]}")
+            raise AssertionError(f"ranks {sorted(failures)} failed; rank {first}:\n{failures[first]}")
         return [results[rank] for rank in range(len(self.ranks))]
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ _pools: dict[int, Pool] = {}
 
 
 def pool(world_size: int) -> Pool:
-    """The pool of this world size; a new one where the last one has failed."""
+    """The pool of this world size; a new one if the last one has failed."""
     if world_size not in _pools or _pools[world_size].closed:
         _pools[world_size] = Pool(world_size)
     return _pools[world_size]

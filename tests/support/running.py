@@ -1,4 +1,4 @@
-"""Runs of the trainer for tests: in this process, on two ranks, or as a program of its own; and the bits they left."""
+"""Training runs for tests: in this process, on two ranks, or as a separate program; and readers of their files."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from train.step import Stepper
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = ("loss", "grad_norm", "state_hash")
-# One layer of few experts: a step takes some hundredths of a second
+# One layer with few experts: a step takes some hundredths of a second
 NARROW = ["model.num_layers=1", "model.num_experts=4", "model.num_zero_experts=2"]
-# A state of some thousand numbers, for tests that look at each of them
+# A state of some thousand numbers, for tests that check each of them
 TINY = [
     "model=debug",
     "model.vocab_size=97",
@@ -55,12 +55,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def train_here(overrides: list[str]) -> int:
-    """Train in this process; it must leave signals and process groups as they were."""
-    return tidily(lambda: main(compose(overrides)))
+    """Train in this process; the run must restore signal handlers and process groups."""
+    return run_cleanly(lambda: main(compose(overrides)))
 
 
-def tidily(action: Callable[[], int]) -> int:
-    """Run ``action``, take back what deterministic training switches on, and check that nothing else stays behind."""
+def run_cleanly(action: Callable[[], int]) -> int:
+    """Run ``action``, undo the switches of deterministic training, and check that nothing else is left behind."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     try:
@@ -73,12 +73,12 @@ def tidily(action: Callable[[], int]) -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports for ranks that meet several times: a store that has just been closed may still hold its port."""
-    local_boxes = [socket.socket() for _ in range(count)]
-    for free in local_boxes:
+    """Ports for several rendezvous in turn: a store that has just been closed may still hold its port."""
+    sockets = [socket.socket() for _ in range(count)]
+    for free in sockets:
         free.bind(("127.0.0.1", 0))
-    ports = [free.getsockname()[1] for free in local_boxes]
-    for free in local_boxes:
+    ports = [free.getsockname()[1] for free in sockets]
+    for free in sockets:
         free.close()
     return ports
 
@@ -99,16 +99,16 @@ def train_two(*runs: list[str]) -> list[int]:
 
 
 @cache
-def _straight(corpus_folder: Path, words: tuple[str, ...]) -> dict[int, dict[str, str]]:
+def _uninterrupted(corpus_folder: Path, words: tuple[str, ...]) -> dict[int, dict[str, str]]:
     name = hashlib.sha256(repr(words).encode()).hexdigest()[:12]
     assert train_here([*words, f"run.dir={corpus_folder / 'straight'}", f"run.name={name}"]) == 0
-    return exact(corpus_folder / "straight" / name)
+    return exact(corpus_folder / "uninterrupted" / name)
 
 
-def straight(corpus: Path, overrides: list[str]) -> dict[int, dict[str, str]]:
-    """What an uninterrupted run of the same configuration writes; made once, in a folder of its own."""
+def uninterrupted(corpus: Path, overrides: list[str]) -> dict[int, dict[str, str]]:
+    """The metrics of an uninterrupted run of the same configuration; trained once, in a folder of its own."""
     words = tuple(word for word in overrides if not word.startswith(("run.", "checkpoint.")))
-    return _straight(corpus.parent, words)
+    return _uninterrupted(corpus.parent, words)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -117,20 +117,20 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def exact(folder: Path) -> dict[int, dict[str, str]]:
-    """step → the numbers that a resume must repeat, as they are spelt in metrics.jsonl; each step stands there once."""
+    """step → the values that a resume must repeat, as text of metrics.jsonl; asserts that each step occurs once."""
     rows = [json.loads(line, parse_float=str) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows]
     assert steps == list(range(1, len(steps) + 1)), f"steps of metrics.jsonl: {steps}"
     return {row["step"]: {key: row[key] for key in EXACT if key in row} for row in rows}
 
 
-def ended(folder: Path) -> dict[str, Any]:
-    """exit.json."""
+def exit_json(folder: Path) -> dict[str, Any]:
+    """The contents of exit.json."""
     return dict(json.loads((folder / "exit.json").read_text()))
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file of a folder and its hash."""
+    """Path → hash of every file of a folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -139,7 +139,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def program(*words: str) -> subprocess.Popen[str]:
-    """Start `python -m words…` with its output in pipes and in a process group of its own."""
+    """Start `python -m words…` in its own process group, with piped output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", *words],
@@ -153,7 +153,7 @@ def program(*words: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
-    """Wait for a program; its exit code and standard error. One that hangs is ended with all its ranks."""
+    """Wait for a program; returns its exit code and standard error. One that hangs is killed with all its ranks."""
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -164,7 +164,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, s
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str] | None = None, seconds: float = 120) -> None:
-    """Return once metrics.jsonl holds ``step``; a program that ends before is an error."""
+    """Wait until metrics.jsonl holds ``step``; fails if the program ends before."""
     end = time.monotonic() + seconds
     metrics = folder / "metrics.jsonl"
     while not metrics.is_file() or metrics.read_text().count("\n") < step:
@@ -183,7 +183,7 @@ def ranks_below(agent: int) -> list[int]:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             environment = (entry / "environ").read_bytes().split(b"\0")
         except (OSError, ValueError, IndexError):
-            continue  # not a process, or one that has just ended
+            continue  # no process, or one that has just ended
         rank = next((word for word in environment if word.startswith(b"RANK=")), None)
         if parent == agent and rank is not None:
             found[int(rank.removeprefix(b"RANK="))] = int(entry.name)
@@ -204,7 +204,7 @@ class RandomSamples:
 
 
 def trained_state(overrides: list[str], steps: int) -> tuple[TrainState, Topology, Config]:
-    """A state after some steps on random tokens, without a run folder; the caller destroys the process group."""
+    """A state after ``steps`` steps on random tokens, without a run folder; the caller destroys the process group."""
     config = compose(overrides)
     topology = connect(config.parallel)
     state = build_state(config, topology)

@@ -38,15 +38,15 @@ MODEL = [
 
 
 def gather_logical(state: TrainState, grads: bool) -> dict[str, torch.Tensor]:
-    """Whole logical tensors on every rank."""
-    whole: dict[str, torch.Tensor] = {}
+    """Full logical tensors, on every rank."""
+    gathered: dict[str, torch.Tensor] = {}
     for name, parameter in state.store.parameters:  # type: ignore[attr-defined]
         tensor = parameter.grad if grads else parameter.detach()
         assert tensor is not None
         full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         for piece in pieces(name, tuple(full.shape)):
-            whole[piece.name] = full[piece.index].clone()
-    return whole
+            gathered[piece.name] = full[piece.index].clone()
+    return gathered
 
 
 def train_three_steps(overrides: list[str]) -> dict[str, Any]:

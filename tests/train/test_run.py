@@ -12,14 +12,14 @@ import yaml
 
 from tests.support.running import (
     NARROW,
-    ended,
     exact,
+    exit_json,
     finish,
     lines,
     program,
-    straight,
     train_here,
     train_two,
+    uninterrupted,
     wait_for_step,
 )
 from train.checkpoint.manifest import list_checkpoints, verify
@@ -34,7 +34,7 @@ METRICS = {
 def test_two_halves_equal_one_run(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     """40 steps straight, and 20 steps continued by the same command with a larger train.steps."""
     words = [*overrides, *NARROW]
-    reference = straight(corpus, words)
+    reference = uninterrupted(corpus, words)
     assert train_here([*words, "train.steps=20"]) == 0
     assert len(lines(tmp_path / "run")) == 20
     assert train_here(words) == 0
@@ -45,7 +45,7 @@ def test_two_halves_equal_one_run(corpus: Path, overrides: list[str], tmp_path: 
 def test_killed_run_resumes_bitwise_identical(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     """SIGKILL some steps after a checkpoint: the steps since then are trained again, to the same bits."""
     words = [*overrides, *NARROW]
-    reference = straight(corpus, words)
+    reference = uninterrupted(corpus, words)
     folder = tmp_path / "run"
     process = program("launch", "train", *words, "checkpoint.every=10", "train.steps=2000")
     wait_for_step(folder, 23, process)
@@ -72,7 +72,7 @@ def test_killed_run_resumes_bitwise_identical(corpus: Path, overrides: list[str]
 def test_resume_is_bitwise_exact(variant: list[str], corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     """10 steps of 128 tokens, stopped after 5; MTP switches on after or before the stop."""
     words = [*overrides, *NARROW, "schedule.decay_steps=4", *variant, "train.steps=10"]
-    reference = straight(corpus, words)
+    reference = uninterrupted(corpus, words)
     assert train_here([*words, "train.steps=5"]) == 0
     assert train_here(words) == 0
     assert exact(tmp_path / "run") == reference
@@ -95,23 +95,23 @@ def test_resume_is_bitwise_exact_on_two_processes(corpus: Path, overrides: list[
     assert codes == [0, 0, 0, 4]
     assert exact(tmp_path / "run") == exact(tmp_path / "straight")
     assert len(exact(tmp_path / "run")) == 16
-    assert ended(tmp_path / "bad")["code"] == 4
+    assert exit_json(tmp_path / "bad")["code"] == 4
     good = list_checkpoints(tmp_path / "bad" / "checkpoints")[-1]
-    assert f"the last valid checkpoint is {good};" in ended(tmp_path / "bad")["message"], "whichever rank speaks"
+    assert f"the last valid checkpoint is {good};" in exit_json(tmp_path / "bad")["message"], "whichever rank speaks"
 
 
 def test_same_run_twice_is_bitwise_identical(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     words = [*overrides, *NARROW, "train.steps=10"]
     assert train_here([*words, "train.seed=1"]) == 0
-    assert exact(tmp_path / "run") != straight(corpus, words), "the seed changes nothing"
+    assert exact(tmp_path / "run") != uninterrupted(corpus, words), "the seed changes nothing"
     assert train_here([*words, "run.name=again"]) == 0
-    assert exact(tmp_path / "again") == straight(corpus, words)
+    assert exact(tmp_path / "again") == uninterrupted(corpus, words)
 
 
 def test_new_run_starts_from_another_run_s_checkpoint(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     """checkpoint.resume=DIR is where it starts; with checkpoints of its own it goes on from those."""
     words = [*overrides, *NARROW, "train.steps=10"]
-    reference = straight(corpus, words)
+    reference = uninterrupted(corpus, words)
     assert train_here([*words, "train.steps=5"]) == 0
     branch = [*words, "run.name=branch", f"checkpoint.resume={tmp_path / 'run'}"]
     assert train_here([*branch, "train.steps=8"]) == 0
@@ -139,7 +139,7 @@ def test_skipped_checkpoint_is_reported_and_replaced(
     assert f"skipped {folder / 'step-00000006'}: __0_0.distcp does not have the hash" in said
     assert f"skipped {folder / 'step-00000004'}: no readable manifest.json" in said
     assert f"resumed from {folder / 'step-00000002'}: step 2, 256 tokens" in said
-    assert exact(tmp_path / "run") == straight(corpus, words)
+    assert exact(tmp_path / "run") == uninterrupted(corpus, words)
     assert [verify(path).problem for path in list_checkpoints(folder)] == [None] * 5
     assert {"step-00000004.damaged", "step-00000006.damaged"} < {path.name for path in folder.iterdir()}
 
@@ -149,7 +149,7 @@ def test_run_can_go_back_to_its_own_checkpoint(corpus: Path, overrides: list[str
     assert train_here([*words, "train.steps=8"]) == 0
     back = tmp_path / "run" / "checkpoints" / "step-00000004"
     assert train_here([*words, f"checkpoint.resume={back}"]) == 0
-    assert exact(tmp_path / "run") == straight(corpus, words)
+    assert exact(tmp_path / "run") == uninterrupted(corpus, words)
     names = sorted(path.name for path in back.parent.iterdir())
     assert names == ["step-00000004", "step-00000008", "step-00000008.abandoned", "step-00000010"]
 
@@ -202,7 +202,7 @@ def test_run_folder_holds_configuration_report_and_exit(finished: Path) -> None:
     commit = stored["environment"]["git_commit"]
     assert commit == "unknown" or len(commit) == 40
     assert stored["derived"]["parameters"] > 10_000 and len(stored["derived"]["active_parameters"]) == 3
-    assert ended(finished) == {"code": 0, "message": "done"}
+    assert exit_json(finished) == {"code": 0, "message": "done"}
     page = (finished / "report.html").read_text()
     assert page.lstrip().lower().startswith("<!doctype html") and "whole" in page
     assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step-00000006"]
@@ -232,4 +232,4 @@ def test_finished_run_is_left_alone(corpus: Path, overrides: list[str], tmp_path
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert train_here(words) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    assert ended(tmp_path / "run")["code"] == 0
+    assert exit_json(tmp_path / "run")["code"] == 0

@@ -16,13 +16,13 @@ from launch.__main__ import main as longcat
 from launch.local import run_elastic
 from tests.support.running import (
     NARROW,
-    ended,
     exact,
+    exit_json,
     lines,
     ranks_below,
-    straight,
-    tidily,
+    run_cleanly,
     train_here,
+    uninterrupted,
     wait_for_step,
 )
 from train.checkpoint.manifest import list_checkpoints, verify
@@ -39,7 +39,7 @@ def stopped_at(folder: Path, errors: str, reason: str) -> int:
     assert errors.strip() == (
         f"stopped: stopped on {reason} after step {step}; state saved, the same command resumes from there"
     )
-    assert ended(folder)["code"] == 3
+    assert exit_json(folder)["code"] == 3
     newest = list_checkpoints(folder / "checkpoints")[-1]
     assert newest.name == f"step-{step:08d}" and verify(newest).problem is None
     return step
@@ -69,10 +69,10 @@ def test_signal_saves_and_the_same_command_resumes(
     words = [*overrides, *NARROW, "train.steps=10"]
     with monkeypatch.context() as patch:
         in_step(5, lambda: os.kill(os.getpid(), number), patch)
-        assert tidily(lambda: longcat(["train", *words])) == 3
+        assert run_cleanly(lambda: longcat(["train", *words])) == 3
     assert stopped_at(tmp_path / "run", capfd.readouterr().err, number.name) == 6, "the next step carries the wish"
-    assert tidily(lambda: longcat(["train", *words])) == 0
-    assert exact(tmp_path / "run") == straight(corpus, words)
+    assert run_cleanly(lambda: longcat(["train", *words])) == 0
+    assert exact(tmp_path / "run") == uninterrupted(corpus, words)
 
 
 def through_the_agent(
@@ -81,7 +81,7 @@ def through_the_agent(
     """`longcat train` with two ranks, its agent in this process; the exit code and standard error."""
     other = threading.Thread(target=meanwhile or (lambda: None))
     other.start()
-    code = tidily(lambda: longcat(["train", *overrides, "run.num_processes=2"]))
+    code = run_cleanly(lambda: longcat(["train", *overrides, "run.num_processes=2"]))
     other.join()
     return code, capfd.readouterr().err
 
@@ -142,7 +142,7 @@ def test_a_killed_rank_is_a_crash(overrides: list[str], tmp_path: Path, capfd: p
 
     code, errors = through_the_agent([*overrides, *NARROW, ENDLESS], capfd, kill)
     assert code == 1, errors
-    assert ended(folder)["code"] == 1
+    assert exit_json(folder)["code"] == 1
     assert errors.count("rank 1 (process") == 1 and "is gone" in errors and "Traceback" not in errors
 
 
@@ -166,7 +166,7 @@ def test_agent_forwards_signals(
     config = compose([*overrides, "run.num_processes=2"])
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert tidily(lambda: run_elastic([], config, 2)) == code
+    assert run_cleanly(lambda: run_elastic([], config, 2)) == code
 
 
 def test_a_crash_leaves_its_reason(overrides: list[str], tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_a_crash_leaves_its_reason(overrides: list[str], tmp_path: Path) -> None
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
         train_here([*overrides, *NARROW])
-    assert ended(tmp_path / "run")["code"] == 1
-    assert "IsADirectoryError" in ended(tmp_path / "run")["message"]
+    assert exit_json(tmp_path / "run")["code"] == 1
+    assert "IsADirectoryError" in exit_json(tmp_path / "run")["message"]
     (tmp_path / "run" / "metrics.jsonl").rmdir()
     assert train_here([*overrides, *NARROW, "train.steps=1"]) == 0
 
@@ -223,7 +223,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(
     in_step(2, twice, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train_here([*overrides, *NARROW])
-    assert ended(tmp_path / "run")["code"] == 1
+    assert exit_json(tmp_path / "run")["code"] == 1
     assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2]
 
 
@@ -234,13 +234,13 @@ def test_time_limit_saves_and_the_same_command_resumes(
     assert train_here([*words, "train.stop_after_seconds=0.01"]) == 3
     assert stopped_at(tmp_path / "run", capfd.readouterr().err, "train.stop_after_seconds") == 1
     assert train_here(words) == 0
-    assert exact(tmp_path / "run") == straight(corpus, words)
+    assert exact(tmp_path / "run") == uninterrupted(corpus, words)
 
 
 def test_a_signal_in_the_last_step_is_no_stop(overrides: list[str], tmp_path: Path) -> None:
     """There is nothing left to do: the run is done and says so."""
     assert train_here([*overrides, *NARROW, "train.steps=1", "train.stop_after_seconds=0.01"]) == 0
-    assert ended(tmp_path / "run")["code"] == 0
+    assert exit_json(tmp_path / "run")["code"] == 0
 
 
 def test_non_finite_loss_ends_with_4_and_names_a_checkpoint(
@@ -255,7 +255,7 @@ def test_non_finite_loss_ends_with_4_and_names_a_checkpoint(
     assert errors.startswith(f"error: step {step}: loss ") and errors.count("\n") == 1
     assert f"the last valid checkpoint is {good[-1]};" in errors and "lower optim.lr" in errors
     assert good[-1].name == f"step-{step - 1:08d}" and verify(good[-1]).problem is None
-    assert ended(folder) == {"code": 4, "message": errors.strip().removeprefix("error: ")}
+    assert exit_json(folder) == {"code": 4, "message": errors.strip().removeprefix("error: ")}
     assert (folder / "report.html").is_file()
 
 
@@ -267,7 +267,7 @@ def test_non_finite_first_step_leaves_no_checkpoint(
     assert errors.startswith("error: step 1: loss ") and "there is no checkpoint yet" in errors
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
-    assert ended(tmp_path / "run")["code"] == 4
+    assert exit_json(tmp_path / "run")["code"] == 4
 
 
 def test_invalid_checkpoint_is_not_named_as_the_last_valid(

@@ -25,7 +25,7 @@ from parallel.watchdog.heartbeats import HeartbeatStore
 from parallel.watchdog.spans import SPANS, begin_step, state, wait_span, work_span
 from parallel.watchdog.watchdog import Pace, Watchdog, causes, is_lost
 from tests.support.fixtures import corpus, overrides  # noqa: F401  (fixtures)
-from tests.support.running import NARROW, ROOT, ended, free_ports, ranks_below, tidily, wait_for_step
+from tests.support.running import NARROW, ROOT, exit_json, free_ports, ranks_below, run_cleanly, wait_for_step
 
 # Seconds allowed to a machine that stands still now and then; none unless asked for
 STALL = float(os.environ.get("LONGCAT_STALL", "0"))
@@ -74,7 +74,7 @@ def outcome(
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"a rank goes on\n{printed(meeting)}") from None
         seconds = time.monotonic() - start
-        found = ended(folder / "run")
+        found = exit_json(folder / "run")
     assert found["code"] == 1
     return found["message"], seconds, [rank.returncode for rank in ranks], printed(meeting)
 
@@ -174,13 +174,13 @@ def test_slow_disk_ends_no_run_before_the_slow_timeout(
     with ranks_of_a_run(words, 2, (1, "saves slowly"), timeout, tmp_path / "meeting") as ranks:
         codes = [rank.wait(120) for rank in ranks]
     assert codes == [0, 0], printed(tmp_path / "meeting")
-    assert ended(tmp_path / "run")["message"] == "done"
+    assert exit_json(tmp_path / "run")["message"] == "done"
     assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "manifest.json").is_file()
 
     words = [*words, "run.name=never"]
     with ranks_of_a_run(words, 2, (1, "hardly saves"), timeout, tmp_path / "again") as ranks:
         codes = [rank.wait(120) for rank in ranks]
-    message = ended(tmp_path / "never")["message"]
+    message = exit_json(tmp_path / "never")["message"]
     assert codes == [1, 1], printed(tmp_path / "again")
     assert re.match(r"rank 0 has waited [56] s in step 3 for \"write of the checkpoint", message), message
     assert re.search(r'rank 1 .* at step 3, "writing the checkpoint" of write of the checkpoint', message), message
@@ -202,7 +202,7 @@ def test_agent_ends_soon_after_a_rank_stops(
     other = threading.Thread(target=stop)
     other.start()
     words = [*overrides, *NARROW, "train.steps=100000", "run.num_processes=2", "parallel.timeout_seconds=20"]
-    code = tidily(lambda: longcat(["train", *words]))
+    code = run_cleanly(lambda: longcat(["train", *words]))
     seconds = time.monotonic() - stopped[0]
     other.join()
     errors = capfd.readouterr().err

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.watchdog.spans import SPANS
-from tests.support.distributed import become, free_port
+from tests.support.distributed import free_port, set_rank_environment
 from train.batches import BatchReader
 from train.checkpoint import manifest, shards
 from train.checkpoint import save as saving
@@ -122,7 +122,7 @@ def log_samples(path: Path) -> None:
 
 def rank_main(rank: int, world_size: int, port: int, words: list[str], samples: str, fate: Fate | None) -> None:
     """One rank; the one with a ``fate`` dies by it."""
-    become(rank, world_size, port)
+    set_rank_environment(rank, world_size, port)
     with open(f"{samples}.{rank}.log", "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from longcat.errors import ConfigError
-from tests.support.running import NARROW, ended, exact, lines, straight, train_here
+from tests.support.running import NARROW, exact, exit_json, lines, train_here, uninterrupted
 from train.checkpoint import save as saving
 from train.checkpoint.find import find_start
 from train.checkpoint.manifest import list_checkpoints, verify
@@ -57,7 +57,7 @@ def test_background_save_holds_the_state_of_its_step(
 ) -> None:
     """Step 2 is written while later steps are trained: a run from it repeats them to the same bits."""
     words = [*narrow, "train.steps=10", "checkpoint.keep=0"]
-    reference = straight(corpus, words)
+    reference = uninterrupted(corpus, words)
     with monkeypatch.context() as patch:
         threads = slow_disk(patch, 0.5)
         seen: list[bool] = []
@@ -242,7 +242,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run(
         else "No space left on device"
     )
     printed = capfd.readouterr()
-    said = ended(run)["message"]
+    said = exit_json(run)["message"]
     assert "the checkpoint of step 10 is not saved: " in said and "step-00000004" in said
     assert re.search(reason, said), said
     assert printed.out.count("NOT SAVED: the checkpoint of step") == 3, "6, 8 and 10"
@@ -253,7 +253,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run(
     assert found is not None and found.name == "step-00000004" and skipped == []
     stuff.unlink()
     assert train_here([*words, "train.steps=10"]) == 0
-    assert exact(run) == straight(corpus, [*words, "train.steps=10"])
+    assert exact(run) == uninterrupted(corpus, [*words, "train.steps=10"])
 
 
 def test_space_freed_in_time_is_used(
@@ -320,7 +320,7 @@ def test_error_in_the_save_thread_is_raised(narrow: list[str], tmp_path: Path, m
     monkeypatch.setattr(saving, "write_shards", fail)
     with pytest.raises(ZeroDivisionError):
         train_here([*narrow, "train.steps=3", "checkpoint.every=1"])
-    assert ended(tmp_path / "run")["code"] == 1
+    assert exit_json(tmp_path / "run")["code"] == 1
 
 
 def test_non_finite_state_in_the_save_thread_ends_the_run(
@@ -336,4 +336,4 @@ def test_non_finite_state_in_the_save_thread_ends_the_run(
     monkeypatch.setattr(Stepper, "_update", blow_up)
     assert train_here([*narrow, "train.steps=4", "checkpoint.every=1", "validation.every=0"]) == 4
     assert steps_there(tmp_path / "run") == [2, 3]
-    assert "step 4: a weight or a moment is not finite" in ended(tmp_path / "run")["message"]
+    assert "step 4: a weight or a moment is not finite" in exit_json(tmp_path / "run")["message"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.running import NARROW, VOCAB, ended, lines, train_here
+from tests.support.running import NARROW, VOCAB, exit_json, lines, train_here
 from train.checkpoint.manifest import STATE, list_checkpoints
 from train.compose import compose
 from train.data.build import build
@@ -52,7 +52,7 @@ def stages(*starts: int) -> str:
 )
 def test_another_order_of_samples_is_refused(change: str, branch: list[str], tmp_path: Path) -> None:
     assert train_here([*branch, change]) == 2
-    said = ended(tmp_path / "branch")["message"]
+    said = exit_json(tmp_path / "branch")["message"]
     assert change.partition("=")[0] in said and "stands at sample 12 of other data" in said
     assert "set them alike" in said and "data.from_start=true" in said
     assert not list_checkpoints(tmp_path / "branch" / "checkpoints")
@@ -62,19 +62,21 @@ def test_another_corpus_is_refused_under_any_name(
     branch: list[str], other: Path, words: list[str], corpus: Path, tmp_path: Path
 ) -> None:
     assert train_here([*branch, f"data.paths=[{other}]"]) == 2
-    assert f"data.paths was ['{corpus}'] and is now ['{other}']" in ended(tmp_path / "branch")["message"]
+    assert f"data.paths was ['{corpus}'] and is now ['{other}']" in exit_json(tmp_path / "branch")["message"]
     moved = shutil.copytree(other.parent, tmp_path / "moved") / "corpus"
     assert train_here([*words, f"data.paths=[{moved}]", "run.name=first", "train.steps=3"]) == 0
     shutil.rmtree(moved.parent)
-    shutil.copytree(corpus.parent, moved.parent, ignore=shutil.ignore_patterns("straight"))
+    shutil.copytree(corpus.parent, moved.parent, ignore=shutil.ignore_patterns("uninterrupted"))
     words = [*words, f"data.paths=[{moved}]", f"checkpoint.resume={tmp_path / 'first'}", "run.name=second"]
     assert train_here([*words, "train.steps=8"]) == 2
-    assert "a corpus of other contents" in ended(tmp_path / "second")["message"]
+    assert "a corpus of other contents" in exit_json(tmp_path / "second")["message"]
 
 
 def test_compatible_data_changes_resume_at_the_next_sample(branch: list[str], corpus: Path, tmp_path: Path) -> None:
     """A corpus that has moved, and a stage that begins with the next sample."""
-    moved = shutil.copytree(corpus.parent, tmp_path / "moved", ignore=shutil.ignore_patterns("straight")) / "corpus"
+    moved = (
+        shutil.copytree(corpus.parent, tmp_path / "moved", ignore=shutil.ignore_patterns("uninterrupted")) / "corpus"
+    )
     assert train_here([*branch, f"data.paths=[{moved}]", stages(12 * 32)]) == 0
     assert [row["first_sample"] for row in lines(tmp_path / "branch")] == [12, 16, 20, 24, 28]
 

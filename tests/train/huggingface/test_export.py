@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.support.exporting import assert_close, done, our_logits, peer_of, some_tokens, trained, weights
+from tests.support.exporting import assert_close, our_logits, peer_of, run_command, some_tokens, trained, weights
 from tests.support.fixtures import Refused
 from train.checkpoint.read import Checkpoint
 from train.compose import compose
@@ -30,7 +30,7 @@ def exports(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports")
     for layout in ("released", "transformers"):
         words = [f"export.layout={layout}", "export.dtype=float32", "export.shard_gib=0.0001"]
-        done("export", f"source={checkpoint}", f"target={folder / layout}", *words)
+        run_command("export", f"source={checkpoint}", f"target={folder / layout}", *words)
     return folder
 
 
@@ -152,7 +152,7 @@ def test_released_layout_loads_without_identity_experts(corpus: Path, tmp_path: 
     from transformers import AutoModelForCausalLM
 
     plain = trained(corpus, tmp_path, "model.num_zero_experts=0", "model.expected_ffn_experts=3")
-    done("export", f"source={plain}", f"target={tmp_path / 'plain'}", "export.dtype=float32")
+    run_command("export", f"source={plain}", f"target={tmp_path / 'plain'}", "export.dtype=float32")
     peer: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "plain", dtype=torch.float32, attn_implementation="eager"
     )
@@ -183,7 +183,7 @@ def test_transformers_4_57_gives_the_same_logits(checkpoint: Path, exports: Path
 
 
 def test_bfloat16_is_the_default_except_for_routers(checkpoint: Path, tmp_path: Path) -> None:
-    done("export", f"source={checkpoint.parents[1]}", f"target={tmp_path / 'out'}")  # a run's folder will do
+    run_command("export", f"source={checkpoint.parents[1]}", f"target={tmp_path / 'out'}")  # a run's folder will do
     found, stored = tensors_of(tmp_path / "out"), weights(checkpoint)
     kinds = {name: tensor.dtype for name, tensor in found.items()}
     assert {name for name, kind in kinds.items() if kind == torch.float32} == {n for n in kinds if ".router." in n}

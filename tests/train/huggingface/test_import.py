@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from launch.__main__ import main as longcat
-from tests.support.exporting import SMALL, assert_close, done, our_logits, peer_of, some_tokens, weights
+from tests.support.exporting import SMALL, assert_close, our_logits, peer_of, run_command, some_tokens, weights
 from tests.support.fixtures import Refused
 from tests.support.running import contents, lines, train_here, train_two
 from train.checkpoint.files import is_locked
@@ -27,14 +27,14 @@ from train.huggingface.safetensors_folder import SafetensorsFolder
 @pytest.fixture(scope="module")
 def export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports") / "float32"
-    done("export", f"source={checkpoint}", f"target={folder}", "export.dtype=float32", "export.shard_gib=0.0001")
+    run_command("export", f"source={checkpoint}", f"target={folder}", "export.dtype=float32", "export.shard_gib=0.0001")
     return folder
 
 
 @pytest.fixture(scope="module")
 def imported(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imports") / "checkpoint"
-    done("import", f"source={export}", f"target={folder}")
+    run_command("import", f"source={export}", f"target={folder}")
     return folder
 
 
@@ -43,9 +43,9 @@ def imported(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_round_trip_is_bitwise(layout: str, dtype: str, checkpoint: Path, tmp_path: Path) -> None:
     """checkpoint → export → import → export: the two exports are the same files."""
     words = [f"export.layout={layout}", f"export.dtype={dtype}", "export.shard_gib=0.0001"]
-    done("export", f"source={checkpoint}", f"target={tmp_path / 'first'}", *words)
-    done("import", f"source={tmp_path / 'first'}", f"target={tmp_path / 'back'}")
-    done("export", f"source={tmp_path / 'back'}", f"target={tmp_path / 'second'}", *words)
+    run_command("export", f"source={checkpoint}", f"target={tmp_path / 'first'}", *words)
+    run_command("import", f"source={tmp_path / 'first'}", f"target={tmp_path / 'back'}")
+    run_command("export", f"source={tmp_path / 'back'}", f"target={tmp_path / 'second'}", *words)
     first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
     assert first.pop("longcat.json") != second.pop("longcat.json")  # the counters began anew
     assert first == second
@@ -68,10 +68,10 @@ def test_import_reads_at_most_one_expert_at_a_time(
 
         monkeypatch.setattr(kind, "read", read)
     monkeypatch.setattr(import_module, "FILE_BYTES", 20000)
-    done("import", f"source={export}", f"target={tmp_path / 'in'}")
+    run_command("import", f"source={export}", f"target={tmp_path / 'in'}")
     assert len(list((tmp_path / "in").glob("*.distcp"))) > 20
     words = ["export.dtype=float32", "export.shard_gib=0.0001"]
-    done("export", f"source={tmp_path / 'in'}", f"target={tmp_path / 'out'}", *words)
+    run_command("export", f"source={tmp_path / 'in'}", f"target={tmp_path / 'out'}", *words)
     experts = [box for name, box in boxes if ".experts." in name]
     assert len(experts) == 2 * 2 * 2 * 8 and all(stop - start == 1 for (start, stop), *_ in experts)
     expected = {name: value for name, value in contents(export).items() if name != "longcat.json"}
@@ -105,7 +105,7 @@ def test_import_locks_its_target(export: Path, tmp_path: Path, monkeypatch: pyte
         plain(tensors, folder)
 
     monkeypatch.setattr(import_module, "write", write)
-    done("import", f"source={export}", f"target={tmp_path / 'in'}")
+    run_command("import", f"source={export}", f"target={tmp_path / 'in'}")
     assert seen == [True] and not is_locked(tmp_path / "in")
 
 
@@ -142,7 +142,7 @@ def test_import_starts_alike_on_one_process_and_ep2(imported: Path, corpus: Path
 
 def exported_is_stored(checkpoint: Path, target: Path) -> None:
     """The export of a checkpoint whose experts several ranks have saved has what torch's own loading gives."""
-    done("export", f"source={checkpoint}", f"target={target}", "export.dtype=float32")
+    run_command("export", f"source={checkpoint}", f"target={target}", "export.dtype=float32")
     found = load_file(target / "model-00001-of-00001.safetensors")
     gate_up, norm = torch.empty(8, 32, 32), torch.empty(32)
     dcp.load(
@@ -164,7 +164,7 @@ def test_folder_saved_by_transformers_is_imported(checkpoint: Path, export: Path
     peer: Any = peer_of(Checkpoint(checkpoint).model, tensors)
     peer.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     assert list((tmp_path / "theirs").glob("*-of-*.safetensors"))
-    done("import", f"source={tmp_path / 'theirs'}", f"target={tmp_path / 'ours'}")
+    run_command("import", f"source={tmp_path / 'theirs'}", f"target={tmp_path / 'ours'}")
     model = Checkpoint(tmp_path / "ours").model
     assert (model.num_mtp_layers, model.expected_ffn_experts) == (0, 2.0)
     assert_close(our_logits(tmp_path / "ours", some_tokens()), peer(input_ids=some_tokens()).logits)
@@ -219,7 +219,7 @@ def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused)
     refused(["import", f"source={export}", target, "model.num_experts=9"], "lacks")
     refused(["import", f"source={export}", target, "model.no_such=9"], "unknown key")
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob("step*"))
-    done("import", f"source={own}", target, "model.num_mtp_layers=0")
+    run_command("import", f"source={own}", target, "model.num_mtp_layers=0")
 
 
 @pytest.mark.parametrize(
