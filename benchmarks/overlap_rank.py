@@ -29,12 +29,13 @@ from parallel.expert import apply_expert_parallel
 from parallel.fsdp.sharding import local_part
 from parallel.mesh import ParallelConfig, Topology, make_topology, resolve_sizes
 from parallel.overlap import OverlapConfig, apply_overlap
+from parallel.watchdog.events import SpanKind
 from parallel.watchdog.spans import begin_step, blocked_seconds
 from train.profiling.recorder import StepRecorder
 
 CHUNKS = (1, 2, 4, 8)
 SPEEDS = (0.5, 1.0, 2.0, 4.0)  # relative to the chosen speed
-WAITS = ("expert counts", "expert dispatch", "expert combine")
+WAITS = (SpanKind.EXPERT_COUNTS, SpanKind.EXPERT_DISPATCH, SpanKind.EXPERT_COMBINE)
 Row = list[float]  # seconds of a step, blocked, CPU seconds of the network threads, blocked in each of WAITS
 
 
@@ -122,7 +123,7 @@ class Bench:
         self.step()
         seconds, blocked, network = time.perf_counter() - start, blocked_seconds(), network_seconds() - network
         recorder.finish()
-        by_kind = [sum(one.exposed for one in recorder.journeys if one.name.startswith(kind)) for kind in WAITS]
+        by_kind = [sum(one.exposed for one in recorder.comm_spans if one.event.kind is kind) for kind in WAITS]
         return [seconds, blocked, network, *by_kind]
 
     def in_turn(self, settings: dict[str, tuple[OverlapConfig, bool]], rounds: int) -> dict[str, list[Row]]:

@@ -1,4 +1,4 @@
-"""What a breadcrumb and a sign of life cost: `python -m benchmarks.crumbs` prints a table and one JSON line."""
+"""The cost of a span and of a heartbeat: `python -m benchmarks.spans` prints a table and one JSON line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.heartbeats import HeartbeatStore
 from parallel.watchdog.spans import wait_span
 from parallel.watchdog.watchdog import Watchdog
 
 COUNT = 100_000
+EVENT = Event(SpanKind.EXPERT_DISPATCH, layer=3)
 
 
 def microseconds(action: Callable[[], object], count: int) -> float:
@@ -27,24 +29,24 @@ def microseconds(action: Callable[[], object], count: int) -> float:
     return best / count * 1e6
 
 
-def one_crumb() -> None:
-    with wait_span("expert dispatch, layer 3", "ep"):
+def span() -> None:
+    with wait_span(EVENT):
         pass
 
 
-def named_crumb(layer: int = 3) -> None:
-    with wait_span(f"expert dispatch, layer {layer}", "ep"):
+def span_with_a_new_event() -> None:
+    with wait_span(Event(SpanKind.EXPERT_DISPATCH, layer=3)):
         pass
 
 
 def main() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    kept = Watchdog(HeartbeatStore(store, 0, 1), 600.0, print, Path("unused"))
+    watchdog = Watchdog(HeartbeatStore(store, 0, 1), 600.0, print, Path("unused"))
     costs = {
-        "crumb_us": microseconds(one_crumb, COUNT),
-        "crumb_with_a_formatted_name_us": microseconds(named_crumb, COUNT),
+        "span_us": microseconds(span, COUNT),
+        "span_with_a_new_event_us": microseconds(span_with_a_new_event, COUNT),
         "nothing_us": microseconds(lambda: None, COUNT),
-        "sign_once_a_second_us": microseconds(lambda: kept.store.publish(kept.heartbeat()), 500),
+        "heartbeat_us": microseconds(lambda: watchdog.store.publish(watchdog.heartbeat()), 500),
     }
     for name, cost in costs.items():
         print(f"{name:32} {cost:8.2f}")

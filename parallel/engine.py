@@ -11,6 +11,7 @@ from torch import Tensor
 from longcat.model import LongCat, Losses
 from parallel.fsdp.collectives import wait_for_reductions
 from parallel.fsdp.sharding import set_gradient_sync
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 
 Objective = Callable[[Losses], Tensor]  # one micro-batch's part of the step's loss, as far as it arises in one part
@@ -58,9 +59,9 @@ class SequentialEngine:
         found = []
         for number, batch in enumerate(micro_batches, start=1):
             set_gradient_sync(model, last=number == len(micro_batches))
-            with work_span(f"forward of micro-batch {number}"):
+            with work_span(Event(SpanKind.FORWARD, micro_batch=number)):
                 losses: Losses = model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=mtp)
-            with work_span(f"backward of micro-batch {number}"):
+            with work_span(Event(SpanKind.BACKWARD, micro_batch=number)):
                 objective(losses).backward()
                 wait_for_reductions(model)
             found.append(detached(losses))

@@ -56,6 +56,7 @@ from parallel.collectives.async_collective import (
 from parallel.collectives.point_to_point import all_gather
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
 from parallel.mesh import Topology
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
 
 
@@ -88,14 +89,14 @@ def install_dispatchers(model: LongCat, topology: Topology, transport: str) -> N
     if topology.sizes.ep > 1:
         kind = AllToAllDispatcher if transport == "all_to_all" else AllGatherDispatcher
         group = topology.expert_exchange
-        install(model, dispatcher=lambda name: kind(group, f"layer {name.split('.')[1]}"))  # layers.3.mlp
+        install(model, dispatcher=lambda name: kind(group, int(name.split(".")[1])))  # layers.3.mlp
 
 
 class SplitSizes:
     """The numbers of rows that ranks send each other in all chunks of a layer, on their way."""
 
-    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, layer: str) -> None:
-        self.group, self.streams, self.layer = group, streams, layer
+    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, layer: int) -> None:
+        self.group, self.streams, self.event = group, streams, Event(SpanKind.EXPERT_COUNTS, layer)
         with streams.on_side_stream():
             counts = torch.stack([_count(routing) for routing in routings])
             by_rank = counts.view(len(routings), dist.get_world_size(group), -1)  # [C, n, E]
@@ -108,7 +109,7 @@ class SplitSizes:
 
     @cached_property
     def _arrived(self) -> list[list[list[int]]]:
-        with wait_span(f"expert counts, {self.layer}", among=self.group):
+        with wait_span(self.event, self.group):
             return self._numbers()
 
     @cached_property
@@ -121,7 +122,7 @@ class SplitSizes:
         """[n, C] rows from each rank in each chunk."""
         if self.streams.is_async_host:
             return self._arrived[1]
-        with wait_span(f"expert counts, {self.layer}", among=self.group):
+        with wait_span(self.event, self.group):
             self.work.wait()
         return self.incoming.sum(2).tolist()
 
@@ -199,7 +200,7 @@ class _Sent:
 class ExpertParallelDispatcher:
     """What the dispatchers over an expert-parallel group have in common. ``layer`` names the layer in messages."""
 
-    def __init__(self, group: dist.ProcessGroup, layer: str, streams: StreamContext = CURRENT_STREAM) -> None:
+    def __init__(self, group: dist.ProcessGroup, layer: int, streams: StreamContext = CURRENT_STREAM) -> None:
         self.group, self.layer, self.streams = group, layer, streams
 
 
@@ -226,7 +227,7 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
         with self.streams.on_side_stream():
             plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed, sum(sent))
         received = [row[number] for row in sizes.received]
-        there = AllToAll(f"expert dispatch, {self.layer}", self.group, sent, received)
+        there = AllToAll(Event(SpanKind.EXPERT_DISPATCH, self.layer), self.group, sent, received)
         incoming = sizes.incoming[:, number]
         room = None if self.streams.is_async_host else padded_capacity(incoming.sum(0), pending.x)
         arrival = ReceiveOrder(incoming, sum(received), room)
@@ -246,7 +247,7 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
     def start_combine(self, rows: Tensor, pending: _Sent) -> _Sent:
         there, arrival = pending.pending_collective.exchange, pending.arrival
         assert isinstance(there, AllToAll) and arrival is not None
-        back = AllToAll(f"expert combine, {self.layer}", self.group, there.received, there.sent)
+        back = AllToAll(Event(SpanKind.EXPERT_COMBINE, self.layer), self.group, there.received, there.sent)
         pending.pending_collective = start(rows, back, self.streams, arrival.move(to_experts=False))
         return pending
 
@@ -276,7 +277,7 @@ class _CombineAside(torch.autograd.Function):
         streams.record_use_on_side(gates)  # x has been lent where it was sent
         with streams.on_side_stream():
             out = _Combine.forward(ctx, rows, gates, plan, x)
-        wait_on_stream(exchange.name, exchange.group, streams, out)
+        wait_on_stream(exchange.event, exchange.group, streams, out)
         return out
 
     @staticmethod
@@ -293,8 +294,8 @@ class _CombineAside(torch.autograd.Function):
 class GatheredRouting:
     """The experts that all ranks' tokens have chosen, on their way, in all chunks of a layer."""
 
-    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, layer: str) -> None:
-        self.group, self.streams, self.name = group, streams, f"expert choices, {layer}"
+    def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, layer: int) -> None:
+        self.group, self.streams, self.event = group, streams, Event(SpanKind.EXPERT_ROUTING, layer)
         self.size = routings[0].num_experts // dist.get_world_size(group)  # experts here
         self.first = dist.get_rank(group) * self.size
         streams.fork()
@@ -316,7 +317,7 @@ class GatheredRouting:
     @cached_property
     def num_rows(self) -> list[int] | None:
         """Rows for the experts here in each chunk. None where nothing is queued and to count is no wait."""
-        with wait_span(self.name, among=self.group):
+        with wait_span(self.event, self.group):
             if self.streams.is_async_host:
                 return self._num_rows()
             self.work.wait()
@@ -346,7 +347,10 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
 
     def start_dispatch(self, chunks: list[tuple[Tensor, Routing]]) -> list[_Gathered]:
         choices = GatheredRouting([routing for _, routing in chunks], self.group, self.streams, self.layer)
-        gather, direct = AllGather(f"expert dispatch, {self.layer}", self.group), StreamContext(self.streams.blocking)
+        gather, direct = (
+            AllGather(Event(SpanKind.EXPERT_DISPATCH, self.layer), self.group),
+            StreamContext(self.streams.blocking),
+        )
         return [
             _Gathered(x, routing, choices, number, start(x, gather, direct), start(routing.gates, gather, direct))
             for number, (x, routing) in enumerate(chunks)
@@ -358,7 +362,7 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
     def wait_dispatch(self, pending: _Gathered) -> tuple[Tensor, Tensor]:
         choices, number = pending.choices, pending.number
         num_rows = None if choices.num_rows is None else choices.num_rows[number]
-        wait_on_stream(choices.name, self.group, self.streams, choices.indices)
+        wait_on_stream(choices.event, self.group, self.streams, choices.indices)
         here, size = choices.numbered(choices.chunks[number].flatten(0, 1)), choices.size
         plan = plan_permutation(here, size, size + 1, num_rows)
         room = None if self.streams.is_async_host else padded_capacity(plan.counts[:size], pending.x)
@@ -369,7 +373,7 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
     def start_combine(self, rows: Tensor, pending: _Gathered) -> _Gathered:
         assert pending.all_gates is not None and pending.plan is not None
         partial = combine(rows, pending.all_gates, pending.plan, None)
-        scatter = ReduceScatter(f"expert combine, {self.layer}", self.group)
+        scatter = ReduceScatter(Event(SpanKind.EXPERT_COMBINE, self.layer), self.group)
         whole = partial.view(dist.get_world_size(self.group), *pending.x.shape)
         pending.tokens = start(whole, scatter, StreamContext(self.streams.blocking))
         return pending

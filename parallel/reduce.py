@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum a small tensor over all ranks, in place (over gloo when it lies on the CPU)."""
     if dist.get_world_size() > 1:
-        with wait_span("sum over all ranks"):
+        with wait_span(Event(SpanKind.SUM)):
             dist.all_reduce(values)
     return values
 
@@ -23,7 +24,7 @@ def broadcast(value: Any) -> Any:
     """What the first rank says: ranks must not decide apart on what they see of a machine or a file system."""
     shared = [value]
     if dist.get_world_size() > 1:
-        with wait_span("word of the first rank"):
+        with wait_span(Event(SpanKind.BROADCAST)):
             dist.broadcast_object_list(shared, src=0)
     return shared[0]
 
@@ -32,7 +33,7 @@ def all_gather_object(value: Any) -> list[Any]:
     """What each rank says, in their order."""
     said = [value] * dist.get_world_size()
     if dist.get_world_size() > 1:
-        with wait_span("words of all ranks"):
+        with wait_span(Event(SpanKind.ALL_GATHER_OBJECT)):
             dist.all_gather_object(said, value)
     return said
 
@@ -46,7 +47,7 @@ def min_over_ranks(value: float) -> float:
     """The smallest of the figures that ranks have."""
     least = torch.tensor(value, dtype=torch.float64)
     if dist.get_world_size() > 1:
-        with wait_span("least of all ranks"):
+        with wait_span(Event(SpanKind.MINIMUM)):
             dist.all_reduce(least, dist.ReduceOp.MIN)
     return float(least)
 

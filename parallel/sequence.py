@@ -26,6 +26,7 @@ from longcat.model import LongCat
 from parallel.collectives.async_collective import AllGather, AsyncCollective, ReduceScatter, run_blocking, start, wait
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
 from parallel.mesh import Axis, Topology
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
 
 
@@ -47,10 +48,10 @@ def check_length(length: int, cp: int, tp: int) -> None:
 
 
 class ShardedSequence:
-    """This rank's positions. ``place`` names the module in messages."""
+    """This rank's positions. ``module`` is its path, for messages."""
 
-    def __init__(self, topology: Topology, place: str) -> None:
-        self.place = place
+    def __init__(self, topology: Topology, module: str) -> None:
+        self.module = module
         self.cp, self.tp = topology.sizes.cp, topology.sizes.tp
         self.cp_rank = topology.coordinate(Axis.CP)
         self.tp_rank = topology.coordinate(Axis.TP)
@@ -75,17 +76,17 @@ class ShardedSequence:
     def gather(self, x: Tensor) -> Tensor:
         if self.tp == 1:
             return x
-        gathered = run_blocking(x, AllGather(f"positions of tensor-parallel ranks, {self.place}", self.tp_group))
+        gathered = run_blocking(x, AllGather(self._event(SpanKind.SEQUENCE_ALL_GATHER), self.tp_group))
         return gathered.transpose(0, 1).flatten(1, 2)  # [tp, B, s, D] → [B, q, D]
 
     def reduce(self, partial: Tensor) -> Tensor:
         if self.tp == 1:
             return partial
         stretches = partial.unflatten(1, (self.tp, -1)).transpose(0, 1)  # [tp, B, s, D]
-        return run_blocking(stretches, ReduceScatter(f"sum over tensor-parallel ranks, {self.place}", self.tp_group))
+        return run_blocking(stretches, ReduceScatter(self._event(SpanKind.SEQUENCE_REDUCE_SCATTER), self.tp_group))
 
     def start_keys(self, latents: Tensor) -> AsyncCollective:
-        return start(latents, AllGather(f"attention latents, {self.place}", self.exchange_group), self.streams)
+        return start(latents, AllGather(self._event(SpanKind.ATTENTION_LATENTS), self.exchange_group), self.streams)
 
     def wait_keys(self, handle: AsyncCollective) -> Tensor:
         gathered = wait(handle)  # [cp·tp, B, s, R]
@@ -105,9 +106,12 @@ class ShardedSequence:
         work, total = handle
         if work is None:
             return total  # type: ignore[no-any-return]
-        with wait_span(f"counts of the micro-batch, {self.place}", among=self.shared_group):
+        with wait_span(self._event(SpanKind.BALANCE_COUNTS), self.shared_group):
             work.wait()
         return total  # type: ignore[no-any-return]
+
+    def _event(self, kind: SpanKind) -> Event:
+        return Event(kind, module=self.module)
 
 
 def cp_ranges(length: int, cp: int, rank: int) -> list[tuple[int, int]]:

@@ -27,6 +27,7 @@ from longcat.ops.embedding import embedding
 from longcat.ops.fusion import add_to, scaled
 from longcat.ops.matmul import product, raw_product
 from parallel.mesh import Axis, Topology
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
 
 ROWS, COLUMNS = Shard(0), Shard(1)
@@ -125,7 +126,7 @@ def _one_chunk(
     """hidden [T, D], labels and keep [T, 1] → losses [T] and their gradient by this rank's logits [T, v]."""
     logits = raw_product(hidden, weight.t()).float()
     peak = logits.amax(1, keepdim=True)
-    with wait_span("largest logits of the vocabulary", among=vocabulary.group):
+    with wait_span(Event(SpanKind.VOCABULARY_MAX), vocabulary.group):
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=vocabulary.group)
     row = labels - vocabulary.place * weight.shape[0]
     here = (row >= 0) & (row < weight.shape[0])
@@ -133,7 +134,7 @@ def _one_chunk(
     chosen = (logits.gather(1, row) - peak) * here
     weights = logits.sub_(peak).exp_()
     sums = torch.cat((weights.sum(1, keepdim=True), chosen), 1)
-    with wait_span("sums over the vocabulary", among=vocabulary.group):
+    with wait_span(Event(SpanKind.VOCABULARY_SUM), vocabulary.group):
         dist.all_reduce(sums, group=vocabulary.group)
     total, chosen = sums.split(1, 1)
     losses = ((total.log() - chosen) * keep)[:, 0]

@@ -9,6 +9,7 @@ from longcat.errors import StopRequested, UnhealthyError
 from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
 from parallel.reduce import mean_over_ranks
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import blocked_seconds, work_span
 from train.checkpoint.find import last_valid
 from train.checkpoint.saver import Saver
@@ -106,7 +107,7 @@ class Loop:
         return 0.0 if self.topology.world_size == 1 else mean_over_ranks(share)
 
     def _validate(self, metrics: dict[str, Any]) -> None:
-        with work_span("validation"):
+        with work_span(Event(SpanKind.VALIDATION)):
             measured = self.validator.measure(self.state)
         metrics["val_loss"] = measured.loss
         metrics["val_bits_per_byte"] = measured.bits_per_byte

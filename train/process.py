@@ -15,6 +15,7 @@ from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
 from parallel.mesh import resolve_sizes, world_from_environment
 from parallel.prepare import check_layout
 from parallel.watchdog import watchdog
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
 from train.config import Config
 from train.run import batch_shape, train
@@ -36,7 +37,7 @@ def main(config: Config) -> int:
             hang = watchdog.explain(error)
             if hang is not None:
                 report_hang(folder, hang)
-                watchdog.leave(recorded_code(folder))
+                watchdog.exit_process(recorded_code(folder))
             if dist.is_initialized() and dist.get_world_size() == 1:
                 dist.destroy_process_group()  # a sweep starts its next run in this process
             if claim_exit(folder, CRASHED, f"{type(error).__name__}: {error}"):
@@ -73,7 +74,7 @@ def outcome(config: Config, stop_signal: StopSignal) -> tuple[int, str]:
     except LongCatError as error:
         code, message = error.exit_code, str(error)
     # Every rank gets here. The agent ends the others when the first exits, so none may still be writing.
-    with watchdog.slow_timeout(), wait_span("end of the run"):
+    with watchdog.slow_timeout(), wait_span(Event(SpanKind.END_OF_RUN)):
         dist.barrier()
     return code, message
 

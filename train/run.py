@@ -14,6 +14,7 @@ from parallel.mesh import Topology, connect
 from parallel.prepare import BatchShape, prepare
 from parallel.reduce import broadcast
 from parallel.watchdog import watchdog
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.flight_recorder import enable_flight_recorder
 from parallel.watchdog.spans import work_span
 from parallel.watchdog.stream_clock import count_stream_waits
@@ -108,7 +109,7 @@ def open_metrics(config: Config, resumed_step: int, terminal: Display) -> Metric
 def close(writer: MetricsSink, config: Config, terminal: Display) -> None:
     """Close the logs and write the report. An error here must not hide how the run itself ended."""
     try:
-        with work_span("logs and report", slow=True):
+        with work_span(Event(SpanKind.REPORT), slow=True):
             writer.close()
             terminal.note(f"report: {write_report(config.run.folder)}")
     except Exception as error:
@@ -148,7 +149,7 @@ def batch_shape(config: Config, data_ranks: int) -> BatchShape:
 
 def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Validator]:
     """Training samples and the validator. The first rank to need a sample index writes it for the others."""
-    with work_span("indexing the corpora", slow=True):
+    with work_span(Event(SpanKind.CORPUS_INDEX), slow=True):
         samples = {
             split: TokenSamples(
                 config.data,
@@ -181,7 +182,7 @@ def resume(state: TrainState, config: Config, topology: Topology, terminal: Disp
         terminal.note(f"checkpoint.resume={settings.resume} is not used: this run has checkpoints of its own")
     for status in skipped:
         terminal.note(f"skipped {status.folder}: {status.problem}")
-    with work_span("cleaning up checkpoints", slow=True):
+    with work_span(Event(SpanKind.CHECKPOINT_CLEANUP), slow=True):
         set_aside = cleanup(folder, path, skipped)
     for aside in set_aside:
         terminal.note(f"set aside as {aside}")
@@ -207,7 +208,7 @@ def finish(
             write_json(folder / "text.json", {"documents": documents})
     if not (config.validation.ngram_baselines and topology.is_first):
         return
-    with work_span("n-gram baselines", slow=True):
+    with work_span(Event(SpanKind.NGRAM), slow=True):
         baselines = validator.baselines(train_samples, state.counters.position)
     if baselines is None:
         terminal.note("n-gram baselines left out: more tokens than they take in minutes")

@@ -15,6 +15,7 @@ from longcat.counts import flops_per_token
 from longcat.model import Losses
 from parallel.mesh import Axis, Topology
 from parallel.reduce import sum_in_one_collective, sum_over_ranks
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import begin_step, work_span
 from train.batches import Batch, BatchReader
 from train.config import Config
@@ -71,7 +72,7 @@ class Stepper:
         self._reset_routers()
         local = self._backward(batches, divisors, use_mtp)
 
-        with work_span("norm and numbers"):
+        with work_span(Event(SpanKind.GRADIENT_NORM)):
             square = self.state.store.gradient_square().reshape(1)
             wanted = torch.tensor([float(request) for request in astuple(requests)], dtype=torch.float64)
             scalars, gradients, directions = sum_in_one_collective(
@@ -83,7 +84,7 @@ class Stepper:
         healthy = all(map(math.isfinite, (norm, *sums)))
         factor = rate_factor(config.schedule, counters.step + 1)
         if healthy:
-            with work_span("optimizer"):
+            with work_span(Event(SpanKind.OPTIMIZER)):
                 self._update(norm, factor, counts)
         counters.step += 1
         counters.samples += config.train.global_batch_size

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from parallel.collectives.point_to_point import all_gather, reduce_scatter
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
+from parallel.watchdog.events import Event
 from parallel.watchdog.spans import record_launch, wait_span
 
 
@@ -33,8 +34,8 @@ class Collective(ABC):
 
     bytes_sent: ClassVar[int] = 0  # by this process to others, in all exchanges; for measurements
 
-    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
-        self.name, self.group = name, group  # the name is what a person reads where an exchange hangs
+    def __init__(self, event: Event, group: dist.ProcessGroup) -> None:
+        self.event, self.group = event, group  # the event is what a message names where a collective hangs
 
     @abstractmethod
     def launch(self, x: Tensor) -> tuple[dist.Work | None, Tensor]:
@@ -52,8 +53,8 @@ class Collective(ABC):
 class AllToAll(Collective):
     """Rows [P, D] in n stretches, one for each rank → the stretches of this place from all ranks, in their order."""
 
-    def __init__(self, name: str, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> None:
-        super().__init__(name, group)
+    def __init__(self, event: Event, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> None:
+        super().__init__(event, group)
         self.sent, self.received = sent, received
 
     def launch(self, x: Tensor) -> tuple[dist.Work | None, Tensor]:
@@ -64,7 +65,7 @@ class AllToAll(Collective):
         return (x.shape[0] - self.sent[dist.get_rank(self.group)]) * x[:1].numel()
 
     def reverse(self) -> Collective:
-        return AllToAll(self.name, self.group, self.received, self.sent)
+        return AllToAll(self.event, self.group, self.received, self.sent)
 
 
 class AllGather(Collective):
@@ -78,7 +79,7 @@ class AllGather(Collective):
         return x.numel() * (dist.get_world_size(self.group) - 1)
 
     def reverse(self) -> Collective:
-        return ReduceScatter(self.name, self.group)
+        return ReduceScatter(self.event, self.group)
 
 
 class ReduceScatter(Collective):
@@ -92,7 +93,7 @@ class ReduceScatter(Collective):
         return x.numel() * (1 - 1 / dist.get_world_size(self.group))
 
     def reverse(self) -> Collective:
-        return AllGather(self.name, self.group)
+        return AllGather(self.event, self.group)
 
 
 class Reorder(NamedTuple):
@@ -110,13 +111,13 @@ class Reorder(NamedTuple):
 NO_REORDER = Reorder(lambda x: x, lambda grad: grad)
 
 
-def wait_on_stream(name: str, group: dist.ProcessGroup, streams: StreamContext, *given: Tensor) -> None:
+def wait_on_stream(event: Event, group: dist.ProcessGroup, streams: StreamContext, *given: Tensor) -> None:
     """Let the caller's stream wait for the side stream and use ``given`` from there: for an exchange is what it waits.
 
     How long it stands here is what nothing has covered. With one lane the wait has been behind the exchange itself.
     """
     if streams.is_async_host:
-        with wait_span(name, among=group):
+        with wait_span(event, group):
             streams.join(*given)
 
 
@@ -146,7 +147,7 @@ class InFlight:
             num_bytes = int(exchange.elements_sent(x)) * x.element_size()
             Collective.bytes_sent += num_bytes
             work, result = exchange.launch(x)
-        record_launch(exchange.name, num_bytes, work)
+        record_launch(exchange.event, num_bytes, work)
         in_flight = cls(exchange, work, result, x, after, streams)
         for started in _regions:
             started.append(in_flight)
@@ -162,9 +163,7 @@ class InFlight:
         with self.streams.on_side_stream():
             if self.work is not None:
                 with (
-                    nullcontext()
-                    if self.streams.is_async_host
-                    else wait_span(self.exchange.name, among=self.exchange.group)
+                    nullcontext() if self.streams.is_async_host else wait_span(self.exchange.event, self.exchange.group)
                 ):
                     self.work.wait()
             self.result = self.move(self.result)
@@ -176,7 +175,7 @@ class InFlight:
         result, self.result = self.result, None
         assert result is not None, "the result of an exchange is handed out once"
         if not on_side:
-            wait_on_stream(self.exchange.name, self.exchange.group, self.streams, result)
+            wait_on_stream(self.exchange.event, self.exchange.group, self.streams, result)
         return result
 
 

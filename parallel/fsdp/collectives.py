@@ -21,7 +21,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from longcat.model import LongCat
 from parallel.collectives.point_to_point import all_gather, reduce_scatter
-from parallel.mesh import Axis
 from parallel.torch_internals import (
     DefaultAllGather,
     DefaultReduceScatter,
@@ -33,48 +32,49 @@ from parallel.torch_internals import (
     set_all_gather,
     set_reduce_scatter,
 )
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import record_launch, wait_span
 
 
 class TracedCollective(dist.Work):
     """An exchange under way, whose wait leaves a crumb."""
 
-    def __init__(self, what: str, group: dist.ProcessGroup, num_bytes: int, work: dist.Work) -> None:
+    def __init__(self, event: Event, group: dist.ProcessGroup, num_bytes: int, work: dist.Work) -> None:
         super().__init__()
-        self.what, self.group, self.work = what, group, work
-        record_launch(what, num_bytes, work)
+        self.event, self.group, self.work = event, group, work
+        record_launch(event, num_bytes, work)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        with wait_span(self.what, Axis.FSDP, self.group):
+        with wait_span(self.event, self.group):
             return self.work.wait() if timeout is None else self.work.wait(timeout)
 
 
 class TracedAllGather(DefaultAllGather):
     """Torch's all-gather in a crumb, which on NCCL ends at once; where it may go on beside compute, one of ours."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, event: Event) -> None:
+        self.event = event
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         if async_op:
             gathering = all_gather(output_tensor.view(group.size(), -1), input_tensor, group)
-            return TracedCollective(self.what, group, input_tensor.nbytes * (group.size() - 1), gathering)
-        with wait_span(self.what, Axis.FSDP, group):
+            return TracedCollective(self.event, group, input_tensor.nbytes * (group.size() - 1), gathering)
+        with wait_span(self.event, group):
             return super().__call__(output_tensor, input_tensor, group)
 
 
 class TracedReduceScatter(DefaultReduceScatter):
     """Torch's reduce-scatter in a crumb."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, event: Event) -> None:
+        self.event = event
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work:
-        with wait_span(self.what, Axis.FSDP, group):
+        with wait_span(self.event, group):
             return super().__call__(output_tensor, input_tensor, group, op, async_op)
 
 
@@ -82,9 +82,9 @@ class PendingReductions:
     """Sums of gradients that a model has started and not awaited yet: those of two units at most."""
 
     def __init__(self) -> None:
-        self._units: deque[tuple[str, list[TracedCollective]]] = deque()
+        self._units: deque[tuple[Event, list[TracedCollective]]] = deque()
 
-    def of(self, unit: str) -> list[TracedCollective]:
+    def of(self, unit: Event) -> list[TracedCollective]:
         """Those of the unit that starts one now; what is older than the unit before it is awaited first."""
         if not self._units or self._units[-1][0] != unit:
             self.finish(but=1)
@@ -105,17 +105,17 @@ class DeferredReduceScatter(DefaultReduceScatter):
     them where `_only_viewed`. Other sums are awaited here.
     """
 
-    def __init__(self, unit: str, parameters: Any, under_way: PendingReductions) -> None:
-        self.unit, self.parameters, self.under_way = unit, parameters, under_way
+    def __init__(self, event: Event, parameters: Any, under_way: PendingReductions) -> None:
+        self.event, self.parameters, self.under_way = event, parameters, under_way
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> TracedCollective:
         assert op == dist.ReduceOp.SUM
-        of_unit = self.under_way.of(self.unit)
+        of_unit = self.under_way.of(self.event)
         summing = reduce_scatter(output_tensor, input_tensor.view(group.size(), -1), group)
         num_bytes = input_tensor.nbytes - output_tensor.nbytes
-        of_unit.append(TracedCollective(f"summed gradients, {self.unit}", group, num_bytes, summing))
+        of_unit.append(TracedCollective(self.event, group, num_bytes, summing))
         if not self._only_viewed(output_tensor):
             self.under_way.finish()
         return of_unit[-1]
@@ -132,20 +132,21 @@ class DeferredReduceScatter(DefaultReduceScatter):
 
 
 def install_collectives(model: LongCat, device: torch.device) -> None:
-    """Give each unit that FSDP2 shards its exchanges: `gathered weights, layers.3`, `summed gradients, layers.3`."""
+    """Give each unit that FSDP2 shards its exchanges: `weight all-gather, layers.3`, `gradient reduce-scatter, …`."""
     under_way = PendingReductions()
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
         unit = name or "embedding, head and norm"
+        reduction = Event(SpanKind.GRADIENT_REDUCE_SCATTER, module=unit)
         # A unit with experts has a group of parameters for each mesh; the public setters know one group only
         for group in parameter_groups_of(module):
-            set_all_gather(group, TracedAllGather(f"gathered weights, {unit}"))
+            set_all_gather(group, TracedAllGather(Event(SpanKind.WEIGHT_ALL_GATHER, module=unit)))
             if device.type == "cpu":
                 group.unshard_async_op = True
-                set_reduce_scatter(group, DeferredReduceScatter(unit, group, under_way))
+                set_reduce_scatter(group, DeferredReduceScatter(reduction, group, under_way))
             else:
-                set_reduce_scatter(group, TracedReduceScatter(f"summed gradients, {unit}"))
+                set_reduce_scatter(group, TracedReduceScatter(reduction))
     if device.type == "cpu":
         _gather_ahead(model)
 

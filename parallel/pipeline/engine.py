@@ -30,6 +30,7 @@ from parallel.mesh import Axis, Topology
 from parallel.pipeline.spans import TracedStage
 from parallel.pipeline.stages import SPLIT_BACKWARD, check_micro_batches, num_stages, rank_of, stages_of
 from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gradients
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
 
 
@@ -69,7 +70,7 @@ class StageModule(nn.Module):
         place = int(x if number is None else number)
         batch = self.micro_batches[place]
         hidden = None if first else x
-        with work_span(f"forward of micro-batch {place + 1} in {layers_of(self.model)}"):
+        with work_span(Event(SpanKind.FORWARD, micro_batch=place + 1, layers=layers_of(self.model))):
             losses: Losses = self.model(batch.tokens, batch.labels, batch.valid, batch.documents, self.mtp, hidden)
         self.found[place] = detached(losses)
         if self.objective is None:
@@ -135,7 +136,7 @@ class Pipeline:
         numbers = torch.arange(self.num_micro_batches)
         first, last = (any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last"))
         given = (numbers,) if first else ()
-        with work_span("pipeline"):
+        with work_span(Event(SpanKind.PIPELINE)):
             self.schedule.step(*given, number=numbers, target=numbers if last else None, return_outputs=False)
         assert not any(len(queue) for queue in self.queues), "weight gradients were left behind"
         for model in self.parts:
@@ -151,26 +152,27 @@ class Pipeline:
         start, so that two ranks that exchange in both directions do so in the same order. A collective of the pipeline.
         """
         between: list[Tensor] = []  # from the stage before, where that is local too
-        sends: list[tuple[dist.Work, Tensor, int]] = []  # and what is being sent, which must live until then
+        sends: list[tuple[dist.Work, Tensor, Event, list[int]]] = []  # and what is being sent, kept alive until then
         for module, number in zip(self.modules, self.numbers, strict=True):
             module.micro_batches, module.objective, module.mtp = micro_batches, None, False
-            arrivals = self._post_receives(number, len(micro_batches))
+            arrivals, layers = self._post_receives(number, len(micro_batches)), layers_of(module.model)
             outputs = []
             for place in range(len(micro_batches)):
                 x = between[place] if between else torch.tensor([place])
                 if arrivals:
                     work, x = arrivals[place]
-                    what = f"hidden states of micro-batch {place + 1} into {layers_of(module.model)}"
-                    with wait_span(what, Axis.PP, self._holders(number - 1)):
+                    received = Event(SpanKind.RECEIVE_HIDDEN_STATES, micro_batch=place + 1, layers=layers)
+                    with wait_span(received, self._holders(number - 1)):
                         work.wait()
                 hidden = module(x, torch.tensor([place]))
                 if number + 1 in self.numbers:
                     outputs.append(hidden)
                 elif number + 1 < self._num_stages:
-                    sends.append((*self._send(hidden, number + 1), number + 1))
+                    sent = Event(SpanKind.SEND_HIDDEN_STATES, micro_batch=place + 1, layers=layers)
+                    sends.append((*self._send(hidden, number + 1), sent, self._holders(number + 1)))
             between = outputs
-        for work, _, stage in sends:
-            with wait_span(f"hidden states to stage {stage}", Axis.PP, self._holders(stage)):
+        for work, _, sent, peers in sends:
+            with wait_span(sent, peers):
                 work.wait()
         for model in self.parts:
             accumulation.reshard_all(model)
@@ -244,7 +246,7 @@ class Pipeline:
         theirs = torch.empty_like(mine)
         leads = self.group.rank() == ends[0]
         peer = dist.get_global_rank(self.group, ends[1] if leads else ends[0])
-        with wait_span("gradients of the embedding's other copy", Axis.PP, [peer]):
+        with wait_span(Event(SpanKind.EMBEDDING_GRADIENTS), [peer]):
             for sending in (leads, not leads):
                 if sending:
                     dist.send(mine, peer, group=self.group)
@@ -276,8 +278,9 @@ class Pipeline:
         return work, hidden
 
 
-def layers_of(model: LongCat) -> str:
-    return f"layers {model.part.first} to {model.part.last - 1}"
+def layers_of(model: LongCat) -> tuple[int, int]:
+    """First and last layer of a part of the model."""
+    return model.part.first, model.part.last - 1
 
 
 def is_copied(model: LongCat) -> bool:

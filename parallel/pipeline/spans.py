@@ -1,4 +1,4 @@
-"""Crumbs around the sends and receives of torch's pipeline schedules, with micro-batch, layers and the peer's rank."""
+"""Spans around the sends and receives of torch's pipeline schedules, with micro-batch, layers and the peer's rank."""
 
 from __future__ import annotations
 
@@ -10,80 +10,91 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
-from parallel.mesh import Axis
 from parallel.torch_internals import wrap_batch_p2p
-from parallel.watchdog.spans import record_launch, wait_span, work_span
+from parallel.watchdog.events import Event, SpanKind
+from parallel.watchdog.spans import record_send, wait_span, work_span
 
 
 class TracedStage(PipelineStage):
-    """Torch's stage; its transfers and its backward say what they are."""
+    """Torch's stage, with spans around its backward and an event on each of its transfers.
 
-    def __init__(self, *args: Any, layers: str, **keywords: Any) -> None:
+    Args:
+        layers: the first and the last layer of the stage.
+    """
+
+    def __init__(self, *args: Any, layers: tuple[int, int], **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self.layers = layers
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._named(super().get_fwd_recv_ops(fwd_chunk_id), "hidden states", fwd_chunk_id, "into")
+        return self._label(super().get_fwd_recv_ops(fwd_chunk_id), SpanKind.RECEIVE_HIDDEN_STATES, fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._named(super().get_bwd_recv_ops(bwd_chunk_id), "gradients", bwd_chunk_id, "into")
+        return self._label(super().get_bwd_recv_ops(bwd_chunk_id), SpanKind.RECEIVE_GRADIENTS, bwd_chunk_id)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._named(super().get_fwd_send_ops(fwd_chunk_id), "hidden states", fwd_chunk_id, "out of")
+        return self._label(super().get_fwd_send_ops(fwd_chunk_id), SpanKind.SEND_HIDDEN_STATES, fwd_chunk_id)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._named(super().get_bwd_send_ops(bwd_chunk_id), "gradients", bwd_chunk_id, "out of")
+        return self._label(super().get_bwd_send_ops(bwd_chunk_id), SpanKind.SEND_GRADIENTS, bwd_chunk_id)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        what = "backward" if full_backward else "input gradients"
-        with work_span(f"{what} of micro-batch {bwd_chunk_id + 1} in {self.layers}"):
+        kind = SpanKind.BACKWARD if full_backward else SpanKind.INPUT_GRADIENTS
+        with work_span(self._event(kind, bwd_chunk_id)):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **keywords: Any) -> None:
-        with work_span(f"weight gradients of micro-batch {bwd_chunk_id + 1} in {self.layers}"):
+        with work_span(self._event(SpanKind.WEIGHT_GRADIENTS, bwd_chunk_id)):
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **keywords)
 
-    def _named(self, operations: list[dist.P2POp], what: str, place: int, way: str) -> list[dist.P2POp]:
+    def _event(self, kind: SpanKind, chunk: int) -> Event:
+        return Event(kind, micro_batch=chunk + 1, layers=self.layers)
+
+    def _label(self, operations: list[dist.P2POp], kind: SpanKind, chunk: int) -> list[dist.P2POp]:
         for operation in operations:
-            operation.what = f"{what} of micro-batch {place + 1} {way} {self.layers}"  # type: ignore[attr-defined]
+            operation.event = self._event(kind, chunk)  # type: ignore[attr-defined]
         return operations
 
 
 class TracedWork:
-    """A transfer's work, whose wait leaves a crumb."""
+    """A transfer's work, with a span around its wait."""
 
-    def __init__(self, work: dist.Work, what: str, peers: list[int]) -> None:
-        self.work, self.what, self.peers = work, what, peers
+    def __init__(self, work: dist.Work, event: Event, peers: list[int]) -> None:
+        self.work, self.event, self.peers = work, event, peers
 
     def wait(self, *timeout: timedelta) -> bool:
-        with wait_span(self.what, Axis.PP, self.peers):
+        with wait_span(self.event, self.peers):
             return self.work.wait(*timeout)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.work, name)
 
 
-def watched(batch: Callable[..., list[dist.Work]]) -> Callable[..., list[Any]]:
-    """Torch's launch of sends and receives, giving works that leave crumbs."""
+def traced(batch: Callable[..., list[dist.Work]]) -> Callable[..., list[Any]]:
+    """Torch's launch of sends and receives, returning works with spans."""
 
     @wraps(batch)
     def launch(operations: list[dist.P2POp], *args: Any, **keywords: Any) -> list[Any]:
         works = batch(operations, *args, **keywords)
         for one in operations:
             if one.op is dist.isend:
-                record_launch(f"sent to rank {one.peer}", one.tensor.numel() * one.tensor.element_size(), None)
-        single = len(works) == len(operations)  # NCCL gives one work for several
+                record_send(_event(one), one.tensor.numel() * one.tensor.element_size(), one.peer)
+        single = len(works) == len(operations)  # NCCL makes one work of several operations
         groups = [[one] for one in operations] if single else [operations] * len(works)
-        return [_watch(work, group) for work, group in zip(works, groups, strict=True)]
+        return [_trace(work, group) for work, group in zip(works, groups, strict=True)]
 
     return launch
 
 
-def _watch(work: dist.Work, operations: list[dist.P2POp]) -> TracedWork:
-    names = dict.fromkeys(getattr(one, "what", "a transfer between stages") for one in operations)
-    return TracedWork(work, " and ".join(names), [one.peer for one in operations])
+def _event(operation: dist.P2POp) -> Event:
+    return getattr(operation, "event", Event(SpanKind.STAGE_TRANSFER))
 
 
-wrap_batch_p2p(watched)
+def _trace(work: dist.Work, operations: list[dist.P2POp]) -> TracedWork:
+    first, *others = dict.fromkeys(map(_event, operations))
+    return TracedWork(work, first._replace(others=tuple(others)), [one.peer for one in operations])
+
+
+wrap_batch_p2p(traced)

@@ -1,1 +1,1 @@
-"""Hangs: spans say what each rank does, heartbeats carry that, a diagnosis names the rank that holds others up."""
+"""Hangs: spans say what each rank does, heartbeats carry them, a diagnosis names the rank that delays the others."""

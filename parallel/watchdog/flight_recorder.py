@@ -1,4 +1,4 @@
-"""NCCL's flight recorder: its last collectives in the run's folder when a run hangs. Never run on a GPU here."""
+"""NCCL's flight recorder: writes the last collectives to the run's folder when a run hangs. Never run on a GPU."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def flight_record_path(folder: Path, rank: int) -> Path:
 
 
 def enable_flight_recorder(folder: Path) -> None:
-    """Have NCCL keep its last collectives and write them to `traces/nccl_<rank>` when one times out.
+    """Let NCCL record its last collectives and write them to `traces/nccl_<rank>` when one times out.
 
-    Environment defaults, to be set before the process group is made; what a person has set stays. Read the files with
-    `torchfrtrace runs/<name>/traces -p nccl_`. Never run on a GPU here.
+    Sets defaults in the environment, before the process group is made; variables that are set stay. Read the files with
+    `torchfrtrace runs/<name>/traces -p nccl_`.
     """
     if not torch.cuda.is_available():
         return
     path = flight_record_path(folder, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name of the same
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its older name
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(path).removesuffix("0"))

@@ -1,25 +1,86 @@
-"""The ranks' signs of life, on the store that they met at."""
+"""Heartbeats: what each rank last reported of itself, in the store of the process group."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from parallel.watchdog.diagnosis import Heartbeat
+from parallel.watchdog.events import Event, RankState
 
 Result = TypeVar("Result")
 
 
-class HeartbeatStore:
-    """Each rank writes its own key; who has a question reads all. Connections of its own: training waits for none.
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a rank reported of itself."""
 
-    The store lives in the first host's agent under torchrun and `longcat train`, and in rank 0 where ranks were started
+    rank: int
+    count: int  # of heartbeats so far: one that does not grow comes from a rank that has stopped
+    timestamp: float  # seconds since 1970, by the rank's own clock
+    step: int
+    sequence: int  # spans so far: ranks that run the same program compare their progress by it
+    state: RankState
+    event: Event | None  # the innermost span's, None between spans
+    ranks: str  # of the collective, or the peer, as `wait_graph.encode_ranks` writes them; "" is all
+    phase: Event | None  # that of the span around it
+    last_wait: Event | None  # the wait that ended last
+    idle_seconds: float  # since a span was entered or left
+    slow_seconds_ago: float  # since a slow span (writing a checkpoint) ended; 0 in one, infinite before the first
+    machine: str
+    pid: int
+
+    def to_json(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.dumps({key: v.fields() if isinstance(v, Event) else v for key, v in values.items()})
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Heartbeat:
+        values: dict[str, Any] = json.loads(text)
+        for key in ("event", "phase", "last_wait"):
+            values[key] = None if values[key] is None else Event.parse(values[key])
+        return Heartbeat(**values | {"state": RankState(values["state"])})
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits for others, or did until its collective failed."""
+        return self.state != RankState.WORKING
+
+    @property
+    def call(self) -> tuple[object, ...]:
+        """Equal on ranks in the same call of a collective."""
+        return self.step, self.phase, self.event, self.ranks
+
+    @property
+    def location(self) -> str:
+        """`step 12, "expert dispatch, layer 3" (ep) during forward of micro-batch 1`: where the rank is."""
+        if self.event is None:
+            before = f'after "{self.last_wait.text}"' if self.last_wait else "before the first collective"
+            return f"step {self.step}, {before}"
+        is_working = self.state == RankState.WORKING
+        last = f' after "{self.last_wait.text}"' if is_working and self.last_wait else ""
+        return f"step {self.step}, {self.activity}{last}"
+
+    @property
+    def activity(self) -> str:
+        """The event with its mesh axis and the phase around it."""
+        if self.event is None:
+            return "no span"
+        axis = f" ({self.event.kind.axis})" if self.event.kind.axis else ""
+        return f'"{self.event.text}"{axis}' + (f" during {self.phase.text}" if self.phase else "")
+
+
+class HeartbeatStore:
+    """Each rank writes its own key; a diagnosis reads all. It uses connections of its own, so training never waits.
+
+    The store is in the first host's agent under torchrun and `longcat train`, and in rank 0 where ranks were started
     without an agent: then it is lost with rank 0.
     """
 
@@ -28,36 +89,39 @@ class HeartbeatStore:
         self.writing, self.reading = store.clone(), store.clone()  # type: ignore[attr-defined]
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an agent's store outlives its ranks
         self.keys = [f"watch/{attempt}/{number}" for number in range(world_size)]
-        self.diagnose = f"watch/{attempt}/verdict"
+        self.diagnosis_key = f"watch/{attempt}/diagnosis"
         self.known: dict[int, Heartbeat] = {}  # what was read last
         self.at_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
 
     def publish(self, heartbeat: Heartbeat) -> str | None:
-        """Write this rank's sign; returns the verdict if one has been given. Raises what a lost store raises."""
-        self.writing.set(self.keys[self.rank], heartbeat.text())
-        if not self.writing.check([self.diagnose]):
+        """Write this rank's heartbeat and return the diagnosis if a rank has announced one.
+
+        Raises what a lost store raises.
+        """
+        self.writing.set(self.keys[self.rank], heartbeat.to_json())
+        if not self.writing.check([self.diagnosis_key]):
             return None
-        return self.writing.get(self.diagnose).decode()
+        return self.writing.get(self.diagnosis_key).decode()
 
-    def announce(self, diagnose: str) -> None:
+    def announce(self, message: str) -> None:
         """Tell all ranks to end, and why."""
-        within(1.0, lambda: self.reading.set(self.diagnose, diagnose))
+        within(1.0, lambda: self.reading.set(self.diagnosis_key, message))
 
-    def remember(self) -> None:
-        """Keep rank 0's sign where it would take the store along."""
+    def cache_rank_0(self) -> None:
+        """Keep rank 0's heartbeat where the store would be lost with it."""
         if self.at_rank_0 and self.rank != 0 and self.writing.check(self.keys[:1]):
-            self.known[0] = Heartbeat.parse(self.writing.get(self.keys[0]))
+            self.known[0] = Heartbeat.from_json(self.writing.get(self.keys[0]))
 
     def read(self, seconds: float) -> dict[int, Heartbeat] | None:
-        """Every rank's newest sign; None if the store does not answer within ``seconds``."""
+        """Every rank's newest heartbeat; None if the store does not answer within ``seconds``."""
         answer = within(seconds, self._read)
         if answer is not None:
-            self.known = dict(answer)  # `remember` goes on writing into it
+            self.known = dict(answer)  # a copy: `cache_rank_0` writes into it
         return answer
 
     def _read(self) -> dict[int, Heartbeat]:
         texts = self.reading.multi_get([key for key in self.keys if self.reading.check([key])])
-        return {heartbeat.rank: heartbeat for heartbeat in map(Heartbeat.parse, texts)}
+        return {heartbeat.rank: heartbeat for heartbeat in map(Heartbeat.from_json, texts)}
 
 
 def within(seconds: float, action: Callable[[], Result]) -> Result | None:
@@ -70,7 +134,7 @@ def within(seconds: float, action: Callable[[], Result]) -> Result | None:
         except (RuntimeError, OSError, ValueError):
             return
 
-    thread = threading.Thread(target=call, daemon=True, name="watch-asks")
+    thread = threading.Thread(target=call, daemon=True, name="watchdog-request")
     thread.start()
     thread.join(seconds)
     return answer[0] if answer else None
@@ -86,7 +150,7 @@ def this_machine() -> str:
 
 
 def has_ended(heartbeat: Heartbeat, machine: str) -> bool:
-    """Whether the rank's process is known to be no more; only this machine's can be known."""
+    """Whether the rank's process is known to have ended; that can only be known on the same machine."""
     if heartbeat.machine != machine or not Path("/proc/self/stat").exists():
         return False
     try:

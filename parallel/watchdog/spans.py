@@ -1,187 +1,196 @@
-"""Breadcrumbs: what this rank does at present, kept so cheaply that every exchange can leave one.
+"""Spans: what this rank does now. They are so cheap that every collective has one.
 
-Crumbs also keep the clock of a step's blocked seconds, and tell a `Recorder` what happened while a step is profiled.
+Spans also measure a step's blocked seconds, and tell a `Recorder` what happens while a step is profiled.
 
-A crumb cost 0.7 to 1.0 µs on busy cores; `python -m benchmarks.crumbs` measures it. No lock: each change is one
-assignment, and the watching thread reads a crumb that is at most one change old.
+`python -m benchmarks.spans` measures the cost of a span. There is no lock: each change is one assignment, so the
+watchdog's threads read a state that is at most one change old.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
-from parallel.watchdog.diagnosis import FAILED, WAITS, WORKS
+import torch.distributed as dist
+
+from parallel.watchdog.events import Event, RankState
+
+WAITING, WORKING = RankState.WAITING, RankState.WORKING
+Group = dist.ProcessGroup | Iterable[int] | None  # the ranks of a collective; None is all
 
 
 class Recorder(Protocol):
-    """Hears of everything while a step is profiled; times are in seconds of `time.monotonic`."""
+    """Is told what happens while a step is profiled; times are seconds of `time.monotonic`."""
 
-    def left(self, wait_span: Span, now: float) -> None:
-        """A crumb ends."""
+    def span_ended(self, span: Span, now: float) -> None: ...
 
-    def record_launch(self, name: str, num_bytes: int, work: Any) -> None:
-        """An exchange that a crumb of the same name will wait for has been started."""
+    def launched(self, event: Event, num_bytes: int, work: Any) -> None:
+        """A collective has been launched; the span around its wait has the same event."""
+
+    def sent(self, event: Event, num_bytes: int, peer: int) -> None:
+        """A message to one rank has been sent."""
 
 
 class StreamClock(Protocol):
-    """Measures on the device's own clock how long its compute stream stands at waits, which no host clock sees."""
+    """Measures on the device how long its compute stream waits for other ranks, which no host clock sees."""
 
     def enter(self) -> None:
         """A wait begins."""
 
     def leave(self) -> None:
-        """It has ended as far as the host is concerned."""
+        """The host has passed the wait."""
 
     def take(self) -> float:
-        """Seconds since the last call; waits for the device."""
+        """Seconds since the last call. Synchronizes with the device."""
 
 
 class SpanStack:
-    """This process's newest crumb. One for the process: exchanges are nested in one thread of control."""
+    """This process's open spans and the counters that they keep. Spans are opened by one thread."""
 
     __slots__ = (
-        "before",
-        "blocked",
-        "changed",
+        "blocked_seconds",
         "failed",
+        "innermost",
+        "last_change",
+        "last_wait",
+        "outermost_wait",
         "recorder",
         "sequence",
         "slow_ended",
         "step",
-        "streams",
-        "top",
-        "waiting",
+        "stream_clock",
     )
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None
-        self.streams: StreamClock | None = None  # on a GPU
+        self.stream_clock: StreamClock | None = None  # on a GPU
         self.clear()
 
     def clear(self) -> None:
         """Forget everything, as at the start of a run."""
         self.step, self.sequence = 0, 0
-        self.top: Span | None = None
-        self.before = ""  # the exchange that ended last
-        self.changed = monotonic()
-        self.slow_ended = float("-inf")  # when the last part that may take long ended
-        self.failed: tuple[BaseException, Span] | None = None  # the innermost crumb that an error went through
-        self.waiting: Span | None = None  # the outermost crumb whose seconds are blocked ones
-        self.blocked = 0.0  # seconds of this step in such crumbs
+        self.innermost: Span | None = None
+        self.last_wait: Event | None = None  # that ended
+        self.last_change = monotonic()
+        self.slow_ended = float("-inf")  # when the last slow span ended
+        self.failed: tuple[BaseException, Span] | None = None  # an error and the innermost span that it left
+        self.outermost_wait: Span | None = None
+        self.blocked_seconds = 0.0  # of this step, in outermost waits
 
 
 SPANS = SpanStack()
 
 
 class Span:
-    """A context: from entering to leaving, this is what the rank does."""
+    """A context manager: while it is open, this is what the rank does."""
 
-    __slots__ = ("among", "entered", "group", "outer", "slow", "state", "what")
+    __slots__ = ("entered", "event", "group", "outer", "slow", "state")
 
-    def __init__(self, what: str, group: str, state: str, among: Any = None, slow: bool = False) -> None:
-        self.what, self.group, self.state, self.among, self.slow = what, group, state, among, slow
+    def __init__(self, event: Event, state: RankState, group: Group = None, slow: bool = False) -> None:
+        self.event, self.state, self.group, self.slow = event, state, group, slow
         self.outer: Span | None = None
         self.entered = 0.0
 
     def __enter__(self) -> Span:
-        self.outer = SPANS.top
+        self.outer = SPANS.innermost
         SPANS.sequence += 1
-        self.entered = SPANS.changed = monotonic()
-        SPANS.top = self
-        if self.state is WAITS and SPANS.waiting is None:
-            SPANS.waiting = self
-            if SPANS.streams is not None:
-                SPANS.streams.enter()
+        self.entered = SPANS.last_change = monotonic()
+        SPANS.innermost = self
+        if self.state is WAITING and SPANS.outermost_wait is None:
+            SPANS.outermost_wait = self
+            if SPANS.stream_clock is not None:
+                SPANS.stream_clock.enter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None and (SPANS.failed is None or SPANS.failed[0] not in (error, error.__cause__)):
             SPANS.failed = (error, self)
-        SPANS.top = self.outer
-        if self.state is WAITS:
-            SPANS.before = self.what
-        SPANS.changed = now = monotonic()
+        SPANS.innermost = self.outer
+        if self.state is WAITING:
+            SPANS.last_wait = self.event
+        SPANS.last_change = now = monotonic()
         if self.slow:
             SPANS.slow_ended = now
         if SPANS.recorder is not None:
-            SPANS.recorder.left(self, now)
-        if SPANS.waiting is self:
-            SPANS.waiting = None
-            SPANS.blocked += now - self.entered
-            if SPANS.streams is not None:
-                SPANS.streams.leave()
+            SPANS.recorder.span_ended(self, now)
+        if SPANS.outermost_wait is self:
+            SPANS.outermost_wait = None
+            SPANS.blocked_seconds += now - self.entered
+            if SPANS.stream_clock is not None:
+                SPANS.stream_clock.leave()
 
 
-def wait_span(what: str, group: str = "", among: Any = None) -> Span:
-    """Around the blocking wait of an exchange, or a call of torch's that waits for other ranks.
+def wait_span(event: Event, group: Group = None) -> Span:
+    """Around the blocking wait for a collective, or a call of torch's that waits for other ranks.
 
-    It is what `parallel.timeout_seconds` limits.
+    `parallel.timeout_seconds` limits how long it may take.
 
     Args:
-        what: the exchange and its layer, as a person calls it: `expert dispatch of chunk 0, layer 3`.
-        group: the mesh axis that the exchange is on.
-        among: whom it is with: a process group, the ranks waited for, or None for all ranks.
+        group: the process group, the ranks that are waited for, or None for all ranks.
     """
-    return Span(what, group, WAITS, among)
+    return Span(event, WAITING, group)
 
 
-def work_span(what: str, slow: bool = False) -> Span:
-    """Around a part of the run in which this rank works: it says where crumbs inside it are, and is not limited.
+def work_span(event: Event, slow: bool = False) -> Span:
+    """Around work of this rank. It gives context to the spans inside, and has no time limit of its own.
 
-    Others that wait meanwhile are: by `parallel.timeout_seconds`, or by `watch.SLOW_FACTOR` times that where a rank
-    that is alive may take long, ``slow`` (writing a checkpoint).
+    Ranks that wait for it meanwhile do: `parallel.timeout_seconds`, or `watchdog.SLOW_FACTOR` times that for a span
+    that may take long, ``slow`` (writing a checkpoint).
     """
-    return Span(what, "", WORKS, None, slow)
+    return Span(event, WORKING, None, slow)
 
 
 def begin_step(number: int) -> None:
-    """Crumbs from here on belong to this step."""
+    """Spans from here on belong to this step."""
     SPANS.step = number
-    SPANS.failed = None  # who goes on has dealt with it
-    SPANS.waiting, SPANS.blocked = None, 0.0
-    if SPANS.streams is not None:
-        SPANS.streams.take()
-    SPANS.changed = monotonic()
+    SPANS.failed = None  # a run that continues has handled the error
+    SPANS.outermost_wait, SPANS.blocked_seconds = None, 0.0
+    if SPANS.stream_clock is not None:
+        SPANS.stream_clock.take()
+    SPANS.last_change = monotonic()
 
 
 def blocked_seconds() -> float:
-    """How long this rank has stood at waits for other ranks since `begin_step`.
+    """How long this rank has waited for other ranks since `begin_step`.
 
-    On a CPU from entering a wait to leaving it, the outermost of nested ones. On a GPU what its compute stream stood.
+    On a CPU the time inside outermost wait spans, on a GPU the time that its compute stream waited.
     """
-    return SPANS.blocked if SPANS.streams is None else SPANS.streams.take()
+    return SPANS.blocked_seconds if SPANS.stream_clock is None else SPANS.stream_clock.take()
 
 
-def record_launch(name: str, num_bytes: int, work: Any) -> None:
-    """An exchange of ``num_bytes`` from this rank has been started; the crumb around its wait has the same name."""
+def record_launch(event: Event, num_bytes: int, work: Any) -> None:
+    """A collective that sends ``num_bytes`` from this rank has been launched; its wait span has the same event."""
     if SPANS.recorder is not None:
-        SPANS.recorder.record_launch(name, num_bytes, work)
+        SPANS.recorder.launched(event, num_bytes, work)
 
 
-class State(NamedTuple):
+def record_send(event: Event, num_bytes: int, peer: int) -> None:
+    """A message of ``num_bytes`` to the rank ``peer`` has been sent."""
+    if SPANS.recorder is not None:
+        SPANS.recorder.sent(event, num_bytes, peer)
+
+
+class Status(NamedTuple):
     """What this rank does at one moment."""
 
-    state: str
-    what: str
-    group: str
-    phase: str  # the crumb around it
-    still_seconds: float  # since anything changed
-    among: Any
-    slow_seconds_ago: float  # 0 in a slow part
+    state: RankState
+    event: Event | None  # the innermost span's, None between spans
+    phase: Event | None  # that of the span around it
+    idle_seconds: float  # since a span was entered or left
+    group: Group
+    slow_seconds_ago: float  # since the last slow span; 0 in one
 
 
-def state() -> State:
-    """This moment's."""
-    failed, top, changed, now = SPANS.failed, SPANS.top, SPANS.changed, monotonic()
-    is_failed = failed is not None and top is None
-    if failed is not None and is_failed:
-        top = failed[1]
-    if top is None:
-        return State(WORKS, "", "", "", now - changed, None, now - SPANS.slow_ended)
-    ago = 0.0 if top.slow and not is_failed else now - SPANS.slow_ended
-    return State(FAILED if is_failed else top.state, top.what, top.group, _around(top), now - changed, top.among, ago)
-
-
-def _around(inner: Span) -> str:
-    return "" if inner.outer is None else inner.outer.what
+def status() -> Status:
+    """What this rank does now, or did when it failed."""
+    failed, innermost, changed, now = SPANS.failed, SPANS.innermost, SPANS.last_change, monotonic()
+    has_failed = failed is not None and innermost is None
+    if failed is not None and has_failed:
+        innermost = failed[1]
+    if innermost is None:
+        return Status(WORKING, None, None, now - changed, None, now - SPANS.slow_ended)
+    ago = 0.0 if innermost.slow and not has_failed else now - SPANS.slow_ended
+    phase = None if innermost.outer is None else innermost.outer.event
+    state = RankState.FAILED if has_failed else innermost.state
+    return Status(state, innermost.event, phase, now - changed, innermost.group, ago)

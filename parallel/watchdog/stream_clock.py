@@ -1,4 +1,4 @@
-"""How long a GPU's compute stream stands at waits for other ranks, which the host does not see. Never run on a GPU."""
+"""How long a GPU's compute stream waits for other ranks, which the host does not see. Never run on a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from parallel.watchdog.spans import SPANS
 
 
 class CudaClock:
-    """Two events around each wait: what lies between them is the time that the stream stood there.
+    """Two CUDA events around each wait: the time between them is how long the stream waited.
 
     Waits on other streams (FSDP2's copies and reductions) are not the compute stream's and do not count.
     """
@@ -46,5 +46,5 @@ class CudaClock:
 
 
 def count_stream_waits(device: torch.device) -> None:
-    """Let blocked seconds be the compute stream's where the device has one."""
-    SPANS.streams = CudaClock(device) if device.type == "cuda" else None
+    """Measure blocked seconds on the compute stream where the device has one."""
+    SPANS.stream_clock = CudaClock(device) if device.type == "cuda" else None

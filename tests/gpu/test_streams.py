@@ -56,7 +56,7 @@ def gradients(streams: StreamContext, chunks: int, after_attention: bool) -> lis
     group = dist.new_group([0])
     for layer in stack:
         layer.mlp.router.float()
-        layer.mlp.dispatcher = AllToAllDispatcher(group, "a layer", streams)
+        layer.mlp.dispatcher = AllToAllDispatcher(group, 0, streams)
         layer.mlp.num_chunks, layer.mlp.after_attention, layer.mlp.expert_stream = (
             chunks,
             after_attention,

@@ -143,7 +143,7 @@ def test_a_killed_rank_is_a_crash(overrides: list[str], tmp_path: Path, capfd: p
     code, errors = through_the_agent([*overrides, *NARROW, ENDLESS], capfd, kill)
     assert code == 1, errors
     assert exit_json(folder)["code"] == 1
-    assert errors.count("rank 1 (process") == 1 and "is gone" in errors and "Traceback" not in errors
+    assert errors.count("rank 1 (process") == 1 and "has died" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize(

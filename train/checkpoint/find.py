@@ -7,6 +7,7 @@ from pathlib import Path
 from longcat.errors import ConfigError
 from parallel.mesh import Topology
 from parallel.reduce import all_gather_object, broadcast
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 from train.checkpoint.manifest import Check, CheckpointStatus, list_checkpoints, problems, verify
 
@@ -22,7 +23,7 @@ def find_on_all_ranks(folder: Path, resume: str, topology: Topology) -> tuple[Pa
 
     def check_share(path: Path, files: dict[str, str]) -> list[str]:
         share = dict(list(files.items())[topology.rank :: topology.world_size])
-        with work_span("verifying a checkpoint", slow=True):
+        with work_span(Event(SpanKind.CHECKPOINT_VERIFY), slow=True):
             found = problems(path, share)
         return [problem for part in all_gather_object(found) for problem in part]
 
@@ -31,7 +32,7 @@ def find_on_all_ranks(folder: Path, resume: str, topology: Topology) -> tuple[Pa
         return check_share(path, files)
 
     if topology.is_first:
-        with work_span("looking for a checkpoint", slow=True):
+        with work_span(Event(SpanKind.CHECKPOINT_FIND), slow=True):
             found = find_start(folder, resume, check)
         return broadcast(found)  # type: ignore[no-any-return]
     while True:
@@ -124,7 +125,7 @@ def list_problems(skipped: list[CheckpointStatus]) -> str:
 
 def last_valid(folder: Path, topology: Topology) -> str:
     """A phrase with the newest valid checkpoint, found by the first rank for all: any of them may report it."""
-    with work_span("looking for a valid checkpoint", slow=True):
+    with work_span(Event(SpanKind.CHECKPOINT_FIND), slow=True):
         phrase = describe_last_valid(folder) if topology.is_first else ""
     return str(broadcast(phrase))
 

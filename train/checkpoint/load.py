@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat.errors import ConfigError
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
 from train.checkpoint.compatibility import TOKENIZER, differences, order_differences
 from train.checkpoint.dcp_tensors import finish_load, loaded
@@ -53,10 +54,10 @@ def load(
             f"checkpoint {path} is at sample {position} of other data: {'; '.join(wrong)}; set them equal, or "
             f"read this run's data from its first sample with data.from_start=true"
         )
-    with work_span("reading the checkpoint", slow=True):
+    with work_span(Event(SpanKind.CHECKPOINT_READ), slow=True):
         tensors, boxes = loaded(state)
     try:
-        with wait_span("read of the checkpoint by all ranks"):
+        with wait_span(Event(SpanKind.CHECKPOINT_READ_ALL)):
             dcp.load(tensors, storage_reader=TracedReader(path))
     except CheckpointException as error:
         failed = first_failure({rank: describe(cause) for rank, (cause, _) in error.failures.items()})
@@ -83,5 +84,5 @@ class TracedReader(ShardReader):
     """Marks the reading for the watchdog as work that may take long."""
 
     def read_data(self, *args: Any, **keywords: Any) -> Any:
-        with work_span("reading the checkpoint", slow=True):
+        with work_span(Event(SpanKind.CHECKPOINT_READ), slow=True):
             return super().read_data(*args, **keywords)

@@ -24,6 +24,7 @@ from torch import Tensor
 from longcat.errors import SaveError, UnhealthyError
 from parallel.memory import mib
 from parallel.mesh import Topology
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
 from train.checkpoint.dcp_tensors import Take, box_values, saved
 from train.checkpoint.failures import describe, first_failure
@@ -67,18 +68,19 @@ class SaveContext:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         """With a ``group``: beside training, in that process group. Without: in the main thread, in training's."""
         self.group = group
-        self.doing: tuple[tuple[str, bool], ...] = ()  # beside training: (span, whether it waits for other ranks)
+        self.doing: tuple[tuple[Event, bool], ...] = ()  # beside training: (span, whether it waits for other ranks)
 
-    def waits(self, what: str) -> AbstractContextManager[Any]:
-        return wait_span(what) if self.group is None else self._note(what, True)
+    def waits(self, event: Event) -> AbstractContextManager[Any]:
+        return wait_span(event) if self.group is None else self._note(event, True)
 
-    def works(self, what: str) -> AbstractContextManager[Any]:
-        return work_span(what, slow=True) if self.group is None else self._note(what, False)
+    def works(self, kind: SpanKind) -> AbstractContextManager[Any]:
+        event = Event(kind)
+        return work_span(event, slow=True) if self.group is None else self._note(event, False)
 
     @contextmanager
-    def _note(self, what: str, waits: bool) -> Iterator[None]:
+    def _note(self, event: Event, waits: bool) -> Iterator[None]:
         outer = self.doing
-        self.doing = (*outer, (what, waits))
+        self.doing = (*outer, (event, waits))
         try:
             yield
         finally:
@@ -89,21 +91,21 @@ class SaveContext:
         while thread.is_alive():
             with ExitStack() as spans:
                 doing = self.doing
-                for what, waits in doing:
-                    spans.enter_context(wait_span(what) if waits else work_span(what, slow=True))
+                for event, waits in doing:
+                    spans.enter_context(wait_span(event) if waits else work_span(event, slow=True))
                 while thread.is_alive() and self.doing is doing:
                     thread.join(0.01)
 
-    def run_on_all_ranks(self, what: str, action: Callable[[], Any]) -> list[Any]:
+    def run_on_all_ranks(self, kind: SpanKind, action: Callable[[], Any]) -> list[Any]:
         """Every rank's result of ``action``; if it fails on any rank, all ranks raise SaveError."""
         failure = None
-        with self.works(what):
+        with self.works(kind):
             try:
                 mine = action()
             except Exception as error:
                 mine, failure = None, describe(error)
         found: list[Any] = [None] * dist.get_world_size()
-        with self.waits(f"end of {what}"):
+        with self.waits(Event(SpanKind.OUTCOME, of=kind)):
             dist.all_gather_object(found, (mine, failure), group=self.group)
         failed = {rank: failure for rank, (_, failure) in enumerate(found) if failure}
         if failed:
@@ -131,25 +133,27 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, cont
     first = topology.is_first
     try:
         if missing_space(snapshot, folder, context):  # checkpoint.keep may have been lowered to make space
-            context.run_on_all_ranks("making space", lambda: make_space(folder, keep) if first else None)
+            context.run_on_all_ranks(
+                SpanKind.CHECKPOINT_MAKE_SPACE, lambda: make_space(folder, keep) if first else None
+            )
             if lack := missing_space(snapshot, folder, context):
                 raise SaveError(lack)
-        context.run_on_all_ranks("making the checkpoint's folder", lambda: recreate(partial) if first else None)
+        context.run_on_all_ranks(SpanKind.CHECKPOINT_FOLDER, lambda: recreate(partial) if first else None)
         hashes = write_shards(snapshot, partial, context)
         files = {
             name: value
-            for part in context.run_on_all_ranks("hashing the checkpoint", lambda: hashes)
+            for part in context.run_on_all_ranks(SpanKind.CHECKPOINT_HASH, lambda: hashes)
             for name, value in part.items()
         }
         context.run_on_all_ranks(
-            "committing the checkpoint", lambda: commit(partial, target, snapshot.text, files) if first else None
+            SpanKind.CHECKPOINT_COMMIT, lambda: commit(partial, target, snapshot.text, files) if first else None
         )
     except SaveError as error:  # all ranks have stopped writing
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         raise SaveError(f"the checkpoint of step {snapshot.step} is not saved: {error}") from error
     try:
-        context.run_on_all_ranks("pruning checkpoints", lambda: prune(folder, keep, target) if first else None)
+        context.run_on_all_ranks(SpanKind.CHECKPOINT_PRUNE, lambda: prune(folder, keep, target) if first else None)
     except SaveError as error:
         raise SaveError(f"{target} is saved, but older ones could not be removed: {error}", is_saved=True) from error
     return target
@@ -159,10 +163,10 @@ def check_finite(snapshot: Snapshot, folder: Path, topology: Topology, context: 
     def look() -> bool:
         return all(is_finite(values) for values in box_values(snapshot.tensors))
 
-    if all(context.run_on_all_ranks("checking that the state is finite", look)):
+    if all(context.run_on_all_ranks(SpanKind.CHECKPOINT_FINITE, look)):
         return
     phrases = context.run_on_all_ranks(
-        "looking for a valid checkpoint", lambda: describe_last_valid(folder) if topology.is_first else ""
+        SpanKind.CHECKPOINT_FIND, lambda: describe_last_valid(folder) if topology.is_first else ""
     )
     raise UnhealthyError(
         f"step {snapshot.step}: a weight or a moment is not finite, so the state is not saved; "
@@ -182,7 +186,7 @@ def missing_space(snapshot: Snapshot, folder: Path, context: SaveContext) -> str
         folder.mkdir(parents=True, exist_ok=True)
         return snapshot.num_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
 
-    found = context.run_on_all_ranks("looking for disk space", look)
+    found = context.run_on_all_ranks(SpanKind.CHECKPOINT_SPACE, look)
     needed, free = sum(bytes_here for bytes_here, _ in found), found[0][1]
     if needed <= free:
         return ""
@@ -202,7 +206,7 @@ def write_shards(snapshot: Snapshot, partial: Path, context: SaveContext) -> dic
 
     hashes: dict[str, str] = {}
     try:
-        with context.waits("write of the checkpoint by all ranks"):
+        with context.waits(Event(SpanKind.CHECKPOINT_WRITE_ALL)):
             dcp.save(
                 snapshot.tensors, storage_writer=shard_writer(partial, hashes, context), process_group=context.group
             )
@@ -232,11 +236,11 @@ def shard_writer(folder: Path, hashes: dict[str, str], context: SaveContext) -> 
     class Writer(FileSystemWriter):
         def write_data(self, *args: Any, **keywords: Any) -> Any:
             torch.serialization.set_crc32_options(False)
-            with context.works("writing the checkpoint"):
+            with context.works(SpanKind.CHECKPOINT_WRITE):
                 return super().write_data(*args, **keywords)
 
         def finish(self, *args: Any, **keywords: Any) -> None:
-            with context.works("writing the checkpoint's index"):
+            with context.works(SpanKind.CHECKPOINT_INDEX):
                 super().finish(*args, **keywords)
 
     writer = Writer(folder)

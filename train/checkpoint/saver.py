@@ -16,7 +16,9 @@ import torch.distributed as dist
 from longcat.errors import LongCatError, SaveError
 from parallel.mesh import Topology, group_beside_training
 from parallel.watchdog import watchdog
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
+from parallel.watchdog.timing import max_wait_seconds
 from train.checkpoint.find import last_valid
 from train.checkpoint.retention import Keep
 from train.checkpoint.save import SaveContext, Snapshot, write
@@ -69,8 +71,8 @@ class Saver:
         self.staging = StagingBuffer(topology.device) if settings.asynchronous else None
         self.context = SaveContext()
         if settings.asynchronous:
-            with watchdog.slow_timeout(), wait_span("making the process group for checkpoints"):
-                self.context = SaveContext(group_beside_training(watchdog.longest(config.parallel.timeout_seconds)))
+            with watchdog.slow_timeout(), wait_span(Event(SpanKind.NEW_GROUP)):
+                self.context = SaveContext(group_beside_training(max_wait_seconds(config.parallel.timeout_seconds)))
         self.thread: SaveThread | None = None
         self.failed: SaveError | None = None  # the newest checkpoint could not be written
         self.last_save = time.monotonic()
@@ -95,10 +97,10 @@ class Saver:
         self.wait_pending()
         self.last_save = time.monotonic()
         if self.staging is None:
-            with watchdog.slow_timeout(), work_span("saving"):
+            with watchdog.slow_timeout(), work_span(Event(SpanKind.CHECKPOINT_SAVE)):
                 self._end(self._write_blocking(val_loss))
             return
-        with work_span("copying the state for the checkpoint", slow=True):
+        with work_span(Event(SpanKind.CHECKPOINT_COPY), slow=True):
             snapshot = self.staging.copy(lambda take: self._snapshot(val_loss, take))
         self.thread = SaveThread(snapshot, self.folder, self.topology, self.keep, self.context)
         self.thread.start()
@@ -111,7 +113,7 @@ class Saver:
             SaveError: with ``final``, if the newest checkpoint could not be written.
         """
         if self.thread is not None:
-            with watchdog.slow_timeout(), work_span("waiting for the checkpoint to be written", slow=True):
+            with watchdog.slow_timeout(), work_span(Event(SpanKind.CHECKPOINT_PENDING), slow=True):
                 self.context.wait_for(self.thread)
                 error, self.thread = self.thread.error, None
                 self._end(error)

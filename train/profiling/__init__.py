@@ -1,1 +1,1 @@
-"""Profiles of single steps: a trace with named lanes for a viewer, and a timeline for the report."""
+"""Profiles of single steps: a trace with named tracks for a viewer, and a timeline for the report."""

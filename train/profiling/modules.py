@@ -1,4 +1,4 @@
-"""Which part of the model computes: hooks on its modules while a step is profiled."""
+"""Which module of the model computes: hooks on its modules while a step is profiled."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from torch.utils.hooks import RemovableHandle
 
 from longcat.model import LongCat
 from parallel.torch_internals import has_compiled_forward
+from parallel.watchdog.events import Event, SpanKind
 
-Heard = Callable[[str, float, float], None]  # name, start, end in seconds of `time.monotonic`
+OnModule = Callable[[Event, float, float], None]  # event, start and end in seconds of `time.monotonic`
 
 
-def named_parts(model: LongCat) -> Iterator[tuple[str, nn.Module]]:
-    """`attention 1, layer 3` and its module, for all that takes time."""
+def traced_modules(model: LongCat) -> Iterator[tuple[Event, nn.Module]]:
+    """The modules that take time, each with its event."""
     if model.embed_tokens is not None:
-        yield "embedding", model.embed_tokens
-    for number, layer in zip(model.layers, model.shortcut_layers(), strict=True):
-        for place in range(2):
-            yield f"attention {place}, layer {number}", layer.self_attn[place]
-            yield f"dense FFN {place}, layer {number}", layer.mlps[place]
-            yield f"norm, layer {number}", layer.input_layernorm[place]
-            yield f"norm, layer {number}", layer.post_attention_layernorm[place]
-        yield f"router, layer {number}", layer.mlp.router
-        yield f"experts, layer {number}", layer.mlp.experts
+        yield Event(SpanKind.EMBEDDING), model.embed_tokens
+    for name, layer in zip(model.layers, model.shortcut_layers(), strict=True):
+        number = int(name)
+        for index in range(2):
+            yield Event(SpanKind.ATTENTION, number, index), layer.self_attn[index]
+            yield Event(SpanKind.DENSE_FFN, number, index), layer.mlps[index]
+            yield Event(SpanKind.NORM, number), layer.input_layernorm[index]
+            yield Event(SpanKind.NORM, number), layer.post_attention_layernorm[index]
+        yield Event(SpanKind.ROUTER, number), layer.mlp.router
+        yield Event(SpanKind.EXPERTS, number), layer.mlp.experts
     if model.mtp is not None:
         for predictor in model.mtp.layers:
-            yield "MTP", predictor
+            yield Event(SpanKind.MTP), predictor
 
 
 @contextmanager
-def watched(models: Sequence[LongCat], heard: Heard) -> Iterator[None]:
-    """Say when each part's forward begins and ends. Compiled modules stay as they are: a hook would retrace them."""
+def module_hooks(models: Sequence[LongCat], on_module: OnModule) -> Iterator[None]:
+    """Report each module's forward. Compiled modules have no hooks, which would retrace them."""
     handles: list[RemovableHandle] = []
     for model in models:
-        for name, module in named_parts(model):
+        for event, module in traced_modules(model):
             if not has_compiled_forward(module):
-                handles += _watch(name, module, heard)
+                handles += _hook(event, module, on_module)
     try:
         yield
     finally:
@@ -48,13 +50,13 @@ def watched(models: Sequence[LongCat], heard: Heard) -> Iterator[None]:
             handle.remove()
 
 
-def _watch(name: str, module: nn.Module, heard: Heard) -> list[RemovableHandle]:
+def _hook(event: Event, module: nn.Module, on_module: OnModule) -> list[RemovableHandle]:
     starts: list[float] = []
 
     def before(*_: Any) -> None:
         starts.append(monotonic())
 
     def after(*_: Any) -> None:
-        heard(name, starts.pop(), monotonic())
+        on_module(event, starts.pop(), monotonic())
 
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]

@@ -1,4 +1,4 @@
-"""Profiles the steps that `profile.steps` names and writes what it saw into the run's `traces/`."""
+"""Profiles the steps of `profile.steps` and writes traces and timelines to the run's `traces/`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from longcat.model import LongCat
 from parallel.mesh import Topology
 from parallel.reduce import min_over_ranks, sum_over_ranks
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 from train.profiling.config import ProfileConfig, steps_of
-from train.profiling.modules import watched
-from train.profiling.recorder import COMPUTE, PIPELINE, StepRecorder
-from train.profiling.timeline import compute_pieces, outermost, timeline
-from train.profiling.trace import Event, TorchEvents, moved, rank_events, read_torch, writer
+from train.profiling.modules import module_hooks
+from train.profiling.recorder import StepRecorder
+from train.profiling.timeline import compute_slices, outermost, timeline
+from train.profiling.trace import TorchEvents, TraceEvent, moved, rank_events, read_torch, writer
 
 MERGED_RANKS = 8  # in the file of all ranks and in the report's picture; every rank has a file of its own
-MARK, MARKS = "clock of the lanes", 8
+MARK, MARKS = "clock of the tracks", 8
 
 
 class Profiler:
-    """Knows which steps to profile; any other step costs nothing. ``models`` are this rank's parts."""
+    """Profiles the configured steps; any other step costs nothing. ``models`` are this rank's parts."""
 
     def __init__(self, config: ProfileConfig, folder: Path, models: Sequence[LongCat], topology: Topology) -> None:
         self.steps = frozenset(steps_of(config.steps))
@@ -40,7 +41,7 @@ class Profiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around a step: a collective of all ranks where it is to be profiled."""
+        """Around a step; a collective of all ranks if the step is profiled."""
         self.note = ""
         if number not in self.steps:
             yield
@@ -54,14 +55,14 @@ class Profiler:
         recorder.start()
         start = time.monotonic()
         try:
-            with watched(self.models, recorder.work):
+            with module_hooks(self.models, recorder.module):
                 yield
                 end = time.monotonic()
         finally:
             recorder.finish()
             with silent():
                 torch_profile.stop()
-        with work_span(f"profile of step {number}"):
+        with work_span(Event(SpanKind.PROFILE)):
             self._write(number, recorder, torch_profile, marks, (start, end))
 
     def _write(
@@ -76,14 +77,12 @@ class Profiler:
         events = within(events, span)
         to_wall = wall_offset()
         origin = min_over_ranks(span[0] + to_wall) - to_wall  # one clock for all ranks, seen from this one
-        found = rank_events(rank, recorder.spans, recorder.journeys, recorder.sent, events)
+        found = rank_events(rank, recorder, events)
         text = writer(step)(moved(found, 1e6 * origin))
         _put(self._file(step, rank), gzip.compress(text.encode(), compresslevel=3))
         if rank < MERGED_RANKS:
-            actions = [one for one in recorder.spans if one.lane == PIPELINE]
-            phases = [one for one in recorder.spans if one.lane == COMPUTE]
-            pieces = compute_pieces(outermost(events.operators), events.operators, phases)
-            line = timeline(rank, pieces, actions, recorder.journeys, span, origin)
+            compute = compute_slices(outermost(events.operators), events.operators, recorder.modules, recorder.phases)
+            line = timeline(rank, compute, recorder.phases, recorder.comm_spans, span, origin)
             _put(self._part(step, rank), json.dumps(line).encode())
         sum_over_ranks(torch.zeros(1))  # all have written
         if self.topology.is_first:
@@ -92,14 +91,14 @@ class Profiler:
     def _merge(self, step: int) -> None:
         """One trace and one timeline of the first ranks."""
         ranks = range(min(MERGED_RANKS, self.topology.world_size))
-        events: list[Event] = []
+        events: list[TraceEvent] = []
         for rank in ranks:
             events += json.loads(gzip.decompress(self._file(step, rank).read_bytes()))["traceEvents"]
         target = self.folder / f"step-{step:06}.json"
         _put(target, writer(step)(events).encode())
         lines = [json.loads(self._part(step, rank).read_text()) for rank in ranks]
-        told = {"step": step, "world_size": self.topology.world_size, "ranks": lines}
-        _put(self.folder / f"timeline-{step:06}.json", json.dumps(told).encode())
+        merged = {"step": step, "world_size": self.topology.world_size, "ranks": lines}
+        _put(self.folder / f"timeline-{step:06}.json", json.dumps(merged).encode())
         for rank in ranks:
             self._part(step, rank).unlink()
         self.note = f"profile of step {step}: {target} (open it in ui.perfetto.dev)"
@@ -112,9 +111,9 @@ class Profiler:
 
 
 def within(events: TorchEvents, span: tuple[float, float]) -> TorchEvents:
-    """Only what began in the step."""
+    """Only the events that began in the step."""
 
-    def inside(found: list[Event]) -> list[Event]:
+    def inside(found: list[TraceEvent]) -> list[TraceEvent]:
         return [event for event in found if 1e6 * span[0] <= event["ts"] <= 1e6 * span[1]]
 
     others = {name: inside(found) for name, found in events.others.items()}
@@ -136,7 +135,7 @@ def silent() -> Iterator[None]:
 
 
 def _marks() -> list[float]:
-    """Leave marks in torch's profile → the time inside each."""
+    """Write marks into torch's profile → the time inside each."""
     times = []
     for _ in range(MARKS):
         with record_function(MARK):
@@ -157,7 +156,7 @@ def wall_offset() -> float:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """Write under another name first: a reader sees all of it or nothing."""
+    """Write and rename, so that a reader sees all of the file or none."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content)
     partial.replace(path)

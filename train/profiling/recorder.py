@@ -1,4 +1,4 @@
-"""What a profiled step did, by lanes: computing, and each kind of exchange with the part that nothing covered."""
+"""What happened in a profiled step: compute, and communication with the part that no compute overlapped."""
 
 from __future__ import annotations
 
@@ -6,158 +6,116 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
-from parallel.mesh import Axis
-from parallel.watchdog.diagnosis import WAITS
-from parallel.watchdog.spans import SPANS, Span
+from parallel.watchdog.events import Event, Track
+from parallel.watchdog.spans import SPANS, WAITING, Span
 
-COMPUTE, DISPATCH, COMBINE, GRADIENTS, PIPELINE, SEQUENCE = LANES = (
-    "compute",
-    "dispatch",
-    "combine",
-    "gradients",
-    "pipeline",
-    "sequence",
-)
-# How the names of waits begin, each with its lane
-_BEGINNINGS = {
-    "expert dispatch": DISPATCH,
-    "expert counts": DISPATCH,
-    "expert choices": DISPATCH,
-    "expert combine": COMBINE,
-    "gathered weights": GRADIENTS,
-    "summed gradients": GRADIENTS,
-    "sum over all ranks": GRADIENTS,
-    "least of all ranks": GRADIENTS,
-    "word of the first rank": GRADIENTS,
-    "words of all ranks": GRADIENTS,
-    "gradients of": PIPELINE,  # a micro-batch, or the embedding's other copy
-    "hidden states": PIPELINE,
-    "attention latents": SEQUENCE,
-    "positions of tensor-parallel ranks": SEQUENCE,
-    "sum over tensor-parallel ranks": SEQUENCE,
-    "counts of the micro-batch": SEQUENCE,
-    "largest logits": SEQUENCE,
-    "sums over the vocabulary": SEQUENCE,
-}
-_ACTIONS = {"forward": "F", "backward": "B", "input gradients": "B", "weight gradients": "W"}
+# Times are seconds of `time.monotonic`
 
 
 @dataclass
 class Slice:
-    """Work of this rank. Times here and below are in seconds of `time.monotonic`."""
+    """Work of this rank."""
 
-    lane: str
-    name: str
+    event: Event
     start: float
     end: float
 
 
 @dataclass
 class CommSpan:
-    """An exchange from its start to its completion, and the wait for it."""
+    """A collective or transfer from its launch to its completion, and the wait for it."""
 
-    lane: str
-    name: str
-    around: str  # the phase that it was started in: `backward of micro-batch 2`
+    event: Event
+    phase: Event | None  # in which it was launched: `backward of micro-batch 2`
     start: float
     end: float | None = None  # None until it is known
-    num_bytes: int = 0  # that left this rank; 0 where nobody counted
-    blocked: tuple[float, float] | None = None  # this rank stood still from, to
+    num_bytes: int = 0  # that left this rank; 0 where they are not counted
+    blocked: tuple[float, float] | None = None  # this rank waited from, to
+
+    @property
+    def track(self) -> Track:
+        return self.event.kind.track
 
     def close(self, last: float) -> None:
-        """Settle the end. Where nobody saw the completion, it is the end of the wait."""
+        """Set the end. Where the completion was not observed, it is the end of the wait."""
         if self.end is None:
             self.end = last if self.blocked is None else self.blocked[1]
         if self.blocked is not None and self.blocked[0] < self.end:
-            self.end = max(self.end, self.blocked[1])  # it is over for this rank once it knows
+            self.end = max(self.end, self.blocked[1])  # this rank learns of the completion when its wait ends
         self.end = max(self.end, self.start)
 
     @property
     def exposed(self) -> float:
-        """Blocked seconds."""
+        """Seconds that this rank waited for it."""
         return 0.0 if self.blocked is None else self.blocked[1] - self.blocked[0]
 
 
-def lane_of(what: str, group: str = "") -> str:
-    """The lane of an exchange by the name and the axis of the crumb around its wait."""
-    for beginning, lane in _BEGINNINGS.items():
-        if what.startswith(beginning):
-            return lane
-    return {Axis.PP: PIPELINE, Axis.CP: SEQUENCE, Axis.TP: SEQUENCE}.get(group, GRADIENTS)  # type: ignore[call-overload, no-any-return]
+class Send(NamedTuple):
+    """A message that left this rank."""
 
-
-def action_of(what: str) -> str | None:
-    """`F2`, `B2` or `W2` for a pipeline's work on micro-batch 2; None for any other phase."""
-    kind, found, rest = what.partition(" of micro-batch ")
-    number, inside, layers = rest.partition(" in layers ")
-    if not found or not inside or kind not in _ACTIONS:
-        return None
-    first, _, last = layers.partition(" to ")
-    return f"{_ACTIONS[kind]}{number}, " + (f"layer {first}" if first == last else f"layers {layers}")
+    time: float
+    event: Event
+    num_bytes: int
+    peer: int
 
 
 class StepRecorder:
-    """Keeps what crumbs tell from `start` to `finish`. The end of an exchange comes from a thread of the backend."""
+    """Keeps what spans report from `start` to `finish`. A thread of the backend reports when a collective completes."""
 
     def __init__(self) -> None:
-        self.spans: list[Slice] = []
-        self.journeys: list[CommSpan] = []
-        self.sent: list[tuple[float, str, int]] = []  # when, what, bytes
-        self._under_way: dict[
-            str, deque[CommSpan]
-        ] = {}  # exchanges of one name are awaited in the order of their start
+        self.phases: list[Slice] = []  # work spans
+        self.modules: list[Slice] = []  # forwards of the model's modules
+        self.comm_spans: list[CommSpan] = []
+        self.sends: list[Send] = []
+        self._in_flight: dict[Event, deque[CommSpan]] = {}  # collectives of equal events are waited for in order
 
     def start(self) -> None:
-        """Hear of all that happens from here on."""
         SPANS.recorder = self
 
     def finish(self) -> None:
-        """Stop, and settle what has no end yet."""
+        """Stop, and set the ends that are not known."""
         SPANS.recorder = None
         now = monotonic()
-        for journey in self.journeys:
-            journey.close(now)
+        for comm_span in self.comm_spans:
+            comm_span.close(now)
 
-    def left(self, wait_span: Span, now: float) -> None:
-        if wait_span.state is not WAITS:
-            self.spans.append(Slice(COMPUTE, wait_span.what, wait_span.entered, now))
-            action = action_of(wait_span.what)
-            if action is not None:
-                self.spans.append(Slice(PIPELINE, action, wait_span.entered, now))
-        elif SPANS.waiting is wait_span:
-            begun = self._under_way.get(wait_span.what)
-            if begun:
-                journey = begun.popleft()
-            else:  # one call starts it and waits for it
-                journey = self._begin(wait_span.what, wait_span.group, wait_span.outer, wait_span.entered)
-                journey.end = now
-            journey.blocked = (wait_span.entered, now)
+    def span_ended(self, span: Span, now: float) -> None:
+        if span.state is not WAITING:
+            self.phases.append(Slice(span.event, span.entered, now))
+        elif SPANS.outermost_wait is span:
+            in_flight = self._in_flight.get(span.event)
+            if in_flight:
+                comm_span = in_flight.popleft()
+            else:  # one call launches it and waits for it
+                comm_span = self._begin(span.event, span.outer, span.entered)
+                comm_span.end = now
+            comm_span.blocked = (span.entered, now)
 
-    def record_launch(self, name: str, num_bytes: int, work: Any) -> None:
-        now = monotonic()
-        if work is None:
-            self.sent.append((now, name, num_bytes))
-            return
-        journey = self._begin(name, "", SPANS.top, now)
-        journey.num_bytes = num_bytes
-        self._under_way.setdefault(name, deque()).append(journey)
+    def launched(self, event: Event, num_bytes: int, work: Any) -> None:
+        comm_span = self._begin(event, SPANS.innermost, monotonic())
+        comm_span.num_bytes = num_bytes
+        self._in_flight.setdefault(event, deque()).append(comm_span)
 
-        def arrived(_: Any) -> None:
-            journey.end = monotonic()
+        def complete(_: Any) -> None:
+            comm_span.end = monotonic()
 
-        if SPANS.streams is None:  # a GPU's future is done when the exchange has been queued: it ends with its wait
-            with suppress(RuntimeError):  # some kinds of exchange have no future
-                work.get_future().add_done_callback(arrived)
+        # On a GPU the future completes when the collective is queued: there its wait is its end
+        if work is not None and SPANS.stream_clock is None:
+            with suppress(RuntimeError):  # some collectives have no future
+                work.get_future().add_done_callback(complete)
 
-    def work(self, name: str, start: float, end: float) -> None:
-        """A part of the model has computed."""
-        self.spans.append(Slice(COMPUTE, name, start, end))
+    def sent(self, event: Event, num_bytes: int, peer: int) -> None:
+        self.sends.append(Send(monotonic(), event, num_bytes, peer))
 
-    def _begin(self, name: str, group: str, around: Span | None, start: float) -> CommSpan:
-        while around is not None and around.state is WAITS:
-            around = around.outer
-        journey = CommSpan(lane_of(name, group), name, "" if around is None else around.what, start)
-        self.journeys.append(journey)
-        return journey
+    def module(self, event: Event, start: float, end: float) -> None:
+        """A module of the model has computed its forward."""
+        self.modules.append(Slice(event, start, end))
+
+    def _begin(self, event: Event, outer: Span | None, start: float) -> CommSpan:
+        while outer is not None and outer.state is WAITING:
+            outer = outer.outer
+        comm_span = CommSpan(event, None if outer is None else outer.event, start)
+        self.comm_spans.append(comm_span)
+        return comm_span

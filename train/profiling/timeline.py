@@ -1,6 +1,6 @@
-"""What a rank did in a profiled step, small enough for a picture: computing by part of the model, exchanges, waits."""
+"""A rank's profiled step in a file for the report: compute by part of the model, communication, waits."""
 
-# Times are in seconds; an interval is (start, end)
+# Times are seconds; an interval is (start, end)
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
+from parallel.watchdog.events import Event, SpanKind
 from train.profiling.recorder import CommSpan, Slice
 
 Interval = tuple[float, float]
 BACKWARD = "autograd::engine::evaluate_function"
-SAME_WORK = 2e-4  # operators of one part that lie no further apart are drawn as one piece
+MERGE_GAP = 2e-4  # operators of one module with a shorter gap are drawn as one slice
+MAX_NESTED = 40  # spans that are searched for the one around a time
 
 
 @dataclass(frozen=True)
@@ -22,87 +24,86 @@ class Operator:
     name: str
     start: float
     end: float
-    sequence: int | None  # the number that autograd gives a forward operator, and its backward again
+    sequence: int | None  # autograd's number of a forward operator, which its backward has too
 
 
-class Names:
-    """Finds the part of the model that computes at a time: the innermost span around it."""
+class EventLookup:
+    """Finds the innermost slice around a time."""
 
-    def __init__(self, spans: list[Slice]) -> None:
-        self.spans = sorted(spans, key=lambda span: span.start)
-        self.starts = [span.start for span in self.spans]
+    def __init__(self, slices: list[Slice]) -> None:
+        self.slices = sorted(slices, key=lambda one: one.start)
+        self.starts = [one.start for one in self.slices]
 
-    def at(self, time: float) -> str | None:
-        for place in range(bisect_right(self.starts, time) - 1, max(-1, bisect_right(self.starts, time) - 40), -1):
-            if self.spans[place].end > time:
-                return self.spans[place].name
+    def at(self, time: float) -> Event | None:
+        last = bisect_right(self.starts, time) - 1
+        for number in range(last, max(-1, last - MAX_NESTED + 1), -1):
+            if self.slices[number].end > time:
+                return self.slices[number].event
         return None
 
 
-def compute_pieces(operators: list[Operator], inner: list[Operator], spans: list[Slice]) -> list[Slice]:
-    """Busy stretches of this rank, each named by the part of the model that it is for.
+def compute_slices(
+    operators: list[Operator], inner: list[Operator], modules: list[Slice], phases: list[Slice]
+) -> list[Slice]:
+    """Slices in which this rank computes, each with the part of the model that it belongs to.
 
     Args:
         operators: the outermost ones, in order of time.
-        inner: all that have a sequence number, to find the part that a backward belongs to.
-        spans: of the parts' forwards and of phases.
+        inner: all operators, to find the module that a backward belongs to by autograd's sequence number.
+        modules: the modules' forwards.
+        phases: of the step.
     """
-    phases = Names([span for span in spans if _is_phase(span.name)])
-    parts = Names([span for span in spans if not _is_phase(span.name)])
-    by_number = {}
+    module_at, phase_at = EventLookup(modules).at, EventLookup(phases).at
+    by_sequence = {}
     for one in inner:
-        name = parts.at(one.start)
-        if one.sequence is not None and name is not None and not one.name.startswith(BACKWARD):
-            by_number[one.sequence] = name  # an operator without a gradient has the number that the next one will use
-    pieces: list[Slice] = []
+        event = module_at(one.start)
+        if one.sequence is not None and event is not None and not one.name.startswith(BACKWARD):
+            by_sequence[one.sequence] = event  # an operator without a gradient has the number of the next one
+    slices: list[Slice] = []
     for one in operators:
-        name = parts.at(one.start)
-        if name is None and one.sequence is not None and one.name.startswith(BACKWARD):
-            name = by_number.get(one.sequence)
-        name = name or _by_operator(one.name) or _by_phase(phases.at(one.start) or "")
-        if pieces and pieces[-1].name == name and one.start - pieces[-1].end < SAME_WORK:
-            pieces[-1].end = max(pieces[-1].end, one.end)
+        event = module_at(one.start)
+        if event is None and one.sequence is not None and one.name.startswith(BACKWARD):
+            event = by_sequence.get(one.sequence)
+        event = event or Event(_kind_by_operator(one.name) or _kind_by_phase(phase_at(one.start)))
+        if slices and slices[-1].event == event and one.start - slices[-1].end < MERGE_GAP:
+            slices[-1].end = max(slices[-1].end, one.end)
         else:
-            pieces.append(Slice("compute", name, one.start, one.end))
-    return pieces
+            slices.append(Slice(event, one.start, one.end))
+    return slices
 
 
-def _by_operator(name: str) -> str | None:
-    """For what no module's forward holds."""
+def _kind_by_operator(name: str) -> SpanKind | None:
+    """The part that an operator of torch's belongs to, for those outside the modules' forwards."""
     if "LinearCrossEntropy" in name:
-        return "head and loss"
-    return "sharding" if name.startswith("fsdp::") or "RegisterPostBackward" in name else None
+        return SpanKind.HEAD
+    return SpanKind.SHARDING if name.startswith("fsdp::") or "RegisterPostBackward" in name else None
 
 
-def _by_phase(phase: str) -> str:
-    if phase.startswith("weight gradients"):
-        return "weight gradients"  # a queue computes them late, outside autograd
-    return "optimizer" if phase == "optimizer" else "other"
+def _kind_by_phase(phase: Event | None) -> SpanKind:
+    """A queue computes deferred weight gradients outside autograd."""
+    named = (SpanKind.WEIGHT_GRADIENTS, SpanKind.OPTIMIZER)
+    return phase.kind if phase is not None and phase.kind in named else SpanKind.OTHER
 
 
-def _is_phase(name: str) -> bool:
-    return " of micro-batch " in name or name in ("optimizer", "norm and numbers")
-
-
-def without(pieces: list[Slice], holes: list[Interval]) -> list[Slice]:
-    """The pieces less the holes; holes are in order of time and do not overlap."""
+def without(slices: list[Slice], holes: list[Interval]) -> list[Slice]:
+    """The slices less the holes; holes are in order of time and do not overlap."""
     left = []
     ends = [hole[1] for hole in holes]
-    for piece in pieces:
-        start = piece.start
+    for one in slices:
+        start = one.start
         for hole in holes[bisect_right(ends, start) :]:
-            if hole[0] >= piece.end:
+            if hole[0] >= one.end:
                 break
             if hole[0] > start:
-                left.append(Slice(piece.lane, piece.name, start, hole[0]))
+                left.append(Slice(one.event, start, hole[0]))
             start = max(start, hole[1])
-        if start < piece.end:
-            left.append(Slice(piece.lane, piece.name, start, piece.end))
+        if start < one.end:
+            left.append(Slice(one.event, start, one.end))
     return left
 
 
 def outermost(operators: list[Operator]) -> list[Operator]:
-    """Those that lie in no other one, in order of time."""
+    """Those that are in no other one, in order of time."""
     found: list[Operator] = []
     for one in sorted(operators, key=lambda operator: (operator.start, -operator.end)):
         if not found or one.start >= found[-1].end:
@@ -111,14 +112,17 @@ def outermost(operators: list[Operator]) -> list[Operator]:
 
 
 def timeline(
-    rank: int, pieces: list[Slice], actions: list[Slice], journeys: list[CommSpan], step: Interval, origin: float
+    rank: int, compute: list[Slice], phases: list[Slice], comm_spans: list[CommSpan], step: Interval, origin: float
 ) -> dict[str, Any]:
-    """As it lies in `traces/timeline-….json`: times in microseconds after ``origin``."""
+    """A rank's part of `traces/timeline-….json`: events as their fields, times in microseconds after ``origin``."""
 
     def at(time: float) -> float:
         return round(1e6 * (time - origin), 1)
 
-    blocked = sorted(journey.blocked for journey in journeys if journey.blocked is not None)
+    def row(one: Slice) -> dict[str, Any]:
+        return {**one.event.fields(), "start": at(one.start), "end": at(one.end)}
+
+    blocked = sorted(one.blocked for one in comm_spans if one.blocked is not None)
     exposed = sum(end - start for start, end in blocked)
     return {
         "rank": rank,
@@ -126,18 +130,18 @@ def timeline(
         "end": at(step[1]),
         "exposed_share": exposed / (step[1] - step[0]),
         "exposed_seconds": exposed,
-        "compute": [[piece.name, at(piece.start), at(piece.end)] for piece in without(pieces, blocked)],
-        "actions": [[action.name, at(action.start), at(action.end)] for action in actions],
-        "exchanges": [
+        "compute": [row(one) for one in without(compute, blocked)],
+        "actions": [row(one) for one in phases if one.event.action is not None],
+        "communication": [
             {
-                "lane": journey.lane,
-                "name": journey.name,
-                "around": journey.around,
-                "start": at(journey.start),
-                "end": at(journey.end if journey.end is not None else journey.start),
-                "bytes": journey.num_bytes,
-                "blocked": None if journey.blocked is None else [at(time) for time in journey.blocked],
+                **one.event.fields(),
+                "track": one.track,
+                "phase": None if one.phase is None else one.phase.fields(),
+                "start": at(one.start),
+                "end": at(one.end if one.end is not None else one.start),
+                "bytes": one.num_bytes,
+                "blocked": None if one.blocked is None else [at(time) for time in one.blocked],
             }
-            for journey in sorted(journeys, key=lambda journey: journey.start)
+            for one in sorted(comm_spans, key=lambda one: one.start)
         ],
     }

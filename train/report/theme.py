@@ -120,22 +120,22 @@ _TIMELINE = """
 .timeline{margin-top:36px}
 .timeline h4{margin:20px 0 6px;font-size:14px;font-weight:600}
 .timeline h4 small{margin-left:12px;font-size:13px;font-weight:400;color:var(--soft)}
-.lanes,.times{display:grid;grid-template-columns:84px minmax(0,1fr);gap:4px 8px;align-items:center}
-.lanes .name,.times em{font-size:13px;font-style:normal;color:var(--soft);text-align:right}
+.tracks,.times{display:grid;grid-template-columns:84px minmax(0,1fr);gap:4px 8px;align-items:center}
+.tracks .name,.times em{font-size:13px;font-style:normal;color:var(--soft);text-align:right}
 .times .across{grid-column:2;height:24px}.times em{font-size:12px}
-.lane{position:relative;height:22px;background:var(--panel);border-radius:3px;overflow:hidden}
-.lane svg{position:absolute;inset:0;width:100%;height:100%;display:block}
-.lane path{fill:var(--c);stroke:none}.lane path.rest{fill:var(--rest)}.lane path.blocked{fill:var(--warn)}
-.lane b{position:absolute;top:0;font-size:11px;line-height:22px;font-weight:500;color:var(--bg);padding:0 4px;
+.track{position:relative;height:22px;background:var(--panel);border-radius:3px;overflow:hidden}
+.track svg{position:absolute;inset:0;width:100%;height:100%;display:block}
+.track path{fill:var(--c);stroke:none}.track path.rest{fill:var(--rest)}.track path.blocked{fill:var(--warn)}
+.track b{position:absolute;top:0;font-size:11px;line-height:22px;font-weight:500;color:var(--bg);padding:0 4px;
 overflow:hidden;white-space:nowrap;text-overflow:ellipsis;pointer-events:none;text-align:center}
-.lane b.short{padding:0;text-overflow:clip}
+.track b.short{padding:0;text-overflow:clip}
 .keys{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:14px;color:var(--soft);max-width:none}
 .keys span{white-space:nowrap}
 .keys i{display:inline-block;width:14px;height:14px;border-radius:3px;margin-right:6px;vertical-align:-2px;
 background:var(--c)}
 .keys i.rest{background:var(--rest)}.keys i.blocked{background:var(--warn)}
-@media(max-width:760px){.lanes,.times{grid-template-columns:66px minmax(0,1fr);gap:3px 6px}
-.lanes .name{font-size:12px}.lane b.short{display:none}}
+@media(max-width:760px){.tracks,.times{grid-template-columns:66px minmax(0,1fr);gap:3px 6px}
+.tracks .name{font-size:12px}.track b.short{display:none}}
 """
 
 _TEXT = """

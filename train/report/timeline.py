@@ -1,20 +1,20 @@
-"""The timeline of a profiled step as a picture: lanes as rows, and in a warning colour where a rank stood still.
+"""The timeline of a profiled step as a picture: tracks as rows, with waits for other ranks in a warning colour.
 
-Rows are pictures that stretch, names and times are text beside them, as in the line charts.
+Rows are stretched pictures; names and times are text beside them, as in the line charts.
 """
 
 from __future__ import annotations
 
 from html import escape
 
+from parallel.watchdog.events import Track
 from train.report.numbers import linear_ticks, tick_formatter
 from train.report.reading import RunData
 from train.report.timeline_data import (
     BLOCKED,
-    LANES,
     REST,
-    Piece,
     RankTimeline,
+    Slice,
     StepTimeline,
     Window,
     close_ups,
@@ -23,9 +23,9 @@ from train.report.timeline_data import (
 
 WIDTH = 4000  # units of a stretched row
 SHOWN_RANKS = 4
-LABELLED = 0.055  # share of the width from which a piece has room for its name
+LABELLED = 0.055  # share of the width from which a slice has space for its label
 LABELLED_ACTION = 0.022  # for `F1`
-ACTIONS = {"F": "forward", "B": "backward", "W": "weight gradients"}
+ACTION_NAMES = {"F": "forward", "B": "backward", "W": "weight gradients"}
 COLOURS = {
     "attention": "c0",
     "dense FFN": "c2",
@@ -53,88 +53,93 @@ def timeline_section(run: RunData) -> str:
 
 
 def legend(found: StepTimeline) -> str:
-    """Return the colours of what occurs."""
-    seen = {piece.kind for rank in found.ranks for piece in rank.lanes["compute"]}
-    kinds = [kind for kind in COLOURS if kind in seen and kind != BLOCKED]
-    keys = "".join(f"<span><i class={COLOURS[kind]}></i>{escape(kind)}</span>" for kind in kinds)
-    done = {piece.kind for rank in found.ranks for piece in rank.lanes["pipeline"]}
-    actions = [f"<span><i class={COLOURS[one]}></i>{one}: {ACTIONS[one]}</span>" for one in ACTIONS if one in done]
+    """Return the colours that occur, with their names."""
+    seen = {one.colour for rank in found.ranks for one in rank.tracks[Track.COMPUTE]}
+    keys = [(name, COLOURS[name]) for name in COLOURS if name in seen and name != BLOCKED]
+    text = "".join(f"<span><i class={colour}></i>{escape(name)}</span>" for name, colour in keys)
+    done = {one.colour for rank in found.ranks for one in rank.tracks[Track.PIPELINE]}
+    actions = [
+        f"<span><i class={COLOURS[one]}></i>{one}: {ACTION_NAMES[one]}</span>" for one in ACTION_NAMES if one in done
+    ]
     if actions:
-        keys += f"<span>in the pipeline</span>{''.join(actions)}"
-    return f'<p class="keys">{keys}<span><i class=blocked></i>stands still, waiting for other ranks</span></p>'
+        text += f"<span>in the pipeline</span>{''.join(actions)}"
+    return f'<p class="keys">{text}<span><i class=blocked></i>blocked: waits for other ranks</span></p>'
 
 
 def whole_step(found: StepTimeline) -> str:
-    """Return the picture of all lanes of the first ranks."""
+    """Return the picture of all tracks of the first ranks."""
     ranks = found.ranks[:SHOWN_RANKS]
     share = sum(rank.exposed_share for rank in found.ranks) / len(found.ranks)
     start, end = min(rank.start for rank in ranks), max(rank.end for rank in ranks)
     blocks = "".join(
-        f"<h4>Rank {rank.rank}<small>{share_of(rank.exposed_share)} uncovered</small></h4>{rows(rank, start, end)}"
+        f"<h4>Rank {rank.rank}<small>{share_of(rank.exposed_share)} exposed</small></h4>{rows(rank, start, end)}"
         for rank in ranks
     )
     sentence = (
-        f"{share_of(share)} of step {found.step} is communication that nothing covers, mean over {ranks_of(found)}. "
+        f"{share_of(share)} of step {found.step} is exposed communication, the mean over {ranks_of(found)}. "
         f"{costliest(found)} A step is slower while it is profiled."
     )
     return figure(f"Step {found.step}", share_of(share), sentence, blocks + axis(start, end))
 
 
 def close_up(found: StepTimeline, window: Window) -> str:
-    """Return a part of the step, with names inside the pieces."""
+    """Return a part of the step, with labels on the slices."""
     rank = next(rank for rank in found.ranks if rank.rank == window.rank)
-    stretches = [piece for piece in rank.lanes["compute"] if piece.kind == BLOCKED]
-    blocked = sum(max(0.0, min(p.end, window.end) - max(p.start, window.start)) for p in stretches)
+    waits = [one for one in rank.tracks[Track.COMPUTE] if one.colour == BLOCKED]
+    blocked = sum(max(0.0, min(one.end, window.end) - max(one.start, window.start)) for one in waits)
     share = blocked / (window.end - window.start)
-    exchanges = [p for lane in ("dispatch", "combine") for p in rank.lanes[lane] if inside(p, window)]
-    under_way = covered_length([p for p in exchanges if p.kind != BLOCKED])
-    stood = covered_length([p for p in exchanges if p.kind == BLOCKED])
+    experts = [one for one in rank.tracks[Track.DISPATCH] + rank.tracks[Track.COMBINE] if inside(one, window)]
+    in_flight = union_length([one for one in experts if one.colour != BLOCKED])
+    exposed = union_length([one for one in experts if one.colour == BLOCKED])
     sentence = (
-        f"Experts' exchanges of rank {rank.rank} are under way for {milliseconds(under_way)}, and it stands still for "
-        f"{milliseconds(stood)} of them; the rest is covered by what stands above them."
+        f"The experts' communication of rank {rank.rank} is in flight for {milliseconds(in_flight)}, and exposed for "
+        f"{milliseconds(exposed)}; compute overlaps the rest."
     )
     body = rows(rank, window.start, window.end, names=True) + axis(window.start, window.end, from_zero=True)
-    return figure(window.title, f"{share_of(share)} uncovered", sentence, body)
+    return figure(window.title, f"{share_of(share)} exposed", sentence, body)
 
 
-def inside(piece: Piece, window: Window) -> bool:
-    return piece.end > window.start and piece.start < window.end
+def inside(one: Slice, window: Window) -> bool:
+    return one.end > window.start and one.start < window.end
 
 
-def covered_length(pieces: list[Piece]) -> float:
-    """Return the length of the union of pieces, microseconds."""
+def union_length(slices: list[Slice]) -> float:
+    """Return the length of the union of slices, microseconds."""
     length, reached = 0.0, float("-inf")
-    for piece in sorted(pieces, key=lambda piece: piece.start):
-        length += max(0.0, piece.end - max(piece.start, reached))
-        reached = max(reached, piece.end)
+    for one in sorted(slices, key=lambda one: one.start):
+        length += max(0.0, one.end - max(one.start, reached))
+        reached = max(reached, one.end)
     return length
 
 
 def rows(rank: RankTimeline, start: float, end: float, names: bool = False) -> str:
-    """Return a row for each lane that has something between start and end."""
+    """Return a row for each track that has a slice between start and end."""
     text = ""
-    for lane in LANES:
-        pieces = [piece for piece in rank.lanes[lane] if piece.end > start and piece.start < end]
-        if pieces:
-            labels = "".join(label(piece, start, end) for piece in pieces) if names or lane == "pipeline" else ""
-            picture = drawing(lane, pieces, start, end, names)
-            text += f"<span class=name>{lane}</span><div class=lane>{picture}{labels}</div>"
-    return f"<div class=lanes>{text}</div>"
+    for track in Track:
+        slices = [one for one in rank.tracks[track] if one.end > start and one.start < end]
+        if slices:
+            has_labels = names or track == Track.PIPELINE
+            labels = "".join(label(one, start, end) for one in slices) if has_labels else ""
+            picture = drawing(track, slices, start, end, names)
+            text += f"<span class=name>{track}</span><div class=track>{picture}{labels}</div>"
+    return f"<div class=tracks>{text}</div>"
 
 
-def drawing(lane: str, pieces: list[Piece], start: float, end: float, names: bool) -> str:
-    """Return one row as a stretched picture; with ``names`` each piece tells its own when pointed at."""
+def drawing(track: Track, slices: list[Slice], start: float, end: float, names: bool) -> str:
+    """Return one row as a stretched picture; with ``names`` each slice has a tool tip."""
     shapes = ""
-    for kind, colour in COLOURS.items():
-        spans = [(units(p.start, start, end), units(p.end, start, end), p) for p in pieces if p.kind == kind]
+    for key, colour in COLOURS.items():
+        placed = [
+            (units(one.start, start, end), units(one.end, start, end), one) for one in slices if one.colour == key
+        ]
         if names:
-            for left, right, piece in spans:
-                told = f"{piece.name}: {milliseconds(piece.end - piece.start)}"
-                shapes += f'<g><title>{escape(told)}</title><path class="{colour}" d="{bar(left, right)}"/></g>'
-        elif spans:
-            bars = "".join(bar(left, right) for left, right in merged([(left, right) for left, right, _ in spans]))
+            for left, right, one in placed:
+                tip = f"{one.text}: {milliseconds(one.end - one.start)}"
+                shapes += f'<g><title>{escape(tip)}</title><path class="{colour}" d="{bar(left, right)}"/></g>'
+        elif placed:
+            bars = "".join(bar(left, right) for left, right in merged([(left, right) for left, right, _ in placed]))
             shapes += f'<path class="{colour}" d="{bars}"/>'
-    return f'<svg viewBox="0 0 {WIDTH} 10" preserveAspectRatio="none" role="img" aria-label="{lane}">{shapes}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} 10" preserveAspectRatio="none" role="img" aria-label="{track}">{shapes}</svg>'
 
 
 def units(time: float, start: float, end: float) -> int:
@@ -146,7 +151,7 @@ def bar(left: int, right: int) -> str:
 
 
 def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the spans in order, those together that touch: what no eye can tell apart."""
+    """Return the spans in order, with those that touch merged: they cannot be told apart."""
     out: list[tuple[int, int]] = []
     for left, right in sorted(spans):
         if out and left <= out[-1][1] + 1:
@@ -156,15 +161,14 @@ def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-def label(piece: Piece, start: float, end: float) -> str:
-    """Return the name of a wide piece, to lie upon it."""
-    left, right = (units(time, start, end) / WIDTH for time in (piece.start, piece.end))
-    least = LABELLED_ACTION if piece.kind in ACTIONS else LABELLED
-    if piece.kind in (BLOCKED, REST) or right - left < least:
+def label(one: Slice, start: float, end: float) -> str:
+    """Return the label of a slice that is wide enough for one."""
+    left, right = (units(time, start, end) / WIDTH for time in (one.start, one.end))
+    is_action = one.colour in ACTION_NAMES
+    if one.colour in (BLOCKED, REST) or right - left < (LABELLED_ACTION if is_action else LABELLED):
         return ""
-    text = piece.name.partition(", in ")[0].partition(", layer")[0].removeprefix("expert ")
-    short = " class=short" if piece.kind in ACTIONS else ""
-    return f'<b{short} style="left:{100 * left:.2f}%;width:{100 * (right - left):.2f}%">{escape(text)}</b>'
+    short = " class=short" if is_action else ""
+    return f'<b{short} style="left:{100 * left:.2f}%;width:{100 * (right - left):.2f}%">{escape(one.label)}</b>'
 
 
 def axis(start: float, end: float, from_zero: bool = False) -> str:
@@ -195,11 +199,11 @@ def ranks_of(found: StepTimeline) -> str:
 
 
 def costliest(found: StepTimeline) -> str:
-    """Say which lanes were waited for longest."""
+    """Return a sentence with the exposed share of each track, the largest first."""
     length = sum(rank.duration for rank in found.ranks)
-    waits = {lane: sum(rank.waits.get(lane, 0.0) for rank in found.ranks) / length for lane in LANES}
-    most = sorted((lane for lane in waits if waits[lane] > 0), key=lambda lane: -waits[lane])
-    return f"By lane: {', '.join(f'{lane} {share_of(waits[lane])}' for lane in most)}." if most else ""
+    waits = {track: sum(rank.waits.get(track, 0.0) for rank in found.ranks) / length for track in Track}
+    most = sorted((track for track in waits if waits[track] > 0), key=lambda track: -waits[track])
+    return f"By track: {', '.join(f'{track} {share_of(waits[track])}' for track in most)}." if most else ""
 
 
 def share_of(share: float) -> str:

@@ -1,4 +1,4 @@
-"""The timeline of a profiled step as the report reads it: lanes of pieces, and which layer to look at closely."""
+"""The timeline of a profiled step as the report reads it: tracks of slices, and which layer to show enlarged."""
 
 # Times are in microseconds after the first rank's start of the step
 
@@ -6,33 +6,49 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LANES = ("compute", "dispatch", "combine", "gradients", "pipeline", "sequence")
-# The first word of a piece of computing → its kind, which has a colour
-KINDS = {
-    "attention": "attention",
-    "dense": "dense FFN",
-    "experts": "experts",
-    "head": "head, embedding, MTP",
-    "embedding": "head, embedding, MTP",
-    "MTP": "head, embedding, MTP",
-    "weight": "weight gradients",
+from parallel.watchdog.events import ACTIONS, Event, SpanKind, Track, layer_text
+from train.report.timeline_v1 import is_version_1, upgrade
+
+# Colours of compute; a kind that is not listed has that of REST
+COLOUR_GROUPS = {
+    SpanKind.ATTENTION: "attention",
+    SpanKind.DENSE_FFN: "dense FFN",
+    SpanKind.EXPERTS: "experts",
+    SpanKind.HEAD: "head, embedding, MTP",
+    SpanKind.EMBEDDING: "head, embedding, MTP",
+    SpanKind.MTP: "head, embedding, MTP",
+    SpanKind.WEIGHT_GRADIENTS: "weight gradients",
 }
 REST = "other"
 BLOCKED = "blocked"
+DIRECTIONS = (
+    (SpanKind.FORWARD,),
+    (SpanKind.BACKWARD, SpanKind.INPUT_GRADIENTS),
+)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of a lane. ``kind`` chooses the colour."""
+class Slice:
+    """An interval of a track. ``colour`` is a key of `timeline.COLOURS`."""
 
-    kind: str
-    name: str
+    colour: str
+    event: Event
+    text: str
     start: float
     end: float
+    phase: Event | None = None  # in which communication was launched
+
+    @property
+    def label(self) -> str:
+        """A few words to write on it: `F2`, `attention 0`."""
+        if self.colour in ACTIONS.values():
+            return f"{self.colour}{self.event.micro_batch}"
+        return Event(self.event.kind, sublayer=self.event.sublayer).text.removeprefix("expert ")
 
 
 @dataclass(frozen=True)
@@ -43,8 +59,8 @@ class RankTimeline:
     start: float
     end: float
     exposed_share: float
-    lanes: dict[str, list[Piece]]  # a lane's blocked stretches come after what they lie on
-    waits: dict[str, float]  # lane → blocked microseconds
+    tracks: dict[Track, list[Slice]]  # a track's blocked slices come after those that they cover
+    waits: dict[Track, float]  # blocked microseconds
 
     @property
     def duration(self) -> float:
@@ -62,7 +78,7 @@ class StepTimeline:
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a step to look at closely."""
+    """A part of a step to show enlarged."""
 
     title: str
     rank: int
@@ -71,13 +87,13 @@ class Window:
 
 
 def read_timeline(folder: Path, notes: list[str]) -> StepTimeline | None:
-    """The last profiled step of a run folder; None without one. What cannot be read is told in ``notes``."""
+    """The last profiled step of a run folder; None without one. A file that cannot be read adds a line to ``notes``."""
     files = sorted((folder / "traces").glob("timeline-*.json"))
     if not files:
         return None
     try:
         found = json.loads(files[-1].read_text())
-        ranks = [_rank(row) for row in found["ranks"]]
+        ranks = [_rank(upgrade(row) if is_version_1(row) else row) for row in found["ranks"]]
         if not ranks or any(rank.duration <= 0 for rank in ranks):
             raise ValueError("no rank")
         return StepTimeline(int(found["step"]), int(found["world_size"]), ranks)
@@ -86,31 +102,39 @@ def read_timeline(folder: Path, notes: list[str]) -> StepTimeline | None:
         return None
 
 
-def kind_of(name: str) -> str:
-    return KINDS.get(name.split()[0].rstrip(","), REST) if name else REST
-
-
 def _rank(row: dict[str, Any]) -> RankTimeline:
-    lanes: dict[str, list[Piece]] = {lane: [] for lane in LANES}
-    waits: dict[str, float] = defaultdict(float)
-    lanes["compute"] = [Piece(kind_of(name), str(name), float(s), float(e)) for name, s, e in row["compute"]]
-    lanes["pipeline"] = [Piece(str(name)[0], str(name), float(s), float(e)) for name, s, e in row["actions"]]
-    blocked: dict[str, list[Piece]] = defaultdict(list)
-    for one in row["exchanges"]:
-        lane, name = one["lane"], str(one["name"])
-        label = name if not one["bytes"] else f"{name}: {size(one['bytes'])} sent"
-        if lane != "pipeline":  # an arrival there is no more than the wait for it
-            lanes[lane].append(Piece(lane, f"{label}, in {one['around']}", float(one["start"]), float(one["end"])))
+    tracks: dict[Track, list[Slice]] = {track: [] for track in Track}
+    waits: dict[Track, float] = defaultdict(float)
+    for one in row["compute"]:
+        event = Event.parse(one)
+        colour = COLOUR_GROUPS.get(event.kind, REST)
+        tracks[Track.COMPUTE].append(Slice(colour, event, event.text, float(one["start"]), float(one["end"])))
+    for one in row["actions"]:
+        event = Event.parse(one)
+        action = Slice(ACTIONS[event.kind], event, str(event.action), float(one["start"]), float(one["end"]))
+        tracks[Track.PIPELINE].append(action)
+    blocked: dict[Track, list[Slice]] = defaultdict(list)
+    for one in row["communication"]:
+        event, track, phase = Event.parse(one), Track(one["track"]), one["phase"]
+        text = one.get("text", event.text)
+        if track != Track.PIPELINE:  # a transfer between stages is complete when its wait ends
+            tracks[track].append(_communication(one, event, text, None if phase is None else Event.parse(phase)))
         if one["blocked"] is not None:
             start, end = map(float, one["blocked"])
-            waits[lane] += end - start
-            stretch = Piece(BLOCKED, f"blocked: {name}", start, end)
-            blocked[lane].append(stretch)
-            blocked["compute"].append(stretch)
-    for lane, stretches in blocked.items():
-        lanes[lane] += stretches
+            waits[track] += end - start
+            wait = Slice(BLOCKED, event, f"blocked: {text}", start, end)
+            blocked[track].append(wait)
+            blocked[Track.COMPUTE].append(wait)
+    for track, found in blocked.items():
+        tracks[track] += found
     share = float(row["exposed_share"])
-    return RankTimeline(int(row["rank"]), float(row["start"]), float(row["end"]), share, lanes, dict(waits))
+    return RankTimeline(int(row["rank"]), float(row["start"]), float(row["end"]), share, tracks, dict(waits))
+
+
+def _communication(row: dict[str, Any], event: Event, text: str, phase: Event | None) -> Slice:
+    text += f": {size(row['bytes'])} sent" if row["bytes"] else ""
+    text += "" if phase is None else f", in {phase.text}"
+    return Slice(row["track"], event, text, float(row["start"]), float(row["end"]), phase)
 
 
 def size(num_bytes: float) -> str:
@@ -122,50 +146,47 @@ def size(num_bytes: float) -> str:
 
 
 def close_ups(found: StepTimeline) -> list[Window]:
-    """A layer's forward and backward from the first rank's step: from its first attention to its last dense FFN.
+    """A layer's forward and backward on the first rank: from its first attention to its last dense FFN.
 
-    Of all micro-batches and layers it is the one whose experts' exchanges are blocked for the middle length of time.
+    Of all micro-batches and layers it is the one whose experts' communication is blocked for the median time.
     """
     rank = found.ranks[0]
     windows = []
-    for direction in ("forward", "backward"):
-        layers = sorted(_expert_layers(rank, direction))
+    for kinds in DIRECTIONS:
+        layers = sorted(_expert_layers(rank, kinds), key=lambda one: one[:1] + one[3:])
         if not layers:
             continue
-        _, name, around, start, end = layers[len(layers) // 2]
-        length = end - start
-        first, last = ("attention 0", "dense FFN 1") if direction == "forward" else ("", "attention 0")
-        # The exchange of a backward starts before all else of its layer, that of a forward after the first attention
-        before = [p.start for p in _parts(rank, f"{first}, {name}") if start - length <= p.start < start]
-        after = [p.end for p in _parts(rank, f"{last}, {name}") if end <= p.end <= end + length]
+        _, layer, phase, start, end = layers[len(layers) // 2]
+        length, is_forward = end - start, SpanKind.FORWARD in kinds
+        # A backward begins with communication, a forward with its first attention
+        first = Event(SpanKind.ATTENTION, layer, 0) if is_forward else None
+        last = Event(SpanKind.DENSE_FFN, layer, 1) if is_forward else Event(SpanKind.ATTENTION, layer, 0)
+        before = [one.start for one in _computed(rank, first) if start - length <= one.start < start]
+        after = [one.end for one in _computed(rank, last) if end <= one.end <= end + length]
         start = min([start, *before])
-        if after:  # the forward's last FFN comes at once; a backward follows it
-            end = min(after) if direction == "forward" else max(after)
+        if after:  # the forward's last FFN follows directly; a later one may be of its backward
+            end = min(after) if is_forward else max(after)
         margin = 0.02 * (end - start)
-        windows.append(Window(f"{name.capitalize()}, {around}", rank.rank, start - margin, end + margin))
+        title = f"{layer_text(layer).capitalize()}, {phase.text}"
+        windows.append(Window(title, rank.rank, start - margin, end + margin))
     return windows
 
 
-def _parts(rank: RankTimeline, name: str) -> list[Piece]:
-    return [piece for piece in rank.lanes["compute"] if piece.name == name]
+def _computed(rank: RankTimeline, event: Event | None) -> list[Slice]:
+    return [one for one in rank.tracks[Track.COMPUTE] if one.event == event]
 
 
-def _expert_layers(rank: RankTimeline, direction: str) -> list[tuple[float, str, str, float, float]]:
-    """(blocked µs, layer, phase, first start, last end) of each layer's dispatch and combine in a direction."""
-    groups: dict[tuple[str, str], list[Piece]] = defaultdict(list)
-    for lane in ("dispatch", "combine"):
-        for piece in rank.lanes[lane]:
-            if piece.kind != BLOCKED and (
-                f", in {direction} " in piece.name or f", in input {direction} " in piece.name
-            ):
-                words, _, around = piece.name.partition(", in ")
-                layer = words.partition(", ")[2].partition(":")[0]
-                groups[layer, around].append(piece)
+def _expert_layers(rank: RankTimeline, phases: Iterable[SpanKind]) -> list[tuple[float, int, Event, float, float]]:
+    """(blocked µs, layer, phase, first start, last end) of each layer's dispatch and combine in these phases."""
+    slices = rank.tracks[Track.DISPATCH] + rank.tracks[Track.COMBINE]
+    groups: dict[tuple[int, Event], list[Slice]] = defaultdict(list)
+    for one in slices:
+        if one.colour != BLOCKED and one.phase is not None and one.phase.kind in phases and one.event.layer is not None:
+            groups[one.event.layer, one.phase].append(one)
     found = []
-    for (layer, around), pieces in groups.items():
-        if any("combine" in p.name for p in pieces) and any("expert dispatch" in p.name for p in pieces):
-            start, end = min(p.start for p in pieces), max(p.end for p in pieces)
-            stretches = [p for p in rank.lanes["dispatch"] + rank.lanes["combine"] if p.kind == BLOCKED]
-            blocked = sum(p.end - p.start for p in stretches if p.start >= start and p.end <= end + 1)
-            found.append((blocked, layer, around, start, end))
+    for (layer, phase), members in groups.items():
+        if {SpanKind.EXPERT_DISPATCH, SpanKind.EXPERT_COMBINE} <= {one.event.kind for one in members}:
+            start, end = min(one.start for one in members), max(one.end for one in members)
+            waits = [one for one in slices if one.colour == BLOCKED and one.start >= start and one.end <= end + 1]
+            found.append((sum(one.end - one.start for one in waits), layer, phase, start, end))
     return found

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from parallel.collectives.streams import Cuda
-from parallel.watchdog.diagnosis import WAITS
+from parallel.watchdog.events import RankState
 from parallel.watchdog.spans import SPANS
 
 Site = tuple[str, ...]
@@ -67,7 +67,7 @@ class Stream:
         self.recorder, self.name = recorder, name
 
     def wait_event(self, event: Event) -> None:
-        waits_for_others = SPANS.top is not None and SPANS.top.state is WAITS
+        waits_for_others = SPANS.innermost is not None and SPANS.innermost.state is RankState.WAITING
         if self.name == "main" and event.stream == "side" and not waits_for_others:
             self.recorder.uncounted.append(site("wait"))
         if self.recorder.happens("wait"):

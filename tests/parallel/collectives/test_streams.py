@@ -26,6 +26,7 @@ from parallel.expert import AllGatherDispatcher, AllToAllDispatcher
 from parallel.mesh import ParallelConfig, make_topology, resolve_sizes, world_from_environment
 from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gradients
 from parallel.recompute import _again
+from parallel.watchdog.events import Event, SpanKind
 from tests.parallel.collectives.fake_streams import RecordedCuda, Recorder, Site
 from tests.support.distributed import run_ranks
 
@@ -96,7 +97,7 @@ class Exchanging(UnshardedSequence):
         self.group, self.other = dist.new_group([0]), dist.new_group([0])
 
     def start_keys(self, latents: Tensor) -> AsyncCollective:
-        return start(latents, AllGather("attention latents", self.group))
+        return start(latents, AllGather(Event(SpanKind.ATTENTION_LATENTS), self.group))
 
     def wait_keys(self, handle: AsyncCollective) -> Tensor:
         return wait(handle)[0]
@@ -159,7 +160,7 @@ def watched(case: Case, without: Site | None = None) -> tuple[Recorder, list[Ten
         moe = layer.mlp
         moe.num_chunks, moe.after_attention, moe.expert_stream = case.chunks, case.after_attention, streams.experts
         transport = AllGatherDispatcher if case.all_gather else AllToAllDispatcher
-        moe.dispatcher = LocalDispatcher(streams.to_host) if case.here else transport(exchange, "a layer", streams)
+        moe.dispatcher = LocalDispatcher(streams.to_host) if case.here else transport(exchange, 0, streams)
         moe.sequence = layer.self_attn[0].sequence = layer.self_attn[1].sequence = sequence
         if case.recomputed:
             _again(layer, "forward")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parallel.collectives.point_to_point import Sum, all_gather, reduce_scatter
 from parallel.mesh import connect
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import SPANS, Span
 from tests.support.distributed import run_ranks
 from tests.support.running import RandomSamples
@@ -100,25 +101,31 @@ def test_mismatched_collectives_time_out(first: str) -> None:
     assert any("imed out" in heard for heard in run_ranks(start_in_another_order, 2, first))
 
 
+ROUTER = Event(SpanKind.ROUTER, layer=0)
+
+
 class Events:
-    """What crumbs tell of FSDP2's exchanges: (`started` or `awaited`, name)."""
+    """What spans report of FSDP2's collectives: (`launched` or `waited`, event)."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[str, str]] = []
+        self.seen: list[tuple[str, Event]] = []
 
-    def record_launch(self, name: str, num_bytes: int, work: Any) -> None:
+    def launched(self, event: Event, num_bytes: int, work: Any) -> None:
         assert num_bytes > 0
-        self._add("started", name)
+        self._add("launched", event)
 
-    def left(self, wait_span: Span, now: float) -> None:
-        self._add("awaited", wait_span.what)
+    def sent(self, event: Event, num_bytes: int, peer: int) -> None:
+        pass
 
-    def _add(self, what: str, name: str) -> None:
-        if name.startswith(("gathered weights", "summed gradients")):
-            self.seen.append((what, name))
+    def span_ended(self, span: Span, now: float) -> None:
+        self._add("waited", span.event)
+
+    def _add(self, what: str, event: Event) -> None:
+        if event.kind in (SpanKind.WEIGHT_ALL_GATHER, SpanKind.GRADIENT_REDUCE_SCATTER):
+            self.seen.append((what, event))
 
 
-def train_a_step(overrides: list[str]) -> list[tuple[str, str]]:
+def train_a_step(overrides: list[str]) -> list[tuple[str, Event]]:
     begin = Sum.__init__
 
     def poisoned(self: Sum, group: dist.ProcessGroup, x: Tensor, out: Tensor) -> None:
@@ -133,7 +140,7 @@ def train_a_step(overrides: list[str]) -> list[tuple[str, str]]:
     stepper = Stepper(state, reader, config, topology)
     SPANS.recorder = events = Events()
     router = state.models[0].shortcut_layers()[0].mlp.router
-    router.register_forward_hook(lambda *_: events.seen.append(("computed", "layers.0")))
+    router.register_forward_hook(lambda *_: events.seen.append(("computed", ROUTER)))
     assert stepper.step().healthy
     SPANS.recorder = None
     dist.destroy_process_group()
@@ -144,12 +151,12 @@ def test_fsdp_collectives_overlap_compute() -> None:
     """Weights are gathered while the layer before computes; gradients are summed while the next backward runs."""
     for seen in run_ranks(train_a_step, 2, ["train.micro_batch_size=2", "train.global_batch_size=4"]):
 
-        def first(what: str, name: str, seen: list[tuple[str, str]] = seen) -> int:
-            return seen.index((what, name))
+        def first(what: str, event: Event, seen: list[tuple[str, Event]] = seen) -> int:
+            return seen.index((what, event))
 
-        weights = "gathered weights, layers.1"
-        assert first("started", weights) < first("computed", "layers.0") < first("awaited", weights)
-        below, above = "summed gradients, layers.0", "summed gradients, layers.1"
-        assert first("started", above) < first("started", below) < first("awaited", above)
-        sums = [event for event in seen if event[1].startswith("summed")]
-        assert sum(what == "started" for what, _ in sums) == sum(what == "awaited" for what, _ in sums) > 0
+        weights = Event(SpanKind.WEIGHT_ALL_GATHER, module="layers.1")
+        assert first("launched", weights) < first("computed", ROUTER) < first("waited", weights)
+        below, above = (Event(SpanKind.GRADIENT_REDUCE_SCATTER, module=f"layers.{number}") for number in range(2))
+        assert first("launched", above) < first("launched", below) < first("waited", above)
+        sums = [what for what, event in seen if event.kind == SpanKind.GRADIENT_REDUCE_SCATTER]
+        assert sums.count("launched") == sums.count("waited") > 0

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from parallel.watchdog.diagnosis import WAITS, WORKS, Heartbeat
+from parallel.watchdog.events import Event, RankState, SpanKind
+from parallel.watchdog.heartbeats import Heartbeat
 
 NOW = 1000.0
+FORWARD = Event(SpanKind.FORWARD, micro_batch=1)
 WAITING = Heartbeat(
     rank=0,
-    beat=30,
-    wall=NOW - 1,
+    count=30,
+    timestamp=NOW - 1,
     step=12,
     sequence=70,
-    state=WAITS,
-    what="expert dispatch, layer 3",
-    group="ep",
-    phase="forward of micro-batch 1",
-    among="",
-    before="gathered weights, layers.3",
-    still_seconds=30.0,
+    state=RankState.WAITING,
+    event=Event(SpanKind.EXPERT_DISPATCH, layer=3),
+    ranks="",
+    phase=FORWARD,
+    last_wait=Event(SpanKind.WEIGHT_ALL_GATHER, module="layers.3"),
+    idle_seconds=30.0,
     slow_seconds_ago=float("inf"),
     machine="host/1",
     pid=40,
 )
-WORKING = replace(WAITING, state=WORKS, what="forward of micro-batch 1", group="", phase="", sequence=68)
+WORKING = replace(WAITING, state=RankState.WORKING, event=FORWARD, phase=None, sequence=68)
 
 
 def heartbeats(*given: Heartbeat) -> dict[int, Heartbeat]:

@@ -44,7 +44,7 @@ def misbehave(action: str | None, step: int, layer: int, seconds: float, folder:
     def then_act(self: Any, *arguments: Any, **keywords: Any) -> Any:
         seen[:] = [SPANS.step, seen[1] + 1 if seen[0] == SPANS.step else 0]
         if seen == [2, 0]:
-            watchdog.limit(seconds)
+            watchdog.set_timeout(seconds)
         if action is not None and seen == [step, layer]:
             (folder / "acting").write_text(str(time.monotonic()))
             (folder / "acting").rename(folder / "acted")

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import SPANS, begin_step, blocked_seconds, wait_span
 from parallel.watchdog.stream_clock import count_stream_waits
+
+DISPATCH = Event(SpanKind.EXPERT_DISPATCH, layer=0)
 
 
 class Counted:
@@ -31,13 +34,13 @@ class Counted:
 @pytest.fixture(autouse=True)
 def _host_clock() -> Iterator[None]:
     yield
-    SPANS.streams = None
+    SPANS.stream_clock = None
 
 
 def test_device_clock_is_read_once_per_outermost_wait() -> None:
-    SPANS.streams = clock = Counted()
+    SPANS.stream_clock = clock = Counted()
     begin_step(1)
-    with wait_span("expert dispatch, layer 0"), wait_span("inside it"):
+    with wait_span(DISPATCH), wait_span(DISPATCH):
         pass
     assert blocked_seconds() == 1.5 and clock.calls == ["take", "enter", "leave", "take"]
 
@@ -45,9 +48,9 @@ def test_device_clock_is_read_once_per_outermost_wait() -> None:
 def test_cpu_uses_the_host_clock() -> None:
     count_stream_waits(torch.device("cpu"))
     begin_step(1)
-    with wait_span("expert dispatch, layer 0"):
+    with wait_span(DISPATCH):
         pass
-    assert SPANS.streams is None and 0 < blocked_seconds() < 0.1
+    assert SPANS.stream_clock is None and 0 < blocked_seconds() < 0.1
 
 
 @pytest.mark.gpu
@@ -57,10 +60,10 @@ def test_only_waits_of_the_compute_stream_count() -> None:
     begin_step(1)
     with torch.cuda.stream(side):
         torch.cuda._sleep(200_000_000)
-    with wait_span("the compute stream waits"):
+    with wait_span(DISPATCH):
         torch.cuda.current_stream().wait_stream(side)
     waited = blocked_seconds()
     assert waited > 0.02
-    with torch.cuda.stream(side), wait_span("the other stream works"):
+    with torch.cuda.stream(side), wait_span(DISPATCH):
         torch.cuda._sleep(200_000_000)
     assert blocked_seconds() == 0.0

@@ -19,11 +19,13 @@ import torch
 
 from launch.__main__ import main as longcat
 from parallel.watchdog import watchdog
-from parallel.watchdog.diagnosis import STRAGGLER, Diagnosis
-from parallel.watchdog.diagnosis import UNRESPONSIVE as SILENT_KIND
+from parallel.watchdog.diagnosis import Cause, Diagnosis
+from parallel.watchdog.errors import causes, is_lost_rank
+from parallel.watchdog.events import Event, RankState, SpanKind
 from parallel.watchdog.heartbeats import HeartbeatStore
-from parallel.watchdog.spans import SPANS, begin_step, state, wait_span, work_span
-from parallel.watchdog.watchdog import Pace, Watchdog, causes, is_lost
+from parallel.watchdog.spans import SPANS, begin_step, status, wait_span, work_span
+from parallel.watchdog.timing import Timing
+from parallel.watchdog.watchdog import Watchdog
 from tests.support.fixtures import corpus, overrides  # noqa: F401  (fixtures)
 from tests.support.running import NARROW, ROOT, exit_json, free_ports, ranks_below, run_cleanly, wait_for_step
 
@@ -84,16 +86,16 @@ def printed(meeting: Path) -> str:
 
 
 # The second layer's weights are on their way while the first one computes; those of the MTP layer are the next to start
-NEXT = r'"gathered weights, mtp\.layers\.0[.a-z]*" \(fsdp\) of forward of micro-batch 1'
+NEXT = r'"weight all-gather, mtp\.layers\.0[.a-z]*" \(fsdp\) during forward of micro-batch 1'
 
 
-DEAD = "is gone"
+DEAD = "has died"
 UNRESPONSIVE = "has stopped answering"
-STORE = ".*; rank 0, which keeps the ranks' signs, does not answer"
-ASLEEP = r'has not come to it .*"forward of micro-batch 1" after "gathered weights, layers\.1"'
+STORE = ".*; rank 0, which holds the heartbeat store, does not answer"
+ASLEEP = r'has not reached it .*"forward of micro-batch 1" after "weight all-gather, layers\.1"'
 # Where the rank itself judges first, it says where the others are
 ELSEWHERE = (
-    r'has not come to it: it waits at step 3, "sum over all ranks" of forward of micro-batch 1'
+    r'has not reached it: it waits at step 3, "sum over all ranks" during forward of micro-batch 1'
     rf"(, while rank \d \(process \d+ on .*\) waits at step 3, {NEXT})?; raise"
 )
 
@@ -127,7 +129,7 @@ def test_run_ends_within_its_timeout_and_names_the_rank(
     words = [*overrides, "train.global_batch_size=12"]
     message, seconds, codes, output = outcome(words, world_size, (rank, action), timeout, tmp_path)
     print(f"{world_size} ranks, rank {rank} {action}: all ended after {seconds:.2f} of {timeout} s: {message}")
-    place = rf"(could not finish step 3's|has waited \d+ s in step 3 for) {NEXT}"
+    place = rf"(failed in step 3 in|has waited \d+ s in step 3 for) {NEXT}"
     assert re.match(rf"rank (?!{rank})\d {place}: rank {rank} \(process \d+ on .*\) {says}", message), message
     assert output.count(f"error: {message}") == 1, output
     assert all(code == 1 for number, code in enumerate(codes) if number != rank), codes
@@ -146,14 +148,14 @@ def test_pipeline_stage_is_named_with_its_layers(
     message, seconds, _, _ = outcome(words, 2, (1, action), 4, tmp_path)
     print(f"pp2, rank 1 {action}: all ended after {seconds:.2f} of 4 s: {message}")
     waits = (
-        r'"(gradients of micro-batch \d into|hidden states of micro-batch \d out of) layers 0 to 0" \(pp\) of pipeline'
+        r'"(gradients of micro-batch \d into|hidden states of micro-batch \d out of) layer 0" \(pp\) during pipeline'
     )
-    place = rf"(could not finish step 3's|has waited \d+ s in step 3 for) {waits}"
+    place = rf"(failed in step 3 in|has waited \d+ s in step 3 for) {waits}"
     assert re.match(rf"rank 0 {place}: rank 1 \(process", message), message
     says = {
         "stops": UNRESPONSIVE,
         "dies": DEAD,
-        "sleeps": r'has not come to it .* "forward of micro-batch 2 in layers 1 to 1"',
+        "sleeps": r'has not reached it .* "forward of micro-batch 2 in layer 1"',
     }[action]
     assert re.search(says, message), message
     assert seconds < 4 + STALL, message
@@ -182,8 +184,8 @@ def test_slow_disk_ends_no_run_before_the_slow_timeout(
         codes = [rank.wait(120) for rank in ranks]
     message = exit_json(tmp_path / "never")["message"]
     assert codes == [1, 1], printed(tmp_path / "again")
-    assert re.match(r"rank 0 has waited [56] s in step 3 for \"write of the checkpoint", message), message
-    assert re.search(r'rank 1 .* at step 3, "writing the checkpoint" of write of the checkpoint', message), message
+    assert re.match(r"rank 0 has waited [56] s in step 3 for \"write of the checkpoint by all ranks", message), message
+    assert re.search(r'rank 1 .* at step 3, "writing the checkpoint" during write of the checkpoint', message), message
 
 
 def test_agent_ends_soon_after_a_rank_stops(
@@ -214,31 +216,32 @@ def test_agent_ends_soon_after_a_rank_stops(
 
 def test_spans_nest_and_an_error_keeps_the_innermost() -> None:
     SPANS.clear()
-    with work_span("forward of micro-batch 1"), wait_span("expert dispatch, layer 3", "ep"):
-        assert state()[:4] == ("waits", "expert dispatch, layer 3", "ep", "forward of micro-batch 1")
-    assert state()[:2] == ("works", "") and SPANS.before == "expert dispatch, layer 3" and SPANS.sequence == 2
-    with pytest.raises(ValueError), work_span("backward"), wait_span("expert combine, layer 3"):
+    forward, dispatch = Event(SpanKind.FORWARD, micro_batch=1), Event(SpanKind.EXPERT_DISPATCH, layer=3)
+    with work_span(forward), wait_span(dispatch, [0, 1]):
+        assert status()[:3] == (RankState.WAITING, dispatch, forward) and status().group == [0, 1]
+    assert status()[:2] == (RankState.WORKING, None) and SPANS.last_wait == dispatch and SPANS.sequence == 2
+    with pytest.raises(ValueError), work_span(forward), wait_span(dispatch):
         raise ValueError
-    assert state()[:4] == ("failed", "expert combine, layer 3", "", "backward")
+    assert status()[:3] == (RankState.FAILED, dispatch, forward)
     begin_step(2)
-    assert state()[0] == "works", "who goes on has dealt with it"
+    assert status().state == RankState.WORKING, "a run that continues has handled the error"
     SPANS.clear()
 
 
 @pytest.mark.parametrize("timeout", [0.5, 1, 4, 10, 60, 600])
 @pytest.mark.parametrize("world_size", [2, 8192])
 def test_checks_begin_early_enough_to_end_in_time(timeout: float, world_size: int) -> None:
-    pace = Pace.of(timeout, world_size)
-    assert timeout / 2 <= pace.look < timeout
-    assert pace.beat < pace.silence
+    timing = Timing.of(timeout, world_size)
+    assert timeout / 2 <= timing.investigate < timeout
+    assert timing.heartbeat < timing.confirm
     if world_size == 2:
-        assert pace.look + pace.silence + 3 * pace.beat < timeout
-        assert pace.look > timeout - 6.6, "a wait may take nearly as long as the key says"
+        assert timing.investigate + timing.confirm + 3 * timing.heartbeat < timeout
+        assert timing.investigate > timeout - 6.6, "a wait may take nearly as long as the key says"
 
 
 def test_timeout_restarts_after_a_slow_phase() -> None:
     kept = Watchdog(HeartbeatStore(torch.distributed.HashStore(), 0, 2), 10.0, lambda message: None)
-    late, silent = Diagnosis(STRAGGLER, (1,), ""), Diagnosis(SILENT_KIND, (1,), "")
+    late, silent = Diagnosis(Cause.STRAGGLER, (1,), ""), Diagnosis(Cause.UNRESPONSIVE, (1,), "")
     assert kept._too_long(9.0, float("inf"), late) and not kept._too_long(6.0, float("inf"), late)
     assert not kept._too_long(50.0, 0.0, late) and kept._too_long(58.0, 0.0, late)
     assert not kept._too_long(50.0, 3.0, late) and kept._too_long(50.0, 9.0, late)
@@ -252,7 +255,7 @@ def test_lost_connection_is_recognised_by_the_cause() -> None:
         except RuntimeError as error:
             raise RuntimeError("stage 1 failed to run forward") from error
     except RuntimeError as error:
-        assert [is_lost(cause) for cause in causes(error)] == [False, True]
+        assert [is_lost_rank(cause) for cause in causes(error)] == [False, True]
 
 
 def test_single_process_starts_no_watchdog(tmp_path: Path) -> None:

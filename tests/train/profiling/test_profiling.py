@@ -14,13 +14,14 @@ import pytest
 
 from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
+from parallel.watchdog.events import Event, SpanKind, Track
 from tests.support.distributed import run_ranks
 from tests.support.running import exact, free_ports, lines, train_here
 from train.compose import compose
 from train.process import main
 from train.profiling.config import steps_of
-from train.profiling.recorder import LANES, CommSpan, Slice
-from train.profiling.timeline import Operator, compute_pieces, outermost, without
+from train.profiling.recorder import CommSpan, Send, Slice, StepRecorder
+from train.profiling.timeline import Operator, compute_slices, outermost, without
 from train.profiling.trace import TorchEvents, moved, rank_events, rows_of
 
 TWO_RANKS = ["model.num_layers=1", "model.num_experts=4", "model.num_zero_experts=2", "train.steps=3"]
@@ -64,8 +65,8 @@ def test_wrong_profiling_steps_are_refused_in_one_line(override: str, told: str)
     assert caught.value.exit_code == 2
 
 
-def slices_by_lane(events: list[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """(rank, lane) → slices, after checking what the format asks for."""
+def slices_by_track(events: list[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """(rank, track) → slices, after checking what the format asks for."""
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
     found = defaultdict(list)
     for event in events:
@@ -73,48 +74,48 @@ def slices_by_lane(events: list[dict[str, Any]]) -> dict[tuple[int, str], list[d
         if event["ph"] == "X":
             assert event["dur"] >= 0 and event["ts"] >= -1e-3, event
             found[event["pid"], names[event["pid"], event["tid"]]].append(event)
-    for lane, slices in found.items():
+    for track, slices in found.items():
         ends: list[float] = []
         for event in sorted(slices, key=lambda event: (event["ts"], -event["dur"])):
             while ends and ends[-1] <= event["ts"] + 1e-3:
                 ends.pop()
-            assert not ends or event["ts"] + event["dur"] <= ends[-1] + 5e-3, f"{lane}: {event} leaves what it lies in"
+            assert not ends or event["ts"] + event["dur"] <= ends[-1] + 5e-3, (
+                f"{track}: {event} leaves the slice around it"
+            )
             ends.append(event["ts"] + event["dur"])
     return found
 
 
 def test_overlapping_collectives_get_rows_of_their_own() -> None:
     """Operators are inside their phases."""
-    journeys = [
-        CommSpan("dispatch", "expert dispatch, layer 0", "", 1.0 + k, 4.0 + k, 10, (2.0 + k, 4.0 + k)) for k in range(3)
-    ]
+    recorder, dispatch = StepRecorder(), Event(SpanKind.EXPERT_DISPATCH, layer=0)
+    recorder.comm_spans = [CommSpan(dispatch, None, 1.0 + k, 4.0 + k, 10, (2.0 + k, 4.0 + k)) for k in range(3)]
     operators = [
         {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0.9e6, "dur": 2e6},
         {"ph": "X", "cat": "cpu_op", "name": "aten::add", "ts": 1e6, "dur": 2.5e6},  # a clock that is off
     ]
-    spans = [Slice("compute", "forward of micro-batch 1", 0.5, 9.0)]
-    events = rank_events(3, spans, journeys, [(1.0, "sent to rank 1", 5)], TorchEvents(operators, {}))
-    found = slices_by_lane(moved(events, 0.5e6))
-    assert {lane for _, lane in found} == {"compute", "dispatch", "dispatch (2)", "dispatch (3)"}
-    assert [e["cat"] for e in found[3, "dispatch"]] == ["exchange", "blocked"]
-    assert found[3, "dispatch"][0]["args"]["bytes sent"] == 10
-    apart = [[{"cat": "exchange", "ts": t, "dur": 1.0}] for t in (0.0, 1.0, 2.0)]
+    recorder.phases = [Slice(Event(SpanKind.FORWARD, micro_batch=1), 0.5, 9.0)]
+    recorder.sends = [Send(1.0, Event(SpanKind.SEND_HIDDEN_STATES), 5, 1)]
+    events = rank_events(3, recorder, TorchEvents(operators, {}))
+    found = slices_by_track(moved(events, 0.5e6))
+    assert {track for _, track in found} == {"compute", "dispatch", "dispatch (2)", "dispatch (3)"}
+    assert [e["cat"] for e in found[3, "dispatch"]] == ["communication", "blocked"]
+    assert found[3, "dispatch"][0]["args"].items() >= {"bytes sent": 10, "kind": "expert_dispatch", "layer": 0}.items()
+    apart = [[{"cat": "communication", "ts": t, "dur": 1.0}] for t in (0.0, 1.0, 2.0)]
     assert len(rows_of(apart)) == 1
 
 
 def test_backward_operators_belong_to_their_forward_s_module() -> None:
-    spans = [
-        Slice("compute", "attention 0, layer 1", 0.0, 1.0),
-        Slice("compute", "backward of micro-batch 1", 2.0, 3.0),
-    ]
+    attention = Event(SpanKind.ATTENTION, layer=1, sublayer=0)
+    modules, phases = [Slice(attention, 0.0, 1.0)], [Slice(Event(SpanKind.BACKWARD, micro_batch=1), 2.0, 3.0)]
     forward = Operator("aten::mm", 0.5, 0.6, 7)
     backward = Operator("autograd::engine::evaluate_function: MmBackward0", 2.1, 2.5, 7)
     inside = Operator("aten::mm", 2.2, 2.3, None)
     loose = Operator("aten::add_", 2.6, 2.7, None)
     operators = [forward, backward, inside, loose]
-    pieces = compute_pieces(outermost(operators), operators, spans)
-    assert [piece.name for piece in pieces] == ["attention 0, layer 1", "attention 0, layer 1", "other"]
-    left = without(pieces, [(0.55, 0.58), (2.4, 2.65)])
+    slices = compute_slices(outermost(operators), operators, modules, phases)
+    assert [one.event for one in slices] == [attention, attention, Event(SpanKind.OTHER)]
+    left = without(slices, [(0.55, 0.58), (2.4, 2.65)])
     assert [(one.start, one.end) for one in left] == [(0.5, 0.55), (0.58, 0.6), (2.1, 2.4), (2.65, 2.7)]
 
 
@@ -163,14 +164,15 @@ def test_trace_of_two_ranks_is_well_formed(folders: dict[str, Path]) -> None:
     names = sorted(path.name for path in (folders["profiled"] / "traces").iterdir())
     ranks = [f"step-{step:06}-rank-{rank:04}.json.gz" for step in (2, 3) for rank in range(2)]
     assert names == sorted([*ranks, *(f"{kind}-{step:06}.json" for kind in ("step", "timeline") for step in (2, 3))])
-    found = slices_by_lane(trace(folders["profiled"], 3)["traceEvents"])
+    found = slices_by_track(trace(folders["profiled"], 3)["traceEvents"])
     for rank in range(2):
-        assert {"compute", "dispatch", "combine", "gradients"} <= {lane for owner, lane in found if owner == rank}
-        about = {event["name"].partition(",")[0] for event in found[rank, "combine"]}
-        assert "expert combine" in about
+        assert {"compute", "dispatch", "combine", "gradients"} <= {track for owner, track in found if owner == rank}
+        assert "expert_combine" in {event.get("args", {}).get("kind") for event in found[rank, "combine"]}
     own = json.loads(gzip.decompress((folders["profiled"] / "traces" / ranks[-1]).read_bytes()))
     assert {event["pid"] for event in own["traceEvents"]} == {1}
-    assert {lane for _, lane in found} - set(LANES) <= {lane for _, lane in found if "thread" in lane or "(" in lane}
+    assert {track for _, track in found} - set(Track) <= {
+        track for _, track in found if "thread" in track or "(" in track
+    }
 
 
 def test_the_timeline_agrees_with_the_metric(folders: dict[str, Path]) -> None:
@@ -180,7 +182,7 @@ def test_the_timeline_agrees_with_the_metric(folders: dict[str, Path]) -> None:
         share = sum(rank["exposed_seconds"] for rank in ranks) / 2 / rows[step]["step_seconds"]
         assert share == pytest.approx(rows[step]["exposed_comm_share"], rel=0.1)
         for rank in ranks:
-            busy = sum(end - start for _, start, end in rank["compute"])
+            busy = sum(one["end"] - one["start"] for one in rank["compute"])
             assert 0 < busy <= rank["end"] - rank["start"] - 1e6 * rank["exposed_seconds"] + 1
     assert all(0 < row["exposed_comm_share"] < 1 for row in rows.values())
 
@@ -200,5 +202,5 @@ def test_slow_rank_shows_in_the_other_s_waits(folders: dict[str, Path]) -> None:
 def test_single_process_has_a_trace_without_waits(overrides: list[str], tmp_path: Path) -> None:
     assert train_here([*overrides, "train.steps=2", "profile.steps=2"]) == 0
     assert [row["exposed_comm_share"] for row in lines(tmp_path / "run")] == [0.0, 0.0]
-    found = slices_by_lane(trace(tmp_path / "run", 2)["traceEvents"])
+    found = slices_by_track(trace(tmp_path / "run", 2)["traceEvents"])
     assert (0, "compute") in found and "Timeline" in (tmp_path / "run" / "report.html").read_text()

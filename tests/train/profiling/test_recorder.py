@@ -1,21 +1,21 @@
-"""Blocked seconds, and what a recorder makes of crumbs: lanes, exchanges with their ends, waits."""
+"""Blocked seconds, and what a recorder makes of spans: phases, communication with its end, waits."""
 
 from __future__ import annotations
 
-import ast
+import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import parallel
-from parallel.watchdog.spans import SPANS, begin_step, blocked_seconds, record_launch, wait_span, work_span
-from train.profiling import recorder
-from train.profiling.recorder import CommSpan, StepRecorder, action_of, lane_of
+from parallel.watchdog.events import Event, SpanKind, Track
+from parallel.watchdog.spans import SPANS, begin_step, blocked_seconds, record_launch, record_send, wait_span, work_span
+from train.profiling.recorder import CommSpan, StepRecorder
 
-PARALLEL = Path(parallel.__file__).parent
+FORWARD = Event(SpanKind.FORWARD, micro_batch=2)
+DISPATCH = Event(SpanKind.EXPERT_DISPATCH, layer=3)
+REDUCTION = Event(SpanKind.GRADIENT_REDUCE_SCATTER, module="layers.0")
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def _fresh() -> Iterator[None]:
 
 
 class FakeWork:
-    """An exchange that is complete when the test says so."""
+    """A collective that is complete when the test says so."""
 
     def __init__(self) -> None:
         self.callbacks: list[Callable[[Any], None]] = []
@@ -45,13 +45,13 @@ class FakeWork:
 
 def test_outermost_waits_count_once_and_nothing_else() -> None:
     begin_step(1)
-    with work_span("forward of micro-batch 1"):
+    with work_span(FORWARD):
         time.sleep(0.02)
-        with wait_span("expert dispatch, layer 0"), wait_span("inside it"):
+        with wait_span(DISPATCH), wait_span(REDUCTION):
             time.sleep(0.01)
-    with work_span("the schedule of the pipeline"):
+    with work_span(Event(SpanKind.PIPELINE)):
         time.sleep(0.02)
-        with wait_span("hidden states"):
+        with wait_span(DISPATCH):
             time.sleep(0.01)
     assert 0.02 <= blocked_seconds() < 0.035
     begin_step(2)
@@ -62,68 +62,80 @@ def test_collective_spans_launch_to_completion() -> None:
     """It is exposed only while a rank is blocked in its wait."""
     recorder, early, late = StepRecorder(), FakeWork(), FakeWork()
     recorder.start()
-    with work_span("forward of micro-batch 2"):
+    with work_span(FORWARD):
         for work in (early, late):
-            record_launch("expert dispatch, layer 3", 1000, work)
+            record_launch(DISPATCH, 1000, work)
         early.complete()
         time.sleep(0.01)
-        with wait_span("expert dispatch, layer 3"):
+        with wait_span(DISPATCH):
             pass
-        with wait_span("expert dispatch, layer 3"):
+        with wait_span(DISPATCH):
             time.sleep(0.01)
             late.complete()
     recorder.finish()
-    first, second = recorder.journeys
-    assert {one.lane for one in recorder.journeys} == {"dispatch"}
-    assert first.around == "forward of micro-batch 2" and first.num_bytes == 1000
+    first, second = recorder.comm_spans
+    assert {one.track for one in recorder.comm_spans} == {Track.DISPATCH}
+    assert first.phase == FORWARD and first.num_bytes == 1000
     assert first.end is not None and first.end - first.start < 0.008 and first.exposed < 0.005
     assert second.end is not None and second.end - second.start >= 0.02 and second.exposed >= 0.01
-    assert [span.name for span in recorder.spans] == ["forward of micro-batch 2"]
+    assert [one.event for one in recorder.phases] == [FORWARD]
 
 
 def test_blocking_collective_is_exposed_throughout() -> None:
     recorder = StepRecorder()
     recorder.start()
-    with wait_span("summed gradients, layers.0", "fsdp"):
+    with wait_span(REDUCTION):
         time.sleep(0.005)
     recorder.finish()
-    (one,) = recorder.journeys
-    assert one.lane == "gradients" and one.blocked == (one.start, one.end) and one.exposed >= 0.005
-    with wait_span("after the end"):
+    (one,) = recorder.comm_spans
+    assert one.track == Track.GRADIENTS and one.blocked == (one.start, one.end) and one.exposed >= 0.005
+    with wait_span(DISPATCH):
         pass
-    assert len(recorder.journeys) == 1
+    assert len(recorder.comm_spans) == 1
 
 
 def test_collective_without_completion_ends_with_its_wait() -> None:
-    one = CommSpan("pipeline", "hidden states", "", 1.0, blocked=(2.0, 3.0))
+    one = CommSpan(DISPATCH, None, 1.0, blocked=(2.0, 3.0))
     one.close(9.0)
     assert one.end == 3.0
-    never = CommSpan("dispatch", "expert dispatch", "", 1.0)
+    never = CommSpan(DISPATCH, None, 1.0)
     never.close(9.0)
     assert never.end == 9.0
 
 
 def test_pipeline_actions_have_short_names() -> None:
-    assert action_of("forward of micro-batch 2 in layers 0 to 1") == "F2, layers 0 to 1"
-    assert action_of("input gradients of micro-batch 3 in layers 4 to 4") == "B3, layer 4"
-    assert action_of("weight gradients of micro-batch 1 in layers 0 to 1") == "W1, layers 0 to 1"
-    assert action_of("forward of micro-batch 2") is None and action_of("optimizer") is None
+    assert Event(SpanKind.FORWARD, micro_batch=2, layers=(0, 1)).action == "F2, layers 0 to 1"
+    assert Event(SpanKind.INPUT_GRADIENTS, micro_batch=3, layers=(4, 4)).action == "B3, layer 4"
+    assert Event(SpanKind.WEIGHT_GRADIENTS, micro_batch=1, layers=(0, 1)).action == "W1, layers 0 to 1"
+    assert FORWARD.action is None and Event(SpanKind.OPTIMIZER).action is None
 
 
-def test_every_collective_has_a_row_of_the_timeline() -> None:
-    """Every crumb and exchange of the package, as its source spells it."""
-    names = set()
-    for path in PARALLEL.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            known = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-            if known and node.func.id in ("crumb", "AllGather", "AllToAll", "ReduceScatter") and node.args:  # type: ignore[attr-defined]
-                text = node.args[0]  # type: ignore[attr-defined]
-                if isinstance(text, ast.JoinedStr):
-                    text = text.values[0]
-                if isinstance(text, ast.Constant):
-                    names.add(str(text.value))
-    names -= {"the schedule of the pipeline"}
-    assert len(names) > 10
-    without = {name for name in names if not any(name.startswith(known) for known in recorder._BEGINNINGS)}
-    assert not without, "train/profiling/recorder.py names no lane for these"
-    assert lane_of("something new", "pp") == "pipeline" and lane_of("something new") == "gradients"
+def test_an_event_is_put_into_words_from_its_fields() -> None:
+    assert FORWARD.text == "forward of micro-batch 2" and DISPATCH.text == "expert dispatch, layer 3"
+    assert Event(SpanKind.ATTENTION, layer=3, sublayer=1).text == "attention 1, layer 3"
+    assert REDUCTION.text == "gradient reduce-scatter, layers.0"
+    assert Event(SpanKind.OUTCOME, of=SpanKind.CHECKPOINT_HASH).text == "outcome of hashing the checkpoint"
+    received = Event(SpanKind.RECEIVE_GRADIENTS, micro_batch=1, layers=(0, 0))
+    sent = Event(SpanKind.SEND_HIDDEN_STATES, micro_batch=2, layers=(0, 1), others=(received,))
+    words = "hidden states of micro-batch 2 out of layers 0 to 1 and gradients of micro-batch 1 into layer 0"
+    assert sent.text == words
+
+
+@pytest.mark.parametrize("kind", SpanKind)
+def test_an_event_of_each_kind_is_read_as_it_was_written(kind: SpanKind) -> None:
+    event = Event(kind, 3, 1, 2, (0, 1), "layers.3", SpanKind.CHECKPOINT_HASH, (DISPATCH,))
+    for one in (event, Event(kind)):
+        assert Event.parse(json.loads(json.dumps(one.fields()))) == one and one.text
+
+
+def test_a_launch_meets_the_wait_of_an_equal_event_only() -> None:
+    recorder = StepRecorder()
+    recorder.start()
+    record_launch(DISPATCH, 1000, FakeWork())
+    record_send(FORWARD, 5, peer=1)
+    with wait_span(DISPATCH._replace(layer=4)):
+        pass
+    recorder.finish()
+    launched, waited = recorder.comm_spans
+    assert launched.blocked is None and waited.blocked is not None and waited.num_bytes == 0
+    assert [one[1:] for one in recorder.sends] == [(FORWARD, 5, 1)]

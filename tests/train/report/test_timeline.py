@@ -1,4 +1,4 @@
-"""The report's picture of a profiled step: lanes, blocked stretches, the layer it looks at closely."""
+"""The report's picture of a profiled step: tracks, blocked slices, the layer that it shows enlarged."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Any
 
 import pytest
 
+from parallel.watchdog.events import Event, SpanKind
 from tests.support.fabricate_run import fabricate
 from tests.train.report.html_page import read
 from train.report import write_report
-from train.report.timeline import covered_length, merged
-from train.report.timeline_data import Piece, close_ups, read_timeline
+from train.report.timeline import merged, union_length
+from train.report.timeline_data import Slice, close_ups, read_timeline
+from train.report.timeline_v1 import upgrade
 
 
-def exchange(lane: str, name: str, around: str, times: tuple[float, float], blocked: Any = None) -> dict[str, Any]:
-    about = {"lane": lane, "name": name, "around": around, "bytes": 141_312, "blocked": blocked}
+def exchange(track: str, name: str, around: str, times: tuple[float, float], blocked: Any = None) -> dict[str, Any]:
+    about = {"lane": track, "name": name, "around": around, "bytes": 141_312, "blocked": blocked}
     return {**about, "start": times[0], "end": times[1]}
 
 
 def rank_row(rank: int) -> dict[str, Any]:
-    """A step of 10 ms: a layer's forward and backward; 1 ms of its dispatch and 1 ms of a sum are not covered."""
+    """A step of 10 ms in the older format: a layer's forward and backward; 1 ms of a dispatch and of a sum is exposed."""
     forward, backward = "forward of micro-batch 1", "backward of micro-batch 1"
     return {
         "rank": rank,
@@ -50,12 +52,14 @@ def rank_row(rank: int) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(params=["older format", "today's format"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A run folder. What only old files have is the name of communication, in the word of then."""
+    convert = upgrade if request.param == "today's format" else dict
     folder = fabricate(tmp_path / "run", steps=40, extras=False, routing_rows=0)
     (folder / "traces").mkdir()
     for step in (3, 12):
-        told = {"step": step, "world_size": 2, "ranks": [rank_row(0), rank_row(1)]}
+        told = {"step": step, "world_size": 2, "ranks": [convert(rank_row(0)), convert(rank_row(1))]}
         (folder / "traces" / f"timeline-{step:06}.json").write_text(json.dumps(told))
     return folder
 
@@ -64,7 +68,7 @@ def test_last_profiled_step_is_drawn_with_its_exposed_share(run: Path) -> None:
     html, page = read(write_report(run))
     assert {"Timeline", "Step 12", "Layer 0, forward of micro-batch 1"} <= set(page.heads)
     assert "Step 3" not in page.heads
-    assert "20.0\u202f% of step 12 is communication that nothing covers, mean over all ranks" in page.text
+    assert "20.0\u202f% of step 12 is exposed communication, the mean over all ranks" in page.text
     assert "dispatch 10.0\u202f%, gradients 10.0\u202f%" in page.text
     assert "Exposed communication" in page.text
     assert html.count('aria-label="compute"') == 2 + 2
@@ -101,5 +105,6 @@ def test_damaged_timeline_is_reported_in_the_footer(run: Path, content: str) -> 
 
 def test_adjacent_spans_are_drawn_as_one() -> None:
     assert merged([(5, 9), (0, 2), (3, 4), (20, 21)]) == [(0, 9), (20, 21)]
-    pieces = [Piece("dispatch", "", 0.0, 4.0), Piece("dispatch", "", 2.0, 5.0), Piece("dispatch", "", 7.0, 8.0)]
-    assert covered_length(pieces) == 6.0
+    event = Event(SpanKind.EXPERT_DISPATCH)
+    slices = [Slice("dispatch", event, "", *times) for times in ((0.0, 4.0), (2.0, 5.0), (7.0, 8.0))]
+    assert union_length(slices) == 6.0
