@@ -48,7 +48,8 @@ def is_version_1(row: dict[str, Any]) -> bool:
 
 def upgrade(row: dict[str, Any]) -> dict[str, Any]:
     """A rank's part of a timeline in today's format; communication keeps its name as ``text``."""
-    return row | {
+    kept = {key: value for key, value in row.items() if key != "exchanges"}
+    return kept | {
         "compute": [{**_compute(name), "start": start, "end": end} for name, start, end in row["compute"]],
         "actions": [{**_action(name), "start": start, "end": end} for name, start, end in row["actions"]],
         "communication": [_communication(one) for one in row["exchanges"]],

@@ -23,7 +23,7 @@ def exchange(track: str, name: str, around: str, times: tuple[float, float], blo
 
 
 def rank_row(rank: int) -> dict[str, Any]:
-    """A step of 10 ms in the older format: a layer's forward and backward; 1 ms of a dispatch and of a sum is exposed."""
+    """10 ms in the older format: a layer, forward and backward; 1 ms of a dispatch and 1 ms of a sum are exposed."""
     forward, backward = "forward of micro-batch 1", "backward of micro-batch 1"
     return {
         "rank": rank,
