@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from launch.__main__ import VERBS
 from launch.options import split_options
+from longcat import errors
 from tests.house import picture, reference
 from train.compose import check_keys, compose, leaf_keys
 from train.config import Config
@@ -110,3 +112,29 @@ def test_commands_parse(page: Path) -> None:
             check_keys([word for word in words if word != "-m"])
         elif verb in ("train", "data", "counts", "import"):
             compose(words)
+
+
+def _table_keys(page: str) -> set[str]:
+    return set(re.findall(r"^\| `?(\w+)`? \|", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_the_page_of_metrics_names_what_a_step_writes() -> None:
+    written: set[str] = set()
+    for name in ("step", "loop"):
+        tree = ast.parse((ROOT / "train" / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Subscript)
+                and isinstance(node.ctx, ast.Store)
+                and "metrics" in ast.unparse(node.value)
+            ):
+                written.add(ast.literal_eval(node.slice))
+            if isinstance(node, ast.FunctionDef) and node.name == "_metrics":
+                dicts = [part for part in ast.walk(node) if isinstance(part, ast.Dict)]
+                written |= {ast.literal_eval(key) for part in dicts for key in part.keys if key is not None}
+    assert _table_keys("reference/metrics.md") - {"key"} == written - {"flops"}  # the loop makes mfu of flops
+
+
+def test_the_page_of_exit_codes_names_each() -> None:
+    codes = {str(value) for name, value in vars(errors).items() if name.isupper() and isinstance(value, int)}
+    assert _table_keys("guide/exit_codes.md") - {"code"} == codes
