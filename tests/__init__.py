@@ -1,1 +1,1 @@
-"""The tests, one folder for each package; a package itself, so that no other `tests` is taken for it."""
+"""The tests, one folder per package. A package itself, so that no other package `tests` is imported in its place."""

@@ -16,7 +16,7 @@ from train.checkpoint.manifest import list_checkpoints
 
 @pytest.fixture
 def broken(corpus: Path, tmp_path: Path) -> Path:
-    """The prefix of a copy of the corpus, to be broken."""
+    """Path prefix of a copy of the corpus, which a test may damage."""
     shutil.copytree(corpus.parent, tmp_path / "broken", ignore=shutil.ignore_patterns("index", "uninterrupted"))
     return tmp_path / "broken" / "corpus"
 
@@ -50,13 +50,13 @@ def damage_description(prefix: Path) -> None:
 
 
 def forget_description(prefix: Path) -> None:
-    """As other tools leave a corpus: which ids it holds shows only when they are read."""
+    """As other tools write a corpus: its ids are known only when they are read."""
     prefix.with_suffix(".json").unlink()
     (prefix.parent / "tokenizer.json").unlink()
 
 
 def leave(prefix: Path) -> None:
-    """The corpus itself is fine."""
+    """Leave the corpus valid."""
 
 
 @pytest.mark.parametrize(

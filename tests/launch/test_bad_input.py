@@ -48,7 +48,7 @@ CONFIGURATION = {
     "experiment": (["experiment=nothing"], ["'experiment/nothing'", "quickstart"]),
     "empty-choice": (["model="], ["'model=' names no choice", "configs/model"]),
     "null-choice": (["model=null"], ["'model=null' names no choice", "configs/model"]),
-    # sizes that cannot be
+    # impossible sizes
     "top_k": (["model.top_k=25"], ["model.top_k=25", "24 experts", "lower model.top_k"]),
     "budget-above-k": (["model.expected_ffn_experts=7"], ["model.expected_ffn_experts=7", "at most model.top_k=6"]),
     "budget-without-identity": (["model.num_zero_experts=0"], ["num_zero_experts=0", "set it to model.top_k=6"]),
@@ -68,7 +68,7 @@ CONFIGURATION = {
     "name-with-slash": (["run.name=a/b"], ["run.name='a/b'", "one folder name"]),
     "name-of-parent": (["run.name=.."], ["run.name='..'", "one folder name"]),
     "resume-empty": (["checkpoint.resume="], ["checkpoint.resume is empty", "auto, never or a checkpoint's folder"]),
-    # layouts that cannot be
+    # impossible layouts
     "two-left-over": (["parallel.dp=-1"], ["parallel.dp and parallel.fsdp are both -1", "only one"]),
     "mesh": (["parallel.dp=3", "run.num_processes=4"], ["parallel.dp", "4 ranks", "set one axis to -1, or start 3"]),
     "micro-batches": (["run.num_processes=3"], ["8 micro-batches", "3 data-parallel ranks", "a multiple of 3"]),
@@ -81,7 +81,7 @@ def test_wrong_configuration_is_refused_before_any_write(
     case: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, telling = CONFIGURATION[case]
-    monkeypatch.setattr("train.process.main", lambda config: 0)  # what is not refused must not train before it fails
+    monkeypatch.setattr("train.process.main", lambda config: 0)  # a case that is not refused must fail before it trains
     refused(["train", f"run.dir={tmp_path / 'runs'}", *words], *telling)
     assert not (tmp_path / "runs").exists()
 
@@ -91,7 +91,7 @@ def test_wrong_configuration_is_refused_before_any_write(
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """The overrides and the folder of a run of two steps with a checkpoint of each."""
+    """Overrides and folder of a run of two steps with a checkpoint of each."""
     out = tmp_path_factory.mktemp("trained")
     words = ["model=debug", "model.vocab_size=512", "model.hidden_size=32", *NARROW, f"data.paths=[{corpus}]"]
     words += ["train.sequence_length=32", "train.global_batch_size=2", "train.micro_batch_size=2", "checkpoint.every=1"]
@@ -102,7 +102,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
 
 @pytest.fixture
 def used(trained: tuple[list[str], Path], tmp_path: Path) -> tuple[list[str], Path]:
-    """A copy of that run, to be spoilt: the words that go on with it, and its folder."""
+    """A copy of that run that a test may damage: the overrides that resume it, and its folder."""
     words, folder = trained
     shutil.copytree(folder, tmp_path / "used")
     return ["train", *words, "train.steps=4", f"run.dir={tmp_path}"], tmp_path / "used"
@@ -201,7 +201,7 @@ def test_wrong_resume_path_is_refused(
     assert list_checkpoints(tmp_path / "new" / "checkpoints") == []
 
 
-# ------------------------------------------------------------------------------------------------ other verbs
+# ------------------------------------------------------------------------------------------------ other commands
 
 
 OTHER_VERBS = {
@@ -268,7 +268,7 @@ def test_single_rank_refuses_in_one_line(used: tuple[list[str], Path]) -> None:
 
 
 def test_exit_json_holds_the_code_under_torchrun(overrides: list[str], tmp_path: Path) -> None:
-    """torchrun turns every failure into 1; one rank speaks for all."""
+    """torchrun turns every failure into code 1; one rank prints the error."""
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "train"]
     code, errors = finish(program(*launcher, *overrides, "train.stpes=3"))
     assert code == 1
@@ -278,7 +278,7 @@ def test_exit_json_holds_the_code_under_torchrun(overrides: list[str], tmp_path:
 
 @pytest.fixture
 def as_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an agent tells the first of two ranks."""
+    """The environment that an agent sets for the first of two ranks."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
 
@@ -290,7 +290,7 @@ def test_refused_rank_writes_exit_json(overrides: list[str], tmp_path: Path, cap
     assert exit_json(tmp_path / "run") == {"code": 2, "message": said.removeprefix("error: ")}
     assert rank_main([*overrides, "parallel.fsdp=3"]) == 2
     said = error_line(capfd.readouterr().err, "parallel.fsdp", "2 ranks")
-    assert exit_json(tmp_path / "run")["message"] == said.removeprefix("error: "), "an older refusal stands there"
+    assert exit_json(tmp_path / "run")["message"] == said.removeprefix("error: "), "exit.json is from an older refusal"
 
 
 @pytest.mark.usefixtures("as_a_rank")
@@ -300,7 +300,7 @@ def test_refused_rank_leaves_other_runs_alone(used: tuple[list[str], Path], capf
         assert rank_main([*used[0][1:], "train.global_batch_size=4", *words]) == 2
         error_line(capfd.readouterr().err, telling)
         assert contents(used[1]) == before
-    (used[1] / "config.yaml").unlink()  # as in a run that has just begun
+    (used[1] / "config.yaml").unlink()  # as in a run that has just started
     with lock(used[1]):
         before = contents(used[1])
         assert rank_main([*used[0][1:], "train.stpes=3"]) == 2

@@ -1,4 +1,4 @@
-"""`longcat grow`: half depth trained, grown and trained on; what is refused ends in 2 with one line."""
+"""`longcat grow`: half depth trained, grown and trained further; refusals end with code 2 and one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HALF = [*NARROW, "logging.hash_every=0", "train.steps=4"]
 
 @pytest.fixture
 def half(overrides: list[str]) -> list[str]:
-    """The overrides of a shallow run that has been trained for four steps."""
+    """The overrides of a shallow run of four steps."""
     words = [*overrides, *HALF]
     assert train_here(words) == 0
     return words
@@ -35,7 +35,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["stack", "interpose"])
 def test_grown_run_resumes_where_the_shallow_one_stopped(half: list[str], tmp_path: Path, method: str) -> None:
-    """Steps, tokens and schedule go on; the step after four, in a warm-up of five, has the peak rate."""
+    """Steps, tokens and schedule continue: step five, the last of the warm-up, has the peak rate."""
     before, target = contents(folder_of(half)), tmp_path / "grown"
     words = [f"source={folder_of(half)}", f"target={target}", f"growth.method={method}", "growth.factor=2"]
     assert longcat(["grow", *words]) == 0

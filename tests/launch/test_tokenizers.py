@@ -1,4 +1,4 @@
-"""A checkpoint knows its tokenizer: with another one it is not trained on, exported, or made to write."""
+"""A checkpoint records its tokenizer: training, export and generation refuse another one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.data.corpus import file_sha256
 
 @pytest.fixture
 def moved(corpus: Path, tmp_path: Path) -> Path:
-    """A corpus of the test's own."""
+    """A copy of the corpus for this test."""
     return (
         Path(shutil.copytree(corpus.parent, tmp_path / "corpus", ignore=shutil.ignore_patterns("uninterrupted")))
         / "corpus"
@@ -29,7 +29,7 @@ def moved(corpus: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """A corpus of another tokenizer with as many ids."""
+    """A corpus of another tokenizer of the same size."""
     (tmp_path / "text").mkdir()
     for number in range(60):
         (tmp_path / "text" / f"{number}.txt").write_text(" ".join(f"{word**3} brillig" for word in range(200)))
@@ -38,7 +38,7 @@ def other(tmp_path: Path) -> Path:
 
 
 def test_corpus_of_another_tokenizer_is_refused_in_training(checkpoint: Path, other: Path, tmp_path: Path) -> None:
-    """With data.from_start too: the ids mean other text whatever is read first."""
+    """Also with data.from_start, because the same ids mean other text."""
     words = [*SMALL, f"data.paths=[{other}]", f"run.dir={tmp_path}", "run.name=run", f"checkpoint.resume={checkpoint}"]
     telling = ["with the tokenizer of SHA-256", str(other), "longcat data build data.tokenizer=FILE"]
     assert run_cleanly(lambda: longcat(["train", *words, "data.from_start=true", "train.steps=3"])) == 2
@@ -65,7 +65,7 @@ def test_changed_tokenizer_file_is_refused_by_text_and_export(
 
 
 def test_corpus_keeps_the_tokenizer_file_byte_for_byte(corpus: Path, tmp_path: Path) -> None:
-    """However its JSON is laid out, a checkpoint that was imported with it knows the corpus."""
+    """An imported checkpoint matches the corpus however the tokenizer's JSON is formatted."""
     given = tmp_path / "given.json"
     given.write_text(json.dumps(json.loads((corpus.parent / "tokenizer.json").read_text()), indent=7))
     (tmp_path / "text").mkdir()
@@ -78,7 +78,7 @@ def test_corpus_keeps_the_tokenizer_file_byte_for_byte(corpus: Path, tmp_path: P
 def test_commands_that_an_import_prints_work(
     checkpoint: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after balance.method=sign; where the corpus is of another tokenizer, one is to be built first."""
+    """Also after balance.method=sign. With a corpus of another tokenizer, the import says to build one first."""
     run_command("export", f"source={checkpoint}", f"target={tmp_path / 'export'}", "export.dtype=float32")
     words = ["import", f"source={tmp_path / 'export'}", "balance.method=sign"]
     capsys.readouterr()

@@ -34,7 +34,7 @@ BASE = ModelConfig(
 
 
 def plain_peer(config: ModelConfig) -> nn.Module:
-    """The transformers model of the same sizes, with eager attention (the plainest it has)."""
+    """The transformers model of the same sizes, with eager attention."""
     peer: nn.Module = peer_model(config, attention="eager")
     if config.top_k == 1:
         for name, module in peer.named_modules():
@@ -51,7 +51,7 @@ def _second_choice_of_no_weight(_module: nn.Module, inputs: tuple[Tensor, ...]) 
 
 @torch.no_grad()
 def randomise(peer: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Values under which every term matters: gains off one, a decided router, biases of the scores' size."""
+    """Values under which every term matters: gains off one, clear router scores, biases of the scores' size."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: Tensor, std: float) -> Tensor:

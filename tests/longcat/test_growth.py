@@ -34,7 +34,7 @@ SMALL = ModelConfig(
 
 
 def random_model(config: ModelConfig) -> LongCat:
-    """A model with random values everywhere, selection biases among them."""
+    """A model with random values everywhere, also in the selection biases."""
     model = LongCat(config)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def random_model(config: ModelConfig) -> LongCat:
 
 
 def grown_model(shallow: LongCat, growth: Growth) -> LongCat:
-    """The deeper model, filled by names."""
+    """The deeper model, filled tensor by tensor."""
     deep = LongCat(replace(shallow.config, num_layers=growth.num_layers * growth.factor))
     values = {new: tensor for name, tensor in stored_state(shallow) for new in growth.grown_names(name)}
     with torch.no_grad():

@@ -42,7 +42,7 @@ BASE = ModelConfig(
 
 @dataclass(frozen=True)
 class Case:
-    """What differs from BASE, D of the balance loss, and which labels count."""
+    """Changes to BASE, the number of groups of the balance loss, and the valid labels."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     num_groups: int = 1
@@ -68,7 +68,7 @@ CASES = {
 
 @torch.no_grad()
 def decided_model(case: Case) -> LongCat:
-    """A model with gains off one, a decided router and biases that matter."""
+    """A model with gains off one, clear router scores and biases that matter."""
     model = LongCat(case.config, balance_groups=case.num_groups)
     generator = torch.Generator().manual_seed(3)
     for name, tensor in logical_tensors(model):
@@ -96,7 +96,7 @@ def batch(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def reference_losses(
     case: Case, reference: Reference, tokens: Tensor, labels: Tensor, valid: Tensor
 ) -> tuple[dict[str, Tensor], list[list[Routing]]]:
-    """The reference's sums over the micro-batch, and for each layer what its router did."""
+    """The reference's sums over the micro-batch, and each layer's routing."""
     forwards = [reference.forward(row) for row in tokens]
     layers = [[one.routing[number] for one in forwards] for number in range(case.config.num_layers)]
     rows = list(zip(forwards, labels, valid, strict=True))
@@ -156,7 +156,7 @@ def test_gradients_of_the_losses_equal_the_reference(name: str, loss: str) -> No
 
     ours = dict(logical_tensors(model, grads=True))
     wanted = {n: t.grad for n, t in reference.tensors.items() if t.grad is not None and t.grad.any()}
-    assert wanted, "this loss moves nothing"
+    assert wanted, "this loss has no gradient"
     total = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
     wrong = {}
     for tensor_name, gradient in ours.items():

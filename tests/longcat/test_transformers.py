@@ -20,12 +20,12 @@ from tests.longcat.peers import BASE, our_model, plain_peer, randomise
 
 LOGIT_TOLERANCE = 2e-5  # of the largest logit
 GRADIENT_TOLERANCE = 1e-4  # of the gradient's norm, tensor by tensor
-SELECTION_GAP = 1e-5  # relative; below it two right programs may choose different experts
+SELECTION_GAP = 1e-5  # relative; below it two correct programs may choose different experts
 
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration: what differs from BASE, and the batch."""
+    """One configuration: its changes to BASE, and the batch."""
 
     changes: dict[str, Any]
     batch: int = 2
@@ -71,7 +71,7 @@ CASES = {
     "low_rope_theta": Case({"rope_theta": 50.0}, length=24),
     "values_wider_than_keys": Case({"v_head_dim": 20, "qk_nope_head_dim": 6}),
     "rotary_wider_than_plain": Case({"qk_nope_head_dim": 2, "qk_rope_head_dim": 10}),
-    "with_a_prediction_layer": Case({"num_mtp_layers": 1}),
+    "with_an_mtp_layer": Case({"num_mtp_layers": 1}),
 }
 
 
@@ -90,7 +90,7 @@ class RoutingWatch:
         self.biases.append(module.e_score_correction_bias.detach())
 
     def check(self, top_k: int, has_choice: bool) -> None:
-        """The biases decide something, and no choice hangs on a rounding."""
+        """The biases change some selection, and no selection depends on rounding."""
         assert self.scores, "no router ran"
         if not has_choice:
             return
@@ -99,10 +99,10 @@ class RoutingWatch:
             biased = scores + bias
             best = biased.topk(top_k + 1, dim=-1).values
             gap = (best[:, -2] - best[:, -1]) / best.abs().amax(-1)
-            assert gap.min() > SELECTION_GAP, f"a choice hangs on {gap.min():.1e}; take another seed"
+            assert gap.min() > SELECTION_GAP, f"a selection depends on a gap of {gap.min():.1e}; take another seed"
             plain = scores.topk(top_k, dim=-1).indices.sort(-1).values
             changed |= bool((plain != biased.topk(top_k, dim=-1).indices.sort(-1).values).any())
-        assert changed, "the biases change no selection, so this case says nothing about them"
+        assert changed, "the biases change no selection, so this case does not test them"
 
 
 def run_both(case: Case) -> tuple[Tensor, Tensor, nn.Module, LongCat]:
@@ -136,13 +136,13 @@ def test_logits_and_gradients_equal_transformers(name: str) -> None:
 
     wanted = dict(peer_tensors(peer, case.config, grads=True))
     ours = {n: g for n, g in logical_tensors(model, grads=True) if not n.startswith("model.mtp.")}
-    assert not ours.keys() - wanted.keys(), "gradients that only we have"
+    assert not ours.keys() - wanted.keys(), "gradients that the peer lacks"
     total = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
     assert total > 0
     wrong = {}
     for tensor_name, reference in wanted.items():
         gradient = ours.get(tensor_name, torch.zeros_like(reference))
-        # With one position the queries' gradient is zero: what rounding leaves is held against the whole.
+        # With one position the queries' gradient is zero, so its rounding is compared with the total gradient.
         scale = torch.maximum(reference.norm(), 1e-5 * total)
         error = ((gradient - reference).norm() / scale).item()
         if not error <= GRADIENT_TOLERANCE:
@@ -151,7 +151,7 @@ def test_logits_and_gradients_equal_transformers(name: str) -> None:
 
 
 def test_mtp_layer_gets_no_gradient_from_the_language_loss() -> None:
-    *_, model = run_both(CASES["with_a_prediction_layer"])
+    *_, model = run_both(CASES["with_an_mtp_layer"])
     assert any(name.startswith("model.mtp.") for name, _ in logical_tensors(model))
     own = {n: g for n, g in logical_tensors(model, grads=True) if n.startswith("model.mtp.")}
     assert all(not gradient.any() for gradient in own.values())

@@ -1,4 +1,4 @@
-"""The fixtures of the tests of training: a small corpus, and the overrides of a run of seconds."""
+"""The fixtures of the tests of training: a small corpus, and the overrides of a short run."""
 
 from __future__ import annotations
 

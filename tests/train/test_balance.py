@@ -25,9 +25,9 @@ def recorded_scores() -> Tensor:
 
 
 def control(config: BalanceConfig, steps: int) -> tuple[list[float], Tensor]:
-    """Close the loop over the recorded scores, all of them each step.
+    """Run the controller in closed loop on all recorded scores in each step.
 
-    Mean FFN experts a token at each step, and the last step's counts.
+    Returns the mean FFN experts per token at each step, and the last step's counts.
     """
     controller = build_controller(config, MODEL)
     scores = recorded_scores()
@@ -49,7 +49,7 @@ def settled_after(used: list[float]) -> int:
 
 
 def overshoots(used: list[float]) -> int:
-    """How often the budget leaves the band on the side that it did not start from, as excursions."""
+    """The number of excursions beyond the band on the side opposite to the start."""
     errors = [value / MODEL.expected_ffn_experts - 1 for value in used]
     side = 1 if errors[0] > 0 else -1
     beyond = [-side * error > BAND for error in errors]
@@ -72,7 +72,7 @@ def test_integral_term_alone_is_the_report_s_rule() -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.75])
 def test_each_term_of_the_pid(smoothing: float) -> None:
-    """Proportional and derivative parts act on the (filtered) error and its change; the first step has no change."""
+    """Proportional and derivative terms act on the (filtered) error and its change; the first step has no change."""
     parts = BalanceConfig(kp=2.0, ki=0.0, kd=0.5, decay=0, smoothing=smoothing)
     controller = build_controller(parts, MODEL)
     even = torch.full((1, MODEL.num_routed), 10)
@@ -115,10 +115,10 @@ def test_pid_reaches_the_budget_before_the_integral_term() -> None:
     }
     steps = settled_after(with_pid)
     print(f"steps to the 1 % band: PID {steps}; integral part alone, by (smoothing, ki): {alone}")
-    assert abs(with_pid[0] / MODEL.expected_ffn_experts - 1) > 40 * BAND, "the recorded problem is no problem"
+    assert abs(with_pid[0] / MODEL.expected_ffn_experts - 1) > 40 * BAND, "the recorded scores already meet the budget"
     assert steps <= 20
     assert steps < alone[pid.smoothing, pid.ki]
     assert steps < min(alone.values())
     assert overshoots(with_pid) <= 1
     ffn = counts[0, : MODEL.num_experts].double()
-    assert float(ffn.max() / ffn.mean()) < 1.1, "the budget holds but single experts do not"
+    assert float(ffn.max() / ffn.mean()) < 1.1, "the budget is met but single experts are not balanced"

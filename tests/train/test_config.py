@@ -1,4 +1,4 @@
-"""The configuration: composing it, its presets, what makes two of them the same run, and the folder that words name."""
+"""The configuration: composition, presets, which keys make two runs the same, and the folder that overrides name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.run_dir import as_mapping, read_config, write_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
-# The table of the interface, and for the last three the released model and its relatives.
+# The documented sizes; the last three are the released model and its relatives.
 # Vocabulary, width, layers, heads, ranks of q and kv, per head plain / rotary / value, dense FFN,
 # N / Z / K / K_e, expert FFN.
 PRESETS = {
@@ -117,7 +117,7 @@ def test_there_are_no_other_presets() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_says_every_size_itself(preset: str) -> None:
-    """None is left to the defaults of the dataclass, which are those of one preset."""
+    """No size is left to the defaults of the dataclass, which are those of one preset."""
     stated = yaml.safe_load((CONFIGS / "model" / f"{preset}.yaml").read_text())
     assert set(COLUMNS) <= stated.keys() <= {field.name for field in fields(ModelConfig)}
 
@@ -185,7 +185,7 @@ def test_the_yaml_composes_to_the_same_configuration() -> None:
 
 
 def typos(key: str) -> st.SearchStrategy[str]:
-    """The key with two neighbouring letters of its last word exchanged, or one of its letters doubled."""
+    """The key with two neighbouring letters of its last part exchanged, or one letter doubled."""
     head, _, last = key.rpartition(".")
     run_blocking = [last[:i] + last[i + 1] + last[i] + last[i + 2 :] for i in range(len(last) - 1)]
     doubled = [last[:i] + last[i] + last[i:] for i in range(len(last))]
@@ -227,7 +227,7 @@ ALWAYS = ("parallel.", "validation.", "checkpoint.", "logging.", "run.", "data.s
 
 @pytest.mark.parametrize("key", leaf_keys(Config))
 def test_keys_that_change_results_make_another_run(key: str) -> None:
-    """Model, losses, data and rates do; how long, where, on how many ranks and what is written down does not."""
+    """Model, losses, data and rates do; length, folder, number of ranks and logging do not."""
     stored = as_mapping(Config())
     wanted = copy.deepcopy(stored)
     node, (*path, leaf) = wanted, key.split(".")
@@ -245,7 +245,7 @@ def test_keys_that_change_results_make_another_run(key: str) -> None:
 
 
 def test_a_configuration_on_disk_is_the_same_run(corpus: Path, tmp_path: Path) -> None:
-    """Floats, nulls and lists come back from config.yaml as they went in."""
+    """Floats, nulls and lists survive config.yaml."""
     words = ["model=debug", "optim.lr=0.1", "optim.eps=1e-16", "loss.hidden_z_weight=1e-7", f"run.dir={tmp_path}"]
     config = compose([*words, f"data.paths=[{corpus}]", "run.name=x"])
     (tmp_path / "x").mkdir()
@@ -256,7 +256,7 @@ def test_a_configuration_on_disk_is_the_same_run(corpus: Path, tmp_path: Path) -
     assert is_dataclass(config) and stored["environment"]["packages"].keys() >= {"torch", "megatron-core", "datasets"}
 
 
-# ------------------------------------------------------------------------------------- the folder that words name
+# ------------------------------------------------------------------------------------- the folder that overrides name
 
 
 @pytest.mark.parametrize(

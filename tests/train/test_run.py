@@ -32,7 +32,7 @@ METRICS = {
 
 
 def test_two_halves_equal_one_run(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
-    """40 steps straight, and 20 steps continued by the same command with a larger train.steps."""
+    """40 uninterrupted steps, and 20 steps resumed by the same command with a larger train.steps."""
     words = [*overrides, *NARROW]
     reference = uninterrupted(corpus, words)
     assert train_here([*words, "train.steps=20"]) == 0
@@ -43,7 +43,7 @@ def test_two_halves_equal_one_run(corpus: Path, overrides: list[str], tmp_path: 
 
 
 def test_killed_run_resumes_bitwise_identical(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
-    """SIGKILL some steps after a checkpoint: the steps since then are trained again, to the same bits."""
+    """SIGKILL some steps after a checkpoint: the steps since are trained again, bitwise identical."""
     words = [*overrides, *NARROW]
     reference = uninterrupted(corpus, words)
     folder = tmp_path / "run"
@@ -53,7 +53,7 @@ def test_killed_run_resumes_bitwise_identical(corpus: Path, overrides: list[str]
     finish(process)
     reached = (folder / "metrics.jsonl").read_text().count("\n")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2001, "lo')  # a line torn by the end of the machine
+        file.write('{"step": 2001, "lo')  # a line cut by a crash
     assert train_here([*words, f"train.steps={max(40, reached)}"]) == 0
     resumed = exact(folder)
     assert {step: resumed[step] for step in reference} == reference
@@ -84,7 +84,7 @@ def test_resume_is_bitwise_exact(variant: list[str], corpus: Path, overrides: li
 
 
 def test_resume_is_bitwise_exact_on_two_processes(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
-    """Stopped in the middle, and by a rank's bad numbers: both ranks end with the same code each time."""
+    """Stopped in the middle, and by one rank's non-finite loss: both ranks end with the same code."""
     words = [*overrides, *NARROW, "train.steps=16"]
     codes = train_two(
         [*words, "run.name=straight"],
@@ -109,7 +109,7 @@ def test_same_run_twice_is_bitwise_identical(corpus: Path, overrides: list[str],
 
 
 def test_new_run_starts_from_another_run_s_checkpoint(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
-    """checkpoint.resume=DIR is where it starts; with checkpoints of its own it goes on from those."""
+    """It starts from checkpoint.resume=DIR, and resumes from its own checkpoints once it has some."""
     words = [*overrides, *NARROW, "train.steps=10"]
     reference = uninterrupted(corpus, words)
     assert train_here([*words, "train.steps=5"]) == 0
@@ -189,7 +189,7 @@ def test_floats_read_back_to_the_same_bits(finished: Path) -> None:
         spelt = json.loads(line, parse_float=str)
         for key, value in json.loads(line).items():
             if isinstance(value, float):
-                assert repr(value) == spelt[key], "not the shortest exact spelling"
+                assert repr(value) == spelt[key], "not the shortest exact text"
                 assert float(value.hex() and float.fromhex(value.hex())) == float(spelt[key])
 
 
@@ -213,7 +213,7 @@ def test_routing_baselines_and_coloured_text_are_written(finished: Path) -> None
     assert [row["step"] for row in rows] == [1, 2, 4, 6]
     for row in rows:
         assert [len(layer) for layer in row["counts"]] == [6] and [len(layer) for layer in row["bias"]] == [6]
-        assert sum(row["counts"][0]) == 4 * 32 * 3, "every token makes K choices"
+        assert sum(row["counts"][0]) == 4 * 32 * 3, "every token selects K experts"
         assert row["bias"][0][4:] == [0.0, 0.0], "identity experts have no bias"
     baselines = json.loads((finished / "baselines.json").read_text())
     assert max(baselines["trigram"], baselines["bigram"]) < baselines["unigram"]
@@ -226,7 +226,7 @@ def test_routing_baselines_and_coloured_text_are_written(finished: Path) -> None
 
 
 def test_finished_run_is_left_alone(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
-    """The same command again trains nothing and loses nothing."""
+    """The same command trains nothing and loses nothing."""
     words = [*overrides, *NARROW, "train.steps=3"]
     assert train_here(words) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()

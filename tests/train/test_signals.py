@@ -1,4 +1,4 @@
-"""How a run ends before its last step: signals, time limit, bad numbers, crashes; and the exit code of each."""
+"""Runs that end before their last step: signals, time limit, non-finite losses, crashes; with their exit codes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def stopped_at(folder: Path, errors: str, reason: str) -> int:
 
 
 def in_step(step: int, action: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
-    """Do something in this process as soon as ``step`` is written down."""
+    """Run an action in this process as soon as ``step`` is logged."""
     write = MetricsWriter.write
 
     def then_act(self: MetricsWriter, metrics: dict[str, Any], *rest: Any) -> None:
@@ -116,7 +116,7 @@ def test_signal_saves_with_two_processes(
 def test_agent_waits_for_the_save_despite_more_signals(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Three while a rank stands still: it is waited for, and the code is that of a clean stop."""
+    """Three signals while a rank is suspended: the agent waits for it and ends with the code of a clean stop."""
 
     def send() -> None:
         wait_for_step(tmp_path / "run", 2)
@@ -133,7 +133,7 @@ def test_agent_waits_for_the_save_despite_more_signals(
 
 
 def test_a_killed_rank_is_a_crash(overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What the kernel does to a process that takes too much memory. The other rank ends too and says who, once."""
+    """As the kernel kills a process out of memory. The other rank ends too and names it once."""
     folder = tmp_path / "run"
 
     def kill() -> None:
@@ -161,7 +161,7 @@ def test_a_killed_rank_is_a_crash(overrides: list[str], tmp_path: Path, capfd: p
 def test_agent_forwards_signals(
     script: str, code: int, overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The first failing rank's exit code, whatever the ranks are."""
+    """The agent ends with the exit code of the first rank that fails."""
     (tmp_path / "train.py").write_text(script)
     config = compose([*overrides, "run.num_processes=2"])
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -170,7 +170,7 @@ def test_agent_forwards_signals(
 
 
 def test_a_crash_leaves_its_reason(overrides: list[str], tmp_path: Path) -> None:
-    """A fault that nobody foresaw: a traceback for the person, code 1 for the machine, and the folder is free again."""
+    """An unexpected error prints a traceback, ends with code 1 and unlocks the folder."""
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
         train_here([*overrides, *NARROW])
@@ -181,7 +181,7 @@ def test_a_crash_leaves_its_reason(overrides: list[str], tmp_path: Path) -> None
 
 
 def test_signal_during_start_up_is_not_lost(overrides: list[str], tmp_path: Path) -> None:
-    """It counts from the moment the ranks have met: one step is trained and saved."""
+    """From the rendezvous on, a signal counts: one step is trained and saved."""
     import train.run
 
     build = train.run.build_data
@@ -238,7 +238,7 @@ def test_time_limit_saves_and_the_same_command_resumes(
 
 
 def test_a_signal_in_the_last_step_is_no_stop(overrides: list[str], tmp_path: Path) -> None:
-    """There is nothing left to do: the run is done and says so."""
+    """The run is complete and says so."""
     assert train_here([*overrides, *NARROW, "train.steps=1", "train.stop_after_seconds=0.01"]) == 0
     assert exit_json(tmp_path / "run")["code"] == 0
 

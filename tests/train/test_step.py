@@ -1,4 +1,4 @@
-"""One step's objective and the health figures that it reports, against their definitions."""
+"""One step's objective and its health metrics, against their definitions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OVERRIDES = [
 
 
 class Windows:
-    """Random windows that depend on the sample's number."""
+    """Random sequences that depend on the sample's index."""
 
     eod = 0
 
@@ -91,7 +91,7 @@ def test_router_grad_ratio_equals_autograd_s(
 
 @pytest.mark.usefixtures("closing")
 def test_mtp_switches_on_at_its_token_count() -> None:
-    """48 tokens a step, on from 96: off in steps 1 and 2, and the MTP layer's weights do not move before."""
+    """48 tokens per step, on from 96 tokens: MTP is off in steps 1 and 2, and its weights do not change before."""
     config = compose([*OVERRIDES, "loss.mtp_start_tokens=96", "optim.weight_decay=0"])
     stepper, _, state = build(config)
     name = "mtp.layers.0.eh_proj.weight"
@@ -114,7 +114,7 @@ def test_router_similarity_is_the_mean_pairwise_cosine() -> None:
         rows = router.classifier.weight.full_tensor().detach()
         cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
         expected.append(float(cosines[~torch.eye(len(rows), dtype=torch.bool)].mean()))
-    found = stepper.step().metrics["router_similarity"]  # of the weights that the step used
+    found = stepper.step().metrics["router_similarity"]  # of the weights before the update
     assert found == pytest.approx(max(expected), abs=1e-6)
 
 

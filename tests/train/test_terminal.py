@@ -1,4 +1,4 @@
-"""The terminal lines: aligned, complete, plain off a terminal, narrow where the terminal is narrow."""
+"""The terminal's lines: aligned, complete, plain when redirected, narrow in a narrow terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stand-in for DeepSpeed's libaio extension that reads and writes plain files, and swaps tensors of any size."""
+"""A fake of DeepSpeed's libaio extension that reads and writes plain files, for tensors of any size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class FileHandle:
-    """What DeepSpeed's swappers call of an aio handle. Everything has happened when `async_…` returns."""
+    """The methods of an aio handle that DeepSpeed's swappers call. `async_…` returns when the transfer is complete."""
 
     pinned: set[int] = set()  # noqa: RUF012 (of all handles alike, as memory is)
 
@@ -48,7 +48,7 @@ class FileHandle:
 
 
 def install() -> None:
-    """Let DeepSpeed swap through this file in this process."""
+    """Make DeepSpeed swap through this module in this process."""
     import parallel.deepspeed.engine
     from parallel.deepspeed.setup import deepspeed_settings, quiet_import
 

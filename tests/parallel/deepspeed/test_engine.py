@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO beyond the parity suite: masters, NVMe, flat ranges as boxes, and what is refused."""
+"""DeepSpeed's ZeRO beyond the parity tests: fp32 master weights, NVMe, flat ranges as boxes, and refusals."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def _pools() -> Iterator[None]:
 
 @pytest.mark.parametrize("layout", ["sharding=zero1", "sharding=zero3"])
 def test_fp32_master_weights_survive_bfloat16_training(layout: str) -> None:
-    """DeepSpeed's own bf16 mode would make masters of rounded weights."""
+    """DeepSpeed's own bf16 mode would initialise master weights from rounded weights."""
     ranks: list[Measured] = pool(2).run(measure, [f"parallel.{layout}", "train.dtype=bfloat16"], STEPS)
     expected = one_process()
     initial, wanted = assemble([rank.initial for rank in ranks]), assemble([expected.initial])
     for name, value in wanted.items():
-        assert torch.equal(initial[name], value), f"{name} starts with other bits"
+        assert torch.equal(initial[name], value), f"{name} starts from other values"
     for kind in ("weights", "exp_avg", "exp_avg_sq"):
         for name, value in assemble([getattr(rank, kind) for rank in ranks]).items():
-            value = value[value != 0]  # rows of the embedding that no token met
+            value = value[value != 0]  # embedding rows without tokens
             rounded = (value.bfloat16().float() == value).double().mean()
             assert rounded < 0.2, f"{kind} of {name} looks rounded to bfloat16"
 
 
 def with_nvme() -> tuple[Measured, int]:
-    """Three steps with weights and moments in files, through a stand-in for libaio; and how many files."""
-    setup.PERSISTENT_NUMEL = 100  # some weights are gathered and some stay whole
+    """Three steps with weights and moments in files, through a fake of libaio; and the number of files."""
+    setup.PERSISTENT_NUMEL = 100  # some weights are sharded and some are persistent
     file_aio.install()
     with tempfile.TemporaryDirectory() as folder:
         keys = ["parallel.sharding=zero3", "parallel.offload=nvme", f"parallel.offload_path={folder}"]
@@ -51,7 +51,7 @@ def with_nvme() -> tuple[Measured, int]:
 
 
 def test_nvme_offload_equals_one_process() -> None:
-    """What makes a file slow or fast is not tested: libaio is replaced."""
+    """libaio is replaced by a fake, so this does not test its speed."""
     found = pool(2).run(with_nvme)
     check(compare([measured for measured, _ in found], one_process()))
     assert all(files >= 10 for _, files in found), "weights and moments were left in memory"

@@ -31,7 +31,7 @@ def alone() -> dict[str, Any]:
 def test_training_equals_one_process(layout: list[str], world_size: int, alone: dict[str, Any]) -> None:
     ranks = run_ranks(train_three_steps, world_size, MODEL + layout)
     for found in ranks:
-        assert found["hash"] == alone["hash"], "initial weights differ in some bit"
+        assert found["hash"] == alone["hash"], "initial weights are not bitwise identical"
         for name, value in alone["initial"].items():
             assert torch.equal(found["initial"][name], value), name
         assert found["grads"].keys() == alone["grads"].keys()

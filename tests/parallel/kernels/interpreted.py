@@ -90,7 +90,7 @@ def test_embedding_gradient(places: int, num_rows: int, width: int, dtype: torch
 
 
 def test_negative_zeros_and_infinities() -> None:
-    """The signs of zeros agree, and a number that is not finite reaches its own token only."""
+    """The signs of zeros agree, and a non-finite value reaches its own token only."""
     from parallel.kernels import rows as kernels
 
     plan = plan_permutation(torch.tensor([[0, 2], [1, 0], [2, 2]]), 2, 3)

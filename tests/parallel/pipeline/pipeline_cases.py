@@ -1,4 +1,4 @@
-"""What the ranks of the pipeline tests run: one case after another in one pool of processes."""
+"""The ranks of the pipeline tests: one case after another in one process group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from parallel.pipeline.engine import Pipeline
 from parallel.pipeline.stages import is_replica, num_stages, split, stages_of
 
 SEED, LENGTH, ROWS = 5, 12, 2
-EVALUATED = 3  # micro-batches, another number than is trained on
+EVALUATED = 3  # micro-batches, not as many as in training
 CONFIG = ModelConfig(
     name="test", vocab_size=61, num_layers=5, hidden_size=24, num_heads=2, q_lora_rank=16, kv_lora_rank=16,
     qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, ffn_hidden_size=32, num_experts=5, num_zero_experts=3,
@@ -33,7 +33,7 @@ CONFIG = ModelConfig(
 
 @dataclass(frozen=True)
 class Case:
-    """One layout and one kind of step; ``micro_batches`` is the number a data rank."""
+    """One layout and one kind of step, with ``micro_batches`` per data rank."""
 
     schedule: str
     pp: int
@@ -78,7 +78,7 @@ def micro_batch(number: int, with_documents: bool) -> MicroBatch:
 
 
 def objective(total: int, losses: Losses) -> Tensor:
-    """A loss with every term, at weights that leave none of them out of the gradients."""
+    """A loss with every term, with weights at which all of them show in the gradients."""
     tokens = total * ROWS * LENGTH
     return (losses.lm + 0.3 * losses.mtp + 1e-3 * losses.hidden_z) / tokens + 0.1 * losses.balance / total
 
@@ -100,7 +100,7 @@ class Counter:
 
 
 def alone(case: Case) -> dict[str, Any]:
-    """One process, the whole model, plain autograd."""
+    """One process, the full model, plain autograd."""
     model = LongCat(case.config)
     initialise(model, case.config, SEED)
     found = []
@@ -113,7 +113,7 @@ def alone(case: Case) -> dict[str, Any]:
 
 
 def summary(losses: Losses) -> dict[str, Tensor]:
-    """What a step's metrics are made of."""
+    """The sums behind a step's metrics."""
     return {name: value.detach() for name, value in losses._asdict().items() if name != "hidden"}
 
 
@@ -127,7 +127,7 @@ def whole_gradients(model: LongCat) -> Iterator[tuple[str, Tensor]]:
 
 
 def alone_in_bfloat16(case: Case, topology: Topology) -> dict[str, Tensor]:
-    """Gradients of the whole model on this rank, as training without a pipeline adds them up."""
+    """Gradients of the full model on this rank, accumulated as without a pipeline."""
     with torch.device("meta"):
         model = LongCat(case.config)
     shard(model, topology, torch.bfloat16, reshard_after_forward=True)
@@ -141,7 +141,7 @@ def alone_in_bfloat16(case: Case, topology: Topology) -> dict[str, Tensor]:
 
 
 def build(case: Case, topology: Topology) -> list[LongCat]:
-    """This rank's parts, sharded as training shards them, or plain."""
+    """This rank's model parts, sharded as in training, or plain."""
     parts = split(case.config, num_stages(case.schedule, case.pp), LENGTH)
     models = []
     for stage in stages_of(case.schedule, case.pp, topology.coordinate(Axis.PP)):
@@ -194,7 +194,7 @@ def topology_of_sizes(pp: int, dp: int, fsdp: int) -> Topology:
 
 
 def topology_of(case: Case) -> Topology:
-    """One mesh for all cases of the same sizes: groups are not given back."""
+    """One mesh for all cases of the same sizes, because groups are not freed."""
     return topology_of_sizes(case.pp, case.dp, case.fsdp)
 
 

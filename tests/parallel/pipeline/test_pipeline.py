@@ -1,4 +1,4 @@
-"""Pipelines on gloo ranks compute what one process with the whole model computes, whatever the schedule."""
+"""Pipelines on gloo ranks compute what one process with the full model computes, in every schedule."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def name(case: Case) -> str:
 
 @cache
 def pool(world_size: int) -> list[list[dict[str, Any]]]:
-    """Every case of this number of ranks, run by ranks that are started once: [rank][case]."""
+    """All cases of this number of ranks, in one process group: [rank][case]."""
     return run_ranks(run_cases, world_size, TWO if world_size == 2 else FOUR, timeout=300)
 
 
 def found(case: Case) -> list[dict[str, Any]]:
-    """What each rank found."""
+    """The results of each rank."""
     cases = TWO if case in TWO else FOUR
     return [rank[cases.index(case)] for rank in pool(case.pp * case.data_ranks)]
 
@@ -84,7 +84,7 @@ def test_gradients_equal_one_process(case: Case) -> None:
 
 @exact
 def test_losses_and_counts_equal_one_process(case: Case) -> None:
-    """Each stage has the figures of its own layers; the stage with the head has the losses."""
+    """Each stage has the counts of its own layers; the stage with the head has the losses."""
     reference = one_process(case)["losses"]
     stages = num_stages(case.schedule, case.pp)
     for rank in found(case):
@@ -109,7 +109,7 @@ def test_losses_and_counts_equal_one_process(case: Case) -> None:
 
 @exact
 def test_evaluation_equals_one_process(case: Case) -> None:
-    """On another number of micro-batches than is trained on; no unit stays gathered."""
+    """With another number of micro-batches than in training; no unit stays gathered."""
     reference = one_process(case)["losses"]
     last = num_stages(case.schedule, case.pp) - 1
     evaluated = 0
@@ -150,7 +150,7 @@ def test_copies_of_the_embedding_keep_equal_gradients(case: Case) -> None:
 
 @rounded
 def test_deferred_weight_gradients_lose_nothing_in_bfloat16(case: Case) -> None:
-    """They are rounded once each, as without a pipeline, and added in float32. The embedding's come from two copies."""
+    """Each is rounded once, as without a pipeline, and accumulated in float32. The embedding's come from two copies."""
     for rank in found(case):
         for grads in (*rank["grads"], *rank["again"]):
             for key, grad in grads.items():

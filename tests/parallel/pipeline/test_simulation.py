@@ -1,4 +1,4 @@
-"""The pipeline simulator agrees with the published formulas, and zero-bubble V keeps what it promises."""
+"""The pipeline simulator agrees with the published formulas, and ZBV has the bubble it promises."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from parallel.pipeline.stages import STAGES_PER_RANK
 
 
 def run(schedule: str, pp: int, count: int, forward: float, inputs: float, weights: float) -> Simulation:
-    """With a rank's whole share of a micro-batch taking these seconds."""
+    """Simulate a schedule in which a rank's layers take these seconds per micro-batch."""
     halves = STAGES_PER_RANK[schedule]
     seconds = {"F": forward / halves, "I": inputs / halves, "W": weights / halves, "B": (inputs + weights) / halves}
     return simulate(schedule, planned(schedule, pp, count), lambda rank, action: seconds[action.kind])
@@ -26,7 +26,7 @@ def test_simulated_equals_the_formula(pp: int, count: int, times: tuple[float, f
 
 @pytest.mark.parametrize("pp,count", [(2, 4), (4, 8), (8, 16)])
 def test_zbv_bubble_is_a_sixth_of_1f1b_at_equal_memory(pp: int, count: int) -> None:
-    """At equal times of forward, input and weight gradients; inside a rank's own span it never stands still."""
+    """At equal times of forward, input and weight gradients; inside a rank's own span it is never idle."""
     plain, zero = (run(schedule, pp, count, 1.0, 1.0, 1.0) for schedule in ("1f1b", "zbv"))
     assert zero.idle <= plain.idle / 6 + 1e-9
     assert zero.idle_inside == pytest.approx(0, abs=1e-9)

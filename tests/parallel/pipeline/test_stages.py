@@ -1,4 +1,4 @@
-"""Stages of a pipeline: every layer once, the costliest stage as cheap as it can be, ranks as the schedules say."""
+"""Stages of a pipeline: every layer once, the most expensive stage as cheap as possible, ranks as in the schedules."""
 
 from __future__ import annotations
 

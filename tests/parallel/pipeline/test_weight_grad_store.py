@@ -1,4 +1,4 @@
-"""Late weight gradients: the same sums as autograd's, in the parameter's own dtype and layout, once each."""
+"""Deferred weight gradients: autograd's sums in the parameter's dtype and layout, each computed once."""
 
 from __future__ import annotations
 

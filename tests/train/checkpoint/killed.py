@@ -1,6 +1,6 @@
-"""Ranks of a run for tests that kill them: each logs the samples that it reads, and can be its own murderer.
+"""Ranks of a run for tests that kill them: each logs the samples that it reads, and can kill itself.
 
-They come from a fork server that has imported everything, so a start takes tenths of a second.
+A fork server that has imported everything starts them in tenths of a second.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRAIN = Path(shards.__file__).parent.parent
 
 @dataclass(frozen=True)
 class Fate:
-    """A rank dies in the ``call``-th call that a phase makes of its function, ``before`` it is done or after."""
+    """A rank dies at the ``call``-th call of a phase's function, ``before`` or after the call."""
 
     phase: str
     call: int
@@ -64,13 +64,13 @@ def caller() -> str:
 
 
 def die(fate: Fate, will: Path) -> None:
-    """Die at once; ``will`` says where."""
+    """Kill this process; writes to ``will`` where it died."""
     will.write_text(f"{fate.phase} in {caller()}, {'before' if fate.before else 'after'}")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def place_of_death(samples: Path) -> str | None:
-    """Where a rank with a fate has died since this was asked last: `phase in function, before` or `after`."""
+    """Where a rank has killed itself since the last call: `phase in function, before` or `after`."""
     will = Path(f"{samples}.will")
     if not will.exists():
         return None
@@ -80,7 +80,7 @@ def place_of_death(samples: Path) -> str | None:
 
 
 def die_by(fate: Fate, will: Path) -> None:
-    """Let this process die by its fate."""
+    """Install this process's fate."""
     holder, name, by = PHASES[fate.phase]
     real = getattr(holder, name)
     calls = 0
@@ -121,7 +121,7 @@ def log_samples(path: Path) -> None:
 
 
 def rank_main(rank: int, world_size: int, port: int, words: list[str], samples: str, fate: Fate | None) -> None:
-    """One rank; the one with a ``fate`` dies by it."""
+    """One rank; one with a ``fate`` kills itself."""
     set_rank_environment(rank, world_size, port)
     with open(f"{samples}.{rank}.log", "a") as log:
         os.dup2(log.fileno(), 1)
@@ -153,9 +153,9 @@ def start(
 
 
 def end(ranks: list[BaseProcess], seconds: float) -> list[int | None]:
-    """Wait until all have ended; exit codes. As an agent would, kill those that outlive a killed one by `GRACE`.
+    """Wait for all ranks; returns their exit codes. As an agent does, kill those that outlive a killed one by `GRACE`.
 
-    A rank that has not ended after ``seconds`` though none was killed has None.
+    None for a rank that has not ended after ``seconds`` although none was killed.
     """
     deadline, grace = time.monotonic() + seconds, 0.0
     while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
@@ -171,13 +171,13 @@ def end(ranks: list[BaseProcess], seconds: float) -> list[int | None]:
 
 
 def steps_read(samples: Path, rank: int) -> list[int]:
-    """The steps that a rank has read samples for, in the order in which it did, over all its lives."""
+    """The steps that a rank has read samples for, in order, over all its starts."""
     path = Path(f"{samples}.{rank}")
     return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def samples_of_steps(samples: Path, world_size: int) -> dict[int, list[int]]:
-    """step → the sorted samples that all ranks read when they made it for the last time."""
+    """step → the sorted samples that all ranks read when they last trained it."""
     last: dict[int, list[int]] = {}
     for rank in range(world_size):
         own: dict[int, list[int]] = {}

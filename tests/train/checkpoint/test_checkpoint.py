@@ -34,7 +34,7 @@ from train.state import TrainState
 
 
 class Saver:
-    """A state of this process and how it is saved."""
+    """A state of this process, and the means to save it."""
 
     def __init__(self, state: TrainState, topology: Topology, config: Config, folder: Path) -> None:
         self.state, self.topology, self.config, self.folder = state, topology, config, folder
@@ -44,7 +44,7 @@ class Saver:
         return save(self.state, self.folder, as_mapping(self.config), self.topology, Keep(keep))
 
     def load(self, path: Path) -> str:
-        """Load into the state; its hash."""
+        """Load into the state; returns its hash."""
         load(self.state, path, as_mapping(self.config))
         return self.hash()
 
@@ -53,12 +53,12 @@ class Saver:
 
     @property
     def names(self) -> list[str]:
-        """Committed checkpoints."""
+        """Names of the committed checkpoints."""
         return [path.name for path in list_checkpoints(self.folder)]
 
     @property
     def everything(self) -> list[str]:
-        """All that lies in the folder."""
+        """Names of all entries of the folder."""
         return sorted(path.name for path in self.folder.iterdir())
 
 
@@ -77,11 +77,11 @@ def saver(assembled: tuple[TrainState, Topology, Config], tmp_path: Path) -> Sav
 
 
 class PowerCut(BaseException):
-    """What ends a process in the middle of a save."""
+    """Ends a process in the middle of a save."""
 
 
 def cut_at(patch: pytest.MonkeyPatch, holder: object, name: str, when: Callable[..., bool]) -> None:
-    """Let a call of ``holder.name`` for which ``when(arguments…)`` holds be the last thing that happens."""
+    """Raise PowerCut after the first call of ``holder.name`` for which ``when(arguments…)`` holds."""
     real = getattr(holder, name)
 
     def call(*arguments: Any, **named: Any) -> Any:
@@ -115,12 +115,12 @@ def test_interrupted_save_leaves_the_previous_checkpoint(
     assert saver.names == ["step-00000001"]
     assert find_start(saver.folder, "auto") == (first, [])
     assert saver.load(first) == expected
-    assert verify(saver.save(2)).problem is None, "what the cut left is in the way"
+    assert verify(saver.save(2)).problem is None, "the interrupted save blocks the next one"
     assert saver.everything == ["step-00000001", "step-00000002"]
 
 
 def test_interrupted_removal_leaves_valid_checkpoints(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the renaming of an old checkpoint and its removal."""
+    """Interrupted between the renaming of an old checkpoint and its removal."""
     for step in (1, 2):
         saver.save(step)
     with monkeypatch.context() as patch:
@@ -160,7 +160,7 @@ def test_manual_copies_are_neither_removed_nor_loaded(saver: Saver) -> None:
 
 
 def test_same_step_is_written_again(saver: Saver) -> None:
-    """A run that went back must not take what another past had saved there for its own; that stays beside it."""
+    """A run that went back must not reuse the old checkpoint of the same step; it is kept under another name."""
     path = saver.save(2)
     before = contents(path)
     saver.state.counters.tokens += 7
@@ -295,7 +295,7 @@ def test_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
 
 
 def exchange(theirs: str, ours: str, ports: list[int]) -> tuple[str, str, str]:
-    """On two ranks: the hash of the state loaded from ``theirs``, of the one saved into ``ours``, the last good one."""
+    """On two ranks: hashes of the states loaded from ``theirs`` and saved into ``ours``, the newest valid one."""
     os.environ["MASTER_PORT"] = str(ports[0])
     config = compose([*TINY, "train.seed=9"])
     topology = connect(config.parallel)
@@ -314,7 +314,7 @@ def exchange(theirs: str, ours: str, ports: list[int]) -> tuple[str, str, str]:
 
 
 def look_together(folder: str) -> tuple[Any, list[str]]:
-    """On two ranks: what is found in ``folder``, and what this rank has hashed for it."""
+    """On two ranks: the checkpoint found in ``folder``, and the files that this rank has hashed."""
     config = compose(TINY)
     topology = connect(config.parallel)
     plain, hashed = manifest.file_hash, []

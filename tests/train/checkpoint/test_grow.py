@@ -1,4 +1,4 @@
-"""A grown checkpoint: every tensor is the old one's bit for bit, any layout loads it, and growing takes no memory."""
+"""A grown checkpoint: every tensor is bitwise the old one's, any layout loads it, growth needs constant memory."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_grown_state_is_bitwise_the_repeated_one(old: Old, tmp_path: Path, facto
 
 
 def plain(state: TrainState, num_layers: int) -> LongCat:
-    """The model of a state, outside any sharding."""
+    """The model of a state, without sharding."""
     model, values = LongCat(compose([*SHALLOW, f"model.num_layers={num_layers}"]).model), everything(state)
     with torch.no_grad():
         for name, tensor in stored_state(model):
@@ -171,7 +171,7 @@ def test_torch_s_own_converter_reads_a_grown_checkpoint(old: Old, tmp_path: Path
 
 
 def write_grow_and_load(folder: str, written: list[str]) -> tuple[str, dict[str, str]]:
-    """Train two layers in one layout, save, grow, load in all; returns the hashes, and one of a tensor-wise growth."""
+    """Train two layers in one layout, save, grow, load in all; returns the hashes, and that of a tensor-wise growth."""
     rank, _, world_size = world_from_environment()
     after = {}
     half = [*MODEL, "model.num_layers=2"]
@@ -222,7 +222,7 @@ def fabricated(folder: Path, width: int, num_layers: int) -> Path:
 
 
 def test_growth_never_holds_a_full_tensor(tmp_path: Path) -> None:
-    """A layer is 30 MiB, a tensor 10; growing takes less than half a tensor above what a tiny growth needs once."""
+    """A layer has 30 MiB, a tensor 10; growth needs less than half a tensor more than a tiny growth."""
     (tmp_path / "tiny").mkdir()
     grow(options(fabricated(tmp_path / "tiny", 4, 2), tmp_path / "tiny" / "grown"))  # imports, first buffers
     half, width = fabricated(tmp_path, 1620, 4), 1620
@@ -287,7 +287,7 @@ def test_unknown_state_is_refused(old: Old, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_state_of_other_depth_is_refused(old: Old, tmp_path: Path) -> None:
-    """The manifest holds, but state.json and the tensors do not agree."""
+    """The manifest is valid, but state.json and the tensors do not agree."""
     wrong = tmp_path / "wrong"
     shutil.copytree(old.path, wrong)
     text = json.loads((wrong / STATE).read_text())

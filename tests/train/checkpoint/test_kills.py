@@ -1,4 +1,4 @@
-"""Kill -9 of a random rank at random moments: a restart goes on from a whole checkpoint to the undisturbed bits."""
+"""SIGKILL of a random rank at random moments: a restart resumes from a valid checkpoint, bitwise identical."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tests.train.checkpoint.killed import PHASES, Fate, end, place_of_death, sam
 from train.checkpoint.manifest import list_checkpoints, verify
 
 RANKS, STEPS, BATCH = 2, 16, 4
-ENDS_WITHIN = 60.0  # seconds in which the survivors must find out by themselves
+ENDS_WITHIN = 60.0  # seconds in which the other ranks must notice
 # How many calls of a phase's function a rank makes in a save or two, so that the moments lie all over it
 CALLS = {
     "staging": 300, "planning": 18, "writing": 3000, "committing": 4, "renaming": 3, "pruning": 12, "moving": 6,
     "removing": 12, "loading": 120, "verifying": 3,
 }  # fmt: skip
-BY_THE_FIRST = ("committing", "renaming", "pruning", "moving", "removing")  # what rank 0 alone does
+BY_THE_FIRST = ("committing", "renaming", "pruning", "moving", "removing")  # only rank 0 does this
 MET = (*PHASES, "renaming in commit, before", "renaming in commit, after")  # where 200 kills must have fallen at least
 
 
 @dataclass
 class Campaign:
-    """Runs that are killed, started again and compared with an undisturbed one."""
+    """Runs that are killed, restarted and compared with an uninterrupted one."""
 
     words: list[str]
     folder: Path
@@ -42,7 +42,7 @@ class Campaign:
         return self.folder / f"run-{self.runs}"
 
     def go_on(self) -> None:
-        """Start the present run, let a rank die, and see that nothing is lost; or see it end."""
+        """Start the current run, kill a rank, and check that nothing is lost; or wait for the run's end."""
         phase = self.chance.choice([*PHASES, "any moment", "any moment"])
         victim = self.chance.randrange(RANKS)
         if phase in BY_THE_FIRST:
@@ -65,7 +65,7 @@ class Campaign:
             self.compare()
             self.runs += 1
             return
-        assert -9 in codes, f"{phase}: nobody was killed, yet {codes}: {self.said()}"
+        assert -9 in codes, f"{phase}: no rank was killed, yet {codes}: {self.said()}"
         place = place_of_death(self.samples) or "any moment"
         assert place.startswith(phase), f"{phase}, yet it died {place}"
         self.kills[place] = self.kills.get(place, 0) + 1
@@ -90,7 +90,7 @@ class Campaign:
         return "".join(Path(f"{self.samples}.{rank}.log").read_text()[-1500:] for rank in range(RANKS))
 
     def compare(self) -> None:
-        """The bits of an undisturbed run, and every sample once and in its place."""
+        """Bitwise equal to an uninterrupted run, with every sample read once, in order."""
         assert exact(self.run) == self.reference
         assert [row["first_sample"] for row in lines(self.run)] == list(range(0, STEPS * BATCH, BATCH))
         read = samples_of_steps(self.samples, RANKS)
@@ -123,7 +123,7 @@ def test_another_number_of_ranks_resumes_at_the_next_sample(overrides: list[str]
 
 
 def kill(campaign: Campaign, count: int) -> None:
-    """Go on until ``count`` ranks have been killed, then let the last run come to its end; prints where they died."""
+    """Kill ``count`` ranks, then let the last run end; prints where they died."""
     began = time.monotonic()
     while sum(campaign.kills.values()) < count:
         campaign.go_on()

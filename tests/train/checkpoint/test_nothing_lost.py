@@ -1,4 +1,4 @@
-"""What a run may need again stays: checkpoints, logged steps, the reason of an end."""
+"""A run keeps what it may need again: checkpoints, logged steps, the reason of its exit."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_failing_report_does_not_hide_the_exit(
 
 
 def test_non_finite_weights_are_not_saved(narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finite gradient can still give an update that is not: here the third one does."""
+    """A finite gradient can still give a non-finite update: here the third step does."""
     from train.step import Stepper
 
     plain = Stepper._update

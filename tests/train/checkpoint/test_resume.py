@@ -1,4 +1,4 @@
-"""Where a run starts from: its own newest whole checkpoint, or the place that it was told."""
+"""Where a run starts: from its own newest valid checkpoint, or from checkpoint.resume."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def narrow(overrides: list[str]) -> list[str]:
 
 
 def names(folder: Path) -> list[str]:
-    """What lies in a run's folder of checkpoints."""
+    """Names in a run's folder of checkpoints."""
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-# ------------------------------------------------------------------------------------- names that lie
+# ------------------------------------------------------------------------------------- wrong names
 
 
 def test_checkpoint_under_another_step_s_name_is_skipped(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
-    """It would be the newest one for ever: each start would go back to it, and each save be removed for it."""
+    """It would stay the newest for ever: each start would return to it, and each save would be pruned."""
     run, words = tmp_path / "run", [*narrow, "checkpoint.keep=1", "checkpoint.every=1"]
     assert train_here([*words, "train.steps=1"]) == 0
     shutil.copytree(run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000500")
@@ -45,7 +45,7 @@ def test_checkpoint_under_another_step_s_name_is_skipped(narrow: list[str], tmp_
     assert "no checkpoint in" in (said := capfd.readouterr().err) and "step-00000500: it contains step 1" in said
 
 
-# ------------------------------------------------------------------------------------- the place that it was told
+# ------------------------------------------------------------------------------------- checkpoint.resume
 
 
 def test_run_killed_before_its_first_save_starts_over(
@@ -76,7 +76,7 @@ def test_run_killed_before_its_first_save_starts_over(
 
 
 def test_going_back_to_an_own_step_works_on_another_disk(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
-    """The folder of checkpoints is a link, as where runs/ is small and scratch is large."""
+    """The folder of checkpoints is a symbolic link, as on a cluster with a large scratch disk."""
     run, words = tmp_path / "run", [*narrow, "checkpoint.every=1", "checkpoint.keep=0"]
     (tmp_path / "scratch").mkdir()
     run.mkdir()

@@ -1,4 +1,4 @@
-"""Saving beside training: the state of its step, one at a time; a full disk ends no run and costs no checkpoint."""
+"""Background saves: the state of their step, one at a time; a full disk ends no run and loses no checkpoint."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def steps_there(folder: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in list_checkpoints(folder / "checkpoints")]
 
 
-# ------------------------------------------------------------------------------------- beside training
+# ------------------------------------------------------------------------------------- background saves
 
 
 def slow_disk(patch: pytest.MonkeyPatch, seconds: float) -> list[str]:
-    """Every checkpoint takes ``seconds``; returns the list that gets the names of threads that write."""
+    """Make every save take ``seconds``; returns a list that collects the names of the writing threads."""
     plain, threads = saving.write_shards, []
 
     def slowly(*arguments: Any) -> Any:
@@ -55,7 +55,7 @@ def slow_disk(patch: pytest.MonkeyPatch, seconds: float) -> list[str]:
 def test_background_save_holds_the_state_of_its_step(
     corpus: Path, narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Step 2 is written while later steps are trained: a run from it repeats them to the same bits."""
+    """Step 2 is written while later steps are trained; a run from it repeats them bitwise."""
     words = [*narrow, "train.steps=10", "checkpoint.keep=0"]
     reference = uninterrupted(corpus, words)
     with monkeypatch.context() as patch:
@@ -119,7 +119,7 @@ def test_staging_buffer_is_allocated_once() -> None:
     assert all(copy.equal(tensor) for copy, tensor in zip(first, tensors, strict=True))
     assert all(copy.untyped_storage().size() == copy.nbytes for copy in first), "the writer would copy it again"
     tensors[0].add_(1)
-    assert not first[0].equal(tensors[0]), "a copy follows what it was taken from"
+    assert not first[0].equal(tensors[0]), "a copy shares memory with its source"
     second = stage.copy(lambda take: [take(tensor) for tensor in tensors])
     assert stage.memory is memory and second[0].data_ptr() == first[0].data_ptr()
     assert second[0].equal(tensors[0])
@@ -127,14 +127,14 @@ def test_staging_buffer_is_allocated_once() -> None:
 
 def test_saves_by_minutes(narrow: list[str], tmp_path: Path) -> None:
     words = [*narrow, "train.steps=6", "checkpoint.every=0", "checkpoint.keep=0"]
-    in_step = [*words, "checkpoint.asynchronous=false"]  # a save under way puts the next one off
+    in_step = [*words, "checkpoint.asynchronous=false"]  # a save under way delays the next one
     assert train_here([*in_step, "checkpoint.every_minutes=1e-12"]) == 0
     assert steps_there(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
     assert train_here([*words, "checkpoint.every_minutes=60", "run.name=seldom"]) == 0
     assert steps_there(tmp_path / "seldom") == [6]
 
 
-# ------------------------------------------------------------------------------------- which ones stay
+# ------------------------------------------------------------------------------------- retention
 
 
 def test_newest_periodic_and_best_are_kept(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_newest_periodic_and_best_are_kept(tmp_path: Path) -> None:
 
     assert left(Keep()) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert left(Keep(newest=2, every=4, best=2)) == [2, 4, 6, 7, 8]
-    assert left(Keep(newest=1, best=1)) == [6, 8], "of two equal ones the later stays"
+    assert left(Keep(newest=1, best=1)) == [6, 8], "of two equal ones the later is kept"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -208,7 +208,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, left: int) -> Path:
-    """A file that leaves ``left`` bytes."""
+    """Write a file that leaves ``left`` bytes free."""
     stuff = disk / "stuff"
     with stuff.open("wb") as file:
         file.truncate(0)
@@ -247,7 +247,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run(
     assert re.search(reason, said), said
     assert printed.out.count("NOT SAVED: the checkpoint of step") == 3, "6, 8 and 10"
     assert "Traceback" not in printed.err and printed.err.count("error: ") == 1
-    assert len(lines(run)) == 10, "training went on"
+    assert len(lines(run)) == 10, "training continued"
     assert steps_there(run) == [4] and not list(run.glob("checkpoints/*.partial"))
     found, skipped = find_start(run / "checkpoints", "auto")
     assert found is not None and found.name == "step-00000004" and skipped == []
@@ -259,7 +259,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run(
 def test_space_freed_in_time_is_used(
     narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The first two saves fail (each looks twice), the third does not: the run is done, and its end is saved."""
+    """The first two saves fail (each tries twice), the third does not: the run ends with a checkpoint."""
     plain, calls = shutil.disk_usage, [0]
 
     def usage(path: Any) -> Any:
@@ -275,7 +275,7 @@ def test_space_freed_in_time_is_used(
 def test_keeping_fewer_frees_space(
     narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Room for no third checkpoint."""
+    """There is no space for a third checkpoint."""
     run, plain = tmp_path / "run", shutil.disk_usage
     assert train_here([*narrow, "train.steps=3", "checkpoint.every=1", "checkpoint.keep=3"]) == 0
 
@@ -312,7 +312,7 @@ def test_checkpoint_that_cannot_be_removed_is_only_reported(
 
 
 def test_error_in_the_save_thread_is_raised(narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody foresaw ends the run as it would without a thread."""
+    """An unexpected error ends the run as it would without a thread."""
 
     def fail(*arguments: Any) -> Any:
         raise ZeroDivisionError("a bug")
@@ -330,7 +330,7 @@ def test_non_finite_state_in_the_save_thread_ends_the_run(
 
     def blow_up(self: Stepper, *arguments: Any) -> None:
         plain(self, *arguments)
-        if self.state.counters.step == 3:  # the last step: no later one can notice
+        if self.state.counters.step == 3:  # the last step: no later step can raise it
             next(iter(self.state.store.local_boxes())).values.view(-1)[0] = float("inf")
 
     monkeypatch.setattr(Stepper, "_update", blow_up)

@@ -1,4 +1,4 @@
-"""Reading shards: whatever box is wanted, wherever it goes, it has the values that torch's own reader gives."""
+"""Reading shards: any box, into memory of any strides, has the values of torch's own reader."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WHOLE = ((0, ROWS), (0, COLUMNS), (0, DEEP))
 
 @pytest.fixture
 def stored(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """Three-dimensional tensors in two boxes each, one of them with other strides; a scalar; nothing; integers."""
+    """Three-dimensional tensors in two boxes each, one with other strides; a scalar; an empty tensor; integers."""
     drawn = torch.Generator().manual_seed(3)
     one, other = (torch.randn(ROWS, COLUMNS, DEEP, generator=drawn) for _ in range(2))
     boxes = [((0, 4), *WHOLE[1:]), ((4, ROWS), *WHOLE[1:])]
@@ -39,7 +39,7 @@ def stored(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def transposed(values: Tensor) -> Tensor:
-    """The same values, those of a column side by side in memory."""
+    """The same values in column-major order."""
     made = values.transpose(0, 2).contiguous().transpose(0, 2)
     assert not made.is_contiguous()
     return made
@@ -58,7 +58,7 @@ def cuts(size: int) -> list[tuple[int, int]]:
 def test_any_box_reads_its_values(
     name: str, block: int, stored: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Across the boxes that were written, into memory of its own and into columns of wider memory."""
+    """Across the stored boxes, into contiguous memory and into columns of a wider tensor."""
     monkeypatch.setattr(shards, "BLOCK", block)
     folder, written = stored
     for box in itertools.product(*map(cuts, (ROWS, COLUMNS, DEEP))):
@@ -67,7 +67,7 @@ def test_any_box_reads_its_values(
         for target in (own, wide[..., 1 : 1 + expected.shape[2]], own.double(), transposed_like(own)):
             read(folder, {name: DcpTensor((ROWS, COLUMNS, DEEP), [(box, target)], torch.float32)})
             assert torch.equal(target.float(), expected), f"{box} into strides {target.stride()}"
-        assert not wide[..., 0].any() and not wide[..., 1 + expected.shape[2] :].any(), "written beside its place"
+        assert not wide[..., 0].any() and not wide[..., 1 + expected.shape[2] :].any(), "written outside the box"
 
 
 def transposed_like(values: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def test_equal_headers_are_decoded_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("what", ["cut", "gone"])
 def test_file_damaged_after_verification_is_named(what: str, tmp_path: Path) -> None:
-    """Of two records with the same head, so that the second one's archive is not looked at."""
+    """Of two records with the same header, so that the second archive is not parsed."""
     written = {name: torch.arange(5000.0) for name in ("a", "b")}
     torch.serialization.set_crc32_options(False)
     dcp.save(written, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
@@ -131,7 +131,7 @@ def test_entry_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_the_requested_box_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One expert of a stack costs its own bytes, and they go where they are wanted without a buffer."""
+    """One expert of a stack reads only its own bytes, directly into the target."""
     stack = torch.arange(64 * 100.0).view(64, 100)
     dcp.save({"stack": stack}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
     plain, counts = shards.os.preadv, []

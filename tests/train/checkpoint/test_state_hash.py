@@ -1,4 +1,4 @@
-"""The state hash: equal to a slow reference, blind to the layout, and changed by every single bit."""
+"""The state hash: equal to a slow reference, independent of the layout, changed by every single bit."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def integers(tensor: torch.Tensor) -> list[int]:
 
 
 def logical(name: str, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Stacked experts as the single matrices that they are; everything else under its own name."""
+    """Stacked experts as single matrices; everything else under its own name."""
     stack, _, leaf = name.rpartition(".")
     if not stack.endswith(".experts"):
         yield (name if name.startswith("lm_head.") else f"model.{name}"), whole
@@ -154,7 +154,7 @@ def test_state_hash_changes_with_any_counter(counter: str, bit: int, trained: tu
 
 
 def test_state_hash_changes_when_two_values_swap(trained: tuple[TrainState, Any]) -> None:
-    """A plain sum would not see it."""
+    """A plain sum would not change."""
     state, topology = trained
     before = state_hash(state, topology)
     rows = dict(everything(state))["weight/embed_tokens.weight"]

@@ -1,4 +1,4 @@
-"""Building corpora: every kind of source, what is written, and sources that are wrong."""
+"""Building corpora: every kind of source, the files written, and wrong sources."""
 
 from __future__ import annotations
 

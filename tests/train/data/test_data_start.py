@@ -19,7 +19,7 @@ from train.data.samples import TokenSamples
 
 @pytest.fixture(scope="module")
 def other(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prefix of a corpus of other text with the same tokenizer."""
+    """Path prefix of a corpus of other text with the same tokenizer."""
     text, out = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("other")
     for number, source in enumerate(sorted((Path(email.__file__).parent / "mime").glob("*.py"))):
         (text / f"{number:03}.txt").write_text(source.read_text())
@@ -30,7 +30,7 @@ def other(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def words(overrides: list[str]) -> list[str]:
-    """Those of a run that has trained 3 steps of 4 samples, which its last checkpoint holds."""
+    """Overrides of a run of 3 steps of 4 samples with a checkpoint of the last."""
     words = [*overrides, *NARROW]
     assert train_here([*words, "train.steps=3"]) == 0
     return words
@@ -38,7 +38,7 @@ def words(overrides: list[str]) -> list[str]:
 
 @pytest.fixture
 def branch(words: list[str], tmp_path: Path) -> list[str]:
-    """Those of a run that starts from it."""
+    """Overrides of a run that starts from that checkpoint."""
     return [*words, "train.steps=8", "run.name=branch", f"checkpoint.resume={tmp_path / 'run'}"]
 
 
@@ -119,7 +119,7 @@ def test_new_data_starts_at_its_first_sample(
 
 
 def test_third_run_resumes_in_the_second_run_s_data(branch: list[str], tmp_path: Path) -> None:
-    """Without the key; with it, the third run too begins anew, though its data is the same."""
+    """Without data.from_start; with it the third run starts at its first sample too."""
     longer = [*branch, "train.sequence_length=64", "train.steps=5"]
     assert train_here([*longer, "data.from_start=true"]) == 0
     third = [*longer, f"checkpoint.resume={tmp_path / 'branch'}", "train.steps=6"]
@@ -130,7 +130,7 @@ def test_third_run_resumes_in_the_second_run_s_data(branch: list[str], tmp_path:
 
 
 def test_checkpoint_without_this_counter_resumes(words: list[str], branch: list[str], tmp_path: Path) -> None:
-    """It has none, and knows its corpora by path alone."""
+    """It has no counter, and identifies its corpora by path alone."""
     from train.checkpoint.files import file_hash
     from train.checkpoint.manifest import MANIFEST
 

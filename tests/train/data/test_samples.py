@@ -25,7 +25,7 @@ EOD = 7
 
 
 def write_corpus(prefix: Path, documents: Sequence[np.ndarray], sequences_each: int = 1) -> str:
-    """A Megatron corpus by hand, so that a test does not trust the writer it tests."""
+    """Write a Megatron corpus by hand, independent of the writer under test."""
     pieces = [part for document in documents for part in np.array_split(document, sequences_each)]
     lengths = np.array([len(piece) for piece in pieces], dtype="<i4")
     pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * 4
@@ -39,7 +39,7 @@ def write_corpus(prefix: Path, documents: Sequence[np.ndarray], sequences_each: 
 
 
 def unique_documents(count: int, first_id: int, seed: int = 0) -> list[np.ndarray]:
-    """Documents of 1 to 60 tokens in which no id comes twice (the last of each is its end here)."""
+    """Documents of 1 to 60 tokens without repeated ids (the last of each ends it)."""
     lengths = np.random.default_rng(seed).integers(1, 60, size=count)
     ids = np.arange(first_id, first_id + lengths.sum())
     return np.split(ids, np.cumsum(lengths)[:-1])
@@ -47,7 +47,7 @@ def unique_documents(count: int, first_id: int, seed: int = 0) -> list[np.ndarra
 
 @pytest.fixture(scope="module")
 def prefixes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two corpora without a common id; the second one has 3 sequences in each document."""
+    """Two corpora without a common id; the second one has 3 sequences per document."""
     folder = tmp_path_factory.mktemp("corpora")
     first = write_corpus(folder / "a" / "corpus", unique_documents(200, 0))
     second = write_corpus(folder / "b" / "corpus", unique_documents(90, 500_000, 1), sequences_each=3)
@@ -72,7 +72,7 @@ def test_sample_is_one_more_token_than_the_sequence(prefixes: list[str], tmp_pat
 def test_random_access_equals_sequential_access(
     order: list[int], prefixes: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Numbers spread over three epochs, in any order, by a fresh reader without a cache."""
+    """Indices over three epochs, in any order, by a new reader without a cache."""
     whole = samples_of(prefixes, tmp_path_factory.mktemp("one"))
     stride = 3 * whole.num_samples // 60
     expected = [whole[number * stride] for number in range(60)]
@@ -195,7 +195,7 @@ def test_tiny_and_zero_weights_stay_within_one_sample() -> None:
 
 
 def test_another_rank_needs_no_barrier(prefixes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """megatron lets rank 0 alone build its cache; here rank 1 alone gets the same samples."""
+    """megatron lets only rank 0 build its cache; here rank 1 alone gets the same samples."""
     import torch
 
     expected = [samples_of(prefixes, tmp_path / "a")[number] for number in range(20)]
@@ -214,7 +214,7 @@ def test_lost_race_and_torn_cache_change_nothing(
     first = samples_of(prefixes[:1], tmp_path)[0]
     (folder,) = tmp_path.iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["documents.npy", "samples.npy", "shuffle.npy"]
-    with monkeypatch.context() as patch:  # the other was first, after we looked
+    with monkeypatch.context() as patch:  # the other rank was first, after our check
         patch.setattr(epochs._Epoch, "_read", lambda self: (_ for _ in ()).throw(FileNotFoundError()))
         np.testing.assert_array_equal(samples_of(prefixes[:1], tmp_path)[0], first)
     (folder / "samples.npy").write_bytes((folder / "samples.npy").read_bytes()[:40])
@@ -293,7 +293,7 @@ def _info(text: str) -> Callable[[Path], None]:
 
 
 def _nothing(prefix: Path) -> None:
-    """The corpus is right and the settings are wrong."""
+    """Leave the corpus valid; the settings are wrong."""
 
 
 @pytest.mark.parametrize(

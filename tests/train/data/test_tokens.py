@@ -1,4 +1,4 @@
-"""Tokenizers: what each id stands for, to the byte."""
+"""Tokenizers: the bytes of each id."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_pieces_show_parts_of_characters_and_control_characters(path: Path) -> N
     shown = pieces(path, [0, *ids])
     assert shown[0] == "<|endoftext|>"
     assert "\u2407" in shown and "\n" in shown
-    assert shown[-1] == "\ufffd"  # the last byte of a face of four bytes
+    assert shown[-1] == "\ufffd"  # the last byte of an emoji of four bytes
     assert pieces(tokenizer, [511]) == ["<511>"]
 
 

@@ -35,7 +35,7 @@ def exports(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors, by way of the index."""
+    """All tensors, read through the index."""
     places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     files = {file: load_file(folder / file) for file in sorted(set(places.values()))}
     found = {name: files[file][name] for name, file in places.items()}
@@ -44,7 +44,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def table_of_560b() -> dict[str, tuple[int, ...]]:
-    """Section 15 of the equations, written out."""
+    """Names and shapes by section 15 of the equations."""
     d, rank, dense, expert = 6144, 512, 12288, 2048
     attention = {
         "q_a_proj": (1536, d),
@@ -93,7 +93,7 @@ def test_names_and_shapes_of_the_560b_export() -> None:
 
 def test_export_holds_the_checkpoint_s_values_bitwise(checkpoint: Path, exports: Path) -> None:
     stored = weights(checkpoint)
-    assert stored["layers.1.mlp.router.e_score_correction_bias"].any(), "biases that are zero say little"
+    assert stored["layers.1.mlp.router.e_score_correction_bias"].any(), "zero biases test little"
     for layout in ("released", "transformers"):
         found = tensors_of(exports / layout)
         assert torch.equal(found["model.mtp.embed_tokens.weight"], stored["embed_tokens.weight"])

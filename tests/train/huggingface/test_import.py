@@ -1,4 +1,4 @@
-"""Imports: what we or transformers saved becomes a checkpoint for any layout; text from all of them."""
+"""Imports: our exports and transformers' folders become checkpoints for any layout; text from all of them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_round_trip_is_bitwise(layout: str, dtype: str, checkpoint: Path, tmp_pa
     run_command("import", f"source={tmp_path / 'first'}", f"target={tmp_path / 'back'}")
     run_command("export", f"source={tmp_path / 'back'}", f"target={tmp_path / 'second'}", *words)
     first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
-    assert first.pop("longcat.json") != second.pop("longcat.json")  # the counters began anew
+    assert first.pop("longcat.json") != second.pop("longcat.json")  # the counters restart
     assert first == second
     if dtype == "float32":
         original, back = weights(checkpoint), weights(tmp_path / "back")
@@ -57,7 +57,7 @@ def test_round_trip_is_bitwise(layout: str, dtype: str, checkpoint: Path, tmp_pa
 def test_import_reads_at_most_one_expert_at_a_time(
     export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the way in and, where the shards are as small, on the way out."""
+    """Also in exports, where the shards are as small."""
     boxes = []
     for kind in (SafetensorsFolder, Checkpoint):
         plain = kind.read
@@ -83,7 +83,7 @@ def test_import_reads_at_most_one_expert_at_a_time(
 def test_failed_import_leaves_nothing_behind(
     number: int, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
-    """In whichever thread it comes; torch's writer goes on when one of its threads has failed."""
+    """In any thread; torch's writer continues when one of its threads has failed."""
     plain, calls = SafetensorsFolder.read, iter(range(1000))
 
     def read(self: Any, *arguments: Any) -> torch.Tensor:
@@ -141,7 +141,7 @@ def test_import_starts_alike_on_one_process_and_ep2(imported: Path, corpus: Path
 
 
 def exported_is_stored(checkpoint: Path, target: Path) -> None:
-    """The export of a checkpoint whose experts several ranks have saved has what torch's own loading gives."""
+    """The export of a checkpoint whose experts several ranks have saved equals torch's own loading."""
     run_command("export", f"source={checkpoint}", f"target={target}", "export.dtype=float32")
     found = load_file(target / "model-00001-of-00001.safetensors")
     gate_up, norm = torch.empty(8, 32, 32), torch.empty(32)
@@ -159,7 +159,7 @@ def exported_is_stored(checkpoint: Path, target: Path) -> None:
 
 
 def test_folder_saved_by_transformers_is_imported(checkpoint: Path, export: Path, tmp_path: Path) -> None:
-    """It has files for identity experts' projections, which mean nothing, and no MTP."""
+    """It has unused projections of identity experts, and no MTP."""
     tensors = {name: values for path in export.glob("*.safetensors") for name, values in load_file(path).items()}
     peer: Any = peer_of(Checkpoint(checkpoint).model, tensors)
     peer.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
@@ -180,7 +180,7 @@ def test_overrides_that_an_import_prints_train_it(imported: Path, corpus: Path, 
 
 
 def changed(export: Path, folder: Path, name: str, change: Any) -> Path:
-    """A copy of an export with one tensor changed, or left out by None; the index follows."""
+    """A copy of an export with one tensor changed, or removed (None), and its index."""
     shutil.copytree(export, folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     path = folder / index["weight_map"][name]

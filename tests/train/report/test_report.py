@@ -1,4 +1,4 @@
-"""report.html: self-contained, escaped, complete where there is data and silent where there is none."""
+"""report.html: self-contained, escaped, with a section for each kind of data that exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports and imports that cannot write, or whose source goes away: exit code 2, one line, and nothing left."""
+"""Exports and imports that cannot write, or whose source vanishes: exit code 2, one line, nothing left behind."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_full_disk_is_reported_in_one_line(num_bytes: int, checkpoint: Path, tmp
 
 
 def after(patch: pytest.MonkeyPatch, holder: object, name: str, action: Callable[[], object]) -> None:
-    """Let ``action`` follow the first call of ``holder.name``."""
+    """Run ``action`` after the first call of ``holder.name``."""
     real, calls = getattr(holder, name), iter((action,))
 
     def call(*arguments: object) -> object:

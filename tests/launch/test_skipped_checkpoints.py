@@ -1,4 +1,4 @@
-"""A run as a source: damaged newer checkpoints are named, with the one that is taken in their place."""
+"""A run as a source: damaged newer checkpoints are skipped by name, and the newest valid one is used."""
 
 from __future__ import annotations
 
