@@ -7,6 +7,7 @@ The forward pass computes the gradients of each chunk while its logits exist; th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from longcat.ops.fusion import Fusible, add_to, scaled
 from longcat.ops.matmul import product, raw_product
 
 CHUNK_LOGITS = 1 << 22  # logits of a chunk, 16 MiB in float32: they stay in a processor's cache
-MIN_ROWS, MIN_ROWS_GPU = (
-    256,
-    1024,
-)  # tokens: each chunk reads the head twice and adds to its gradient, 16 bytes a weight
+MIN_ROWS, MIN_ROWS_GPU = 256, 1024  # tokens; a chunk reads the head twice and adds to its gradient: 16 bytes a weight
+
+# A chunk's hidden [T, D], weight [V, D], labels [T], valid [T] → losses [T], gradient of their sum by the logits [T, V]
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def chunk_rows(weight: Tensor) -> int:
@@ -42,9 +43,18 @@ def _softmax_loss(logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dt
     return ((total.log() - label_logits) * mask)[:, 0], exponentials.mul_(inverse_total).to(dtype), label_grad.to(dtype)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    logits = raw_product(hidden, weight.t())
+    losses, grad, label_grad = _softmax_loss(logits, labels, valid, hidden.dtype)
+    grad[torch.arange(grad.shape[0], device=grad.device), labels] = label_grad[:, 0]  # scatter_ would copy
+    return losses, grad
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor, chunk_loss: ChunkLoss
+    ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -54,10 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(weight)
         for start in range(0, labels.shape[0], rows):
             chunk = slice(start, start + rows)
-            logits = raw_product(hidden[chunk], weight.t())
-            losses[chunk], grad, label_grad = _softmax_loss(logits, labels[chunk], valid[chunk], hidden.dtype)
-            row = torch.arange(grad.shape[0], device=grad.device)
-            grad[row, labels[chunk]] = label_grad[:, 0]  # scatter_ would copy
+            losses[chunk], grad = chunk_loss(hidden[chunk], weight, labels[chunk], valid[chunk])
             if grad_hidden is not None:
                 grad_hidden[chunk] = product(grad, weight)
             if grad_weight is not None:
@@ -67,18 +74,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled_hidden = None if grad_hidden is None else scaled(grad_hidden, grads[0], grad_hidden.dtype)
         scaled_weight = None if grad_weight is None else scaled(grad_weight, grads[0], ctx.weight_dtype)
-        return scaled_hidden, scaled_weight, None, None
+        return scaled_hidden, scaled_weight, None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor, chunk_loss: ChunkLoss = _chunk_loss
+) -> tuple[Tensor, Tensor]:
     """Sum over valid tokens of -log softmax(hidden weightᵀ)[label], and the loss of each token [T] (no gradient).
 
-    hidden [T, D], weight [V, D], labels [T] int64, valid [T] bool; float32 results.
+    hidden [T, D], weight [V, D], labels [T] int64, valid [T] bool; float32 results. ``chunk_loss`` computes a chunk;
+    tensor parallelism passes its own, for a ``weight`` of this rank's rows.
     """
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()  # so that the forward computes no gradients
-    return _LinearCrossEntropy.apply(hidden, weight, labels, valid)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, valid, chunk_loss)
