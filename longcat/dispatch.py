@@ -74,11 +74,13 @@ class LocalDispatcher:
         self.to_host = to_host
 
     def start_dispatch(self, chunks: list[tuple[Tensor, Routing]]) -> list[LocalPending]:
-        numbers = cache(self.to_host(torch.stack([(one.indices < one.num_experts).sum() for _, one in chunks])))
-        return [
-            LocalPending(x, routing, lambda number=number: numbers()[number])  # type: ignore[misc]
-            for number, (x, routing) in enumerate(chunks)
-        ]
+        counts = torch.stack([(routing.indices < routing.num_experts).sum() for _, routing in chunks])
+        wait_for_counts = cache(self.to_host(counts))
+
+        def pending(number: int, x: Tensor, routing: Routing) -> LocalPending:
+            return LocalPending(x, routing, lambda: wait_for_counts()[number])
+
+        return [pending(number, *chunk) for number, chunk in enumerate(chunks)]
 
     def send_rows(self, pending: LocalPending) -> None:
         if pending.plan is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import update_wrapper
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from longcat.ops.torch_internals import allow_recompilations
 P = ParamSpec("P")
 R = TypeVar("R")
 VARIANTS = 64  # compilations of one function (dtypes, numbers of dimensions, sizes of 1); the default limit is 8
-_FUSIBLE: list[Fusible] = []  # type: ignore[type-arg]
+_FUSIBLE: list[Fusible[..., Any]] = []
 
 
 class Fusible(Generic[P, R]):
