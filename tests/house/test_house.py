@@ -46,7 +46,7 @@ def _top_level_imports(path: Path) -> set[str]:
 
 
 SOURCES = _files(*PACKAGES)
-EVERYTHING = _files(*PACKAGES, "configs", "benchmarks", "tests")
+EVERYTHING = _files(*PACKAGES, "configs", "benchmarks", "examples", "docs", "tests")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -1,0 +1,152 @@
+"""Training from Python: compose a configuration, build a session, step, checkpoint.
+
+    config = compose("model=debug", "data.source=texts/", "train.steps=100")
+    build_corpus(config)
+    with build_session(config) as session:
+        for _ in range(100):
+            metrics = session.step()
+        session.save()
+
+Under torchrun every rank runs the same lines: all methods of a session are collectives. Nothing is printed and there is
+no watchdog, metrics file or report; for these use ``longcat train``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longcat.errors import UnhealthyError
+from parallel.device import keep_freed_memory, make_deterministic
+from parallel.mesh import Topology, connect, world_from_environment
+from train import compose as composing
+from train import process, run
+from train.batches import BatchReader
+from train.checkpoint import find
+from train.checkpoint.save import save
+from train.checkpoint.state_hash import state_hash
+from train.config import Config
+from train.data.build import build
+from train.data.corpus import CorpusInfo
+from train.run_dir import as_mapping, describe_corpora
+from train.state import TrainState
+from train.step import Stepper
+from train.validation import ValidationResult, Validator
+
+__all__ = ["Session", "build_corpus", "build_session", "compose"]
+
+
+def compose(*overrides: str) -> Config:
+    """The configuration from `key=value` overrides, as on the command line.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible size; the message names the key.
+    """
+    return composing.compose(list(overrides))
+
+
+def build_corpus(config: Config) -> CorpusInfo:
+    """Train a tokenizer on ``data.source`` and write the corpus to ``data.out``. A finished corpus is kept.
+
+    Raises:
+        ConfigError: the source cannot be read, or ``data.out`` holds a corpus of other settings.
+    """
+    return build(config.data, config.model.vocab_size)
+
+
+def build_session(config: Config) -> Session:
+    """Join the process group, then build model, optimizer and data. Makes the run folder; loads no checkpoint.
+
+    Sets torch's deterministic mode for the whole process if ``train.deterministic`` is true.
+
+    Raises:
+        ConfigError: layout, batch sizes, corpora or run folder do not fit; the message names the key.
+    """
+    process.check(config, world_from_environment()[2])
+    torch.use_deterministic_algorithms(False)
+    if config.train.deterministic:
+        make_deterministic()
+    topology = connect(config.parallel)
+    if topology.device.type == "cpu":
+        keep_freed_memory()
+    config.train.dtype = run.resolve_dtype(config)
+    state = run.build_state(config, topology)
+    samples, validator = run.build_data(config, topology)
+    stepper = Stepper(state, BatchReader(samples, config, topology), config, topology)
+    return Session(config, topology, state, stepper, validator)
+
+
+class Session:
+    """A model in training. ``state.models`` are this rank's modules, ``state.counters`` steps, samples and tokens."""
+
+    def __init__(
+        self, config: Config, topology: Topology, state: TrainState, stepper: Stepper, validator: Validator
+    ) -> None:
+        self.config, self.topology, self.state = config, topology, state
+        self._stepper, self._validator = stepper, validator
+
+    @property
+    def checkpoints(self) -> Path:
+        """The run's folder of checkpoints, where ``longcat train`` looks for them too."""
+        return self.config.run.folder / "checkpoints"
+
+    def step(self) -> dict[str, Any]:
+        """Train on the next global batch; returns the figures of this step under the keys of metrics.jsonl.
+
+        Raises:
+            UnhealthyError: the loss or a gradient is not finite; nothing was updated.
+        """
+        result = self._stepper.step()
+        if not result.healthy:
+            raise UnhealthyError(f"step {self.state.counters.step}: the loss or a gradient is not finite")
+        return result.metrics
+
+    def validate(self) -> ValidationResult:
+        """Loss in nats per token and bits per byte on the first batches of the validation split."""
+        return self._validator.measure(self.state)
+
+    def save(self, folder: Path | None = None) -> Path:
+        """Write and commit a checkpoint `step-…` below ``folder`` (default: ``checkpoints``); returns its path.
+
+        Raises:
+            SaveError: it could not be written.
+            UnhealthyError: a weight or a moment is not finite.
+        """
+        return save(self.state, folder or self.checkpoints, self._description(), self.topology)
+
+    def resume(self, checkpoint: Path | None = None) -> Path | None:
+        """Load ``checkpoint``, or the newest valid one of this run; returns what was loaded, None if there is none.
+
+        Raises:
+            ConfigError: the checkpoint is damaged or of another model or data.
+        """
+        path, _ = find.find_together(self.checkpoints, str(checkpoint or "auto"), self.topology)
+        if path is not None:
+            own = find.is_inside(path, self.checkpoints)
+            find.load(self.state, path, self._description(), self.config.data.from_start, own)
+        return path
+
+    def state_hash(self) -> str:
+        """64 bits of weights, moments, biases and counters, equal in every layout, as hexadecimal digits."""
+        return state_hash(self.state, self.topology)
+
+    def close(self) -> None:
+        """Release the model's resources and leave the process group."""
+        self.state.engine.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _description(self) -> dict[str, Any]:
+        return as_mapping(self.config) | describe_corpora(self.config)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
