@@ -26,7 +26,8 @@ from parallel.mesh import Topology, connect, world_from_environment
 from train import compose as composing
 from train import process, run
 from train.batches import BatchReader
-from train.checkpoint import find
+from train.checkpoint.find import find_on_all_ranks, is_inside
+from train.checkpoint.load import load
 from train.checkpoint.save import save
 from train.checkpoint.state_hash import state_hash
 from train.config import Config
@@ -124,10 +125,10 @@ class Session:
         Raises:
             ConfigError: the checkpoint is damaged or of another model or data.
         """
-        path, _ = find.find_together(self.checkpoints, str(checkpoint or "auto"), self.topology)
+        path, _ = find_on_all_ranks(self.checkpoints, str(checkpoint or "auto"), self.topology)
         if path is not None:
-            own = find.is_inside(path, self.checkpoints)
-            find.load(self.state, path, self._description(), self.config.data.from_start, own)
+            own = is_inside(path, self.checkpoints)
+            load(self.state, path, self._description(), self.config.data.from_start, own)
         return path
 
     def state_hash(self) -> str:
