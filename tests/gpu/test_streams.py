@@ -1,4 +1,4 @@
-"""On a real GPU: a layer's bits do not depend on the streams that its exchange and its experts run on."""
+"""On a GPU: a layer's results are bitwise independent of the streams of its collectives and experts."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_signal_saves_and_the_same_command_resumes(
     with monkeypatch.context() as patch:
         in_step(5, lambda: os.kill(os.getpid(), number), patch)
         assert run_cleanly(lambda: longcat(["train", *words])) == 3
-    assert stopped_at(tmp_path / "run", capfd.readouterr().err, number.name) == 6, "the next step carries the wish"
+    assert stopped_at(tmp_path / "run", capfd.readouterr().err, number.name) == 6, "the next step stops"
     assert run_cleanly(lambda: longcat(["train", *words])) == 0
     assert exact(tmp_path / "run") == uninterrupted(corpus, words)
 
@@ -99,7 +99,7 @@ def test_signal_saves_with_two_processes(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """A step's exchange carries the wish, so all ranks stop after the same step, whichever of them was told."""
+    """The step's all-reduce carries the stop request: all ranks stop after the same step, whichever got the signal."""
     folder = tmp_path / "run"
 
     def send() -> None:
@@ -198,7 +198,7 @@ def test_signal_during_start_up_is_not_lost(overrides: list[str], tmp_path: Path
 
 
 def test_signal_before_rendezvous_ends_the_ranks(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that took it for a wish would wait minutes for one that has not, and is gone."""
+    """A rank that took it as a stop request would wait minutes for a rank that is gone."""
     import train.run
 
     usual = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]

@@ -1,11 +1,11 @@
-"""Stand-ins for streams, events and collectives: they record who waits for whom, and complain of what is not ordered.
+"""Fakes of streams, events and collectives that record their order, and complain of unordered accesses.
 
 Each operator on tensors belongs to the stream that is current; a vector clock for each stream says what it is ordered
 after. Complaints, with memory as torch's allocator has it:
 
 - a read that is not ordered after the last write of the same storage, or a write not after all earlier uses;
 - a storage freed while a use on another stream than its own is neither ordered before what its own stream does next,
-  nor before what a stream does that `record_stream` named: the memory could be written anew at once;
+  nor before the next work of a stream that `record_stream` named: the allocator could reuse the memory at once;
 - the host reading a copy before the event behind it.
 
 Autograd is modelled: a node runs backward on the stream that was current when it was made, and its consumers' streams
@@ -41,7 +41,7 @@ HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select
 
 
 def site(kind: str) -> Site:
-    """What is called, and by which functions of `parallel/` up to a node of autograd's, innermost first."""
+    """The kind of call, and its callers in `parallel/` up to an autograd node, innermost first."""
     frame, names = sys._getframe(1), []
     while frame is not None:
         if frame.f_code.co_filename.startswith(PARALLEL) and "recompute" not in frame.f_code.co_filename:
@@ -53,7 +53,7 @@ def site(kind: str) -> Site:
 
 
 class Block:
-    """A storage: whose memory it is, and who has used it when."""
+    """A storage: the stream that owns its memory, and the last uses by each stream."""
 
     def __init__(self, storage: torch.UntypedStorage, owner: str, made_by: str) -> None:
         self.weak, self.owner, self.made_by = storage._weak_ref(), owner, made_by
@@ -76,7 +76,7 @@ class Stream:
 
 class Event:
     def __init__(self, recorder: Recorder) -> None:
-        self.recorder, self.clock = recorder, Counter[str]()  # an event that was never recorded holds nobody up
+        self.recorder, self.clock = recorder, Counter[str]()  # an event that was never recorded blocks no stream
         self.stream = ""
 
     def record(self, stream: Stream) -> None:
@@ -100,7 +100,7 @@ class Work:
 
 
 class Pinned(Tensor):
-    """Memory of the host; reading it is an operation of the host."""
+    """Host memory; reading it is an operation of the host."""
 
     recorder: Recorder
 
@@ -111,7 +111,7 @@ class Pinned(Tensor):
 
 
 class Recorder(TorchDispatchMode):
-    """Watches everything inside its context. ``without`` names a site whose calls do nothing."""
+    """Records everything inside its context. ``without`` names a site whose calls do nothing."""
 
     def __init__(self, without: Site | None = None) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Recorder(TorchDispatchMode):
         self.complaints: list[str] = []
         self.host_waits, self.forward_waits = 0, 0
         self.host_reads: list[str] = []
-        self.uncounted: list[Site] = []  # where main waits for the side in no crumb, so that no clock sees it
+        self.uncounted: list[Site] = []  # main waits for the side stream outside a span, so no clock counts it
         self.num_operators: Counter[str] = Counter()
         self.current = "main"
         self.clocks: dict[str, Clock] = {name: Counter() for name in ("main", "host")}
@@ -136,7 +136,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def mute(self) -> Iterator[None]:
-        """Operators inside are none of the device's."""
+        """Operators inside do not run on the device."""
         self.muted = True
         yield
         self.muted = False
@@ -178,7 +178,7 @@ class Recorder(TorchDispatchMode):
             if torch.UntypedStorage._expired(block.weak):
                 torch.UntypedStorage._free_weak_ref(block.weak)
                 del self.blocks[key]
-                if block.owner != "host":  # the allocator of pinned memory minds copies by itself
+                if block.owner != "host":  # the pinned-memory allocator tracks copies itself
                     self._freed(block)
 
     def _freed(self, block: Block) -> None:
@@ -242,9 +242,7 @@ class Recorder(TorchDispatchMode):
         tolist = Tensor.tolist
 
         def watched(tensor: Tensor) -> Any:
-            on_cpu_only = (
-                sys._getframe(1).f_globals["__name__"] == "longcat.ops.grouped"
-            )  # a GPU's kernel reads the ends
+            on_cpu_only = sys._getframe(1).f_globals["__name__"] == "longcat.ops.grouped"  # a GPU kernel reads the ends
             if not isinstance(tensor, Pinned) and not self.muted and not on_cpu_only:
                 self.host_reads.append("tolist")
             return tolist(tensor)
@@ -262,7 +260,7 @@ class Recorder(TorchDispatchMode):
     # autograd
 
     def backward(self, loss: Tensor) -> None:
-        """loss.backward() as autograd has it on a GPU."""
+        """loss.backward() as autograd runs it on a GPU."""
         assert loss.grad_fn is not None
         seen, waiting = set(), [loss.grad_fn]
         hooks = []

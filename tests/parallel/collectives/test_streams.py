@@ -1,6 +1,6 @@
-"""Streams without a GPU: a layer over recording stand-ins reads nothing before its write and frees nothing early.
+"""Streams without a GPU: on recording fakes, a layer reads nothing before its write and frees nothing early.
 
-Each wait, record and `record_stream` of the code is left out once: the recorder has to see it.
+Each wait, record and `record_stream` of the code is left out once: the recorder must complain.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Case(NamedTuple):
     after_attention: bool = False
     recomputed: bool = False
     experts_stream: bool = False
-    late: bool = False  # weight gradients, as under a zero-bubble pipeline
+    deferred: bool = False  # weight gradients, as in a zero-bubble pipeline
     all_gather: bool = False
     in_flight: int = 1  # micro-batches whose backwards follow all forwards, as in a pipeline
-    here: bool = False  # every expert is here
+    local: bool = False  # all experts on this rank
     balanced: bool = True  # the loss holds the balance loss
 
 
@@ -70,13 +70,13 @@ CASES = [
 ]
 CASES += [Case(recomputed=recomputed, all_gather=True) for recomputed in (False, True)]
 CASES += [
-    Case(2, after_attention, recomputed, experts_stream=True, late=late)
+    Case(2, after_attention, recomputed, experts_stream=True, deferred=deferred)
     for after_attention in (False, True)
     for recomputed in (False, True)
-    for late in (False, True)
+    for deferred in (False, True)
 ]
-CASES += [Case(recomputed=recomputed, late=True, in_flight=2) for recomputed in (False, True)]
-CASES += [Case(recomputed=recomputed, here=True) for recomputed in (False, True)]
+CASES += [Case(recomputed=recomputed, deferred=True, in_flight=2) for recomputed in (False, True)]
+CASES += [Case(recomputed=recomputed, local=True) for recomputed in (False, True)]
 CASES += [Case(recomputed=True, balanced=False)]
 MUTATED = [case for case in CASES if case.chunks == 2 and not case.after_attention]
 
@@ -91,7 +91,7 @@ def _one_rank() -> Iterator[None]:
 
 
 class Exchanging(UnshardedSequence):
-    """Sends latents to the one rank there is, as context parallelism does."""
+    """Gathers latents from a group of one rank, as context parallelism does."""
 
     def __init__(self) -> None:
         self.group, self.other = dist.new_group([0]), dist.new_group([0])
@@ -112,7 +112,7 @@ class Exchanging(UnshardedSequence):
 
 
 def layers() -> list[ShortcutLayer]:
-    """Two layers, the same ones each time."""
+    """Two layers with the same values in each call."""
     torch.manual_seed(0)
     made = [ShortcutLayer(CONFIG, 1) for _ in range(2)]
     for layer in made:
@@ -124,7 +124,7 @@ def layers() -> list[ShortcutLayer]:
 def compute(
     stack: list[ShortcutLayer], recorder: Recorder | None = None, in_flight: int = 1, balanced: bool = True
 ) -> list[Tensor]:
-    """Some equal micro-batches forward, then all backward → the last one's result and gradient of what came in."""
+    """Equal micro-batches forward, then all backward; returns the last one's result and input gradient."""
     angles = rotary_angles(torch.arange(8), CONFIG.qk_rope_head_dim, 1e4)
     losses = []
     for _ in range(in_flight):
@@ -151,7 +151,7 @@ def weight_gradients(stack: nn.Module) -> list[Tensor]:
 
 
 def watched(case: Case, without: Site | None = None) -> tuple[Recorder, list[Tensor]]:
-    """The same under a recorder, with exchanges on a side stream."""
+    """`compute` under a recorder, with collectives on a side stream."""
     recorder = Recorder(without)
     stack = nn.ModuleList(layers())
     streams = SideStreamContext(torch.device("cpu"), RecordedCuda(recorder), case.experts_stream)
@@ -160,11 +160,11 @@ def watched(case: Case, without: Site | None = None) -> tuple[Recorder, list[Ten
         moe = layer.mlp
         moe.num_chunks, moe.after_attention, moe.expert_stream = case.chunks, case.after_attention, streams.experts
         transport = AllGatherDispatcher if case.all_gather else AllToAllDispatcher
-        moe.dispatcher = LocalDispatcher(streams.to_host) if case.here else transport(exchange, 0, streams)
+        moe.dispatcher = LocalDispatcher(streams.to_host) if case.local else transport(exchange, 0, streams)
         moe.sequence = layer.self_attn[0].sequence = layer.self_attn[1].sequence = sequence
         if case.recomputed:
             _again(layer, "forward")
-    if case.late:
+    if case.deferred:
         defer_weight_gradients(stack, queue)
     with recorder:
         found = compute(list(stack), recorder, case.in_flight, case.balanced)  # type: ignore[arg-type]
@@ -184,22 +184,22 @@ def test_all_accesses_are_ordered_and_no_memory_freed_early(case: Case) -> None:
     recorder, found = watched(case)
     assert recorder.complaints == []
     assert recorder.uncounted == []
-    assert (recorder.num_operators["side"] > 0) != case.here
+    assert (recorder.num_operators["side"] > 0) != case.local
     assert (recorder.num_operators["experts"] > 0) == case.experts_stream
     for ours, theirs in zip(found, plain(case.balanced), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 class Slow(Collective):
-    """An exchange that notes whether it has been awaited."""
+    """A collective that notes whether it has been waited for."""
 
-    awaited = False
+    waited = False
 
     def launch(self, x: Tensor) -> tuple[Any, Tensor]:
         return self, x.clone()
 
     def wait(self) -> None:
-        self.awaited = True
+        self.waited = True
 
     def elements_sent(self, x: Tensor) -> float:
         return 0.0
@@ -222,10 +222,10 @@ def test_region_waits_for_its_collectives_even_on_error() -> None:
             return wait(pending_collective) * nested
 
     result = torch.utils.checkpoint.checkpoint(stopped_early, use_reentrant=False)
-    inside.awaited = False
+    inside.waited = False
     with pytest.raises(InterruptedError):
         result.sum().backward()
-    assert inside.awaited and not before.awaited
+    assert inside.waited and not before.waited
 
 
 @cache
@@ -253,7 +253,7 @@ def test_host_waits_once_per_layer_and_never_in_backward(case: Case) -> None:
 
 
 def exchange_groups() -> tuple[set[str], set[str]]:
-    """Names of the groups that layers exchange in, and of those that gradients are summed in."""
+    """Names of the groups of the layers' collectives, and of those of gradient reduction."""
     rank, _, ranks = world_from_environment()
     dist.init_process_group("gloo")
     topology = make_topology(resolve_sizes(ParallelConfig(cp=2, ep=2), ranks), rank, ranks, torch.device("cpu"))

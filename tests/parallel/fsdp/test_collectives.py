@@ -1,4 +1,4 @@
-"""Exchanges that are begun without a wait: their bits, any order of waits, and FSDP2's own ones beside compute."""
+"""Asynchronous collectives: exact results, any order of waits, and FSDP2's collectives overlapped with compute."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def values(rank: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(rank))
 
 
-def exchange_at_once() -> dict[str, Tensor]:
-    """Several under way on one group, of unlike sizes; ranks wait for them in unlike orders."""
+def run_concurrent_collectives() -> dict[str, Tensor]:
+    """Several in flight on one group, of different sizes; ranks wait for them in different orders."""
     dist.init_process_group("gloo")
     rank, group = dist.get_rank(), dist.group.WORLD
     assert group is not None
@@ -53,13 +53,13 @@ def exchange_at_once() -> dict[str, Tensor]:
     ]
     for work in works[rank:] + works[:rank]:
         work.wait()
-    works[1].wait()  # once more changes nothing
+    works[1].wait()  # a second wait changes nothing
     dist.destroy_process_group()
     return found
 
 
 def test_results_are_exact_and_sums_follow_rank_order() -> None:
-    for rank, found in enumerate(run_ranks(exchange_at_once, RANKS)):
+    for rank, found in enumerate(run_ranks(run_concurrent_collectives, RANKS)):
         assert torch.equal(found["floats"], torch.stack([values(r, 5, 2) for r in range(RANKS)]))
         assert torch.equal(found["integers"], torch.stack([torch.arange(40_000) * r for r in range(RANKS)]))
         assert torch.equal(found["in place"], torch.arange(RANKS).float()[:, None].expand(-1, 3))
@@ -72,8 +72,8 @@ def test_results_are_exact_and_sums_follow_rank_order() -> None:
             assert torch.equal(found[name], first + second + third), name
 
 
-def start_in_another_order(first: str) -> str:
-    """What a rank hears whose first exchange is not that of the other."""
+def start_mismatched(first: str) -> str:
+    """The error on a rank whose first collective is not the other's."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=2))
     group = dist.group.WORLD
     assert group is not None
@@ -90,15 +90,15 @@ def start_in_another_order(first: str) -> str:
             work.wait()
         except RuntimeError as error:
             heard.append(str(error))
-    assert len(heard) == 2, "it went through"
-    assert monotonic() - start < 3.5, "a second wait waited again"
+    assert len(heard) == 2, "the mismatch raised no error"
+    assert monotonic() - start < 3.5, "the second wait blocked again"
     return heard[0]
 
 
 @pytest.mark.parametrize("first", ["gather", "larger sum"])
 def test_mismatched_collectives_time_out(first: str) -> None:
-    """Messages of one size must not meet by accident, nor those of two sizes."""
-    assert any("imed out" in heard for heard in run_ranks(start_in_another_order, 2, first))
+    """Messages must not match by accident, whether of equal or different sizes."""
+    assert any("imed out" in heard for heard in run_ranks(start_mismatched, 2, first))
 
 
 ROUTER = Event(SpanKind.ROUTER, layer=0)
@@ -129,7 +129,7 @@ def train_a_step(overrides: list[str]) -> list[tuple[str, Event]]:
     begin = Sum.__init__
 
     def poisoned(self: Sum, group: dist.ProcessGroup, x: Tensor, out: Tensor) -> None:
-        out.fill_(float("nan"))  # until the sum is there: who reads it before sees no healthy step
+        out.fill_(float("nan"))  # a read before the sum is complete makes the step unhealthy
         begin(self, group, x, out)
 
     Sum.__init__ = poisoned  # type: ignore[method-assign]

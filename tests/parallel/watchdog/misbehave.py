@@ -1,8 +1,8 @@
-"""A rank of a training run, one of which goes wrong inside a layer: `python -m tests.parallel.misbehave`.
+"""A rank of a run in which one rank fails inside a layer: `python -m tests.parallel.watchdog.misbehave`.
 
-Arguments: the rank that misbehaves, how (a key of ACTIONS or SLOW), in which step, before
-which layer's forward of that step, the time-out in seconds from the first step on (before it, busy cores are slow), a
-folder whose file `acted` gets the time of the fault (of the machine's monotonic clock), overrides.
+Arguments: the rank that misbehaves, how (a key of ACTIONS or SLOW), in which step, before which layer's forward of that
+step, the timeout in seconds after the first step (busy cores make the start slow), a folder whose file `acted` gets the
+time of the fault (on the machine's monotonic clock), overrides.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ ACTIONS: dict[str, Callable[[], object]] = {
     "differs": lambda: sum_scalars([0.0]),  # issues another collective than the others
 }
 
-SLOW = {"saves slowly": 2.0, "hardly saves": 20.0}  # time-outs that the disk takes
+SLOW = {"saves slowly": 2.0, "hardly saves": 20.0}  # timeouts that the disk takes
 
 
 def misbehave(action: str | None, step: int, layer: int, seconds: float, folder: Path) -> None:
-    """Act once, before the given layer's forward of the given step (layers are counted as they come).
+    """Misbehave once, before the given layer's forward in the given step (layers are counted in order).
 
-    Every rank shortens its time-out when it has made its first step.
+    Every rank shortens its timeout after its first step.
     """
     forward, seen = ShortcutLayer.forward, [0, 0]
 
@@ -55,7 +55,7 @@ def misbehave(action: str | None, step: int, layer: int, seconds: float, folder:
 
 
 def save_slowly(seconds: float) -> None:
-    """A disk that takes ``seconds`` for each shard that this rank writes."""
+    """Make the disk take ``seconds`` for each shard that this rank writes."""
     write = FileSystemWriter._write_data
 
     def then_write(self: Any, *arguments: Any) -> Any:

@@ -40,7 +40,7 @@ def test_unresponsive_rank_is_named() -> None:
 def test_dead_process_is_named_before_an_unresponsive_one() -> None:
     kind, ranks, text = diagnosed(0, heartbeats(WAITING, WAITING, WAITING), unresponsive={2}, dead={1})
     assert (kind, ranks) == (Cause.DEAD, (1,)) and "rank 1 (process 41 on host) has died" in text
-    assert "parallel.timeout_seconds" not in text, "no time-out brings it back"
+    assert "parallel.timeout_seconds" not in text, "a longer timeout would not help"
 
 
 def test_first_of_several_missing_ranks_is_named() -> None:

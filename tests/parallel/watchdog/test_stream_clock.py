@@ -15,7 +15,7 @@ DISPATCH = Event(SpanKind.EXPERT_DISPATCH, layer=0)
 
 
 class Counted:
-    """A clock of another device, by a count of its calls."""
+    """A fake device clock that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

@@ -59,11 +59,11 @@ def test_distant_stage_is_named_with_the_path_to_it() -> None:
     text = diagnosed(0, PP4)[2]
     assert text.startswith('rank 0 has waited 20 s in step 12 for "gradients of micro-batch 1 into layers 4 to 5" (pp)')
     assert "rank 2 (process 42 on host) delays it through rank 1 (for 30 s" in text
-    assert "has not reached it" in diagnosed(1, PP4)[2], "rank 1 waits for it itself"
+    assert "has not reached it" in diagnosed(1, PP4)[2], "rank 1 waits for it directly"
 
 
 def test_computing_stage_is_not_named_if_no_rank_waits_for_it() -> None:
-    """Rank 3 computes on what it has, rank 0 and 1 wait for each other in different exchanges."""
+    """Rank 3 computes; ranks 0 and 1 wait for each other in different collectives."""
     store = heartbeats(receives(1), receives(0, 2, GRADIENTS), receives(1, 2), works(idle_seconds=40))
     kind, ranks, text = diagnosed(2, store)
     assert (kind, ranks) == (Cause.STRAGGLER, (0,))
@@ -82,7 +82,7 @@ def test_both_stages_of_a_cycle_are_named() -> None:
 
 # Ranks 0 and 1 are the first stage with an expert-parallel group of their own, 2 and 3 the second; pp pairs 0-2, 1-3.
 def test_computing_rank_in_an_expert_group_is_named() -> None:
-    """Rank 1 hangs inside a layer; rank 0 waits for it in the experts' exchange, 2 and 3 for their first stages."""
+    """Rank 1 hangs inside a layer; rank 0 waits for it in the all-to-all, 2 and 3 for their first stages."""
     store = heartbeats(exchanges(0, 1, sequence=50), works(idle_seconds=31), receives(0, idle_seconds=33), receives(1))
     for me in range(4):
         assert diagnosed(me, store)[:2] == (Cause.STRAGGLER, (1,)), me
@@ -90,7 +90,7 @@ def test_computing_rank_in_an_expert_group_is_named() -> None:
 
 
 def test_mismatch_names_both_ranks_and_collectives() -> None:
-    """Ranks 2 and 3 are in different exchanges; the first stage waits for their gradients."""
+    """Ranks 2 and 3 are in different collectives; the first stage waits for their gradients."""
     other = exchanges(2, 3, layer=5, kind=SpanKind.EXPERT_COMBINE, sequence=72)
     store = heartbeats(receives(2, 1, GRADIENTS), receives(3, 1, GRADIENTS), exchanges(2, 3, layer=4), other)
     for me in range(4):

@@ -1,4 +1,4 @@
-"""Ranks that die, stop, sleep or differ: all end in time and say which rank, which exchange, which layer."""
+"""Ranks that die, stop, sleep or mismatch: all end in time and name the rank, the collective and the layer."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from parallel.watchdog.watchdog import Watchdog
 from tests.support.fixtures import corpus, overrides  # noqa: F401  (fixtures)
 from tests.support.running import NARROW, ROOT, exit_json, free_ports, ranks_below, run_cleanly, wait_for_step
 
-# Seconds allowed to a machine that stands still now and then; none unless asked for
+# Seconds allowed for pauses of the machine
 STALL = float(os.environ.get("LONGCAT_STALL", "0"))
-AT_MOST = 30.0  # seconds that the test waits for an end before it says what was printed
+AT_MOST = 30.0  # seconds beyond the timeout before the test fails and prints the logs
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def ranks_of_a_run(
 def outcome(
     words: list[str], world_size: int, wrong: tuple[int, str], timeout: float, folder: Path
 ) -> tuple[str, float, list[int | None], str]:
-    """(exit.json's message, seconds from the fault to the last end, exit codes, what all ranks printed)."""
+    """(exit.json's message, seconds from the fault to the last exit, exit codes, output of all ranks)."""
     meeting = folder / "meeting"
     words = [*words, "train.steps=100000", "logging.hash_every=0", "parallel.timeout_seconds=120"]
     with ranks_of_a_run(words, world_size, wrong, timeout, meeting) as ranks:
@@ -85,7 +85,7 @@ def printed(meeting: Path) -> str:
     return "\n".join(log.read_text()[-3000:] for log in sorted(meeting.glob("*.log")))
 
 
-# The second layer's weights are on their way while the first one computes; those of the MTP layer are the next to start
+# The second layer's weights are in flight while the first computes; the MTP layer's are the next to start
 NEXT = r'"weight all-gather, mtp\.layers\.0[.a-z]*" \(fsdp\) during forward of micro-batch 1'
 
 
@@ -93,7 +93,7 @@ DEAD = "has died"
 UNRESPONSIVE = "has stopped answering"
 STORE = ".*; rank 0, which holds the heartbeat store, does not answer"
 ASLEEP = r'has not reached it .*"forward of micro-batch 1" after "weight all-gather, layers\.1"'
-# Where the rank itself judges first, it says where the others are
+# If the rank itself diagnoses first, it says where the others are
 ELSEWHERE = (
     r'has not reached it: it waits at step 3, "sum over all ranks" during forward of micro-batch 1'
     rf"(, while rank \d \(process \d+ on .*\) waits at step 3, {NEXT})?; raise"
@@ -143,7 +143,7 @@ def test_pipeline_stage_is_named_with_its_layers(
     overrides: list[str],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """The second stage hangs in its second micro-batch; the first one waits for the gradients of its first."""
+    """The second stage hangs in its second micro-batch; the first waits for the gradients of its first."""
     words = [*overrides, "parallel.pp=2", "parallel.schedule=1f1b"]
     message, seconds, _, _ = outcome(words, 2, (1, action), 4, tmp_path)
     print(f"pp2, rank 1 {action}: all ended after {seconds:.2f} of 4 s: {message}")
@@ -167,9 +167,9 @@ def test_slow_disk_ends_no_run_before_the_slow_timeout(
     overrides: list[str],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """A disk that takes two time-outs for a shard is waited for; one that takes twenty ends the run after six.
+    """A disk that takes two timeouts per shard is waited for; one that takes twenty ends the run after six.
 
-    Beside training too, where the run waits for it at its end.
+    Also in the background, where the run waits for it at its end.
     """
     timeout, words = 1.0, [*overrides, "train.global_batch_size=8", "train.steps=3", "parallel.timeout_seconds=120"]
     words.append(f"checkpoint.asynchronous={asynchronous}")
@@ -193,7 +193,7 @@ def test_agent_ends_soon_after_a_rank_stops(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """`longcat train` on two ranks, one stopped: no waiting for the hour that saving may take."""
+    """`longcat train` on two ranks, one suspended: the agent does not wait for the hour that saving may take."""
     folder, stopped = tmp_path / "run", []
 
     def stop() -> None:
@@ -236,7 +236,7 @@ def test_checks_begin_early_enough_to_end_in_time(timeout: float, world_size: in
     assert timing.heartbeat < timing.confirm
     if world_size == 2:
         assert timing.investigate + timing.confirm + 3 * timing.heartbeat < timeout
-        assert timing.investigate > timeout - 6.6, "a wait may take nearly as long as the key says"
+        assert timing.investigate > timeout - 6.6, "a wait may take nearly parallel.timeout_seconds"
 
 
 def test_timeout_restarts_after_a_slow_phase() -> None:
@@ -245,7 +245,7 @@ def test_timeout_restarts_after_a_slow_phase() -> None:
     assert kept._too_long(9.0, float("inf"), late) and not kept._too_long(6.0, float("inf"), late)
     assert not kept._too_long(50.0, 0.0, late) and kept._too_long(58.0, 0.0, late)
     assert not kept._too_long(50.0, 3.0, late) and kept._too_long(50.0, 9.0, late)
-    assert not kept._too_long(50.0, 0.0, silent), "until its last sign is that old"
+    assert not kept._too_long(50.0, 0.0, silent), "until its last heartbeat is that old"
 
 
 def test_lost_connection_is_recognised_by_the_cause() -> None:

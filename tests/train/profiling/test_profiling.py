@@ -45,7 +45,7 @@ def test_steps_are_numbers_ranges_and_lists(given: Any, steps: list[int]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("profile.steps=ten", "'ten' is no step; write 10, 10-12 or a list"),
         ("profile.steps=0", "'0' is no step"),
@@ -58,15 +58,15 @@ def test_steps_are_numbers_ranges_and_lists(given: Any, steps: list[int]) -> Non
         ("profile.stepz=1", "the nearest is 'profile.steps'"),
     ],
 )
-def test_wrong_profiling_steps_are_refused_in_one_line(override: str, told: str) -> None:
+def test_wrong_profiling_steps_are_refused_in_one_line(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose([override])
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
 
 
 def slices_by_track(events: list[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """(rank, track) → slices, after checking what the format asks for."""
+    """(rank, track) → slices, after checking the rules of the format."""
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
     found = defaultdict(list)
     for event in events:
@@ -92,7 +92,7 @@ def test_overlapping_collectives_get_rows_of_their_own() -> None:
     recorder.comm_spans = [CommSpan(dispatch, None, 1.0 + k, 4.0 + k, 10, (2.0 + k, 4.0 + k)) for k in range(3)]
     operators = [
         {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0.9e6, "dur": 2e6},
-        {"ph": "X", "cat": "cpu_op", "name": "aten::add", "ts": 1e6, "dur": 2.5e6},  # a clock that is off
+        {"ph": "X", "cat": "cpu_op", "name": "aten::add", "ts": 1e6, "dur": 2.5e6},  # a clock with an offset
     ]
     recorder.phases = [Slice(Event(SpanKind.FORWARD, micro_batch=1), 0.5, 9.0)]
     recorder.sends = [Send(1.0, Event(SpanKind.SEND_HIDDEN_STATES), 5, 1)]
@@ -120,7 +120,7 @@ def test_backward_operators_belong_to_their_forward_s_module() -> None:
 
 
 def _runs(plain: list[str], profiled: list[str], slow: list[str], ports: list[int]) -> None:
-    """Three runs on this rank; in the third one rank 1 sleeps before each forward of a layer."""
+    """Three runs on this rank; in the third, rank 1 sleeps before each forward of a layer."""
     for words, port in zip((plain, profiled), ports[:2], strict=True):
         os.environ["MASTER_PORT"] = str(port)
         assert main(compose(words)) == 0

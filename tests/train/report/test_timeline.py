@@ -54,13 +54,13 @@ def rank_row(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(params=["older format", "today's format"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A run folder. What only old files have is the name of communication, in the word of then."""
+    """A run folder with timelines in the older format or in today's."""
     convert = upgrade if request.param == "today's format" else dict
     folder = fabricate(tmp_path / "run", steps=40, extras=False, routing_rows=0)
     (folder / "traces").mkdir()
     for step in (3, 12):
-        told = {"step": step, "world_size": 2, "ranks": [convert(rank_row(0)), convert(rank_row(1))]}
-        (folder / "traces" / f"timeline-{step:06}.json").write_text(json.dumps(told))
+        step_row = {"step": step, "world_size": 2, "ranks": [convert(rank_row(0)), convert(rank_row(1))]}
+        (folder / "traces" / f"timeline-{step:06}.json").write_text(json.dumps(step_row))
     return folder
 
 
@@ -87,8 +87,8 @@ def test_close_up_shows_a_full_layer_in_both_directions(run: Path) -> None:
 
 def test_without_expert_collectives_only_the_step_is_drawn(run: Path) -> None:
     row = rank_row(0) | {"exchanges": []}
-    told = {"step": 20, "world_size": 64, "ranks": [row]}
-    (run / "traces" / "timeline-000020.json").write_text(json.dumps(told))
+    step_row = {"step": 20, "world_size": 64, "ranks": [row]}
+    (run / "traces" / "timeline-000020.json").write_text(json.dumps(step_row))
     page = read(write_report(run))[1]
     assert "Step 20" in page.heads and not any(head.startswith("Layer") for head in page.heads)
     assert "mean over the first 1 of 64 ranks" in page.text
