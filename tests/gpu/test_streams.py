@@ -78,7 +78,7 @@ def gradients(streams: StreamContext, chunks: int, after_attention: bool) -> lis
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("experts_stream", [False, True])
 def test_streams_leave_results_bitwise_identical(experts_stream: bool, chunks: int, after_attention: bool) -> None:
-    awaited = gradients(StreamContext(blocking=True), chunks, after_attention)
+    blocking = gradients(StreamContext(blocking=True), chunks, after_attention)
     on_side_stream = SideStreamContext(torch.device("cuda"), Cuda(), experts_stream)
     overlapped = gradients(on_side_stream, chunks, after_attention)
-    assert all(torch.equal(one, other) for one, other in zip(awaited, overlapped, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(blocking, overlapped, strict=True))

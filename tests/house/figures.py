@@ -28,7 +28,15 @@ from statistics import median
 from typing import Any
 
 PACKAGES = ("longcat", "parallel", "train", "launch")
-PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # documented by the standard library in spite of the underscore
+PUBLIC = {
+    "_replace",
+    "_asdict",
+    "_fields",
+    "_exit",
+    "_value_",
+    "_name_",
+    "_missing_",
+}  # documented
 OF_MODULES = {"_parameters", "_buffers", "_modules"}  # torch.nn.Module's, in files that import deepspeed too
 LONG_NAME = 60
 MANY_PARAMETERS = 6
@@ -217,7 +225,7 @@ def doc_figures(root: Path) -> dict[str, Any]:
     return {"words_of_docs": sum(words.values()), "words_of_page": words}
 
 
-def test_figures(root: Path) -> dict[str, Any]:
+def figures_of_tests(root: Path) -> dict[str, Any]:
     names = [
         node.name
         for path in sorted((root / "tests").rglob("test_*.py"))
@@ -241,7 +249,7 @@ def figures(root: Path) -> dict[str, Any]:
         **import_figures(files, root),
         **private_name_figures(files, root),
         **doc_figures(root),
-        **test_figures(root),
+        **figures_of_tests(root),
     }
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests.house.figures import private_name_figures
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ["longcat", "parallel", "train", "launch"]  # each may import itself and what stands before it
+PACKAGES = ["longcat", "parallel", "train", "launch"]  # each may import itself and those before it
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_TEST_NAME = 60

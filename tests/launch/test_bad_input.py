@@ -177,7 +177,7 @@ def test_resume_is_refused_when_no_checkpoint_is_valid(used: tuple[list[str], Pa
         ("used/checkpoints/step-00000001", [], ["step-00000001 is not a valid checkpoint", "hash", "name another"]),
         ("empty", [], ["empty is not a valid checkpoint: no readable manifest.json", "name another"]),
         (
-            "whole",
+            "valid",
             ["model.hidden_size=48"],
             ["another model", "model.hidden_size was 32 and is now 48", "equal"],
         ),
@@ -196,7 +196,7 @@ def test_wrong_resume_path_is_refused(
     for path in list_checkpoints(used[1] / "checkpoints"):
         spoil(path)
     (tmp_path / "empty").mkdir()
-    source = trained[1] if where == "whole" else tmp_path / where
+    source = trained[1] if where == "valid" else tmp_path / where
     refused([*used[0], "run.name=new", f"checkpoint.resume={source}", *words], *telling)
     assert list_checkpoints(tmp_path / "new" / "checkpoints") == []
 

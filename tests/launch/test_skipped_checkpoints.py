@@ -23,6 +23,6 @@ def test_skipped_checkpoints_are_reported(
         f"skipped {newest}: no readable manifest.json",
         f"used instead: {older}",
     ]
-    (older.parent / "step-00000001").rename(tmp_path / "whole")
-    run_command(verb, f"source={tmp_path / 'whole'}", *(word.replace("/out", "/again") for word in words))
+    (older.parent / "step-00000001").rename(tmp_path / "valid")
+    run_command(verb, f"source={tmp_path / 'valid'}", *(word.replace("/out", "/again") for word in words))
     assert capfd.readouterr().err == ""

@@ -63,7 +63,7 @@ def test_flops_equal_torch_s_count(monkeypatch: pytest.MonkeyPatch) -> None:
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool)).lm.backward()
     ours = 64 * flops_per_token(config, 64)
-    # one block of 64 queries computes the whole square
+    # one block of 64 queries computes the full square
     heads = config.num_heads * (config.qk_head_dim + config.v_head_dim)
     square = 64 * 6 * 2 * config.num_layers * heads * (64 - 65 / 2)
     assert counter.get_total_flops() == pytest.approx(ours + square, rel=0.002)

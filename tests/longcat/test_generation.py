@@ -50,12 +50,12 @@ def close(got: Tensor, expected: Tensor) -> bool:
 def test_logits_with_caches_equal_those_of_one_forward(counts: list[int]) -> None:
     model = decided_model(BASE)
     tokens = ids(BASE, sum(counts))
-    whole = model.logits(torch.tensor([tokens]))[0]
+    full = model.logits(torch.tensor([tokens]))[0]
     with torch.no_grad(), Decoder(model, len(tokens)) as decoder:
         position = 0
         for count in counts:
             logits = decoder.logits(decoder.forward(tokens[position : position + count]))
-            assert close(logits, whole[position : position + count])
+            assert close(logits, full[position : position + count])
             position += count
 
 

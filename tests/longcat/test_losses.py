@@ -178,5 +178,5 @@ def test_chunks_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         (losses.lm + losses.mtp).backward()
         gradients = dict(logical_tensors(model, grads=True))
         results.append((losses.lm, gradients["lm_head.weight"], gradients["model.layers.0.mlps.0.up_proj.weight"]))
-    for whole, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+    for full, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, full, rtol=1e-5, atol=1e-6)

@@ -75,25 +75,25 @@ def test_initial_values_depend_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("box", [((0, 3), (0, 10)), ((5, 17), (2, 9)), ((16, 17), (0, 1)), ((4, 4), (0, 10))])
 def test_any_box_equals_that_box_of_the_full_tensor(box: tuple[tuple[int, int], ...]) -> None:
-    whole = normal_box(3, "x", (17, 10), ((0, 17), (0, 10)))
+    full = normal_box(3, "x", (17, 10), ((0, 17), (0, 10)))
     (top, bottom), (left, right) = box
-    assert torch.equal(normal_box(3, "x", (17, 10), box), whole[top:bottom, left:right])
+    assert torch.equal(normal_box(3, "x", (17, 10), box), full[top:bottom, left:right])
 
 
 def test_boxes_across_row_blocks() -> None:
     columns = BLOCK_ELEMENTS // 4  # blocks of 4 rows
-    whole = normal_box(0, "y", (11, columns), ((0, 11), (0, columns)))
-    assert torch.equal(normal_box(0, "y", (11, columns), ((3, 9), (5, 50))), whole[3:9, 5:50])
+    full = normal_box(0, "y", (11, columns), ((0, 11), (0, columns)))
+    assert torch.equal(normal_box(0, "y", (11, columns), ((3, 9), (5, 50))), full[3:9, 5:50])
 
 
 @pytest.mark.parametrize("start,stop", [(0, 3), (3, 8), (2, 2)])
 def test_shard_of_stacked_experts_has_the_full_tensor_s_values(start: int, stop: int) -> None:
     name = "layers.0.mlp.experts.gate_up"
     shape = (CONFIG.num_experts, 2 * CONFIG.expert_hidden_size, CONFIG.hidden_size)
-    whole, part = torch.empty(shape), torch.empty(stop - start, *shape[1:])
-    fill(whole, name, shape, None, CONFIG, 0)
+    full, part = torch.empty(shape), torch.empty(stop - start, *shape[1:])
+    fill(full, name, shape, None, CONFIG, 0)
     fill(part, name, shape, ((start, stop), (0, shape[1]), (0, shape[2])), CONFIG, 0)
-    assert torch.equal(part, whole[start:stop])
+    assert torch.equal(part, full[start:stop])
 
 
 def test_pieces_of_a_box_that_cuts_a_matrix() -> None:

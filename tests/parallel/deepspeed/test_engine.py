@@ -59,15 +59,15 @@ def test_nvme_offload_equals_one_process() -> None:
 
 def test_boxes_cover_a_range_in_order() -> None:
     for shape in ((7,), (3, 5), (3, 4, 5)):
-        whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32)
-        for start in range(whole.numel()):
-            for stop in range(start, whole.numel() + 1):
-                shard = FlatShard("weight", "x", shape, start, whole[start:stop])
+        full = torch.arange(torch.Size(shape).numel(), dtype=torch.float32)
+        for start in range(full.numel()):
+            for stop in range(start, full.numel() + 1):
+                shard = FlatShard("weight", "x", shape, start, full[start:stop])
                 boxes = list(shard.boxes())
                 assert len(boxes) <= 2 * len(shape) - 1
                 for box, values in boxes:
                     index = tuple(slice(*edge) for edge in box)
-                    assert torch.equal(whole.view(shape)[index], values)
+                    assert torch.equal(full.view(shape)[index], values)
                 assert sum(values.numel() for _, values in boxes) == stop - start
     assert list(boxes_of_range((3, 5), 4, 4)) == []
 

@@ -90,21 +90,21 @@ def test_losses_and_counts_equal_one_process(case: Case) -> None:
     for rank in found(case):
         mine = {stage: rank["losses"][stage] for stage in rank["losses"]}
         for number in range(case.micro_batches):
-            whole = reference[rank["first"] + number]
+            full = reference[rank["first"] + number]
             for stage, losses in mine.items():
                 if stage == stages - 1:
                     for key in ("lm", "mtp", "hidden_z", "hidden_norm", "token_losses"):
-                        assert torch.allclose(losses[number][key], whole[key], rtol=1e-5), key
+                        assert torch.allclose(losses[number][key], full[key], rtol=1e-5), key
                 else:
                     assert float(losses[number]["lm"]) == 0
     by_data_rank = {(rank["first"], stage): losses for rank in found(case) for stage, losses in rank["losses"].items()}
-    for place, whole in enumerate(reference):
+    for place, full in enumerate(reference):
         first, number = place - place % case.micro_batches, place % case.micro_batches
         parts = [by_data_rank[first, stage][number] for stage in range(stages)]
-        assert torch.equal(torch.cat([part["counts"] for part in parts]), whole["counts"])
-        assert torch.equal(torch.cat([part["ffn_experts"] for part in parts]), whole["ffn_experts"])
-        assert torch.allclose(torch.cat([part["balance_slope"] for part in parts]), whole["balance_slope"])
-        assert float(sum(part["balance"] for part in parts)) == pytest.approx(float(whole["balance"]), rel=1e-5)
+        assert torch.equal(torch.cat([part["counts"] for part in parts]), full["counts"])
+        assert torch.equal(torch.cat([part["ffn_experts"] for part in parts]), full["ffn_experts"])
+        assert torch.allclose(torch.cat([part["balance_slope"] for part in parts]), full["balance_slope"])
+        assert float(sum(part["balance"] for part in parts)) == pytest.approx(float(full["balance"]), rel=1e-5)
 
 
 @exact
@@ -118,9 +118,9 @@ def test_evaluation_equals_one_process(case: Case) -> None:
         for stage, losses in rank["evaluated"].items():
             assert len(losses) == min(EVALUATED, case.micro_batches)
             for number, one in enumerate(losses if stage == last else []):
-                whole = reference[rank["first"] + number]
-                assert torch.allclose(one["lm"], whole["lm"], rtol=1e-5)
-                assert torch.allclose(one["token_losses"], whole["token_losses"], rtol=1e-4, atol=1e-5)
+                full = reference[rank["first"] + number]
+                assert torch.allclose(one["lm"], full["lm"], rtol=1e-5)
+                assert torch.allclose(one["token_losses"], full["token_losses"], rtol=1e-4, atol=1e-5)
                 assert float(one["mtp"]) == 0
                 evaluated += 1
     assert evaluated == case.data_ranks * min(EVALUATED, case.micro_batches)

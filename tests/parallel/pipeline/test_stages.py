@@ -92,8 +92,8 @@ def test_accepted_micro_batch_counts_run_to_the_end(schedule: str, pp: int) -> N
             check_micro_batches(schedule, pp, count)
         except ConfigError:
             continue
-        whole = simulate(schedule, planned(schedule, pp, count), lambda rank, action: 1.0)
-        done = [action for spans in whole.spans.values() for action, _, _ in spans]
+        simulated = simulate(schedule, planned(schedule, pp, count), lambda rank, action: 1.0)
+        done = [action for spans in simulated.spans.values() for action, _, _ in spans]
         assert len(done) == len(set(done))
         assert sum(action.kind == "F" for action in done) == count * pp * STAGES_PER_RANK[schedule]
         assert sum(action.kind in "IB" for action in done) == count * pp * STAGES_PER_RANK[schedule]

@@ -83,12 +83,12 @@ def gradient_of_a_shard() -> dict[str, Any]:
         add_gradient(parameter, torch.full((2, 3), float(rank + 1)))
     grad = parameter.grad
     assert isinstance(grad, DTensor)
-    whole = grad.full_tensor()
+    full = grad.full_tensor()
     torch.distributed.destroy_process_group()
-    return {"placements": str(grad.placements), "whole": whole}
+    return {"placements": str(grad.placements), "full": full}
 
 
 def test_sharded_parameter_gets_a_sharded_gradient() -> None:
     for found in run_ranks(gradient_of_a_shard, 2):
         assert found["placements"] == str((Shard(0),))
-        assert found["whole"][:, 0].tolist() == [2, 2, 4, 4]
+        assert found["full"][:, 0].tolist() == [2, 2, 4, 4]

@@ -74,7 +74,7 @@ def outcome(
             try:
                 process.wait(timeout + AT_MOST)
             except subprocess.TimeoutExpired:
-                raise AssertionError(f"a rank goes on\n{printed(meeting)}") from None
+                raise AssertionError(f"a rank did not end\n{printed(meeting)}") from None
         seconds = time.monotonic() - start
         found = exit_json(folder / "run")
     assert found["code"] == 1

@@ -331,7 +331,7 @@ def look_together(folder: str) -> tuple[Any, list[str]]:
 
 
 def test_ranks_share_the_hashing_and_agree_on_the_result(saver: Saver) -> None:
-    """Damage in either rank's share is seen by both; the newest whole one is found, and nothing is hashed twice."""
+    """Damage in either rank's share is seen by both; the newest valid one is found, and nothing is hashed twice."""
     first, second, third = (saver.save(step) for step in (1, 2, 3))
     flip_a_bit(third)
     change_a_counter(second)

@@ -206,7 +206,7 @@ def test_growth_works_across_layouts(written: str, tmp_path: Path) -> None:
 
 
 def fabricated(folder: Path, width: int, num_layers: int) -> Path:
-    """A whole checkpoint with one matrix [width, width] of each kind a layer."""
+    """A valid checkpoint with one matrix [width, width] of each kind per layer."""
     tensors = {
         f"{kind}/layers.{layer}.ffn": torch.full((width, width), float(layer))
         for layer in range(num_layers)
@@ -235,7 +235,7 @@ def test_growth_never_holds_a_full_tensor(tmp_path: Path) -> None:
     assert bool((read["exp_avg/layers.6.ffn"] == 2.0).all())
 
 
-# --------------------------------------------------------------------------------- whole or not at all, and refusals
+# --------------------------------------------------------------------------------- atomic, and refusals
 
 
 def test_failed_growth_leaves_nothing_behind(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

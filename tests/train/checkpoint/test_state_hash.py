@@ -60,13 +60,13 @@ def integers(tensor: torch.Tensor) -> list[int]:
     return [int(value) for value in np.ascontiguousarray(array).view(kind).ravel()]
 
 
-def logical(name: str, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def logical(name: str, full: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Stacked experts as single matrices; everything else under its own name."""
     stack, _, leaf = name.rpartition(".")
     if not stack.endswith(".experts"):
-        yield (name if name.startswith("lm_head.") else f"model.{name}"), whole
+        yield (name if name.startswith("lm_head.") else f"model.{name}"), full
         return
-    for expert, matrix in enumerate(whole):
+    for expert, matrix in enumerate(full):
         if leaf == "down":
             yield f"model.{stack}.{expert}.down_proj.weight", matrix
         else:
@@ -175,11 +175,11 @@ def test_state_hash_changes_when_two_values_swap(trained: tuple[TrainState, Any]
 )
 def test_hash_of_a_range_is_the_sum_of_its_parts(start: int, length: int, cuts: list[int], seed: int) -> None:
     values = torch.from_numpy(np.random.default_rng(seed).integers(-(1 << 31), 1 << 31, length, dtype=np.int32))
-    whole = hash_range(values, start)
-    assert whole == slow_sum([int(value) for value in values], start)
+    full = hash_range(values, start)
+    assert full == slow_sum([int(value) for value in values], start)
     edges = [0, *sorted(min(cut, length) for cut in cuts), length]
     parts = [hash_range(values[a:b], start + a) for a, b in pairwise(edges)]
-    assert sum(parts) % WORD == whole
+    assert sum(parts) % WORD == full
 
 
 @pytest.mark.parametrize("start", [0, 1, COLUMNS - 1, COLUMNS, 3 * COLUMNS + 17])

@@ -73,9 +73,9 @@ def test_random_access_equals_sequential_access(
     order: list[int], prefixes: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Indices over three epochs, in any order, by a new reader without a cache."""
-    whole = samples_of(prefixes, tmp_path_factory.mktemp("one"))
-    stride = 3 * whole.num_samples // 60
-    expected = [whole[number * stride] for number in range(60)]
+    everything = samples_of(prefixes, tmp_path_factory.mktemp("one"))
+    stride = 3 * everything.num_samples // 60
+    expected = [everything[number * stride] for number in range(60)]
     other = samples_of(prefixes, tmp_path_factory.mktemp("two"))
     for number in order:
         np.testing.assert_array_equal(other[number * stride], expected[number])
@@ -136,8 +136,8 @@ def test_validation_uses_complete_documents_of_all_corpora(prefixes: list[str], 
     train = samples_of(prefixes, tmp_path)
     documents = train.validation_documents(6)
     assert [int(document[0]) >= 500_000 for document in documents] == [False, True] * 3
-    whole = {tuple(document.tolist()) for document in unique_documents(90, 500_000, 1)}
-    assert tuple(documents[1].tolist()) in whole and documents[1].dtype == np.int64
+    everything = {tuple(document.tolist()) for document in unique_documents(90, 500_000, 1)}
+    assert tuple(documents[1].tolist()) in everything and documents[1].dtype == np.int64
     assert train.validation_documents(0) == []
 
 

@@ -16,7 +16,7 @@ from train.report import write_report
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fabricate(tmp_path_factory.mktemp("runs") / "quickstart")
 
 
@@ -27,9 +27,9 @@ def rewrite_metrics(run: Path, change: object) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
 
 
-def test_complete_run_shows_every_section(whole: Path) -> None:
-    target = write_report(whole)
-    assert target == whole / "report.html"
+def test_complete_run_shows_every_section(full_run: Path) -> None:
+    target = write_report(full_run)
+    assert target == full_run / "report.html"
     _, page = read(target)
     for head in (
         "Loss",
@@ -59,8 +59,8 @@ def test_complete_run_shows_every_section(whole: Path) -> None:
         assert fact in page.text
 
 
-def test_page_is_self_contained(whole: Path) -> None:
-    html, page = read(write_report(whole))
+def test_page_is_self_contained(full_run: Path) -> None:
+    html, page = read(write_report(full_run))
     for tag, name, value in page.attributes:
         if name in ("src", "href", "srcset", "action", "data", "poster"):
             assert value.startswith(("data:image/png;base64,", "#")), f"{tag} {name}={value[:60]}"
@@ -69,9 +69,9 @@ def test_page_is_self_contained(whole: Path) -> None:
     assert "link" not in {tag for tag, _, _ in page.attributes}
 
 
-def test_sentences_hold_the_run_s_numbers(whole: Path) -> None:
-    _, page = read(write_report(whole))
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+def test_sentences_hold_the_run_s_numbers(full_run: Path) -> None:
+    _, page = read(write_report(full_run))
+    rows = [json.loads(line) for line in (full_run / "metrics.jsonl").read_text().splitlines()]
     final = sum(row["loss"] for row in rows[-24:]) / 24
     assert f"falls from {rows[0]['loss']:.2f} to {final:.2f} nats" in page.text
     crossing = next(row["tokens"] for row in rows if row.get("val_loss", 99) < 2.74)
@@ -80,11 +80,13 @@ def test_sentences_hold_the_run_s_numbers(whole: Path) -> None:
     assert f"Clipped at 1 on {100 * share:.3g}" in page.text
 
 
-def test_text_keeps_white_space_and_escapes_markup(whole: Path) -> None:
-    page = read(write_report(whole))[1]
+def test_text_keeps_white_space_and_escapes_markup(full_run: Path) -> None:
+    page = read(write_report(full_run))[1]
     assert page.code == SOURCE.strip("\n") + "\n" + 'html = "<b>&amp;</b>"\nprint(html if a < b else "</pre>")\n'
     titles = [float(value) for tag, name, value in page.attributes if tag == "span" and name == "title"]
-    wanted = [value for d in json.loads((whole / "text.json").read_text())["documents"] for value in d["ffn_experts"]]
+    wanted = [
+        value for d in json.loads((full_run / "text.json").read_text())["documents"] for value in d["ffn_experts"]
+    ]
     assert titles == pytest.approx(wanted, abs=0.0051)
 
 
