@@ -9,9 +9,10 @@ Errors are relative to float64, over the first 256 tokens: the largest of |loss|
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from timeit import repeat
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import linear_cross_entropy as torch_linear_cross_entropy
 
-from benchmarks.common import alternate, print_json, print_table
+from benchmarks.common import peak_memory_gib, print_json, print_table
 from longcat.ops.cross_entropy import chunk_rows, linear_cross_entropy
 from longcat.ops.rows import gather_rows
 
@@ -65,10 +66,6 @@ def results(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple
     return total.detach(), *torch.autograd.grad(total, (hidden, weight))
 
 
-def keep_results(latest: dict[str, tuple[Tensor, ...]], name: str, *tensors: Tensor) -> None:
-    latest[name] = results(LOSSES[name], *tensors)
-
-
 def relative_error(loss: Loss, vocabulary: int, dtype: torch.dtype) -> list[float]:
     """Of the loss, the gradient by the hidden states and the gradient by the head."""
     hidden, weight, labels = inputs(vocabulary, dtype)
@@ -79,23 +76,30 @@ def relative_error(loss: Loss, vocabulary: int, dtype: torch.dtype) -> list[floa
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, reference, strict=True)]
 
 
-def compare_losses(vocabularies: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Seconds of forward and backward, peak memory and errors of each function, by vocabulary and dtype."""
-    rows = []
-    for vocabulary in vocabularies:
-        for dtype in (torch.float32, torch.bfloat16):
-            tensors = inputs(vocabulary, dtype)
-            latest: dict[str, tuple[Tensor, ...]] = {}
-            programs = {name: partial(keep_results, latest, name, *tensors) for name in LOSSES}
-            timed = alternate(programs, rounds)
-            same = {name: all(map(torch.equal, latest[name], latest["ours"])) for name in LOSSES}
-            rows += [
-                {"V": vocabulary, "dtype": str(dtype).removeprefix("torch."), "function": name,
-                 "seconds": timed[name].median, "peak_gib": timed[name].peak_gib, "same_bits": same[name],
-                 "errors": relative_error(loss, vocabulary, dtype)}
-                for name, loss in LOSSES.items()
-            ]  # fmt: skip
-    return rows
+def compare_losses(vocabulary: int, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of forward and backward (the median of ``rounds`` in turn), peak memory and errors of each function."""
+    tensors = inputs(vocabulary, dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
+    peaks: dict[str, float | None] = {}
+    latest: dict[str, tuple[Tensor, ...]] = {}
+    for _ in range(rounds):
+        for name, loss in LOSSES.items():
+
+            def program(name: str = name, loss: Loss = loss) -> None:
+                latest.pop(name, None)
+                start = time.perf_counter()
+                latest[name] = results(loss, *tensors)
+                seconds[name].append(time.perf_counter() - start)
+
+            peak = peak_memory_gib(program)
+            peaks.setdefault(name, peak)
+    return [
+        {"V": vocabulary, "dtype": str(dtype).removeprefix("torch."), "function": name,
+         "seconds": statistics.median(seconds[name]), "peak_gib": peaks[name],
+         "same_bits": all(map(torch.equal, latest[name], latest["ours"])),
+         "errors": relative_error(loss, vocabulary, dtype)}
+        for name, loss in LOSSES.items()
+    ]  # fmt: skip
 
 
 @torch.library.custom_op("longcat_benchmark::gather_rows", mutates_args=())
@@ -124,7 +128,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="linear_cross_entropy")
     calls = compare_calls()
     print_table("one call of an operator", ["how", "µs"], [[name, f"{took:.2f}"] for name, took in calls.items()])
-    losses = compare_losses(args.vocabularies, args.rounds)
+    pairs = [(vocabulary, dtype) for vocabulary in args.vocabularies for dtype in (torch.float32, torch.bfloat16)]
+    losses = [row for vocabulary, dtype in pairs for row in compare_losses(vocabulary, dtype, args.rounds)]
     table = [
         [f"{row['V']:,}", row["dtype"], row["function"], f"{row['seconds']:.2f}",
          "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}", "yes" if row["same_bits"] else "no",

@@ -41,7 +41,7 @@ class SamplingParams:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """logits [q, V] → float64 probabilities [q, V]; one-hot at the likeliest token at temperature 0."""
+        """logits [q, vocabulary] → float64 probabilities; one-hot at the likeliest token at temperature 0."""
         if self.temperature == 0:
             best = logits.argmax(-1, keepdim=True)
             return torch.zeros_like(logits, dtype=torch.float64).scatter_(-1, best, 1.0)
@@ -169,11 +169,11 @@ class Decoder:
             cache.length = length
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [q, D] → [q, V] float32."""
+        """hidden [q, D] → [q, vocabulary] float32."""
         return self.head(hidden).float()
 
     def draft(self, tokens: list[int], hidden: Tensor, sampler: Sampler) -> tuple[list[int], list[Tensor]]:
-        """One draft from each MTP layer, and the distribution [V] from which each was sampled.
+        """One draft from each MTP layer, and the distribution [vocabulary] from which each was sampled.
 
         ``tokens`` are all tokens so far, of which the model has not read the last; ``hidden`` [q, D] are the model's
         states at the positions since the previous call. At position t layer k reads the token at t + k. Beyond the
@@ -204,14 +204,14 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(sampling.seed)
 
     def sample(self, probabilities: Tensor) -> int:
-        """probabilities [V] → a token."""
+        """probabilities [vocabulary] → a token."""
         return int(torch.multinomial(probabilities.cpu(), 1, generator=self.generator))
 
     def verify(self, drafts: list[int], draft_probs: list[Tensor], target_probs: Tensor) -> tuple[int, int]:
         """The number of accepted drafts, and the token after them (speculative sampling, Leviathan et al. 2023).
 
-        ``draft_probs`` [m][V] are the drafts' distributions, ``target_probs`` [m + 1, V] the model's. A draft is
-        accepted with probability min(1, target / draft). The first rejected one is replaced by a sample from
+        ``draft_probs`` [m][vocabulary] are the drafts' distributions, ``target_probs`` [m + 1, vocabulary] the model's.
+        A draft is accepted with probability min(1, target / draft). The first rejected one is replaced by a sample from
         max(0, target - draft), normalised, so that tokens are distributed as ``target_probs``. At temperature 0 a draft
         is accepted if it is the model's own choice.
         """

@@ -28,9 +28,9 @@ def allow_recompilations(count: int) -> None:
 
 def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
     """The gradient of the input of softmax over the last dimension, float32, in autograd's own kernel."""
-    return torch.ops.aten._softmax_backward_data(grad, probabilities, -1, torch.float32)  # type: ignore[no-any-return]
+    return torch.ops.aten._softmax_backward_data(grad, probabilities, -1, torch.float32)
 
 
 def sparse_row_sums(sparse: Tensor, rows: Tensor) -> Tensor:
     """A CSR matrix [T, P] times rows [P, D], rounded once: the kernel of `torch.sparse.mm(…, "sum")`."""
-    return torch.ops.aten._sparse_mm_reduce_impl(sparse, rows, "sum")[0]  # type: ignore[no-any-return]
+    return torch.ops.aten._sparse_mm_reduce_impl(sparse, rows, "sum")[0]
