@@ -27,8 +27,9 @@ from benchmarks.common import print_json, print_table
 from longcat.config import ModelConfig
 from longcat.init import initialise
 from longcat.model import LongCat, Losses, ModelPart
+from parallel.config import ParallelConfig
 from parallel.fsdp.sharding import materialise
-from parallel.mesh import Axis, ParallelConfig, connect
+from parallel.mesh import Axis, connect
 from parallel.pipeline.engine import AddLoss, Pipeline
 from parallel.pipeline.simulation import Action, Simulation, planned, simulate, theory
 from parallel.pipeline.stages import STAGES_PER_RANK, num_stages, split, stages_of

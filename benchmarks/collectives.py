@@ -29,9 +29,10 @@ from longcat.model import LongCat
 from longcat.moe import MoE
 from longcat.names import stored_state
 from parallel.collectives.async_collective import Collective
+from parallel.config import ParallelConfig
 from parallel.expert import apply_expert_parallel
 from parallel.fsdp.sharding import local_part
-from parallel.mesh import ParallelConfig, make_topology, resolve_sizes
+from parallel.mesh import make_topology, resolve_sizes
 
 TRANSPORTS = ("all_to_all", "all_gather")
 

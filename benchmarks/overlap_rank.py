@@ -24,11 +24,12 @@ from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
 from longcat.moe import Router
 from longcat.names import stored_state
+from parallel.config import ParallelConfig
 from parallel.device import keep_freed_memory
 from parallel.expert import apply_expert_parallel
 from parallel.fsdp.sharding import local_part
-from parallel.mesh import ParallelConfig, Topology, make_topology, resolve_sizes
-from parallel.overlap import OverlapConfig, apply_overlap
+from parallel.mesh import Topology, make_topology, resolve_sizes
+from parallel.overlap import ExpertsAfter, OverlapConfig, apply_overlap
 from parallel.watchdog.events import SpanKind
 from parallel.watchdog.spans import begin_step, blocked_seconds
 from train.profiling.recorder import StepRecorder
@@ -68,7 +69,7 @@ def measure_rank(args: argparse.Namespace) -> None:
             f"{speed * factor:.0f} Mbit/s, blocking": (OverlapConfig(enabled=False), False),
             **{
                 f"{speed * factor:.0f} Mbit/s, {n} chunks": (
-                    OverlapConfig(num_chunks=n, experts_after="attention"),
+                    OverlapConfig(num_chunks=n, experts_after=ExpertsAfter.attention),
                     False,
                 )
                 for n in CHUNKS

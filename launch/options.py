@@ -8,6 +8,7 @@ from dataclasses import is_dataclass
 from enum import Enum
 from typing import Any, TypeVar, get_type_hints
 
+from longcat.choices import unknown_choice
 from longcat.errors import ConfigError
 
 Options = TypeVar("Options")
@@ -65,7 +66,6 @@ def convert(key: str, text: str, kind: type[Any]) -> Any:
         return kind(text)
     except ValueError as error:
         if issubclass(kind, Enum):
-            choices = [str(choice.value) for choice in kind]
-            raise ConfigError(f"{key}={text} is not known; use {', '.join(choices[:-1])} or {choices[-1]}") from error
+            raise unknown_choice(key, text, [str(choice.value) for choice in kind]) from error
         wanted = {int: "a whole number", float: "a number"}
         raise ConfigError(f"{key}={text} must be {wanted[kind]}") from error

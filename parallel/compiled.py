@@ -8,7 +8,7 @@ import shutil
 import torch
 
 from longcat.errors import ConfigError
-from parallel.mesh import ParallelConfig
+from parallel.config import ParallelConfig
 
 
 def check_compile(config: ParallelConfig) -> None:

@@ -55,6 +55,7 @@ from parallel.collectives.async_collective import (
 )
 from parallel.collectives.point_to_point import all_gather
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
+from parallel.config import DispatcherKind
 from parallel.mesh import Topology
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
@@ -69,7 +70,7 @@ def check_experts(config: ModelConfig, ep: int) -> None:
         )
 
 
-def apply_expert_parallel(model: LongCat, topology: Topology, transport: str) -> None:
+def apply_expert_parallel(model: LongCat, topology: Topology, kind: DispatcherKind) -> None:
     """Give every layer's experts to the ranks of the expert-parallel group, in place, on the meta device."""
     size, num_experts = topology.sizes.ep, model.config.num_experts
     if size == 1:
@@ -81,15 +82,15 @@ def apply_expert_parallel(model: LongCat, topology: Topology, transport: str) ->
             part = torch.empty(num_experts // size, *weight.shape[1:], device=weight.device)
             spread = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
             experts.register_parameter(name, nn.Parameter(spread))
-    install_dispatchers(model, topology, transport)
+    install_dispatchers(model, topology, kind)
 
 
-def install_dispatchers(model: LongCat, topology: Topology, transport: str) -> None:
+def install_dispatchers(model: LongCat, topology: Topology, kind: DispatcherKind) -> None:
     """Let every layer send tokens to the ranks of their experts, in place."""
     if topology.sizes.ep > 1:
-        kind = AllToAllDispatcher if transport == "all_to_all" else AllGatherDispatcher
+        dispatcher = AllToAllDispatcher if kind == DispatcherKind.all_to_all else AllGatherDispatcher
         group = topology.expert_exchange
-        install(model, dispatcher=lambda name: kind(group, int(name.split(".")[1])))  # layers.3.mlp
+        install(model, dispatcher=lambda name: dispatcher(group, int(name.split(".")[1])))  # layers.3.mlp
 
 
 class SplitSizes:

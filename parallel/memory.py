@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from longcat.config import ModelConfig
 from longcat.counts import count_parameters
 from longcat.model import ModelPart
+from parallel.config import Sharding
 from parallel.mesh import MeshSizes
 
 FLOAT32 = 4
@@ -64,7 +65,7 @@ def elements(config: ModelConfig, part: ModelPart | None = None) -> Elements:
     return Elements(layers * config.num_experts * counts.expert, split, whole)
 
 
-def state_bytes(config: ModelConfig, sizes: MeshSizes, sharding: str, parts: list[ModelPart | None]) -> StateBytes:
+def state_bytes(config: ModelConfig, sizes: MeshSizes, sharding: Sharding, parts: list[ModelPart | None]) -> StateBytes:
     """What one rank holds of its ``parts``.
 
     FSDP2 shards everything over fsdp × cp × tp, whatever else it is spread over: experts are no exception, since
@@ -73,9 +74,11 @@ def state_bytes(config: ModelConfig, sizes: MeshSizes, sharding: str, parts: lis
     """
     counted = [elements(config, part) for part in parts]
     total = sum(one.total for one in counted)
-    if sharding == "fsdp":
+    if sharding == Sharding.fsdp:
         share = total / sizes.dense_shards
         return StateBytes(weights=share * FLOAT32, gradients=share * FLOAT32, moments=2 * share * FLOAT32)
     share = total / (sizes.dp * sizes.fsdp * sizes.cp)
-    computed = share if sharding == "zero3" else sum(one.split + one.whole + one.experts / sizes.ep for one in counted)
+    computed = (
+        share if sharding == Sharding.zero3 else sum(one.split + one.whole + one.experts / sizes.ep for one in counted)
+    )
     return StateBytes(weights=(computed + share) * FLOAT32, gradients=share * FLOAT32, moments=2 * share * FLOAT32)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longcat.errors import ConfigError
+from parallel.config import ParallelConfig
 from parallel.torch_internals import flatten_mesh, unflatten_mesh
 
 
@@ -27,67 +28,6 @@ class Axis(StrEnum):
     FSDP = "fsdp"  # shards the weights
     CP = "cp"  # spreads the positions of a sequence
     TP = "tp"  # spreads heads, FFN columns, vocabulary, and the positions between them
-
-
-SCHEDULES = ("zbv", "1f1b", "interleaved", "dualpipev")
-SHARDINGS = ("fsdp", "zero1", "zero2", "zero3")
-RECOMPUTES = ("none", "selective", "full")
-TRANSPORTS = ("all_to_all", "all_gather")
-OFFLOADS = ("none", "cpu", "nvme")
-
-
-@dataclass
-class ParallelConfig:
-    """Sizes of the mesh axes, and what runs on them.
-
-    The axes multiply to the number of ranks; one of them may be -1, the ranks left over.
-    """
-
-    pp: int = 1  # pipeline ranks; each has one stage of layers, or two, by the schedule
-    dp: int = 1  # replicas of the sharded model; above 1: hybrid sharding (HSDP)
-    fsdp: int = -1  # ranks that read different samples and shard the weights, gradients and moments of one replica
-    cp: int = 1  # context parallelism: ranks that share the positions of each sequence
-    tp: int = 1  # tensor parallelism: ranks that share heads, FFN columns, vocabulary, and the positions in between
-    ep: int = 1  # expert parallelism: ranks that share the experts, taken from fsdp × cp × tp; -1 = all of those
-    schedule: str = "zbv"  # of the pipeline: zbv (zero-bubble V), 1f1b, interleaved or dualpipev
-    sharding: str = "fsdp"  # fsdp = FSDP2; zero1, zero2, zero3 = DeepSpeed
-    # DeepSpeed only: cpu keeps fp32 master weights and moments in host memory (weights too under zero3), nvme in files
-    # (zero3 only)
-    offload: str = "none"
-    offload_path: str = ""  # folder on a fast disk for offload=nvme
-    # none; selective = recompute attention from its latents on in the backward; full = recompute whole layers
-    recompute: str = "none"
-    compile: bool = False  # fuse norms, SwiGLU, softmax and cross-entropy with torch.compile
-    # dispatcher of tokens to experts: all_to_all, or all_gather (with reduce-scatter back)
-    transport: str = "all_to_all"
-    # false keeps gathered weights until the backward: faster, more memory. A pipeline always keeps them
-    reshard_after_forward: bool = True
-    timeout_seconds: float = 600.0  # a rank that blocks the others for longer ends the run
-
-    def validate(self) -> None:
-        sizes = {name: getattr(self, name) for name in (*(axis.value for axis in Axis), "ep")}
-        for name, size in sizes.items():
-            if size != -1 and size < 1:
-                raise ConfigError(f"parallel.{name}={size} must be at least 1, or -1 for the ranks left over")
-        free = [f"parallel.{name}" for name, size in sizes.items() if size == -1 and name != "ep"]
-        if len(free) > 1:
-            raise ConfigError(f"{' and '.join(free)} are both -1; only one axis can take the ranks left over")
-        choices = {
-            "schedule": SCHEDULES,
-            "sharding": SHARDINGS,
-            "offload": OFFLOADS,
-            "recompute": RECOMPUTES,
-            "transport": TRANSPORTS,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"parallel.{name}={getattr(self, name)} is not known; use {', '.join(known)}")
-        if self.offload != "none" and self.sharding == "fsdp":
-            raise ConfigError(
-                f"parallel.offload={self.offload} needs parallel.sharding=zero1, zero2 or zero3; set one of them"
-            )
-        if not self.timeout_seconds > 0:
-            raise ConfigError(f"parallel.timeout_seconds={self.timeout_seconds} must be above 0")
 
 
 @dataclass(frozen=True)

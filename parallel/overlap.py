@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
+from longcat.choices import check_choice
 from longcat.dispatch import LocalDispatcher
 from longcat.errors import ConfigError
 from longcat.interfaces import SequenceModule
@@ -13,7 +15,12 @@ from parallel.expert import ExpertParallelDispatcher
 from parallel.mesh import Topology
 from parallel.sequence import ShardedSequence
 
-PLACES = ("ffn", "attention")
+
+class ExpertsAfter(StrEnum):
+    """Where a layer computes its experts."""
+
+    ffn = "ffn"
+    attention = "attention"
 
 
 @dataclass
@@ -23,15 +30,15 @@ class OverlapConfig:
     enabled: bool = True  # false makes every collective blocking, for comparison; results are bitwise identical
     # chunks of a micro-batch's tokens; one is sent while experts compute another. Always 1 with parallel.ep=1
     num_chunks: int = 1
-    experts_after: str = "ffn"  # where a layer computes its experts: after its first ffn, or after its second attention
+    # where a layer computes its experts: after its first ffn, or after its second attention
+    experts_after: ExpertsAfter = ExpertsAfter.ffn
     # on a GPU, run the experts on a stream of their own; needs parallel.transport=all_to_all
     experts_stream: bool = False
 
     def validate(self) -> None:
         if self.num_chunks < 1:
             raise ConfigError(f"overlap.num_chunks={self.num_chunks} must be at least 1")
-        if self.experts_after not in PLACES:
-            raise ConfigError(f"overlap.experts_after={self.experts_after} is not known; use {' or '.join(PLACES)}")
+        check_choice("overlap.experts_after", self.experts_after, ExpertsAfter)
         if self.experts_stream and not self.enabled:
             raise ConfigError("overlap.experts_stream=true lies beside nothing with overlap.enabled=false; leave one")
 
@@ -41,7 +48,7 @@ def apply_overlap(model: LongCat, config: OverlapConfig, topology: Topology) -> 
     awaited = StreamContext(blocking=True)
     for layer in model.shortcut_layers():
         moe = layer.mlp
-        moe.after_attention = config.experts_after == "attention"
+        moe.after_attention = config.experts_after == ExpertsAfter.attention
         if isinstance(moe.dispatcher, ExpertParallelDispatcher):
             streams = stream_context(topology.device, config.experts_stream) if config.enabled else awaited
             moe.dispatcher.streams, moe.expert_stream, moe.num_chunks = streams, streams.experts, config.num_chunks

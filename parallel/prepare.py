@@ -10,6 +10,7 @@ from longcat.config import ModelConfig
 from longcat.model import LongCat, ModelPart
 from longcat.ops.fusion import fuse
 from parallel.compiled import check_compile
+from parallel.config import ParallelConfig, Sharding
 from parallel.deepspeed.engine import ZeroEngine
 from parallel.deepspeed.setup import check as check_deepspeed
 from parallel.engine import Engine, SequentialEngine
@@ -17,7 +18,7 @@ from parallel.expert import apply_expert_parallel, check_experts, install_dispat
 from parallel.fsdp.collectives import install_collectives
 from parallel.fsdp.sharding import materialise, shard
 from parallel.kernels import install
-from parallel.mesh import Axis, MeshSizes, ParallelConfig, Topology
+from parallel.mesh import Axis, MeshSizes, Topology
 from parallel.overlap import OverlapConfig, apply_overlap
 from parallel.pipeline.engine import Pipeline
 from parallel.pipeline.stages import check_micro_batches, num_stages, split, stages_of
@@ -46,7 +47,7 @@ def check_layout(
     if sizes.pp > 1:
         split(config, num_stages(parallel.schedule, sizes.pp), sequence_length)
         check_micro_batches(parallel.schedule, sizes.pp, num_micro_batches)
-    if parallel.sharding != "fsdp":
+    if parallel.sharding != Sharding.fsdp:
         check_deepspeed(parallel, sizes)
     check_compile(parallel)
     check_tensor(config, sizes.tp)
@@ -67,7 +68,7 @@ def prepare(
 ) -> tuple[Engine, Store]:
     """Build what this rank holds of a model, with initial values: what runs it, and what holds it. A collective."""
     install(topology.device)
-    if parallel.sharding != "fsdp":
+    if parallel.sharding != Sharding.fsdp:
         return _under_deepspeed(
             config, balance_groups, parallel, overlap, topology, compute_dtype, seed, make_optimizer
         )

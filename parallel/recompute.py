@@ -11,9 +11,10 @@ from longcat.attention import LatentAttention
 from longcat.layer import MTPLayer, ShortcutLayer
 from longcat.model import LongCat
 from parallel.collectives.async_collective import wait_for_all
+from parallel.config import Recompute
 
 
-def recompute(model: LongCat, how: str) -> None:
+def recompute(model: LongCat, how: Recompute) -> None:
     """Recompute nothing (`none`), attention from its latents on (`selective`) or whole layers (`full`), in place.
 
     Queries, keys and values of all heads are many times their latents, so `selective` gives up most of attention's
@@ -21,9 +22,9 @@ def recompute(model: LongCat, how: str) -> None:
     forward; what the second one counts goes nowhere.
     """
     for module in model.modules():
-        if how == "selective" and isinstance(module, LatentAttention):
+        if how == Recompute.selective and isinstance(module, LatentAttention):
             _again(module, "attend")
-        elif how == "full" and isinstance(module, ShortcutLayer | MTPLayer):
+        elif how == Recompute.full and isinstance(module, ShortcutLayer | MTPLayer):
             _again(module, "forward")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from longcat.choices import unknown_choice
 from longcat.errors import ConfigError
 from train.config import Config, RunConfig
 
@@ -104,6 +106,11 @@ def leaf_keys(kind: Any, prefix: str = "") -> list[str]:
 
 def one_line(error: BaseException) -> str:
     """A Hydra or OmegaConf error in one line, with the remedy."""
+    if refused := re.search(
+        r"Invalid value '(.*)', expected one of \[(.*)\]\s+full_key: (\S+)", str(error.__cause__ or error)
+    ):
+        value, choices, key = refused.groups()
+        return str(unknown_choice(key, value, choices.split(", ")))
     text = str(error).split("Config search path")[0]
     cause = error.__cause__
     if cause is not None and str(cause) not in text:
@@ -127,6 +134,7 @@ def default_of(key: str) -> str:
         if not hasattr(value, part):
             return f"correct {key}"
         value = getattr(value, part)
+    value = value.value if isinstance(value, Enum) else value
     return f"{key} is a section: set its keys" if is_dataclass(value) else f"the default of {key} is {value!r}"
 
 

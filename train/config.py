@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
-from parallel.mesh import ParallelConfig
+from parallel.config import DispatcherKind, ParallelConfig
 from parallel.overlap import OverlapConfig
 from train.balance import BalanceConfig
 from train.checkpoint.compatibility import flatten
@@ -173,7 +173,7 @@ class Config:
                 f"balance.num_groups={self.balance.num_groups} does not divide model.num_experts="
                 f"{self.model.num_experts}; use a divisor of it"
             )
-        if self.overlap.experts_stream and self.parallel.transport != "all_to_all":
+        if self.overlap.experts_stream and self.parallel.transport != DispatcherKind.all_to_all:
             raise ConfigError(
                 f"overlap.experts_stream=true does not go with parallel.transport={self.parallel.transport}, which has "
                 f"no exchange of its own for the experts' stream; leave one of them"

@@ -109,6 +109,6 @@ def start_wandb(config: Config) -> Any:
         name=config.run.name,
         dir=str(config.run.folder),
         mode=config.logging.wandb,  # type: ignore[arg-type]
-        config=OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
+        config=OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True),  # type: ignore[arg-type]
         settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
     )

@@ -79,7 +79,7 @@ def lock(folder: Path) -> IO[str]:
 def as_mapping(config: Config) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    container = OmegaConf.to_container(OmegaConf.structured(config))
+    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 

@@ -17,6 +17,7 @@ from longcat.init import fill
 from longcat.interfaces import install
 from longcat.model import LongCat, Losses
 from longcat.names import role
+from parallel.config import Offload, ParallelConfig
 from parallel.deepspeed.flat import FlatShard
 from parallel.deepspeed.layout import Fragment, fragments
 from parallel.deepspeed.setup import (
@@ -35,7 +36,7 @@ from parallel.deepspeed.setup import (
 )
 from parallel.engine import MicroBatch, Objective, detached
 from parallel.memory import StateBytes
-from parallel.mesh import ParallelConfig, Topology
+from parallel.mesh import Topology
 from parallel.store import MOMENTS, LocalBox, MakeOptimizer
 from parallel.torch_internals import foreach_scale_
 
@@ -64,7 +65,7 @@ class ZeroEngine:
         check(config, topology.sizes)
         deepspeed = quiet_import(topology.device.type)
         self.model, self.stage, self.parts = model, STAGES[config.sharding], [model]
-        self.offloads, self.transient = config.offload != "none", config.offload == "nvme"
+        self.offloads, self.transient = config.offload != Offload.none, config.offload == Offload.nvme
         self.num_ranks, self.first_expert = data_parallel_size(topology), first_expert(model, topology)
         keep_own_experts(model, topology)
         numels = [weight.numel() for weight in model.parameters()]

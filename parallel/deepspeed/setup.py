@@ -18,9 +18,10 @@ from longcat.interfaces import UnshardedVocabulary
 from longcat.model import LongCat
 from longcat.moe import Experts
 from longcat.names import role
-from parallel.mesh import MeshSizes, ParallelConfig, Topology
+from parallel.config import Offload, ParallelConfig, Sharding
+from parallel.mesh import MeshSizes, Topology
 
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+STAGES = {Sharding.zero1: 1, Sharding.zero2: 2, Sharding.zero3: 3}
 BUCKET_NUMEL = 1 << 26  # gradients reduced at once; each bucket is a buffer of as many float32
 NVME_NUMEL = 100_000_000
 PERSISTENT_NUMEL = 10_000  # under ZeRO-3 smaller tensors stay whole: gathering gains would cost more than it saves
@@ -39,18 +40,18 @@ def check(config: ParallelConfig, sizes: MeshSizes) -> None:
                 f"{chosen} cannot be used with parallel.{name}={getattr(sizes, name)}; set parallel.{name}=1, or "
                 f"parallel.sharding=fsdp"
             )
-    if config.sharding == "zero3" and sizes.ep > 1:
+    if config.sharding == Sharding.zero3 and sizes.ep > 1:
         raise ConfigError(
             f"{chosen} cannot be used with parallel.ep={sizes.ep}: DeepSpeed's ZeRO-3 knows no experts; use "
             f"parallel.sharding=zero2, or parallel.ep=1"
         )
-    if config.offload == "nvme":
+    if config.offload == Offload.nvme:
         check_nvme(config)
 
 
 def check_nvme(config: ParallelConfig) -> None:
     """Refuse NVMe offload where it cannot work. Raises ConfigError."""
-    if config.sharding != "zero3":
+    if config.sharding != Sharding.zero3:
         raise ConfigError(
             f"parallel.offload=nvme needs parallel.sharding=zero3, not {config.sharding}; use that, or "
             f"parallel.offload=cpu"
@@ -102,17 +103,19 @@ def deepspeed_settings(config: ParallelConfig, num_weights: int, largest: int) -
             "stage3_prefetch_bucket_size": bucket,
             "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
         }
-    elif config.offload == "none":
+    elif config.offload == Offload.none:
         zero["compute_grad_norm"] = False  # ours is known before the step; with offload theirs cannot be left out
-    if config.offload != "none":
-        place: dict[str, Any] = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
-        if config.offload == "nvme":
+    if config.offload != Offload.none:
+        place: dict[str, Any] = {"device": str(config.offload), "pin_memory": torch.cuda.is_available()}
+        if config.offload == Offload.nvme:
             place["nvme_path"] = config.offload_path
             zero["sub_group_size"] = NVME_NUMEL  # weights updated at once; they and their moments are buffers of it
         zero["offload_optimizer"] = dict(place)
         if stage == 3:
             # A buffer holds this rank's part of any one weight
-            zero["offload_param"] = place | {"buffer_size": max(largest, 1)} if config.offload == "nvme" else place
+            zero["offload_param"] = (
+                place | {"buffer_size": max(largest, 1)} if config.offload == Offload.nvme else place
+            )
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

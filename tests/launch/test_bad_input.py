@@ -30,6 +30,10 @@ CONFIGURATION = {
     "text-for-int": (["train.steps=many"], ["train.steps=many", "Integer", "default of train.steps is 1000"]),
     "fraction-for-int": (["train.steps=1.5"], ["train.steps=1.5", "Integer", "default"]),
     "null-for-int": (["train.steps=null"], ["train.steps=null", "not Optional", "default"]),
+    "unknown-choice": (
+        ["parallel.schedule=gpipe"],
+        ["parallel.schedule=gpipe is not known; use zbv, 1f1b, interleaved or dualpipev"],
+    ),
     "text-for-float": (["optim.lr=fast"], ["optim.lr=fast", "Float", "default of optim.lr is 0.001"]),
     "list-for-float": (["loss.mtp_weight=[1]"], ["loss.mtp_weight=[1]", "Float", "default"]),
     "text-for-bool": (["train.deterministic=maybe"], ["train.deterministic=maybe", "bool", "default"]),

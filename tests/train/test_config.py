@@ -273,3 +273,10 @@ def test_a_configuration_on_disk_is_the_same_run(corpus: Path, tmp_path: Path) -
 )
 def test_run_folder_is_found_even_if_overrides_are_wrong(words: list[str], folder: str | None) -> None:
     assert named_folder(words) == (None if folder is None else Path(folder))
+
+
+def test_choices_are_stored_as_plain_strings() -> None:
+    """config.yaml, checkpoints and W&B get strings, whatever the type of a key is."""
+    parallel = as_mapping(compose(["parallel.schedule=1f1b"]))["parallel"]
+    assert parallel["schedule"] == "1f1b"
+    assert {type(value) for value in parallel.values()} <= {str, int, float, bool}

@@ -22,8 +22,9 @@ from longcat.layer import ShortcutLayer
 from longcat.ops.elementwise import rotary_angles
 from parallel.collectives.async_collective import AllGather, AsyncCollective, Collective, start, wait, wait_for_all
 from parallel.collectives.streams import SideStreamContext
+from parallel.config import ParallelConfig
 from parallel.expert import AllGatherDispatcher, AllToAllDispatcher
-from parallel.mesh import ParallelConfig, make_topology, resolve_sizes, world_from_environment
+from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gradients
 from parallel.recompute import _again
 from parallel.watchdog.events import Event, SpanKind

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from longcat.errors import ConfigError
+from parallel.config import Offload, ParallelConfig
 from parallel.deepspeed import setup
 from parallel.deepspeed.flat import FlatShard, boxes_of_range
-from parallel.mesh import ParallelConfig, resolve_sizes
+from parallel.mesh import resolve_sizes
 from tests.parallel.deepspeed import file_aio
 from tests.support.comparison import STEPS, check, compare, one_process
 from tests.support.measure import Measured, assemble, measure
@@ -91,4 +92,4 @@ def test_what_deepspeed_cannot_do_is_refused_with_a_cure(keys: dict[str, Any], w
 
 def test_offload_without_deepspeed_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"set one of them"):
-        ParallelConfig(offload="cpu").validate()
+        ParallelConfig(offload=Offload.cpu).validate()

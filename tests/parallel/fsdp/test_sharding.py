@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from longcat.errors import ConfigError
-from parallel.mesh import ParallelConfig, resolve_sizes
+from parallel.config import ParallelConfig
+from parallel.mesh import resolve_sizes
 from tests.support.distributed import run_ranks
 from tests.support.three_steps import MODEL, train_three_steps
 

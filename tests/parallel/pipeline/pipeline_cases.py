@@ -17,8 +17,9 @@ from longcat.init import initialise
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat, Losses
 from longcat.names import pieces
+from parallel.config import ParallelConfig
 from parallel.fsdp.sharding import materialise, set_gradient_sync, shard
-from parallel.mesh import Axis, MeshSizes, ParallelConfig, Topology, connect, make_topology
+from parallel.mesh import Axis, MeshSizes, Topology, connect, make_topology
 from parallel.pipeline.engine import Pipeline
 from parallel.pipeline.stages import is_replica, num_stages, split, stages_of
 

@@ -159,7 +159,8 @@ def test_deferred_weight_gradients_lose_nothing_in_bfloat16(case: Case) -> None:
 
 
 def refuse_a_short_step() -> str:
-    from parallel.mesh import ParallelConfig, connect
+    from parallel.config import ParallelConfig
+    from parallel.mesh import connect
     from parallel.pipeline.engine import Pipeline
 
     topology = connect(ParallelConfig(pp=1, fsdp=1))

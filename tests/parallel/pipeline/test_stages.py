@@ -10,7 +10,7 @@ import pytest
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.model import LongCat
-from parallel.mesh import SCHEDULES
+from parallel.config import Schedule
 from parallel.pipeline.simulation import planned, simulate
 from parallel.pipeline.stages import (
     STAGES_PER_RANK,
@@ -64,7 +64,7 @@ def test_too_few_layers_are_refused_with_a_cure() -> None:
         split(replace(SMALL, num_layers=4), 8, 128)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [schedule.value for schedule in Schedule])
 @pytest.mark.parametrize("pp", [1, 2, 4, 5])
 def test_each_stage_is_on_the_rank_on_which_torch_runs_it(schedule: str, pp: int) -> None:
     local_boxes = {rank: stages_of(schedule, pp, rank) for rank in range(pp)}
@@ -83,7 +83,7 @@ def test_too_few_micro_batches_are_refused_with_a_cure(schedule: str, pp: int, r
         check_micro_batches(schedule, pp, refused)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [schedule.value for schedule in Schedule])
 @pytest.mark.parametrize("pp", [1, 2, 3, 4])
 def test_accepted_micro_batch_counts_run_to_the_end(schedule: str, pp: int) -> None:
     ran = 0

@@ -1,0 +1,93 @@
+"""The `parallel` section of the configuration: sizes of the mesh axes, and how each kind of parallelism works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from longcat.choices import check_choice
+from longcat.errors import ConfigError
+
+# 1f1b is no identifier, hence the functional form
+Schedule = StrEnum("Schedule", {"zbv": "zbv", "1f1b": "1f1b", "interleaved": "interleaved", "dualpipev": "dualpipev"})
+
+
+class Sharding(StrEnum):
+    """Which engine shards the training state: FSDP2, or DeepSpeed's ZeRO stages."""
+
+    fsdp = "fsdp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+
+
+class Offload(StrEnum):
+    """Where DeepSpeed keeps fp32 master weights and moments, if not on the device."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class Recompute(StrEnum):
+    """What the backward recomputes: nothing, attention from its latents on, or whole layers."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class DispatcherKind(StrEnum):
+    """How tokens reach their experts; the key is `parallel.transport`."""
+
+    all_to_all = "all_to_all"
+    all_gather = "all_gather"
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of the mesh axes, and what runs on them.
+
+    The axes multiply to the number of ranks; one of them may be -1, the ranks left over.
+    """
+
+    pp: int = 1  # pipeline ranks; each has one stage of layers, or two, by the schedule
+    dp: int = 1  # replicas of the sharded model; above 1: hybrid sharding (HSDP)
+    fsdp: int = -1  # ranks that read different samples and shard the weights, gradients and moments of one replica
+    cp: int = 1  # context parallelism: ranks that share the positions of each sequence
+    tp: int = 1  # tensor parallelism: ranks that share heads, FFN columns, vocabulary, and the positions in between
+    ep: int = 1  # expert parallelism: ranks that share the experts, taken from fsdp × cp × tp; -1 = all of those
+    schedule: Schedule = Schedule.zbv  # of the pipeline: zbv (zero-bubble V), 1f1b, interleaved or dualpipev
+    sharding: Sharding = Sharding.fsdp  # fsdp = FSDP2; zero1, zero2, zero3 = DeepSpeed
+    # DeepSpeed only: cpu keeps fp32 master weights and moments in host memory (weights too under zero3), nvme in files
+    # (zero3 only)
+    offload: Offload = Offload.none
+    offload_path: str = ""  # folder on a fast disk for offload=nvme
+    # none; selective = recompute attention from its latents on in the backward; full = recompute whole layers
+    recompute: Recompute = Recompute.none
+    compile: bool = False  # fuse norms, SwiGLU, softmax and cross-entropy with torch.compile
+    # dispatcher of tokens to experts: all_to_all, or all_gather (with reduce-scatter back)
+    transport: DispatcherKind = DispatcherKind.all_to_all
+    # false keeps gathered weights until the backward: faster, more memory. A pipeline always keeps them
+    reshard_after_forward: bool = True
+    timeout_seconds: float = 600.0  # a rank that blocks the others for longer ends the run
+
+    def validate(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("pp", "dp", "fsdp", "cp", "tp", "ep")}
+        for name, size in sizes.items():
+            if size != -1 and size < 1:
+                raise ConfigError(f"parallel.{name}={size} must be at least 1, or -1 for the ranks left over")
+        free = [f"parallel.{name}" for name, size in sizes.items() if size == -1 and name != "ep"]
+        if len(free) > 1:
+            raise ConfigError(f"{' and '.join(free)} are both -1; only one axis can take the ranks left over")
+        check_choice("parallel.schedule", self.schedule, Schedule)
+        check_choice("parallel.sharding", self.sharding, Sharding)
+        check_choice("parallel.offload", self.offload, Offload)
+        check_choice("parallel.recompute", self.recompute, Recompute)
+        check_choice("parallel.transport", self.transport, DispatcherKind)
+        if self.offload != Offload.none and self.sharding == Sharding.fsdp:
+            raise ConfigError(
+                f"parallel.offload={self.offload} needs parallel.sharding=zero1, zero2 or zero3; set one of them"
+            )
+        if not self.timeout_seconds > 0:
+            raise ConfigError(f"parallel.timeout_seconds={self.timeout_seconds} must be above 0")
