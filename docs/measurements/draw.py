@@ -67,7 +67,7 @@ def draw(name: str, page: Path) -> str:
     for stem, one in files.items():
         link = Path(os.path.relpath(HERE / f"{stem}.json", page.parent)).as_posix()
         how = f"`{one['command']}`; " if one["command"] else ""
-        sources.append(f"[{one['date']}]({link}): {how}{one['machine']}.")
+        sources.append(f"- [{one['date']}]({link}): {how}{one['machine']}.")
     return "\n".join([*lines, "", *sources]) + "\n"
 
 
