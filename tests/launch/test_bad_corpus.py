@@ -60,7 +60,7 @@ def leave(prefix: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage,words,telling",
+    "damage,words,fragments",
     [
         (remove, [], ["corpus has no corpus.bin", "longcat data build"]),
         (empty, [], ["is empty (0 tokens)", "longcat data build"]),
@@ -77,13 +77,13 @@ def leave(prefix: Path) -> None:
 def test_a_wrong_corpus_is_refused(
     damage: Callable[[Path], None],
     words: list[str],
-    telling: list[str],
+    fragments: list[str],
     broken: Path,
     overrides: list[str],
     refused: Refused,
     tmp_path: Path,
 ) -> None:
     damage(broken)
-    said = refused(["train", *overrides, *NARROW, f"data.paths=[{broken}]", *words], *telling, str(broken.parent))
+    said = refused(["train", *overrides, *NARROW, f"data.paths=[{broken}]", *words], *fragments, str(broken.parent))
     assert exit_json(tmp_path / "run") == {"code": 2, "message": said.removeprefix("error: ")}
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []

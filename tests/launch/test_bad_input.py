@@ -84,9 +84,9 @@ CONFIGURATION = {
 def test_wrong_configuration_is_refused_before_any_write(
     case: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words, telling = CONFIGURATION[case]
+    words, fragments = CONFIGURATION[case]
     monkeypatch.setattr("train.process.main", lambda config: 0)  # a case that is not refused must fail before it trains
-    refused(["train", f"run.dir={tmp_path / 'runs'}", *words], *telling)
+    refused(["train", f"run.dir={tmp_path / 'runs'}", *words], *fragments)
     assert not (tmp_path / "runs").exists()
 
 
@@ -112,7 +112,7 @@ def used(trained: tuple[list[str], Path], tmp_path: Path) -> tuple[list[str], Pa
     return ["train", *words, "train.steps=4", f"run.dir={tmp_path}"], tmp_path / "used"
 
 
-def spoil(checkpoint: Path) -> None:
+def damage(checkpoint: Path) -> None:
     path = next(checkpoint.glob("*.distcp"))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -120,7 +120,7 @@ def spoil(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words,telling",
+    "words,fragments",
     [
         (["model.hidden_size=48"], ["model.hidden_size was 32 and is now 48", "choose another run.name"]),
         (["optim.lr=3e-3", "train.seed=5"], ["optim.lr was 0.001 and is now 0.003", "train.seed was 0"]),
@@ -132,10 +132,10 @@ def spoil(checkpoint: Path) -> None:
     ids=["other-model", "other-rate-and-seed", "other-batch", "never", "wrong-type", "wrong-layout"],
 )
 def test_folder_of_another_run_is_left_alone(
-    words: list[str], telling: list[str], used: tuple[list[str], Path], refused: Refused
+    words: list[str], fragments: list[str], used: tuple[list[str], Path], refused: Refused
 ) -> None:
     before = contents(used[1])
-    refused([*used[0], *words], *telling)
+    refused([*used[0], *words], *fragments)
     assert contents(used[1]) == before
 
 
@@ -164,7 +164,7 @@ def test_an_unwritable_folder_is_refused(overrides: list[str], refused: Refused,
 
 def test_resume_is_refused_when_no_checkpoint_is_valid(used: tuple[list[str], Path], refused: Refused) -> None:
     for path in list_checkpoints(used[1] / "checkpoints"):
-        spoil(path)
+        damage(path)
     before = contents(used[1])
     refused(used[0], "no checkpoint in", "step-00000002", "does not have the hash", "another run.name")
     after = contents(used[1])
@@ -174,7 +174,7 @@ def test_resume_is_refused_when_no_checkpoint_is_valid(used: tuple[list[str], Pa
 
 
 @pytest.mark.parametrize(
-    "where,words,telling",
+    "where,words,fragments",
     [
         ("nowhere", [], ["nowhere is no folder", "use auto, never or a checkpoint's folder"]),
         ("used", [], ["no checkpoint in", "step-00000002", "restore one"]),
@@ -191,17 +191,17 @@ def test_resume_is_refused_when_no_checkpoint_is_valid(used: tuple[list[str], Pa
 def test_wrong_resume_path_is_refused(
     where: str,
     words: list[str],
-    telling: list[str],
+    fragments: list[str],
     used: tuple[list[str], Path],
     trained: tuple[list[str], Path],
     refused: Refused,
     tmp_path: Path,
 ) -> None:
     for path in list_checkpoints(used[1] / "checkpoints"):
-        spoil(path)
+        damage(path)
     (tmp_path / "empty").mkdir()
     source = trained[1] if where == "valid" else tmp_path / where
-    refused([*used[0], "run.name=new", f"checkpoint.resume={source}", *words], *telling)
+    refused([*used[0], "run.name=new", f"checkpoint.resume={source}", *words], *fragments)
     assert list_checkpoints(tmp_path / "new" / "checkpoints") == []
 
 
@@ -236,9 +236,9 @@ OTHER_VERBS = {
 def test_other_commands_refuse_in_one_line(
     case: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words, telling = OTHER_VERBS[case]
+    words, fragments = OTHER_VERBS[case]
     monkeypatch.chdir(tmp_path)
-    refused([word.format(tmp=tmp_path) for word in words], *telling)
+    refused([word.format(tmp=tmp_path) for word in words], *fragments)
 
 
 def test_verify_names_what_is_damaged(
@@ -246,7 +246,7 @@ def test_verify_names_what_is_damaged(
 ) -> None:
     assert longcat(["checkpoint", "verify", str(used[1])]) == 0
     assert capfd.readouterr().out.count("  valid\n") == 2
-    spoil(list_checkpoints(used[1] / "checkpoints")[1])
+    damage(list_checkpoints(used[1] / "checkpoints")[1])
     refused(["checkpoint", "verify", str(used[1])], "1 of 2 checkpoints", str(used[1]), "restore")
     refused(["checkpoint", "verify", str(used[1] / "checkpoints" / "step-00000002")], "1 of 1 checkpoints")
     assert longcat(["checkpoint", "verify", str(used[1] / "checkpoints" / "step-00000001")]) == 0
@@ -300,9 +300,9 @@ def test_refused_rank_writes_exit_json(overrides: list[str], tmp_path: Path, cap
 @pytest.mark.usefixtures("as_a_rank")
 def test_refused_rank_leaves_other_runs_alone(used: tuple[list[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
     before = contents(used[1])
-    for words, telling in ((["optim.lr=0.5"], "is now 0.5"), (["train.stpes=3", "run.name=used"], "'train.steps'")):
+    for words, fragments in ((["optim.lr=0.5"], "is now 0.5"), (["train.stpes=3", "run.name=used"], "'train.steps'")):
         assert rank_main([*used[0][1:], "train.global_batch_size=4", *words]) == 2
-        error_line(capfd.readouterr().err, telling)
+        error_line(capfd.readouterr().err, fragments)
         assert contents(used[1]) == before
     (used[1] / "config.yaml").unlink()  # as in a run that has just started
     with lock(used[1]):

@@ -115,8 +115,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_wrong_growth_is_refused(name: str, tmp_path: Path, refused: Refused) -> None:
-    words, telling = REFUSED[name]
-    refused(["grow", *(word.format(tmp=tmp_path) for word in words)], *telling)
+    words, fragments = REFUSED[name]
+    refused(["grow", *(word.format(tmp=tmp_path) for word in words)], *fragments)
 
 
 def test_growing_a_run_without_checkpoints_is_refused(tmp_path: Path, refused: Refused) -> None:

@@ -40,10 +40,10 @@ def other(tmp_path: Path) -> Path:
 def test_corpus_of_another_tokenizer_is_refused_in_training(checkpoint: Path, other: Path, tmp_path: Path) -> None:
     """Also with data.from_start, because the same ids mean other text."""
     words = [*SMALL, f"data.paths=[{other}]", f"run.dir={tmp_path}", "run.name=run", f"checkpoint.resume={checkpoint}"]
-    telling = ["with the tokenizer of SHA-256", str(other), "longcat data build data.tokenizer=FILE"]
+    fragments = ["with the tokenizer of SHA-256", str(other), "longcat data build data.tokenizer=FILE"]
     assert run_cleanly(lambda: longcat(["train", *words, "data.from_start=true", "train.steps=3"])) == 2
     said = json.loads((tmp_path / "run" / "exit.json").read_text())["message"]
-    assert all(word in said for word in telling), said
+    assert all(word in said for word in fragments), said
 
 
 def test_changed_tokenizer_file_is_refused_by_text_and_export(
@@ -52,9 +52,9 @@ def test_changed_tokenizer_file_is_refused_by_text_and_export(
     source = f"source={trained(moved, tmp_path)}"
     (moved.parent / "tokenizer.json").write_bytes((other.parent / "tokenizer.json").read_bytes())
     target = f"target={tmp_path / 'out'}"
-    telling = [str(moved.parent / "tokenizer.json"), "is not the tokenizer", "name that one with"]
-    refused(["generate", source, "max_tokens=2"], *telling, "tokenizer=FILE")
-    refused(["export", source, target], *telling, "export.tokenizer=FILE")
+    fragments = [str(moved.parent / "tokenizer.json"), "is not the tokenizer", "name that one with"]
+    refused(["generate", source, "max_tokens=2"], *fragments, "tokenizer=FILE")
+    refused(["export", source, target], *fragments, "export.tokenizer=FILE")
     wrong = other.parent / "tokenizer.json"
     refused(["export", source, target, f"export.tokenizer={wrong}"], str(wrong), "is not the tokenizer")
     assert not (tmp_path / "out").exists()

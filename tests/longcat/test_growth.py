@@ -125,13 +125,13 @@ def test_interposed_forward_is_bitwise_each_layer_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("growth", "telling"),
+    ("growth", "fragments"),
     [
         (Growth(2, 1), "growth.factor=1 adds no layer"),
         (Growth(2, -2), "growth.factor=-2"),
         (Growth(2, 2, "double"), "growth.method=double is not known; use stack or interpose"),
     ],
 )
-def test_growth_to_the_same_depth_is_refused(growth: Growth, telling: str) -> None:
-    with pytest.raises(ConfigError, match=telling):
+def test_impossible_growth_is_refused(growth: Growth, fragments: str) -> None:
+    with pytest.raises(ConfigError, match=fragments):
         growth.validate()

@@ -129,7 +129,7 @@ class Recorder(TorchDispatchMode):
         self.switches: list[tuple[int, str]] = [(0, "main")]  # autograd's next node number, and the stream from it on
 
     def happens(self, kind: str) -> bool:
-        self.look_for_freed()
+        self.check_freed()
         here = site(kind)
         self.sites.add(here)
         return here != self.without
@@ -154,7 +154,7 @@ class Recorder(TorchDispatchMode):
 
     def operate(self, stream: str, reads: list[Tensor], writes: list[Tensor], what: str) -> None:
         """An operator that is queued on ``stream``."""
-        self.look_for_freed()
+        self.check_freed()
         clock = self.clocks[stream]
         clock[stream] += 1
         self.num_operators[stream] += 1
@@ -173,7 +173,7 @@ class Recorder(TorchDispatchMode):
                 block.used[stream] = clock[stream]
                 block.written = stream, clock[stream]
 
-    def look_for_freed(self) -> None:
+    def check_freed(self) -> None:
         for key, block in list(self.blocks.items()):
             if torch.UntypedStorage._expired(block.weak):
                 torch.UntypedStorage._free_weak_ref(block.weak)

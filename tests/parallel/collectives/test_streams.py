@@ -170,7 +170,7 @@ def watched(case: Case, without: Site | None = None) -> tuple[Recorder, list[Ten
     with recorder:
         found = compute(list(stack), recorder, case.in_flight, case.balanced)  # type: ignore[arg-type]
         queue.take()()
-        recorder.look_for_freed()
+        recorder.check_freed()
     return recorder, found + [grad / case.in_flight for grad in weight_gradients(stack)]
 
 

@@ -313,7 +313,7 @@ def exchange(theirs: str, ours: str, ports: list[int]) -> tuple[str, str, str]:
     return loaded, trained, words
 
 
-def look_together(folder: str) -> tuple[Any, list[str]]:
+def find_on_two_ranks(folder: str) -> tuple[Any, list[str]]:
     """On two ranks: the checkpoint found in ``folder``, and the files that this rank has hashed."""
     config = compose(TINY)
     topology = connect(config.parallel)
@@ -335,7 +335,7 @@ def test_ranks_share_the_hashing_and_agree_on_the_result(saver: Saver) -> None:
     first, second, third = (saver.save(step) for step in (1, 2, 3))
     flip_a_bit(third)
     change_a_counter(second)
-    both = run_ranks(look_together, 2, str(saver.folder))
+    both = run_ranks(find_on_two_ranks, 2, str(saver.folder))
     problems = ["__0_0.distcp", "state.json"]
     passed = [
         (folder, f"{name} does not have the hash of the manifest")

@@ -100,13 +100,13 @@ class Campaign:
 @pytest.fixture
 def campaign(overrides: list[str], tmp_path: Path) -> Campaign:
     words = [*overrides, *NARROW, f"train.steps={STEPS}", "parallel.timeout_seconds=20"]
-    undisturbed = tmp_path / "undisturbed"
-    straight = [*words, f"run.dir={undisturbed}", "run.name=run"]
+    uninterrupted = tmp_path / "uninterrupted"
+    straight = [*words, f"run.dir={uninterrupted}", "run.name=run"]
     assert end(start(RANKS, straight, tmp_path / "straight"), 120) == [0] * RANKS
     seed = time.time_ns() % 1_000_000
     print(f"seed of the moments: {seed}")
     words += ["checkpoint.every=2", "checkpoint.keep=2", "checkpoint.keep_every=8"]
-    return Campaign(words, tmp_path, exact(undisturbed / "run"), random.Random(seed))
+    return Campaign(words, tmp_path, exact(uninterrupted / "run"), random.Random(seed))
 
 
 def test_another_number_of_ranks_resumes_at_the_next_sample(overrides: list[str], tmp_path: Path) -> None:

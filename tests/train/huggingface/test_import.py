@@ -198,8 +198,8 @@ def changed(export: Path, folder: Path, name: str, change: Any) -> Path:
 def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused) -> None:
     expert, target = "model.layers.1.mlp.experts.5.up_proj.weight", f"target={tmp_path / 'out'}"
 
-    def attempt(source: Path, *telling: str) -> None:
-        refused(["import", f"source={source}", target], *telling)
+    def attempt(source: Path, *fragments: str) -> None:
+        refused(["import", f"source={source}", target], *fragments)
 
     attempt(changed(export, tmp_path / "a", expert, lambda values: None), "lacks", expert)
     attempt(changed(export, tmp_path / "b", expert, lambda values: values.T), expert, "[32, 16]", "[16, 32]")
@@ -223,7 +223,7 @@ def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused)
 
 
 @pytest.mark.parametrize(
-    "field,value,telling",
+    "field,value,fragments",
     [
         ("model_type", "llama", "longcat_flash"),
         ("mla_scale_q_lora", False, "mla_scale_q_lora"),
@@ -246,12 +246,12 @@ def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused)
     ],
 )
 def test_a_config_of_another_model_is_refused(
-    field: str, value: Any, telling: str, export: Path, tmp_path: Path, refused: Refused
+    field: str, value: Any, fragments: str, export: Path, tmp_path: Path, refused: Refused
 ) -> None:
     shutil.copytree(export, tmp_path / "source")
     path = tmp_path / "source" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    refused(["import", f"source={tmp_path / 'source'}", f"target={tmp_path / 'out'}"], telling)
+    refused(["import", f"source={tmp_path / 'source'}", f"target={tmp_path / 'out'}"], fragments)
 
 
 def test_text_of_run_checkpoint_and_export_is_equal(

@@ -148,12 +148,12 @@ def test_cut_last_line_is_dropped_and_broken_line_reported(tmp_path: Path) -> No
 def test_nan_and_null_are_left_out_of_curves(tmp_path: Path) -> None:
     run = fabricate(tmp_path / "run", steps=80, routing_rows=0)
 
-    def spoil(row: dict[str, object]) -> dict[str, object]:
+    def damage(row: dict[str, object]) -> dict[str, object]:
         if row["step"] in (40, 41, 80):
             row |= {"loss": float("nan"), "grad_norm": float("inf"), "mfu": None}
         return row
 
-    rewrite_metrics(run, spoil)
+    rewrite_metrics(run, damage)
     html, page = read(write_report(run))
     assert "3 steps have no finite loss" in page.text
     assert "Gradient norm" in page.heads
