@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import parallel
+import train
 from parallel.watchdog.events import Event, SpanKind, Track
 from parallel.watchdog.spans import SPANS, begin_step, blocked_seconds, record_launch, record_send, wait_span, work_span
 from train.profiling.recorder import CommSpan, StepRecorder
@@ -139,3 +143,14 @@ def test_a_launch_meets_the_wait_of_an_equal_event_only() -> None:
     launched, waited = recorder.comm_spans
     assert launched.blocked is None and waited.blocked is not None and waited.num_bytes == 0
     assert [one[1:] for one in recorder.sends] == [(FORWARD, 5, 1)]
+
+
+def test_every_wait_has_a_communication_track() -> None:
+    """The kinds of all wait spans and collectives, as the sources name them."""
+    pattern = re.compile(
+        r"(?:wait_span|waits|AllGather|AllToAll|ReduceScatter)\(\s*(?:Event|self\._event)\(SpanKind\.(\w+)"
+    )
+    sources = [path.read_text() for package in (parallel, train) for path in Path(package.__path__[0]).rglob("*.py")]
+    kinds = {SpanKind[name] for source in sources for name in pattern.findall(source)}
+    assert len(kinds) > 15
+    assert not {kind for kind in kinds if kind.track == Track.COMPUTE}
