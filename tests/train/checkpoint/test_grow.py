@@ -269,7 +269,7 @@ def test_full_disk_is_refused_before_growth_writes(old: Old, tmp_path: Path, mon
 
 
 def test_ambiguous_target_name_is_refused(old: Old, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="names another step; it would hold step 3, so step-00000003"):
+    with pytest.raises(ConfigError, match="names another step; it would contain step 3, so step-00000003"):
         grow(options(old.path, tmp_path / "step-00000007"))
     other = tmp_path / "step-00000003.old"
     shutil.copytree(old.path, other)
@@ -282,7 +282,7 @@ def test_ambiguous_target_name_is_refused(old: Old, tmp_path: Path) -> None:
 
 def test_unknown_state_is_refused(old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "ALL_LAYERS", "something")
-    with pytest.raises(ConfigError, match=r"holds controller/.*, which growth does not know"):
+    with pytest.raises(ConfigError, match=r"contains controller/.*, which growth does not know"):
         grow(options(old.path, tmp_path / "grown"))
 
 

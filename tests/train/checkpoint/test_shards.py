@@ -127,7 +127,7 @@ def test_entry_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     dcp.save({"text": "words"}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
     with pytest.raises(CheckpointException) as caught:
         read(tmp_path, {"text": ""})
-    assert "no tensor; it was written by other code" in str(caught.value.failures[0][0])
+    assert "not a tensor; other code wrote it" in str(caught.value.failures[0][0])
 
 
 def test_only_the_requested_box_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
