@@ -14,6 +14,7 @@ from longcat.generation import Generated, SamplingParams, generate
 from longcat.model import LongCat
 from parallel.device import fastest_dtype
 from train.checkpoint.read import Checkpoint, TensorSource, load_model
+from train.config import ComputeDtype
 from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import end_of_document_id, load_tokenizer
 from train.huggingface.config_json import CONFIG
@@ -32,7 +33,7 @@ class GenerateOptions:
     top_p: float = 1.0  # nucleus sampling: the smallest set of tokens with this probability
     seed: int = 0  # of the sampler
     drafts: bool = True  # speculative decoding: each MTP layer drafts one token, one forward of the model verifies them
-    dtype: str = "auto"  # compute type: bfloat16, float32 or auto, as train.dtype
+    dtype: ComputeDtype = ComputeDtype.auto  # compute type: bfloat16, float32 or auto, as train.dtype
     tokenizer: str = ""  # a tokenizer.json; empty = the one of the source
 
     def validate(self) -> None:
@@ -40,8 +41,6 @@ class GenerateOptions:
             raise ConfigError("say longcat generate source=CHECKPOINT prompt=TEXT")
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ConfigError(f"dtype={self.dtype} is not known; use bfloat16, float32 or auto")
         self.sampling.validate()
 
     @property
@@ -82,7 +81,7 @@ def load(options: GenerateOptions) -> tuple[LongCat, Path]:
         config = checkpoint.model
         tokenizer = checkpoint.tokenizer(options.tokenizer, "tokenizer")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = fastest_dtype() if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype = fastest_dtype() if options.dtype == ComputeDtype.auto else getattr(torch, options.dtype)
     return load_model(config, source, dtype, device), tokenizer
 
 

@@ -5,13 +5,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from longcat.choices import check_choice
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
+
+
+class BalanceMethod(StrEnum):
+    """The bias controllers."""
+
+    pid = "pid"
+    sign = "sign"
 
 
 @dataclass
@@ -23,7 +32,7 @@ class BalanceConfig:
     budget in tens of steps; `kp` makes up for the filter's lag (configs/experiment/quickstart.yaml).
     """
 
-    method: str = "pid"  # pid, or sign: the bias moves by ki in the direction of the error
+    method: BalanceMethod = BalanceMethod.pid  # pid, or sign: the bias moves by ki in the direction of the error
     kp: float = 0.0  # proportional gain
     ki: float = 0.1  # integral gain; alone it is the report's rule with this as μ (value unpublished)
     kd: float = 0.0  # derivative gain
@@ -35,8 +44,7 @@ class BalanceConfig:
     group_loss_weight: float = 1e-3  # α, weight of the device-level balance loss (unpublished)
 
     def validate(self) -> None:
-        if self.method not in CONTROLLERS:
-            raise ConfigError(f"balance.method={self.method} is not known; use {' or '.join(CONTROLLERS)}")
+        check_choice("balance.method", self.method, BalanceMethod)
         for name in ("kp", "ki", "kd", "decay", "group_loss_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"balance.{name}={getattr(self, name)} must not be negative")
@@ -112,7 +120,7 @@ def with_identity(bias: Tensor, model: ModelConfig) -> Tensor:
     return torch.nn.functional.pad(bias, (0, model.num_zero_experts)).float()
 
 
-CONTROLLERS: dict[str, type[PID] | type[Sign]] = {"pid": PID, "sign": Sign}
+CONTROLLERS: dict[BalanceMethod, type[PID] | type[Sign]] = {BalanceMethod.pid: PID, BalanceMethod.sign: Sign}
 
 
 def build_controller(config: BalanceConfig, model: ModelConfig) -> BiasController:

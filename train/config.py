@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
 from pathlib import Path
 
+from longcat.choices import check_choice
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from parallel.config import DispatcherKind, ParallelConfig
@@ -18,6 +20,22 @@ from train.objective import LossConfig
 from train.optimizer import OptimConfig
 from train.profiling.config import ProfileConfig
 from train.schedule import ScheduleConfig
+
+
+class ComputeDtype(StrEnum):
+    """Type of the model's matrix products."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+    auto = "auto"
+
+
+class WandbMode(StrEnum):
+    """Where wandb writes metrics."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
 
 
 @dataclass
@@ -32,7 +50,7 @@ class TrainConfig:
     micro_batch_size: int = 1
     # compute type: bfloat16, float32, or auto = bfloat16 where the device multiplies it natively, else float32.
     # Weights, moments, router and reductions are always float32
-    dtype: str = "auto"
+    dtype: ComputeDtype = ComputeDtype.auto
     deterministic: bool = True  # ask torch for deterministic kernels
     stop_after_seconds: float = 0.0  # save and stop with exit code 3 after this many seconds; 0 = no limit
 
@@ -42,8 +60,7 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
         if self.sequence_length < 2:
             raise ConfigError(f"train.sequence_length={self.sequence_length} must be at least 2")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ConfigError(f"train.dtype={self.dtype} is not known; use bfloat16, float32 or auto")
+        check_choice("train.dtype", self.dtype, ComputeDtype)
         if self.stop_after_seconds < 0:
             raise ConfigError(f"train.stop_after_seconds={self.stop_after_seconds} must not be negative")
         if self.global_batch_size % self.micro_batch_size:
@@ -101,13 +118,12 @@ class LoggingConfig:
     """What is logged, and how often. metrics.jsonl gets every step in any case."""
 
     every: int = 1  # steps between lines on the terminal
-    wandb: str = "offline"  # offline, online or disabled
+    wandb: WandbMode = WandbMode.offline  # offline, online or disabled
     hash_every: int = 0  # steps between state hashes; 0 = never
     routing_every: int = 5  # steps between lines of routing.jsonl (expert loads and biases); 0 = never
 
     def validate(self) -> None:
-        if self.wandb not in ("offline", "online", "disabled"):
-            raise ConfigError(f"logging.wandb={self.wandb} is not known; use offline, online or disabled")
+        check_choice("logging.wandb", self.wandb, WandbMode)
         if self.every < 1:
             raise ConfigError(f"logging.every={self.every} must be at least 1")
         for name in ("hash_every", "routing_every"):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from train.config import Config
+from train.config import Config, WandbMode
 
 METRICS, ROUTING, SUPERSEDED = "metrics.jsonl", "routing.jsonl", "superseded.jsonl"
 
@@ -61,7 +61,7 @@ class MetricsWriter:
         move_after(folder / ROUTING, resumed_step, folder / f"routing-{SUPERSEDED}")
         self.metrics = (folder / METRICS).open("a", buffering=1)
         self.routing = (folder / ROUTING).open("a", buffering=1)
-        self.wandb = WandbWriter(config) if config.logging.wandb != "disabled" else None
+        self.wandb = WandbWriter(config) if config.logging.wandb != WandbMode.disabled else None
 
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
         self.metrics.write(json.dumps(metrics) + "\n")
@@ -108,7 +108,7 @@ def start_wandb(config: Config) -> Any:
         project="longcat",
         name=config.run.name,
         dir=str(config.run.folder),
-        mode=config.logging.wandb,  # type: ignore[arg-type]
+        mode=config.logging.wandb.value,  # type: ignore[arg-type]
         config=OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True),  # type: ignore[arg-type]
         settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
     )

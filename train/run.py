@@ -24,7 +24,7 @@ from train.checkpoint.find import find_on_all_ranks, is_inside, resumes_elsewher
 from train.checkpoint.load import load
 from train.checkpoint.manifest import list_checkpoints
 from train.checkpoint.retention import cleanup
-from train.config import Config
+from train.config import ComputeDtype, Config
 from train.data.samples import TokenSamples
 from train.loop import Loop
 from train.metrics import SUPERSEDED, MetricsSink, MetricsWriter, NullMetricsWriter
@@ -116,11 +116,11 @@ def close(writer: MetricsSink, config: Config, terminal: Display) -> None:
         terminal.note(f"no report: {type(error).__name__}: {error}; try longcat report {config.run.folder}")
 
 
-def resolve_dtype(config: Config) -> str:
+def resolve_dtype(config: Config) -> ComputeDtype:
     """`train.dtype` with `auto` resolved by the first rank for all: ranks may run on different devices."""
-    if config.train.dtype != "auto":
+    if config.train.dtype != ComputeDtype.auto:
         return config.train.dtype
-    return str(broadcast(str(fastest_dtype()).removeprefix("torch.")))
+    return ComputeDtype(broadcast(str(fastest_dtype()).removeprefix("torch.")))
 
 
 def build_state(config: Config, topology: Topology) -> TrainState:

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 
+from longcat.choices import check_choice
 from longcat.errors import ConfigError
+
+
+class ScheduleName(StrEnum):
+    """Shape of the schedule after the warm-up."""
+
+    wsd = "wsd"
+    constant = "constant"
+    cosine = "cosine"
 
 
 @dataclass
@@ -16,22 +26,21 @@ class ScheduleConfig:
     started with it.
     """
 
-    name: str = "wsd"  # wsd, constant or cosine; `schedule=` sets it
+    name: ScheduleName = ScheduleName.wsd  # wsd, constant or cosine; `schedule=` sets it
     warmup_steps: int = 100  # steps of the linear warm-up
     decay_start: int | None = None  # wsd: first step of the decay; null = no decay yet
     decay_steps: int = 0  # wsd and cosine: steps of the decay
     final_factor: float = 0.0  # learning rate after the decay, as a factor of the peak
 
     def validate(self) -> None:
-        if self.name not in ("wsd", "constant", "cosine"):
-            raise ConfigError(f"schedule.name={self.name} is not known; use wsd, constant or cosine")
+        check_choice("schedule.name", self.name, ScheduleName)
         if self.warmup_steps < 0 or self.decay_steps < 0:
             raise ConfigError("schedule.warmup_steps and schedule.decay_steps must not be negative")
         if not 0.0 <= self.final_factor <= 1.0:
             raise ConfigError(f"schedule.final_factor={self.final_factor} must lie between 0 and 1")
-        if self.name == "cosine" and self.decay_steps < 1:
+        if self.name == ScheduleName.cosine and self.decay_steps < 1:
             raise ConfigError("schedule=cosine needs schedule.decay_steps, the length of the decay in steps")
-        if self.name == "wsd" and self.decay_start is not None and self.decay_steps < 1:
+        if self.name == ScheduleName.wsd and self.decay_start is not None and self.decay_steps < 1:
             raise ConfigError(
                 f"schedule.decay_start={self.decay_start} needs schedule.decay_steps, the length of the decay in steps"
             )
@@ -45,9 +54,9 @@ def rate_factor(config: ScheduleConfig, step: int) -> float:
     """The factor of the peak rate in ``step``, counted from 1."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps
-    if config.name == "constant":
+    if config.name == ScheduleName.constant:
         return 1.0
-    if config.name == "cosine":
+    if config.name == ScheduleName.cosine:
         done = min(1.0, (step - config.warmup_steps) / config.decay_steps)
         return config.final_factor + (1 - config.final_factor) * 0.5 * (1 + math.cos(math.pi * done))
     if config.decay_start is None or step < config.decay_start:

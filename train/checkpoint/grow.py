@@ -15,6 +15,7 @@ import json
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,20 @@ SPARE = 16 << 20  # bytes that must be free beyond the tensors: the index and th
 PER_LAYER, ALL_LAYERS = ("weight", "exp_avg", "exp_avg_sq", "optimizer_step", "bias"), "controller"
 
 
+class GrowthMethod(StrEnum):
+    """Order of the repeated layers."""
+
+    stack = "stack"
+    interpose = "interpose"
+
+
 @dataclass
 class GrowthOptions:
     """How often and in which order layers are repeated."""
 
     factor: int = 2  # how often each layer is repeated; at least 2
     # stack = the whole stack again, layers 0 1 0 1 (the report's way); interpose = each layer again in place, 0 0 1 1
-    method: str = "stack"
+    method: GrowthMethod = GrowthMethod.stack
 
 
 @dataclass

@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 import torch
 
+from longcat.choices import check_choice
 from longcat.errors import ConfigError
 from train.checkpoint.files import atomic_folder, check_absent, write_synced
 from train.checkpoint.read import Checkpoint
 from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import end_of_document_id, load_tokenizer
 from train.huggingface.config_json import check_expressible, texts
-from train.huggingface.layouts import LAYOUTS, export_dtype, layout_tensors, tensor_sizes
+from train.huggingface.layouts import Layout, export_dtype, layout_tensors, tensor_sizes
 from train.huggingface.safetensors_folder import ShardWriter
 
 GIB = 2**30
+
+
+class ExportDtype(StrEnum):
+    """Type of all exported tensors except the routers'."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
 
 
 @dataclass
@@ -26,17 +35,15 @@ class ExportFormat:
     """The form of an exported folder."""
 
     # released = what serving engines and transformers 4.57 read; transformers = what transformers 5.23 reads
-    layout: str = LAYOUTS[0]
+    layout: Layout = Layout.released
     # bfloat16, or float32 (the fp32 master weights). Routers and their biases are float32 always
-    dtype: str = "bfloat16"
+    dtype: ExportDtype = ExportDtype.bfloat16
     shard_gib: float = 5.0  # largest file in GiB, unless one tensor is larger
     tokenizer: str = ""  # the tokenizer.json the model was trained with; empty = that of the corpus
 
     def validate(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise ConfigError(f"export.layout={self.layout} is not known; use {' or '.join(LAYOUTS)}")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ConfigError(f"export.dtype={self.dtype} is not known; use bfloat16 or float32")
+        check_choice("export.layout", self.layout, Layout)
+        check_choice("export.dtype", self.dtype, ExportDtype)
         if not self.shard_gib > 0:
             raise ConfigError(f"export.shard_gib={self.shard_gib} must be above 0")
 

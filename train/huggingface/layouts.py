@@ -10,6 +10,7 @@ layer under its served names, with a copy of the model's embedding.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -18,9 +19,15 @@ from longcat.config import ModelConfig
 from longcat.names import Box, pieces
 from train.checkpoint.read import TensorSource, full_box, stored_shapes
 
-LAYOUTS = ("released", "transformers")
 PREDICTION = "model.mtp."
 PREDICTION_EMBEDDING = f"{PREDICTION}embed_tokens.weight"
+
+
+class Layout(StrEnum):
+    """Names of the two layouts."""
+
+    released = "released"
+    transformers = "transformers"
 
 
 class MetaSource:
@@ -33,7 +40,7 @@ class MetaSource:
         return torch.empty(shape, device="meta")
 
 
-def layout_tensors(config: ModelConfig, layout: str, source: TensorSource) -> Iterator[tuple[str, Tensor]]:
+def layout_tensors(config: ModelConfig, layout: Layout, source: TensorSource) -> Iterator[tuple[str, Tensor]]:
     """(name, values) of all tensors of a layout, in an order that does not depend on the source."""
     for stored_name, shape in stored_shapes(config):
         for box in source.boxes(stored_name, shape):
@@ -42,7 +49,7 @@ def layout_tensors(config: ModelConfig, layout: str, source: TensorSource) -> It
                 yield piece.name, values[piece.index]
             if stored_name == "embed_tokens.weight" and config.num_mtp_layers:
                 yield PREDICTION_EMBEDDING, values
-        if layout == "transformers" and stored_name.endswith(".experts.gate_up"):
+        if layout == Layout.transformers and stored_name.endswith(".experts.gate_up"):
             zeros = torch.zeros(config.expert_hidden_size, config.hidden_size, device=values.device)
             for name in identity_names(f"model.{stored_name.rpartition('.')[0]}", config):
                 yield name, zeros
@@ -60,7 +67,7 @@ def export_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".router." in name else dtype
 
 
-def tensor_sizes(config: ModelConfig, layout: str, dtype: torch.dtype) -> list[tuple[str, int]]:
+def tensor_sizes(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> list[tuple[str, int]]:
     """(name, bytes) of all tensors of a layout, in the order of `layout_tensors`."""
     return [
         (name, tensor.numel() * export_dtype(name, dtype).itemsize)

@@ -15,9 +15,9 @@ from longcat.names import Box, pieces
 from train.checkpoint.files import write_synced
 from train.checkpoint.read import full_box
 from train.huggingface.layouts import (
-    LAYOUTS,
     PREDICTION,
     PREDICTION_EMBEDDING,
+    Layout,
     MetaSource,
     identity_names,
     layout_tensors,
@@ -127,7 +127,7 @@ class SafetensorsFolder:
         Raises:
             ConfigError: what is missing, left over or of another shape.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, LAYOUTS[0], MetaSource())}
+        shapes = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, Layout.released, MetaSource())}
         found = self.files_by_tensor.keys() - {PREDICTION_EMBEDDING}
         shapes.pop(PREDICTION_EMBEDDING, None)  # our own copy of the embedding may be left out
         if not config.num_mtp_layers:
