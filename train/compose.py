@@ -117,14 +117,12 @@ def one_line(error: BaseException) -> str:
         text = f"{text}\n{cause}"
     if (override := getattr(error, "override", None)) and override not in text:
         text = f"{override}: {text}"
-    key = next((found[1] for found in re.finditer(r"full_key: (.*)", text)), None)
-    if choice := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
-        return str(unknown_choice(key, choice[1], choice[2].split(", ")))
     lines = [line.strip() for line in text.splitlines()]
     skip = ("object_type", "reference_type", "Set the environment", "See https", "To append", "Did you mean")
     kept = [line.rstrip(".;") for line in lines if line and not line.startswith(skip)]
     if kept[0].startswith("In 'config'"):  # a missing choice of a group, with one choice per line
         return f"{kept[0].partition(': ')[2]}; use {', '.join(kept[2:])}"
+    key = next((line.partition(": ")[2] for line in kept if line.startswith("full_key")), None)
     kept = [line.removeprefix("Error merging override ") for line in kept if not line.startswith("full_key")]
     return ": ".join(kept) + ("" if key is None else f"; {default_of(key)}")
 

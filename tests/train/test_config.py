@@ -238,7 +238,7 @@ def test_keys_that_change_results_make_another_run(key: str) -> None:
     if key in MAY_CHANGE or key.startswith(ALWAYS):
         assert found == []
     elif key.startswith(("model.", "loss.", "balance.", "optim.", "schedule.", "train.")):
-        assert len(found) == 1 and found[0].startswith(f"{key} is ") and str(node[leaf]) in found[0]
+        assert len(found) == 1 and found[0].startswith(f"{key} was ") and str(node[leaf]) in found[0]
     else:  # the rest of data: what is read makes another run, what it was built from does not
         decisive = ("data.paths", "data.weights", "data.stages", "data.validation_fraction", "data.mask_documents")
         assert bool(found) == (key in decisive)
