@@ -1,4 +1,4 @@
-"""Draws docs/images/architecture.svg: the packages with their rooms and files, and which imports which."""
+"""Draws docs/images/architecture.svg: the packages with their folders and files, and which imports which."""
 
 from __future__ import annotations
 

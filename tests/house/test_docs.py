@@ -24,6 +24,8 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("CONTRIBUTING.md")), *sorted((ROO
 # Records of the past name files as they were
 CURRENT = [page for page in PAGES if not re.search("decisions", page.relative_to(ROOT).as_posix())]
 FOLDERS = "longcat|parallel|train|launch|configs|tests|benchmarks|docs|examples"
+PACKAGES = ("longcat", "parallel", "train", "launch")
+OTHERS = {"AutoTokenizer"}  # classes of other packages that pages name
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 by_current_page = pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -138,3 +140,15 @@ def test_the_page_of_metrics_names_what_a_step_writes() -> None:
 def test_the_page_of_exit_codes_names_each() -> None:
     codes = {str(value) for name, value in vars(errors).items() if name.isupper() and isinstance(value, int)}
     assert _table_keys("guide/exit_codes.md") - {"code"} == codes
+
+
+@by_current_page
+def test_named_classes_exist(page: Path) -> None:
+    source = "\n".join(
+        path.read_text(encoding="utf-8") for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")
+    )
+    names = re.findall(r"`([A-Z]\w*[a-z]\w*)(?:\.(\w+))?`", page.read_text(encoding="utf-8"))
+    ours = {(name, member) for name, member in names if re.search(r"[a-z][A-Z]", name) and name not in OTHERS}
+    missing = {name for name, _ in ours if not re.search(rf"^class {name}\b|^{name} = ", source, re.MULTILINE)}
+    missing |= {f"{name}.{member}" for name, member in ours if member and not re.search(rf"def {member}\b", source)}
+    assert not missing
