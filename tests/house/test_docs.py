@@ -26,6 +26,8 @@ CURRENT = [page for page in PAGES if not re.search("decisions", page.relative_to
 FOLDERS = "longcat|parallel|train|launch|configs|tests|benchmarks|docs|examples"
 PACKAGES = ("longcat", "parallel", "train", "launch")
 OTHERS = {"AutoTokenizer"}  # classes of other packages that pages name
+FILES = [path for folder in FOLDERS.split("|") for path in (ROOT / folder).rglob("*.py")]
+SOURCE = "\n".join(path.read_text(encoding="utf-8") for path in FILES if path.relative_to(ROOT).parts[0] in PACKAGES)
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 by_current_page = pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -95,7 +97,7 @@ def test_named_files_and_modules_exist(page: Path) -> None:
     paths |= {
         f"{module.replace('.', '/')}.py" for module in re.findall(r"python -m ((?:benchmarks|tests)\.[a-z_.]+)", text)
     }
-    names = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    names = {path.name for path in FILES}
     missing = {path for path in paths if not (ROOT / path).exists() and not (ROOT / f"{path}.py").exists()}
     missing |= {name for name in re.findall(r"`(\w+\.py)`", text) if name not in names}
     assert not missing
@@ -144,11 +146,8 @@ def test_the_page_of_exit_codes_names_each() -> None:
 
 @by_current_page
 def test_named_classes_exist(page: Path) -> None:
-    source = "\n".join(
-        path.read_text(encoding="utf-8") for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")
-    )
     names = re.findall(r"`([A-Z]\w*[a-z]\w*)(?:\.(\w+))?`", page.read_text(encoding="utf-8"))
     ours = {(name, member) for name, member in names if re.search(r"[a-z][A-Z]", name) and name not in OTHERS}
-    missing = {name for name, _ in ours if not re.search(rf"^class {name}\b|^{name} = ", source, re.MULTILINE)}
-    missing |= {f"{name}.{member}" for name, member in ours if member and not re.search(rf"def {member}\b", source)}
+    missing = {name for name, _ in ours if not re.search(rf"^class {name}\b|^{name} = ", SOURCE, re.MULTILINE)}
+    missing |= {f"{name}.{member}" for name, member in ours if member and not re.search(rf"def {member}\b", SOURCE)}
     assert not missing
