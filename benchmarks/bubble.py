@@ -30,7 +30,7 @@ from longcat.model import LongCat, Losses, ModelPart
 from parallel.config import ParallelConfig
 from parallel.fsdp.sharding import materialise
 from parallel.mesh import Axis, connect
-from parallel.pipeline.engine import AddLoss, Pipeline
+from parallel.pipeline.engine import AddLoss, PipelineEngine
 from parallel.pipeline.simulation import Action, Simulation, planned, simulate, theory
 from parallel.pipeline.stages import STAGES_PER_RANK, num_stages, split, stages_of
 from parallel.pipeline.weight_grad_store import WeightGradQueue, install
@@ -123,7 +123,7 @@ def record(schedule: str, config: ModelConfig, args: argparse.Namespace, turn: s
         materialise(model, config, SEED, topology.device)
         models.append(model)
     shape = (args.batch, args.length, config.hidden_size)
-    pipeline = Pipeline(models, topology, schedule, args.micro_batches, shape, torch.float32)
+    pipeline = PipelineEngine(models, topology, schedule, args.micro_batches, shape, torch.float32)
     batches = [make_batch(number, args.batch, args.length) for number in range(args.micro_batches)]
     log: list[tuple[Action, float]] = []
     lock = open(turn)  # noqa: SIM115  (held as long as the rank runs)

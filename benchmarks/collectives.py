@@ -28,7 +28,7 @@ from longcat.init import fill
 from longcat.model import LongCat
 from longcat.moe import MoE
 from longcat.names import stored_state
-from parallel.collectives.async_collective import Collective
+from parallel.collectives.collective import Collective
 from parallel.config import ParallelConfig
 from parallel.expert import apply_expert_parallel
 from parallel.fsdp.sharding import local_part

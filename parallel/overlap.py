@@ -11,7 +11,7 @@ from longcat.errors import ConfigError
 from longcat.interfaces import SequenceModule
 from longcat.model import LongCat
 from parallel.collectives.streams import StreamContext, stream_context
-from parallel.expert import ExpertParallelDispatcher
+from parallel.dispatchers import ExpertParallelDispatcher
 from parallel.mesh import Topology
 from parallel.sequence import ShardedSequence
 

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 
 import torch
 
 from longcat.config import ModelConfig
+from longcat.errors import ConfigError
 from longcat.model import LongCat, ModelPart
 from longcat.ops.fusion import fuse
-from parallel.compiled import check_compile
 from parallel.config import ParallelConfig, Sharding
 from parallel.deepspeed.engine import ZeroEngine
 from parallel.deepspeed.setup import check as check_deepspeed
 from parallel.engine import Engine, SequentialEngine
 from parallel.expert import apply_expert_parallel, check_experts, install_dispatchers
 from parallel.fsdp.collectives import install_collectives
-from parallel.fsdp.sharding import materialise, shard
+from parallel.fsdp.sharding import apply_fsdp, materialise
 from parallel.kernels import install
 from parallel.mesh import Axis, MeshSizes, Topology
 from parallel.overlap import OverlapConfig, apply_overlap
-from parallel.pipeline.engine import Pipeline
+from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.stages import check_micro_batches, num_stages, split, stages_of
-from parallel.recompute import recompute
+from parallel.recompute import apply_recompute
 from parallel.sequence import apply_sequence_parallel, check_length
 from parallel.store import MakeOptimizer, ShardedAdamW, Store
 from parallel.tensor import apply_tensor_parallel, check_tensor
@@ -55,6 +57,12 @@ def check_layout(
     check_length(sequence_length, sizes.cp, sizes.tp)
 
 
+def check_compile(config: ParallelConfig) -> None:
+    """Raise ConfigError where compiling cannot work, with the reason."""
+    if config.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ConfigError("parallel.compile=true needs a C++ compiler on a CPU; install g++ or set it to false")
+
+
 def prepare(
     config: ModelConfig,
     balance_groups: int,
@@ -85,7 +93,7 @@ def prepare(
         apply_expert_parallel(model, topology, parallel.transport)
         _set_up(model, parallel, overlap, topology)
         # A pipeline keeps gathered weights through a step: it visits each stage many times
-        shard(model, topology, compute_dtype, parallel.reshard_after_forward and sizes.pp == 1)
+        apply_fsdp(model, topology, compute_dtype, parallel.reshard_after_forward and sizes.pp == 1)
         install_collectives(model, topology.device)
         materialise(model, config, seed, topology.device)
         models.append(model)
@@ -93,14 +101,14 @@ def prepare(
     if sizes.pp == 1:
         return SequentialEngine(models[0]), store
     hidden = (batch.sequences, batch.length // (sizes.cp * sizes.tp), config.hidden_size)
-    return Pipeline(models, topology, parallel.schedule, batch.num_micro_batches, hidden, compute_dtype), store
+    return PipelineEngine(models, topology, parallel.schedule, batch.num_micro_batches, hidden, compute_dtype), store
 
 
 def _set_up(model: LongCat, parallel: ParallelConfig, overlap: OverlapConfig, topology: Topology) -> None:
     """What both sharding engines have done to a model before they take it."""
     apply_sequence_parallel(model, topology)
     apply_overlap(model, overlap, topology)
-    recompute(model, parallel.recompute)
+    apply_recompute(model, parallel.recompute)
     fuse(parallel.compile)
 
 

@@ -14,7 +14,7 @@ from parallel.collectives.async_collective import wait_for_all
 from parallel.config import Recompute
 
 
-def recompute(model: LongCat, how: Recompute) -> None:
+def apply_recompute(model: LongCat, how: Recompute) -> None:
     """Recompute nothing (`none`), attention from its latents on (`selective`) or whole layers (`full`), in place.
 
     Queries, keys and values of all heads are many times their latents, so `selective` gives up most of attention's
@@ -23,12 +23,12 @@ def recompute(model: LongCat, how: Recompute) -> None:
     """
     for module in model.modules():
         if how == Recompute.selective and isinstance(module, LatentAttention):
-            _again(module, "attend")
+            checkpoint_method(module, "attend")
         elif how == Recompute.full and isinstance(module, ShortcutLayer | MTPLayer):
-            _again(module, "forward")
+            checkpoint_method(module, "forward")
 
 
-def _again(module: nn.Module, method: str) -> None:
+def checkpoint_method(module: nn.Module, method: str) -> None:
     plain = getattr(module, method)
 
     def once(*arguments: Tensor | None) -> Any:

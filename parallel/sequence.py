@@ -23,7 +23,8 @@ from torch import Tensor
 from longcat.errors import ConfigError
 from longcat.interfaces import install
 from longcat.model import LongCat
-from parallel.collectives.async_collective import AllGather, AsyncCollective, ReduceScatter, run_blocking, start, wait
+from parallel.collectives.async_collective import AsyncCollective, run_blocking, start, wait
+from parallel.collectives.collective import AllGather, ReduceScatter
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
 from parallel.mesh import Axis, Topology
 from parallel.watchdog.events import Event, SpanKind

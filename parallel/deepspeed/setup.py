@@ -18,7 +18,7 @@ from longcat.interfaces import UnshardedVocabulary
 from longcat.model import LongCat
 from longcat.moe import Experts
 from longcat.names import role
-from parallel.config import Offload, ParallelConfig, Sharding
+from parallel.config import Offload, ParallelConfig, Recompute, Sharding
 from parallel.mesh import MeshSizes, Topology
 
 STAGES = {Sharding.zero1: 1, Sharding.zero2: 2, Sharding.zero3: 3}
@@ -44,6 +44,11 @@ def check(config: ParallelConfig, sizes: MeshSizes) -> None:
         raise ConfigError(
             f"{chosen} cannot be used with parallel.ep={sizes.ep}: DeepSpeed's ZeRO-3 knows no experts; use "
             f"parallel.sharding=zero2, or parallel.ep=1"
+        )
+    if config.sharding == Sharding.zero3 and config.recompute == Recompute.full:
+        raise ConfigError(
+            f"{chosen} cannot be used with parallel.recompute=full: ZeRO-3 has released weights that the recomputed "
+            f"layers' backward needs; use parallel.recompute=selective, or parallel.sharding=fsdp or zero2"
         )
     if config.offload == Offload.nvme:
         check_nvme(config)

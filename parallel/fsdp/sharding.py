@@ -26,7 +26,7 @@ from parallel.torch_internals import (
 )
 
 
-def shard(model: LongCat, topology: Topology, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
+def apply_fsdp(model: LongCat, topology: Topology, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
     """Shard a model that lives on the meta device, layer by layer, in place.
 
     Each parameter is sharded over all ranks that hold the same part of it: experts over efsdp, what tensor parallelism

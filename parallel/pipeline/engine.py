@@ -85,12 +85,12 @@ class StageModule(nn.Module):
         return [found[place] for place in sorted(found)]
 
 
-class Pipeline:
+class PipelineEngine:
     """This rank's stages and their schedule.
 
-    ``models`` are the parts that `stages_of` names for this rank, with their values in place, plain or
-    sharded by `parallel.sharding.shard` with ``reshard_after_forward=False``. ``hidden_shape`` is [B, s, D] of a
-    micro-batch's hidden states on this rank, which travel in ``compute_dtype``.
+    ``models`` are the parts that `stages_of` names for this rank, with values, plain or sharded by `apply_fsdp` with
+    ``reshard_after_forward=False``. ``hidden_shape`` is [B, s, D] of a micro-batch's hidden states on this rank, which
+    are sent in ``compute_dtype``.
 
     Raises:
         ConfigError: the schedule cannot run ``num_micro_batches``.
@@ -109,9 +109,11 @@ class Pipeline:
         check_micro_batches(schedule, pp, num_micro_batches)
         self.parts = list(models)
         self.schedule_name, self.num_micro_batches, self.pp = schedule, num_micro_batches, pp
-        self.numbers, self._num_stages = stages_of(schedule, pp, rank), num_stages(schedule, pp)
-        if len(self.numbers) != len(self.parts):
-            raise ValueError(f"{len(models)} models for the stages {self.numbers} of parallel.schedule={schedule}")
+        self.stage_indices, self._num_stages = stages_of(schedule, pp, rank), num_stages(schedule, pp)
+        if len(self.stage_indices) != len(self.parts):
+            raise ValueError(
+                f"{len(models)} models for the stages {self.stage_indices} of parallel.schedule={schedule}"
+            )
         self.device, self.group = topology.device, topology.group(Axis.PP)
         self.shape, self.dtype = hidden_shape, compute_dtype
         self.modules = [StageModule(model) for model in self.parts]
@@ -153,7 +155,7 @@ class Pipeline:
         """
         between: list[Tensor] = []  # from the stage before, where that is local too
         sends: list[tuple[dist.Work, Tensor, Event, list[int]]] = []  # and what is being sent, kept alive until then
-        for module, number in zip(self.modules, self.numbers, strict=True):
+        for module, number in zip(self.modules, self.stage_indices, strict=True):
             module.micro_batches, module.objective, module.mtp = micro_batches, None, False
             arrivals, layers = self._post_receives(number, len(micro_batches)), layers_of(module.model)
             outputs = []
@@ -165,7 +167,7 @@ class Pipeline:
                     with wait_span(received, self._holders(number - 1)):
                         work.wait()
                 hidden = module(x, torch.tensor([place]))
-                if number + 1 in self.numbers:
+                if number + 1 in self.stage_indices:
                     outputs.append(hidden)
                 elif number + 1 < self._num_stages:
                     sent = Event(SpanKind.SEND_HIDDEN_STATES, micro_batch=place + 1, layers=layers)
@@ -183,7 +185,7 @@ class Pipeline:
 
     def _stage(self, place: int) -> TracedStage:
         """Shapes are given, or torch would run a forward and backward to learn them."""
-        module, number, stages = self.modules[place], self.numbers[place], self._num_stages
+        module, number, stages = self.modules[place], self.stage_indices[place], self._num_stages
         hidden = torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
         return TracedStage(
@@ -255,7 +257,7 @@ class Pipeline:
         return theirs
 
     def _post_receives(self, stage: int, count: int) -> list[tuple[dist.Work, Tensor]]:
-        if stage == 0 or stage - 1 in self.numbers:
+        if stage == 0 or stage - 1 in self.stage_indices:
             return []
         (peer,) = self._holders(stage - 1)
         arrivals = []

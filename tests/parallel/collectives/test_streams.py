@@ -20,13 +20,14 @@ from longcat.dispatch import LocalDispatcher
 from longcat.interfaces import UnshardedSequence
 from longcat.layer import ShortcutLayer
 from longcat.ops.elementwise import rotary_angles
-from parallel.collectives.async_collective import AllGather, AsyncCollective, Collective, start, wait, wait_for_all
+from parallel.collectives.async_collective import AsyncCollective, start, wait, wait_for_all
+from parallel.collectives.collective import AllGather, Collective
 from parallel.collectives.streams import SideStreamContext
 from parallel.config import ParallelConfig
-from parallel.expert import AllGatherDispatcher, AllToAllDispatcher
+from parallel.dispatchers import AllGatherDispatcher, AllToAllDispatcher
 from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gradients
-from parallel.recompute import _again
+from parallel.recompute import checkpoint_method
 from parallel.watchdog.events import Event, SpanKind
 from tests.parallel.collectives.fake_streams import RecordedCuda, Recorder, Site
 from tests.support.distributed import run_ranks
@@ -164,7 +165,7 @@ def watched(case: Case, without: Site | None = None) -> tuple[Recorder, list[Ten
         moe.dispatcher = LocalDispatcher(streams.to_host) if case.local else transport(exchange, 0, streams)
         moe.sequence = layer.self_attn[0].sequence = layer.self_attn[1].sequence = sequence
         if case.recomputed:
-            _again(layer, "forward")
+            checkpoint_method(layer, "forward")
     if case.deferred:
         defer_weight_gradients(stack, queue)
     with recorder:

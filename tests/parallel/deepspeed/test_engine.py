@@ -79,6 +79,7 @@ def test_boxes_cover_a_range_in_order() -> None:
         ({"sharding": "zero1", "pp": 2}, 2, "set parallel.pp=1"),
         ({"sharding": "zero2", "tp": 2}, 2, "set parallel.tp=1"),
         ({"sharding": "zero3", "ep": 2}, 2, "parallel.sharding=zero2"),
+        ({"sharding": "zero3", "recompute": "full"}, 2, "parallel.recompute=selective"),
         ({"sharding": "zero2", "offload": "nvme"}, 2, "parallel.offload=cpu"),
         ({"sharding": "zero3", "offload": "nvme", "offload_path": "/nowhere"}, 2, "parallel.offload_path"),
     ],

@@ -18,9 +18,9 @@ from longcat.layer import ShortcutLayer
 from longcat.model import LongCat, Losses
 from longcat.names import pieces
 from parallel.config import ParallelConfig
-from parallel.fsdp.sharding import materialise, set_gradient_sync, shard
+from parallel.fsdp.sharding import apply_fsdp, materialise, set_gradient_sync
 from parallel.mesh import Axis, MeshSizes, Topology, connect, make_topology
-from parallel.pipeline.engine import Pipeline
+from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.stages import is_replica, num_stages, split, stages_of
 
 SEED, LENGTH, ROWS = 5, 12, 2
@@ -131,7 +131,7 @@ def alone_in_bfloat16(case: Case, topology: Topology) -> dict[str, Tensor]:
     """Gradients of the full model on this rank, accumulated as without a pipeline."""
     with torch.device("meta"):
         model = LongCat(case.config)
-    shard(model, topology, torch.bfloat16, reshard_after_forward=True)
+    apply_fsdp(model, topology, torch.bfloat16, reshard_after_forward=True)
     materialise(model, case.config, SEED, topology.device)
     for number in range(case.total):
         set_gradient_sync(model, last=number == case.total - 1)
@@ -149,7 +149,7 @@ def build(case: Case, topology: Topology) -> list[LongCat]:
         with torch.device("meta"):
             model = LongCat(case.config, part=parts[stage])
         if case.sharded:
-            shard(model, topology, getattr(torch, case.dtype), reshard_after_forward=False)
+            apply_fsdp(model, topology, getattr(torch, case.dtype), reshard_after_forward=False)
         materialise(model, case.config, SEED, topology.device)
         models.append(model)
     return models
@@ -161,7 +161,7 @@ def run_case(case: Case) -> dict[str, Any]:
     models = build(case, topology)
     counters = [Counter(model, case.recompute) for model in models]
     shape = (ROWS, LENGTH, case.config.hidden_size)
-    pipeline = Pipeline(models, topology, case.schedule, case.micro_batches, shape, getattr(torch, case.dtype))
+    pipeline = PipelineEngine(models, topology, case.schedule, case.micro_batches, shape, getattr(torch, case.dtype))
     first = topology.data_rank * case.micro_batches
     batches = [micro_batch(first + n, case.documents) for n in range(case.micro_batches)]
     weigh = partial(objective, case.total)

@@ -161,11 +161,11 @@ def test_deferred_weight_gradients_lose_nothing_in_bfloat16(case: Case) -> None:
 def refuse_a_short_step() -> str:
     from parallel.config import ParallelConfig
     from parallel.mesh import connect
-    from parallel.pipeline.engine import Pipeline
+    from parallel.pipeline.engine import PipelineEngine
 
     topology = connect(ParallelConfig(pp=1, fsdp=1))
     try:
-        Pipeline([], topology, "dualpipev", 1, (1, 1, 1), torch.float32)
+        PipelineEngine([], topology, "dualpipev", 1, (1, 1, 1), torch.float32)
     except ConfigError as refusal:
         return str(refusal)
     finally:
