@@ -111,10 +111,10 @@ def test_rows_reach_their_experts_and_return() -> None:
     received = torch.tensor([[2, 0, 3], [1, 2, 0]])  # from 2 ranks for 3 experts
     rows = torch.arange(1.0, 9.0)[:, None]
     order = ReceiveOrder(received, 8, 4)
-    there, back = order.move(to_experts=True), order.move(to_experts=False)
-    at_experts = there.there(rows)
+    to_experts, to_ranks = order.reorder(to_experts=True), order.reorder(to_experts=False)
+    at_experts = to_experts.forward(rows)
     assert at_experts[:, 0].tolist() == [1, 2, 6, 0, 7, 8, 0, 0, 3, 4, 5, 0]
     assert order.counts.tolist() == [4, 4, 4]
-    assert torch.equal(back.there(at_experts), rows)
-    assert torch.equal(there.back(at_experts, *there.saved()), rows)
-    assert torch.equal(back.back(rows, *back.saved()), at_experts)
+    assert torch.equal(to_ranks.forward(at_experts), rows)
+    assert torch.equal(to_experts.backward(at_experts, *to_experts.saved()), rows)
+    assert torch.equal(to_ranks.backward(rows, *to_ranks.saved()), at_experts)
