@@ -1,4 +1,4 @@
-"""docs/claims.md: each claim's files, tests and commands exist, and all tables of measurements are current."""
+"""Each claim's files, tests and commands exist; tables of measurements and the index of decisions are current."""
 
 from __future__ import annotations
 
@@ -72,6 +72,12 @@ def test_tables_of_measurements_are_current() -> None:
         [sys.executable, str(DOCS / "measurements" / "draw.py"), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"run python docs/measurements/draw.py; stale: {done.stdout}{done.stderr}"
+
+
+def test_index_of_decisions_lists_each_record() -> None:
+    index = (DOCS / "decisions" / "README.md").read_text(encoding="utf-8")
+    records = {path.name for path in (DOCS / "decisions").glob("20*.md")}
+    assert records == set(re.findall(r"\((20[\w-]+\.md)\)", index))
 
 
 def _draw() -> Any:
