@@ -136,9 +136,3 @@ def default_of(key: str) -> str:
         value = getattr(value, part)
     value = value.value if isinstance(value, Enum) else value
     return f"{key} is a section: set its keys" if is_dataclass(value) else f"the default of {key} is {value!r}"
-
-
-def to_yaml(config: Config) -> str:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
