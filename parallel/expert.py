@@ -25,7 +25,7 @@ def check_experts(config: ModelConfig, ep: int) -> None:
 
 
 def apply_expert_parallel(model: LongCat, topology: Topology, kind: DispatcherKind) -> None:
-    """Give every layer's experts to the ranks of the expert-parallel group, in place, on the meta device."""
+    """Shard every layer's experts over the ranks of the expert-parallel group, in place, on the meta device."""
     size, num_experts = topology.sizes.ep, model.config.num_experts
     if size == 1:
         return
@@ -34,8 +34,8 @@ def apply_expert_parallel(model: LongCat, topology: Topology, kind: DispatcherKi
         experts = layer.mlp.experts
         for name, weight in list(experts.named_parameters(recurse=False)):
             part = torch.empty(num_experts // size, *weight.shape[1:], device=weight.device)
-            spread = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
-            experts.register_parameter(name, nn.Parameter(spread))
+            sharded = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+            experts.register_parameter(name, nn.Parameter(sharded))
     install_dispatchers(model, topology, kind)
 
 

@@ -1,4 +1,4 @@
-"""What of the exchanges is covered by computation, and by what: the `overlap` section of the configuration."""
+"""Overlap of communication with computation: the `overlap` section of the configuration."""
 
 from __future__ import annotations
 
@@ -40,20 +40,22 @@ class OverlapConfig:
             raise ConfigError(f"overlap.num_chunks={self.num_chunks} must be at least 1")
         check_choice("overlap.experts_after", self.experts_after, ExpertsAfter)
         if self.experts_stream and not self.enabled:
-            raise ConfigError("overlap.experts_stream=true lies beside nothing with overlap.enabled=false; leave one")
+            raise ConfigError(
+                "overlap.experts_stream=true has nothing to overlap with under overlap.enabled=false; drop one"
+            )
 
 
 def apply_overlap(model: LongCat, config: OverlapConfig, topology: Topology) -> None:
-    """Let a model's exchanges overlap with its computation as configured, in place, once it has been spread."""
-    awaited = StreamContext(blocking=True)
+    """Let a model's collectives overlap with its computation as configured, in place, after it is parallelised."""
+    blocking = StreamContext(blocking=True)
     for layer in model.shortcut_layers():
         moe = layer.mlp
         moe.after_attention = config.experts_after == ExpertsAfter.attention
         if isinstance(moe.dispatcher, ExpertParallelDispatcher):
-            streams = stream_context(topology.device, config.experts_stream) if config.enabled else awaited
+            streams = stream_context(topology.device, config.experts_stream) if config.enabled else blocking
             moe.dispatcher.streams, moe.expert_stream, moe.num_chunks = streams, streams.experts, config.num_chunks
         else:
             moe.dispatcher = LocalDispatcher(stream_context(topology.device, False).to_host)
     for module in model.modules():
         if isinstance(module, SequenceModule) and isinstance(module.sequence, ShardedSequence) and not config.enabled:
-            module.sequence.streams = awaited
+            module.sequence.streams = blocking

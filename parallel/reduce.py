@@ -21,7 +21,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def broadcast(value: Any) -> Any:
-    """What the first rank says: ranks must not decide apart on what they see of a machine or a file system."""
+    """The first rank's value on all ranks, so that they decide alike on what differs between machines."""
     shared = [value]
     if dist.get_world_size() > 1:
         with wait_span(Event(SpanKind.BROADCAST)):
@@ -30,21 +30,21 @@ def broadcast(value: Any) -> Any:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """What each rank says, in their order."""
-    said = [value] * dist.get_world_size()
+    """Every rank's value, in rank order."""
+    values = [value] * dist.get_world_size()
     if dist.get_world_size() > 1:
         with wait_span(Event(SpanKind.ALL_GATHER_OBJECT)):
-            dist.all_gather_object(said, value)
-    return said
+            dist.all_gather_object(values, value)
+    return values
 
 
 def mean_over_ranks(value: float) -> float:
-    """The mean of a figure that each rank has for itself."""
+    """The mean over ranks."""
     return sum_scalars([value])[0] / dist.get_world_size()
 
 
 def min_over_ranks(value: float) -> float:
-    """The smallest of the figures that ranks have."""
+    """The minimum over ranks."""
     least = torch.tensor(value, dtype=torch.float64)
     if dist.get_world_size() > 1:
         with wait_span(Event(SpanKind.MINIMUM)):

@@ -1,12 +1,12 @@
-"""Positions of a sequence spread over context- and tensor-parallel ranks: the model's `SequenceSharding`.
+"""Positions of a sequence sharded over context- and tensor-parallel ranks: the model's `SequenceSharding`.
 
-Context parallelism cuts a sequence into 2·cp stretches and gives rank r the stretches r and 2·cp - 1 - r: with a causal
-mask all ranks then have the same work. What travels for attention are the normed latents of keys and values and the
-shared rotary key: R + rotary numbers a position, where exchanging heads would move the latents of queries too and
-the heads' results back, and passing keys and values around would move H·(C + V). Each rank expands the heads of all
+Context parallelism cuts a sequence into 2·cp chunks and gives rank r the chunks r and 2·cp - 1 - r: with a causal
+mask all ranks then have the same work. For attention, ranks gather the normed latents of keys and values and the shared
+rotary key: R + rotary numbers per position. Exchanging heads would also move the latents of queries and the heads'
+results; passing keys and values around a ring would move H·(C + V). Each rank expands the heads of all
 positions from the latents.
 
-Tensor parallelism cuts the positions of a context rank into tp stretches between the parts that are split by heads
+Tensor parallelism cuts the positions of a context rank into tp chunks between the parts that are split by heads
 or columns (sequence parallelism): norms, latents, router and residual work on s = S/(cp·tp) positions.
 """
 
@@ -39,12 +39,12 @@ def apply_sequence_parallel(model: LongCat, topology: Topology) -> None:
 
 
 def check_length(length: int, cp: int, tp: int) -> None:
-    """Raise ConfigError where a sequence cannot be cut into equal stretches."""
-    stretches = (2 * cp if cp > 1 else 1) * tp
-    if length % stretches:
+    """Raise ConfigError where a sequence cannot be cut into equal chunks."""
+    chunks = (2 * cp if cp > 1 else 1) * tp
+    if length % chunks:
         raise ConfigError(
-            f"train.sequence_length={length} does not divide into the {stretches} equal stretches of parallel.cp={cp} "
-            f"(two a rank) and parallel.tp={tp}; use a multiple of {stretches}"
+            f"train.sequence_length={length} does not divide into the {chunks} equal chunks of parallel.cp={cp} "
+            f"(two per rank) and parallel.tp={tp}; use a multiple of {chunks}"
         )
 
 
@@ -83,8 +83,8 @@ class ShardedSequence:
     def reduce(self, partial: Tensor) -> Tensor:
         if self.tp == 1:
             return partial
-        stretches = partial.unflatten(1, (self.tp, -1)).transpose(0, 1)  # [tp, B, s, D]
-        return run_blocking(stretches, ReduceScatter(self._event(SpanKind.SEQUENCE_REDUCE_SCATTER), self.tp_group))
+        chunks = partial.unflatten(1, (self.tp, -1)).transpose(0, 1)  # [tp, B, s, D]
+        return run_blocking(chunks, ReduceScatter(self._event(SpanKind.SEQUENCE_REDUCE_SCATTER), self.tp_group))
 
     def start_keys(self, latents: Tensor) -> AsyncCollective:
         return start(latents, AllGather(self._event(SpanKind.ATTENTION_LATENTS), self.exchange_group), self.streams)
@@ -94,9 +94,9 @@ class ShardedSequence:
         by_context = gathered.unflatten(0, (self.cp, self.tp)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [cp, B, q, R]
         if self.cp == 1:
             return by_context[0]
-        early, late = by_context.chunk(2, 2)  # rank r: stretches r and 2·cp - 1 - r
-        stretches = torch.cat((early, late.flip(0)))  # [2·cp, B, S/(2·cp), R]
-        return stretches.transpose(0, 1).flatten(1, 2)
+        early, late = by_context.chunk(2, 2)  # rank r: chunks r and 2·cp - 1 - r
+        chunks = torch.cat((early, late.flip(0)))  # [2·cp, B, S/(2·cp), R]
+        return chunks.transpose(0, 1).flatten(1, 2)
 
     def start_count(self, counts: Tensor) -> Any:
         total = counts.clone()
@@ -116,8 +116,8 @@ class ShardedSequence:
 
 
 def cp_ranges(length: int, cp: int, rank: int) -> list[tuple[int, int]]:
-    """(start, stop) of the two stretches of a context-parallel rank."""
+    """(start, stop) of the two chunks of a context-parallel rank."""
     if cp == 1:
         return [(0, length)]
     width = length // (2 * cp)
-    return [(place * width, (place + 1) * width) for place in (rank, 2 * cp - 1 - rank)]
+    return [(index * width, (index + 1) * width) for index in (rank, 2 * cp - 1 - rank)]

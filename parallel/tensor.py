@@ -1,9 +1,9 @@
-"""Tensor parallelism: a plan of DTensor placements, and a vocabulary whose rows are spread over ranks.
+"""Tensor parallelism: a plan of DTensor placements, and a vocabulary whose rows are sharded over ranks.
 
-MLA is split by heads, dense FFNs by columns, embedding and head by rows of the vocabulary. What produces latents, the
-router and the norms stay whole and work on a rank's own positions (`sequence.py`): projecting first and gathering
-the small latents moves fewer bytes than gathering the hidden states. Their gradients are then partial sums over
-tp, and are summed where they are sharded, over fsdp × cp × tp (`sharding.py`).
+MLA is split by heads, dense FFNs by columns, embedding and head by rows of the vocabulary. The projections to latents,
+the router and the norms are not split and work on a rank's own positions (`sequence.py`): projecting first and
+gathering the small latents sends fewer bytes than gathering the hidden states. Their gradients are partial sums over
+tp, added up by the reduce-scatter over fsdp × cp × tp (`fsdp/sharding.py`).
 """
 
 # T tokens, D width, V vocabulary, v = V/tp rows here
@@ -57,8 +57,8 @@ def apply_tensor_parallel(model: LongCat, topology: Topology) -> None:
             continue
         owner, _, leaf = name.rpartition(".")
         part = weight.tensor_split(topology.sizes.tp, placement.dim)[topology.coordinate(Axis.TP)]
-        spread = DTensor.from_local(torch.empty_like(part), mesh, [placement], run_check=False)
-        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(spread))
+        sharded = DTensor.from_local(torch.empty_like(part), mesh, [placement], run_check=False)
+        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(sharded))
     vocabulary = ShardedVocabulary(topology.group(Axis.TP))
     install(model, vocabulary=lambda _: vocabulary)
 
@@ -68,10 +68,10 @@ class ShardedVocabulary:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self.place = dist.get_rank(group)
+        self.rank = dist.get_rank(group)
 
     def lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        row = tokens - self.place * weight.shape[0]
+        row = tokens - self.rank * weight.shape[0]
         is_local = (row >= 0) & (row < weight.shape[0])
         return embedding(torch.where(is_local, row, weight.shape[0]), weight, allow_out_of_range=True)
 
@@ -89,7 +89,7 @@ class ShardedVocabulary:
         maximum = logits.amax(1, keepdim=True)
         with wait_span(Event(SpanKind.VOCABULARY_MAX), self.group):
             dist.all_reduce(maximum, dist.ReduceOp.MAX, group=self.group)
-        row = labels - self.place * weight.shape[0]
+        row = labels - self.rank * weight.shape[0]
         is_local = (row >= 0) & (row < weight.shape[0])
         row = torch.where(is_local, row, 0)
         label_logits = (logits.gather(1, row) - maximum) * is_local

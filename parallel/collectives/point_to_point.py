@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-started: Counter[str] = Counter()  # exchanges of messages by the name of their group
+started: Counter[str] = Counter()  # collectives by the name of their group
 
 
 def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
@@ -44,14 +44,14 @@ def _directly(tensor: Tensor, group: dist.ProcessGroup) -> bool:
 
 
 class Messages(dist.Work):
-    """One message to each other rank of a group and one from it, under way.
+    """One message to and one from each other rank of a group, under way.
 
     Messages meet by their tag, which says the kind of exchange, its size and how many this group had before: ranks that
     do not start the same exchanges in the same order wait for each other until the time-out, as in a collective.
     """
 
     def __init__(self, kind: str, group: dist.ProcessGroup, sent: list[Tensor], received: list[Tensor]) -> None:
-        """Tensors [n] by rank, contiguous and of one size; a rank's own places are not used."""
+        """Tensors [n] by rank, contiguous and of one size; a rank's own entries are not used."""
         super().__init__()
         self.works: list[dist.Work | None] = []
         self.sent = sent  # kept until the messages have left
@@ -65,7 +65,7 @@ class Messages(dist.Work):
             self.works.append(dist.isend(sent[target], group=group, tag=tag, group_dst=target))
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Once more after an error: the same error, without another wait."""
+        """After an error, raise the same error again without another wait."""
         if self.failed is not None:
             raise self.failed
         try:

@@ -1,8 +1,8 @@
-"""Lanes: which stream works on what around an exchange, and who waits for whom.
+"""Streams around collectives: which stream does which work, and which waits for which.
 
-On a CPU, statements are executed where they stand, and there is one lane. On a GPU the host only queues work. There,
-permutations and the waits for exchanges are queued on a side stream of high priority, so that the stream of the dense
-path waits for no more than it uses:
+On a CPU, statements run in order, on one stream. On a GPU the host only queues work. There, permutations and the waits
+for collectives are queued on a side stream of high priority, so that the stream of the dense path waits only for what
+it uses:
 
     main    router ─┬─ ffn 0 ──────────┬─ experts ─┬─ attention 1, ffn 1 ──┬─ sum
                     │ fork             │ join      │ fork                  │ join
@@ -34,32 +34,32 @@ from torch import Tensor
 
 
 class StreamContext:
-    """One lane: all work is done in the order of statements.
+    """One stream: all work is done in the order of statements.
 
     Args:
-        at_once: await every exchange where it starts, so that nothing is covered; for comparison.
+        blocking: wait for every collective where it starts, so that nothing overlaps; for comparison.
     """
 
-    is_async_host = False  # whether the host queues work and goes on
+    is_async_host = False  # whether the host queues work and continues
 
     def __init__(self, blocking: bool = False) -> None:
         self.blocking = blocking
 
     def fork(self, *lent: Tensor) -> None:
-        """Let what is queued aside from now on see what has been queued here; it reads ``lent``."""
+        """Let the side stream wait for what has been queued here; it reads ``lent``."""
 
     def record_use_on_side(self, *lent: Tensor) -> None:
-        """Read ``lent``, made here before the last fork, aside."""
+        """Let the side stream read ``lent``, made here before the last fork."""
 
     def on_side_stream(self) -> AbstractContextManager[Any]:
-        """A context whose work is queued aside."""
+        """A context whose work is queued on the side stream."""
         return nullcontext()
 
     def join(self, *given: Tensor) -> None:
-        """Let what is queued here from now on see what has been queued aside, and use ``given`` from there."""
+        """Wait here for what has been queued on the side stream, and use ``given`` from there."""
 
     def record_use_here(self, *given: Tensor) -> None:
-        """Use ``given``, made aside before the last join, here."""
+        """Use ``given``, made on the side stream before the last join, here."""
 
     def experts(self) -> AbstractContextManager[Any]:
         """A context whose work is queued where experts belong, after the next join."""
@@ -70,12 +70,12 @@ class StreamContext:
         return compute
 
     def to_host(self, values: Tensor) -> Callable[[], list[Any]]:
-        """Start copying integers to the host → what waits for them. Called aside."""
+        """Start copying integers to the host → what waits for them. Called on the side stream."""
         return values.tolist
 
 
 class Cuda:
-    """The calls of torch.cuda that lanes are made of."""
+    """The calls of torch.cuda that stream contexts are made of."""
 
     def stream(self, device: torch.device, priority: int) -> Any:
         """A new stream; -1 goes before 0."""
@@ -167,5 +167,5 @@ CURRENT_STREAM = StreamContext()
 
 @cache
 def stream_context(device: torch.device, experts_stream: bool) -> StreamContext:
-    """The lanes of a device: the same streams for all layers on a GPU, one lane on a CPU."""
+    """The streams of a device: the same for all layers on a GPU, one on a CPU."""
     return SideStreamContext(device, Cuda(), experts_stream) if device.type == "cuda" else CURRENT_STREAM

@@ -1,7 +1,7 @@
 """FSDP2 under a pipeline: gradients add up through all micro-batches of a step and are reduced once at its end.
 
-Torch's pipeline does this for a stage that is itself an FSDP module. Ours is a wrapper around one, and weight
-gradients come late, so the same calls are made here.
+Torch's pipeline does this for a stage that is itself an FSDP module. Ours wraps one, and weight
+gradients are deferred, so the same calls are made here.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from parallel.torch_internals import accumulate_unsharded_gradients, finish_back
 
 
 def begin_accumulation(model: LongCat) -> None:
-    """Before a step: keep gathered weights and whole gradients until `reduce_accumulated`."""
+    """Before a step: keep gathered weights and unreduced gradients until `reduce_accumulated`."""
     if isinstance(model, FSDPModule):
         _set(model, last=False)
 
 
 def accumulate_deferred(model: LongCat) -> None:
-    """Add late weight gradients to what is held in float32, so that two in a row are not added in bfloat16."""
+    """Add deferred weight gradients to the float32 sums, so that two of them are never added in bfloat16."""
     for group in parameter_groups(model):
         accumulate_unsharded_gradients(group)
 
 
 def reduce_accumulated(model: LongCat) -> None:
-    """After a step: reduce the gradients over the ranks and give the gathered weights back. A collective."""
+    """After a step: reduce the gradients over the ranks and release the gathered weights. A collective."""
     if not isinstance(model, FSDPModule):
         return
     _set(model, last=True)
@@ -37,7 +37,7 @@ def reduce_accumulated(model: LongCat) -> None:
 
 
 def reshard_all(model: LongCat) -> None:
-    """Give gathered weights back after forwards without a backward."""
+    """Release gathered weights after forwards without a backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

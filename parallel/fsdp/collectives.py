@@ -1,9 +1,9 @@
-"""FSDP2's own exchanges, gathering weights and summing gradients: covered by compute, and in crumbs with their names.
+"""FSDP2's all-gathers of weights and reduce-scatters of gradients: overlapped with compute, each in a span.
 
-On a GPU they run on streams of FSDP2's. Gloo has none, and FSDP2 stands still there until an exchange is over, so on
-a CPU the exchanges here return at once: the weights of a layer travel while the one before it computes, and the sums of
-a unit's gradients are awaited when the second unit after it has its own, the last ones by `wait_for_reductions`. Where
-replicas are to be summed too (dp > 1), FSDP2 wants each sum at once.
+On a GPU they run on FSDP2's streams. Gloo has no streams, and FSDP2 would block until each collective ends, so on a CPU
+the collectives here return at once. The weights of a layer are gathered while the layer before it computes. The
+gradients of a unit are waited for when the second unit after it starts its own, the last ones by `wait_for_reductions`.
+With replicas (dp > 1) FSDP2 needs each sum at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from parallel.watchdog.spans import record_launch, wait_span
 
 
 class TracedCollective(dist.Work):
-    """An exchange under way, whose wait leaves a crumb."""
+    """A collective under way, whose wait is a span."""
 
     def __init__(self, event: Event, group: dist.ProcessGroup, num_bytes: int, work: dist.Work) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class TracedCollective(dist.Work):
 
 
 class TracedAllGather(DefaultAllGather):
-    """Torch's all-gather in a crumb, which on NCCL ends at once; where it may go on beside compute, one of ours."""
+    """Torch's all-gather in a span (on NCCL the call returns at once); an asynchronous one is ours."""
 
     def __init__(self, event: Event) -> None:
         self.event = event
@@ -66,7 +66,7 @@ class TracedAllGather(DefaultAllGather):
 
 
 class TracedReduceScatter(DefaultReduceScatter):
-    """Torch's reduce-scatter in a crumb."""
+    """Torch's reduce-scatter in a span."""
 
     def __init__(self, event: Event) -> None:
         self.event = event
@@ -79,30 +79,30 @@ class TracedReduceScatter(DefaultReduceScatter):
 
 
 class PendingReductions:
-    """Sums of gradients that a model has started and not awaited yet: those of two units at most."""
+    """Reduce-scatters of a model that are under way: those of two units at most."""
 
     def __init__(self) -> None:
         self._units: deque[tuple[Event, list[TracedCollective]]] = deque()
 
     def of(self, unit: Event) -> list[TracedCollective]:
-        """Those of the unit that starts one now; what is older than the unit before it is awaited first."""
+        """Those of the unit that starts one now; waits first for all but the unit before it."""
         if not self._units or self._units[-1][0] != unit:
             self.finish(but=1)
             self._units.append((unit, []))
         return self._units[-1][1]
 
     def finish(self, but: int = 0) -> None:
-        """Await them, except for the last ``but`` units'."""
+        """Wait for all, except for the last ``but`` units'."""
         while len(self._units) > but:
             for one in self._units.popleft()[1]:
                 one.wait()
 
 
 class DeferredReduceScatter(DefaultReduceScatter):
-    """A sum over ranks of a CPU, of one group of parameters.
+    """The reduce-scatter of one group of parameters on a CPU.
 
-    FSDP2 makes the gradients of the shards out of the output right away: views of it, which is all that it does with
-    them where `_only_viewed`. Other sums are awaited here.
+    FSDP2 makes the gradients of the shards from the output at once. Where `_only_viewed`, they are views of it and the
+    wait is deferred; other sums are waited for here.
     """
 
     def __init__(self, event: Event, parameters: Any, under_way: PendingReductions) -> None:
@@ -132,7 +132,7 @@ class DeferredReduceScatter(DefaultReduceScatter):
 
 
 def install_collectives(model: LongCat, device: torch.device) -> None:
-    """Give each unit that FSDP2 shards its exchanges: `weight all-gather, layers.3`, `gradient reduce-scatter, …`."""
+    """Give each unit that FSDP2 shards its collectives: `weight all-gather, layers.3`, `gradient reduce-scatter, …`."""
     under_way = PendingReductions()
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
@@ -161,7 +161,7 @@ def _gather_ahead(model: LongCat) -> None:
 
 
 def wait_for_reductions(model: LongCat) -> None:
-    """Await the sums of gradients that are still under way after a backward. One that failed ends the run."""
+    """Wait for the reduce-scatters that are under way after a backward. A failed one raises."""
     for group in parameter_groups(model):
         collective = reduce_scatter_of(group)
         if isinstance(collective, DeferredReduceScatter):

@@ -48,7 +48,7 @@ class WeightGradQueue:
 
 
 class _ForExperts:
-    """The queue, for products that may have a stream of their own: they are computed on it, late as well."""
+    """The queue for the experts, whose gradients are computed on their stream when deferred too."""
 
     def __init__(self, queue: WeightGradQueue, streams: StreamContext) -> None:
         self.queue, self.streams = queue, streams
