@@ -54,7 +54,7 @@ def test_another_order_of_samples_is_refused(change: str, branch: list[str], tmp
     assert train_here([*branch, change]) == 2
     said = exit_json(tmp_path / "branch")["message"]
     assert change.partition("=")[0] in said and "is at sample 12 of other data" in said
-    assert "set them alike" in said and "data.from_start=true" in said
+    assert "set them equal" in said and "data.from_start=true" in said
     assert not list_checkpoints(tmp_path / "branch" / "checkpoints")
 
 
