@@ -30,7 +30,7 @@ from longcat.moe import MoE
 from longcat.names import stored_state
 from parallel.collectives.collective import Collective
 from parallel.config import ParallelConfig
-from parallel.expert import apply_expert_parallel
+from parallel.expert.placement import apply_expert_parallel
 from parallel.fsdp.sharding import local_part
 from parallel.mesh import make_topology, resolve_sizes
 

@@ -26,7 +26,7 @@ from longcat.moe import Router
 from longcat.names import stored_state
 from parallel.config import ParallelConfig
 from parallel.device import keep_freed_memory
-from parallel.expert import apply_expert_parallel
+from parallel.expert.placement import apply_expert_parallel
 from parallel.fsdp.sharding import local_part
 from parallel.mesh import Topology, make_topology, resolve_sizes
 from parallel.overlap import ExpertsAfter, OverlapConfig, apply_overlap

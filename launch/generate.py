@@ -13,7 +13,7 @@ from longcat.errors import ConfigError
 from longcat.generation import Generated, SamplingParams, generate
 from longcat.model import LongCat
 from parallel.device import fastest_dtype
-from train.checkpoint.read import Checkpoint, TensorSource, load_model
+from train.checkpoint.offline_reader import Checkpoint, TensorSource, load_model
 from train.config import ComputeDtype
 from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import end_of_document_id, load_tokenizer

@@ -8,7 +8,7 @@ from dataclasses import is_dataclass
 from enum import Enum
 from typing import Any, TypeVar, get_type_hints
 
-from longcat.choices import unknown_choice
+from longcat.config_choices import unknown_choice
 from longcat.errors import ConfigError
 
 Options = TypeVar("Options")

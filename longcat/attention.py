@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longcat.config import ModelConfig
 from longcat.interfaces import SequenceModule
-from longcat.layers import Linear, RMSNorm
+from longcat.modules import Linear, RMSNorm
 from longcat.ops.attention import causal_attention
 from longcat.ops.elementwise import rotary
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from longcat.attention import LatentAttention
 from longcat.config import ModelConfig
-from longcat.layers import FeedForward, Linear, RMSNorm
+from longcat.modules import FeedForward, Linear, RMSNorm
 from longcat.moe import MoE, RoutingStatistics
 
 

@@ -15,7 +15,7 @@ from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.interfaces import SequenceModule, VocabularyModule, local_tensor
 from longcat.layer import MTPLayer, ShortcutLayer
-from longcat.layers import Embedding, Linear, RMSNorm
+from longcat.modules import Embedding, Linear, RMSNorm
 from longcat.moe import Router, RoutingStatistics
 from longcat.ops.elementwise import rotary_angles
 

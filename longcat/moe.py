@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from longcat.config import ModelConfig
 from longcat.dispatch import LocalDispatcher, Routing
 from longcat.interfaces import DispatcherModule, SequenceModule, WeightGradModule, local_tensor
-from longcat.layers import Linear, grad_store
+from longcat.modules import Linear, grad_store
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
 from longcat.ops.matmul import fp32_linear
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from longcat.choices import check_choice
+from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 
 # 1f1b is no identifier, hence the functional form

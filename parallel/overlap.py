@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from longcat.choices import check_choice
+from longcat.config_choices import check_choice
 from longcat.dispatch import LocalDispatcher
 from longcat.errors import ConfigError
 from longcat.interfaces import SequenceModule
 from longcat.model import LongCat
 from parallel.collectives.streams import StreamContext, stream_context
-from parallel.dispatchers import ExpertParallelDispatcher
+from parallel.expert.dispatchers import ExpertParallelDispatcher
 from parallel.mesh import Topology
 from parallel.sequence import ShardedSequence
 

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longcat.choices import check_choice
 from longcat.config import ModelConfig
+from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 
 

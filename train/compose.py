@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from longcat.choices import unknown_choice
+from longcat.config_choices import unknown_choice
 from longcat.errors import ConfigError
 from train.config import Config, RunConfig
 

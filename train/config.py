@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 
-from longcat.choices import check_choice
 from longcat.config import ModelConfig
+from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 from parallel.config import DispatcherKind, ParallelConfig
 from parallel.overlap import OverlapConfig

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
 from parallel.mesh import resolve_sizes, world_from_environment
-from parallel.prepare import check_layout
+from parallel.parallelize import check_layout
 from parallel.watchdog import watchdog
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span

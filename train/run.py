@@ -11,7 +11,7 @@ import torch
 
 from parallel.device import device_name, fastest_dtype, keep_freed_memory, make_deterministic, peak_flops
 from parallel.mesh import Topology, connect
-from parallel.prepare import BatchShape, prepare
+from parallel.parallelize import BatchShape, parallelize
 from parallel.reduce import broadcast
 from parallel.watchdog import watchdog
 from parallel.watchdog.events import Event, SpanKind
@@ -125,7 +125,7 @@ def resolve_dtype(config: Config) -> ComputeDtype:
 
 def build_state(config: Config, topology: Topology) -> TrainState:
     """This rank's part of the model, its optimizer and the bias controller."""
-    engine, store = prepare(
+    engine, store = parallelize(
         config.model,
         config.balance.num_groups,
         config.parallel,

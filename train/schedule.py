@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from longcat.choices import check_choice
+from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 
 

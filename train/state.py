@@ -10,7 +10,7 @@ from torch import Tensor
 from longcat.model import LongCat
 from longcat.moe import Router
 from parallel.engine import Engine
-from parallel.store import Store
+from parallel.state_store import Store
 from train.balance import BiasController
 
 

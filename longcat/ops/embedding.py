@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from longcat.ops.library import accumulate_dtype, operator
 from longcat.ops.rows import gather_rows
+from longcat.ops.torch_library import accumulate_dtype, operator
 
 BLOCK = 32  # positions of one id that are summed in order before the blocks are
 

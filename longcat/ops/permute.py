@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat.ops.library import operator
 from longcat.ops.rows import combine_rows, combine_rows_backward, gather_rows, sum_rows
+from longcat.ops.torch_library import operator
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from longcat.ops.fusion import Fusible
-from longcat.ops.library import accumulate_dtype, num_partial_sums, operator, sum_into_partials, tree_sum
 from longcat.ops.torch_internals import sparse_row_sums
+from longcat.ops.torch_library import accumulate_dtype, num_partial_sums, operator, sum_into_partials, tree_sum
 
 CHUNK_ELEMENTS = 1 << 20  # of a chunk of rows on the CPU: its temporaries stay in the cache
 MIN_VECTOR_WIDTH = 32  # partial sums per row: a tree sum of fewer columns uses a CPU's vector units badly

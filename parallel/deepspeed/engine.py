@@ -18,8 +18,7 @@ from longcat.interfaces import install
 from longcat.model import LongCat, Losses
 from longcat.names import role
 from parallel.config import Offload, ParallelConfig
-from parallel.deepspeed.flat import FlatShard
-from parallel.deepspeed.layout import Fragment, fragments
+from parallel.deepspeed.flat_partitions import FlatShard, Fragment, fragments
 from parallel.deepspeed.setup import (
     STAGES,
     CastVocabulary,
@@ -37,7 +36,7 @@ from parallel.deepspeed.setup import (
 from parallel.engine import MicroBatch, Objective, detached
 from parallel.memory import StateBytes
 from parallel.mesh import Topology
-from parallel.store import MOMENTS, LocalBox, MakeOptimizer
+from parallel.state_store import MOMENTS, LocalBox, MakeOptimizer
 from parallel.torch_internals import foreach_scale_
 
 NORM_CHUNK = 1 << 22  # elements cast to float64 at once: a flat partition may hold billions

@@ -1,4 +1,4 @@
-"""Triton kernels for the operators of `longcat/ops/library.py`, on CUDA tensors; imported by `install` only."""
+"""Triton kernels for the operators of `longcat/ops/torch_library.py`, on CUDA tensors; imported by `install` only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from longcat.ops.library import NAME
+from longcat.ops.torch_library import NAME
 
 _installed: list[torch.library.Library] = []  # kept alive: a garbage-collected library unregisters its kernels
 
@@ -17,13 +17,13 @@ def install(device: torch.device) -> bool:
         return False
     if not _installed:
         try:
-            from parallel.kernels import embedding, plan, rows
+            from parallel.kernels import embedding, permute, rows
         except ImportError as error:
             logging.getLogger(__name__).warning("no Triton kernels (%s); plain torch operators run instead", error)
             return False
         library = torch.library.Library(NAME, "IMPL")
         for launch in (
-            plan.plan,
+            permute.plan,
             rows.gather_rows,
             rows.sum_rows,
             rows.combine_rows,

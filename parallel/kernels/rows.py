@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longcat.ops.library import num_partial_sums
+from longcat.ops.torch_library import num_partial_sums
 from parallel.kernels.common import UNFUSED, power_of_two, rounded, tree_sum
 
 BLOCK = 1024  # columns of a program

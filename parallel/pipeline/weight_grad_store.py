@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from longcat.interfaces import install
 from longcat.moe import MoE
 from parallel.collectives.streams import StreamContext
-from parallel.dispatchers import ExpertParallelDispatcher
+from parallel.expert.dispatchers import ExpertParallelDispatcher
 
 Entry = tuple[nn.Module, str, Callable[[], Tensor]]
 

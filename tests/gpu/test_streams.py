@@ -14,7 +14,7 @@ from longcat.layer import ShortcutLayer
 from longcat.ops.elementwise import rotary_angles
 from parallel.collectives.streams import Cuda, SideStreamContext, StreamContext
 from parallel.device import make_deterministic
-from parallel.dispatchers import AllToAllDispatcher
+from parallel.expert.dispatchers import AllToAllDispatcher
 from parallel.kernels import install
 
 pytestmark = pytest.mark.gpu

@@ -12,8 +12,8 @@ import pytest
 
 from tests.support.exporting import run_command
 from tests.support.fixtures import Refused
-from train.checkpoint import read
-from train.checkpoint.read import Checkpoint
+from train.checkpoint import offline_reader
+from train.checkpoint.offline_reader import Checkpoint
 from train.huggingface import import_folder as import_module
 
 
@@ -57,7 +57,11 @@ def test_checkpoint_pruned_meanwhile_is_reported_in_one_line(
     moment: str, verb: str, checkpoint: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(checkpoint, tmp_path / "source")
-    places = {"found": (read, "find_valid"), "opened": (Checkpoint, "__init__"), "half-read": (Checkpoint, "read")}
+    places = {
+        "found": (offline_reader, "find_valid"),
+        "opened": (Checkpoint, "__init__"),
+        "half-read": (Checkpoint, "read"),
+    }
     after(monkeypatch, *places[moment], lambda: shutil.rmtree(source))
     words = ["max_tokens=2"] if verb == "generate" else [f"target={tmp_path / 'out'}"]
     refused([verb, f"source={source}", *words], str(source), "can no longer be read", "remove its old checkpoints")

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import pytest
 
-from longcat.choices import check_choice
+from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from longcat.ops.grouped import BLOCK, grouped_linear, grouped_product, grouped_sum, padded_capacity
 from longcat.ops.matmul import cpu_has_amx
 from longcat.ops.permute import combine, permute, plan_permutation
-from parallel.dispatchers import ReceiveOrder
+from parallel.expert.dispatchers import ReceiveOrder
 from tests.support.distributed import run_ranks
 from tests.support.three_steps import MODEL, train_three_steps
 
@@ -25,7 +25,7 @@ def always(counts: Tensor, like: Tensor) -> int:
 
 def train_padded(overrides: list[str]) -> dict[str, Any]:
     import longcat.dispatch
-    import parallel.dispatchers
+    import parallel.expert.dispatchers
 
     calls = []
 
@@ -33,7 +33,7 @@ def train_padded(overrides: list[str]) -> dict[str, Any]:
         calls.append(counts.shape[0])
         return always(counts, like)
 
-    longcat.dispatch.padded_capacity = parallel.dispatchers.padded_capacity = recording
+    longcat.dispatch.padded_capacity = parallel.expert.dispatchers.padded_capacity = recording
     return {**train_three_steps(overrides), "calls": len(calls)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from longcat.moe import MoE
-from parallel.store import ShardedAdamW
+from parallel.state_store import ShardedAdamW
 from train.step import Stepper
 
 

@@ -13,7 +13,7 @@ from launch.__main__ import main as longcat
 from longcat.config import ModelConfig
 from longcat.model import LongCat
 from tests.support.running import VOCAB, train_here
-from train.checkpoint.read import Checkpoint, full_box, load_model, stored_shapes
+from train.checkpoint.offline_reader import Checkpoint, full_box, load_model, stored_shapes
 
 # 2 steps of a narrow model, so that weights, biases and moments are no longer initial
 SMALL = [

@@ -13,7 +13,7 @@ from longcat.moe import Router
 from longcat.names import Box, pieces
 from parallel.memory import StateBytes, state_bytes
 from parallel.mesh import Topology, make_topology, resolve_sizes, world_from_environment
-from parallel.store import LocalBox
+from parallel.state_store import LocalBox
 from tests.support.running import RandomSamples
 from train.batches import BatchReader
 from train.checkpoint.state_hash import state_hash

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from longcat.names import Box
-from parallel.store import LocalBox
+from parallel.state_store import LocalBox
 from parallel.torch_internals import make_wrapper_subclass
 from train.state import TrainState
 

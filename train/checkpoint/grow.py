@@ -27,7 +27,7 @@ from longcat.growth import Growth, layer_of
 from train.checkpoint.files import HashedFile, atomic_folder, check_absent
 from train.checkpoint.find import find_valid, is_inside
 from train.checkpoint.manifest import STATE, check_name, step_of, write_manifest
-from train.checkpoint.read import report_skipped
+from train.checkpoint.offline_reader import report_skipped
 
 BUFFER = 1 << 20  # bytes copied at a time
 SPARE = 16 << 20  # bytes that must be free beyond the tensors: the index and the state

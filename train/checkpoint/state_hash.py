@@ -16,7 +16,7 @@ from torch import Tensor
 from longcat.names import pieces
 from parallel.mesh import Topology
 from parallel.reduce import sum_over_ranks
-from parallel.store import LocalBox
+from parallel.state_store import LocalBox
 from train.state import TrainState
 
 COLUMNS = 1 << 15  # C; a product of bits and B stays in the processor's cache

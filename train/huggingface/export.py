@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from longcat.choices import check_choice
+from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 from train.checkpoint.files import atomic_folder, check_absent, write_synced
-from train.checkpoint.read import Checkpoint
+from train.checkpoint.offline_reader import Checkpoint
 from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import end_of_document_id, load_tokenizer
 from train.huggingface.config_json import check_expressible, texts

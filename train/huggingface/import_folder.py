@@ -22,13 +22,13 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.names import Box
-from parallel.store import MOMENTS
+from parallel.state_store import MOMENTS
 from train.balance import build_controller
 from train.checkpoint.compatibility import TOKENIZER
 from train.checkpoint.dcp_tensors import DcpTensor
 from train.checkpoint.files import atomic_folder, check_absent, file_hash
 from train.checkpoint.manifest import check_name, write_manifest
-from train.checkpoint.read import key_of, stored_shapes
+from train.checkpoint.offline_reader import key_of, stored_shapes
 from train.compose import compose
 from train.config import Config
 from train.data.corpus import TOKENIZER_NAME, file_sha256, tokenizer_sha256

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longcat.config import ModelConfig
 from longcat.names import Box, pieces
-from train.checkpoint.read import TensorSource, full_box, stored_shapes
+from train.checkpoint.offline_reader import TensorSource, full_box, stored_shapes
 
 PREDICTION = "model.mtp."
 PREDICTION_EMBEDDING = f"{PREDICTION}embed_tokens.weight"

@@ -13,7 +13,7 @@ from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.names import Box, pieces
 from train.checkpoint.files import write_synced
-from train.checkpoint.read import full_box
+from train.checkpoint.offline_reader import full_box
 from train.huggingface.layouts import (
     PREDICTION,
     PREDICTION_EMBEDDING,

@@ -12,8 +12,8 @@ from typing import Any
 from train.checkpoint.compatibility import flatten
 from train.report import health, learning, routing
 from train.report.numbers import DASH, compact, duration, exact, percent, plain, signed_percent
+from train.report.page_script import SCRIPT
 from train.report.reading import RunData, read_run
-from train.report.script import SCRIPT
 from train.report.text_page import text_section
 from train.report.theme import style_sheet
 from train.report.timeline import timeline_section

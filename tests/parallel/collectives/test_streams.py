@@ -24,7 +24,7 @@ from parallel.collectives.async_collective import AsyncCollective, start, wait, 
 from parallel.collectives.collective import AllGather, Collective
 from parallel.collectives.streams import SideStreamContext
 from parallel.config import ParallelConfig
-from parallel.dispatchers import AllGatherDispatcher, AllToAllDispatcher
+from parallel.expert.dispatchers import AllGatherDispatcher, AllToAllDispatcher
 from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gradients
 from parallel.recompute import checkpoint_method

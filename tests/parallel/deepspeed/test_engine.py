@@ -13,7 +13,7 @@ import torch
 from longcat.errors import ConfigError
 from parallel.config import Offload, ParallelConfig
 from parallel.deepspeed import setup
-from parallel.deepspeed.flat import FlatShard, boxes_of_range
+from parallel.deepspeed.flat_partitions import FlatShard, boxes_of_range
 from parallel.mesh import resolve_sizes
 from tests.parallel.deepspeed import file_aio
 from tests.support.comparison import STEPS, check, compare, one_process

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from longcat.ops.embedding import embedding
-from longcat.ops.library import sum_into_partials, tree_sum
+from longcat.ops.torch_library import sum_into_partials, tree_sum
 
 triton = pytest.importorskip("triton", reason="needs the triton package, which .[dev] brings")
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,7 +38,7 @@ def test_kernels_equal_plain_versions_bitwise() -> None:
 def compilations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     """Each kernel as a training run launches it for the flash sizes: (kernel, types of arguments, constants)."""
     from parallel.kernels import embedding as table
-    from parallel.kernels import plan, rows
+    from parallel.kernels import permute, rows
 
     found: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {}
     for dtype in ROW_TYPES:
@@ -61,13 +61,13 @@ def compilations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
         found[f"embedding_blocks-{dtype}"] = table.block_kernel, block, constants
         found[f"embedding_runs-{dtype}"] = table.run_kernel, run, constants
     histogram = {"indices": "*i64", "histogram": "*i32", "size": "i32", "num_routed": "i32", "num_blocks": "i32"}
-    found["histogram"] = plan.histogram_kernel, histogram, {"BLOCK": plan.BLOCK, "EXPERTS": plan.EXPERTS}
+    found["histogram"] = permute.histogram_kernel, histogram, {"BLOCK": permute.BLOCK, "EXPERTS": permute.EXPERTS}
     scan = {"histogram": "*i32", "counts": "*i64", "num_blocks": "i32"}
-    found["scan"] = plan.scan_kernel, scan, {"SCAN": 512}
+    found["scan"] = permute.scan_kernel, scan, {"SCAN": 512}
     row_index = {"indices": "*i64", "histogram": "*i32"}
     row_index |= dict.fromkeys(("ends", "counts", "token", "selection", "row_index"), "*i64")
     row_index |= dict.fromkeys(("size", "num_blocks", "num_experts", "top_k"), "i32")
-    found["row_index"] = plan.row_index_kernel, row_index, {"BLOCK": plan.BLOCK}
+    found["row_index"] = permute.row_index_kernel, row_index, {"BLOCK": permute.BLOCK}
     return found
 
 

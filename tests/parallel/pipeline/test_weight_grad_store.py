@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
-from longcat.layers import FeedForward, Linear
+from longcat.modules import FeedForward, Linear
 from parallel.pipeline.weight_grad_store import WeightGradQueue, add_gradient, defer_weight_gradients
 from tests.support.distributed import run_ranks
 

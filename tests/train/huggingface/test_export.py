@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.support.exporting import assert_close, our_logits, peer_of, run_command, some_tokens, trained, weights
 from tests.support.fixtures import Refused
-from train.checkpoint.read import Checkpoint
+from train.checkpoint.offline_reader import Checkpoint
 from train.compose import compose
 from train.huggingface.layouts import MetaSource, layout_tensors
 

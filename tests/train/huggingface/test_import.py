@@ -18,7 +18,7 @@ from tests.support.exporting import SMALL, assert_close, our_logits, peer_of, ru
 from tests.support.fixtures import Refused
 from tests.support.running import contents, lines, train_here, train_two
 from train.checkpoint.files import is_locked
-from train.checkpoint.read import Checkpoint, full_box
+from train.checkpoint.offline_reader import Checkpoint, full_box
 from train.huggingface import import_folder as import_module
 from train.huggingface.import_folder import model_overrides
 from train.huggingface.safetensors_folder import SafetensorsFolder

@@ -16,7 +16,7 @@ from parallel.config import ParallelConfig, Sharding
 from parallel.deepspeed.engine import ZeroEngine
 from parallel.deepspeed.setup import check as check_deepspeed
 from parallel.engine import Engine, SequentialEngine
-from parallel.expert import apply_expert_parallel, check_experts, install_dispatchers
+from parallel.expert.placement import apply_expert_parallel, check_experts, install_dispatchers
 from parallel.fsdp.collectives import install_collectives
 from parallel.fsdp.sharding import apply_fsdp, materialise
 from parallel.kernels import install
@@ -26,7 +26,7 @@ from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.stages import check_micro_batches, num_stages, split, stages_of
 from parallel.recompute import apply_recompute
 from parallel.sequence import apply_sequence_parallel, check_length
-from parallel.store import MakeOptimizer, ShardedAdamW, Store
+from parallel.state_store import MakeOptimizer, ShardedAdamW, Store
 from parallel.tensor import apply_tensor_parallel, check_tensor
 
 
@@ -63,7 +63,7 @@ def check_compile(config: ParallelConfig) -> None:
         raise ConfigError("parallel.compile=true needs a C++ compiler on a CPU; install g++ or set it to false")
 
 
-def prepare(
+def parallelize(
     config: ModelConfig,
     balance_groups: int,
     parallel: ParallelConfig,

@@ -11,7 +11,7 @@ from longcat.errors import ConfigError
 from longcat.interfaces import install
 from longcat.model import LongCat
 from parallel.config import DispatcherKind
-from parallel.dispatchers import AllGatherDispatcher, AllToAllDispatcher
+from parallel.expert.dispatchers import AllGatherDispatcher, AllToAllDispatcher
 from parallel.mesh import Topology
 
 
