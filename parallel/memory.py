@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and moments that each rank holds, by formula: from sizes alone, nothing is built."""
+"""Bytes of weights, gradients and moments per rank, by formula from sizes alone; nothing is built."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What stays on a rank from step to step, and the gradients between backward and update, all in float32."""
+    """A rank's weights and moments, and its gradients between backward and update, all in float32."""
 
-    weights: float  # what is computed with, and the masters where those are apart
+    weights: float  # those of the forward, and fp32 master weights where separate
     gradients: float
     moments: float
 
@@ -33,7 +33,7 @@ def mib(count: float) -> str:
 
 @dataclass(frozen=True)
 class Elements:
-    """Elements of a part of a model by what they are spread over."""
+    """Elements of a part of a model, by the ranks that they are sharded over."""
 
     experts: int  # over ep × efsdp
     split: int  # heads, columns and vocabulary: over tp, then fsdp × cp
@@ -66,11 +66,11 @@ def elements(config: ModelConfig, part: ModelPart | None = None) -> Elements:
 
 
 def state_bytes(config: ModelConfig, sizes: MeshSizes, sharding: Sharding, parts: list[ModelPart | None]) -> StateBytes:
-    """What one rank holds of its ``parts``.
+    """Bytes of ``parts`` on one rank.
 
-    FSDP2 shards everything over fsdp × cp × tp, whatever else it is spread over: experts are no exception, since
-    ep × efsdp is the same ranks. DeepSpeed shards over dp × fsdp × cp. ZeRO 1 and 2 compute with whole weights (and
-    this rank's experts) beside float32 masters; ZeRO-3 computes with shards that are gathered in turn.
+    FSDP2 shards everything over fsdp × cp × tp, also what tp or ep splits: ep × efsdp is the same ranks. DeepSpeed
+    shards over dp × fsdp × cp. ZeRO 1 and 2 compute with unsharded weights (and this rank's experts) and keep fp32
+    master weights; ZeRO-3 computes with shards that are gathered in turn.
     """
     counted = [elements(config, part) for part in parts]
     total = sum(one.total for one in counted)

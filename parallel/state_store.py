@@ -25,11 +25,11 @@ MakeOptimizer = Callable[[Groups], torch.optim.AdamW]  # AdamW over them, with r
 
 @dataclass(frozen=True)
 class LocalBox:
-    """A box of a stored tensor that is on this rank. Over the ranks of a replica each element is held once."""
+    """A box of a stored tensor that is on this rank. Each element is on one rank of a replica."""
 
     kind: str  # weight | exp_avg | exp_avg_sq | grad
     name: str  # the stored name, as in model.named_parameters()
-    shape: tuple[int, ...]  # of the whole stored tensor, all experts of a layer together
+    shape: tuple[int, ...]  # of the full stored tensor, with all experts of a layer
     box: Box
     values: Tensor  # float32, shaped as the box, a view that may be written in place
 
@@ -39,26 +39,26 @@ class LocalBox:
 
 
 class Store(Protocol):
-    """Holds what training changes, and updates it. Gradients are complete when a step's micro-batches have run."""
+    """Stores weights, moments and gradients, and updates them. Gradients are complete after a step's micro-batches."""
 
     optimizer: torch.optim.AdamW  # rates are set in its groups
-    transient: bool  # whether values of `local_boxes` are in memory only until the next one is asked for
-    counts_here: bool  # whether sums over all ranks count what is held here; a replica's copy is not counted
+    transient: bool  # whether a box of `local_boxes` is in memory only until the next one is requested
+    counts_here: bool  # whether sums over all ranks include this rank's boxes; only one replica's are
 
     def local_boxes(self, write: bool = False) -> Iterator[LocalBox]:
-        """Weights and moments. With ``write`` all that must be written to change them, and `refresh` has to follow."""
+        """Weights and moments. With ``write`` also their copies; call `refresh` after writing."""
 
     def gradients(self) -> Iterator[LocalBox]:
-        """The gradients, where there are any."""
+        """The gradients that exist."""
 
     def steps(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """(stored name, AdamW's count of its steps) of each tensor here."""
+        """(stored name, AdamW's step count) of each tensor on this rank."""
 
     def gradient_square(self) -> Tensor:
         """This rank's share of ‖all gradients‖₂², float64; each element counts on one rank."""
 
     def measured_bytes(self) -> StateBytes:
-        """Measured; to be asked between backward and update."""
+        """Measured bytes; call it between backward and update."""
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply every gradient, in place."""
@@ -67,22 +67,22 @@ class Store(Protocol):
         """Update and drop the gradients."""
 
     def refresh(self) -> None:
-        """After writing: make all that depends on weights and moments agree. A collective."""
+        """After writing: update everything that depends on weights and moments. A collective."""
 
 
 class ShardedAdamW:
     """FSDP2's shards under torch's AdamW, with a group for each role and moments that exist from the start.
 
-    Moments made at once mean that a part which joins late (MTP) is in every checkpoint and every hash.
+    So a part that joins late (MTP) is in every checkpoint and every hash.
     """
 
     transient = False
 
     def __init__(self, models: Sequence[LongCat], topology: Topology, make_optimizer: MakeOptimizer) -> None:
         self.counts_here = topology.holds_first_replica
-        # Listed once: while a module is gathered, FSDP2 shows whole parameters under the same names
+        # Listed once: while a module is gathered, FSDP2 has unsharded parameters under the same names
         self.parameters = [pair for model in models for pair in model.named_parameters()]
-        # The second embedding, which MTP has beside a pipeline's head: where the first is not on this rank too
+        # MTP's second embedding, on the last pipeline stage; `copies` if the first one is on another rank
         seconds = {id(p) for model in models for name, p in model.named_parameters() if is_replica(model.part, name)}
         self.unique = [pair for pair in self.parameters if id(pair[1]) not in seconds]
         names = {name for name, _ in self.unique}
@@ -111,7 +111,7 @@ class ShardedAdamW:
             yield name, self.optimizer.state[parameter]["step"]
 
     def gradient_square(self) -> Tensor:
-        """Tensor by tensor in a fixed order; replicas count once."""
+        """Summed tensor by tensor in a fixed order; replicas count once."""
         grads = [grad.values for grad in self.gradients()]
         if not grads or not self.counts_here:
             return torch.zeros((), dtype=torch.float64)
@@ -134,7 +134,7 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Give a pipeline's second embedding what has been loaded into the first, where both are on this rank."""
+        """Copy a pipeline's first embedding into the second where both are on this rank."""
         first = dict(self.unique)
         for name, parameter in self.parameters:
             if name in first and parameter is not first[name]:
@@ -147,7 +147,7 @@ class ShardedAdamW:
 
 
 def local_box(kind: str, name: str, tensor: Tensor) -> LocalBox:
-    """What this rank holds of a tensor that may be sharded."""
+    """This rank's box of a tensor that may be sharded."""
     values, box = local_part(tensor.detach())
     shape = tuple(tensor.shape)
     return LocalBox(kind, name, shape, box or tuple((0, size) for size in shape), values)

@@ -1,1 +1,1 @@
-"""The second sharding engine, DeepSpeed's ZeRO 1 to 3; the one room that touches DeepSpeed's private names."""
+"""The second sharding engine, DeepSpeed's ZeRO 1 to 3; the only folder that uses DeepSpeed's private names."""

@@ -1,8 +1,8 @@
 """The second sharding engine: DeepSpeed's ZeRO 1, 2 and 3, with CPU and NVMe offload.
 
-Masters are float32 and start from the same values as everywhere (DeepSpeed's bf16 mode would round them); under
-bfloat16 each product casts its weight. Gradients are SUMS over all ranks, and an expert's over the ranks that hold
-it. The norm, clipping and rates are the caller's: DeepSpeed reduces, updates and gathers.
+Master weights are float32 and start from the same values as under FSDP2 (DeepSpeed's bf16 mode would round them).
+Under bfloat16 each product casts its weight. Gradients are SUMS over all ranks; an expert's, over the ranks that have
+it. The caller sets norm, clipping and rates; DeepSpeed reduces, updates and gathers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NORM_CHUNK = 1 << 22  # elements cast to float64 at once: a flat partition may h
 
 
 class ZeroEngine:
-    """A model, its gradients and its optimizer, cut by DeepSpeed.
+    """A model, its gradients and its optimizer, sharded by DeepSpeed.
 
     ``model`` is on the meta device. ``make_optimizer`` gets parameter groups with "params" and "role" and returns
     AdamW over them, with rates and decay by role; its groups keep their keys, so rates are set in
@@ -73,7 +73,7 @@ class ZeroEngine:
         if compute_dtype is not torch.float32:
             install(model, vocabulary=lambda _: CastVocabulary(compute_dtype))
         self.names = {weight: name for name, weight in model.named_parameters()}
-        self.shapes = {name: self._whole_shape(name, weight) for weight, name in self.names.items()}
+        self.shapes = {name: self._stored_shape(name, weight) for weight, name in self.names.items()}
         self.optimizer = make_optimizer(parameter_groups(model, topology.sizes.ep))
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=UnderDeepSpeed(model, topology.sizes.ep),
@@ -86,23 +86,23 @@ class ZeroEngine:
         if self.transient:
             keep_gradients_in_memory(self.zero.optimizer_swapper)
         self.mtp_used, self.counts_here = False, True
-        self._make_moments()
+        self._create_moments()
 
-    def _whole_shape(self, name: str, weight: nn.Parameter) -> tuple[int, ...]:
+    def _stored_shape(self, name: str, weight: nn.Parameter) -> tuple[int, ...]:
         shape = tuple(getattr(weight, "ds_shape", weight.shape))
         return (self.model.config.num_experts, *shape[1:]) if role(name) == "expert" else shape
 
-    def _make_moments(self) -> None:
-        """Moments from the start, so that checkpoints and hashes hold them before the first step."""
-        for _, flat, _ in self._held(write=True):
-            flat.data.zero_()  # padding too, which nobody writes
+    def _create_moments(self) -> None:
+        """Moments from the start, so that checkpoints and hashes include them before the first step."""
+        for _, flat, _ in self._local_groups(write=True):
+            flat.data.zero_()  # padding too, which nothing else writes
             state = self.optimizer.state[flat]
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             for kind in MOMENTS:
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
 
     def initialise(self, seed: int) -> None:
-        """Give every weight its value from (seed, logical name): this rank draws what it holds, and all gather it."""
+        """Give every weight its value from (seed, logical name): each rank draws its shards, and all gather them."""
         for shard in self.shards(write=True):
             if shard.kind == "weight":
                 for box, values in shard.boxes():
@@ -124,20 +124,20 @@ class ZeroEngine:
         return [[self.forward(one.tokens, one.labels, one.valid, one.documents, mtp=False) for one in micro_batches]]
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """The model's losses; ``mtp=False`` leaves MTP out, whose state then stands still."""
+        """The model's losses; ``mtp=False`` leaves MTP out, and its state does not change."""
         return self.engine(*arguments, **named)
 
     def backward(self, loss: Tensor, last: bool, mtp: bool = True) -> None:
         """Add the gradients of one micro-batch.
 
-        After the ``last`` of a step they are summed over ranks. Until then ZeRO-1 adds them up on this rank, in
+        After the ``last`` of a step they are summed over ranks. Until then ZeRO-1 accumulates them on this rank, in
         float32; ZeRO-2 and 3 reduce those of each micro-batch.
         """
         self.mtp_used |= mtp
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
         if last and self.stage == 3:
-            self.scale_gradients(float(self.num_ranks))  # it averages; the loss's scale is left alone for its hooks
+            self.scale_gradients(float(self.num_ranks))  # it averages; the loss stays unscaled for its hooks
 
     def gradient_square(self) -> Tensor:
         """This rank's share of ‖all gradients‖₂², float64; every element counts on exactly one rank."""
@@ -148,13 +148,13 @@ class ZeroEngine:
         return square
 
     def measured_bytes(self) -> StateBytes:
-        """Weights count what is computed with and the masters; gathered weights of ZeRO-3 count as their shards."""
+        """Weights include the computed copies and the fp32 masters; gathered weights of ZeRO-3 count as shards."""
         computed = sum(getattr(weight, "ds_tensor", weight).nbytes for weight in self.model.parameters())
-        flats = self._flats()
-        masters = sum(flat.nbytes for flat in flats)
+        flats = self._flat_weights()
+        master_weights = sum(flat.nbytes for flat in flats)
         grads = sum(grad.nbytes for grads in self._gradient_lists(write=False) for grad in grads)
         moments = sum(self.optimizer.state[flat][kind].nbytes for flat in flats for kind in MOMENTS)
-        return StateBytes(float(computed + masters), float(grads), float(moments))
+        return StateBytes(float(computed + master_weights), float(grads), float(moments))
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
@@ -163,16 +163,16 @@ class ZeroEngine:
             foreach_scale_(grads, factor)
 
     def step(self) -> None:
-        """AdamW on this rank's parts, and the new weights to all ranks; gradients are dropped."""
+        """Update this rank's parts by AdamW, send the new weights to all ranks, drop the gradients."""
         idle = [] if self.mtp_used else [group for group in self.optimizer.param_groups if group["mtp"]]
         rates = [group["lr"] for group in idle]
         for group in idle:
-            group["lr"] = 0.0  # weights stand still, and moments stay zero for want of gradients
+            group["lr"] = 0.0  # weights do not change; without gradients moments stay zero
         self.engine.step()
         for group, rate in zip(idle, rates, strict=True):
             group["lr"] = rate
         if idle:
-            for number, flat in enumerate(self._flats()):
+            for number, flat in enumerate(self._flat_weights()):
                 if self._group(number)["mtp"]:
                     self.optimizer.state[flat]["step"].zero_()
         self.mtp_used = False
@@ -188,16 +188,16 @@ class ZeroEngine:
                 yield LocalBox(shard.kind, shard.name, shard.shape, box, values)
 
     def gradients(self) -> Iterator[LocalBox]:
-        """The reduced gradients by name: copies, to look at."""
+        """Read-only copies of the reduced gradients, by name."""
         yield from self._boxes(self._gradient_shards())
 
     def shards(self, write: bool = False) -> Iterator[FlatShard]:
-        """This rank's parts of masters and moments; with ``write`` what is written into them stays.
+        """This rank's parts of fp32 master weights and moments; with ``write`` changes to them are kept.
 
-        After writing masters call `refresh`. Under NVMe offload a shard is in memory until the next is asked for, and
-        only whole rounds are written back.
+        After writing weights call `refresh`. Under NVMe offload a shard is in memory until the next is requested, and a
+        group is written back when the iteration passes it.
         """
-        for _, flat, pieces in self._held(write):
+        for _, flat, pieces in self._local_groups(write):
             state = self.optimizer.state[flat]
             for piece in pieces:
                 yield self._shard("weight", flat, piece)
@@ -205,34 +205,34 @@ class ZeroEngine:
                     yield self._shard(kind, state[kind], piece)
 
     def _gradient_shards(self) -> Iterator[FlatShard]:
-        for number, flat, pieces in self._held():
+        for number, flat, pieces in self._local_groups():
             grad = flat.grad
             if not self.offloads:
-                parts_here = self.zero.averaged_gradients.get(number)
-                grad = None if parts_here is None else torch.cat([part.reshape(-1) for part in parts_here])
+                local_parts = self.zero.averaged_gradients.get(number)
+                grad = None if local_parts is None else torch.cat([part.reshape(-1) for part in local_parts])
             if grad is not None:
                 for piece in pieces:
                     yield self._shard("grad", grad, piece)
 
     def steps(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """(stored name, AdamW's count of its steps, in place) of every weight; names of one group share a tensor."""
-        for number, flat in enumerate(self._flats()):
+        """(stored name, AdamW's step count, writable) of every weight; the weights of a group share a tensor."""
+        for number, flat in enumerate(self._flat_weights()):
             for weight in self._members(number):
                 yield self.names[weight], self.optimizer.state[flat]["step"]
 
     def refresh(self) -> None:
-        """Make the weights that are computed with those of the masters; a collective."""
+        """Copy the fp32 master weights to the weights of the forward; a collective."""
         if self.stage < 3:
             self.zero.update_lp_params()
             return
         self.zero._partition_all_parameters()
-        for number, _, _ in self._held():
+        for number, _, _ in self._local_groups():
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def close(self) -> None:
-        """Let go of DeepSpeed's groups, so that another run can start in this process."""
+        """Release DeepSpeed's groups, so that another run can start in this process."""
         from deepspeed.comm import comm
         from deepspeed.utils import groups
 
@@ -241,11 +241,11 @@ class ZeroEngine:
         comm.cdb = None
 
     def _gradient_lists(self, write: bool) -> Iterator[list[Tensor]]:
-        """This rank's unique parts of the reduced gradients, padding (zeros) among them, group by group."""
+        """This rank's unique parts of the reduced gradients, with padding (zeros), group by group."""
         if self.offloads:
-            yield from ([flat.grad] for _, flat, _ in self._held(write) if flat.grad is not None)
+            yield from ([flat.grad] for _, flat, _ in self._local_groups(write) if flat.grad is not None)
             return
-        for number in range(len(self._flats())):
+        for number in range(len(self._flat_weights())):
             if self.zero.averaged_gradients.get(number):
                 yield self.zero.averaged_gradients[number]
 
@@ -258,8 +258,8 @@ class ZeroEngine:
         values = flat.detach().view(-1).narrow(0, piece.offset, piece.numel)
         return FlatShard(kind, name, shape, start, values)
 
-    def _flats(self) -> list[Tensor]:
-        """This rank's flat master of each group that DeepSpeed made."""
+    def _flat_weights(self) -> list[Tensor]:
+        """This rank's flat fp32 master weights, one tensor per DeepSpeed group."""
         name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         return getattr(self.zero, name)  # type: ignore[no-any-return]
 
@@ -270,12 +270,12 @@ class ZeroEngine:
     def _group(self, number: int) -> dict[str, Any]:
         return self.optimizer.param_groups[self.zero.sub_group_to_group_id[number] if self.stage == 3 else number]
 
-    def _held(self, write: bool = False) -> Iterator[tuple[int, Tensor, list[Fragment]]]:
-        """Of each of DeepSpeed's groups the flat master here and which parts of which weights it is.
+    def _local_groups(self, write: bool = False) -> Iterator[tuple[int, Tensor, list[Fragment]]]:
+        """(number, this rank's flat fp32 master weights, their fragments) of each DeepSpeed group.
 
-        Groups that live on NVMe are read in turn, and written back if ``write``.
+        Groups on NVMe are read in turn, and written back if ``write``.
         """
-        for number, flat in enumerate(self._flats()):
+        for number, flat in enumerate(self._flat_weights()):
             swapped = self.transient and self.zero._swappable_optimizer_subgroup(number)
             if swapped:
                 self.zero._optimizer_states_and_gradient_swap_in(number)

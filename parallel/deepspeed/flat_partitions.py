@@ -28,11 +28,11 @@ class Fragment:
 
 
 def fragments(zero: Any, number: int, stage: int) -> list[Fragment]:
-    """What this rank's partition of the group ``number`` of DeepSpeed's optimizer consists of."""
-    return _cut_one_by_one(zero, number) if stage == 3 else _cut_together(zero, number)
+    """The fragments in this rank's partition of the group ``number`` of DeepSpeed's optimizer."""
+    return _fragments_by_weight(zero, number) if stage == 3 else _fragments_by_group(zero, number)
 
 
-def _cut_together(zero: Any, number: int) -> list[Fragment]:
+def _fragments_by_group(zero: Any, number: int) -> list[Fragment]:
     size = int(zero.partition_size[number])
     low = dist.get_rank(zero.real_dp_process_group[number]) * size
     found = []
@@ -45,7 +45,7 @@ def _cut_together(zero: Any, number: int) -> list[Fragment]:
     return found
 
 
-def _cut_one_by_one(zero: Any, number: int) -> list[Fragment]:
+def _fragments_by_weight(zero: Any, number: int) -> list[Fragment]:
     rank = dist.get_rank(zero.sub_group_process_groups[number])
     found, offset = [], 0
     for weight in zero.fp16_groups[number]:
@@ -61,18 +61,18 @@ def _cut_one_by_one(zero: Any, number: int) -> list[Fragment]:
 class FlatShard:
     """The elements ``start`` ... ``start + len(values) - 1`` of a stored tensor, flattened in row-major order.
 
-    Over all ranks each element of the whole tensor is in exactly one shard of its kind. Experts count as one tensor
-    of all N of them, wherever they live.
+    Over all ranks each element of the full tensor is in exactly one shard of its kind. All N experts of a layer are one
+    tensor, whatever ranks have them.
     """
 
     kind: str  # weight | exp_avg | exp_avg_sq | grad
     name: str  # the stored name, as in model.named_parameters()
-    shape: tuple[int, ...]  # of the whole stored tensor
+    shape: tuple[int, ...]  # of the full stored tensor
     start: int
     values: Tensor  # float32, flat, a view that may be written in place
 
     def boxes(self) -> Iterator[tuple[Box, Tensor]]:
-        """The shard as boxes of the whole tensor, each with its view of the values, shaped like the box."""
+        """The shard as boxes of the full tensor, each with its view of the values, shaped like the box."""
         position = 0
         for box in boxes_of_range(self.shape, self.start, self.start + self.values.numel()):
             sizes = [stop - start for start, stop in box]
@@ -88,7 +88,7 @@ def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Bo
         yield ((start, stop),)
         return
     row = prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows
+    first, last = -(-start // row), stop // row  # complete rows
     if first > last:  # inside one row
         yield from _inside(shape, last, start - last * row, stop - last * row)
         return

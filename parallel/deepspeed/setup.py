@@ -1,4 +1,4 @@
-"""How a model comes under DeepSpeed: what is refused, the configuration, its view of experts, casting on use."""
+"""Prepares a model for DeepSpeed: refused options, configuration, expert groups, casting on use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from parallel.mesh import MeshSizes, Topology
 STAGES = {Sharding.zero1: 1, Sharding.zero2: 2, Sharding.zero3: 3}
 BUCKET_NUMEL = 1 << 26  # gradients reduced at once; each bucket is a buffer of as many float32
 NVME_NUMEL = 100_000_000
-PERSISTENT_NUMEL = 10_000  # under ZeRO-3 smaller tensors stay whole: gathering gains would cost more than it saves
+PERSISTENT_NUMEL = 10_000  # under ZeRO-3 smaller tensors stay gathered: sharding them costs more than it saves
 
 
 def check(config: ParallelConfig, sizes: MeshSizes) -> None:
@@ -78,21 +78,21 @@ def check_nvme(config: ParallelConfig) -> None:
 
 
 def quiet_import(device_type: str) -> Any:
-    """Import DeepSpeed (2 s), which looks at the environment as it does so, and silence it."""
-    os.environ.setdefault("DS_ACCELERATOR", device_type)  # it need not guess; without a GPU its guess is a warning
+    """Import DeepSpeed (2 s), which reads the environment on import, and silence it."""
+    os.environ.setdefault("DS_ACCELERATOR", device_type)  # without a GPU its own choice prints a warning
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # it uses old names
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # from DeepSpeed
     if device_type == "cpu":
-        # It would compile an all-reduce over shared memory before the first collective; gloo's serves
+        # Else it compiles a shared-memory all-reduce before the first collective; gloo's is enough
         vars(deepspeed.ops)["__compatible_ops__"] = {}
     return deepspeed
 
 
 def deepspeed_settings(config: ParallelConfig, num_weights: int, largest: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for ``num_weights`` elements, ``largest`` in one tensor. Batch sizes: for its log."""
+    """DeepSpeed's configuration for ``num_weights`` elements, ``largest`` in one tensor. It only logs batch sizes."""
     stage = STAGES[config.sharding]
     bucket = min(BUCKET_NUMEL, num_weights)
     zero: dict[str, Any] = {
@@ -104,36 +104,36 @@ def deepspeed_settings(config: ParallelConfig, num_weights: int, largest: int) -
     }
     if stage == 3:
         zero |= {
-            "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear for the whole process
+            "memory_efficient_linear": False,  # True replaces torch.nn.functional.linear in this process
             "stage3_prefetch_bucket_size": bucket,
             "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
         }
     elif config.offload == Offload.none:
-        zero["compute_grad_norm"] = False  # ours is known before the step; with offload theirs cannot be left out
+        zero["compute_grad_norm"] = False  # we compute it before the step; offload needs DeepSpeed's own
     if config.offload != Offload.none:
-        place: dict[str, Any] = {"device": str(config.offload), "pin_memory": torch.cuda.is_available()}
+        target: dict[str, Any] = {"device": str(config.offload), "pin_memory": torch.cuda.is_available()}
         if config.offload == Offload.nvme:
-            place["nvme_path"] = config.offload_path
-            zero["sub_group_size"] = NVME_NUMEL  # weights updated at once; they and their moments are buffers of it
-        zero["offload_optimizer"] = dict(place)
+            target["nvme_path"] = config.offload_path
+            zero["sub_group_size"] = NVME_NUMEL  # weights updated at once: the size of a buffer
+        zero["offload_optimizer"] = dict(target)
         if stage == 3:
-            # A buffer holds this rank's part of any one weight
+            # A buffer must fit this rank's part of any weight
             zero["offload_param"] = (
-                place | {"buffer_size": max(largest, 1)} if config.offload == Offload.nvme else place
+                target | {"buffer_size": max(largest, 1)} if config.offload == Offload.nvme else target
             )
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # clipping is ours; DeepSpeed's default is to clip at 1
+        "gradient_clipping": 0.0,  # the caller clips; DeepSpeed's default is 1
         "gradient_allreduce_op": "sum" if stage < 3 else "mean",  # ZeRO-3 always averages: `ZeroEngine` multiplies
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW was the faster one, and needs no compiler
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW was faster, and needs no compiler
         "steps_per_print": 1 << 62,
     }
 
 
 def keep_own_experts(model: LongCat, topology: Topology) -> None:
-    """Leave in each layer of a model on the meta device the experts of this rank: [N / ep, ...]."""
+    """Keep only this rank's experts, [N / ep, ...], in each layer of a model on the meta device."""
     ep, total = topology.sizes.ep, model.config.num_experts
     if total % ep:
         raise ConfigError(f"parallel.ep={ep} does not divide model.num_experts={total}; use a divisor of it")
@@ -150,11 +150,11 @@ def expert_group_name(ep: int) -> str:
 
 
 class UnderDeepSpeed(nn.Module):
-    """The model as DeepSpeed sees it, beside a marker that makes it see experts.
+    """The model that DeepSpeed wraps, with a marker that makes it recognise experts.
 
-    DeepSpeed takes experts into account only when some module is an instance of its own MoE layer; then it goes by
-    the attributes ``allreduce`` and ``group_name`` of each parameter alone. So the marker is an MoE layer that has
-    neither parameters nor a place in the forward: the model's own modules stay as they are.
+    DeepSpeed handles experts only if some module is an instance of its own MoE layer; then it reads only the attributes
+    ``allreduce`` and ``group_name`` of each parameter. So the marker is an MoE layer without parameters that the
+    forward does not use: the model's own modules stay unchanged.
     """
 
     def __init__(self, model: LongCat, ep: int) -> None:
@@ -189,7 +189,7 @@ def experts_marker(ep: int, num_experts: int) -> nn.Module:
 
 
 def parameter_groups(model: LongCat, ep: int) -> list[dict[str, Any]]:
-    """One group for each role, MTP's apart: while it is off its moments and steps must stand still."""
+    """One group per role, MTP's separate: while MTP is off its moments and steps must not change."""
     members: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for name, weight in model.named_parameters():
         members[role(name), name.startswith("mtp.")].append(weight)
@@ -203,7 +203,7 @@ def parameter_groups(model: LongCat, ep: int) -> list[dict[str, Any]]:
 
 
 class CastVocabulary(UnshardedVocabulary):
-    """Embedding rows in the dtype of the computation, of a weight that stays float32."""
+    """Casts embedding rows to the compute dtype; the weight stays float32."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -213,7 +213,7 @@ class CastVocabulary(UnshardedVocabulary):
 
 
 def allocate(model: LongCat, topology: Topology, settings: dict[str, Any]) -> None:
-    """Give a model on the meta device memory without values; under ZeRO-3 one module after the other, cut at once."""
+    """Allocate a model on the meta device without values; ZeRO-3 does so module by module, sharding each at once."""
     stage = settings["zero_optimization"]["stage"]
     if stage < 3:
         model.to_empty(device=topology.device)
@@ -225,7 +225,7 @@ def allocate(model: LongCat, topology: Topology, settings: dict[str, Any]) -> No
             own_parameters = list(module.parameters(recurse=False))
             if own_parameters or any(True for _ in module.buffers(recurse=False)):
                 module.to_empty(device=topology.device, recurse=False)
-                if own_parameters:  # without dtype=, which it takes for bfloat16 on a CPU whatever is asked for
+                if own_parameters:  # without dtype=: on a CPU it takes any for bfloat16
                     cut = deepspeed.zero.Init(module=module, config_dict_or_path=settings, param_swapper=swapper)
                     swapper = cut.param_swapper
     for name, buffer in model.named_buffers():
@@ -233,16 +233,16 @@ def allocate(model: LongCat, topology: Topology, settings: dict[str, Any]) -> No
 
 
 def first_expert(model: LongCat, topology: Topology) -> int:
-    """The number of the first expert that is here."""
+    """The number of this rank's first expert."""
     rank = topology.experts["ep"].get_local_rank() if topology.sizes.ep > 1 else 0
     return int(rank) * (model.config.num_experts // topology.sizes.ep)
 
 
 def keep_gradients_in_memory(swapper: Any) -> None:
-    """Stop DeepSpeed from writing gradients to NVMe: with libaio they came back wrong, without any error.
+    """Stop DeepSpeed from writing gradients to NVMe: with libaio they were read back wrong, without any error.
 
-    The suspect is reading to places that are not aligned. Nothing is lost: the buffer that they would be written from
-    holds all of them anyway.
+    The suspect is reading to unaligned addresses. This costs no memory: the buffer that they would be written from
+    contains all of them anyway.
     """
 
     def swap_out_gradients(parameter: Tensor, gradient_offsets: list[int], gradient_tensors: list[Tensor]) -> None:
@@ -253,5 +253,5 @@ def keep_gradients_in_memory(swapper: Any) -> None:
 
 
 def data_parallel_size(topology: Topology) -> int:
-    """All ranks: those of dp, fsdp and cp alike are data-parallel ranks to DeepSpeed."""
+    """The number of ranks: DeepSpeed treats dp, fsdp and cp alike as data-parallel."""
     return topology.sizes.dp * topology.sizes.fsdp * topology.sizes.cp
