@@ -29,7 +29,7 @@ def fastest_dtype() -> torch.dtype:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> tuple[float, str]:
-    """FLOP/s of one rank for MFU, and where the figure comes from: a data sheet, or a GEMM measured here."""
+    """FLOP/s of one rank for MFU, and where the figure comes from: a data sheet, or a measured GEMM."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for model, (bfloat16, float32) in GPU_PEAKS.items():
@@ -55,14 +55,14 @@ def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float,
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that this process has held: resident set on a CPU, allocated on a GPU."""
+    """Peak memory of this process: resident set on a CPU, allocated on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
+    """The device's name for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({os.cpu_count()} cores)"
@@ -72,10 +72,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's numbers, malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free, for the next ones: of a step on a CPU up to a fifth is fresh pages.
+    """Have the C library keep freed memory for the next tensors: fresh pages take up to a fifth of a step on a CPU.
 
-    As it comes, every tensor of 32 MiB and more is mapped anew, and the system fills each page with zeros first. A
-    process then holds its peak until it ends. Does nothing where the library is not glibc.
+    By default glibc maps every tensor of 32 MiB and more anew, and the system zeroes each page first. With this, a
+    process keeps its peak memory until it ends. Does nothing where the library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -86,8 +86,8 @@ def keep_freed_memory() -> None:
 def make_deterministic() -> None:
     """Ask torch for deterministic kernels, without the NaN fill of new tensors that comes with it.
 
-    On a GPU torch then runs attention's backward without splitting keys among programs that add by atomics, never takes
-    cuDNN's attention, and wants cuBLAS to have workspaces of its own, which has to be said before the first product.
+    On a GPU attention's backward then does not split keys among programs that add by atomics, torch never uses cuDNN's
+    attention, and it requires a cuBLAS workspace setting, which must be set before the first product.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""How a step's micro-batches run through the parts of a model on this rank: the interface, and one after the other."""
+"""Engines run a step's micro-batches through this rank's parts of a model: the interface, and sequential execution."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from parallel.fsdp.sharding import set_gradient_sync
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 
-Objective = Callable[[Losses], Tensor]  # one micro-batch's part of the step's loss, as far as it arises in one part
+Objective = Callable[[Losses], Tensor]  # one model part's share of one micro-batch's loss
 
 
 class MicroBatch(Protocol):
-    """Whole sequences, on every rank that shares them: [B, S] each."""
+    """Full sequences [B, S], the same on all ranks that share them."""
 
     @property
     def tokens(self) -> Tensor: ...
@@ -34,22 +34,22 @@ class MicroBatch(Protocol):
 
 
 class Engine(Protocol):
-    """Runs micro-batches through the parts here. A collective of all ranks."""
+    """Runs micro-batches through this rank's parts. Its methods are collectives of all ranks."""
 
     parts: list[LongCat]
 
     def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
-        """Forward and backward of a step; gradients are complete then → for each part its micro-batches' losses."""
+        """Forward and backward of a step, with complete gradients → for each part its micro-batches' losses."""
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
         """Forward without gradients and MTP → the same."""
 
     def close(self) -> None:
-        """Let go of what outlives the object, so that another run can start in this process."""
+        """Release what outlives the object, so that another run can start in this process."""
 
 
 class SequentialEngine:
-    """One micro-batch after the other through a model that is all here."""
+    """Runs one micro-batch after the other through a model without pipeline stages."""
 
     def __init__(self, model: LongCat) -> None:
         self.parts = [model]
@@ -65,7 +65,7 @@ class SequentialEngine:
                 objective(losses).backward()
                 wait_for_reductions(model)
             found.append(detached(losses))
-            del losses  # the next forward would find this one's graph in memory
+            del losses  # else this graph stays in memory during the next forward
         return [found]
 
     @torch.no_grad()
@@ -78,5 +78,5 @@ class SequentialEngine:
 
 
 def detached(losses: Losses) -> Losses:
-    """Without their graph and without the residual stream, which would keep a micro-batch's memory."""
+    """The losses without graph and residual stream, which would keep a micro-batch's memory."""
     return Losses(*(tensor.detach() for tensor in losses))._replace(hidden=losses.lm.detach())

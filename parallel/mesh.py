@@ -19,15 +19,15 @@ from parallel.torch_internals import flatten_mesh, unflatten_mesh
 class Axis(StrEnum):
     """Axes of the mesh, outermost first; neighbours on the innermost axis sit next to each other in rank order.
 
-    For the experts the ranks of fsdp × cp × tp are folded anew into efsdp × ep, ep innermost: an expert-parallel group
-    can span context- and tensor-parallel ranks.
+    For the experts the ranks of fsdp × cp × tp are refolded into efsdp × ep, ep innermost: an expert-parallel group can
+    span context- and tensor-parallel ranks.
     """
 
     PP = "pp"  # stages of layers
     DP = "dp"  # replicates the weights
     FSDP = "fsdp"  # shards the weights
-    CP = "cp"  # spreads the positions of a sequence
-    TP = "tp"  # spreads heads, FFN columns, vocabulary, and the positions between them
+    CP = "cp"  # shards the positions of a sequence
+    TP = "tp"  # shards heads, FFN columns, vocabulary, and the positions between them
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MeshSizes:
 
     @property
     def data_ranks(self) -> int:
-        """How many ranks read different samples."""
+        """The number of ranks that read different samples."""
         return self.dp * self.fsdp
 
     @property
@@ -88,9 +88,9 @@ def resolve_sizes(config: ParallelConfig, world_size: int) -> MeshSizes:
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place. ``device`` is where its tensors live.
+    """This rank's coordinates, process groups and device.
 
-    The one place that makes process groups: ``mesh`` has the axes of `Axis`; ``dense`` shards weights that tensor
+    Only this file makes process groups. ``mesh`` has the axes of `Axis`; ``dense`` shards weights that tensor
     parallelism has split (over fsdp × cp), ``replicated`` those it has not (over fsdp × cp × tp, so that summing
     gradients over them sums over tp too), ``experts`` is dp × efsdp × ep. With dp > 1 each has the axis dp in front.
     """
@@ -100,8 +100,8 @@ class Topology:
     replicated: DeviceMesh
     experts: DeviceMesh
     shared: DeviceMesh  # cp × tp: the ranks that share a micro-batch
-    expert_exchange: dist.ProcessGroup  # the ranks of ep, and of cp × tp, once more: what a layer waits for is not to
-    context_exchange: dist.ProcessGroup  # queue behind sums of gradients
+    expert_exchange: dist.ProcessGroup  # second groups of the ranks of ep and of cp × tp, so that what a layer
+    context_exchange: dist.ProcessGroup  # waits for does not queue behind sums of gradients
     sizes: MeshSizes
     rank: int
     world_size: int
@@ -119,7 +119,7 @@ class Topology:
 
     @property
     def data_ranks(self) -> int:
-        """How many ranks read different samples."""
+        """The number of ranks that read different samples."""
         return self.sizes.data_ranks
 
     @property
@@ -138,12 +138,12 @@ class Topology:
 
     @property
     def holds_first_replica(self) -> bool:
-        """Whether this rank's shards are the ones that sums over unique shards count."""
+        """Whether sums over unique shards include this rank's shards."""
         return self.coordinate(Axis.DP) == 0
 
 
 def make_topology(sizes: MeshSizes, rank: int, world_size: int, device: torch.device) -> Topology:
-    """The mesh and its foldings. A collective of all ranks."""
+    """Create the mesh and the meshes derived from it. A collective of all ranks."""
     lengths = tuple(getattr(sizes, axis.value) for axis in Axis)
     mesh = init_device_mesh(device.type, lengths, mesh_dim_names=tuple(axis.value for axis in Axis))
     dense = flatten_mesh(mesh[Axis.FSDP, Axis.CP], "fsdp_cp")
@@ -156,8 +156,8 @@ def make_topology(sizes: MeshSizes, rank: int, world_size: int, device: torch.de
         replicated=replicated,
         experts=experts,
         shared=shared,
-        expert_exchange=_group_of_its_own(experts["ep"], "expert exchange"),
-        context_exchange=_group_of_its_own(shared, "context exchange"),
+        expert_exchange=_separate_group(experts["ep"], "expert exchange"),
+        context_exchange=_separate_group(shared, "context exchange"),
         sizes=sizes,
         rank=rank,
         world_size=world_size,
@@ -165,10 +165,10 @@ def make_topology(sizes: MeshSizes, rank: int, world_size: int, device: torch.de
     )
 
 
-def _group_of_its_own(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
+def _separate_group(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
     """A second group of a mesh's ranks, on GPUs with NCCL streams of high priority. A collective of these ranks.
 
-    Meshes share groups where their ranks are the same. In one group, exchanges wait for each other.
+    Meshes with the same ranks share a group, and exchanges in one group wait for each other.
     """
     if mesh.size() == 1:
         return mesh.get_group()
@@ -184,13 +184,13 @@ def _group_of_its_own(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
     )
 
 
-BESIDE = "beside training"  # the description of a group whose exchanges no step waits for
+BESIDE = "beside training"  # describes a group whose exchanges no step waits for
 
 
 def group_beside_training(timeout_seconds: float) -> dist.ProcessGroup:
     """A gloo group of all ranks for a thread beside training, which may wait ``timeout_seconds``. A collective.
 
-    Collectives of two threads on one group would meet in another order on each rank.
+    On one group, the collectives of two threads could start in another order on each rank.
     """
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc=BESIDE)
 
@@ -205,7 +205,7 @@ def world_from_environment() -> tuple[int, int, int]:
 
 
 def connect(config: ParallelConfig) -> Topology:
-    """Make the process group and the mesh: NCCL beside gloo on GPUs, gloo alone on CPUs."""
+    """Create the process group and the mesh: NCCL and gloo on GPUs, gloo alone on CPUs."""
     rank, local_rank, world_size = world_from_environment()
     sizes = resolve_sizes(config, world_size)
     cuda = torch.cuda.is_available()

@@ -13,7 +13,7 @@ from parallel.watchdog.spans import wait_span
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum a small tensor over all ranks, in place (over gloo when it lies on the CPU)."""
+    """Sum a small tensor over all ranks, in place (over gloo if it is on the CPU)."""
     if dist.get_world_size() > 1:
         with wait_span(Event(SpanKind.SUM)):
             dist.all_reduce(values)
@@ -21,7 +21,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def broadcast(value: Any) -> Any:
-    """The first rank's value on all ranks, so that they decide alike on what differs between machines."""
+    """The first rank's value on all ranks, for decisions about what differs between machines."""
     shared = [value]
     if dist.get_world_size() > 1:
         with wait_span(Event(SpanKind.BROADCAST)):
@@ -61,15 +61,15 @@ def sum_scalars(values: list[float]) -> list[float]:
 def sum_in_one_collective(numbers: Tensor, *parts: Tensor) -> list[Tensor]:
     """Sum ``numbers`` [n] and float64 tensors over all ranks in one collective; shapes as they came.
 
-    The numbers, on which the update depends, are added up in the order of ranks: each rank sends them in a place of
-    its own where all others send zeros, so that they arrive as they were, whatever order the reduction takes.
+    The update depends on the numbers, so they are added in the order of ranks. Each rank sends them in its own
+    row, where all others send zeros: they arrive unchanged, whatever order the reduction takes.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    places = torch.zeros(world_size, numbers.numel(), dtype=torch.float64)
-    places[rank] = numbers.double().cpu()
-    flat = sum_over_ranks(torch.cat([places.flatten(), *(part.double().cpu().flatten() for part in parts)]))
-    summed = flat.split([places.numel(), *(part.numel() for part in parts)])
+    rows = torch.zeros(world_size, numbers.numel(), dtype=torch.float64)
+    rows[rank] = numbers.double().cpu()
+    flat = sum_over_ranks(torch.cat([rows.flatten(), *(part.double().cpu().flatten() for part in parts)]))
+    summed = flat.split([rows.numel(), *(part.numel() for part in parts)])
     total = torch.zeros(numbers.numel(), dtype=torch.float64)
-    for place in summed[0].view(world_size, -1):
-        total += place
+    for row in summed[0].view(world_size, -1):
+        total += row
     return [total, *(one.view(part.shape) for one, part in zip(summed[1:], parts, strict=True))]

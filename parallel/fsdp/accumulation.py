@@ -1,7 +1,7 @@
-"""FSDP2 under a pipeline: gradients add up through all micro-batches of a step and are reduced once at its end.
+"""FSDP2 under a pipeline: gradients accumulate over all micro-batches of a step and are reduced once at its end.
 
-Torch's pipeline does this for a stage that is itself an FSDP module. Ours wraps one, and weight
-gradients are deferred, so the same calls are made here.
+Torch's pipeline does this for a stage that is itself an FSDP module. Ours wraps one, and weight gradients are deferred,
+so this file makes the same calls.
 """
 
 from __future__ import annotations

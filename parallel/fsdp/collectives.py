@@ -1,8 +1,8 @@
 """FSDP2's all-gathers of weights and reduce-scatters of gradients: overlapped with compute, each in a span.
 
 On a GPU they run on FSDP2's streams. Gloo has no streams, and FSDP2 would block until each collective ends, so on a CPU
-the collectives here return at once. The weights of a layer are gathered while the layer before it computes. The
-gradients of a unit are waited for when the second unit after it starts its own, the last ones by `wait_for_reductions`.
+these collectives return at once. The weights of a layer are gathered while the previous layer computes. A unit's
+reduce-scatter is waited for when the second unit after it starts its own, the last ones by `wait_for_reductions`.
 With replicas (dp > 1) FSDP2 needs each sum at once.
 """
 
@@ -37,7 +37,7 @@ from parallel.watchdog.spans import record_launch, wait_span
 
 
 class TracedCollective(dist.Work):
-    """A collective under way, whose wait is a span."""
+    """A collective in progress, whose wait is a span."""
 
     def __init__(self, event: Event, group: dist.ProcessGroup, num_bytes: int, work: dist.Work) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class TracedCollective(dist.Work):
 
 
 class TracedAllGather(DefaultAllGather):
-    """Torch's all-gather in a span (on NCCL the call returns at once); an asynchronous one is ours."""
+    """Torch's all-gather in a span (on NCCL the call returns at once); our own if asynchronous."""
 
     def __init__(self, event: Event) -> None:
         self.event = event
@@ -79,13 +79,13 @@ class TracedReduceScatter(DefaultReduceScatter):
 
 
 class PendingReductions:
-    """Reduce-scatters of a model that are under way: those of two units at most."""
+    """A model's reduce-scatters in progress, of two units at most."""
 
     def __init__(self) -> None:
         self._units: deque[tuple[Event, list[TracedCollective]]] = deque()
 
     def of(self, unit: Event) -> list[TracedCollective]:
-        """Those of the unit that starts one now; waits first for all but the unit before it."""
+        """The list of a unit that starts one; first waits for all but the previous unit's."""
         if not self._units or self._units[-1][0] != unit:
             self.finish(but=1)
             self._units.append((unit, []))
@@ -101,8 +101,8 @@ class PendingReductions:
 class DeferredReduceScatter(DefaultReduceScatter):
     """The reduce-scatter of one group of parameters on a CPU.
 
-    FSDP2 makes the gradients of the shards from the output at once. Where `_only_viewed`, they are views of it and the
-    wait is deferred; other sums are waited for here.
+    FSDP2 makes the gradients of the shards from the output at once. Where they are views of it (`_only_viewed`), the
+    wait is deferred; otherwise the call blocks.
     """
 
     def __init__(self, event: Event, parameters: Any, under_way: PendingReductions) -> None:
@@ -121,7 +121,7 @@ class DeferredReduceScatter(DefaultReduceScatter):
         return of_unit[-1]
 
     def _only_viewed(self, output: Tensor) -> bool:
-        """No replicas, division, cast, hook, or gradient to add to."""
+        """Whether there are no replicas, division, cast, hook, or gradient to add to."""
         group = self.parameters
         return (
             not isinstance(group.mesh_info, HSDPMeshInfo)
@@ -139,7 +139,7 @@ def install_collectives(model: LongCat, device: torch.device) -> None:
             continue
         unit = name or "embedding, head and norm"
         reduction = Event(SpanKind.GRADIENT_REDUCE_SCATTER, module=unit)
-        # A unit with experts has a group of parameters for each mesh; the public setters know one group only
+        # A unit with experts has a group of parameters per mesh; the public setters handle only one group
         for group in parameter_groups_of(module):
             set_all_gather(group, TracedAllGather(Event(SpanKind.WEIGHT_ALL_GATHER, module=unit)))
             if device.type == "cpu":
@@ -152,7 +152,7 @@ def install_collectives(model: LongCat, device: torch.device) -> None:
 
 
 def _gather_ahead(model: LongCat) -> None:
-    """Let the model gather its first layer's weights, and each layer the next one's, before they compute."""
+    """Make the model prefetch its first layer's weights, and each layer the next one's."""
     chain: list[nn.Module] = [model, *model.shortcut_layers()]
     for module, following in pairwise(chain):
         assert isinstance(module, FSDPModule)
@@ -161,7 +161,7 @@ def _gather_ahead(model: LongCat) -> None:
 
 
 def wait_for_reductions(model: LongCat) -> None:
-    """Wait for the reduce-scatters that are under way after a backward. A failed one raises."""
+    """Wait for the reduce-scatters in progress after a backward. A failed one raises."""
     for group in parameter_groups(model):
         collective = reduce_scatter_of(group)
         if isinstance(collective, DeferredReduceScatter):
@@ -169,6 +169,6 @@ def wait_for_reductions(model: LongCat) -> None:
 
 
 def parameter_groups(model: LongCat) -> Iterator[Any]:
-    """FSDP2's groups of parameters: what is gathered, and whose gradients are summed, together."""
+    """FSDP2's groups of parameters, each gathered and reduced in one collective."""
     if isinstance(model, FSDPModule):
         yield from all_parameter_groups(model)

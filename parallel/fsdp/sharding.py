@@ -27,23 +27,23 @@ from parallel.torch_internals import (
 
 
 def apply_fsdp(model: LongCat, topology: Topology, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
-    """Shard a model that lives on the meta device, layer by layer, in place.
+    """Shard a model on the meta device, layer by layer, in place.
 
-    Each parameter is sharded over all ranks that hold the same part of it: experts over efsdp, what tensor parallelism
-    has split over fsdp × cp, all else over fsdp × cp × tp. So summing gradients where they are sharded also adds up
-    the partial sums of context and tensor parallelism, and nothing but ``dp`` holds a value twice.
+    Each parameter is sharded over all ranks that have the same part of it: experts over efsdp, what tensor parallelism
+    has split over fsdp × cp, all else over fsdp × cp × tp. So the reduce-scatter of gradients also adds the partial
+    sums of context and tensor parallelism, and only ``dp`` replicates values.
 
-    Weights stay float32 and are cast to ``compute_dtype`` where they are gathered; the router is a unit of its own
-    that stays in float32. Gradients are SUMS over ranks in float32: the loss is divided by the valid tokens of
-    the global batch, so nothing here may divide again.
+    Weights stay float32 and are cast to ``compute_dtype`` when gathered; the router is a separate unit that computes in
+    float32. Gradients are SUMS over ranks in float32: the loss is divided by the valid tokens of the global batch, so
+    FSDP2 must not divide again.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
     mesh = with_replicas(topology, topology.replicated)
-    place = placements(topology)
+    placement_of = placements(topology)
 
     def unit(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool = reshard_after_forward) -> None:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=place)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=placement_of)
 
     for layer in model.shortcut_layers():
         if compute_dtype is not torch.float32:
@@ -60,14 +60,14 @@ def apply_fsdp(model: LongCat, topology: Topology, compute_dtype: torch.dtype, r
 
 
 def with_replicas(topology: Topology, mesh: DeviceMesh) -> DeviceMesh:
-    """A sharding mesh with the replicating axis in front where there is one."""
+    """A sharding mesh, with the axis dp in front if dp > 1."""
     if topology.sizes.dp == 1:
         return mesh
     return concatenate_meshes([topology.mesh[Axis.DP], mesh])
 
 
 def placements(topology: Topology) -> Callable[[nn.Parameter], Shard | ShardPlacementResult]:
-    """Where FSDP2 shards a parameter: the mesh by what the parameter has been split over before, and the dimension."""
+    """The mesh and dimension over which FSDP2 shards a parameter; the mesh depends on how it is already split."""
     known: dict[str, FSDPMeshInfo] = {}
     units = topology.replicated.get_group().group_name
 
@@ -75,37 +75,37 @@ def placements(topology: Topology) -> Callable[[nn.Parameter], Shard | ShardPlac
         name = mesh.get_group().group_name
         if name == units:
             return Shard(dim)  # the unit's own mesh
-        if name not in known:  # FSDP2 wants one object for each group
+        if name not in known:  # FSDP2 needs one object per group
             mesh = with_replicas(topology, mesh)
             known[name] = FSDPMeshInfo(mesh, 0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
         return ShardPlacementResult(Shard(dim), known[name])
 
-    def place(parameter: nn.Parameter) -> Shard | ShardPlacementResult:
-        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if parameter.ndim == 3:  # a stack of experts: where they are too few, each of them is cut
+    def placement_of(parameter: nn.Parameter) -> Shard | ShardPlacementResult:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if parameter.ndim == 3:  # a stack of experts: if they are too few, shard inside each
             shards = topology.sizes.efsdp
-            across = held.shape[0] < shards and held.shape[1] % shards == 0
-            return on(topology.experts["efsdp"] if held is not parameter else topology.replicated, 1 if across else 0)
-        return on(topology.dense if held is not parameter else topology.replicated, 0)
+            across = local.shape[0] < shards and local.shape[1] % shards == 0
+            return on(topology.experts["efsdp"] if local is not parameter else topology.replicated, 1 if across else 0)
+        return on(topology.dense if local is not parameter else topology.replicated, 0)
 
-    return place
+    return placement_of
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:
-    """Reduce gradients in the ``last`` micro-batch of a step only; before it they add up on this rank, in float32."""
+    """Reduce gradients only in the ``last`` micro-batch of a step; before it they accumulate locally, in float32."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)
     model.set_is_last_backward(last)
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, Box | None]:
-    """This rank's part of a tensor and its box in the whole; None for a tensor that is not sharded."""
+    """This rank's part of a tensor and its box in the full tensor; None if it is not sharded."""
     if not isinstance(tensor, DTensor):
         return tensor, None
     return tensor.to_local(), _box(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
-@cache  # torch takes a tenth of a millisecond, and every step asks for every tensor
+@cache  # torch takes 0.1 ms, and every step needs it for every tensor
 def _box(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Box:
     local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
     return tuple((o, o + s) for o, s in zip(offset, local, strict=True))
@@ -123,7 +123,7 @@ def materialise(model: LongCat, config: ModelConfig, seed: int, device: torch.de
 def _gather_once(model: LongCat) -> None:
     """Gather the units that may join late, the MTP layers.
 
-    Where gradients are held back FSDP2 asks every unit for the weights that it last gathered, even one that never ran.
+    With deferred reduction FSDP2 reads every unit's last gathered weights, even if the unit never ran.
     """
     if isinstance(model, FSDPModule) and model.mtp is not None:
         initialize_root(model)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 UNFUSED = {"enable_fp_fusion": False}  # a product is rounded before it is added, as in the plain versions
-# Triton's interpreter truncates to bfloat16 or rounds ties away from zero; there the bits are rounded by hand
+# Triton's interpreter truncates to bfloat16 or rounds ties away from zero; for it we round the bits by hand
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 

@@ -136,7 +136,7 @@ def combine_rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [T, D] → the gradients of rows [P, D], gates [T, K] and x [T, D] (no elements without ``x``).
 
-    Only the plain version needs ``token`` and ``selection``: a program here finds its token's rows in ``row_index``.
+    Only the plain version needs ``token`` and ``selection``: a program finds its token's rows in ``row_index``.
     """
     num_tokens, top_k = row_index.shape
     width = grad.shape[1]

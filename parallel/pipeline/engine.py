@@ -1,11 +1,11 @@
-"""Pipeline parallelism: one step of this rank's stages under one of torch's schedules, and forward-only evaluation.
+"""Pipeline parallelism: a step of this rank's stages under one of torch's schedules, and forward-only evaluation.
 
-Each stage is a `LongCat` with a `ModelPart`. Hidden states [B, s, D] are all that travels between stages; ids, labels
-and masks are on every rank. The auxiliary losses of inner stages enter the backward where they arise (`AddLoss`),
-since torch's schedules know a loss at the last stage only.
+Each stage is a `LongCat` with a `ModelPart`. Stages exchange only hidden states [B, s, D]; every rank has ids, labels
+and masks. The auxiliary losses of inner stages enter the backward where they arise (`AddLoss`), since torch's schedules
+have a loss only at the last stage.
 """
 
-# B sequences of a micro-batch, s positions held here, D width
+# B sequences of a micro-batch, s positions on this rank, D width
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from torch.distributed.pipelining import (
 )
 
 from longcat.model import LongCat, Losses
+from parallel.config import Schedule
 from parallel.engine import MicroBatch, Objective, detached
 from parallel.fsdp import accumulation
 from parallel.fsdp.sharding import local_part
@@ -35,7 +36,7 @@ from parallel.watchdog.spans import wait_span, work_span
 
 
 class AddLoss(torch.autograd.Function):
-    """``hidden`` unchanged; the backward gives the scalar ``total`` the gradient 1, as if it were part of the loss."""
+    """Returns ``hidden``; the backward gives the scalar ``total`` the gradient 1, as if it were part of the loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, total: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class AddLoss(torch.autograd.Function):
 class StageModule(nn.Module):
     """A part of the model as torch's schedules call it: a micro-batch's number in, hidden states or the loss out.
 
-    The number leads to the micro-batch itself, which every stage needs, and not its tokens alone.
+    The number selects the micro-batch, since every stage needs more of it than the tokens.
     """
 
     def __init__(self, model: LongCat) -> None:
@@ -64,15 +65,15 @@ class StageModule(nn.Module):
     def forward(self, x: Tensor, number: Tensor | None = None) -> Tensor:
         """x: the number [1] at the first stage, hidden [B, s, D] at others → hidden [B, s, D], or the loss at the last.
 
-        ``number`` [1] int64 stays on the CPU, so that reading it waits for no GPU.
+        ``number`` [1] int64 stays on the CPU, so that reading it does not wait for a GPU.
         """
         first = self.model.part.embedding
-        place = int(x if number is None else number)
-        batch = self.micro_batches[place]
+        micro_batch = int(x if number is None else number)
+        batch = self.micro_batches[micro_batch]
         hidden = None if first else x
-        with work_span(Event(SpanKind.FORWARD, micro_batch=place + 1, layers=layers_of(self.model))):
+        with work_span(Event(SpanKind.FORWARD, micro_batch=micro_batch + 1, layers=layers_of(self.model))):
             losses: Losses = self.model(batch.tokens, batch.labels, batch.valid, batch.documents, self.mtp, hidden)
-        self.found[place] = detached(losses)
+        self.found[micro_batch] = detached(losses)
         if self.objective is None:
             return losses.hidden
         total = self.objective(losses)
@@ -82,13 +83,13 @@ class StageModule(nn.Module):
         """The losses since the last call, in the order of the micro-batches."""
         found, self.found = self.found, {}
         self.micro_batches, self.objective = (), None
-        return [found[place] for place in sorted(found)]
+        return [found[micro_batch] for micro_batch in sorted(found)]
 
 
 class PipelineEngine:
     """This rank's stages and their schedule.
 
-    ``models`` are the parts that `stages_of` names for this rank, with values, plain or sharded by `apply_fsdp` with
+    ``models`` are this rank's parts by `stages_of`, with values, unsharded or sharded by `apply_fsdp` with
     ``reshard_after_forward=False``. ``hidden_shape`` is [B, s, D] of a micro-batch's hidden states on this rank, which
     are sent in ``compute_dtype``.
 
@@ -100,7 +101,7 @@ class PipelineEngine:
         self,
         models: Sequence[LongCat],
         topology: Topology,
-        schedule: str,
+        schedule: Schedule,
         num_micro_batches: int,
         hidden_shape: tuple[int, int, int],
         compute_dtype: torch.dtype,
@@ -120,15 +121,15 @@ class PipelineEngine:
         self.queues = [WeightGradQueue() for _ in self.parts] if schedule in SPLIT_BACKWARD else []
         for model, queue in zip(self.parts, self.queues, strict=False):
             defer_weight_gradients(model, queue)
-        self.stages = [self._stage(place) for place in range(len(self.parts))]
+        self.stages = [self._stage(index) for index in range(len(self.parts))]
         self.schedule = self._schedule()
 
     def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
-        """Forward and backward of the micro-batches; gradients are left reduced in the parameters.
+        """Forward and backward of the micro-batches; the parameters then have reduced gradients.
 
-        ``objective`` gives this part's share of the step's loss [] of a micro-batch, divided by what it counts over the
-        global batch; it is called at every stage. Returns for each local stage the losses of each micro-batch, without
-        graph and without hidden states. A collective of the pipeline.
+        ``objective`` returns this part's share of a micro-batch's loss [], divided by what it counts over the global
+        batch; every stage calls it. Returns for each local stage the losses of each micro-batch, without graph and
+        hidden states. A collective of the pipeline.
         """
         if len(micro_batches) != self.num_micro_batches:
             raise ValueError(f"{len(micro_batches)} micro-batches for a pipeline of {self.num_micro_batches}")
@@ -148,31 +149,31 @@ class PipelineEngine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
-        """Forward of any number of micro-batches without gradients and MTP; losses as `run` gives them.
+        """Forward of any number of micro-batches without gradients and MTP; losses as `run` returns them.
 
         Each local stage runs all micro-batches before the next one does. All receives of a stage are posted at its
-        start, so that two ranks that exchange in both directions do so in the same order. A collective of the pipeline.
+        start: two ranks that exchange in both directions then use the same order. A collective of the pipeline.
         """
-        between: list[Tensor] = []  # from the stage before, where that is local too
-        sends: list[tuple[dist.Work, Tensor, Event, list[int]]] = []  # and what is being sent, kept alive until then
+        local_outputs: list[Tensor] = []  # of the previous stage, if it is local too
+        sends: list[tuple[dist.Work, Tensor, Event, list[int]]] = []  # with tensors, kept alive until sent
         for module, number in zip(self.modules, self.stage_indices, strict=True):
             module.micro_batches, module.objective, module.mtp = micro_batches, None, False
             arrivals, layers = self._post_receives(number, len(micro_batches)), layers_of(module.model)
             outputs = []
-            for place in range(len(micro_batches)):
-                x = between[place] if between else torch.tensor([place])
+            for micro_batch in range(len(micro_batches)):
+                x = local_outputs[micro_batch] if local_outputs else torch.tensor([micro_batch])
                 if arrivals:
-                    work, x = arrivals[place]
-                    received = Event(SpanKind.RECEIVE_HIDDEN_STATES, micro_batch=place + 1, layers=layers)
-                    with wait_span(received, self._holders(number - 1)):
+                    work, x = arrivals[micro_batch]
+                    received = Event(SpanKind.RECEIVE_HIDDEN_STATES, micro_batch=micro_batch + 1, layers=layers)
+                    with wait_span(received, self._peers_of(number - 1)):
                         work.wait()
-                hidden = module(x, torch.tensor([place]))
+                hidden = module(x, torch.tensor([micro_batch]))
                 if number + 1 in self.stage_indices:
                     outputs.append(hidden)
                 elif number + 1 < self._num_stages:
-                    sent = Event(SpanKind.SEND_HIDDEN_STATES, micro_batch=place + 1, layers=layers)
-                    sends.append((*self._send(hidden, number + 1), sent, self._holders(number + 1)))
-            between = outputs
+                    sent = Event(SpanKind.SEND_HIDDEN_STATES, micro_batch=micro_batch + 1, layers=layers)
+                    sends.append((*self._send(hidden, number + 1), sent, self._peers_of(number + 1)))
+            local_outputs = outputs
         for work, _, sent, peers in sends:
             with wait_span(sent, peers):
                 work.wait()
@@ -183,9 +184,9 @@ class PipelineEngine:
     def close(self) -> None:
         pass
 
-    def _stage(self, place: int) -> TracedStage:
-        """Shapes are given, or torch would run a forward and backward to learn them."""
-        module, number, stages = self.modules[place], self.stage_indices[place], self._num_stages
+    def _stage(self, index: int) -> TracedStage:
+        """Torch's stage with given shapes: else torch runs a forward and backward to learn them."""
+        module, number, stages = self.modules[index], self.stage_indices[index], self._num_stages
         hidden = torch.empty(self.shape, dtype=self.dtype, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
         return TracedStage(
@@ -196,12 +197,12 @@ class PipelineEngine:
             input_args=torch.empty(1, dtype=torch.int64, device="meta") if number == 0 else hidden,
             output_args=loss if number == stages - 1 else hidden,
             group=self.group,
-            dw_builder=self._late_gradients(place) if self.queues else None,
-            layers=layers_of(self.parts[place]),
+            dw_builder=self._deferred_gradients(index) if self.queues else None,
+            layers=layers_of(self.parts[index]),
         )
 
-    def _late_gradients(self, place: int) -> Callable[[], Callable[[], None]]:
-        queue, model = self.queues[place], self.parts[place]
+    def _deferred_gradients(self, index: int) -> Callable[[], Callable[[], None]]:
+        queue, model = self.queues[index], self.parts[index]
 
         def build() -> Callable[[], None]:
             compute = queue.take()
@@ -230,9 +231,9 @@ class PipelineEngine:
 
     @torch.no_grad()
     def _sum_embedding_gradients(self) -> None:
-        """Give both copies of the embedding (the first stage's and the last's, where MTP reads it) their sum.
+        """Sum the gradients of both copies of the embedding: the first stage's, and the last's, which MTP reads.
 
-        Both then get the same update, and stay equal bit for bit.
+        Both copies then get the same update and stay bitwise identical.
         """
         copies = [model for model in self.parts if is_copied(model)]
         grads = [_gradient(model.embed_tokens.weight) for model in copies]  # type: ignore[union-attr]
@@ -240,16 +241,16 @@ class PipelineEngine:
             grads[0].add_(grads[1])
             grads[1].copy_(grads[0])
         elif grads:
-            ends = [rank_of(self.schedule_name, self.pp, stage) for stage in (0, self._num_stages - 1)]
-            grads[0].add_(self._exchange(grads[0], ends))
+            end_ranks = [rank_of(self.schedule_name, self.pp, stage) for stage in (0, self._num_stages - 1)]
+            grads[0].add_(self._exchange(grads[0], end_ranks))
 
-    def _exchange(self, mine: Tensor, ends: list[int]) -> Tensor:
-        """What the other of two ranks has. One sends first: both at once would block each other on a GPU's stream."""
+    def _exchange(self, mine: Tensor, end_ranks: list[int]) -> Tensor:
+        """The other rank's tensor. One rank sends first: both at once would deadlock on a GPU's stream."""
         theirs = torch.empty_like(mine)
-        leads = self.group.rank() == ends[0]
-        peer = dist.get_global_rank(self.group, ends[1] if leads else ends[0])
+        sends_first = self.group.rank() == end_ranks[0]
+        peer = dist.get_global_rank(self.group, end_ranks[1] if sends_first else end_ranks[0])
         with wait_span(Event(SpanKind.EMBEDDING_GRADIENTS), [peer]):
-            for sending in (leads, not leads):
+            for sending in (sends_first, not sends_first):
                 if sending:
                     dist.send(mine, peer, group=self.group)
                 else:
@@ -259,7 +260,7 @@ class PipelineEngine:
     def _post_receives(self, stage: int, count: int) -> list[tuple[dist.Work, Tensor]]:
         if stage == 0 or stage - 1 in self.stage_indices:
             return []
-        (peer,) = self._holders(stage - 1)
+        (peer,) = self._peers_of(stage - 1)
         arrivals = []
         for _ in range(count):
             buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -268,12 +269,12 @@ class PipelineEngine:
             arrivals.append((work, buffer))
         return arrivals
 
-    def _holders(self, stage: int) -> list[int]:
-        """The rank that has the stage."""
+    def _peers_of(self, stage: int) -> list[int]:
+        """The rank of a stage, as the list that spans take."""
         return [dist.get_global_rank(self.group, rank_of(self.schedule_name, self.pp, stage))]
 
     def _send(self, hidden: Tensor, stage: int) -> tuple[dist.Work, Tensor]:
-        (peer,) = self._holders(stage)
+        (peer,) = self._peers_of(stage)
         hidden = hidden.contiguous()
         work = dist.isend(hidden, peer, group=self.group)
         assert work is not None
@@ -286,12 +287,12 @@ def layers_of(model: LongCat) -> tuple[int, int]:
 
 
 def is_copied(model: LongCat) -> bool:
-    """Whether this part holds one of two copies of the embedding."""
+    """Whether this part has one of two copies of the embedding."""
     return model.config.num_mtp_layers > 0 and model.part.embedding != model.part.head
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter's gradient, zeros where there was none."""
+    """This rank's part of a parameter's gradient; zeros if there was none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return local_part(parameter.grad)[0]

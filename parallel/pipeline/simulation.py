@@ -1,7 +1,7 @@
-"""Simulates a pipeline schedule: when each action runs, how long ranks stand still, how many micro-batches are alive.
+"""Simulates a pipeline schedule: when each action runs, how long ranks are idle, how many micro-batches are alive.
 
-The actions are torch's own, taken from its schedule objects; their seconds come from whoever measured or assumes them.
-Sending takes no time here.
+The actions are torch's own, taken from its schedule objects; the caller gives their seconds, measured or assumed.
+Sending takes no time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from parallel.config import Schedule
 from parallel.pipeline.stages import STAGES_PER_RANK, num_stages, stages_of
 
 SCHEDULES: dict[str, Any] = {
@@ -34,20 +35,20 @@ class Action(NamedTuple):
     micro_batch: int
 
 
-Orders = dict[int, list[Action]]  # of each rank
+Orders = dict[int, list[Action]]  # per rank
 Seconds = Callable[[int, Action], float]  # of an action on a rank
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """When everything ran, for each rank."""
+    """Start and end of every action, per rank."""
 
     spans: dict[int, list[tuple[Action, float, float]]]  # (action, start, end)
     stages_per_rank: int
 
     @property
     def seconds(self) -> float:
-        """From the first start on any rank to the last end on any: what a step takes."""
+        """The time of a step: from the first start on any rank to the last end on any."""
         return max(end for spans in self.spans.values() for _, _, end in spans)
 
     @property
@@ -57,19 +58,19 @@ class Simulation:
 
     @property
     def bubble(self) -> float:
-        """Share of the step in which a rank stands still, on average."""
+        """Share of the step in which a rank is idle, on average."""
         return 1 - self.busy / self.seconds
 
     @property
     def idle(self) -> float:
-        """Seconds of the step in which a rank stands still, on average."""
+        """Seconds of the step in which a rank is idle, on average."""
         return self.seconds - self.busy
 
     @property
     def idle_inside(self) -> float:
-        """Seconds in which a rank stands still between its own first start and last end; the worst rank's.
+        """Seconds in which a rank is idle between its own first start and last end; the worst rank's.
 
-        This is how papers count: it leaves out that ranks start and end at different times.
+        Papers count this way: it ignores that ranks start and end at different times.
         """
         return max(
             spans[-1][2] - spans[0][1] - sum(end - start for _, start, end in spans) for spans in self.spans.values()
@@ -77,8 +78,8 @@ class Simulation:
 
     @property
     def live_micro_batches(self) -> float:
-        """The most whole micro-batches whose activations a rank holds at once, from a forward's start to the end of
-        its last gradient; a stage of two on a rank holds half a one."""
+        """The most micro-batches whose activations a rank holds at once, from a forward's start to the end of its last
+        gradient; one of a rank's two stages counts as half a micro-batch."""
         return max(_most_live(spans) for spans in self.spans.values()) / self.stages_per_rank
 
 
@@ -91,10 +92,10 @@ def _most_live(spans: list[tuple[Action, float, float]]) -> int:
     return most
 
 
-def planned(schedule: str, pp: int, num_micro_batches: int) -> Orders:
+def planned(schedule: Schedule, pp: int, num_micro_batches: int) -> Orders:
     """The actions of each rank in the order in which torch's schedule runs them; no process group is needed."""
     if schedule == "1f1b":
-        return {rank: _one_forward_one_backward(pp - rank, rank, num_micro_batches) for rank in range(pp)}
+        return {rank: _order_of_1f1b(pp - rank, rank, num_micro_batches) for rank in range(pp)}
     stages = [
         SimpleNamespace(
             stage_index=stage,
@@ -106,12 +107,13 @@ def planned(schedule: str, pp: int, num_micro_batches: int) -> Orders:
         )
         for stage in stages_of(schedule, pp, 0)
     ]
-    whole = SCHEDULES[schedule](stages, num_micro_batches)
-    return {rank: [one for action in order for one in _flat(action)] for rank, order in whole.pipeline_order.items()}
+    torch_schedule = SCHEDULES[schedule](stages, num_micro_batches)
+    orders = torch_schedule.pipeline_order
+    return {rank: [one for action in order for one in _flat(action)] for rank, order in orders.items()}
 
 
-def _one_forward_one_backward(ahead: int, stage: int, num_micro_batches: int) -> list[Action]:
-    """What torch's loop does; the list that its schedule object shows numbers the last rank's forwards from 1."""
+def _order_of_1f1b(ahead: int, stage: int, num_micro_batches: int) -> list[Action]:
+    """The order of torch's loop; its schedule object's own list numbers the last rank's forwards from 1."""
     ahead = min(ahead, num_micro_batches)
     order = [Action("F", stage, number) for number in range(ahead)]
     for number in range(num_micro_batches):
@@ -131,24 +133,24 @@ def _flat(action: Any) -> Iterator[Action]:
         yield Action(action.computation_type.value, action.stage_index, action.microbatch_index)
 
 
-def simulate(schedule: str, orders: Orders, seconds: Seconds) -> Simulation:
-    """Run every rank's actions in its order, each as soon as what it needs is there.
+def simulate(schedule: Schedule, orders: Orders, seconds: Seconds) -> Simulation:
+    """Run every rank's actions in its order, each as soon as its inputs exist.
 
-    A forward needs the stage before; a backward needs this stage's forward and the backward of the stage behind; weight
-    gradients follow their own input gradient by the order.
+    A forward needs the previous stage's forward. A backward needs this stage's forward and the next stage's backward.
+    Weight gradients need their own input gradients.
 
     Raises:
         RuntimeError: the orders wait for each other.
     """
     ends: dict[tuple[str, int, int], float] = {}
-    places, clocks = dict.fromkeys(orders, 0), dict.fromkeys(orders, 0.0)
+    positions, clocks = dict.fromkeys(orders, 0), dict.fromkeys(orders, 0.0)
     spans: dict[int, list[tuple[Action, float, float]]] = {rank: [] for rank in orders}
     last = num_stages(schedule, len(orders)) - 1
-    while any(places[rank] < len(orders[rank]) for rank in orders):
-        moved = False
+    while any(positions[rank] < len(orders[rank]) for rank in orders):
+        progressed = False
         for rank, order in orders.items():
-            while places[rank] < len(order):
-                action = order[places[rank]]
+            while positions[rank] < len(order):
+                action = order[positions[rank]]
                 needs = _needs(action, last)
                 if not all(need in ends for need in needs):
                     break
@@ -156,11 +158,11 @@ def simulate(schedule: str, orders: Orders, seconds: Seconds) -> Simulation:
                 end = start + seconds(rank, action)
                 spans[rank].append((action, start, end))
                 clocks[rank] = end
-                places[rank] += 1
-                moved = True
+                positions[rank] += 1
+                progressed = True
                 if action.kind != "W":
                     ends["F" if action.kind == "F" else "I", action.stage, action.micro_batch] = end
-        if not moved:
+        if not progressed:
             raise RuntimeError(f"the ranks of {schedule} wait for each other")
     return Simulation(spans, STAGES_PER_RANK[schedule])
 
@@ -171,23 +173,23 @@ def _needs(action: Action, last: int) -> list[tuple[str, int, int]]:
         return [("F", stage - 1, micro_batch)] if stage else []
     if kind == "W":
         return [("I", stage, micro_batch)]
-    behind = [("I", stage + 1, micro_batch)] if stage < last else []
-    return [("F", stage, micro_batch), *behind]
+    next_stage = [("I", stage + 1, micro_batch)] if stage < last else []
+    return [("F", stage, micro_batch), *next_stage]
 
 
-def theory(schedule: str, pp: int, forward: float, inputs: float, weights: float) -> float:
-    """Seconds of a step in which a rank stands still, by formula.
+def theory(schedule: Schedule, pp: int, forward: float, inputs: float, weights: float) -> float:
+    """Seconds of a step in which a rank is idle, by formula.
 
-    The three times are a rank's whole share of one micro-batch: all its stages. 1F1B and interleaved: Narayanan et al.
-    2021, micro-batches a multiple of ``pp``. Zero-bubble V (Qi et al. 2024, zero inside a rank's own span where the
-    three times are equal): what its order gives where weights <= forward <= inputs, with at least 2 pp - 1
-    micro-batches; at equal times it is all in that ranks start one after another. DualPipeV: DeepSeek-AI 2025 for a
-    forward and a backward that gain nothing by running together, an upper bound.
+    The three times are those of one micro-batch in all stages of a rank. 1F1B and interleaved: Narayanan et al. 2021,
+    micro-batches a multiple of ``pp``. Zero-bubble V (Qi et al. 2024): derived from its order, for weights <= forward
+    <= inputs and at least 2 pp - 1 micro-batches; at equal times a rank is idle only before its first start or after
+    its last end. DualPipeV: DeepSeek-AI 2025, for a forward and a backward that gain nothing by running together, an
+    upper bound.
     """
-    whole = forward + inputs + weights
+    total = forward + inputs + weights
     idle = {
-        "1f1b": whole,
-        "interleaved": whole / 2,
+        "1f1b": total,
+        "interleaved": total / 2,
         "zbv": inputs / 2,
         "dualpipev": (forward + 2 * inputs - weights) / 2,
     }

@@ -16,7 +16,7 @@ from parallel.watchdog.spans import record_send, wait_span, work_span
 
 
 class TracedStage(PipelineStage):
-    """Torch's stage, with spans around its backward and an event on each of its transfers.
+    """Torch's stage, with spans around its backward and an event on each transfer.
 
     Args:
         layers: the first and the last layer of the stage.

@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds, and which rank holds which stages: arithmetic, no process group."""
+"""The layers of each pipeline stage and the stages of each rank: arithmetic, no process group."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from longcat.config import ModelConfig
 from longcat.counts import flops_per_token
 from longcat.errors import ConfigError
 from longcat.model import ModelPart
+from parallel.config import Schedule
 
 STAGES_PER_RANK = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}
 V_SCHEDULES = ("zbv", "dualpipev")  # the second half of the stages runs back over the ranks
-SPLIT_BACKWARD = ("zbv", "dualpipev")  # weight gradients are put off to fill the bubble
+SPLIT_BACKWARD = ("zbv", "dualpipev")  # weight gradients are deferred to fill the bubble
 
 
-def num_stages(schedule: str, pp: int) -> int:
+def num_stages(schedule: Schedule, pp: int) -> int:
     """Stages of a pipeline over ``pp`` ranks."""
     return pp * STAGES_PER_RANK[schedule]
 
 
-def stages_of(schedule: str, pp: int, rank: int) -> list[int]:
-    """The stages that the pipeline's rank ``rank`` holds, in ascending order."""
+def stages_of(schedule: Schedule, pp: int, rank: int) -> list[int]:
+    """The stages of the pipeline's rank ``rank``, in ascending order."""
     if STAGES_PER_RANK[schedule] == 1:
         return [rank]
     return [rank, 2 * pp - 1 - rank if schedule in V_SCHEDULES else rank + pp]
 
 
-def rank_of(schedule: str, pp: int, stage: int) -> int:
-    """The pipeline's rank that holds ``stage``."""
+def rank_of(schedule: Schedule, pp: int, stage: int) -> int:
+    """The pipeline's rank that has ``stage``."""
     return next(rank for rank in range(pp) if stage in stages_of(schedule, pp, rank))
 
 
-def fewest_micro_batches(schedule: str, pp: int) -> int:
-    """The least number of a rank's micro-batches with which torch's schedule runs."""
+def fewest_micro_batches(schedule: Schedule, pp: int) -> int:
+    """The fewest micro-batches per rank with which torch's schedule runs."""
     return {"1f1b": pp, "interleaved": 1, "zbv": 1, "dualpipev": 2 * pp}[schedule]
 
 
-def check_micro_batches(schedule: str, pp: int, num_micro_batches: int) -> None:
+def check_micro_batches(schedule: Schedule, pp: int, num_micro_batches: int) -> None:
     """Raise ConfigError where the schedule cannot run this many micro-batches."""
     fewest = fewest_micro_batches(schedule, pp)
     if num_micro_batches < fewest:
@@ -55,7 +56,7 @@ def check_micro_batches(schedule: str, pp: int, num_micro_batches: int) -> None:
 
 
 def is_replica(part: ModelPart, stored_name: str) -> bool:
-    """Whether a part's tensor is a copy whose original another part holds: the embedding that MTP layers read.
+    """Whether a part's tensor is a copy of another part's: the embedding that MTP layers read.
 
     Norms, hashes and checkpoints count it once, where the first layer is.
     """
@@ -63,11 +64,11 @@ def is_replica(part: ModelPart, stored_name: str) -> bool:
 
 
 def split(config: ModelConfig, stages: int, sequence_length: int) -> list[ModelPart]:
-    """Contiguous layers for each stage, such that the costliest stage costs as little as it can.
+    """Contiguous layers for each stage, chosen to minimise the cost of the costliest stage.
 
-    Costs are FLOPs of forward and backward; the last stage also has the head, once more for each MTP layer, and the
-    MTP layers; looking up the embedding is free. Of equal choices the most even one is taken, then the one with more
-    layers in later stages, whose activations live shorter.
+    Costs are FLOPs of forward and backward. The last stage also has the head, once more for each MTP layer, and the MTP
+    layers; the embedding is free. Of equal choices the most even one wins, then the one with more layers in later
+    stages, whose activations live shorter.
 
     Raises:
         ConfigError: there are fewer layers than stages.
@@ -88,7 +89,7 @@ def split(config: ModelConfig, stages: int, sequence_length: int) -> list[ModelP
 
 
 def stage_costs(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
-    """FLOPs for a token of one layer, and of all that stands behind the last layer (MTP counted where there is any)."""
+    """FLOPs per token of one layer, and of everything after the last layer (with MTP, if any)."""
     one, two = (flops_per_token(replace(config, num_layers=n), sequence_length) for n in (1, 2))
     further = flops_per_token(replace(config, num_layers=1), sequence_length, mtp=True)
     layer = two - one
@@ -96,7 +97,7 @@ def stage_costs(config: ModelConfig, sequence_length: int) -> tuple[float, float
 
 
 def _sizes(num_layers: int, stages: int, layer: float, last: float) -> list[int]:
-    """Layers of each stage: first the least largest cost, then the least sum of squares under it."""
+    """Layers of each stage, with the least largest cost, and of these choices the least sum of squares."""
 
     def cost(stage: int, size: int) -> float:
         return size * layer + (last if stage == stages - 1 else 0.0)

@@ -1,8 +1,8 @@
 """The queue of weight gradients that a zero-bubble pipeline computes later than the input gradients.
 
-Torch's own split of a backward runs a recomputed layer once more for each group of weights. Here the layers' matrix
-products leave the weight's part of their backward in this queue, so that a layer runs forward once, or twice where
-it is recomputed, whatever the schedule.
+Torch's own split of a backward reruns a recomputed layer for each group of weights. Here the layers' matrix products
+put the weight's part of their backward into this queue. So a layer runs forward once, or twice if it is recomputed,
+under every schedule.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ class WeightGradQueue:
         return len(self._entries)
 
     def put(self, module: nn.Module, name: str, compute: Callable[[], Tensor]) -> None:
-        """Take the computation of the gradient of ``module``'s parameter ``name``."""
+        """Add the computation of the gradient of ``module``'s parameter ``name``."""
         self._entries.append((module, name, compute))
 
     def take(self) -> Callable[[], None]:
-        """Everything since the last call, as one function that computes it and adds it to the gradients, once."""
+        """One function that computes everything since the last call and adds it to the gradients; it acts once."""
         entries, self._entries = self._entries, []
 
         @torch.no_grad()
         def run() -> None:
             while entries:
-                module, name, compute = entries.pop()  # last in, first out: what the backward left warm
+                module, name, compute = entries.pop()  # last in, first out: still in the cache
                 add_gradient(getattr(module, name), compute())
 
         return run
 
 
-class _ForExperts:
-    """The queue for the experts, whose gradients are computed on their stream when deferred too."""
+class _ExpertQueue:
+    """The experts' queue: their deferred gradients too are computed on the experts' stream."""
 
     def __init__(self, queue: WeightGradQueue, streams: StreamContext) -> None:
         self.queue, self.streams = queue, streams
@@ -58,15 +58,15 @@ class _ForExperts:
 
 
 def defer_weight_gradients(model: nn.Module, queue: WeightGradQueue) -> None:
-    """Let every matrix product of the model leave its weight gradients in ``queue``."""
+    """Make every matrix product of the model put its weight gradients into ``queue``."""
     install(model, weight_grad_store=lambda _: queue)
     for module in model.modules():
         if isinstance(module, MoE) and isinstance(module.dispatcher, ExpertParallelDispatcher):
-            module.experts.weight_grad_store = _ForExperts(queue, module.dispatcher.streams)
+            module.experts.weight_grad_store = _ExpertQueue(queue, module.dispatcher.streams)
 
 
 def add_gradient(parameter: nn.Parameter, grad: Tensor) -> None:
-    """Add a gradient of this process's part of a parameter, in the parameter's dtype and layout."""
+    """Add the gradient of this rank's part of a parameter, in the parameter's dtype and layout."""
     grad = grad.to(parameter.dtype)
     if isinstance(parameter, DTensor):
         grad = DTensor.from_local(grad, parameter.device_mesh, parameter.placements, run_check=False)
