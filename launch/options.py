@@ -18,7 +18,7 @@ def read_options(kind: type[Options], arguments: list[str]) -> Options:
     """Options from `key=value` arguments; a nested dataclass has dotted keys. A value is plain text.
 
     Raises:
-        ConfigError: an argument that is no key=value, an unknown key (with the nearest one), or a wrong type.
+        ConfigError: an argument that is not key=value, an unknown key (with the nearest one), or a wrong type.
     """
     options, rest = split_options(kind, arguments)
     known = sorted(dict(typed_keys(kind)))
@@ -57,7 +57,7 @@ def typed_keys(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, type[An
 
 
 def convert(key: str, text: str, kind: type[Any]) -> Any:
-    """``text`` as a value of type ``kind``; ConfigError where it is none."""
+    """``text`` as a value of type ``kind``; raises ConfigError if it is not one."""
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"{key}={text} must be true or false")

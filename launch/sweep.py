@@ -60,7 +60,7 @@ def final_loss(folder: Path) -> float:
 
 
 def run_job(tree: Any, overrides: list[str]) -> int:
-    """One run of the sweep; an error in its own choice is printed here."""
+    """One run of the sweep; prints an error in its own choice."""
     from omegaconf.errors import OmegaConfBaseException
 
     from launch.local import run_ranks

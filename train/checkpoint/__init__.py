@@ -1,1 +1,1 @@
-"""Checkpoints: written beside training, committed by rename, found, verified, loaded into any layout, grown."""
+"""Checkpoints: written during training, committed by rename, found, verified, loaded into any layout, grown."""

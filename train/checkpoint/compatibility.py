@@ -26,8 +26,8 @@ FIXED_KEYS = (
 CORPORA = "corpora"  # {prefix: fingerprint}, beside the configuration's sections
 TOKENIZER = "tokenizer_sha256"  # of the corpora's tokenizer.json; None if unknown
 
-# Keys that decide, beside the corpora and their stages, which text a sample number means. The seed is not one: another
-# seed is another order of the same windows from the same position on, which may be intended
+# Keys that decide, with the corpora and their stages, which text a sample number is. The seed is not one: another seed
+# is another order of the same windows from the same position on, which may be intended
 ORDER_KEYS = ("train.sequence_length", "data.weights", "data.validation_fraction")
 
 

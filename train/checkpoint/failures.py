@@ -1,4 +1,4 @@
-"""One line for what went wrong on one or several ranks."""
+"""One-line descriptions of failures on one or several ranks."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from train.checkpoint.manifest import Check, CheckpointStatus, list_checkpoints,
 def find_on_all_ranks(folder: Path, resume: str, topology: Topology) -> tuple[Path | None, list[CheckpointStatus]]:
     """`find_start` on the first rank, with the hashing divided among all ranks. A collective.
 
-    Each rank hashes the files that it will most likely read if as many ranks have written: they are then in memory.
+    Each rank hashes the files that it will probably read, if as many ranks wrote them: they are then cached in memory.
 
     Raises:
         ConfigError: on the first rank, as `find_start` does.

@@ -21,7 +21,7 @@ from train.state import Counters, TrainState
 def load(
     state: TrainState, path: Path, configuration: dict[str, Any], from_start: bool = False, own: bool = True
 ) -> None:
-    """Read a checkpoint into ``state``, in place, whatever layouts it was written in and this run has.
+    """Read a checkpoint into ``state``, in place, from any layout into any other.
 
     Args:
         from_start: as `data.from_start`.
@@ -81,7 +81,7 @@ def check_tokenizer(path: Path, stored: dict[str, Any], configuration: dict[str,
 
 
 class TracedReader(ShardReader):
-    """Marks the reading for the watchdog as work that may take long."""
+    """Tells the watchdog that reading may take long."""
 
     def read_data(self, *args: Any, **keywords: Any) -> Any:
         with work_span(Event(SpanKind.CHECKPOINT_READ), slow=True):

@@ -1,7 +1,7 @@
 """A checkpoint folder: its name, its manifest of hashes, how it is verified and committed.
 
 A checkpoint is a folder `step-00000100` with torch.distributed.checkpoint's shards, `state.json` (counters,
-configuration) and `manifest.json` (the hash of every file). It has another name until all of it is on disk.
+configuration) and `manifest.json` (the hash of every file). The folder gets its name when every file is on disk.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def verify(path: Path, check: Check = problems) -> CheckpointStatus:
 
 
 def check_step(path: Path) -> str | None:
-    """The problem of a checkpoint whose name says another step than its state."""
+    """The problem of a checkpoint whose name and state have different steps."""
     if (step := step_of(path)) < 0:
         return None
     try:
@@ -102,7 +102,7 @@ def check_name(target: Path, step: int) -> None:
 
 
 def size(path: Path) -> int:
-    """Bytes of a checkpoint's files; 0 for what another process has removed meanwhile."""
+    """Bytes of a checkpoint's files; 0 for those that another process has just removed."""
     total = 0
     with contextlib.suppress(OSError):
         for file in path.iterdir():
@@ -112,7 +112,7 @@ def size(path: Path) -> int:
 
 
 def commit(partial: Path, target: Path, text: str, files: dict[str, str]) -> None:
-    """Complete a checkpoint and give the folder its name; one that already has it is renamed."""
+    """Complete a checkpoint and give the folder its name; an older folder of that name is renamed."""
     write_manifest(partial, text, files)
     set_aside(target, "replaced")
     os.rename(partial, target)

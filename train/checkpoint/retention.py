@@ -72,8 +72,8 @@ def cleanup(folder: Path, resumed: Path | None, skipped: list[CheckpointStatus])
         leftover = path.name.endswith((PARTIAL, REMOVED)) and path.is_dir() and not path.is_symlink()
         if leftover and not is_locked(path):
             shutil.rmtree(path)
-    aside = [set_aside(status.folder, "damaged") for status in skipped]
+    renamed = [set_aside(status.folder, "damaged") for status in skipped]
     if resumed is not None and resumed.resolve().parent == folder.resolve():
         later = [path for path in list_checkpoints(folder) if path.name > resumed.name]
-        aside += [set_aside(path, "abandoned") for path in later]
-    return [path for path in aside if path is not None]
+        renamed += [set_aside(path, "abandoned") for path in later]
+    return [path for path in renamed if path is not None]

@@ -1,7 +1,7 @@
-"""How all ranks write a checkpoint: each its shard, hashed on the way; then the first commits it by renaming.
+"""Writes a checkpoint: each rank writes and hashes its shard, then the first rank commits by renaming.
 
-The same code runs in the main thread, which waits for it, or in a thread beside training. The thread's collectives
-have their own process group, and its spans appear on the main thread's stack only while that waits for the thread.
+The same code runs in the main thread, blocking, or in a thread beside training. The thread's collectives have their own
+process group, and its spans appear on the main thread's stack only while that waits for the thread.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from train.checkpoint.manifest import commit
 from train.checkpoint.retention import Keep, make_space, prune
 from train.state import TrainState
 
-SPARE_BYTES = 1 << 20  # per rank, for what its file has beside tensors: an index and some text
+SPARE_BYTES = 1 << 20  # per rank, for the rest of its file: an index and some text
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank contributes to a checkpoint."""
+    """One rank's part of a checkpoint."""
 
     step: int
     tensors: dict[str, Tensor]

@@ -1,7 +1,7 @@
 """Saving during training: blocking, or as a copy in memory that a thread writes while training continues.
 
-One checkpoint is written at a time. When a rank's thread has ended, the next step's all-reduce carries that, and all
-ranks check together how the save ended.
+One checkpoint is written at a time. When a rank's thread has ended, the next step's all-reduce says so, and all ranks
+check the result together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from train.terminal import Display
 
 
 class SaveThread(threading.Thread):
-    """Writes one checkpoint; ``error`` is afterwards what went wrong.
+    """Writes one checkpoint; ``error`` is then its exception, if any.
 
     A daemon: a process that has to end does not wait for it, since an incomplete checkpoint has another name.
     """
@@ -51,7 +51,7 @@ class Saver:
     """Saves a run's state. `save`, `wait_pending` and making one are collectives.
 
     Args:
-        terminal: reports what went wrong without ending the run.
+        terminal: reports failures that do not end the run.
         corpora: fingerprints of the data, stored beside the configuration (`describe_corpora`).
     """
 
@@ -83,7 +83,7 @@ class Saver:
         return self.topology.is_first and seconds > 0 and time.monotonic() - self.last_save >= seconds
 
     def has_ended(self) -> bool:
-        """Whether a save has ended, or failed, that `wait_pending` has not seen yet."""
+        """Whether a save has ended or failed that `wait_pending` has not handled yet."""
         return self.thread is not None and not self.thread.is_alive()
 
     def save(self, val_loss: float | None = None) -> None:

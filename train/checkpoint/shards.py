@@ -1,8 +1,8 @@
 """Tensors read from torch.distributed.checkpoint's shards straight into their memory, by several threads.
 
 A shard is a sequence of records, each a tensor as torch.save writes it: an archive with the values in one uncompressed
-range. Torch's own reader copies a record into a buffer, makes a tensor of that and copies it again; here only the
-archive's index is decoded, and the values go from the file straight into the target tensor.
+range. Torch's own reader copies a record into a buffer, makes a tensor of that and copies it again. This one decodes
+only the archive's index and reads the values from the file straight into the target tensor.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class FileRange:
         return self.start + int(self.values.storage_offset()) * self.values.itemsize
 
     def _num_elements(self) -> int:
-        """From the first value to the last, with those between them."""
+        """The number from the first value to the last, including those between them."""
         sizes = zip(self.values.shape, self.values.stride(), strict=True)
         return 1 + sum((size - 1) * stride for size, stride in sizes)
 

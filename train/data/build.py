@@ -35,8 +35,8 @@ _PACKAGES = ("datasets", "tokenizers", "megatron-core", "numpy")
 def build(config: DataConfig, vocab_size: int) -> CorpusInfo:
     """Build `<data.out>/corpus.bin`, `corpus.idx`, `tokenizer.json` and `corpus.json` from `data.source`.
 
-    The text is read twice, in a stream: once for the tokenizer (the first `data.tokenizer_bytes`), once to
-    encode it. No file has its final name before all are written; `corpus.json` comes last. A finished corpus of
+    The text is streamed twice: once to train the tokenizer (the first `data.tokenizer_bytes`), once to encode
+    it. No file has its final name before all are written; `corpus.json` comes last. A finished corpus of
     the same settings is not built again.
 
     Args:

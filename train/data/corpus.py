@@ -60,7 +60,7 @@ def read_info(prefix: str | Path) -> CorpusInfo | None:
     """The `corpus.json` of `prefix`; None if it does not exist, as for corpora of other tools.
 
     Raises:
-        ConfigError: the file is there and cannot be understood.
+        ConfigError: the file exists and cannot be parsed.
     """
     path = info_path(prefix)
     if not path.is_file():
@@ -123,7 +123,7 @@ def file_sha256(path: Path) -> str:
 def tokenizer_sha256(prefixes: list[str]) -> str | None:
     """SHA-256 of the tokenizer.json that made the ids of ``prefixes``; None if unknown.
 
-    The first corpus that says it counts: by its corpus.json, else by the file beside it.
+    From the first corpus where it is known: from its corpus.json, else from the file beside it.
     """
     for prefix in prefixes:
         info, beside = read_info(prefix), Path(prefix).parent / TOKENIZER_NAME

@@ -1,7 +1,7 @@
 """Samples of one corpus, epoch after epoch, from megatron-core; imported late (seconds, 460 MB).
 
-Megatron's GPTDataset shuffles differently when more samples are requested, so each epoch here is its own data set with
-its own seed: the order depends on (seed, epoch, index) alone.
+Megatron's GPTDataset shuffles differently when more samples are requested, so each epoch is a separate data set with
+its own seed: the order depends only on (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class _Epoch(GPTDataset):
     """One epoch whose indices are shared through files.
 
     In megatron rank 0 writes the cache and a barrier must follow before the others read. Ranks reach a new epoch at
-    different times, or never (inner pipeline stages), so a barrier could hang. Here the first rank writes a folder and
-    renames it into place; the content is the same on every rank, so a rank that loses the race deletes its own folder.
+    different times, or never (inner pipeline stages), so a barrier could hang. Instead the first rank writes a folder
+    and renames it into place; the content is the same on every rank, so a rank that loses the race deletes its own
+    folder.
     """
 
     def __init__(self, cache: Path, *arguments: Any) -> None:
@@ -86,7 +87,7 @@ class _Epoch(GPTDataset):
 
 
 def megatron_builder(path: str, dtype: type[np.number[Any]]) -> IndexedDatasetBuilder:
-    """The writer of a `.bin`/`.idx` pair; here so that only this module imports megatron-core."""
+    """The writer of a `.bin`/`.idx` pair; in this file so that only it imports megatron-core."""
     return IndexedDatasetBuilder(path, dtype=dtype)
 
 

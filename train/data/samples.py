@@ -19,13 +19,12 @@ _VALIDATION_SEED = 0
 class TokenSamples:
     """Windows of token ids from the corpora of `data.paths`, numbered 0, 1, 2, … without end.
 
-    Which window a number stands for is a function of (seed, number, sequence_length, corpora, weights) and of
-    nothing else: not of the number of steps, of ranks or of samples read before. Within an epoch of a corpus
-    each window comes once. The validation split has a fixed order, whatever the seed, and ignores
-    `data.stages`.
+    The window of a number depends only on (seed, number, sequence_length, corpora, weights): not on the number of
+    steps, of ranks or of samples read before. Each window occurs once per epoch of its corpus. The validation split has
+    a fixed order, whatever the seed, and ignores `data.stages`.
 
     Attributes:
-        eod: id that ends a document; -1 when the corpora do not say (and `data.mask_documents` is off).
+        eod: id that ends a document; -1 when unknown (and `data.mask_documents` is off).
         num_tokens: tokens of the split, all corpora together, which is one epoch when weights are in
         proportion. num_samples: samples of the split in one epoch of every corpus.
 
@@ -81,12 +80,12 @@ class TokenSamples:
         if count < 0:
             raise ValueError(f"count={count} is negative")
         found: list[np.ndarray] = []
-        for place in range(max(len(reader.validation_documents) for reader in self._readers)):
+        for index in range(max(len(reader.validation_documents) for reader in self._readers)):
             for reader in self._readers:
                 if len(found) == count:
                     return found
-                if place < len(reader.validation_documents):
-                    ids = reader.document(int(reader.validation_documents[place]))
+                if index < len(reader.validation_documents):
+                    ids = reader.document(int(reader.validation_documents[index]))
                     found.append(self._checked(ids, reader.prefix))
         return found
 
@@ -97,7 +96,7 @@ class TokenSamples:
         return ids
 
     def _find_eod(self, config: DataConfig, infos: list[CorpusInfo | None]) -> int:
-        """The end-of-document id: from `corpus.json`, else the tokenizer beside, else how documents end."""
+        """The end-of-document id: from `corpus.json`, else the tokenizer beside it, else the last ids of documents."""
         found = set()
         for prefix, info, reader in zip(config.paths, infos, self._readers, strict=True):
             beside = Path(prefix).parent / TOKENIZER_NAME

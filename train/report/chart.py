@@ -1,4 +1,4 @@
-"""A line chart as HTML: curves in an SVG that stretches, text around it that does not.
+"""A line chart as HTML: curves in an SVG that scales, text around it that does not.
 
 The picture is drawn without matplotlib: strokes keep their width and letters their size at every width of the
 page, colours follow the reader's scheme, and labels can be selected and read aloud.
@@ -17,7 +17,7 @@ from train.report.curves import Curve, downsample
 from train.report.numbers import compact, linear_ticks, log_ticks, tick_formatter
 from train.report.reading import Array
 
-WIDTH, HEIGHT = 2000, 1000  # units of the stretched picture, fine enough for whole numbers
+WIDTH, HEIGHT = 2000, 1000  # units of the scaled picture, fine enough for integers
 LABEL_PIXELS = 15
 
 
@@ -49,7 +49,7 @@ class Guide:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a picture shows. `sentence` says what to look for, `value` stands right of the title."""
+    """What a picture shows. `sentence` says what to look for, `value` is to the right of the title."""
 
     title: str
     sentence: str
@@ -116,7 +116,7 @@ def render(chart: Chart) -> str:
 
 
 def svg(drawing: str, label: str) -> str:
-    """Wrap paths into the stretched picture; `label` is what a screen reader says."""
+    """Wrap paths into the scaled picture; `label` is for screen readers."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(label)}">{drawing}</svg>'
@@ -152,7 +152,7 @@ def vertical_scale(chart: Chart, curves: list[Curve], series: list[Series]) -> S
 
 
 def _extent(values: Array, relative: float = 1e-9) -> tuple[float, float]:
-    """Return smallest and largest value, pulled apart where they are (nearly) equal."""
+    """Return smallest and largest value, separated where they are (nearly) equal."""
     low, high = float(values.min()), float(values.max())
     least = max(abs(low), abs(high), 1e-12) * relative
     if high - low < least:
@@ -247,7 +247,7 @@ def _end_labels(series: list[Series], curves: list[Curve], up: Scale, chart: Cha
 
 
 def _hover(series: list[Series], curves: list[Curve], across: Scale) -> str:
-    """Return what the reading line shows: for each curve its name, colour, x as shares, x and y as text."""
+    """Return the reading line's data: for each curve its name, colour, x as shares, x and y as text."""
     data = []
     for one, curve in zip(series, curves, strict=True):
         shares = [round(float(s), 4) for s in across.share(curve.x)]

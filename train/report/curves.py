@@ -9,7 +9,7 @@ import numpy as np
 from train.report.reading import Array
 
 BUCKETS = 400
-SMOOTHING = 60  # a drawn point averages this fraction of the series, so that noise does not hide the course
+SMOOTHING = 60  # a drawn point averages this fraction of the series, so that noise does not hide the trend
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Curve:
 
     @property
     def has_envelope(self) -> bool:
-        """Whether any bucket holds more than one value."""
+        """Whether any bucket has more than one value."""
         return bool((self.high > self.low).any())
 
 

@@ -68,22 +68,22 @@ def loss_sentence(run: RunData) -> str:
 
 
 def crossings(run: RunData) -> list[str]:
-    """Return for each n-gram baseline where the validation loss (the loss without any) passes below it."""
+    """Return where the validation loss (else the training loss) passes below each n-gram baseline."""
     x, y = run.series("val_loss")
     if not len(y):
         x, y = run.series("loss")
     unit = " tokens" if run.axis_name == "tokens" else ""
-    said = []
+    phrases = []
     for name in NGRAMS:
         if name not in run.baselines or not len(y):
             continue
         where = first_below(x, y, run.baselines[name])
         if where is None:
-            said.append(f"{name} not passed yet ({float(y.min()) - run.baselines[name]:.2f} above)")
+            phrases.append(f"{name} not passed yet ({float(y.min()) - run.baselines[name]:.2f} above)")
         else:
             at = f"by {compact(where)}{unit}" if run.axis_name == "tokens" else f"by step {compact(where)}"
-            said.append(f"{name} ({run.baselines[name]:.2f}) {at}")
-    return said
+            phrases.append(f"{name} ({run.baselines[name]:.2f}) {at}")
+    return phrases
 
 
 def rate_chart(run: RunData) -> str:

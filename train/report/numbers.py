@@ -85,12 +85,12 @@ def duration(seconds: float) -> str:
         return DASH
     if seconds < 60:
         return f"{plain(seconds, 2)}{SPACE}s"
-    whole = round(seconds)
+    rounded = round(seconds)
     for size, unit, part, part_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            rest = whole % size // part
-            return f"{whole // size}{SPACE}{unit}" + (f" {rest}{SPACE}{part_unit}" if rest else "")
-    return f"{whole}{SPACE}s"
+        if rounded >= size:
+            rest = rounded % size // part
+            return f"{rounded // size}{SPACE}{unit}" + (f" {rest}{SPACE}{part_unit}" if rest else "")
+    return f"{rounded}{SPACE}s"
 
 
 def linear_ticks(low: float, high: float, target: int = 5) -> list[float]:
@@ -120,7 +120,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_formatter(ticks: list[float]) -> Formatter:
-    """Return one formatter for a whole axis, so that neighbours show the same number of decimals."""
+    """Return one formatter for all ticks of an axis, so that neighbours show the same number of decimals."""
     largest = max((abs(tick) for tick in ticks), default=1.0)
     if largest >= 1000 or (0 < largest < 1e-3):
         return lambda value: compact(value, 4) if largest >= 1000 else _short_exponent(value)

@@ -43,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def write_page(target: Path, title: str, body: str) -> Path:
-    """Write the page around `body`, under another name first, so that no reader sees an incomplete file."""
+    """Write the page around `body` and rename it when complete, so that no reader sees half a file."""
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

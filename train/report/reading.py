@@ -30,7 +30,7 @@ class Routing:
 
 @dataclass
 class RunData:
-    """What the files of one run folder say. `notes` holds what could not be read, for the page to show."""
+    """The content of a run folder's files. `notes` lists what could not be read, for the page."""
 
     path: Path
     config: dict[str, Any]
@@ -145,7 +145,7 @@ def _read_metrics(path: Path, run: RunData) -> None:
     for row in _json_lines(path, run):
         if not _is_number(row.get("step")):
             continue
-        rows[int(row["step"])] = row  # a step done again after a restart replaces the lost one
+        rows[int(row["step"])] = row  # a step repeated after a restart replaces the lost one
         spent = _value(row.get("step_seconds"))
         seconds += spent if math.isfinite(spent) else 0.0
     run.last_written = datetime.fromtimestamp(path.stat().st_mtime, tz=UTC)
@@ -173,7 +173,7 @@ def _is_document(value: Any) -> bool:
 
 
 def _json_lines(path: Path, run: RunData, every: int = 1) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a .jsonl file; a cut last line is expected after a kill, others are noted."""
+    """Yield the objects of a .jsonl file; a truncated last line is expected after a kill, others are noted."""
     broken = 0
     pending = False
     with path.open("rb") as file:

@@ -175,6 +175,6 @@ td[data-label]::before{content:attr(data-label);color:var(--soft);text-align:lef
 
 
 def style_sheet() -> str:
-    """Return the whole style sheet."""
+    """Return the style sheet."""
     classes = "".join(f".c{number}{{--c:var(--c{number})}}" for number in range(len(PALETTE_LIGHT)))
     return _VARIABLES + classes + _PAGE + _CHARTS + _TIMELINE + _TEXT + _token_levels()
