@@ -56,7 +56,7 @@ class SequentialEngine:
 
     def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
         model = self.parts[0]
-        found = []
+        per_micro_batch = []
         for number, batch in enumerate(micro_batches, start=1):
             set_gradient_sync(model, last=number == len(micro_batches))
             with work_span(Event(SpanKind.FORWARD, micro_batch=number)):
@@ -64,9 +64,9 @@ class SequentialEngine:
             with work_span(Event(SpanKind.BACKWARD, micro_batch=number)):
                 objective(losses).backward()
                 wait_for_reductions(model)
-            found.append(detached(losses))
+            per_micro_batch.append(detached(losses))
             del losses  # else this graph stays in memory during the next forward
-        return [found]
+        return [per_micro_batch]
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:

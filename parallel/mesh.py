@@ -188,7 +188,7 @@ BESIDE = "beside training"  # describes a group whose exchanges no step waits fo
 
 
 def group_beside_training(timeout_seconds: float) -> dist.ProcessGroup:
-    """A gloo group of all ranks for a thread beside training, which may wait ``timeout_seconds``. A collective.
+    """A gloo group of all ranks for a thread beside training, with its own timeout. A collective.
 
     On one group, the collectives of two threads could start in another order on each rank.
     """

@@ -112,12 +112,12 @@ class ZeroEngine:
     # One step
 
     def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
-        found = []
+        per_micro_batch = []
         for number, batch in enumerate(micro_batches, start=1):
             losses: Losses = self.forward(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=mtp)
             self.backward(objective(losses), last=number == len(micro_batches), mtp=mtp)
-            found.append(detached(losses))
-        return [found]
+            per_micro_batch.append(detached(losses))
+        return [per_micro_batch]
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:

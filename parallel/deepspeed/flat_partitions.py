@@ -35,26 +35,26 @@ def fragments(zero: Any, number: int, stage: int) -> list[Fragment]:
 def _fragments_by_group(zero: Any, number: int) -> list[Fragment]:
     size = int(zero.partition_size[number])
     low = dist.get_rank(zero.real_dp_process_group[number]) * size
-    found = []
+    pieces = []
     for weight, begin in zip(
         zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True
     ):
         first, last = max(begin, low), min(begin + weight.numel(), low + size)
         if first < last:
-            found.append(Fragment(weight, first - begin, last - first, first - low))
-    return found
+            pieces.append(Fragment(weight, first - begin, last - first, first - low))
+    return pieces
 
 
 def _fragments_by_weight(zero: Any, number: int) -> list[Fragment]:
     rank = dist.get_rank(zero.sub_group_process_groups[number])
-    found, offset = [], 0
+    pieces, offset = [], 0
     for weight in zero.fp16_groups[number]:
         size = int(weight.partition_numel())
         first, last = rank * size, min((rank + 1) * size, int(weight.ds_numel))
         if first < last:
-            found.append(Fragment(weight, first, last - first, offset))
+            pieces.append(Fragment(weight, first, last - first, offset))
         offset += size
-    return found
+    return pieces
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def check(config: ParallelConfig, sizes: MeshSizes) -> None:
     """Refuse what DeepSpeed cannot do with this model.
 
     Raises:
-        ConfigError: in one sentence, with the cure.
+        ConfigError: an option that does not work.
     """
     chosen = f"parallel.sharding={config.sharding}"
     for name in ("pp", "tp"):
@@ -193,13 +193,13 @@ def parameter_groups(model: LongCat, ep: int) -> list[dict[str, Any]]:
     members: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for name, weight in model.named_parameters():
         members[role(name), name.startswith("mtp.")].append(weight)
-    made = []
+    groups = []
     for (kind, mtp), weights in members.items():
         group = {"params": weights, "role": kind, "mtp": mtp, "name": f"{kind}{'-mtp' * mtp}"}
         if kind == "expert" and ep > 1:
             group |= {"moe": True, "name": expert_group_name(ep)}  # DeepSpeed looks the process group up by the name
-        made.append(group)
-    return made
+        groups.append(group)
+    return groups
 
 
 class CastVocabulary(UnshardedVocabulary):

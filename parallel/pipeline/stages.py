@@ -90,10 +90,10 @@ def split(config: ModelConfig, stages: int, sequence_length: int) -> list[ModelP
 
 def stage_costs(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
     """FLOPs per token of one layer, and of everything after the last layer (with MTP, if any)."""
-    one, two = (flops_per_token(replace(config, num_layers=n), sequence_length) for n in (1, 2))
-    further = flops_per_token(replace(config, num_layers=1), sequence_length, mtp=True)
-    layer = two - one
-    return layer, further - layer
+    one_layer, two_layers = (flops_per_token(replace(config, num_layers=n), sequence_length) for n in (1, 2))
+    with_mtp = flops_per_token(replace(config, num_layers=1), sequence_length, mtp=True)
+    layer = two_layers - one_layer
+    return layer, with_mtp - layer
 
 
 def _sizes(num_layers: int, stages: int, layer: float, last: float) -> list[int]:

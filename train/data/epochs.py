@@ -49,8 +49,7 @@ class _Epoch(GPTDataset):
 
     In megatron rank 0 writes the cache and a barrier must follow before the others read. Ranks reach a new epoch at
     different times, or never (inner pipeline stages), so a barrier could hang. Instead the first rank writes a folder
-    and renames it into place; the content is the same on every rank, so a rank that loses the race deletes its own
-    folder.
+    and renames it into place; the content is the same on every rank, so a loser of the race deletes its own folder.
     """
 
     def __init__(self, cache: Path, *arguments: Any) -> None:
