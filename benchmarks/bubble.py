@@ -33,7 +33,7 @@ from parallel.mesh import Axis, connect
 from parallel.pipeline.engine import AddLoss, PipelineEngine
 from parallel.pipeline.simulation import Action, Simulation, planned, simulate, theory
 from parallel.pipeline.stages import STAGES_PER_RANK, num_stages, split, stages_of
-from parallel.pipeline.weight_grad_store import WeightGradQueue, install
+from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gradients
 from tests.support.distributed import run_ranks
 
 # A small vocabulary makes embedding and head cheap, so that all stages cost the same
@@ -95,7 +95,7 @@ def measure(config: ModelConfig, size: int, length: int, rounds: int) -> Times:
     model = LongCat(config, part=ModelPart(1, 2, embedding=False, head=False))
     initialise(model, config, SEED)
     queue = WeightGradQueue()
-    install(model, queue)
+    defer_weight_gradients(model, queue)
     batch = make_batch(0, size, length)
     hidden = torch.randn(size, length, config.hidden_size, generator=torch.Generator().manual_seed(0))
     found = []
