@@ -23,7 +23,8 @@ VERBS = {"export": ExportOptions, "import": ImportOptions, "generate": GenerateO
 HEAD = """# Configuration keys
 
 Written by `make reference` from the dataclasses; do not edit. Defaults are those of `longcat train` without arguments
-(`model=tiny data=python_source schedule=wsd`). How to set a key: [the guide](../guide/train.md).
+(`model=tiny data=python_source schedule=wsd`). How to set a key: [the guide](../guide/train.md). "Unpublished": the
+LongCat-Flash technical report gives no value; "section 9": § 9 of [claims](../claims.md).
 """
 
 

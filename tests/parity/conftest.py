@@ -10,7 +10,7 @@ import pytest
 
 ERRORS: dict[str, tuple[int, str, dict[str, float]]] = {}  # layout → ranks, overrides, largest error of each kind
 SHOWN = ("first gradients", "last gradients", "grad_norm", "weights", "exp avg", "exp avg_sq", "biases", "loss")
-COLUMNS = ("gradients, step 1", "gradients, step 3", "norm", "weights", "first moment", "second", "biases", "loss")
+COLUMNS = ("gradients, step 1", "gradients, step 3", "norm", "weights", "first moment", "second moment", "biases", "loss")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,11 +37,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         Path(target).write_text("\n".join([HEAD, made, "", *table(), "", LAYOUTS, *words, ""]))
 
 
-HEAD = """# Every layout against one process
+HEAD = """# Tested layouts against one process
 
 Errors of each parallel layout after three training steps of a small model in float32, on gloo CPU ranks, not on GPUs.
 
-- Tensors: the largest ‖Δ‖/‖ref‖ of the kind against one process. Norm and loss: the largest relative difference.
+- Columns of tensors: the largest ‖difference‖/‖reference‖ of any tensor of that kind. Norm (of the gradients) and loss: the
+  largest relative difference.
 - Bounds: 2e-6 for the gradients of step 1, 1e-5 for the rest. Another order of summation alone gives about 1e-6.
 - 0.0 means bitwise equal.
 - The suite also asserts that selections and counts are identical, that initial weights are bitwise equal and that all
