@@ -10,7 +10,9 @@ import pytest
 
 ERRORS: dict[str, tuple[int, str, dict[str, float]]] = {}  # layout → ranks, overrides, largest error of each kind
 SHOWN = ("first gradients", "last gradients", "grad_norm", "weights", "exp avg", "exp avg_sq", "biases", "loss")
-COLUMNS = ("gradients, step 1", "gradients, step 3", "norm", "weights", "first moment", "second moment", "biases", "loss")
+COLUMNS = (
+    "gradients, step 1", "gradients, step 3", "norm", "weights", "first moment", "second moment", "biases", "loss",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,8 +43,8 @@ HEAD = """# Tested layouts against one process
 
 Errors of each parallel layout after three training steps of a small model in float32, on gloo CPU ranks, not on GPUs.
 
-- Columns of tensors: the largest ‖difference‖/‖reference‖ of any tensor of that kind. Norm (of the gradients) and loss: the
-  largest relative difference.
+- Columns of tensors: the largest ‖difference‖/‖reference‖ of any tensor of that kind. Norm (of the gradients) and loss:
+  the largest relative difference.
 - Bounds: 2e-6 for the gradients of step 1, 1e-5 for the rest. Another order of summation alone gives about 1e-6.
 - 0.0 means bitwise equal.
 - The suite also asserts that selections and counts are identical, that initial weights are bitwise equal and that all
