@@ -178,7 +178,9 @@ def run_case(case: Case) -> dict[str, Any]:
         "layers": {number for model in models for number in model.layers},
         "replicas": [{n for n, _ in model.named_parameters() if is_replica(model.part, n)} for model in models],
         "losses": dict(zip(pipeline.stage_indices, [[summary(one) for one in stage] for stage in losses], strict=True)),
-        "evaluated": dict(zip(pipeline.stage_indices, [[summary(one) for one in stage] for stage in evaluated], strict=True)),
+        "evaluated": dict(
+            zip(pipeline.stage_indices, [[summary(one) for one in stage] for stage in evaluated], strict=True)
+        ),
         "first": first,
         "calls": calls,
         "grads": grads,
