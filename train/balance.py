@@ -27,14 +27,14 @@ class BalanceMethod(StrEnum):
 class BalanceConfig:
     """The bias controller and the device-level balance loss.
 
-    The default is the report's rule, `ki` alone (its μ); its value and its decay are unpublished. `smoothing` keeps
+    The default is the technical report's rule, `ki` alone (its μ); value and decay are unpublished. `smoothing` keeps
     single experts from swinging between full and empty, and so allows an integral gain that reaches the compute
     budget in tens of steps; `kp` makes up for the filter's lag (configs/experiment/quickstart.yaml).
     """
 
     method: BalanceMethod = BalanceMethod.pid  # pid, or sign: the bias moves by ki in the direction of the error
     kp: float = 0.0  # proportional gain
-    ki: float = 0.1  # integral gain; alone it is the report's rule with this as μ (value unpublished)
+    ki: float = 0.1  # integral gain; alone it is the technical report's rule with this as μ (value unpublished)
     kd: float = 0.0  # derivative gain
     decay: float = 0.0  # the gains of step t (from 0) are divided by 1 + decay·t
     # first-order filter of the loads: error ← smoothing·error + (1 - smoothing)·this step's error

@@ -78,7 +78,7 @@ class ValidationConfig:
     batches: int = 8  # global batches of held-out text, the same ones each time
     # after the last step, fit n-gram models to the same training tokens (up to 20 million) for comparison
     ngram_baselines: bool = False
-    documents: int = 3  # held-out documents that the report colours by FFN experts per token; 0 = none
+    documents: int = 3  # held-out documents that the HTML report colours by FFN experts per token; 0 = none
 
     def validate(self) -> None:
         for name in ("every", "documents"):

@@ -47,7 +47,7 @@ class GrowthOptions:
     """How often and in which order layers are repeated."""
 
     factor: int = 2  # how often each layer is repeated; at least 2
-    # stack = the whole stack again, layers 0 1 0 1 (the report's way); interpose = each layer again in place, 0 0 1 1
+    # stack = the whole stack again, layers 0 1 0 1 (as the technical report); interpose = each in place again, 0 0 1 1
     method: GrowthMethod = GrowthMethod.stack
 
 
