@@ -101,7 +101,7 @@ def train_two(*runs: list[str]) -> list[int]:
 @cache
 def _uninterrupted(corpus_folder: Path, words: tuple[str, ...]) -> dict[int, dict[str, str]]:
     name = hashlib.sha256(repr(words).encode()).hexdigest()[:12]
-    assert train_here([*words, f"run.dir={corpus_folder / 'straight'}", f"run.name={name}"]) == 0
+    assert train_here([*words, f"run.dir={corpus_folder / 'uninterrupted'}", f"run.name={name}"]) == 0
     return exact(corpus_folder / "uninterrupted" / name)
 
 
