@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from longcat.counts import flops_per_token
+from longcat.growth import GrowthMethod
 from train.compose import compose
 from train.config import Config
 
 LAYERS, FACTOR, STEPS = 2, 2, 600  # of the shallow run; and of the run from scratch, which sets the FLOPs
 MOMENTS = (100, 300, 500)  # steps of the shallow run
-METHODS = ("stack", "interpose")
+METHODS = tuple(GrowthMethod)
 NAMES = ["full", "half", *(f"{method}-{moment}" for method in METHODS for moment in MOMENTS)]
 SETTINGS = [
     "model=debug", "model.num_mtp_layers=0", "model.embedding_std=0.5", "model.hidden_std=0.07",

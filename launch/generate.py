@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from longcat.config import ModelConfig
+from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 from longcat.generation import Generated, SamplingParams, generate
 from longcat.model import LongCat
@@ -41,6 +42,7 @@ class GenerateOptions:
             raise ConfigError("say longcat generate source=CHECKPOINT prompt=TEXT")
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
+        check_choice("dtype", self.dtype, ComputeDtype)
         self.sampling.validate()
 
     @property

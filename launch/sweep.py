@@ -19,7 +19,8 @@ FOLDER = "hydra.sweep.dir=${run.dir}"  # where Hydra writes multirun.yaml
 def run_sweep(overrides: list[str]) -> int:
     """Give ``overrides`` to Hydra's sweeper; each job has its own run folder. Returns the first code that is not 0.
 
-    The sweep continues after a job that is refused or fails; a stopped job ends it.
+    An unknown key, a wrong type or a value that is no choice of its key is refused before the first job. The sweep
+    continues after a job that its own check refuses or that fails; a stopped job ends it.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig

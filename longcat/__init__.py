@@ -1,1 +1,1 @@
-"""What is computed: the LongCat-Flash model. Knows no process group, no file and no flag."""
+"""What is computed: the LongCat-Flash model, free of process groups, files and flags."""

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 
+from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 
-METHODS = ("stack", "interpose")
+
+class GrowthMethod(StrEnum):
+    """Order of the repeated layers."""
+
+    stack = "stack"
+    interpose = "interpose"
+
+
 LAYER = re.compile(r"layers\.(\d+)\.(.+)")  # a layer of the stack; MTP layers are `mtp.layers.…` and do not grow
 
 
@@ -21,20 +30,19 @@ class Growth:
 
     num_layers: int
     factor: int = 2
-    method: str = "stack"
+    method: GrowthMethod = GrowthMethod.stack
 
     def validate(self) -> None:
         """Raise ConfigError for a factor below 2 or an unknown method."""
         if self.factor < 2:
             raise ConfigError(f"growth.factor={self.factor} adds no layer; use 2 or more")
-        if self.method not in METHODS:
-            raise ConfigError(f"growth.method={self.method} is not known; use {' or '.join(METHODS)}")
+        check_choice("growth.method", self.method, GrowthMethod)
 
     @property
     def sources(self) -> list[int]:
         """The old layer that initialises each new layer, by the new layer's number."""
         layers = range(self.num_layers)
-        if self.method == "stack":
+        if self.method == GrowthMethod.stack:
             return [layer for _ in range(self.factor) for layer in layers]
         return [layer for layer in layers for _ in range(self.factor)]
 

@@ -168,7 +168,7 @@ def make_topology(sizes: MeshSizes, rank: int, world_size: int, device: torch.de
 def _separate_group(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
     """A second group of a mesh's ranks, on GPUs with NCCL streams of high priority. A collective of these ranks.
 
-    Meshes with the same ranks share a group, and exchanges in one group wait for each other.
+    Meshes with the same ranks share a group, and collectives in one group wait for each other.
     """
     if mesh.size() == 1:
         return mesh.get_group()
@@ -184,7 +184,7 @@ def _separate_group(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
     )
 
 
-BESIDE = "beside training"  # describes a group whose exchanges no step waits for
+BESIDE = "beside training"  # describes a group whose collectives no step waits for
 
 
 def group_beside_training(timeout_seconds: float) -> dist.ProcessGroup:

@@ -42,7 +42,7 @@ class BatchShape:
 def check_layout(
     config: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, sequence_length: int, num_micro_batches: int
 ) -> None:
-    """Raise ConfigError where a model or a step cannot be spread over a mesh of these sizes.
+    """Raise ConfigError where a model or a step cannot be sharded over a mesh of these sizes.
 
     ``num_micro_batches`` are those of one data rank.
     """
@@ -74,7 +74,7 @@ def parallelize(
     seed: int,
     make_optimizer: MakeOptimizer,
 ) -> tuple[Engine, Store]:
-    """Build what this rank holds of a model, with initial values: what runs it, and what holds it. A collective."""
+    """Build this rank's part of a model with its initial values → (what runs it, its state). A collective."""
     install(topology.device)
     if parallel.sharding != Sharding.fsdp:
         return _under_deepspeed(

@@ -36,7 +36,7 @@ def checkpoint_method(module: nn.Module, method: str) -> None:
             return plain(*arguments)
 
     def twice(*arguments: Tensor | None) -> Any:
-        # Not stopped early: an exchange that is awaited by `wait_for_all` alone is covered by nothing
+        # No early stop: it would leave collectives to `wait_for_all`, where no compute overlaps with them
         return checkpoint(once, *arguments, use_reentrant=False, preserve_rng_state=False, early_stop=False)
 
     setattr(module, method, twice)

@@ -129,7 +129,7 @@ def default_store() -> dist.Store:
 
 
 def process_groups() -> list[dist.ProcessGroup]:
-    """All process groups of this rank; meshes and libraries make some that nobody lists."""
+    """All process groups of this rank; meshes and libraries make some that no public function lists."""
     return list(distributed_c10d._world.pg_map)
 
 

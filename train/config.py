@@ -191,8 +191,8 @@ class Config:
             )
         if self.overlap.experts_stream and self.parallel.transport != DispatcherKind.all_to_all:
             raise ConfigError(
-                f"overlap.experts_stream=true does not go with parallel.transport={self.parallel.transport}, which has "
-                f"no exchange of its own for the experts' stream; leave one of them"
+                f"overlap.experts_stream=true needs parallel.transport=all_to_all, not {self.parallel.transport}; "
+                f"change either"
             )
 
     def validate_world(self, data_ranks: int) -> None:

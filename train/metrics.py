@@ -108,7 +108,7 @@ def start_wandb(config: Config) -> Any:
         project="longcat",
         name=config.run.name,
         dir=str(config.run.folder),
-        mode=config.logging.wandb.value,  # type: ignore[arg-type]
+        mode=str(config.logging.wandb),  # type: ignore[arg-type]
         config=OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True),  # type: ignore[arg-type]
         settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
     )

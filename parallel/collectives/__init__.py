@@ -1,1 +1,1 @@
-"""Exchanges between ranks that start and wait: autograd nodes, CUDA streams, and point-to-point messages on CPUs."""
+"""Collectives that start and wait: autograd nodes, CUDA streams, and point-to-point messages on CPUs."""

@@ -6,17 +6,17 @@ it uses:
 
     main    router ─┬─ ffn 0 ──────────┬─ experts ─┬─ attention 1, ffn 1 ──┬─ sum
                     │ fork             │ join      │ fork                  │ join
-    side            └ sizes, permute   └ reorder   └ reorder               └ weigh
+    side            └ sizes, permute   └ reorder   └ reorder               └ combine
                           │    └─────────┐ ▲            └───────────────┐    ▲
-    NCCL                  sizes          exchange                       exchange
+    NCCL                  sizes          dispatch                       combine
 
 A **fork** lets the side stream wait for what main has queued so far; a **join** lets main wait for the side. A tensor
 that one stream has allocated and another uses is told to the allocator (`record_stream`), because memory that is freed
 goes back to the allocating stream at once. Nothing waits for the whole device.
 
-Experts can have a stream of their own beside main (`overlap.experts_stream`). Their autograd nodes are made on it, so
+Experts can have their own stream (`overlap.experts_stream`). Their autograd nodes are made on it, so
 autograd lets main wait for them where their backward hands over to main's nodes: experts then run beside what was
-queued on main before, which is all the layer's backward that stands behind them.
+queued on main before: the backward of all that follows them in the layer.
 
 These calls go through `Cuda`, so that tests/parallel/collectives/test_streams.py can put a recorder in its place. It
 has never run on a GPU here.
@@ -45,21 +45,21 @@ class StreamContext:
     def __init__(self, blocking: bool = False) -> None:
         self.blocking = blocking
 
-    def fork(self, *lent: Tensor) -> None:
-        """Let the side stream wait for what has been queued here; it reads ``lent``."""
+    def fork(self, *tensors: Tensor) -> None:
+        """Let the side stream wait for what has been queued here; it reads ``tensors``."""
 
-    def record_use_on_side(self, *lent: Tensor) -> None:
-        """Let the side stream read ``lent``, made here before the last fork."""
+    def record_use_on_side(self, *tensors: Tensor) -> None:
+        """Let the side stream read ``tensors``, made here before the last fork."""
 
     def on_side_stream(self) -> AbstractContextManager[Any]:
         """A context whose work is queued on the side stream."""
         return nullcontext()
 
-    def join(self, *given: Tensor) -> None:
-        """Wait here for what has been queued on the side stream, and use ``given`` from there."""
+    def join(self, *tensors: Tensor) -> None:
+        """Wait here for what has been queued on the side stream, and use ``tensors`` from there."""
 
-    def record_use_here(self, *given: Tensor) -> None:
-        """Use ``given``, made on the side stream before the last join, here."""
+    def record_use_here(self, *tensors: Tensor) -> None:
+        """Use ``tensors``, made on the side stream before the last join, here."""
 
     def experts(self) -> AbstractContextManager[Any]:
         """A context whose work is queued where experts belong, after the next join."""
@@ -108,23 +108,23 @@ class SideStreamContext(StreamContext):
         self.cuda, self.side = cuda, cuda.stream(device, -1)
         self.expert_stream = cuda.stream(device, 0) if experts_stream else None
 
-    def fork(self, *lent: Tensor) -> None:
+    def fork(self, *tensors: Tensor) -> None:
         self._wait(self.side, self.cuda.current())
-        self.record_use_on_side(*lent)
+        self.record_use_on_side(*tensors)
 
-    def record_use_on_side(self, *lent: Tensor) -> None:
-        for tensor in lent:
+    def record_use_on_side(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
             self.cuda.used_on(tensor, self.side)
 
     def on_side_stream(self) -> AbstractContextManager[Any]:
         return self.cuda.on(self.side)
 
-    def join(self, *given: Tensor) -> None:
+    def join(self, *tensors: Tensor) -> None:
         self._wait(self.cuda.current(), self.side)
-        self.record_use_here(*given)
+        self.record_use_here(*tensors)
 
-    def record_use_here(self, *given: Tensor) -> None:
-        for tensor in given:
+    def record_use_here(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
             self.cuda.used_on(tensor, self.cuda.current())
 
     def experts(self) -> AbstractContextManager[Any]:

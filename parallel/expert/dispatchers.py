@@ -200,13 +200,13 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
         self.send_rows(pending)
         rows = wait(pending.collective)
         assert pending.counts is not None
-        return rows, pending.counts  # which stay in `pending` until the way back has started
+        return rows, pending.counts  # also kept in `pending` until the combine starts
 
     def start_combine(self, rows: Tensor, pending: PendingAllToAll) -> PendingAllToAll:
-        there, receive_order = pending.collective.collective, pending.receive_order
-        assert isinstance(there, AllToAll) and receive_order is not None
-        back = AllToAll(Event(SpanKind.EXPERT_COMBINE, self.layer), self.group, there.received, there.sent)
-        pending.collective = start(rows, back, self.streams, receive_order.reorder(to_experts=False))
+        dispatch, receive_order = pending.collective.collective, pending.receive_order
+        assert isinstance(dispatch, AllToAll) and receive_order is not None
+        reverse = AllToAll(Event(SpanKind.EXPERT_COMBINE, self.layer), self.group, dispatch.received, dispatch.sent)
+        pending.collective = start(rows, reverse, self.streams, receive_order.reorder(to_experts=False))
         return pending
 
     def wait_combine(self, pending: PendingAllToAll) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a rank does or waits for, as data: an event's kind and fields, and the one place that puts them into words."""
+"""What a rank does or waits for, as data: an event's kind and fields, and the one place that renders them as text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Track(StrEnum):
 
 
 class SpanKind(StrEnum):
-    """Kinds of events, each with the track and the mesh axis that it belongs to and how a person calls it.
+    """Kinds of events, each with the track and the mesh axis that it belongs to and the phrase for it in messages.
 
     The values are written to files; ``phrase`` is what a message says, by default the value.
     """
@@ -41,6 +41,11 @@ class SpanKind(StrEnum):
         kind._value_, kind.track, kind.axis = value, track, axis
         kind.phrase = phrase or value.replace("_", " ")
         return kind
+
+    @property
+    def label(self) -> str:
+        """A short phrase for a narrow place, on the kind's own track."""
+        return self.phrase.removeprefix("expert ")
 
     # Collectives of the experts
     EXPERT_COUNTS = "expert_counts", Track.DISPATCH, "ep"
@@ -95,7 +100,7 @@ class SpanKind(StrEnum):
     HEAD = "head", Track.COMPUTE, "", "head and loss"
     SHARDING = "sharding"
     OTHER = "other"
-    # Work of a run beside its steps
+    # Work of a run outside its steps
     VALIDATION = "validation"
     PROFILE = "profile", Track.COMPUTE, "", "writing the profile"
     REPORT = "report", Track.COMPUTE, "", "logs and report"

@@ -123,7 +123,7 @@ class Watchdog:
                 announced = self.store.publish(self.heartbeat())
                 self.store.cache_rank_0()
             except (RuntimeError, OSError, ValueError):
-                return  # a lost store matters once a rank waits in vain; each further try would log a page
+                return  # reported when a wait gets too long; each further try would log a page of text
             if announced is not None and not self.stopped.is_set():
                 self.announced.set()
                 with self.ending:

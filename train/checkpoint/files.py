@@ -18,7 +18,7 @@ from longcat.errors import ConfigError
 from train.checkpoint.failures import describe
 
 PARTIAL = ".partial"  # ends the name of a folder that is still being written
-HASH, new_hash = "xxh3_128", xxhash.xxh3_128  # against accidents, at the speed of memory; not against forgery
+HASH, new_hash = "xxh3_128", xxhash.xxh3_128  # detects accidents at memory speed; no protection against forgery
 BLOCK, READ_AHEAD = 1 << 20, 1 << 24  # bytes hashed at a time; bytes that the disk is asked for in advance
 SYNC_EVERY = 1 << 26  # bytes after which a second thread syncs them to the disk
 

@@ -15,7 +15,6 @@ import json
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from longcat.errors import ConfigError
-from longcat.growth import Growth, layer_of
+from longcat.growth import Growth, GrowthMethod, layer_of
 from train.checkpoint.files import HashedFile, atomic_folder, check_absent
 from train.checkpoint.find import find_valid, is_inside
 from train.checkpoint.manifest import STATE, check_name, step_of, write_manifest
@@ -33,13 +32,6 @@ BUFFER = 1 << 20  # bytes copied at a time
 SPARE = 16 << 20  # bytes that must be free beyond the tensors: the index and the state
 # Kinds of state: with tensors of one layer or of none, and with one tensor [L, …] for all layers
 PER_LAYER, ALL_LAYERS = ("weight", "exp_avg", "exp_avg_sq", "optimizer_step", "bias"), "controller"
-
-
-class GrowthMethod(StrEnum):
-    """Order of the repeated layers."""
-
-    stack = "stack"
-    interpose = "interpose"
 
 
 @dataclass

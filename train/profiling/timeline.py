@@ -8,6 +8,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
+from longcat.ops.cross_entropy import AUTOGRAD_NAME
 from parallel.watchdog.events import Event, SpanKind
 from train.profiling.recorder import CommSpan, Slice
 
@@ -74,7 +75,7 @@ def compute_slices(
 
 def _kind_by_operator(name: str) -> SpanKind | None:
     """The part that an operator of torch's belongs to, for those outside the modules' forwards."""
-    if "LinearCrossEntropy" in name:
+    if AUTOGRAD_NAME in name:
         return SpanKind.HEAD
     return SpanKind.SHARDING if name.startswith("fsdp::") or "RegisterPostBackward" in name else None
 

@@ -48,7 +48,8 @@ class Slice:
         """A few words to write on it: `F2`, `attention 0`."""
         if self.colour in ACTIONS.values():
             return f"{self.colour}{self.event.micro_batch}"
-        return Event(self.event.kind, sublayer=self.event.sublayer).text.removeprefix("expert ")
+        sublayer = "" if self.event.sublayer is None else f" {self.event.sublayer}"
+        return f"{self.event.kind.label}{sublayer}"
 
 
 @dataclass(frozen=True)

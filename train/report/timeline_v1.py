@@ -29,7 +29,17 @@ _COMMUNICATION = {
     "gathered weights": SpanKind.WEIGHT_ALL_GATHER,
     "summed gradients": SpanKind.GRADIENT_REDUCE_SCATTER,
     "attention latents": SpanKind.ATTENTION_LATENTS,
+    "positions of tensor-parallel ranks": SpanKind.SEQUENCE_ALL_GATHER,
+    "sum over tensor-parallel ranks": SpanKind.SEQUENCE_REDUCE_SCATTER,
+    "counts of the micro-batch": SpanKind.BALANCE_COUNTS,
+    "largest logits": SpanKind.VOCABULARY_MAX,
+    "sums over the vocabulary": SpanKind.VOCABULARY_SUM,
+    "sum over all ranks": SpanKind.SUM,
+    "least of all ranks": SpanKind.MINIMUM,
+    "word of the first rank": SpanKind.BROADCAST,
+    "words of all ranks": SpanKind.ALL_GATHER_OBJECT,
     "hidden states": SpanKind.RECEIVE_HIDDEN_STATES,
+    "gradients of the embedding": SpanKind.EMBEDDING_GRADIENTS,
     "gradients of": SpanKind.RECEIVE_GRADIENTS,
 }
 _PHASES = {

@@ -204,3 +204,6 @@ def test_single_process_has_a_trace_without_waits(overrides: list[str], tmp_path
     assert [row["exposed_comm_share"] for row in lines(tmp_path / "run")] == [0.0, 0.0]
     found = slices_by_track(trace(tmp_path / "run", 2)["traceEvents"])
     assert (0, "compute") in found and "Timeline" in (tmp_path / "run" / "report.html").read_text()
+    (path,) = (tmp_path / "run" / "traces").glob("timeline-*.json")
+    (rank,) = json.loads(path.read_text())["ranks"]
+    assert {"head", "attention", "dense_ffn", "experts", "optimizer"} <= {one["kind"] for one in rank["compute"]}
