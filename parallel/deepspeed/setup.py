@@ -42,7 +42,7 @@ def check(config: ParallelConfig, sizes: MeshSizes) -> None:
             )
     if config.sharding == Sharding.zero3 and sizes.ep > 1:
         raise ConfigError(
-            f"{chosen} cannot be used with parallel.ep={sizes.ep}: DeepSpeed's ZeRO-3 does not support expert parallelism; use "
+            f"{chosen} cannot be used with parallel.ep={sizes.ep}: DeepSpeed's ZeRO-3 has no expert parallelism; use "
             f"parallel.sharding=zero2, or parallel.ep=1"
         )
     if config.sharding == Sharding.zero3 and config.recompute == Recompute.full:

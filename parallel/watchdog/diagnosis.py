@@ -82,7 +82,7 @@ def diagnose_lost(cause: Cause, ranks: list[int], heartbeats: Mapping[int, Heart
 
 
 def diagnose_working(start: int, ranks: list[int], heartbeats: Mapping[int, Heartbeat]) -> Diagnosis:
-    """Of ranks that work while others wait: the one furthest behind, among those at the same step the one idle for longest.
+    """Of ranks that work while others wait: the one furthest behind; at the same step, the one idle for longest.
 
     A rank in a slow span comes last.
     """
