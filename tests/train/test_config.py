@@ -149,7 +149,7 @@ def test_documented_keys_exist() -> None:
     [
         (["overlap.num_chunks=0"], "must be at least 1"),
         (["overlap.experts_after=norm"], "use ffn or attention"),
-        (["overlap.experts_stream=true", "parallel.transport=all_gather"], "leave one of them"),
+        (["overlap.experts_stream=true", "parallel.transport=all_gather"], "change either"),
     ],
 )
 def test_impossible_overlap_is_refused(words: list[str], advice: str) -> None:
