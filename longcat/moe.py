@@ -115,7 +115,7 @@ class MoE(SequenceModule, DispatcherModule):
         """Route u [T, D] and start sending tokens to their FFN experts; identity experts are local."""
         sizes = self.config.num_experts, self.config.num_routed
         probabilities, indices, gates = self.router(u)
-        parts = zip(*(whole.tensor_split(self.num_chunks) for whole in (u, indices, gates)), strict=True)
+        parts = zip(*(tensor.tensor_split(self.num_chunks) for tensor in (u, indices, gates)), strict=True)
         chunks = self.dispatcher.start_dispatch([(x, Routing(index, gate, *sizes)) for x, index, gate in parts])
         counts = torch.zeros(self.config.num_routed, dtype=torch.int64, device=u.device)
         counts.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))  # integers: any order

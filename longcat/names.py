@@ -44,8 +44,8 @@ def pieces(stored_name: str, shape: tuple[int, ...], box: Box | None = None) -> 
     stack, _, leaf = stored_name.rpartition(".")
     if not stack.endswith(".experts"):
         if all(start < stop for start, stop in box):
-            whole = tuple(slice(0, stop - start) for start, stop in box)
-            yield Piece(stored_to_logical(stored_name), tuple(shape), whole, box)
+            index = tuple(slice(0, stop - start) for start, stop in box)
+            yield Piece(stored_to_logical(stored_name), tuple(shape), index, box)
         return
     rows = shape[1] // 2 if leaf == "gate_up" else shape[1]
     matrices = ("gate_proj", "up_proj") if leaf == "gate_up" else ("down_proj",)

@@ -36,12 +36,12 @@ class Elements:
     """Elements of a part of a model, by the ranks that they are sharded over."""
 
     experts: int  # over ep × efsdp
-    split: int  # heads, columns and vocabulary: over tp, then fsdp × cp
-    whole: int  # latents, router, norms: over fsdp × cp × tp
+    tp_sharded: int  # heads, columns and vocabulary: over tp, then fsdp × cp
+    tp_replicated: int  # latents, router, norms: over fsdp × cp × tp
 
     @property
     def total(self) -> int:
-        return self.experts + self.split + self.whole
+        return self.experts + self.tp_sharded + self.tp_replicated
 
 
 def elements(config: ModelConfig, part: ModelPart | None = None) -> Elements:
@@ -54,15 +54,15 @@ def elements(config: ModelConfig, part: ModelPart | None = None) -> Elements:
         + config.v_head_dim * d
     )
     layers = part.last - part.first
-    split = layers * (2 * by_heads + 2 * counts.dense_ffn)
-    whole = layers * (2 * (counts.attention - by_heads) + counts.router + counts.norms)
+    tp_sharded = layers * (2 * by_heads + 2 * counts.dense_ffn)
+    tp_replicated = layers * (2 * (counts.attention - by_heads) + counts.router + counts.norms)
     predictors = config.num_mtp_layers if part.head else 0
     if predictors:
-        split += predictors * (by_heads + counts.dense_ffn)
-        whole += counts.mtp - predictors * (by_heads + counts.dense_ffn)
-    split += counts.embedding * (part.embedding or predictors > 0) + counts.head * part.head
-    whole += d * part.head
-    return Elements(layers * config.num_experts * counts.expert, split, whole)
+        tp_sharded += predictors * (by_heads + counts.dense_ffn)
+        tp_replicated += counts.mtp - predictors * (by_heads + counts.dense_ffn)
+    tp_sharded += counts.embedding * (part.embedding or predictors > 0) + counts.head * part.head
+    tp_replicated += d * part.head
+    return Elements(layers * config.num_experts * counts.expert, tp_sharded, tp_replicated)
 
 
 def state_bytes(config: ModelConfig, sizes: MeshSizes, sharding: Sharding, parts: list[ModelPart | None]) -> StateBytes:
@@ -79,6 +79,8 @@ def state_bytes(config: ModelConfig, sizes: MeshSizes, sharding: Sharding, parts
         return StateBytes(weights=share * FLOAT32, gradients=share * FLOAT32, moments=2 * share * FLOAT32)
     share = total / (sizes.dp * sizes.fsdp * sizes.cp)
     computed = (
-        share if sharding == Sharding.zero3 else sum(one.split + one.whole + one.experts / sizes.ep for one in counted)
+        share
+        if sharding == Sharding.zero3
+        else sum(one.tp_sharded + one.tp_replicated + one.experts / sizes.ep for one in counted)
     )
     return StateBytes(weights=(computed + share) * FLOAT32, gradients=share * FLOAT32, moments=2 * share * FLOAT32)

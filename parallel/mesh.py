@@ -184,15 +184,15 @@ def _separate_group(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
     )
 
 
-BESIDE = "beside training"  # describes a group whose collectives no step waits for
+BACKGROUND = "background"  # describes a group whose collectives no step waits for
 
 
-def group_beside_training(timeout_seconds: float) -> dist.ProcessGroup:
-    """A gloo group of all ranks for a thread beside training, with its own timeout. A collective.
+def background_group(timeout_seconds: float) -> dist.ProcessGroup:
+    """A gloo group of all ranks for a background thread, with its own timeout. A collective.
 
     On one group, the collectives of two threads could start in another order on each rank.
     """
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc=BESIDE)
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc=BACKGROUND)
 
 
 def world_from_environment() -> tuple[int, int, int]:

@@ -38,9 +38,9 @@ def kneser_ney(
         ConfigError: nothing to count or to predict, or an id outside the vocabulary.
     """
     model = NgramModel(train_sequences, vocab_size)
-    tokens, place = _joined(validation_sequences, vocab_size, "validation_sequences")
-    after_one = np.flatnonzero(place == 1)
-    after_two = np.flatnonzero(place >= 2)
+    tokens, position = _joined(validation_sequences, vocab_size, "validation_sequences")
+    after_one = np.flatnonzero(position == 1)
+    after_two = np.flatnonzero(position >= 2)
     predicted = np.concatenate((after_one, after_two))
     if predicted.size == 0:
         raise ConfigError("validation_sequences have no token with another before it; give longer ones")
@@ -66,13 +66,13 @@ class NgramModel:
         if not 1 <= vocab_size <= _LARGEST_VOCABULARY:
             raise ConfigError(f"vocab_size={vocab_size} must lie between 1 and {_LARGEST_VOCABULARY}")
         self._vocab_size = vocab_size
-        tokens, place = _joined(sequences, vocab_size, "train_sequences")
+        tokens, position = _joined(sequences, vocab_size, "train_sequences")
         self.num_tokens = tokens.size
         if tokens.size == 0:
             raise ConfigError("train_sequences hold no tokens; give at least one")
         singles = np.bincount(tokens, minlength=vocab_size)
         self._unigram = _single(singles)
-        second, third = np.flatnonzero(place >= 1), np.flatnonzero(place >= 2)
+        second, third = np.flatnonzero(position >= 1), np.flatnonzero(position >= 2)
         pairs, pair_counts = _counted(tokens[second - 1] * vocab_size + tokens[second])
         keys = (tokens[third - 2] * vocab_size + tokens[third - 1]) * vocab_size + tokens[third]
         triples, triple_counts = _counted(keys)
@@ -161,8 +161,8 @@ def _discount(counts: np.ndarray) -> float:
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """`values` where `keys` (sorted, not empty) equals `wanted`, 0 elsewhere."""
-    place = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
-    return np.where(keys[place] == wanted, values[place], 0)
+    position = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
+    return np.where(keys[position] == wanted, values[position], 0)
 
 
 def _nats(probabilities: np.ndarray) -> float:

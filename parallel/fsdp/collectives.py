@@ -84,16 +84,16 @@ class PendingReductions:
     def __init__(self) -> None:
         self._units: deque[tuple[Event, list[TracedCollective]]] = deque()
 
-    def of(self, unit: Event) -> list[TracedCollective]:
+    def unit_works(self, unit: Event) -> list[TracedCollective]:
         """The list of a unit that starts one; first waits for all but the previous unit's."""
         if not self._units or self._units[-1][0] != unit:
-            self.finish(but=1)
+            self.wait(keep=1)
             self._units.append((unit, []))
         return self._units[-1][1]
 
-    def finish(self, but: int = 0) -> None:
-        """Wait for all, except for the last ``but`` units'."""
-        while len(self._units) > but:
+    def wait(self, keep: int = 0) -> None:
+        """Wait for all, except for the last ``keep`` units'."""
+        while len(self._units) > keep:
             for one in self._units.popleft()[1]:
                 one.wait()
 
@@ -105,20 +105,20 @@ class DeferredReduceScatter(DefaultReduceScatter):
     wait is deferred; otherwise the call blocks.
     """
 
-    def __init__(self, event: Event, parameters: Any, under_way: PendingReductions) -> None:
-        self.event, self.parameters, self.under_way = event, parameters, under_way
+    def __init__(self, event: Event, parameters: Any, pending: PendingReductions) -> None:
+        self.event, self.parameters, self.pending = event, parameters, pending
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> TracedCollective:
         assert op == dist.ReduceOp.SUM
-        of_unit = self.under_way.of(self.event)
+        works = self.pending.unit_works(self.event)
         summing = reduce_scatter(output_tensor, input_tensor.view(group.size(), -1), group)
         num_bytes = input_tensor.nbytes - output_tensor.nbytes
-        of_unit.append(TracedCollective(self.event, group, num_bytes, summing))
+        works.append(TracedCollective(self.event, group, num_bytes, summing))
         if not self._only_viewed(output_tensor):
-            self.under_way.finish()
-        return of_unit[-1]
+            self.pending.wait()
+        return works[-1]
 
     def _only_viewed(self, output: Tensor) -> bool:
         """Whether there are no replicas, division, cast, hook, or gradient to add to."""
@@ -133,7 +133,7 @@ class DeferredReduceScatter(DefaultReduceScatter):
 
 def install_collectives(model: LongCat, device: torch.device) -> None:
     """Give each unit that FSDP2 shards its collectives: `weight all-gather, layers.3`, `gradient reduce-scatter, …`."""
-    under_way = PendingReductions()
+    pending = PendingReductions()
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
@@ -144,20 +144,20 @@ def install_collectives(model: LongCat, device: torch.device) -> None:
             set_all_gather(group, TracedAllGather(Event(SpanKind.WEIGHT_ALL_GATHER, module=unit)))
             if device.type == "cpu":
                 group.unshard_async_op = True
-                set_reduce_scatter(group, DeferredReduceScatter(reduction, group, under_way))
+                set_reduce_scatter(group, DeferredReduceScatter(reduction, group, pending))
             else:
                 set_reduce_scatter(group, TracedReduceScatter(reduction))
     if device.type == "cpu":
-        _gather_ahead(model)
+        _prefetch_next_layers(model)
 
 
-def _gather_ahead(model: LongCat) -> None:
+def _prefetch_next_layers(model: LongCat) -> None:
     """Make the model prefetch its first layer's weights, and each layer the next one's."""
     chain: list[nn.Module] = [model, *model.shortcut_layers()]
     for module, following in pairwise(chain):
         assert isinstance(module, FSDPModule)
-        ahead: list[FSDPModule] = [inner for inner in following.modules() if isinstance(inner, FSDPModule)]
-        module.set_modules_to_forward_prefetch(ahead)
+        following_units: list[FSDPModule] = [inner for inner in following.modules() if isinstance(inner, FSDPModule)]
+        module.set_modules_to_forward_prefetch(following_units)
 
 
 def wait_for_reductions(model: LongCat) -> None:
@@ -165,7 +165,7 @@ def wait_for_reductions(model: LongCat) -> None:
     for group in parameter_groups(model):
         collective = reduce_scatter_of(group)
         if isinstance(collective, DeferredReduceScatter):
-            collective.under_way.finish()
+            collective.pending.wait()
 
 
 def parameter_groups(model: LongCat) -> Iterator[Any]:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from longcat.errors import CRASHED
-from parallel.mesh import BESIDE
+from parallel.mesh import BACKGROUND
 from parallel.torch_internals import default_store, process_groups, set_group_timeout
 from parallel.watchdog.diagnosis import Cause, Diagnosis, diagnose, format_message, reporter
 from parallel.watchdog.errors import causes, first_sentence, is_lost_rank
@@ -289,7 +289,7 @@ def set_timeout(timeout_seconds: float) -> None:
 
 def _set_group_timeouts(seconds: float) -> None:
     for group in process_groups():
-        if group.group_desc != BESIDE:
+        if group.group_desc != BACKGROUND:
             set_group_timeout(group, seconds)
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from parallel.mesh import Topology, group_beside_training, make_topology, resolve_sizes, world_from_environment
+from parallel.mesh import Topology, background_group, make_topology, resolve_sizes, world_from_environment
 from tests.parity.layouts import Layout
 from tests.support.comparison import LATER, largest
 from tests.support.measure import MODEL, Piece, assemble, logical, samples
@@ -142,7 +142,7 @@ def write_in(folder: str, overrides: list[str]) -> Written:
     configuration = as_mapping(run.config)
     snapshot = stage.copy(lambda take: Snapshot.of(run.state, configuration, run.topology, take=take))
     before, following = run.hash(), run.step()
-    path = write(snapshot, Path(folder), run.topology, Keep(), SaveContext(group_beside_training(60)))
+    path = write(snapshot, Path(folder), run.topology, Keep(), SaveContext(background_group(60)))
     run.state.engine.close()
     return Written(path, before, [following])
 

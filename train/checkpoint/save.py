@@ -1,6 +1,6 @@
 """Writes a checkpoint: each rank writes and hashes its shard, then the first rank commits by renaming.
 
-The same code runs in the main thread, blocking, or in a thread beside training. The thread's collectives have their own
+The same code runs in the main thread, blocking, or in a background thread. The thread's collectives have their own
 process group, and its spans appear on the main thread's stack only while that waits for the thread.
 """
 
@@ -63,12 +63,12 @@ class Snapshot:
 
 
 class SaveContext:
-    """Runs the steps of a save in the main thread or beside training, and lets all ranks agree on each."""
+    """Runs the steps of a save in the main or a background thread, and lets all ranks agree on each."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """With a ``group``: beside training, in that process group. Without: in the main thread, in training's."""
+        """With a ``group``: in a background thread, in that process group. Without: in the main thread."""
         self.group = group
-        self.doing: tuple[tuple[Event, bool], ...] = ()  # beside training: (span, whether it waits for other ranks)
+        self.doing: tuple[tuple[Event, bool], ...] = ()  # in the background: (span, whether it waits for other ranks)
 
     def waits(self, event: Event) -> AbstractContextManager[Any]:
         return wait_span(event) if self.group is None else self._note(event, True)

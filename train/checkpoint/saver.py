@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from longcat.errors import LongCatError, SaveError
-from parallel.mesh import Topology, group_beside_training
+from parallel.mesh import Topology, background_group
 from parallel.watchdog import watchdog
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
@@ -72,7 +72,7 @@ class Saver:
         self.context = SaveContext()
         if settings.asynchronous:
             with watchdog.slow_timeout(), wait_span(Event(SpanKind.NEW_GROUP)):
-                self.context = SaveContext(group_beside_training(max_wait_seconds(config.parallel.timeout_seconds)))
+                self.context = SaveContext(background_group(max_wait_seconds(config.parallel.timeout_seconds)))
         self.thread: SaveThread | None = None
         self.failed: SaveError | None = None  # the newest checkpoint could not be written
         self.last_save = time.monotonic()
@@ -87,7 +87,7 @@ class Saver:
         return self.thread is not None and not self.thread.is_alive()
 
     def save(self, val_loss: float | None = None) -> None:
-        """Save the present step: wait for the previous save, copy the state, and write it beside training.
+        """Save the present step: wait for the previous save, copy the state, and write it in the background.
 
         Without ``checkpoint.asynchronous`` the checkpoint is on disk when this returns.
 

@@ -86,18 +86,18 @@ def _kind_by_phase(phase: Event | None) -> SpanKind:
     return phase.kind if phase is not None and phase.kind in named else SpanKind.OTHER
 
 
-def without(slices: list[Slice], holes: list[Interval]) -> list[Slice]:
-    """The slices less the holes; holes are in order of time and do not overlap."""
+def subtract(slices: list[Slice], gaps: list[Interval]) -> list[Slice]:
+    """The slices minus the gaps; gaps are in order of time and do not overlap."""
     left = []
-    ends = [hole[1] for hole in holes]
+    ends = [gap[1] for gap in gaps]
     for one in slices:
         start = one.start
-        for hole in holes[bisect_right(ends, start) :]:
-            if hole[0] >= one.end:
+        for gap in gaps[bisect_right(ends, start) :]:
+            if gap[0] >= one.end:
                 break
-            if hole[0] > start:
-                left.append(Slice(one.event, start, hole[0]))
-            start = max(start, hole[1])
+            if gap[0] > start:
+                left.append(Slice(one.event, start, gap[0]))
+            start = max(start, gap[1])
         if start < one.end:
             left.append(Slice(one.event, start, one.end))
     return left
@@ -131,7 +131,7 @@ def timeline(
         "end": at(step[1]),
         "exposed_share": exposed / (step[1] - step[0]),
         "exposed_seconds": exposed,
-        "compute": [row(one) for one in without(compute, blocked)],
+        "compute": [row(one) for one in subtract(compute, blocked)],
         "actions": [row(one) for one in phases if one.event.action is not None],
         "communication": [
             {

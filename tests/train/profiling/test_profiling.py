@@ -21,7 +21,7 @@ from train.compose import compose
 from train.process import main
 from train.profiling.config import steps_of
 from train.profiling.recorder import CommSpan, Send, Slice, StepRecorder
-from train.profiling.timeline import Operator, compute_slices, outermost, without
+from train.profiling.timeline import Operator, compute_slices, outermost, subtract
 from train.profiling.trace import TorchEvents, moved, rank_events, rows_of
 
 TWO_RANKS = ["model.num_layers=1", "model.num_experts=4", "model.num_zero_experts=2", "train.steps=3"]
@@ -115,7 +115,7 @@ def test_backward_operators_belong_to_their_forward_s_module() -> None:
     operators = [forward, backward, inside, loose]
     slices = compute_slices(outermost(operators), operators, modules, phases)
     assert [one.event for one in slices] == [attention, attention, Event(SpanKind.OTHER)]
-    left = without(slices, [(0.55, 0.58), (2.4, 2.65)])
+    left = subtract(slices, [(0.55, 0.58), (2.4, 2.65)])
     assert [(one.start, one.end) for one in left] == [(0.5, 0.55), (0.58, 0.6), (2.1, 2.4), (2.65, 2.7)]
 
 
