@@ -49,6 +49,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": verbs.train,
     "data": verbs.data,
     "report": verbs.report,
+    "diff": verbs.diff,
     "checkpoint": verbs.checkpoint,
     "grow": verbs.grow,
     "counts": verbs.counts,

@@ -67,6 +67,24 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def diff(arguments: list[str]) -> int:
+    """diff RUN RUN                 find the first step, layer and tensor in which two runs or checkpoints differ
+
+    longcat diff runs/a runs/b
+    longcat diff runs/a/checkpoints/step-00000100 runs/b/checkpoints/step-00000100
+
+    Compares metrics.jsonl, routing.jsonl and the checkpoints of the same steps bit by bit, whatever the layouts;
+    metrics of the clock (step_seconds, mfu, …) are left out. The exit code is 0 if they are the same, 1 if they differ.
+    """
+    from train.diff import compare_runs, describe
+
+    if len(arguments) != 2:
+        raise ConfigError("longcat diff compares two folders: longcat diff runs/a runs/b")
+    found = compare_runs(*(Path(argument) for argument in arguments))
+    print("\n".join(describe(found)))
+    return 0 if found.same else 1
+
+
 def checkpoint(arguments: list[str]) -> int:
     """checkpoint list|verify DIR   list the checkpoints of a run folder, or verify their hashes
 

@@ -61,34 +61,51 @@ class Checkpoint:
         """The full tensor, or stacks of experts as the shards are cut, so that each shard is read once."""
         if not stored_name.rpartition(".")[0].endswith(".experts"):
             return [full_box(shape)]
-        chunks = self._stored(stored_name).chunks
+        chunks = self._stored(key_of(stored_name)).chunks
         cuts = sorted({0, shape[0], *(chunk.offsets[0] for chunk in chunks)})
         return [((start, stop), *full_box(shape[1:])) for start, stop in itertools.pairwise(cuts) if stop > start]
 
     def read(self, stored_name: str, shape: tuple[int, ...], box: Box) -> Tensor:
-        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-
-        from train.checkpoint.dcp_tensors import DcpTensor
-
-        stored = tuple(self._stored(stored_name).size)
+        stored = tuple(self._stored(key_of(stored_name)).size)
         if stored != tuple(shape):
             raise ConfigError(
                 f"{self.folder}: {stored_name} has shape {list(stored)}, and {list(shape)} by its configuration; "
                 f"use another checkpoint"
             )
-        values = torch.zeros([stop - start for start, stop in box])
-        wanted: dict[str, Any] = {key_of(stored_name): DcpTensor(tuple(shape), [(box, values)], torch.float32)}
+        return self.read_key(key_of(stored_name), box, torch.float32)
+
+    def read_key(self, key: str, box: Box, dtype: torch.dtype | None = None) -> Tensor:
+        """The values of any stored tensor (weight, moment, bias, controller) in ``box``, in its dtype or in ``dtype``.
+
+        Args:
+            key: `kind/stored name`, as in the checkpoint's index.
+
+        Raises:
+            ConfigError: the tensor or a part of it is missing, or a file can no longer be read.
+        """
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+        from train.checkpoint.dcp_tensors import DcpTensor
+
+        stored = self._stored(key)
+        kind = dtype or stored.properties.dtype
+        values = torch.zeros([stop - start for start, stop in box], dtype=kind)
+        wanted: dict[str, Any] = {key: DcpTensor(tuple(stored.size), [(box, values)], kind)}
         planner = DefaultLoadPlanner()
         planner.set_up_planner(wanted, self.metadata, is_coordinator=True)
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         plan = self.reader.prepare_local_plan(planner.create_local_plan())
         if sum(math.prod(item.lengths) for item in plan.items) != values.numel():
-            raise ConfigError(f"{self.folder} contains only parts of {stored_name}; use another checkpoint")
+            raise ConfigError(f"{self.folder} contains only parts of {key}; use another checkpoint")
         try:
             self.reader.read_data(plan, planner).wait()
         except OSError as error:
             raise gone(self.folder, error) from error
         return values
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`kind/stored name` → shape of every stored tensor."""
+        return {key: tuple(self._stored(key).size) for key in self.metadata.state_dict_metadata}
 
     def tokenizer(self, given: str, key: str) -> Path:
         """The tokenizer.json that the checkpoint was trained with; ``given`` by the option ``key``, or the corpus's.
@@ -111,10 +128,10 @@ class Checkpoint:
             f"SHA-256 is {wanted}; name that one with {key}=FILE"
         )
 
-    def _stored(self, stored_name: str) -> Any:
-        found = self.metadata.state_dict_metadata.get(key_of(stored_name))
+    def _stored(self, key: str) -> Any:
+        found = self.metadata.state_dict_metadata.get(key)
         if found is None:
-            raise ConfigError(f"{self.folder} has no {key_of(stored_name)}; use another checkpoint")
+            raise ConfigError(f"{self.folder} has no {key}; use another checkpoint")
         return found
 
 
