@@ -1,0 +1,1 @@
+"""Whether the same inputs give the same bits: operators, collectives and whole runs, each with planted faults."""
