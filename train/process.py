@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from contextlib import AbstractContextManager, nullcontext
@@ -9,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
+from parallel.device import check_determinism
 from parallel.mesh import resolve_sizes, world_from_environment
 from parallel.parallelize import check_layout
 from parallel.watchdog import watchdog
@@ -102,4 +105,6 @@ def check(config: Config, world_size: int) -> None:
     config.validate_world(sizes.data_ranks)
     num_micro_batches = batch_shape(config, sizes.data_ranks).num_micro_batches
     check_layout(config.model, config.parallel, sizes, config.train.sequence_length, num_micro_batches)
+    if config.train.deterministic:
+        check_determinism(os.environ, torch.cuda.is_available(), config.parallel.compile)
     check_folder(config)

@@ -309,3 +309,10 @@ def test_refused_rank_leaves_other_runs_alone(used: tuple[list[str], Path], capf
         before = contents(used[1])
         assert rank_main([*used[0][1:], "train.stpes=3"]) == 2
         assert contents(used[1]) == before
+
+
+def test_openmp_may_not_change_its_threads(
+    overrides: list[str], refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_DYNAMIC", "true")
+    refused(["train", *overrides], "OMP_DYNAMIC=true", "unset it")
