@@ -25,6 +25,7 @@ from train.checkpoint.load import load
 from train.checkpoint.manifest import list_checkpoints
 from train.checkpoint.retention import cleanup
 from train.config import ComputeDtype, Config
+from train.data.ids import check_ids, unused_ids
 from train.data.samples import TokenSamples
 from train.loop import Loop
 from train.metrics import SUPERSEDED, MetricsSink, MetricsWriter, NullMetricsWriter
@@ -66,6 +67,9 @@ def train(config: Config, stop_signal: StopSignal, on_hang: Callable[[str], None
     if topology.is_first:
         write_config(config, derived_values(config, peak), device_name(topology.device), topology.world_size)
         terminal.header(header(config, topology, state.models, peak, peak_source))
+        unused = unused_ids(config.data.paths, config.model.vocab_size)
+        if unused is not None:
+            terminal.note(unused)
         writer = open_metrics(config, state.counters.step, terminal)
     stepper = Stepper(state, BatchReader(train_samples, config, topology), config, topology)
     loop = Loop(state, stepper, validator, config, topology, peak, writer, terminal, stop_signal)
@@ -149,7 +153,10 @@ def batch_shape(config: Config, data_ranks: int) -> BatchShape:
 
 def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Validator]:
     """Training samples and the validator. The first rank to need a sample index writes it for the others."""
+    folders = index_folders(config)
     with work_span(Event(SpanKind.CORPUS_INDEX), slow=True):
+        if topology.is_first:  # the other ranks check what they read
+            check_ids(config.data.paths, config.model.vocab_size, folders)
         samples = {
             split: TokenSamples(
                 config.data,
@@ -157,11 +164,19 @@ def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Valida
                 seed=config.train.seed,
                 vocab_size=config.model.vocab_size,
                 split=split,  # type: ignore[arg-type]
-                cache_dir=Path(config.data.paths[0]).parent / "index",
+                cache_dir=folders[0],
+                fallback_dir=folders[-1],
             )
             for split in ("train", "validation")
         }
     return samples["train"], Validator(samples["validation"], config, topology)
+
+
+def index_folders(config: Config) -> list[Path]:
+    """Where the sample indexes may be, first choice first."""
+    if config.data.cache_dir:
+        return [Path(config.data.cache_dir)]
+    return [Path(config.data.paths[0]).parent / "index", config.run.folder / "index"]
 
 
 def resume(state: TrainState, config: Config, topology: Topology, terminal: Display) -> None:

@@ -54,7 +54,7 @@ def check_not_another_run(config: Config) -> None:
     if wrong:
         shown = "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise ConfigError(
-            f"{folder} belongs to another configuration: {shown}; choose another run.name or remove the folder"
+            f"{folder} belongs to another configuration: {shown}; set them equal or choose another run.name"
         )
     if config.checkpoint.resume == "never" and (
         list_checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()

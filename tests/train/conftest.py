@@ -1,7 +1,7 @@
-"""The fixtures of the tests of training: a small corpus, and the overrides of a short run."""
+"""The fixtures of the tests of training: a small corpus, the overrides of a short run, commands refused."""
 
 from __future__ import annotations
 
-from tests.support.fixtures import corpus, overrides
+from tests.support.fixtures import corpus, overrides, refused
 
-__all__ = ["corpus", "overrides"]
+__all__ = ["corpus", "overrides", "refused"]

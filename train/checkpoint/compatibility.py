@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 # Keys that decide the results. The others (how long, where, on how many ranks, what is logged) may change.
@@ -15,12 +16,10 @@ FIXED_KEYS = (
     "train.sequence_length",
     "train.global_batch_size",
     "train.micro_batch_size",
-    "data.paths",
     "data.weights",
     "data.stages",
     "data.validation_fraction",
     "data.mask_documents",
-    "corpora",
 )
 
 CORPORA = "corpora"  # {prefix: fingerprint}, beside the configuration's sections
@@ -42,9 +41,9 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str, ...] = FIXED_KEYS) -> list[str]:
-    """A phrase per differing leaf below ``keys``; the preset's name is not compared."""
+    """A phrase per differing leaf below ``keys``, by default also of the corpora; the preset's name is not compared."""
     old, new = flatten(stored), flatten(wanted)
-    found = []
+    found = corpora_differences(stored, wanted) if keys == FIXED_KEYS else []
     for leaf in sorted(old.keys() | new.keys()):
         watched = any(leaf == key or leaf.startswith(f"{key}.") for key in keys)
         if watched and leaf != "model.name" and old.get(leaf) != new.get(leaf):
@@ -52,19 +51,29 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str,
     return found
 
 
+def corpora_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """A phrase if other corpora are read, or in another order. The same corpora may be elsewhere by now.
+
+    They are compared by fingerprint if both sides have them, else by path, however it is spelt.
+    """
+    paths = [side["data"]["paths"] for side in (stored, wanted)]
+    prints = [[(side.get(CORPORA) or {}).get(path) for path in side["data"]["paths"]] for side in (stored, wanted)]
+    if None in prints[0] + prints[1]:
+        prints = [[os.path.realpath(path) for path in side] for side in paths]
+    if prints[0] == prints[1]:
+        return []
+    if paths[0] != paths[1]:
+        return [f"data.paths was {paths[0]} and is now {paths[1]}"]
+    changed = [path for path, old, new in zip(paths[0], *prints, strict=True) if old != new]
+    return [f"data.paths was {paths[0]} and is now a corpus of other contents in {', '.join(changed)}"]
+
+
 def order_differences(stored: dict[str, Any], wanted: dict[str, Any], position: int) -> list[str]:
     """As `differences`, of the keys that decide which text the first ``position`` samples are.
 
-    Corpora are compared by fingerprint if both sides have them, else by path; `data.stages` as far as they have begun.
+    Corpora are compared by `corpora_differences`; `data.stages` as far as they have begun.
     """
-    paths = [side["data"]["paths"] for side in (stored, wanted)]
-    prints = [[side.get(CORPORA, {}).get(path) for path in side["data"]["paths"]] for side in (stored, wanted)]
-    found = differences(stored, wanted, ORDER_KEYS)
-    if None in prints[0] + prints[1]:
-        prints = paths
-    if prints[0] != prints[1]:
-        now = "a corpus of other contents" if paths[0] == paths[1] else paths[1]
-        found.append(f"data.paths was {paths[0]} and is now {now}")
+    found = [*differences(stored, wanted, ORDER_KEYS), *corpora_differences(stored, wanted)]
     length = stored["train"]["sequence_length"]
     begun = [
         [stage for stage in side["data"]["stages"] if -(-stage["start_tokens"] // length) < position]

@@ -99,7 +99,7 @@ class HashedFile(io.IOBase):
 
 def write_synced(path: Path, text: str) -> None:
     """Write a text file and sync it."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

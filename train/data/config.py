@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from longcat.errors import ConfigError
 
 PYTHON_SOURCE = "python_source"
+TOKENIZER_NAME = "tokenizer.json"
 
 
 @dataclass
@@ -29,15 +31,21 @@ class DataConfig:
     name: str  # name of the choice; the default of `out` follows it
     source: str  # python_source (Python files of this machine), a hub id, a folder, a file or a glob
     out: str = ""  # folder that the corpus is written to
-    tokenizer: str | None = None  # a tokenizer.json to use; null = train one
+    tokenizer: str | None = None  # a tokenizer.json, or a folder that holds one, to use; null = train one
+    # the token that ends a document, as the tokenizer spells it; null = what the files beside the tokenizer.json say
+    # (tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json), else a usual name
+    eos_token: str | None = None
     text_field: str = "text"  # field (column) that holds the text
-    split: str = "train"  # split of the source; a slice such as train[:10%] needs data.streaming=false
+    split: str = "train"  # split of a hub data set; a slice such as train[:10%], also of files, needs streaming=false
     subset: str | None = None  # subset (configuration name) of a hub data set
-    streaming: bool = True  # stream the source instead of downloading it first
+    streaming: bool = True  # stream a hub data set instead of downloading it first
     max_bytes: int = 0  # bytes of UTF-8 text to take; 0 = all
     tokenizer_bytes: int = 6_000_000  # bytes of text to train the tokenizer on; 0 = all
     overwrite: bool = False  # replace a corpus in `out` that was built with other settings
     paths: list[str] = field(default_factory=list)  # prefixes of the .bin/.idx pairs to train on, in Megatron's format
+    # folder of the sample indexes, which runs share; empty = `index` beside the first corpus, or in the run folder if
+    # that cannot be written
+    cache_dir: str = ""
     # share of each corpus in `paths`; empty = in proportion to their tokens
     weights: list[float] = field(default_factory=list)
     # later mixtures: a list of {start_tokens, weights}; tokens count from the data's first sample
@@ -49,6 +57,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.out:
             self.out = f"data/{self.name}"
+        # a shell expands ~ only at the start of a word
+        self.out, self.cache_dir = os.path.expanduser(self.out), os.path.expanduser(self.cache_dir)
+        self.paths = [os.path.expanduser(path) for path in self.paths]
+        if self.tokenizer is not None:
+            self.tokenizer = os.path.expanduser(self.tokenizer)
+            if self.tokenizer and os.path.isdir(self.tokenizer):
+                self.tokenizer = os.path.join(self.tokenizer, TOKENIZER_NAME)
         if not self.paths:
             self.paths = [str(Path(self.out) / "corpus")]
 
@@ -61,6 +76,9 @@ class DataConfig:
         for key in ("name", "source", "text_field", "split"):
             if not getattr(self, key).strip():
                 raise ConfigError(f"data.{key} is empty; give it a value")
+        for key in ("tokenizer", "eos_token"):
+            if getattr(self, key) == "":
+                raise ConfigError(f"data.{key} is empty; give it a value, or null")
         for key in ("max_bytes", "tokenizer_bytes"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"data.{key}={getattr(self, key)} is negative; use 0 for no limit")

@@ -9,9 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
-import uuid
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -20,6 +17,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from longcat.errors import ConfigError
+from train.data.blocks import CheckedBinReader
+from train.data.corpus import CorpusInfo, block_hashes, note
+from train.data.index_files import publish_index, read_index
+from train.data.sealed import DamagedError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns of optional GPU packages that reading data does not need
@@ -33,7 +34,6 @@ logging.getLogger(GPTDataset.__module__).setLevel(logging.ERROR)
 SplitName = Literal["train", "validation"]
 _SPLIT_SEED = 20_250_917
 _KEPT_EPOCHS = 2
-_FILES = ("documents", "samples", "shuffle")
 
 
 class _NoPadding:
@@ -50,39 +50,47 @@ class _Epoch(GPTDataset):
     In megatron rank 0 writes the cache and a barrier must follow before the others read. Ranks reach a new epoch at
     different times, or never (inner pipeline stages), so a barrier could hang. Instead the first rank writes a folder
     and renames it into place; the content is the same on every rank, so a loser of the race deletes its own folder.
+
+    Args:
+        places: folders of this index, in the order in which they are tried.
     """
 
-    def __init__(self, cache: Path, *arguments: Any) -> None:
-        self.cache = cache
+    def __init__(self, places: list[Path], *arguments: Any) -> None:
+        self.places = places
         super().__init__(*arguments)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        try:
-            return self._read()
-        except (OSError, ValueError):  # absent, or incomplete after a crash: build it
-            built = super()._build_document_sample_shuffle_indices()
-        self._publish(built)
+        damage = ""
+        for folder in self.places:
+            try:
+                return read_index(folder)
+            except FileNotFoundError:
+                continue
+            except DamagedError as error:
+                damage = f"the sample index {folder} is damaged ({error}) and was built again"
+        built = super()._build_document_sample_shuffle_indices()
+        if self._publish(built) and damage:
+            note(damage)
         return built
 
-    def _read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        documents, samples, shuffle = (np.load(self.cache / f"{name}.npy", mmap_mode="r") for name in _FILES)
-        return documents, samples, shuffle
-
-    def _publish(self, arrays: tuple[np.ndarray, ...]) -> None:
-        temporary = self.cache.with_name(f".{self.cache.name}-{uuid.uuid4().hex}")
-        try:
-            temporary.mkdir(parents=True)
-            for name, array in zip(_FILES, arrays, strict=True):
-                np.save(temporary / f"{name}.npy", array)
-            if not self.cache.exists():
-                os.rename(temporary, self.cache)
-        except OSError as error:
-            if not self.cache.exists():  # not a lost race: the folder cannot be written
-                raise ConfigError(
-                    f"cannot write the sample index {self.cache} ({error}); free or move its folder"
-                ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    def _publish(self, arrays: tuple[np.ndarray, ...]) -> bool:
+        """Write the index where it can be written; returns whether this rank did."""
+        failure: OSError | None = None
+        for folder in self.places:
+            try:
+                written = publish_index(folder, arrays)
+            except OSError as error:
+                failure = failure or error
+                continue
+            if failure is not None and written:
+                note(
+                    f"the sample index cannot be written beside the corpus ({failure}); it is in {folder.parent}, and "
+                    f"data.cache_dir names a place for all runs"
+                )
+            return written
+        raise ConfigError(
+            f"cannot write the sample index {self.places[0]} ({failure}); name a folder with data.cache_dir"
+        ) from failure
 
 
 def megatron_builder(path: str, dtype: type[np.number[Any]]) -> IndexedDatasetBuilder:
@@ -105,11 +113,15 @@ class CorpusReader:
         seed: int,
         split: SplitName,
         validation_fraction: float,
-        cache_dir: Path,
+        cache_dirs: list[Path],
+        info: CorpusInfo | None,
     ) -> None:
-        self.prefix, self.split, self._seed, self._cache_dir = prefix, split, seed, cache_dir
+        self.prefix, self.split, self._seed, self._cache_dirs = prefix, split, seed, cache_dirs
         self._sequence_length = sequence_length
         self._indexed = IndexedDataset(prefix)
+        hashes = block_hashes(prefix, info)
+        if hashes is not None:
+            self._indexed.bin_reader = CheckedBinReader(self._indexed.bin_reader, Path(f"{prefix}.bin"), hashes)
         self.validation_documents, self._sequences = self._split(validation_fraction)
         self.num_tokens = int(self._indexed.sequence_lengths[self._sequences].sum(dtype=np.int64))
         self.samples_per_epoch = (self.num_tokens - 1) // sequence_length
@@ -125,15 +137,16 @@ class CorpusReader:
         return np.concatenate((item["tokens"].numpy(), item["labels"][-1:].numpy()))
 
     def document(self, number: int) -> np.ndarray:
-        """All token ids of one document, int64 [length]."""
+        """All token ids of one document, int64 [length]; none if it has no sequence."""
         first, last = self._indexed.document_indices[number : number + 2]
         parts = [self._indexed[sequence] for sequence in range(int(first), int(last))]
-        return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+        return np.concatenate([np.zeros(0, dtype=np.int64), *(np.asarray(part, dtype=np.int64) for part in parts)])
 
     def last_tokens(self, limit: int = 256) -> set[int]:
         """The different ids that the first `limit` documents end with."""
         count = min(limit, len(self._indexed.document_indices) - 1)
-        return {int(self.document(number)[-1]) for number in range(count) if len(self.document(number))}
+        documents = (self.document(number) for number in range(count))
+        return {int(document[-1]) for document in documents if len(document)}
 
     def _split(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the validation documents, and of the sequences of this reader's split."""
@@ -178,9 +191,9 @@ class CorpusReader:
             create_attention_mask=False,
         )
         key = hashlib.sha256(json.dumps([*self._identity, seed]).encode()).hexdigest()[:24]
-        cache = self._cache_dir / f"epoch-{key}"
+        places = [folder / f"epoch-{key}" for folder in self._cache_dirs]
         split = Split.train if self.split == "train" else Split.valid
-        self._epochs[epoch] = _Epoch(cache, self._indexed, self.prefix, self._sequences, None, split, config)
+        self._epochs[epoch] = _Epoch(places, self._indexed, self.prefix, self._sequences, None, split, config)
         if len(self._epochs) > _KEPT_EPOCHS:
             self._epochs.popitem(last=False)
         return self._epochs[epoch]

@@ -10,7 +10,8 @@ import numpy as np
 from longcat.errors import ConfigError
 from train.data.blend import Mixture
 from train.data.config import DataConfig
-from train.data.corpus import TOKENIZER_NAME, CorpusInfo, check_corpus, read_info
+from train.data.corpus import TOKENIZER_NAME, CorpusInfo, verify_corpus
+from train.data.ids import check_range
 from train.data.tokens import end_of_document_id, load_tokenizer
 
 _VALIDATION_SEED = 0
@@ -28,6 +29,10 @@ class TokenSamples:
         num_tokens: tokens of the split, all corpora together, which is one epoch when weights are in
         proportion. num_samples: samples of the split in one epoch of every corpus.
 
+    Args:
+        cache_dir: folder of the sample indexes.
+        fallback_dir: used where ``cache_dir`` cannot be written.
+
     Raises:
         ConfigError: a corpus is missing, damaged, too small, or does not fit the vocabulary.
     """
@@ -41,6 +46,7 @@ class TokenSamples:
         vocab_size: int,
         split: Literal["train", "validation"],
         cache_dir: Path,
+        fallback_dir: Path | None = None,
     ) -> None:
         config.validate()
         if sequence_length < 2:
@@ -57,9 +63,10 @@ class TokenSamples:
                 seed=seed if split == "train" else _VALIDATION_SEED,
                 split=split,
                 validation_fraction=config.validation_fraction,
-                cache_dir=Path(cache_dir),
+                cache_dirs=list(dict.fromkeys(Path(folder) for folder in (cache_dir, fallback_dir or cache_dir))),
+                info=info,
             )
-            for prefix in config.paths
+            for prefix, info in zip(config.paths, infos, strict=True)
         ]
         self.num_tokens = sum(reader.num_tokens for reader in self._readers)
         self.num_samples = sum(reader.samples_per_epoch for reader in self._readers)
@@ -76,7 +83,7 @@ class TokenSamples:
         return self._checked(reader.sample(number), reader.prefix)
 
     def validation_documents(self, count: int) -> list[np.ndarray]:
-        """The first `count` documents of the validation split, int64 [length] each, corpora in turn."""
+        """The first `count` documents with tokens of the validation split, int64 [length] each, corpora in turn."""
         if count < 0:
             raise ValueError(f"count={count} is negative")
         found: list[np.ndarray] = []
@@ -86,13 +93,13 @@ class TokenSamples:
                     return found
                 if index < len(reader.validation_documents):
                     ids = reader.document(int(reader.validation_documents[index]))
-                    found.append(self._checked(ids, reader.prefix))
+                    if ids.size:
+                        found.append(self._checked(ids, reader.prefix))
         return found
 
     def _checked(self, ids: np.ndarray, prefix: str) -> np.ndarray:
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
-            wrong = int(ids.max()) if int(ids.max()) >= self._vocab_size else int(ids.min())
-            raise ConfigError(_outside(prefix, wrong, self._vocab_size))
+        if ids.size:
+            check_range(prefix, int(ids.min()), int(ids.max()), self._vocab_size)
         return ids
 
     def _find_eod(self, config: DataConfig, infos: list[CorpusInfo | None]) -> int:
@@ -102,33 +109,35 @@ class TokenSamples:
             beside = Path(prefix).parent / TOKENIZER_NAME
             if info is not None:
                 found.add(info.eod)
-            elif beside.is_file():
-                found.add(end_of_document_id(load_tokenizer(beside), str(beside)))
             else:
-                found |= reader.last_tokens()
+                found |= _eod_beside(beside, config) or reader.last_tokens()
         if len(found) == 1:
             return found.pop()
         if config.mask_documents:
             raise ConfigError(
-                "data.mask_documents=true needs one end-of-document id, but the corpora of data.paths end "
-                "documents with "
-                f"{len(found)} different ids; put their tokenizer.json beside them or set it to false"
+                f"data.mask_documents=true needs one end-of-document id, but the corpora of data.paths end documents "
+                f"with {len(found)} different ids; put their tokenizer.json beside them and name its token in "
+                f"data.eos_token, or set it to false"
             )
         return -1
 
 
-def _outside(prefix: str, token_id: int, vocab_size: int) -> str:
-    return (
-        f"the corpus {prefix} holds the token id {token_id} but model.vocab_size={vocab_size}; "
-        "raise model.vocab_size past it or build the corpus with a smaller vocabulary"
-    )
+def _eod_beside(tokenizer: Path, config: DataConfig) -> set[int]:
+    """The end-of-document id by the tokenizer beside a corpus; empty if there is none, or it names none."""
+    if not tokenizer.is_file():
+        return set()
+    try:
+        return {end_of_document_id(load_tokenizer(tokenizer), tokenizer, config.eos_token)}
+    except ConfigError:
+        if config.eos_token is not None:
+            raise
+        return set()
 
 
 def _checked_info(prefix: str, vocab_size: int) -> CorpusInfo | None:
-    check_corpus(prefix)
-    info = read_info(prefix)
-    if info is not None and info.max_token_id >= vocab_size:
-        raise ConfigError(_outside(prefix, info.max_token_id, vocab_size))
+    info = verify_corpus(prefix)
+    if info is not None:
+        check_range(prefix, 0, info.max_token_id, vocab_size)
     return info
 
 

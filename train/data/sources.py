@@ -1,40 +1,54 @@
-"""Text sources: files, folders, globs, hub data sets and the Python sources of this installation."""
+"""Text sources: local files, hub data sets and the Python sources of this installation."""
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import importlib.util
-import logging
+import itertools
 import os
 import re
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longcat.errors import ConfigError
 from train.data.config import PYTHON_SOURCE, DataConfig
+from train.data.files import Found, find_files, kind_of, order_of
+from train.data.readers import DamagedFileError, MissingFieldError, read_rows
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_KINDS = {".parquet": "parquet", ".txt": "text", ".text": "text"} | dict.fromkeys(
-    (".json", ".jsonl", ".ndjson"), "json"
-)
-_TEXT_IF_NAMED = (".md", ".rst", ".tex", ".py")  # text in a file or glob, not picked up from a folder of data
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_FIRST_ROWS = 1000  # of them one must have the text field
 # Python sources that are tables, data or tests rather than code: zlib compresses them 4.5 to 8 times, ordinary modules
 # 3.5 to 4 times, and `test` alone would be half of the standard library.
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "idle_test"} | {
     "turtledemo", "pydoc_data", "encodings", "lib2to3", "generated"
 }  # fmt: skip
 _LARGEST_SOURCE = 100_000  # bytes; with 500 kB one file could be half of the validation text
-_SPARE = 1.1  # files per text in bytes: \r\n becomes \n, so text is slightly smaller than its files
+
+Row = dict[str, Any]
+
+
+@dataclass
+class ReadCounts:
+    """What one pass over a source has read so far."""
+
+    files: int = 0  # begun
+    documents: int = 0
+    empty: int = 0  # rows without text
+    not_unicode: int = 0  # documents with half a surrogate pair, which UTF-8 cannot express
 
 
 class Source:
     """The documents of `data.source`, in an order that depends on file names only.
 
-    Local files are ordered by the hashes of their names, so a prefix of `max_bytes` is a fair mixture.
+    Local files are ordered by the hashes of their names, so a prefix of `max_bytes` is a fair mixture. Each file that
+    was found is read by its own name, once.
+
+    Attributes:
+        counts: of the newest pass over the texts.
+        num_files: files that were found; None for a hub data set.
+        left_out: what else a folder holds, such as `.csv 3`.
 
     Raises:
         ConfigError: the source is missing, empty, unreadable, or has no field `data.text_field`.
@@ -43,23 +57,24 @@ class Source:
     def __init__(self, config: DataConfig) -> None:
         self._config = config
         self._where = f"data.source={config.source}"
-        self._files: list[Path] = []
-        self._kind = "hub"
-        if config.source == PYTHON_SOURCE:
-            self._files, self._kind = _python_files(), "text"
-        else:
-            self._find()
-        if self._kind == "text":
-            self._files = _enough(self._files, config.max_bytes)
-        self._reports = _Reports()
-        self._rows = self._load()
+        self.counts = ReadCounts()
+        self._found = Found("text", _python_files()) if config.source == PYTHON_SOURCE else find_files(config.source)
+        self._hub: Any = None
+        if self._found is None:
+            if not _HUB_ID.fullmatch(config.source) or kind_of(Path(config.source)):
+                raise ConfigError(f"{self._where} does not exist; give a hub id, a folder, a file or a glob")
+            self._hub = self._load_hub()
+        self.num_files = None if self._found is None else len(self._found.files)
+        self.left_out = "" if self._found is None else self._found.left_out
+        self._range = self._slice()
         self._check_field()
 
     def texts(self, max_bytes: int) -> Iterator[str]:
         """Non-empty documents up to `max_bytes` of UTF-8 (0: all), where the last one is cut."""
         left = max_bytes
-        for number, row in enumerate(self._guarded_rows()):
-            text = row[self._config.text_field]
+        self.counts = ReadCounts()
+        for number, row in enumerate(self._rows()):
+            text = row.get(self._config.text_field)
             if text is not None and not isinstance(text, str):
                 raise ConfigError(
                     f"{self._where}: field {self._config.text_field} of row {number} holds "
@@ -67,146 +82,129 @@ class Source:
                     "name a text field in data.text_field"
                 )
             if not text:
+                self.counts.empty += 1
                 continue
+            text = self._as_unicode(text)
             if max_bytes:
-                encoded = text.encode("utf-8", errors="replace")
-                text = text if len(encoded) <= left else encoded[:left].decode("utf-8", errors="ignore")
+                encoded = text.encode()
+                text = text if len(encoded) <= left else encoded[:left].decode(errors="ignore")
                 left -= len(encoded)
             if text:
+                self.counts.documents += 1
                 yield text
             if max_bytes and left <= 0:
                 return
 
-    def _find(self) -> None:
-        """Set the files and their kind; none for a hub id."""
-        source = self._config.source
-        path = Path(source).expanduser()
-        if path.is_dir():
-            inside = [p for p in path.rglob("*") if p.is_file() and _kind(p)]
-            self._files, self._kind = self._of_one_kind(inside)
-        elif path.is_file():
-            self._files, self._kind = self._of_one_kind([path])
-        elif any(character in source for character in "*?["):
-            found = (Path(name) for name in glob.glob(str(path), recursive=True))
-            self._files, self._kind = self._of_one_kind([p for p in found if p.is_file()])
-        elif not _HUB_ID.fullmatch(source) or _kind(path, named=True):
-            raise ConfigError(f"{self._where} does not exist; give a hub id, a folder, a file or a glob")
+    def _as_unicode(self, text: str) -> str:
+        """``text`` with half surrogate pairs, which JSON can express and UTF-8 cannot, as U+FFFD."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.counts.not_unicode += 1
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
 
-    def _of_one_kind(self, files: list[Path]) -> tuple[list[Path], str]:
-        kinds = {_kind(path, named=True): path for path in sorted(files)}
-        if not files:
-            raise ConfigError(f"{self._where} holds no parquet, json, jsonl or txt files; give another folder or glob")
-        if None in kinds:
-            raise ConfigError(f"{self._where}: {kinds[None].name} is none of parquet, json, jsonl, txt, md; convert it")
-        if len(kinds) > 1:
-            names = ", ".join(path.name for path in kinds.values())
+    def _rows(self) -> Iterator[Row]:
+        """All rows, or those of the slice in `data.split`."""
+        rows = self._local_rows() if self._found else self._hub_rows()
+        if self._range is None:
+            return rows
+        return itertools.chain.from_iterable(self._part(start, stop) for start, stop in self._range)
+
+    def _part(self, start: int, stop: int) -> Iterator[Row]:
+        return itertools.islice(self._local_rows(), start, stop)
+
+    def _local_rows(self) -> Iterator[Row]:
+        assert self._found is not None
+        # a few modules declare another encoding
+        errors = "replace" if self._config.source == PYTHON_SOURCE else "strict"
+        for number, path in enumerate(self._found.files, 1):
+            self.counts.files = max(self.counts.files, number)
+            try:
+                yield from read_rows(path, self._found.kind, self._config.text_field, errors)
+            except MissingFieldError as error:
+                raise ConfigError(self._no_field(error.names, str(path))) from error
+            except DamagedFileError as error:
+                raise ConfigError(
+                    f"{self._where} cannot be read ({path}: {error}); repair or remove this file"
+                ) from error
+
+    def _slice(self) -> list[tuple[int, int]] | None:
+        """The rows of local files that a split such as `train[:10%]` names; None = all."""
+        split = self._config.split
+        if self._found is None or "[" not in split:
+            return None
+        if self._config.streaming:
             raise ConfigError(
-                f"{self._where} mixes kinds of files ({names}); name one kind with a glob such as '*.jsonl'"
+                f"data.split={split} is a slice, which a stream does not have; set data.streaming=false, or use "
+                f"data.max_bytes"
             )
-        root = Path(self._config.source).expanduser()
-        named = [(_name(path, root), path.resolve()) for path in files]
-        return _by_hash(named), str(next(iter(kinds)))
+        import datasets
 
-    def _load(self) -> Any:
+        count = sum(1 for _ in self._local_rows())
+        try:
+            parts = datasets.ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: count})
+        except (ValueError, AssertionError) as error:
+            raise ConfigError(f"data.split={split} is no slice such as train[:10%] ({error}); correct it") from error
+        return [(part.from_, part.to) for part in parts]
+
+    def _load_hub(self) -> Any:
         import datasets
 
         datasets.disable_progress_bars()
         config = self._config
-        # Only the split's name: datasets would take a slice such as train[:10%] for a name.
-        name = config.split.partition("[")[0]
-        local: dict[str, Any] = {"data_files": {name: [str(path) for path in self._files]}}
-        if self._kind == "text":
-            local |= {"sample_by": "document"}
-            if config.source == PYTHON_SOURCE:
-                local |= {"encoding_errors": "replace"}  # a few modules declare another encoding
         try:
-            if self._kind == "hub":
-                return datasets.load_dataset(
-                    config.source, name=config.subset, split=config.split, streaming=config.streaming
-                )
-            return datasets.load_dataset(self._kind, split=config.split, streaming=config.streaming, **local)
+            return datasets.load_dataset(
+                config.source, name=config.subset, split=config.split, streaming=config.streaming
+            )
         except StopIteration as error:  # raised by streaming for a file without rows
             raise ConfigError(self._empty()) from error
-        except _reading_errors() as error:
+        except _hub_errors() as error:
             raise ConfigError(self._unreadable(error)) from error
 
-    def _guarded_rows(self) -> Iterator[dict[str, Any]]:
-        """Rows; readers' errors become ConfigError."""
-        rows = iter(self._rows)
+    def _hub_rows(self) -> Iterator[Row]:
+        """Rows; the readers' errors become ConfigError."""
+        rows = iter(self._hub)
         while True:
             try:
                 row = next(rows)
             except StopIteration:
                 return
-            except _reading_errors() as error:
+            except _hub_errors() as error:
                 raise ConfigError(self._unreadable(error)) from error
             yield row
 
     def _check_field(self) -> None:
-        first = next(self._guarded_rows(), None)
-        if first is None:
+        names: dict[str, None] = {}
+        for row in itertools.islice(self._rows(), _FIRST_ROWS):
+            names.update(dict.fromkeys(row))
+            if self._config.text_field in row:
+                return
+        if not names:
             raise ConfigError(self._empty())
-        if self._config.text_field not in first:
-            raise ConfigError(
-                f"{self._where} has no field {self._config.text_field}; set data.text_field to one of: "
-                f"{', '.join(first)}"
-            )
+        raise ConfigError(self._no_field(list(names), ""))
+
+    def _no_field(self, names: list[str], file: str) -> str:
+        where = f"{self._where}: {file}" if file else self._where
+        return f"{where} has no field {self._config.text_field}; set data.text_field to one of: {', '.join(names)}"
 
     def _empty(self) -> str:
         return f"{self._where} holds no rows; give a source with text"
 
     def _unreadable(self, error: Exception) -> str:
-        if self._kind == "hub":
-            return (
-                f"{self._where} is no file or folder here, and the hub gave no data set of that name, subset "
-                f"{self._config.subset} and split {self._config.split} ({_one_line(error)}); correct the "
-                "name or go online"
-            )
-        detail = self._reports.last or _one_line(error)
-        if isinstance(error, UnicodeDecodeError):
-            detail = f"{_first_not_utf8(self._files)}: {_one_line(error)}"
-        cure = f"repair the file or correct data.split={self._config.split}"
-        return f"{self._where} cannot be read ({detail}); {cure}"
+        return (
+            f"{self._where} is no file or folder here, and the hub gave no data set of that name, subset "
+            f"{self._config.subset} and split {self._config.split} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}); correct the name or go online"
+        )
 
 
-def _reading_errors() -> tuple[type[Exception], ...]:
+def _hub_errors() -> tuple[type[Exception], ...]:
     """The exceptions of `datasets` for a source that is missing or damaged."""
     import datasets
     import pyarrow
 
     return (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, RuntimeError)
-
-
-class _Reports(logging.Handler):
-    """Keeps the last message of the file readers: it names the file, which their exception does not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = ""
-        for kind in ("json", "parquet"):
-            logger = logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}")
-            logger.handlers, logger.propagate = [self], False  # otherwise it is printed beside our own error
-            logger.disabled = False  # a logging configuration made after the import (Hydra's) switches loggers off
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.last = " ".join(record.getMessage().split())[:300]
-
-
-def _kind(path: Path, named: bool = False) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    last = suffixes[-1] if suffixes else ""
-    return "text" if named and last in _TEXT_IF_NAMED else _KINDS.get(last)
-
-
-def _name(path: Path, root: Path) -> str:
-    """The name that orders a file: the one inside a source folder, so moving the folder changes nothing."""
-    return path.relative_to(root).as_posix() if root.is_dir() else path.as_posix()
-
-
-def _by_hash(named: list[tuple[str, Path]]) -> list[Path]:
-    return [path for name, path in sorted(named, key=lambda item: hashlib.sha256(item[0].encode()).digest())]
 
 
 def _python_files() -> list[Path]:
@@ -224,29 +222,4 @@ def _python_files() -> list[Path]:
                     named.append((f"{label}/{path.relative_to(root).as_posix()}", path))
     if not named:
         raise ConfigError(f"data.source={PYTHON_SOURCE}: this installation has no Python sources; give another source")
-    return _by_hash(named)
-
-
-def _enough(files: list[Path], max_bytes: int) -> list[Path]:
-    """The first files with somewhat more than `max_bytes`: resolving thousands more would take seconds."""
-    if not max_bytes:
-        return files
-    total = 0
-    for count, path in enumerate(files, 1):
-        total += path.stat().st_size if path.suffix not in _COMPRESSED else 0
-        if total >= _SPARE * max_bytes:
-            return files[:count]
-    return files
-
-
-def _first_not_utf8(files: list[Path]) -> str:
-    for path in files:
-        try:
-            path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            return str(path)
-    return "a compressed file"
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return [path for _, path in sorted(named, key=lambda item: order_of(item[0]))]

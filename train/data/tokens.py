@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,19 +13,28 @@ import numpy as np
 
 from longcat.errors import ConfigError
 from train.data.config import DataConfig
-from train.data.corpus import END_OF_DOCUMENT, TOKENIZER_NAME
+from train.data.corpus import END_OF_DOCUMENT, INFO_NAME, TOKENIZER_NAME, file_sha256
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MIN_VOCAB_SIZE = 257  # one id for each byte, one for the end of a document
-_END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+_END_NAMES = (
+    *(END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]"),
+    *("</longcat_s>", "<｜end▁of▁sentence｜>"),  # of LongCat-Flash and DeepSeek
+)
+# Files beside a tokenizer.json that name its last token, the most specific first
+_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_ID_FILES = ("generation_config.json", "config.json")
+# Longer runs than words are: the trainer's time grows with the square of their length, and they teach it little.
+_LONG_RUN = re.compile(r"(?<!\w)\w{257,}|(?<!\s)\s{257,}|(?<![^\w\s])[^\w\s]{257,}")
+_RUN_PIECE, _RUN_KEPT = 256, 1 << 16  # characters: of a piece of such a run, and of the run
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WORD_MARK = "\u2581"  # stands for a space in Metaspace vocabularies
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE of at most `vocab_size` ids; id 0 ends a document, each digit is a token.
+def train_bpe(texts: Iterable[str], vocab_size: int, end: str = END_OF_DOCUMENT) -> Tokenizer:
+    """Train a byte-level BPE of at most `vocab_size` ids; id 0 is `end` of a document, each digit is a token.
 
     Raises:
         ConfigError: `vocab_size` is too small for the 256 bytes and the end-of-document token.
@@ -42,43 +52,134 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
+        special_tokens=[end],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_without_long_runs(texts), trainer)
     return tokenizer
 
 
+def _without_long_runs(texts: Iterable[str]) -> Iterator[str]:
+    """``texts``, with runs without a break cut into pieces and to their first `_RUN_KEPT` characters."""
+    for text in texts:
+        start = 0
+        for run in _LONG_RUN.finditer(text):
+            yield text[start : run.start()]
+            kept = run[0][:_RUN_KEPT]
+            yield from (kept[cut : cut + _RUN_PIECE] for cut in range(0, len(kept), _RUN_PIECE))
+            start = run.end()
+        yield text[start:]
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a `tokenizer.json`.
+    """Read a `tokenizer.json` such that `encode(text, add_special_tokens=False)` gives the ids of the text itself.
+
+    Truncation and padding, which the file may ask for, are off, and text that looks like a special token is text.
 
     Raises:
         ConfigError: it is missing or is no tokenizer.
     """
     from tokenizers import Tokenizer
 
-    if not Path(path).is_file():
-        raise ConfigError(f"the tokenizer {path} does not exist; give the path of a tokenizer.json")
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"the tokenizer {file} does not exist; give the path of a tokenizer.json")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-        raise ConfigError(f"{path} is not a tokenizer.json ({' '.join(str(error).split())}); give another") from error
+        if file.read_bytes().startswith(codecs.BOM_UTF8):
+            raise ConfigError(f"{file} starts with a byte-order mark; save it as UTF-8 without one") from error
+        raise ConfigError(f"{file} is not a tokenizer.json ({' '.join(str(error).split())}); give another") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
-def end_of_document_id(tokenizer: Tokenizer, where: str) -> int:
+def num_ids(tokenizer: Tokenizer) -> int:
+    """The highest id plus one: some vocabularies have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def end_of_document_id(tokenizer: Tokenizer, path: str | Path, name: str | None = None) -> int:
     """Id of the token that ends a document.
 
+    Args:
+        path: the tokenizer.json; files beside it may name the token.
+        name: the token (`data.eos_token`); None = find it.
+
     Raises:
-        ConfigError: the tokenizer has none of the usual names.
+        ConfigError: the tokenizer does not have ``name``, or nothing names a token.
     """
-    for name in _END_NAMES:
+    if name is not None:
         token_id = tokenizer.token_to_id(name)
-        if token_id is not None:
-            return int(token_id)
+        if token_id is None:
+            raise ConfigError(f"{path} has no token {name}; correct data.eos_token")
+        return int(token_id)
+    for found in (*_named_beside(Path(path).parent, tokenizer, Path(path)), *map(tokenizer.token_to_id, _END_NAMES)):
+        if found is not None:
+            return int(found)
     raise ConfigError(
-        f"{where} has none of the end-of-document tokens {', '.join(_END_NAMES)}; add one to the tokenizer"
+        f"{path} has none of the end-of-document tokens {', '.join(_END_NAMES)}, and no file beside it names one; name "
+        f"it with data.eos_token"
     )
+
+
+def _named_beside(folder: Path, tokenizer: Tokenizer, path: Path) -> Iterator[int | None]:
+    """The ids that the files beside a tokenizer.json name, if the tokenizer has them."""
+    info = _read_json(folder / INFO_NAME)  # of a corpus: the token that its build used
+    if isinstance(info.get("eod"), int) and path.is_file() and info.get("tokenizer_sha256") == file_sha256(path):
+        yield info["eod"]
+    for file in _TOKEN_FILES:
+        token = _read_json(folder / file).get("eos_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            yield tokenizer.token_to_id(token)
+    for file in _ID_FILES:
+        ids = _read_json(folder / file).get("eos_token_id")
+        for token_id in ids if isinstance(ids, list) else [ids]:
+            if isinstance(token_id, int) and tokenizer.id_to_token(token_id) is not None:
+                yield token_id
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def text_changes(tokenizer: Tokenizer, texts: list[str], path: str | Path) -> list[str]:
+    """Sentences on how a tokenizer changes text: what its ids decode to, and what its file asks for.
+
+    Args:
+        texts: examples, which are encoded and decoded again.
+        path: the tokenizer.json.
+    """
+    found = []
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    decoded = tokenizer.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
+    wrong = [pair for pair in zip(texts, decoded, strict=True) if pair[0] != pair[1]]
+    if wrong:
+        text, back = wrong[0]
+        place = next((n for n, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+        start = max(0, place - 10)
+        found.append(
+            f"{path} does not give all text back: {len(wrong)} of {len(texts)} documents decode to other text, the "
+            f"first one to {back[start : place + 20]!r} for {text[start : place + 20]!r}"
+        )
+    spec = _read_json(Path(path))
+    ignored = [key for key in ("truncation", "padding") if spec.get(key)]
+    if ignored:
+        found.append(f"{' and '.join(ignored)} in {path} are ignored: texts are whole")
+    added = [token for token in tokenizer.encode("", add_special_tokens=True).tokens if token]
+    if added:
+        found.append(f"{path} adds {' '.join(added)} to a text; the corpus has only the end of a document, behind each")
+    return found
 
 
 def tokenizer_path(config: DataConfig) -> Path | None:

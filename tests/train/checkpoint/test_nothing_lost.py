@@ -133,7 +133,7 @@ def test_rebuilt_corpus_makes_another_run(
     build(compose([*words, "data.max_bytes=40000", "data.overwrite=true"]).data, 512)
     capfd.readouterr()
     assert train_here([*words, "train.steps=4"]) == 2
-    assert "belongs to another configuration: corpora" in capfd.readouterr().err
+    assert "is now a corpus of other contents in" in capfd.readouterr().err
 
 
 def test_run_past_its_last_step_changes_nothing(

@@ -98,7 +98,7 @@ def test_every_document_comes_back_from_the_corpus(make: Callable[[Path], str], 
     assert int(lengths[ids].sum()) == info.bytes
     assert read_info(tmp_path / "out" / "corpus") == info
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"corpus.bin", "corpus.idx", "corpus.json", "tokenizer.json"}
+    assert names == {"corpus.bin", "corpus.idx", "corpus.xxh3", "corpus.json", "tokenizer.json"}
 
 
 def test_text_of_a_special_token_does_not_end_a_document(folder: Path, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_interrupted_build_leaves_nothing(folder: Path, tmp_path: Path, monkeypa
         patch.setattr(build_module, "write_info", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(config, VOCABULARY)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     assert build(config, VOCABULARY).documents == len(DOCUMENTS)
 
 
@@ -269,7 +269,7 @@ def _no_field(folder: Path) -> str:
         (lambda folder: str(folder / "none"), "does not exist"),
         (lambda folder: str(folder / "*.txt"), "holds no parquet"),
         (lambda folder: str(folder), "holds no parquet"),
-        (_write("a.csv", b"a,b\n"), "holds no parquet"),
+        (_write("a.csv", b"a,b\n"), r"holds no parquet.*but \.csv 1"),
         (lambda folder: _write("a.csv", b"a,b\n")(folder) + "/a.csv", "a.csv is none of parquet"),
         (_mixed, "mixes kinds of files"),
         (_write("a.jsonl", b""), "holds no rows"),
@@ -280,7 +280,7 @@ def _no_field(folder: Path) -> str:
         (_write("a.parquet", b"PAR1 garbage"), r"cannot be read .*a\.parquet"),
         (_second_file_torn, r"cannot be read .*1\.parquet"),
         (_write("a.jsonl", b'{"text": "x"}\n{"text": \n'), r"cannot be read .*a\.jsonl"),
-        (_write("a.txt", "café".encode("latin-1")), r"cannot be read .*a\.txt.*UnicodeDecodeError"),
+        (_write("a.txt", "café".encode("latin-1")), r"cannot be read .*a\.txt: UnicodeDecodeError"),
     ],
 )
 def test_wrong_source_is_refused_in_one_line(
@@ -290,7 +290,7 @@ def test_wrong_source_is_refused_in_one_line(
         build(config_of(make(folder), tmp_path), VOCABULARY)
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().err == ""
-    assert not list((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_split_field_or_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_wrong_split_field_or_vocabulary_is_refused(folder: Path, tmp_path: Path
         build(replace(config, text_field="body"), VOCABULARY)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=256"):
         build(config, 256)
-    with pytest.raises(ConfigError, match=r"correct data\.split=train\[:10%\]"):
+    with pytest.raises(ConfigError, match=r"data\.split=train\[:10%\] is a slice"):
         build(replace(config, split="train[:10%]"), VOCABULARY)  # a stream has no slices
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be written"):

@@ -17,6 +17,7 @@ from longcat.errors import ConfigError
 from train.data import blend as blend_module
 from train.data.blend import Blend, Mixture
 from train.data.config import DataConfig, MixtureStage
+from train.data.corpus import file_sha256
 from train.data.samples import TokenSamples
 
 LENGTH = 16
@@ -211,11 +212,15 @@ def test_lost_race_and_torn_cache_change_nothing(
 ) -> None:
     from train.data import epochs
 
+    def absent(folder: Path) -> None:
+        raise FileNotFoundError(folder)
+
     first = samples_of(prefixes[:1], tmp_path)[0]
     (folder,) = tmp_path.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["documents.npy", "samples.npy", "shuffle.npy"]
+    names = ["documents.npy", "index.json", "samples.npy", "shuffle.npy"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     with monkeypatch.context() as patch:  # the other rank was first, after our check
-        patch.setattr(epochs._Epoch, "_read", lambda self: (_ for _ in ()).throw(FileNotFoundError()))
+        patch.setattr(epochs, "read_index", absent)
         np.testing.assert_array_equal(samples_of(prefixes[:1], tmp_path)[0], first)
     (folder / "samples.npy").write_bytes((folder / "samples.npy").read_bytes()[:40])
     np.testing.assert_array_equal(samples_of(prefixes[:1], tmp_path)[0], first)
@@ -229,6 +234,38 @@ def test_rebuilt_corpus_does_not_use_the_old_cache(tmp_path: Path) -> None:
     samples = samples_of([prefix], tmp_path / "cache")
     ids = np.concatenate([samples[number][:-1] for number in range(samples.num_samples)])
     assert ids.min() >= 10_000 and np.unique(ids).size == ids.size
+
+
+def with_empty_documents(prefix: Path, where: str) -> str:
+    """A corpus of 40 documents where every second one has no sequence, or a sequence without tokens."""
+    documents = unique_documents(20, 0)
+    lengths, bounds = [], [0]
+    for document in documents:
+        lengths += [len(document)] if where == "no_sequence" else [0, len(document)]
+        bounds += [bounds[-1], len(lengths)] if where == "no_sequence" else [len(lengths) - 1, len(lengths)]
+    sizes = np.array(lengths, dtype="<i4")
+    pointers = (np.cumsum(sizes, dtype=np.int64) - sizes) * 4
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{prefix}.bin").write_bytes(np.concatenate(documents).astype("<i4").tobytes())
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, len(sizes), len(bounds))
+    body = sizes.tobytes() + pointers.tobytes() + np.array(bounds, dtype="<i8").tobytes()
+    Path(f"{prefix}.idx").write_bytes(head + body)
+    return str(prefix)
+
+
+@pytest.mark.parametrize("where", ["no_sequence", "no_tokens"])
+def test_documents_without_tokens_are_passed_over(where: str, tmp_path: Path) -> None:
+    """As Megatron's tools write them for empty lines; the text that is there is read whole."""
+    prefix = with_empty_documents(tmp_path / "c" / "corpus", where)
+    read = []
+    for split in ("train", "validation"):
+        samples = samples_of([prefix], tmp_path / "cache", split, validation_fraction=0.3, sequence_length=2)
+        read += [samples[number][:-1] for number in range(samples.num_samples)]
+        shown = samples.validation_documents(100)
+        assert shown and all(document.size for document in shown)
+    total = sum(len(document) for document in unique_documents(20, 0))
+    ids = np.concatenate(read)
+    assert np.unique(ids).size == ids.size and ids.size >= total - 6
 
 
 def info_of(**changes: Any) -> str:
@@ -252,7 +289,7 @@ def test_eod_comes_from_the_info_the_tokenizer_or_the_documents(tmp_path: Path) 
     assert samples_of([prefix], tmp_path / "cache", mask_documents=True).eod == EOD
     train_bpe([], 257).save(str(tmp_path / "tokenizer.json"))
     assert samples_of([prefix], tmp_path / "cache", mask_documents=True).eod == 0
-    (tmp_path / "corpus.json").write_text(info_of(eod=5))
+    (tmp_path / "corpus.json").write_text(info_of(eod=5, tokenizer_sha256=file_sha256(tmp_path / "tokenizer.json")))
     assert samples_of([prefix], tmp_path / "cache", mask_documents=True).eod == 5
 
 
@@ -310,6 +347,8 @@ def _nothing(prefix: Path) -> None:
         (_damage(".idx", lambda data: b""), {}, "less than its header"),
         (_damage(".idx", lambda data: b"text, and some more of it " * 3), {}, "not a Megatron index"),
         (_damage(".idx", lambda data: data[:17] + b"\x06" + data[18:]), {}, "not a Megatron index"),
+        (_damage(".idx", lambda data: data[:300] + b"\x01" + data[301:]), {}, "do not follow each other"),
+        (_damage(".idx", lambda data: data[:-8] + b"\xff" * 8), {}, "documents do not follow each other"),
         (_rewrite(list), {}, "is empty"),
         (_rewrite(lambda: [np.arange(40)]), {}, "a validation split needs at least 2"),
         (_rewrite(lambda: unique_documents(3, 0)), {"sequence_length": 500}, "train split .* needs 501"),

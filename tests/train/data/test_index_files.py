@@ -1,0 +1,167 @@
+"""The sample index on disk: complete or not there, compared when it is read, built again when it is damaged."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longcat.errors import ConfigError
+from tests.support.fixtures import Refused
+from tests.support.running import NARROW, lines, train_here
+from train.data.index_files import MANIFEST, NAMES, publish_index, read_index
+from train.data.sealed import DamagedError
+from train.run import index_folders
+
+ARRAYS = (np.arange(50), np.arange(60).reshape(30, 2), np.random.default_rng(0).permutation(29))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def zeros(path: Path) -> None:
+    """As after a power cut: the size is right, the contents were never written."""
+    path.write_bytes(path.read_bytes()[:128] + bytes(path.stat().st_size - 128))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+DAMAGE = [empty, zeros, truncate, remove]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", [*(f"{name}.npy" for name in NAMES), MANIFEST])
+def test_damaged_index_is_noticed_and_replaced(damage: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "epoch"
+    assert publish_index(folder, ARRAYS)
+    damage(folder / name)
+    with pytest.raises(DamagedError):
+        read_index(folder)
+    assert publish_index(folder, ARRAYS)
+    assert not publish_index(folder, ARRAYS), "a valid one stays"
+    for read, written in zip(read_index(folder), ARRAYS, strict=True):
+        np.testing.assert_array_equal(read, written)
+        assert isinstance(read, np.memmap), "ranks share it"
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch"]
+
+
+def test_ranks_that_repair_at_once_leave_one_valid_index(tmp_path: Path) -> None:
+    folder = tmp_path / "epoch"
+    for _ in range(10):
+        publish_index(folder, ARRAYS)
+        empty(folder / "samples.npy")
+        threads = [threading.Thread(target=publish_index, args=(folder, ARRAYS)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        np.testing.assert_array_equal(read_index(folder)[2], ARRAYS[2])
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch"]
+
+
+def test_contents_are_synced_before_the_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append("renamed")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    publish_index(tmp_path / "epoch", ARRAYS)
+    assert set(done[: done.index("renamed")]) >= {*(f"{name}.npy" for name in NAMES), MANIFEST}
+    assert done[-1] == tmp_path.name, "the folder that holds the new name"
+
+
+@pytest.fixture
+def copied(corpus: Path, tmp_path: Path) -> Path:
+    """A copy of the corpus without an index."""
+    for path in corpus.parent.glob("*.*"):
+        if path.is_file():
+            (tmp_path / "c").mkdir(exist_ok=True)
+            (tmp_path / "c" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "c" / "corpus"
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_run_with_a_damaged_index_reads_the_same(
+    damage: Callable[[Path], None],
+    copied: Path,
+    overrides: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = [*overrides, *NARROW, f"data.paths=[{copied}]", "train.steps=3"]
+    assert train_here(words) == 0
+    capfd.readouterr()
+    folders = sorted((copied.parent / "index").glob("epoch-*"))
+    assert len(folders) == 1, "no validation in this run"
+    for name in NAMES:
+        damage(folders[0] / f"{name}.npy")
+    assert train_here([*words, "run.name=again"]) == 0
+    assert capfd.readouterr().err.count("is damaged") == 1
+    losses = [[row["loss"] for row in lines(tmp_path / name)] for name in ("run", "again")]
+    assert losses[0] == losses[1]
+
+
+def in_the_way(folder: Path) -> None:
+    """A place that cannot be written, whoever runs the test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index").write_text("a file where the folder belongs")
+
+
+def test_corpus_that_cannot_be_written_uses_the_run_folder(
+    copied: Path, overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    in_the_way(copied.parent)
+    words = [*overrides, *NARROW, f"data.paths=[{copied}]", "train.steps=2"]
+    assert train_here(words) == 0
+    said = capfd.readouterr().err
+    assert "cannot be written beside the corpus" in said and f"it is in {tmp_path / 'run' / 'index'}" in said
+    assert list((tmp_path / "run" / "index").glob("epoch-*"))
+    assert train_here([*words, "train.steps=3"]) == 0
+    assert capfd.readouterr().err == "", "the second start finds it there"
+
+
+def test_index_in_the_folder_that_a_key_names(
+    copied: Path, overrides: list[str], refused: Refused, tmp_path: Path
+) -> None:
+    in_the_way(copied.parent)
+    words = [*overrides, *NARROW, f"data.paths=[{copied}]", "train.steps=2"]
+    assert train_here([*words, f"data.cache_dir={tmp_path / 'cache' / 'deep'}"]) == 0
+    assert list((tmp_path / "cache" / "deep").glob("epoch-*"))
+    assert not (tmp_path / "run" / "index").exists()
+    in_the_way(tmp_path / "wrong")
+    refused(["train", *words, "run.name=b", f"data.cache_dir={tmp_path / 'wrong' / 'index'}"], "data.cache_dir")
+
+
+def test_valid_index_of_a_read_only_folder_is_used(copied: Path, overrides: list[str], tmp_path: Path) -> None:
+    words = [*overrides, *NARROW, f"data.paths=[{copied}]", "train.steps=2"]
+    assert train_here(words) == 0
+    assert train_here([*words, "run.name=b"]) == 0
+    assert not (tmp_path / "b" / "index").exists()
+
+
+def test_places_of_the_index(overrides: list[str], corpus: Path, tmp_path: Path) -> None:
+    from train.compose import compose
+
+    assert index_folders(compose(overrides)) == [corpus.parent / "index", tmp_path / "run" / "index"]
+    assert index_folders(compose([*overrides, "data.cache_dir=/some/where"])) == [Path("/some/where")]
+    with pytest.raises(ConfigError):
+        compose(["data.cache_folder=x"])

@@ -1,0 +1,93 @@
+"""The sample index of one epoch on disk: synced and hashed when written, compared when read, shared by ranks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+from train.checkpoint.files import HashedFile, file_hash, sync_folder
+from train.data.sealed import DamagedError, read_sealed, write_sealed
+
+NAMES = ("documents", "samples", "shuffle")
+MANIFEST = "index.json"  # the hash of each file
+
+
+def read_index(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The arrays of `NAMES`, mapped into memory: ranks of one machine share them.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        DamagedError: a file is missing or is not what was written.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
+    try:
+        hashes = read_sealed(folder / MANIFEST)
+        for name in NAMES:
+            if file_hash(folder / f"{name}.npy") != hashes.get(name):
+                raise DamagedError(f"{name}.npy is not what was written")
+        documents, samples, shuffle = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in NAMES)
+    except (OSError, ValueError) as error:
+        raise DamagedError(str(error)) from error
+    return documents, samples, shuffle
+
+
+def publish_index(folder: Path, arrays: tuple[np.ndarray, ...]) -> bool:
+    """Write ``arrays`` as ``folder``, which appears when all is on disk; returns whether this call wrote it.
+
+    A damaged folder is replaced. A valid one, which another rank has written meanwhile, stays.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    temporary = _beside(folder)
+    try:
+        temporary.mkdir(parents=True)
+        hashes = {}
+        for name, array in zip(NAMES, arrays, strict=True):
+            with HashedFile(temporary / f"{name}.npy") as file:
+                np.save(file, array)  # type: ignore[arg-type]
+            hashes[name] = file.hash
+        write_sealed(temporary / MANIFEST, hashes)
+        sync_folder(temporary)
+        return _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> bool:
+    while True:
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not os.path.lexists(folder):  # no lost race: it cannot be written
+                raise
+        else:
+            sync_folder(folder.parent)
+            return True
+        try:
+            read_index(folder)
+        except FileNotFoundError:
+            continue
+        except DamagedError:
+            _remove(folder)
+        else:
+            return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a damaged index. The rename keeps another rank from finding half of it."""
+    aside = _beside(folder)
+    try:
+        os.rename(folder, aside)
+    except FileNotFoundError:  # another rank was faster
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
