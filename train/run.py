@@ -182,6 +182,8 @@ def index_folders(config: Config) -> list[Path]:
 def resume(state: TrainState, config: Config, topology: Topology, terminal: Display) -> None:
     """Continue from the checkpoint that ``checkpoint.resume`` selects, and report which one and why."""
     folder, settings = config.run.folder / "checkpoints", config.checkpoint
+    if topology.is_first:
+        folder.mkdir(exist_ok=True)
     if topology.is_first and settings.resume == "auto" and not list_checkpoints(folder):
         settings.resume = initial_checkpoint(config.run.folder)  # config.yaml keeps it until there is a checkpoint
         if settings.resume != "auto":

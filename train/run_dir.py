@@ -35,7 +35,7 @@ def check_folder(config: Config) -> None:
     folder = config.run.folder
     try:
         check_not_another_run(config)
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{uuid.uuid4().hex}"  # ranks of several hosts probe the same folder
         probe.touch()
         probe.unlink()

@@ -11,7 +11,6 @@ import pytest
 
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, exit_json
-from train.checkpoint.manifest import list_checkpoints
 
 
 @pytest.fixture
@@ -86,4 +85,5 @@ def test_a_wrong_corpus_is_refused(
     damage(broken)
     said = refused(["train", *overrides, *NARROW, f"data.paths=[{broken}]", *words], *fragments, str(broken.parent))
     assert exit_json(tmp_path / "run") == {"code": 2, "message": said.removeprefix("error: ")}
-    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"exit.json", ".lock", "index"}, "no empty folder"
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_dir() and not any(path.iterdir())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
@@ -304,3 +305,35 @@ def test_wrong_split_field_or_vocabulary_is_refused(folder: Path, tmp_path: Path
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be written"):
         build(replace(config, out=str(tmp_path / "file" / "out")), VOCABULARY)
+
+
+def test_progress_is_shown_without_a_terminal(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "_REPORT_SECONDS", 0.0)
+    build(config_of(jsonl(folder), tmp_path), VOCABULARY)
+    said = capsys.readouterr().err.splitlines()
+    for task in ("training the tokenizer: ", "encoding: "):
+        assert any(line.startswith(task) and line.endswith(" MB") for line in said)
+
+
+def test_build_is_on_disk_before_its_names_appear(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave a corpus of zeros under its final name."""
+    done: list[str] = []
+    sync, replace_file = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        done.append("renamed")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    build(config_of(jsonl(folder), tmp_path), VOCABULARY)
+    assert set(done[: done.index("renamed")]) >= set(build_module._FILES)
+    assert done[-1] == "out"
