@@ -56,8 +56,8 @@ def corpora_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[
 
     They are compared by fingerprint if both sides have them, else by path, however it is spelt.
     """
-    paths = [side["data"]["paths"] for side in (stored, wanted)]
-    prints = [[(side.get(CORPORA) or {}).get(path) for path in side["data"]["paths"]] for side in (stored, wanted)]
+    paths = [_paths(side) for side in (stored, wanted)]
+    prints = [[_mapping(side, CORPORA).get(path) for path in _paths(side)] for side in (stored, wanted)]
     if None in prints[0] + prints[1]:
         prints = [[os.path.realpath(path) for path in side] for side in paths]
     if prints[0] == prints[1]:
@@ -66,6 +66,16 @@ def corpora_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[
         return [f"data.paths was {paths[0]} and is now {paths[1]}"]
     changed = [path for path, old, new in zip(paths[0], *prints, strict=True) if old != new]
     return [f"data.paths was {paths[0]} and is now a corpus of other contents in {', '.join(changed)}"]
+
+
+def _mapping(side: dict[str, Any], key: str) -> dict[str, Any]:
+    found = side.get(key)
+    return found if isinstance(found, dict) else {}  # a config.yaml that was edited by hand
+
+
+def _paths(side: dict[str, Any]) -> list[str]:
+    found = _mapping(side, "data").get("paths")
+    return [str(path) for path in found] if isinstance(found, list) else []
 
 
 def order_differences(stored: dict[str, Any], wanted: dict[str, Any], position: int) -> list[str]:

@@ -72,12 +72,12 @@ def _below(folder: Path, where: str, above: tuple[str, ...] = ()) -> Iterator[Pa
     if real in above:
         return
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        names = sorted(os.listdir(folder))
     except OSError as error:
         raise ConfigError(f"{where}: {folder} cannot be read ({error.strerror}); give it read permission") from error
-    for entry in entries:
-        path = folder / entry.name
-        if entry.is_dir():
+    for name in names:
+        path = folder / name
+        if os.path.isdir(path):
             yield from _below(path, where, (*above, real))
         else:
             yield path

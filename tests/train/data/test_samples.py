@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longcat.errors import ConfigError
+from tests.support.corpora import unique_documents, write_corpus
 from train.data import blend as blend_module
 from train.data.blend import Blend, Mixture
 from train.data.config import DataConfig, MixtureStage
@@ -23,27 +24,6 @@ from train.data.samples import TokenSamples
 LENGTH = 16
 VOCABULARY = 1 << 20
 EOD = 7
-
-
-def write_corpus(prefix: Path, documents: Sequence[np.ndarray], sequences_each: int = 1) -> str:
-    """Write a Megatron corpus by hand, independent of the writer under test."""
-    pieces = [part for document in documents for part in np.array_split(document, sequences_each)]
-    lengths = np.array([len(piece) for piece in pieces], dtype="<i4")
-    pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * 4
-    bounds = np.arange(len(documents) + 1, dtype="<i8") * sequences_each
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    body = np.concatenate(pieces).astype("<i4") if pieces else np.zeros(0, "<i4")
-    Path(f"{prefix}.bin").write_bytes(body.tobytes())
-    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, len(lengths), len(bounds))
-    Path(f"{prefix}.idx").write_bytes(head + lengths.tobytes() + pointers.tobytes() + bounds.tobytes())
-    return str(prefix)
-
-
-def unique_documents(count: int, first_id: int, seed: int = 0) -> list[np.ndarray]:
-    """Documents of 1 to 60 tokens without repeated ids (the last of each ends it)."""
-    lengths = np.random.default_rng(seed).integers(1, 60, size=count)
-    ids = np.arange(first_id, first_id + lengths.sum())
-    return np.split(ids, np.cumsum(lengths)[:-1])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,30 @@
+"""Megatron corpora written by hand, independent of the writer under test."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def write_corpus(prefix: Path, documents: Sequence[np.ndarray], sequences_each: int = 1) -> str:
+    """Write a pair of int32 ids at ``prefix``; each document is cut into ``sequences_each`` sequences. Returns it."""
+    pieces = [part for document in documents for part in np.array_split(document, sequences_each)]
+    lengths = np.array([len(piece) for piece in pieces], dtype="<i4")
+    pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * 4
+    bounds = np.arange(len(documents) + 1, dtype="<i8") * sequences_each
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    body = np.concatenate(pieces).astype("<i4") if pieces else np.zeros(0, "<i4")
+    Path(f"{prefix}.bin").write_bytes(body.tobytes())
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, len(lengths), len(bounds))
+    Path(f"{prefix}.idx").write_bytes(head + lengths.tobytes() + pointers.tobytes() + bounds.tobytes())
+    return str(prefix)
+
+
+def unique_documents(count: int, first_id: int, seed: int = 0) -> list[np.ndarray]:
+    """Documents of 1 to 60 tokens without repeated ids (the last of each ends it)."""
+    lengths = np.random.default_rng(seed).integers(1, 60, size=count)
+    ids = np.arange(first_id, first_id + lengths.sum())
+    return np.split(ids, np.cumsum(lengths)[:-1])
