@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import struct
@@ -59,10 +60,16 @@ def info_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.json")
 
 
-def note(text: str) -> None:
-    """Tell the user something that is no error, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
+def note(text: str, any_rank: bool = False) -> None:
+    """Tell the user something that is no error; only the first rank does unless ``any_rank``."""
+    if any_rank or os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _note_once(text: str) -> None:
+    """`note`, once in this process: two splits read the same corpus."""
+    note(text)
 
 
 def write_info(path: Path, info: CorpusInfo) -> None:
@@ -127,7 +134,7 @@ def verify_corpus(prefix: str | Path) -> CorpusInfo | None:
     for suffix, wanted in info.hashes.items():
         path = Path(f"{prefix}{suffix}")
         if not path.is_file():
-            note(f"{path} is missing: damage of {prefix}.bin would not be noticed; copy it too")
+            _note_once(f"{path} is missing: damage of {prefix}.bin would not be noticed; copy it too")
         elif file_hash(path) != wanted:
             raise ConfigError(f"{path} has changed since it was built; restore the file or build the corpus again")
     tokenizer = Path(prefix).parent / TOKENIZER_NAME

@@ -70,7 +70,7 @@ class _Epoch(GPTDataset):
                 damage = f"the sample index {folder} is damaged ({error}) and was built again"
         built = super()._build_document_sample_shuffle_indices()
         if self._publish(built) and damage:
-            note(damage)
+            note(damage, any_rank=True)
         return built
 
     def _publish(self, arrays: tuple[np.ndarray, ...]) -> bool:
@@ -85,7 +85,8 @@ class _Epoch(GPTDataset):
             if failure is not None and written:
                 note(
                     f"the sample index cannot be written beside the corpus ({failure}); it is in {folder.parent}, and "
-                    f"data.cache_dir names a place for all runs"
+                    f"data.cache_dir names a place for all runs",
+                    any_rank=True,
                 )
             return written
         raise ConfigError(

@@ -72,7 +72,8 @@ def _put_in_place(temporary: Path, folder: Path) -> bool:
         try:
             read_index(folder)
         except FileNotFoundError:
-            continue
+            if os.path.lexists(folder):  # a file of this name
+                raise
         except DamagedError:
             _remove(folder)
         else:

@@ -34,7 +34,6 @@ class ReadCounts:
     """What one pass over a source has read so far."""
 
     files: int = 0  # begun
-    documents: int = 0
     empty: int = 0  # rows without text
     not_unicode: int = 0  # documents with half a surrogate pair, which UTF-8 cannot express
 
@@ -90,7 +89,6 @@ class Source:
                 text = text if len(encoded) <= left else encoded[:left].decode(errors="ignore")
                 left -= len(encoded)
             if text:
-                self.counts.documents += 1
                 yield text
             if max_bytes and left <= 0:
                 return

@@ -20,7 +20,7 @@ from train.data import build as build_module
 from train.data import sources
 from train.data.build import build
 from train.data.config import DataConfig
-from train.data.corpus import CorpusInfo, read_info
+from train.data.corpus import CorpusInfo, read_info, verify_corpus
 from train.data.tokens import load_tokenizer, token_byte_lengths
 
 VOCABULARY = 300
@@ -337,3 +337,14 @@ def test_build_is_on_disk_before_its_names_appear(
     build(config_of(jsonl(folder), tmp_path), VOCABULARY)
     assert set(done[: done.index("renamed")]) >= set(build_module._FILES)
     assert done[-1] == "out"
+
+
+def test_copy_without_block_hashes_is_noted_once(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(config_of(jsonl(folder), tmp_path), VOCABULARY)
+    (tmp_path / "out" / "corpus.xxh3").unlink()
+    capsys.readouterr()
+    for _ in range(2):
+        assert verify_corpus(tmp_path / "out" / "corpus") is not None
+    assert capsys.readouterr().err.count("corpus.xxh3 is missing: damage of") == 1

@@ -70,6 +70,13 @@ def test_ranks_that_repair_at_once_leave_one_valid_index(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["epoch"]
 
 
+def test_file_in_the_place_of_an_index_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "epoch").write_text("a file")
+    with pytest.raises(OSError):
+        publish_index(tmp_path / "epoch", ARRAYS)
+    assert (tmp_path / "epoch").read_text() == "a file"
+
+
 def test_contents_are_synced_before_the_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     sync, rename = os.fsync, os.rename
