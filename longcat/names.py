@@ -99,6 +99,19 @@ def role(stored_name: str) -> str:
     return "expert" if ".experts." in stored_name else "hidden"
 
 
+# Parts of the model beside its layers, by which gradient norms are reported; the final norm is part of the head
+OTHER_PARTS = ("embedding", "head", "mtp")
+
+
+def part_number(stored_name: str, num_layers: int) -> int:
+    """The number of the parameter's part of the model: its layer's, and ``num_layers`` + i for `OTHER_PARTS[i]`."""
+    first, _, rest = stored_name.partition(".")
+    if first == "layers":
+        return int(rest.partition(".")[0])
+    part = {"embed_tokens": "embedding", "mtp": "mtp"}.get(first, "head")
+    return num_layers + OTHER_PARTS.index(part)
+
+
 def writes_to_residual(stored_name: str) -> bool:
     """Whether a matrix is the last of a block, whose output is added to the residual stream."""
     return stored_name.endswith(("o_proj.weight", "down_proj.weight", "experts.down"))

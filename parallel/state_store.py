@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longcat.model import LongCat
-from longcat.names import Box, role
+from longcat.names import OTHER_PARTS, Box, part_number, role
 from parallel.fsdp.sharding import local_part
 from parallel.memory import StateBytes
 from parallel.mesh import Topology
@@ -54,8 +54,11 @@ class Store(Protocol):
     def steps(self, write: bool = False) -> Iterator[tuple[str, Tensor]]:
         """(stored name, AdamW's step count) of each tensor on this rank."""
 
-    def gradient_square(self) -> Tensor:
-        """This rank's share of ‖all gradients‖₂², float64; each element counts on one rank."""
+    def gradient_squares(self) -> Tensor:
+        """This rank's share of ‖gradients‖₂², float64: of all, then of each part of the model (`part_number`).
+
+        Each element counts on one rank.
+        """
 
     def measured_bytes(self) -> StateBytes:
         """Measured bytes; call it between backward and update."""
@@ -80,6 +83,7 @@ class ShardedAdamW:
 
     def __init__(self, models: Sequence[LongCat], topology: Topology, make_optimizer: MakeOptimizer) -> None:
         self.counts_here = topology.holds_first_replica
+        self.num_layers = models[0].config.num_layers
         # Listed once: while a module is gathered, FSDP2 has unsharded parameters under the same names
         self.parameters = [pair for model in models for pair in model.named_parameters()]
         # MTP's second embedding, on the last pipeline stage; `copies` if the first one is on another rank
@@ -110,12 +114,16 @@ class ShardedAdamW:
         for name, parameter in self.unique + (self.copies if write else []):
             yield name, self.optimizer.state[parameter]["step"]
 
-    def gradient_square(self) -> Tensor:
+    def gradient_squares(self) -> Tensor:
         """Summed tensor by tensor in a fixed order; replicas count once."""
-        grads = [grad.values for grad in self.gradients()]
+        squares = torch.zeros(1 + self.num_layers + len(OTHER_PARTS), dtype=torch.float64)
+        grads = list(self.gradients())
         if not grads or not self.counts_here:
-            return torch.zeros((), dtype=torch.float64)
-        return torch.stack(foreach_norms(grads)).double().square().sum().cpu()
+            return squares
+        of_tensors = torch.stack(foreach_norms([grad.values for grad in grads])).double().square()
+        parts = torch.tensor([part_number(grad.name, self.num_layers) for grad in grads])
+        squares[0] = of_tensors.sum()
+        return squares.index_add_(0, 1 + parts, of_tensors.cpu())
 
     def measured_bytes(self) -> StateBytes:
         weights = [local_part(parameter.detach())[0] for _, parameter in self.parameters]

@@ -120,7 +120,9 @@ class LoggingConfig:
     every: int = 1  # steps between lines on the terminal
     wandb: WandbMode = WandbMode.offline  # offline, online or disabled
     hash_every: int = 0  # steps between state hashes; 0 = never
-    routing_every: int = 5  # steps between lines of routing.jsonl (expert loads and biases); 0 = never
+    routing_every: int = (
+        5  # steps between lines of routing.jsonl (expert loads and biases) and norms of gradients by layer; 0 = never
+    )
 
     def validate(self) -> None:
         check_choice("logging.wandb", self.wandb, WandbMode)

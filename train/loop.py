@@ -92,9 +92,11 @@ class Loop:
     def _finish_metrics(self, result: StepResult, seconds: float, blocked: float) -> None:
         """Add what needs a clock, the device or the weights; this rank waited ``blocked`` of the ``seconds``."""
         metrics = result.metrics
-        flops = metrics.pop("flops")
+        flops = metrics["flops"]
         tokens = self.config.train.global_batch_size * self.config.train.sequence_length
-        biases = self.state.biases
+        biases, step = self.state.biases, self.state.counters.step
+        if due(self.config.logging.routing_every, step) or (self.config.logging.routing_every and step == 1):
+            metrics |= result.grad_norms
         metrics["step_seconds"] = seconds
         metrics["tokens_per_second"] = tokens / seconds
         metrics["mfu"] = flops / seconds / (self.peak_flops * self.topology.world_size)

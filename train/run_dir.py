@@ -20,6 +20,7 @@ from train.checkpoint.compatibility import CORPORA, TOKENIZER, differences
 from train.checkpoint.manifest import list_checkpoints
 from train.config import Config
 from train.data.corpus import fingerprints, tokenizer_sha256
+from train.environment import software
 
 CONFIG, EXIT, LOCK = "config.yaml", "exit.json", ".lock"
 FIRST_RANK_PRINTS_SECONDS = 20.0
@@ -137,6 +138,7 @@ def write_config(config: Config, derived: dict[str, Any], device: str, world_siz
     environment = {
         "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
+        **software(),
         "packages": {name: version(name) for name in PACKAGES},
         "device": device,
         "world_size": world_size,

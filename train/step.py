@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longcat.counts import flops_per_token
 from longcat.model import Losses
+from longcat.names import OTHER_PARTS
 from parallel.mesh import Axis, Topology
 from parallel.reduce import sum_in_one_collective, sum_over_ranks
 from parallel.watchdog.events import Event, SpanKind
@@ -50,8 +51,9 @@ NONE = StepRequests()
 class StepResult:
     """Results of one step, the same on every rank."""
 
-    metrics: dict[str, Any]  # keys of metrics.jsonl, and `flops` of the step
+    metrics: dict[str, Any]  # keys of metrics.jsonl
     counts: Tensor  # [L, N+Z] int64, selections of the global batch
+    grad_norms: dict[str, float | None]  # gradient norms before clipping of each part of the model, as metrics
     healthy: bool  # False: nothing was updated
     requests: StepRequests  # set where any rank requested it
 
@@ -73,10 +75,13 @@ class Stepper:
         local = self._backward(batches, divisors, use_mtp)
 
         with work_span(Event(SpanKind.GRADIENT_NORM)):
-            square = self.state.store.gradient_square().reshape(1)
+            squares = self.state.store.gradient_squares()
             wanted = torch.tensor([float(request) for request in astuple(requests)], dtype=torch.float64)
-            scalars, gradients, directions = sum_in_one_collective(
-                torch.cat((square, local.sums, wanted)), self._probability_gradients(local), self._directions()
+            scalars, gradients, directions, part_squares = sum_in_one_collective(
+                torch.cat((squares[:1], local.sums, wanted)),
+                self._probability_gradients(local),
+                self._directions(),
+                squares[1:],
             )
             counts = sum_over_ranks(local.counts)
         global_square, *sums = scalars[: -wanted.numel()].tolist()
@@ -91,9 +96,8 @@ class Stepper:
         counters.tokens += divisors.tokens
         metrics = self._metrics(sums, divisors, norm, factor, counts, gradients, use_mtp)
         metrics["router_similarity"] = router_similarity(directions, config.model.num_routed)
-        return StepResult(
-            metrics, counts, healthy, StepRequests(*(count > 0 for count in scalars[-wanted.numel() :].tolist()))
-        )
+        asked = StepRequests(*(count > 0 for count in scalars[-wanted.numel() :].tolist()))
+        return StepResult(metrics, counts, norms_by_part(part_squares, use_mtp), healthy, asked)
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> StepSums:
         weights = self.config.loss, self.config.balance.group_loss_weight
@@ -182,6 +186,14 @@ class Stepper:
             "hidden_norm": sums[4] / divisors.tokens,
             "flops": divisors.tokens * flops_per_token(config.model, config.train.sequence_length, used, mtp=use_mtp),
         }
+
+
+def norms_by_part(squares: Tensor, use_mtp: bool) -> dict[str, float | None]:
+    """Gradient norms as metrics, from their squares by `part_number`; MTP's is None while it is off."""
+    layers = [f"layer_{number}" for number in range(len(squares) - len(OTHER_PARTS))]
+    names = [f"grad_norm/{part}" for part in (*layers, *OTHER_PARTS)]
+    norms: dict[str, float | None] = dict(zip(names, squares.sqrt().tolist(), strict=True))
+    return norms if use_mtp else norms | {"grad_norm/mtp": None}
 
 
 def router_similarity(directions: Tensor, num_rows: int) -> float:

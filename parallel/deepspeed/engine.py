@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from longcat.init import fill
 from longcat.interfaces import install
 from longcat.model import LongCat, Losses
-from longcat.names import role
+from longcat.names import OTHER_PARTS, part_number, role
 from parallel.config import Offload, ParallelConfig
-from parallel.deepspeed.flat_partitions import FlatShard, Fragment, fragments
+from parallel.deepspeed.flat_partitions import FlatShard, Fragment, by_fragment, fragments
 from parallel.deepspeed.setup import (
     STAGES,
     CastVocabulary,
@@ -139,27 +139,34 @@ class ZeroEngine:
         if last and self.stage == 3:
             self.scale_gradients(float(self.num_ranks))  # it averages; the loss stays unscaled for its hooks
 
-    def gradient_square(self) -> Tensor:
-        """This rank's share of ‖all gradients‖₂², float64; every element counts on exactly one rank."""
-        square = torch.zeros((), dtype=torch.float64)
-        for grads in self._gradient_lists(write=False):
-            for chunk in (chunk for grad in grads for chunk in grad.reshape(-1).split(NORM_CHUNK)):
-                square += torch.linalg.vector_norm(chunk, dtype=torch.float64).square().cpu()
-        return square
+    def gradient_squares(self) -> Tensor:
+        """This rank's share of ‖gradients‖₂², float64: of all, then of each part of the model.
+
+        Every element counts on exactly one rank.
+        """
+        num_layers = self.model.config.num_layers
+        squares = torch.zeros(1 + num_layers + len(OTHER_PARTS), dtype=torch.float64)
+        for number, grads in self._gradient_lists(write=False):
+            for weight, values in by_fragment(grads, fragments(self.zero, number, self.stage)):
+                part = 1 + part_number(self.names[weight], num_layers)
+                for chunk in values.split(NORM_CHUNK):
+                    squares[part] += torch.linalg.vector_norm(chunk, dtype=torch.float64).square().cpu()
+        squares[0] = squares.sum()
+        return squares
 
     def measured_bytes(self) -> StateBytes:
         """Weights include the computed copies and the fp32 masters; gathered weights of ZeRO-3 count as shards."""
         computed = sum(getattr(weight, "ds_tensor", weight).nbytes for weight in self.model.parameters())
         flats = self._flat_weights()
         master_weights = sum(flat.nbytes for flat in flats)
-        grads = sum(grad.nbytes for grads in self._gradient_lists(write=False) for grad in grads)
+        grads = sum(grad.nbytes for _, grads in self._gradient_lists(write=False) for grad in grads)
         moments = sum(self.optimizer.state[flat][kind].nbytes for flat in flats for kind in MOMENTS)
         return StateBytes(float(computed + master_weights), float(grads), float(moments))
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
         """Multiply every gradient by ``factor``, in place."""
-        for grads in self._gradient_lists(write=True):
+        for _, grads in self._gradient_lists(write=True):
             foreach_scale_(grads, factor)
 
     def step(self) -> None:
@@ -240,14 +247,14 @@ class ZeroEngine:
         groups._release_process_group_references()
         comm.cdb = None
 
-    def _gradient_lists(self, write: bool) -> Iterator[list[Tensor]]:
-        """This rank's unique parts of the reduced gradients, with padding (zeros), group by group."""
+    def _gradient_lists(self, write: bool) -> Iterator[tuple[int, list[Tensor]]]:
+        """(number, this rank's unique parts of the reduced gradients, with padding) of each DeepSpeed group."""
         if self.offloads:
-            yield from ([flat.grad] for _, flat, _ in self._local_groups(write) if flat.grad is not None)
+            yield from ((n, [flat.grad]) for n, flat, _ in self._local_groups(write) if flat.grad is not None)
             return
         for number in range(len(self._flat_weights())):
             if self.zero.averaged_gradients.get(number):
-                yield self.zero.averaged_gradients[number]
+                yield number, self.zero.averaged_gradients[number]
 
     def _shard(self, kind: str, flat: Tensor, piece: Fragment) -> FlatShard:
         name = self.names[piece.weight]

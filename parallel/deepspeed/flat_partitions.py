@@ -6,6 +6,7 @@ and end inside a weight. ZeRO-3 cuts each weight and lays this rank's parts end 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -55,6 +56,23 @@ def _fragments_by_weight(zero: Any, number: int) -> list[Fragment]:
             pieces.append(Fragment(weight, first, last - first, offset))
         offset += size
     return pieces
+
+
+def by_fragment(tensors: list[Tensor], pieces: list[Fragment]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Cut a partition that is stored as several tensors, end to end: (weight, flat values), without padding."""
+    start = 0  # of the tensor, in the partition
+    waiting = deque(sorted(pieces, key=lambda piece: piece.offset))
+    for tensor in tensors:
+        stop = start + tensor.numel()
+        while waiting and waiting[0].offset < stop:
+            piece = waiting[0]
+            end = piece.offset + piece.numel
+            low, high = max(piece.offset, start), min(end, stop)
+            yield piece.weight, tensor.reshape(-1)[low - start : high - start]
+            if end > stop:
+                break
+            waiting.popleft()
+        start = stop
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from longcat.moe import MoE
@@ -74,11 +75,13 @@ def normalise_by_rank(stepper: Stepper) -> None:
 def count_replicas_in_the_norm(stepper: Stepper) -> None:
     """The norm counts shards that several replicas hold as if they were different."""
     store = stepper.state.store
+    plain = store.gradient_squares
 
     def mutated() -> Any:
-        return sum(shard.values.double().square().sum() for shard in store.gradients())
+        squares = [shard.values.double().square().sum() for shard in store.gradients()]
+        return torch.stack([sum(squares), *plain()[1:]])
 
-    store.gradient_square = mutated  # type: ignore[method-assign]
+    store.gradient_squares = mutated  # type: ignore[method-assign]
 
 
 def layers(stepper: Stepper) -> list[tuple[str, Any]]:

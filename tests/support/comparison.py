@@ -58,4 +58,18 @@ def compare(ranks: list[Measured], expected: Measured) -> dict[str, float]:
     for key in ("loss", "loss_mtp", "loss_balance", "loss_z", "grad_norm", "router_grad_ratio", "hidden_norm"):
         pairs = [(a[key], b[key]) for a, b in zip(ranks[0].losses, expected.losses, strict=True) if key in b]
         errors[key] = max([abs(a - b) / max(abs(b), 1e-30) for a, b in pairs], default=0.0)
+    errors["grad_norm by layer"] = largest_difference(ranks[0].grad_norms, expected.grad_norms)
     return errors
+
+
+def largest_difference(ours: list[dict[str, float | None]], theirs: list[dict[str, float | None]]) -> float:
+    """Largest relative difference of the gradient norms of any part in any step; both must lack the same ones."""
+    worst = 0.0
+    for step, wanted in zip(ours, theirs, strict=True):
+        assert step.keys() == wanted.keys()
+        for name, norm in wanted.items():
+            found = step[name]
+            assert (found is None) == (norm is None), name
+            if found is not None and norm is not None:
+                worst = max(worst, abs(found - norm) / max(norm, 1e-30))
+    return worst

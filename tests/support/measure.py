@@ -55,6 +55,7 @@ class Measured:
 
     hashes: list[str] = field(default_factory=list)
     losses: list[dict[str, float]] = field(default_factory=list)  # of each step
+    grad_norms: list[dict[str, float | None]] = field(default_factory=list)  # by part of the model
     selections: list[int] = field(default_factory=list)  # a checksum of a step's selections, summed over ranks
     counts: list[Tensor] = field(default_factory=list)
     smallest_gap: float = float("inf")
@@ -160,6 +161,7 @@ def measure(
         result = stepper.step()
         assert result.healthy
         out.losses.append({key: value for key, value in result.metrics.items() if isinstance(value, float)})
+        out.grad_norms.append(result.grad_norms)
         out.selections.append(log.total)
         out.counts.append(result.counts)
         out.hashes.append(state_hash(state, topology))

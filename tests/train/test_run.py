@@ -27,7 +27,7 @@ from train.checkpoint.manifest import list_checkpoints, verify
 METRICS = {
     "step", "first_sample", "tokens", "loss", "loss_mtp", "loss_balance", "loss_z", "grad_norm", "lr", "step_seconds",
     "tokens_per_second", "mfu", "ffn_experts_per_token", "expert_load_max_over_mean", "bias_range",
-    "router_similarity", "router_grad_ratio", "hidden_norm", "exposed_comm_share", "memory_gib", "state_hash",
+    "router_similarity", "router_grad_ratio", "hidden_norm", "exposed_comm_share", "memory_gib", "state_hash", "flops",
 }  # fmt: skip
 
 
@@ -176,7 +176,12 @@ def test_every_documented_metric_is_written(finished: Path) -> None:
     for row in rows:
         expected = METRICS - (set() if row["step"] % 2 == 0 else {"state_hash"})
         expected = expected | ({"val_loss", "val_bits_per_byte"} if row["step"] % 3 == 0 else set())
-        assert row.keys() == expected
+        norms = {key: value for key, value in row.items() if key.startswith("grad_norm/")}
+        parts = {"layer_0", "embedding", "head", "mtp"} if row["step"] in (1, 2, 4, 6) else set()
+        assert norms.keys() == {f"grad_norm/{part}" for part in parts}
+        if norms:
+            assert sum(norm**2 for norm in norms.values()) == pytest.approx(row["grad_norm"] ** 2, rel=1e-9)
+        assert row.keys() - norms.keys() == expected
         numbers = {key: value for key, value in row.items() if key != "state_hash"}
         assert all(isinstance(value, int | float) for value in numbers.values()), numbers
         if "state_hash" in row:
@@ -199,6 +204,7 @@ def test_run_folder_holds_configuration_report_and_exit(finished: Path) -> None:
     assert stored["train"]["dtype"] in ("bfloat16", "float32"), "auto is not resolved"
     assert stored["environment"]["packages"]["torch"].startswith("2.")
     assert stored["environment"]["world_size"] == 1 and stored["environment"]["device"].startswith("CPU")
+    assert {"command", "python", "driver", "cuda", "git_dirty"} < stored["environment"].keys()
     commit = stored["environment"]["git_commit"]
     assert commit == "unknown" or len(commit) == 40
     assert stored["derived"]["parameters"] > 10_000 and len(stored["derived"]["active_parameters"]) == 3

@@ -1,0 +1,53 @@
+"""What a run was started with, for its record: command line, Python, CUDA, driver, uncommitted changes."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVER = Path("/proc/driver/nvidia/version")
+SECONDS = 10.0
+
+
+def software() -> dict[str, Any]:
+    """Part of the section `environment` of config.yaml; null is what does not exist here or cannot be found out."""
+    import torch
+
+    return {
+        "git_dirty": git_dirty(),
+        "command": shlex.join(sys.orig_argv),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "driver": driver_version(),
+    }
+
+
+def driver_version(path: Path = DRIVER) -> str | None:
+    """The version of the NVIDIA driver's kernel module, such as `570.86.15`; None without one."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", path.read_text(errors="replace"))
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def git_dirty(root: Path = ROOT) -> bool | None:
+    """Whether tracked files of the checkout differ from its commit; None where git cannot say."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return bool(done.stdout.strip()) if done.returncode == 0 else None
