@@ -52,7 +52,7 @@ def fabricate(
     draw = np.random.default_rng(seed)
     (folder / "config.yaml").write_text(_config(folder.name, steps, layers, experts, zero_experts, settings or {}))
     with (folder / "metrics.jsonl").open("w") as file:
-        for row in _metrics(steps, draw, floor):
+        for row in _metrics(steps, layers, draw, floor):
             file.write(json.dumps(row) + "\n")
     if routing_rows:
         with (folder / "routing.jsonl").open("w") as file:
@@ -106,7 +106,7 @@ def _config(name: str, steps: int, layers: int, experts: int, zero: int, setting
     return json.dumps(config, indent=1)  # JSON is YAML
 
 
-def _metrics(steps: int, draw: np.random.Generator, floor: float) -> list[dict[str, Any]]:
+def _metrics(steps: int, layers: int, draw: np.random.Generator, floor: float) -> list[dict[str, Any]]:
     rows = []
     for step in range(1, steps + 1):
         share = step / steps
@@ -115,6 +115,7 @@ def _metrics(steps: int, draw: np.random.Generator, floor: float) -> list[dict[s
         seconds = 0.62 * (1 + abs(draw.normal(0, 0.03)) + 1.5 * (draw.random() < 0.004)) + 2.0 * (step == 1)
         row = {
             "step": step,
+            "first_sample": (step - 1) * 16,
             "tokens": step * 8192,
             "loss": loss,
             "loss_mtp": loss + 0.35 + draw.normal(0, 0.03) if share > 0.25 else None,
@@ -124,6 +125,7 @@ def _metrics(steps: int, draw: np.random.Generator, floor: float) -> list[dict[s
             "lr": 3e-3 * min(1, step / (0.03 * steps + 1)) * min(1, max(0.02, (1 - share) / 0.2)),
             "step_seconds": seconds,
             "tokens_per_second": 8192 / seconds,
+            "flops": 8192 * 5.7e7,
             "mfu": 8192 * 5.7e7 / seconds / 2.8e11 * 0.1,
             "ffn_experts_per_token": 4 + 0.62 * math.exp(-9 * share) * math.cos(14 * share) + draw.normal(0, 0.012),
             "expert_load_max_over_mean": 1.18 + 2.6 * math.exp(-14 * share) + abs(draw.normal(0, 0.05)),
@@ -134,6 +136,11 @@ def _metrics(steps: int, draw: np.random.Generator, floor: float) -> list[dict[s
             "exposed_comm_share": 0.09 + abs(draw.normal(0, 0.01)),
             "memory_gib": 1.42 + 0.01 * (step > 5),
         }
+        if step % 5 == 0 or step == 1:
+            norms = row["grad_norm"] * np.exp(draw.normal(0, 0.1, layers + 3)) / np.sqrt(np.arange(layers + 3) + 2)
+            names = (*(f"layer_{layer}" for layer in range(layers)), "embedding", "head", "mtp")
+            row |= {f"grad_norm/{name}": float(norm) for name, norm in zip(names, norms, strict=True)}
+            row |= {} if share > 0.25 else {"grad_norm/mtp": None}
         if step % max(1, steps // 24) == 0:
             row |= {"val_loss": loss + 0.06, "val_bits_per_byte": (loss + 0.06) / 2.47}
         rows.append(row)

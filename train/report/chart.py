@@ -1,7 +1,8 @@
 """A line chart as HTML: curves in an SVG that scales, text around it that does not.
 
-The picture is drawn without matplotlib: strokes keep their width and letters their size at every width of the
-page, colours follow the reader's scheme, and labels can be selected and read aloud.
+The picture is drawn without matplotlib: strokes keep their width and letters their size at every width of the page,
+colours follow the reader's scheme, and labels can be selected and read aloud. Where things go is decided here, for a
+linear and a logarithmic vertical axis and for every horizontal one; the page's script only moves them there.
 """
 
 from __future__ import annotations
@@ -13,30 +14,43 @@ from html import escape
 
 import numpy as np
 
-from train.report.curves import Curve, downsample
-from train.report.numbers import compact, linear_ticks, log_ticks, tick_formatter
+from train.report.axes import Axes
+from train.report.curves import BUCKETS, Curve, downsample
+from train.report.labels import spread
 from train.report.reading import Array
+from train.report.scale import HEIGHT, WIDTH, Scale, line_across, linear_scale, log_scale, numbers_up, path
 
-WIDTH, HEIGHT = 2000, 1000  # units of the scaled picture, fine enough for integers
-LABEL_PIXELS = 15
+LABEL_PIXELS = 15  # between two labels
+NARROW, WIDE = 220, 300  # least heights of a picture, pixels
 
 
 @dataclass(frozen=True)
 class Series:
-    """One named curve.
+    """One named curve over the steps of a run.
 
-    `colour` is a number of the palette; `points` draws dots, `exact` forbids smoothing, `end` is the text at
-    the curve's right end (its label without).
+    `colour` is a number of the palette; `points` draws dots, `exact` forbids smoothing, `end` is the text at the
+    curve's right end (its label without) and `value` the number that the text says, which is where it goes (the
+    curve's last without). `mix` from 0 to 1 takes a colour between the palette's first and second instead.
     """
 
     label: str
-    x: Array
+    steps: Array
     y: Array
     colour: int = 0
     points: bool = False
     exact: bool = False
-    dashed: bool = False
+    dashes: int = 0
     end: str = ""
+    value: float = math.nan
+    run: int = 0
+    named: bool = True
+    mix: float | None = None
+
+    @property
+    def style(self) -> str:
+        if self.mix is None:
+            return ""
+        return f' style="--c:color-mix(in oklab,var(--c1) {100 * self.mix:.0f}%,var(--c0))"'
 
 
 @dataclass(frozen=True)
@@ -60,59 +74,80 @@ class Chart:
     log: bool = False
     from_zero: bool = False
     wide: bool = False
-    axis_name: str = "tokens"
     unit: str = ""
+    envelopes: bool = True
+    range_from: float = 0.0  # share of the horizontal axis from which on the curves set the vertical range
+    buckets: int = BUCKETS
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Maps values to units of the picture, from `low` to `high`, logarithmic or not."""
+class Label:
+    """A name at the right edge."""
 
-    low: float
-    high: float
-    log: bool = False
-
-    def share(self, values: Array | float) -> Array:
-        """Return positions from 0 (low) to 1 (high), cut a little outside the frame."""
-        ends = np.array([self.low, self.high])
-        values = np.asarray(values, dtype=np.float64)
-        if self.log:
-            ends, values = np.log10(ends), np.log10(np.maximum(values, self.low * 1e-3))
-        share: Array = np.clip((values - ends[0]) / (ends[1] - ends[0]), -0.05, 1.05)
-        return share
-
-    def ticks(self, target: int = 5) -> list[float]:
-        """Return the round numbers to mark, about `target` of them where the axis is linear."""
-        return log_ticks(self.low, self.high) if self.log else linear_ticks(self.low, self.high, target)
+    text: str
+    value: float
+    attributes: str
 
 
-def render(chart: Chart) -> str:
-    """Return the chart as an HTML figure, empty where no curve has two finite points."""
-    series = [s for s in chart.series if len(s.x) > (0 if s.points else 1)]
-    if not any(len(s.x) > 1 for s in series):
-        return ""
-    curves = [downsample(s.x, s.y, exact=s.exact or s.points) for s in series]
-    across = horizontal_scale(np.concatenate([s.x for s in series]))
-    up = vertical_scale(chart, curves, series)
-    drawing = _band(chart, up) + _grid(up) + _guides(chart, up)
-    drawing += "".join(_envelope(c, across, up, s) for s, c in zip(series, curves, strict=True))
-    drawing += "".join(_stroke(c, across, up, s) for s, c in zip(series, curves, strict=True))
-    labelled = len(series) > 1 or (chart.wide and bool(chart.guides))
-    inner = "" if labelled else _inner_labels(chart, up)
-    names = _end_labels(series, curves, up, chart) if labelled else ""
-    frame = (
-        f'<div class="frame{" labelled" if labelled else ""}{" tall" if chart.wide else ""}">'
-        f"{axis_up(up, unit=chart.unit)}"
-        f"<div class=plot>{svg(drawing, chart.sentence)}{inner}<i class=cursor></i></div>"
-        f"{axis_across(across, chart.axis_name)}{names}</div>"
-    )
-    return (
-        f'<figure class="chart{" wide" if chart.wide else ""}" '
-        f'data-curves="{_hover(series, curves, across)}" data-axis="{escape(chart.axis_name)}">'
-        f"<figcaption><h3>{escape(chart.title)}</h3>"
-        f"<b class=value>{escape(chart.value)}</b><p>{escape(chart.sentence)}</p></figcaption>"
-        f"{frame}</figure>"
-    )
+class Page:
+    """Draws charts on the page's axes and collects what its script needs."""
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
+        self.charts: list[dict[str, object]] = []
+
+    def render(self, chart: Chart) -> str:
+        """Return the chart as an HTML figure, empty where no curve has two finite points."""
+        series = [s for s in chart.series if len(s.steps) > (0 if s.points else 1)]
+        if not any(len(s.steps) > 1 for s in series):
+            return ""
+        curves = [downsample(s.steps, s.y, chart.buckets, exact=s.exact or s.points) for s in series]
+        labels = end_labels(chart, series, curves)
+        pixels = frame_height(chart, labels)
+        linear, log = vertical_scales(chart, curves, series)
+        up = log if log and chart.log else linear
+        scales = [scale for scale in (linear, log) if scale]
+        sides = {"log" if scale.log else "linear": around(chart, scale, labels, pixels) for scale in scales}
+        number = len(self.charts)
+        self.charts.append({"up": sides, "curves": [_data(*pair) for pair in zip(series, curves, strict=True)]})
+        shown = sides["log" if up.log else "linear"]
+        lines = "".join(self._lines(chart, *pair, up) for pair in zip(series, curves, strict=True))
+        back = f'<g class=back>{shown["back"]}</g><path class="mark" d="{self.axes.mark_lines()}"/>'
+        frame = (
+            f'<div class="frame{" labelled" if labels else ""}" style=--h:{pixels}px>'
+            f"<div class=top>{_scale_button(up, log is not None)}{self.axes.mark_numbers()}</div>"
+            f"<div class=up>{shown['numbers']}</div>"
+            f"<div class=plot>{svg(back + lines, chart.sentence)}<i class=cursor></i></div>"
+            f"<div class=across>{self.axes.across()}</div><div class=ends>{shown['ends']}</div></div>"
+        )
+        return (
+            f'<figure class="chart{" wide" if chart.wide else ""}" data-chart={number}>'
+            f"<figcaption><h3>{escape(chart.title)}</h3>"
+            f"<b class=value>{escape(chart.value)}</b><p>{escape(chart.sentence)}</p></figcaption>"
+            f"{frame}</figure>"
+        )
+
+    def _lines(self, chart: Chart, series: Series, curve: Curve, up: Scale) -> str:
+        x, y = self.axes.share(curve.x, series.run), up.share(curve.mean)
+        out = ""
+        if curve.has_envelope and chart.envelopes:
+            outline = path(
+                np.concatenate([x, x[::-1]]), np.concatenate([up.share(curve.high), up.share(curve.low)[::-1]])
+            )
+            out += f'<path class="envelope" d="{outline}Z"/>'
+        out += f'<path class="curve d{series.dashes}" d="{path(x, y)}"/>'
+        if series.points:
+            dots = "".join(f"M{round(a * WIDTH)} {round((1 - b) * HEIGHT)}h0" for a, b in zip(x, y, strict=True))
+            out += f'<path class="dots" d="{dots}"/>'
+        return f'<g class="c{series.colour}" data-run={series.run}{series.style}>{out}</g>'
+
+    def script_data(self) -> str:
+        """Return the page's data as the content of a script element."""
+        if not self.charts:
+            return ""
+        data = self.axes.data() | {"charts": self.charts, "width": WIDTH, "height": HEIGHT}
+        text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+        return f'<script type="application/json" id="data">{text}</script>'
 
 
 def svg(drawing: str, label: str) -> str:
@@ -123,135 +158,93 @@ def svg(drawing: str, label: str) -> str:
     )
 
 
-def path(x: Array, y: Array) -> str:
-    """Return path data through positions given as shares of the frame (y upwards)."""
-    across, down = np.rint(x * WIDTH).astype(int), np.rint((1 - y) * HEIGHT).astype(int)
-    return "M" + "L".join(f"{a} {d}" for a, d in zip(across, down, strict=True))
+def vertical_scales(chart: Chart, curves: list[Curve], series: list[Series]) -> tuple[Scale, Scale | None]:
+    """Choose the ranges, linear and (where all is positive) logarithmic.
 
-
-def horizontal_scale(x: Array) -> Scale:
-    """Choose the range along tokens or steps: from 0 unless the curve starts far to the right."""
-    low, high = _extent(x)
-    return Scale(0.0 if 0 < low < 0.25 * high else low, high)
-
-
-def vertical_scale(chart: Chart, curves: list[Curve], series: list[Series]) -> Scale:
-    """Choose the range: all means, guides and the band, nearly all extremes; spikes may leave the frame."""
-    values = np.concatenate([np.quantile(s.y, [0.005, 0.995]) for s in series] + [c.mean for c in curves])
-    extra = [g.value for g in chart.guides] + list(chart.band or ())
-    values = np.concatenate([values, extra])
-    log = chart.log and bool((values > 0).any())
-    if log:
-        values = values[values > 0]
-        low, high = float(values.min()), float(values.max())
-        margin = max(1.02, (high / low) ** 0.05)
-        return Scale(low / margin, high * margin, True)
-    low, high = _extent(values, relative=0.05)
-    margin = 0.05 * (high - low)
-    return Scale(0.0 if chart.from_zero and low >= 0 else low - margin, high + margin)
-
-
-def _extent(values: Array, relative: float = 1e-9) -> tuple[float, float]:
-    """Return smallest and largest value, separated where they are (nearly) equal."""
-    low, high = float(values.min()), float(values.max())
-    least = max(abs(low), abs(high), 1e-12) * relative
-    if high - low < least:
-        middle = (low + high) / 2
-        low, high = middle - least / 2, middle + least / 2
-    return low, high
-
-
-def axis_up(scale: Scale, target: int = 5, unit: str = "") -> str:
-    """Return the numbers left of the frame."""
-    ticks = scale.ticks(target)
-    write = tick_formatter(ticks)
-    spans = [f"<span style=bottom:{100 * float(scale.share(t)):.2f}%>{write(t)}{unit}</span>" for t in ticks]
-    return f"<div class=up>{''.join(spans)}</div>"
-
-
-def axis_across(scale: Scale, name: str, target: int = 4) -> str:
-    """Return the numbers under the frame; the axis names itself at its last number."""
-    ticks = linear_ticks(scale.low, scale.high, target)
-    spans = []
-    for tick in ticks:
-        share = float(scale.share(tick))
-        side = " class=last" if share > 0.94 else (" class=first" if share < 0.04 else "")
-        spans.append(f"<span{side} style=left:{100 * share:.2f}%>{compact(tick, 4)}</span>")
-    return f"<div class=across>{''.join(spans)}<em>{escape(name)}</em></div>"
-
-
-def _grid(up: Scale) -> str:
-    rows = "".join(f"M0 {round((1 - float(up.share(t))) * HEIGHT)}H{WIDTH}" for t in up.ticks())
-    return f'<path class="grid" d="{rows}"/>'
-
-
-def _guides(chart: Chart, up: Scale) -> str:
-    return "".join(
-        f'<path class="guide" d="M0 {round((1 - float(up.share(g.value))) * HEIGHT)}H{WIDTH}"/>' for g in chart.guides
+    They hold all means, guides and the band and nearly all extremes from `range_from` on; spikes may leave the frame.
+    """
+    late = [
+        (s.y[len(s.y) - 1 - int((1 - chart.range_from) * (len(s.y) - 1)) :], c)
+        for s, c in zip(series, curves, strict=True)
+    ]
+    values = np.concatenate(
+        [np.quantile(y, [0.005, 0.995]) for y, _ in late]
+        + [c.mean[int(chart.range_from * len(c.mean)) :] for _, c in late]
     )
+    values = np.concatenate([values, [g.value for g in chart.guides] + list(chart.band or ())])
+    useful = chart.log or bool((values > 0).all())
+    return linear_scale(values, chart.from_zero), log_scale(values) if useful else None
 
 
-def _band(chart: Chart, up: Scale) -> str:
-    if chart.band is None:
-        return ""
-    top, bottom = (round((1 - float(up.share(v))) * HEIGHT) for v in (chart.band[1], chart.band[0]))
-    return f'<rect class="target" x="0" y="{top}" width="{WIDTH}" height="{bottom - top}"/>'
+def around(chart: Chart, up: Scale, labels: list[Label], pixels: int) -> dict[str, object]:
+    """Return what depends on the vertical scale: its ends, numbers, lines behind the curves, names at the right."""
+    back = ""
+    if chart.band is not None:
+        top, bottom = (round((1 - float(up.share(v))) * HEIGHT) for v in (chart.band[1], chart.band[0]))
+        back += f'<rect class="target" x="0" y="{top}" width="{WIDTH}" height="{bottom - top}"/>'
+    back += f'<path class="grid" d="{"".join(line_across(up, tick) for tick in up.ticks())}"/>'
+    back += "".join(f'<path class="guide" d="{line_across(up, guide.value)}"/>' for guide in chart.guides)
+    numbers, ends = numbers_up(up, unit=chart.unit), place_labels(labels, up, pixels)
+    return {"low": up.low, "high": up.high, "log": up.log, "numbers": numbers, "back": back, "ends": ends}
 
 
-def _envelope(curve: Curve, across: Scale, up: Scale, series: Series) -> str:
-    if not curve.has_envelope:
-        return ""
-    x = across.share(curve.x)
-    outline = path(np.concatenate([x, x[::-1]]), np.concatenate([up.share(curve.high), up.share(curve.low)[::-1]]))
-    return f'<path class="envelope c{series.colour}" d="{outline}Z"/>'
-
-
-def _stroke(curve: Curve, across: Scale, up: Scale, series: Series) -> str:
-    x, y = across.share(curve.x), up.share(curve.mean)
-    line = f'<path class="curve c{series.colour}{" dashed" if series.dashed else ""}" d="{path(x, y)}"/>'
-    if not series.points:
-        return line
-    dots = "".join(f"M{round(a * WIDTH)} {round((1 - b) * HEIGHT)}h0" for a, b in zip(x, y, strict=True))
-    return line + f'<path class="dots c{series.colour}" d="{dots}"/>'
-
-
-def _inner_labels(chart: Chart, up: Scale) -> str:
-    spans = (
-        f"<span class=inner style=bottom:{100 * float(up.share(g.value)):.2f}%>{escape(g.label)}</span>"
-        for g in chart.guides
-    )
-    return "".join(spans)
-
-
-def _end_labels(series: list[Series], curves: list[Curve], up: Scale, chart: Chart) -> str:
-    """Name each curve and guide at the right edge, moved apart so that no two names touch."""
-    pixels = 300 if chart.wide else 220
-    ends = [(g.value, g.label, "guide") for g in chart.guides]
-    if len(series) > 1:
-        for one, curve in zip(series, curves, strict=True):
-            ends.append((float(curve.mean[-1]), one.end or one.label, f"c{one.colour}"))
-    ends = sorted(ends, key=lambda end: -float(up.share(end[0])))
-    tops = [(1 - min(1.0, max(0.0, float(up.share(value))))) * pixels for value, _, _ in ends]
-    gap = min(LABEL_PIXELS, pixels / max(1, len(tops)))
-    for index in range(1, len(tops)):
-        tops[index] = max(tops[index], tops[index - 1] + gap)
-    limit = float(pixels)
-    for index in reversed(range(len(tops))):
-        tops[index] = min(tops[index], limit)
-        limit = tops[index] - gap
-    spans = (
-        f'<span class="{colour}" style=top:{top:.0f}px>{escape(label)}</span>'
-        for top, (_, label, colour) in zip(tops, ends, strict=True)
-    )
-    return f"<div class=ends>{''.join(spans)}</div>"
-
-
-def _hover(series: list[Series], curves: list[Curve], across: Scale) -> str:
-    """Return the reading line's data: for each curve its name, colour, x as shares, x and y as text."""
-    data = []
+def end_labels(chart: Chart, series: list[Series], curves: list[Curve]) -> list[Label]:
+    """Names of the guides, and of the curves if there are several."""
+    labels = [Label(guide.label, guide.value, "class=guide") for guide in chart.guides]
+    if len(series) < 2:
+        return labels
     for one, curve in zip(series, curves, strict=True):
-        shares = [round(float(s), 4) for s in across.share(curve.x)]
-        values = [float(f"{v:.4g}") if math.isfinite(v) else None for v in curve.mean]
-        data.append([one.label, one.colour, shares, values])
-    text = json.dumps({"low": across.low, "high": across.high, "curves": data}, separators=(",", ":"))
-    return escape(text)
+        if one.named:
+            value = one.value if math.isfinite(one.value) else float(curve.mean[-1])
+            labels.append(Label(one.end or one.label, value, f"class=c{one.colour} data-run={one.run}{one.style}"))
+    return labels
+
+
+def frame_height(chart: Chart, labels: list[Label]) -> int:
+    """Pixels of the picture's height: as many as its labels need, at least the usual."""
+    return max(WIDE if chart.wide else NARROW, LABEL_PIXELS * (len(labels) + 1))
+
+
+def place_labels(labels: list[Label], up: Scale, pixels: int) -> str:
+    """Return names at the right edge, in the order of their values and apart, with lines to where they belong."""
+    wanted = [(1 - min(1.0, max(0.0, float(up.share(label.value))))) * pixels for label in labels]
+    half = LABEL_PIXELS / 2
+    tops = spread(wanted, LABEL_PIXELS, half, pixels - half)
+    spans = "".join(
+        f"<span {label.attributes} style=top:{top:.0f}px>{escape(label.text)}</span>"
+        if 'style="' not in label.attributes
+        else f'<span {label.attributes[:-1]};top:{top:.0f}px">{escape(label.text)}</span>'
+        for label, top in zip(labels, tops, strict=True)
+    )
+    leaders = "".join(
+        f'<path d="M0 {1000 * at / pixels:.0f}L10 {1000 * top / pixels:.0f}"/>'
+        for at, top in zip(wanted, tops, strict=True)
+        if abs(at - top) > 2
+    )
+    lines = (
+        f'<svg viewBox="0 0 10 1000" preserveAspectRatio="none" aria-hidden="true">{leaders}</svg>' if leaders else ""
+    )
+    return lines + spans
+
+
+def _scale_button(up: Scale, can_switch: bool) -> str:
+    title = 'title="scale of the vertical axis: logarithmic or linear"'
+    return f"<button class=scale type=button {title}>{'log' if up.log else 'linear'}</button>" if can_switch else ""
+
+
+def _data(series: Series, curve: Curve) -> dict[str, object]:
+    """What the script needs of a curve: positions and values without smoothing."""
+    smoothed = not (series.exact or series.points)
+    return {
+        "name": series.label,
+        "colour": series.colour,
+        "run": series.run,
+        "smooth": smoothed,
+        "x": [round(float(x), 1) for x in curve.x],
+        "y": _short(curve.raw),
+        **({"low": _short(curve.low), "high": _short(curve.high)} if curve.has_envelope else {}),
+    }
+
+
+def _short(values: Array) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]

@@ -14,10 +14,11 @@ SMOOTHING = 60  # a drawn point averages this fraction of the series, so that no
 
 @dataclass(frozen=True)
 class Curve:
-    """P points: the mean around each point, the smallest and the largest value at it."""
+    """P points: the mean of each bucket and around it, the smallest and the largest value at it."""
 
     x: Array  # [P]
-    mean: Array  # [P]
+    raw: Array  # [P] mean of the bucket
+    mean: Array  # [P] mean over neighbouring buckets too
     low: Array  # [P]
     high: Array  # [P]
 
@@ -32,7 +33,7 @@ def downsample(x: Array, y: Array, buckets: int = BUCKETS, exact: bool = False) 
 
     Each point is the mean over a window centred on its bucket, at most 1/SMOOTHING of the series wide and
     narrower towards the beginning, so that a steep start stays steep. The extremes are those of the bucket
-    (three values at least), so that a single bad step stays visible. With `exact` only the bucket counts.
+    (three values at least), so that a single bad step stays visible. With `exact` nothing is smoothed.
     """
     count = len(x)
     edges = np.linspace(0, count, min(buckets, count) + 1).astype(int)
@@ -40,12 +41,18 @@ def downsample(x: Array, y: Array, buckets: int = BUCKETS, exact: bool = False) 
     near = 0 if exact or count < SMOOTHING else 1
     pairs = list(zip(np.maximum(0, start - near), np.minimum(count, stop + near), strict=True))
     low, high = np.array([y[a:b].min() for a, b in pairs]), np.array([y[a:b].max() for a, b in pairs])
-    if not exact:
-        reach = np.minimum(count // (2 * SMOOTHING), start)
-        start, stop = start - reach, np.minimum(count, stop + reach)
+    middle, raw = (np.add.reduceat(values, start) / (stop - start) for values in (x, y))
+    mean = raw if exact else smooth_around(raw, len(raw) // (2 * SMOOTHING))
+    return Curve(middle, raw, np.clip(mean, low.min(), high.max()), low, high)
+
+
+def smooth_around(y: Array, reach: int) -> Array:
+    """Return means over up to `reach` values on either side, at the start only as many as precede a value."""
     sums = np.cumsum(np.insert(y, 0, 0.0))
-    middle = np.add.reduceat(x, edges[:-1]) / np.diff(edges)
-    return Curve(middle, (sums[stop] - sums[start]) / (stop - start), low, high)
+    at = np.arange(len(y))
+    before = np.minimum(reach, at)
+    start, stop = at - before, np.minimum(len(y), at + before + 1)
+    return (sums[stop] - sums[start]) / (stop - start)
 
 
 def smooth(y: Array, window: int) -> Array:

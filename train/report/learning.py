@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.report.chart import Chart, Guide, Series, render
+from train.report.chart import Chart, Guide, Series
 from train.report.curves import first_below
 from train.report.numbers import compact, exact, plain
 from train.report.reading import RunData
@@ -12,39 +12,43 @@ from train.report.reading import RunData
 NGRAMS = ("unigram", "bigram", "trigram")
 
 
-def charts(run: RunData) -> list[str]:
-    """Return the charts of this subject; empty strings where there is no data."""
+def charts(run: RunData) -> list[Chart | None]:
+    """Return the charts of this subject; None where there is no data."""
     return [loss_chart(run), rate_chart(run), auxiliary_chart(run)]
 
 
-def loss_chart(run: RunData) -> str:
+def loss_chart(run: RunData) -> Chart | None:
     """Train, MTP and validation loss in nats, with the n-gram models as horizontal lines."""
     series = [
-        Series("train", *run.series("loss"), colour=0, end=f"train {run.final('loss'):.2f}"),
-        Series("MTP", *run.series("loss_mtp"), colour=3, end=f"MTP {run.final('loss_mtp'):.2f}"),
+        Series("train", *run.points("loss"), colour=0, end=f"train {run.final('loss'):.2f}", value=run.final("loss")),
+        Series(
+            "MTP",
+            *run.points("loss_mtp"),
+            colour=3,
+            end=f"MTP {run.final('loss_mtp'):.2f}",
+            value=run.final("loss_mtp"),
+        ),
         Series(
             "validation",
-            *run.series("val_loss"),
+            *run.points("val_loss"),
             colour=1,
             points=True,
             end=f"val {run.last('val_loss'):.2f}",
+            value=run.last("val_loss"),
         ),
     ]
     guides = [
         Guide(run.baselines[name], f"{name} {run.baselines[name]:.2f}") for name in NGRAMS if name in run.baselines
     ]
     final = run.final("loss")
-    return render(
-        Chart(
-            "Loss",
-            loss_sentence(run),
-            [one for one in series if len(one.x)],
-            f"{plain(final)} nats",
-            guides,
-            log=True,
-            wide=True,
-            axis_name=run.axis_name,
-        )
+    return Chart(
+        "Loss",
+        loss_sentence(run),
+        [one for one in series if len(one.steps)],
+        f"{plain(final)} nats",
+        guides,
+        log=True,
+        wide=True,
     )
 
 
@@ -86,30 +90,30 @@ def crossings(run: RunData) -> list[str]:
     return phrases
 
 
-def rate_chart(run: RunData) -> str:
+def rate_chart(run: RunData) -> Chart | None:
     """Every learning rate in the metrics: `lr` and any `lr_…` of a parameter group."""
     keys = [key for key in run.columns if key == "lr" or key.startswith("lr_")]
-    series = [Series(key, *run.series(key), number % 8, exact=True) for number, key in enumerate(sorted(keys))]
-    series = [one for one in series if len(one.x)]
+    series = [Series(key, *run.points(key), number % 8, exact=True) for number, key in enumerate(sorted(keys))]
+    series = [one for one in series if len(one.steps)]
     if not series:
-        return ""
+        return None
     peak = max(float(one.y.max()) for one in series)
     last = run.last("lr")
     sentence = f"The rate peaks at {exact(peak, 3)}; the last step used {exact(last, 3)}."
-    return render(Chart("Learning rate", sentence, series, exact(last, 3), from_zero=True, axis_name=run.axis_name))
+    return Chart("Learning rate", sentence, series, exact(last, 3), from_zero=True)
 
 
-def auxiliary_chart(run: RunData) -> str:
+def auxiliary_chart(run: RunData) -> Chart | None:
     """Balance loss and hidden z-loss as they enter the total, on a logarithmic axis."""
     pairs = (("balance", "loss_balance", 2), ("hidden z", "loss_z", 4))
-    series = [Series(label, *run.series(key), colour=colour) for label, key, colour in pairs]
-    series = [one for one in series if len(one.x) and (one.y > 0).any()]
+    series = [Series(label, *run.points(key), colour=colour) for label, key, colour in pairs]
+    series = [one for one in series if len(one.steps) and (one.y > 0).any()]
     if not series:
-        return ""
+        return None
     parts = [f"{one.label} ends at {plain(run.final(key))}" for one, key in _named(series, pairs)]
     main = run.final("loss")
     sentence = " and ".join(parts) + f"; both should stay far below the loss itself ({plain(main)})."
-    return render(Chart("Auxiliary losses", _capital(sentence), series, log=True, axis_name=run.axis_name))
+    return Chart("Auxiliary losses", _capital(sentence), series, log=True)
 
 
 def _named(series: list[Series], pairs: tuple[tuple[str, str, int], ...]) -> list[tuple[Series, str]]:

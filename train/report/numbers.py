@@ -106,17 +106,37 @@ def linear_ticks(low: float, high: float, target: int = 5) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
+LOG_TICK_GAP = 0.15  # of the height, from which the ends of a logarithmic axis get a number more
+
+
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return ticks for a logarithmic axis: 1-2-3-4-6-8 within a decade, powers of ten over many."""
+    """Return ticks for a logarithmic axis: 1-2-3-4-6-8 within a decade, powers of ten over many.
+
+    No end of the axis is without a number nearby, as far as 1-2-5 times a power of ten can give it one.
+    """
+    ticks = _log_ticks(low, high)
+    gap, rest = LOG_TICK_GAP * math.log10(high / low), _of_decades(low, high, (1, 2, 5))
+    if rest and math.log10(rest[-1] / ticks[-1]) > gap:
+        ticks = [*ticks, rest[-1]]
+    if rest and math.log10(ticks[0] / rest[0]) > gap:
+        ticks = [rest[0], *ticks]
+    return ticks
+
+
+def _of_decades(low: float, high: float, factors: tuple[int, ...]) -> list[float]:
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
     decades = math.log10(high / low)
     for factors in ((1, 2, 3, 4, 6, 8), (1, 2, 5), (1,)):
-        exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
+        ticks = _of_decades(low, high, factors)
         if len(ticks) <= 6:
             break
     if len(ticks) > 8:
         ticks = ticks[:: math.ceil(len(ticks) / 6)]
-    return ticks if len(ticks) >= 2 or decades > 1 else linear_ticks(low, high, 4)
+    return ticks if len(ticks) >= 4 or decades > 1 else linear_ticks(low, high, 4)
 
 
 def tick_formatter(ticks: list[float]) -> Formatter:
@@ -134,6 +154,11 @@ def tick_formatter(ticks: list[float]) -> Formatter:
 def _is_round(value: float, decimals: int) -> bool:
     scaled = value * 10.0**decimals
     return abs(scaled - round(scaled)) < 1e-6 * max(1.0, abs(scaled))
+
+
+def exponent(value: float) -> str:
+    """Return a large number for an axis: 1.2e18."""
+    return _short_exponent(value) if abs(value) >= 1e4 else _trim(value, 3)
 
 
 def _short_exponent(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 
 from train.checkpoint.compatibility import flatten
 from train.report import health, learning, routing
+from train.report.axes import Axes
+from train.report.chart import Chart, Page
+from train.report.marks import marks_legend, marks_of
 from train.report.numbers import DASH, compact, duration, exact, percent, plain, signed_percent
 from train.report.page_script import SCRIPT
 from train.report.reading import RunData, read_run
@@ -26,29 +30,34 @@ def write_report(run_dir: Path) -> Path:
     ConfigError where the folder is no run or its config.yaml cannot be read.
     """
     run = read_run(Path(run_dir))
+    axes = Axes([run], marks_of(run))
+    page = Page(axes)
     sections = [
-        ("learning", "Learning", grid(learning.charts(run))),
-        ("routing", "Routing", grid(routing.charts(run)) + "".join(routing.blocks(run))),
-        ("stability", "Stability", grid(health.stability(run))),
-        ("speed", "Speed and memory", grid(health.speed(run))),
+        ("learning", "Learning", marks_legend(axes) + draw(page, learning.charts(run))),
+        ("routing", "Routing", draw(page, routing.charts(run)) + "".join(routing.blocks(run, axes))),
+        ("stability", "Stability", draw(page, health.stability(run))),
+        ("speed", "Speed and memory", draw(page, health.speed(run))),
         ("timeline", "Timeline", timeline_section(run)),
         ("text", "Compute by token", text_section(run)),
         ("settings", "Settings", settings(run)),
     ]
     sections = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
-    body = header(run) + f"<nav>{links}</nav>"
+    body = header(run) + f"<nav>{links}</nav>" + controls(page)
     body += "".join(f'<section id="{key}"><h2>{title}</h2>{html}</section>' for key, title, html in sections)
-    return write_page(run.path / "report.html", run.name, body + footer(run.notes))
+    return write_page(run.path / "report.html", run.name, body + footer(run.notes) + page.script_data())
 
 
-def write_page(target: Path, title: str, body: str) -> Path:
-    """Write the page around `body` and rename it when complete, so that no reader sees half a file."""
+def write_page(target: Path, title: str, body: str, several: bool = False) -> Path:
+    """Write the page around `body` and rename it when complete, so that no reader sees half a file.
+
+    On a page of `several` runs a run stands out in all charts while the pointer is on its name.
+    """
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style_sheet()}</style></head>\n"
-        f"<body><main>{body}</main><script>{SCRIPT}</script></body></html>\n"
+        f"<body{' class=several' if several else ''}><main>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     unfinished.write_text(page, encoding="utf-8", errors="replace")
@@ -56,18 +65,42 @@ def write_page(target: Path, title: str, body: str) -> Path:
     return target
 
 
-def grid(charts: list[str]) -> str:
-    """Lay charts out in two columns; the last of an odd number takes the full width."""
-    shown = [chart for chart in charts if chart]
-    narrow = [chart for chart in shown if 'class="chart wide"' not in chart]
-    if len(narrow) % 2:
-        shown[shown.index(narrow[-1])] = narrow[-1].replace('class="chart"', 'class="chart wide"', 1)
-    return f"<div class=grid>{''.join(shown)}</div>" if shown else ""
+def draw(page: Page, charts: Sequence[Chart | None]) -> str:
+    """Draw charts in two columns; the last of an odd number between wide ones takes the full width."""
+    shown = [(chart, html) for chart in charts if chart is not None and (html := page.render(chart))]
+    wide = [chart.wide for chart, _ in shown]
+    start = 0
+    for end in [index for index, is_wide in enumerate(wide) if is_wide] + [len(wide)]:
+        if (end - start) % 2:
+            wide[end - 1] = True
+        start = end + 1
+    figures = (
+        html if chart.wide == is_wide else html.replace('class="chart"', 'class="chart wide"', 1)
+        for (chart, html), is_wide in zip(shown, wide, strict=True)
+    )
+    return f"<div class=grid>{''.join(figures)}</div>" if shown else ""
+
+
+def controls(page: Page) -> str:
+    """Return the bar that changes the horizontal axis and the smoothing of all charts; hidden without a script."""
+    if not page.charts:
+        return ""
+    axes = page.axes
+    buttons = "".join(
+        f"<button type=button data-axis={axis.key} aria-pressed={'true' if axis is axes.default else 'false'}>"
+        f"{escape(axis.title)}</button>"
+        for axis in axes.all
+    )
+    return (
+        f'<div class=controls hidden><span class=choice role=group aria-label="horizontal axis">{buttons}</span>'
+        f"<label>smoothing <input type=range min=0 max=4 value=1 step=1></label></div>"
+    )
 
 
 def header(run: RunData) -> str:
     """Return the name, one sentence on the run, the model, the device and the headline figures."""
-    facts = "".join(f"<p>{escape(line)}</p>" for line in (model_line(run), device_line(run)) if line)
+    lines = (model_line(run), device_line(run), software_line(run))
+    facts = "".join(f"<p>{escape(line)}</p>" for line in lines if line) + command_line(run)
     figures = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
         for name, value, note in headline(run)
@@ -129,13 +162,37 @@ def device_line(run: RunData) -> str:
     """Describe the device, the ranks and the dates."""
     device, ranks = run.setting("environment.device"), run.number("environment.world_size")
     parts = [f"{device}" + (f", {ranks:.0f} {'rank' if ranks == 1 else 'ranks'}" if ranks else "")] if device else []
-    started = run.setting("environment.started")
-    if started:
-        parts.append(f"started {datetime.fromisoformat(str(started)):%-d %B %Y, %H:%M} UTC")
+    if started := _moment(run.setting("environment.started")):
+        parts.append(f"started {started:%-d %B %Y, %H:%M} UTC")
     if run.last_written:
         parts.append(f"last step written {run.last_written:%-d %B %Y, %H:%M} UTC")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _moment(text: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(str(text)) if text else None
+    except ValueError:
+        return None
+
+
+def software_line(run: RunData) -> str:
+    """Name what ran: Python, torch, the driver, the commit and whether files differed from it."""
+    names = (("Python", "python"), ("torch", "packages.torch"), ("CUDA", "cuda"), ("NVIDIA driver", "driver"))
+    values = [(name, run.setting(f"environment.{key}")) for name, key in names]
+    parts = [f"{name} {value}" for name, value in values if value]
+    commit = run.setting("environment.git_commit")
+    if commit and commit != "unknown":
+        dirty = run.setting("environment.git_dirty")
+        parts.append(f"commit {str(commit)[:10]}" + (" with uncommitted changes" if dirty is True else ""))
+    return f"{', '.join(parts)}." if parts else ""
+
+
+def command_line(run: RunData) -> str:
+    """Return the command that started the run, empty where it is not recorded."""
+    command = run.setting("environment.command")
+    return f"<p class=command><code>{escape(str(command))}</code></p>" if command else ""
 
 
 def headline(run: RunData) -> list[tuple[str, str, str]]:

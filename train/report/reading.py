@@ -68,6 +68,27 @@ class RunData:
         keep = np.isfinite(x) & np.isfinite(y)
         return x[keep], y[keep]
 
+    def points(self, key: str) -> tuple[Array, Array]:
+        """Return (steps, y) of one metric where y is finite."""
+        if key not in self.columns:
+            return np.empty(0), np.empty(0)
+        keep = np.isfinite(self.columns[key])
+        return self.columns["step"][keep], self.columns[key][keep]
+
+    def position(self, axis: str) -> Array:
+        """Return each row's position on an axis: `step`, `tokens`, `flops` or `seconds` since the first row.
+
+        FLOPs of runs that did not record them follow from the configuration's FLOPs per token.
+        """
+        absent = np.full(len(self.columns["step"]), math.nan)
+        if axis == "seconds":
+            return _total(self.columns.get("step_seconds", absent))
+        if axis != "flops" or "flops" in self.columns:
+            values = self.columns.get(axis, absent)
+            return _total(values) if axis == "flops" else values
+        per_token = self.number("derived.flops_per_token")
+        return absent if per_token is None else self.columns.get("tokens", absent) * per_token
+
     @property
     def axis(self) -> Array:
         """The horizontal axis of every curve."""
@@ -88,12 +109,11 @@ class RunData:
         values = self.series(key)[1]
         return float(values[-1]) if len(values) else math.nan
 
-    def at_steps(self, steps: Array) -> Array:
-        """Return the horizontal position of the given steps."""
-        if not self.columns:
-            return steps
-        known = np.isfinite(self.axis)
-        return np.interp(steps, self.columns["step"][known], self.axis[known])
+
+def _total(values: Array) -> Array:
+    """Sums up to each row, where rows without a value count as the mean of the others."""
+    known = np.isfinite(values) & (values >= 0)
+    return np.cumsum(np.where(known, values, values[known].mean())) if known.any() else np.full(len(values), math.nan)
 
 
 def tail_length(count: int) -> int:

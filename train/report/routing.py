@@ -7,43 +7,34 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from train.report.chart import (
-    Chart,
-    Guide,
-    Scale,
-    Series,
-    axis_across,
-    axis_up,
-    horizontal_scale,
-    path,
-    render,
-    svg,
-)
+from train.report.axes import Axes
+from train.report.chart import Chart, Guide, Series, svg
 from train.report.curves import settled_from
 from train.report.heatmap import GAP, picture, to_levels
 from train.report.numbers import compact, exact, percent, plain, signed_percent
 from train.report.reading import Array, Routing, RunData
+from train.report.scale import Scale, line_across, numbers_up, path
 
 MAP_COLUMNS, MAP_ROWS = 160, 64
 PATH_LINES, PATH_POINTS = 32, 60
 OCTAVES = 1.0  # the colours reach from half to twice the mean
 
 
-def charts(run: RunData) -> list[str]:
-    """Return the charts of this subject; empty strings where there is no data."""
+def charts(run: RunData) -> list[Chart | None]:
+    """Return the charts of this subject; None where there is no data."""
     return [experts_chart(run), balance_chart(run), spread_chart(run)]
 
 
-def blocks(run: RunData) -> list[str]:
+def blocks(run: RunData, axes: Axes) -> list[str]:
     """Return one small chart per layer: load maps and bias paths."""
-    return [load_maps(run), bias_paths(run)]
+    return [load_maps(run), bias_paths(run, axes)]
 
 
-def experts_chart(run: RunData) -> str:
+def experts_chart(run: RunData) -> Chart | None:
     """Mean FFN experts per token against K_e with the ±1 % band."""
     x, y = run.series("ffn_experts_per_token")
     if not len(y):
-        return ""
+        return None
     final, wanted = run.final("ffn_experts_per_token"), run.number("model.expected_ffn_experts")
     guides, band = [], None
     sentence = f"The mean over layers goes from {y[0]:.2f} to {final:.2f} FFN experts per token."
@@ -58,35 +49,35 @@ def experts_chart(run: RunData) -> str:
         sentence = f"Starting at {y[0]:.2f}, the mean {where} and ends at {final:.2f} "
         sentence += f"({signed_percent(final / wanted - 1)})."
         value = f"{final:.2f} of {exact(wanted)}"
-    series = [Series("FFN experts", x, y, colour=2)]
-    title, axis = "FFN experts per token", run.axis_name
-    return render(Chart(title, sentence, series, value, guides, band, wide=True, axis_name=axis))
+    series = [Series("FFN experts", *run.points("ffn_experts_per_token"), colour=2)]
+    title = "FFN experts per token"
+    return Chart(title, sentence, series, value, guides, band, wide=True)
 
 
-def balance_chart(run: RunData) -> str:
+def balance_chart(run: RunData) -> Chart | None:
     """Load of the busiest FFN expert over the mean."""
-    x, y = run.series("expert_load_max_over_mean")
+    y = run.series("expert_load_max_over_mean")[1]
     if not len(y):
-        return ""
+        return None
     final = run.final("expert_load_max_over_mean")
     sentence = (
         f"The busiest FFN expert of any layer gets {final:.2f}× the mean load at the end, after a peak of "
         f"{plain(float(y.max()))}×; 1.0 is perfect balance."
     )
-    series = [Series("max / mean", x, y, colour=1)]
-    return render(Chart("Busiest expert", sentence, series, f"{final:.2f}×", log=True, axis_name=run.axis_name))
+    series = [Series("max / mean", *run.points("expert_load_max_over_mean"), colour=1)]
+    return Chart("Busiest expert", sentence, series, f"{final:.2f}×", log=True)
 
 
-def spread_chart(run: RunData) -> str:
+def spread_chart(run: RunData) -> Chart | None:
     """Largest minus smallest selection bias over all layers."""
-    x, y = run.series("bias_range")
+    y = run.series("bias_range")[1]
     if not len(y):
-        return ""
+        return None
     final = float(y[-1])
     growth = _growth(y)
     sentence = f"Largest minus smallest selection bias over all layers: {plain(final)} at the end, {growth}."
-    series = [Series("range", x, y, colour=3, exact=True)]
-    return render(Chart("Bias range", sentence, series, plain(final), from_zero=True, axis_name=run.axis_name))
+    series = [Series("range", *run.points("bias_range"), colour=3, exact=True)]
+    return Chart("Bias range", sentence, series, plain(final), from_zero=True)
 
 
 def _growth(y: Array) -> str:
@@ -174,18 +165,18 @@ def _in_columns(counts: Array) -> Array:
     return np.add.reduceat(counts, starts, axis=0)
 
 
-def bias_paths(run: RunData) -> str:
+def bias_paths(run: RunData, axes: Axes) -> str:
     """One panel per layer with the path of each expert's selection bias, all on one scale."""
     if run.routing is None or not np.isfinite(run.routing.bias).all():
         return ""
     routing, ffn = run.routing, num_ffn(run, run.routing)
     rows = np.unique(np.linspace(0, len(routing.steps) - 1, PATH_POINTS).astype(int))
-    x, bias = run.at_steps(routing.steps)[rows], routing.bias[rows]
-    if not (bias != 0).any() or x[-1] <= x[0]:
+    steps, bias = routing.steps[rows], routing.bias[rows]
+    if not (bias != 0).any() or steps[-1] <= steps[0] or not axes.all:
         return ""
     low, high = min(0.0, float(bias.min())), max(0.0, float(bias.max()))
-    up, across = Scale(low - 0.05 * (high - low), high + 0.05 * (high - low)), horizontal_scale(x)
-    panels = [_bias_panel(bias[:, layer], layer, ffn, x, across, up, run) for layer in range(bias.shape[1])]
+    up = Scale(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    panels = [_bias_panel(bias[:, layer], layer, ffn, steps, axes, up) for layer in range(bias.shape[1])]
     final = bias[-1, :, :ffn]
     top, bottom = np.unravel_index(final.argmax(), final.shape), np.unravel_index(final.argmin(), final.shape)
     sentence = (
@@ -199,13 +190,13 @@ def bias_paths(run: RunData) -> str:
     )
 
 
-def _bias_panel(bias: Array, layer: int, ffn: int, x: Array, across: Scale, up: Scale, run: RunData) -> str:
+def _bias_panel(bias: Array, layer: int, ffn: int, steps: Array, axes: Axes, up: Scale) -> str:
     """Draw up to PATH_LINES experts of one layer, chosen evenly by final bias, within the envelope of all."""
     order = np.argsort(bias[-1, :ffn], kind="stable")
     chosen = order[np.unique(np.linspace(0, ffn - 1, min(ffn, PATH_LINES)).astype(int))]
-    at = across.share(x)
+    at = axes.share(steps)
     lines = "".join(path(at, up.share(bias[:, expert])) for expert in chosen)
-    drawing = f'<path class="grid" d="M0 {round((1 - float(up.share(0.0))) * 1000)}H2000"/>'
+    drawing = f'<path class="grid" d="{line_across(up, 0.0)}"/>'
     if len(chosen) < ffn:
         low, high = up.share(bias[:, :ffn].min(axis=1)), up.share(bias[:, :ffn].max(axis=1))
         outline = path(np.concatenate([at, at[::-1]]), np.concatenate([high, low[::-1]]))
@@ -214,9 +205,10 @@ def _bias_panel(bias: Array, layer: int, ffn: int, x: Array, across: Scale, up: 
     if bias.shape[1] > ffn and (bias[:, ffn:] != 0).any():
         drawing += f'<path class="bundle c1" d="{path(at, up.share(bias[:, ffn:].mean(axis=1)))}"/>'
     return (
-        f"<figure class=layer><figcaption>Layer {layer}</figcaption><div class=frame>{axis_up(up, 4)}"
+        f"<figure class=layer><figcaption>Layer {layer}</figcaption><div class=frame>"
+        f"<div class=up>{numbers_up(up, 4)}</div>"
         f"<div class=plot>{svg(drawing, f'bias paths of layer {layer}')}</div>"
-        f"{axis_across(across, run.axis_name, 2)}</div></figure>"
+        f"<div class=across>{axes.across(target=2)}</div></div></figure>"
     )
 
 

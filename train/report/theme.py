@@ -53,7 +53,19 @@ dl.figures dd small{display:block;font-size:13px;font-weight:400;letter-spacing:
 line-height:1.4}
 nav{display:flex;flex-wrap:wrap;gap:4px 20px;margin:16px 0 0;font-size:15px}
 a{color:var(--c0);text-decoration:none;padding:4px 0}a:hover{text-decoration:underline}
-section{margin-top:56px}
+.controls{position:sticky;top:0;z-index:5;display:flex;flex-wrap:wrap;align-items:center;gap:6px 24px;
+margin:20px 0 0;padding:10px 0;background:var(--bg);border-bottom:1px solid var(--line);font-size:14px;
+color:var(--soft)}
+.controls[hidden]{display:none}section .controls{margin:0 0 28px}
+.controls label{display:flex;align-items:center;gap:8px}.controls input{width:110px;accent-color:var(--c0)}
+.choice{display:inline-flex;border:1px solid var(--line);border-radius:6px;overflow:hidden}
+.choice button{font:inherit;color:var(--soft);background:none;border:0;padding:4px 12px;cursor:pointer}
+.choice button+button{border-left:1px solid var(--line)}
+.choice button[aria-pressed=true]{background:var(--panel);color:var(--ink);font-weight:600}
+.marks{margin:-8px 0 28px;padding-left:1.4em;color:var(--soft);font-size:14px;columns:2;column-gap:40px}
+.command code{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
+overflow-wrap:anywhere;color:var(--soft)}
+section{margin-top:56px;scroll-margin-top:56px}
 h2{font-size:24px;font-weight:650;letter-spacing:-.01em;margin:0 0 20px}
 h3{font-size:17px;font-weight:600;margin:0}
 .grid{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:44px 56px}
@@ -72,32 +84,38 @@ margin-bottom:10px;flex:1;
 align-content:start}
 .chart .value{font-size:17px;font-weight:600}
 .chart figcaption p{grid-column:1/-1;color:var(--soft);font-size:15px;margin:2px 0 0}
-.frame{display:grid;grid-template-columns:44px minmax(0,1fr);grid-template-rows:220px 24px}
-.frame.tall{grid-template-rows:300px 24px}
-.frame.labelled{grid-template-columns:44px minmax(0,1fr) 112px}
+.frame{display:grid;grid-template-columns:44px minmax(0,1fr);grid-template-rows:24px var(--h,220px) 24px}
+.frame.labelled{grid-template-columns:44px minmax(0,1fr) 120px}
+.top{grid-row:1;grid-column:1/3;position:relative;margin-left:44px;font-size:12px;line-height:16px;color:var(--soft)}
+.top b{position:absolute;transform:translateX(-50%);font-weight:600;top:2px}
+.scale{position:absolute;right:100%;margin-right:6px;top:0;font:inherit;border:0;background:none;color:var(--soft);
+padding:0;cursor:pointer;text-decoration:underline dotted;text-underline-offset:3px;white-space:nowrap}
+.scale:hover{color:var(--ink)}
 .plot{position:relative;border-bottom:1px solid var(--line);touch-action:pan-y}
 .plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:hidden;display:block}
-.ends{grid-column:3;grid-row:1}
+.up{grid-row:2;grid-column:1}.plot{grid-row:2;grid-column:2}.ends{grid-column:3;grid-row:2}
+.ends svg{position:absolute;left:1px;top:0;width:9px;height:100%}
+.ends svg path{stroke:var(--soft);stroke-width:1;opacity:.6}
+.frame:not(.labelled) .ends{display:none}
 .up,.across,.ends{position:relative;font-size:12px;line-height:15px;color:var(--soft)}
 .up span{position:absolute;right:8px;transform:translateY(50%);white-space:nowrap}
-.across{grid-column:2}
+.across{grid-column:2;grid-row:3}
 .across span{position:absolute;top:6px;transform:translateX(-50%);white-space:nowrap}
 .across span.first{transform:none}.across span.last{transform:translateX(-100%)}
-.across em{position:absolute;right:0;top:6px;font-style:normal;display:none}
-.frame.labelled .across{grid-column:2/4;margin-right:112px}
-.frame.labelled .across em{display:block;right:-104px;width:96px}
-.ends span{position:absolute;left:8px;transform:translateY(-50%);white-space:nowrap;font-weight:600;
-color:var(--c)}
+.across em{position:absolute;right:100%;margin-right:8px;top:6px;font-style:normal}
+.ends span{position:absolute;left:12px;right:0;transform:translateY(-50%);white-space:nowrap;font-weight:600;
+color:var(--c);overflow:hidden;text-overflow:ellipsis}
 .ends .guide{font-weight:400;color:var(--soft)}
-.inner{position:absolute;right:0;font-size:12px;line-height:16px;color:var(--soft);background:var(--bg);
-padding:0 4px;
-margin-bottom:2px}
 svg path{fill:none;vector-effect:non-scaling-stroke}
 svg .grid{stroke:var(--grid);stroke-width:1}
 svg .guide{stroke:var(--soft);stroke-width:1;stroke-dasharray:5 4}
 svg .target{fill:var(--c2);opacity:.16}
 svg .curve{stroke:var(--c);stroke-width:1.6;stroke-linejoin:round}
-svg .dashed{stroke-dasharray:6 3}
+svg .d1{stroke-dasharray:6 3}svg .d2{stroke-dasharray:2 3}
+svg .mark{stroke:var(--soft);stroke-width:1;stroke-dasharray:1 3}
+.dim .plot g[data-run]{opacity:.15}.dim .plot g.lit{opacity:1}.dim .plot g.lit .curve{stroke-width:2.6}
+.dim .ends span[data-run]{opacity:.3}.dim .ends span.lit{opacity:1}
+tr.lit td{background:var(--panel)}
 svg .envelope{fill:var(--c);opacity:.17}
 svg .dots{stroke:var(--c);stroke-width:6;stroke-linecap:round}
 svg .bundle{stroke:var(--c);stroke-width:1;opacity:.6;stroke-linejoin:round}
@@ -109,7 +127,7 @@ padding:6px 10px;font-size:13px;line-height:1.45;white-space:nowrap;box-shadow:0
 .layers{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,230px),1fr));gap:20px 24px}
 .layer figcaption{font-size:13px;color:var(--soft);margin-bottom:4px}
 .layer img{display:block;width:100%;height:150px;image-rendering:pixelated}
-.layer .frame{grid-template-rows:120px 24px}
+.layer .frame{grid-template-rows:0 120px 24px}
 .key{display:inline-flex;flex-wrap:wrap;align-items:center;gap:0;color:var(--ink);margin-right:4px;
 vertical-align:bottom}
 .key i{font-style:normal}.key i:first-child{margin-right:8px}.key i:last-child{margin-left:8px}
@@ -130,7 +148,7 @@ _TIMELINE = """
 overflow:hidden;white-space:nowrap;text-overflow:ellipsis;pointer-events:none;text-align:center}
 .track b.short{padding:0;text-overflow:clip}
 .keys{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:14px;color:var(--soft);max-width:none}
-.keys span{white-space:nowrap}
+.keys{margin-bottom:4px}.keys b{font-weight:400;width:104px}
 .keys i{display:inline-block;width:14px;height:14px;border-radius:3px;margin-right:6px;vertical-align:-2px;
 background:var(--c)}
 .keys i.rest{background:var(--rest)}.keys i.blocked{background:var(--warn)}
@@ -162,14 +180,21 @@ th,td{padding:8px 0 8px 16px;border-bottom:1px solid var(--line)}
 td{text-align:right}th:first-child,td:first-child{text-align:left;padding-left:0;overflow-wrap:anywhere}
 .tag{font-weight:700;color:var(--c);margin-right:8px}
 td.best{font-weight:650}
+.scrolled{overflow-x:auto;margin-bottom:16px}
+.scrolled td,.scrolled th{white-space:nowrap}.scrolled th{white-space:normal;min-width:64px}
+.scrolled tr>:first-child{position:sticky;left:0;background:var(--bg);z-index:1;min-width:clamp(130px,20vw,220px);
+overflow-wrap:anywhere;white-space:normal}
+.dot{position:absolute;width:10px;height:10px;margin:0 0 -5px -5px;padding:0;border-radius:50%;background:var(--c);
+box-shadow:0 0 0 1.5px var(--bg)}
+.dot:hover,.dot.lit{width:14px;height:14px;margin:0 0 -7px -7px;z-index:1}
+.sweep .frame{grid-template-rows:0 var(--h) 24px 24px}
+.sweep .axis{grid-column:2;grid-row:4;text-align:center;font-size:12px;color:var(--soft);margin:0;max-width:none}
+.across .choice-name{overflow:hidden;text-overflow:ellipsis;padding:0 3px}
 @media(max-width:760px){.settings{columns:1}
-.frame.labelled{grid-template-columns:36px minmax(0,1fr) 92px}.frame{grid-template-columns:36px minmax(0,1fr)}
-.frame.labelled .across{margin-right:92px}.frame.labelled .across em{right:-88px;width:80px}
-.ends span{left:5px}.up span{right:5px}
-table,tbody,tr,td{display:block}thead{display:none}tr{padding:12px 0;border-bottom:1px solid var(--line)}
-td,td:first-child{border:0;padding:2px 0;display:flex;justify-content:space-between;gap:16px;text-align:right}
-td:first-child{justify-content:start;font-weight:600}
-td[data-label]::before{content:attr(data-label);color:var(--soft);text-align:left}}
+.frame{grid-template-columns:36px minmax(0,1fr)}.frame.labelled{grid-template-columns:36px minmax(0,1fr) 100px}
+.top{margin-left:36px}.frame.labelled .dense,.layer .dense{display:none}.scale{font-size:11px;margin-right:3px}.across em{margin-right:4px}
+.up span{right:5px}.marks{columns:1}
+}
 @media print{.tokens{max-height:none}}
 """
 

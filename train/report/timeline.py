@@ -26,6 +26,12 @@ SHOWN_RANKS = 4
 LABELLED = 0.055  # share of the width from which a slice has space for its label
 LABELLED_ACTION = 0.022  # for `F1`
 ACTION_NAMES = {"F": "forward", "B": "backward", "W": "weight gradients"}
+COMMUNICATION = {
+    Track.DISPATCH: "dispatch: tokens to their experts",
+    Track.COMBINE: "combine: results back",
+    Track.GRADIENTS: "gradients and weights",
+    Track.SEQUENCE: "context, sequence and tensor parallelism",
+}
 COLOURS = {
     "attention": "c0",
     "dense FFN": "c2",
@@ -53,17 +59,23 @@ def timeline_section(run: RunData) -> str:
 
 
 def legend(found: StepTimeline) -> str:
-    """Return the colours that occur, with their names."""
-    seen = {one.colour for rank in found.ranks for one in rank.tracks[Track.COMPUTE]}
-    keys = [(name, COLOURS[name]) for name in COLOURS if name in seen and name != BLOCKED]
-    text = "".join(f"<span><i class={colour}></i>{escape(name)}</span>" for name, colour in keys)
-    done = {one.colour for rank in found.ranks for one in rank.tracks[Track.PIPELINE]}
-    actions = [
-        f"<span><i class={COLOURS[one]}></i>{one}: {ACTION_NAMES[one]}</span>" for one in ACTION_NAMES if one in done
-    ]
-    if actions:
-        text += f"<span>in the pipeline</span>{''.join(actions)}"
-    return f'<p class="keys">{text}<span><i class=blocked></i>blocked: waits for other ranks</span></p>'
+    """Return every colour that occurs, with its name: of compute, of communication, of a pipeline's actions."""
+    seen = {track: {one.colour for rank in found.ranks for one in rank.tracks[track]} for track in Track}
+    compute = [name for name in COLOURS if name in seen[Track.COMPUTE] and name not in (BLOCKED, *ACTION_NAMES)]
+    communication = [(COLOURS[track], text) for track, text in COMMUNICATION.items() if track in seen[track]]
+    actions = [(COLOURS[one], f"{one}: {ACTION_NAMES[one]}") for one in ACTION_NAMES if one in seen[Track.PIPELINE]]
+    lines = {
+        "compute": [(COLOURS[name], name) for name in compute],
+        "communication": communication,
+        "pipeline": actions,
+        "any": [("blocked", "blocked: waits for other ranks")],
+    }
+    return "".join(_legend_line(name, keys) for name, keys in lines.items() if keys)
+
+
+def _legend_line(name: str, keys: list[tuple[str, str]]) -> str:
+    spans = "".join(f"<span><i class={colour}></i>{escape(text)}</span>" for colour, text in keys)
+    return f'<p class="keys"><b>{name}</b>{spans}</p>'
 
 
 def whole_step(found: StepTimeline) -> str:

@@ -1,0 +1,87 @@
+"""What changes within a run: phases of the learning rate, mixtures of the data, the start of MTP."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from train.report.axes import NUMBERED, Axes, Mark
+from train.report.numbers import percent
+from train.report.reading import RunData
+
+MAX_CORPORA = 6  # named in a mixture
+
+
+def marks_of(run: RunData) -> list[Mark]:
+    """The events of a run that its configuration and metrics tell, by step."""
+    if not run.columns:
+        return []
+    found = [*_phases(run), *_mixtures(run), *_mtp(run)]
+    first = float(run.columns["step"][0])
+    return sorted((mark for mark in found if mark.step >= first), key=lambda mark: mark.step)
+
+
+def marks_legend(axes: Axes) -> str:
+    """The list that says what the numbers above the charts mean; empty without marks."""
+    items = [f"<li>{escape(mark.text)}, step {mark.step:,.0f}</li>" for mark in axes.marks]
+    more = "<li>Later marks have no number.</li>" if len(items) > NUMBERED else ""
+    return f'<ol class=marks aria-label="marks in the charts">{"".join(items)}{more}</ol>' if items else ""
+
+
+def _phases(run: RunData) -> list[Mark]:
+    name = run.setting("schedule.name")
+    warmup, length = run.number("schedule.warmup_steps") or 0, run.number("schedule.decay_steps")
+    start = run.number("schedule.decay_start") if name == "wsd" else None
+    found = [Mark(warmup, "Warm-up ends")] if warmup > 0 else []
+    if name == "cosine" and length:
+        found.append(Mark(warmup + length, "Cosine decay ends"))
+    if start is not None and length:
+        found += [Mark(start, "Decay of the learning rate starts"), Mark(start + length - 1, "Decay ends")]
+    return found
+
+
+def _mixtures(run: RunData) -> list[Mark]:
+    """Stages of the mixture: each starts with the first sample that begins at its tokens or later."""
+    stages, length = run.setting("data.stages"), run.number("train.sequence_length")
+    batch, samples = run.number("train.global_batch_size"), run.columns.get("first_sample")
+    if not isinstance(stages, list):
+        return []
+    if samples is None or not length or not batch:
+        return []
+    found = []
+    for stage in stages:
+        start = stage.get("start_tokens") if isinstance(stage, dict) else None
+        if not isinstance(start, int | float) or not math.isfinite(start):
+            continue
+        later = np.flatnonzero(samples + batch > math.ceil(start / length))
+        if len(later) and later[0] > 0:
+            text = f"Mixture {_shares(run.setting('data.paths'), stage.get('weights'))}"
+            found.append(Mark(float(run.columns["step"][later[0]]), text))
+    return found
+
+
+def _shares(paths: Any, weights: Any) -> str:
+    """A mixture in words: `web 70 %, code 30 %`."""
+    usable = isinstance(weights, list) and all(isinstance(weight, int | float) for weight in weights)
+    if not usable or not isinstance(paths, list) or len(paths) != len(weights) or not sum(weights) > 0:
+        return "changes"
+    parts = [
+        f"{_corpus(str(path))} {percent(weight / sum(weights))}" for path, weight in zip(paths, weights, strict=True)
+    ]
+    return ", ".join(parts[:MAX_CORPORA]) + (", …" if len(parts) > MAX_CORPORA else "")
+
+
+def _corpus(prefix: str) -> str:
+    """A short name of a corpus: the last part of its prefix, or the folder of a prefix that is only `corpus`."""
+    path = PurePath(prefix)
+    return path.parent.name or path.name if path.name == "corpus" else path.name
+
+
+def _mtp(run: RunData) -> list[Mark]:
+    steps = run.points("loss_mtp")[0]
+    late = len(steps) and steps[0] > run.columns["step"][0]
+    return [Mark(float(steps[0]), "MTP starts")] if late else []
