@@ -116,9 +116,9 @@ def log_ticks(low: float, high: float) -> list[float]:
     """
     ticks = _log_ticks(low, high)
     gap, rest = LOG_TICK_GAP * math.log10(high / low), _of_decades(low, high, (1, 2, 5))
-    if rest and math.log10(rest[-1] / ticks[-1]) > gap:
+    if rest and rest[-1] > ticks[-1] * 1.001 and math.log10(high / ticks[-1]) > gap:
         ticks = [*ticks, rest[-1]]
-    if rest and math.log10(ticks[0] / rest[0]) > gap:
+    if rest and rest[0] < ticks[0] * 0.999 and math.log10(ticks[0] / low) > gap:
         ticks = [rest[0], *ticks]
     return ticks
 

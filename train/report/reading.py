@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from longcat.errors import ConfigError
 
 Array = NDArray[np.float64]
+LARGEST = 1 << 1000  # integers from here on are no numbers of a run
 MAX_ROUTING_LINES = 480  # read evenly out of any number of them: one line of a large model is 100 kB
 
 
@@ -57,8 +58,7 @@ class RunData:
     def number(self, dotted: str) -> float | None:
         """Return a configuration value when it is a finite number, else None."""
         value = self.setting(dotted)
-        usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if usable else None
+        return _value(value) if math.isfinite(_value(value)) else None
 
     def series(self, key: str) -> tuple[Array, Array]:
         """Return (x, y) of one metric where both are finite; x is tokens seen, or steps without tokens."""
@@ -163,7 +163,7 @@ def _read_metrics(path: Path, run: RunData) -> None:
     rows: dict[int, dict[str, Any]] = {}
     seconds = 0.0
     for row in _json_lines(path, run):
-        if not _is_number(row.get("step")):
+        if not math.isfinite(_value(row.get("step"))):
             continue
         rows[int(row["step"])] = row  # a step repeated after a restart replaces the lost one
         spent = _value(row.get("step_seconds"))
@@ -178,11 +178,12 @@ def _read_metrics(path: Path, run: RunData) -> None:
 
 
 def _value(value: Any) -> float:
-    return float(value) if type(value) in (float, int) else math.nan
+    """A number of a file; NaN for everything else, such as null, "NaN" or an integer beyond all floats."""
+    return float(value) if _is_number(value) else math.nan
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is float or (type(value) is int and abs(value) < LARGEST)
 
 
 def _is_document(value: Any) -> bool:
@@ -223,14 +224,19 @@ def _read_routing(path: Path, run: RunData) -> None:
     for row in _json_lines(path, run, every=max(1, math.ceil(lines / MAX_ROUTING_LINES))):
         count, bias = _matrix(row.get("counts")), _matrix(row.get("bias"))
         shape = shape or (count.shape if count is not None else None)
-        if count is None or bias is None or not count.shape == bias.shape == shape or "step" not in row:
+        if (
+            count is None
+            or bias is None
+            or not count.shape == bias.shape == shape
+            or not math.isfinite(_value(row.get("step")))
+        ):
             odd += 1
             continue
         steps.append(float(row["step"]))
         counts.append(count)
         biases.append(bias)
     if odd:
-        run.notes.append(f"{path.name}: {odd} rows have another shape and are left out")
+        run.notes.append(f"{path.name}: {odd} rows are of another shape or not finite and are left out")
     if len(steps) >= 2:
         order = np.argsort(np.array(steps), kind="stable")
         run.routing = Routing(np.array(steps)[order], np.array(counts)[order], np.array(biases)[order])
@@ -239,9 +245,9 @@ def _read_routing(path: Path, run: RunData) -> None:
 def _matrix(value: Any) -> Array | None:
     try:
         matrix = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return matrix if matrix.ndim == 2 and matrix.size else None
+    return matrix if matrix.ndim == 2 and matrix.size and np.isfinite(matrix).all() else None
 
 
 def _read_json(path: Path, run: RunData) -> dict[str, Any]:

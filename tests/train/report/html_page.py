@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
-VOID = {"meta", "img", "source", "path", "rect", "br", "link"}
+VOID = {"meta", "img", "source", "path", "rect", "br", "wbr", "input", "link"}
 
 
 class Page(HTMLParser):

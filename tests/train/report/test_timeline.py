@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,15 @@ def test_adjacent_spans_are_drawn_as_one() -> None:
     event = Event(SpanKind.EXPERT_DISPATCH)
     slices = [Slice("dispatch", event, "", *times) for times in ((0.0, 4.0), (2.0, 5.0), (7.0, 8.0))]
     assert union_length(slices) == 6.0
+
+
+def test_every_colour_of_the_timeline_is_in_its_legend(run: Path) -> None:
+    html, page = read(write_report(run))
+    section = html[html.index('<section id="timeline"') :].split("</section>")[0]
+    legend = "".join(re.findall(r'<p class="keys">.*?</p>', section))
+    drawn = set(re.findall(r'<path class="(c\d|rest|blocked)"', section))
+    assert {"c0", "c1", "c2", "c3", "c6", "rest", "blocked"} == drawn
+    assert drawn <= set(re.findall(r"<i class=(\w+)>", legend))
+    for name in ("dispatch: tokens to their experts", "combine: results back", "gradients and weights", "other"):
+        assert name in page.text
+    assert "tensor parallelism" not in page.text, "no such communication in this step"
