@@ -192,8 +192,8 @@ box-shadow:0 0 0 1.5px var(--bg)}
 .across .choice-name{overflow:hidden;text-overflow:ellipsis;padding:0 3px}
 @media(max-width:760px){.settings{columns:1}
 .frame{grid-template-columns:36px minmax(0,1fr)}.frame.labelled{grid-template-columns:36px minmax(0,1fr) 100px}
-.top{margin-left:36px}.frame.labelled .dense,.layer .dense{display:none}.scale{font-size:11px;margin-right:3px}.across em{margin-right:4px}
-
+.top{margin-left:36px}.frame.labelled .dense,.layer .dense{display:none}
+.scale{font-size:11px;margin-right:3px}.across em{margin-right:4px}
 .up span{right:5px}.marks{columns:1}
 }
 @media print{.tokens{max-height:none}}

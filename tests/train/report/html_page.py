@@ -1,9 +1,12 @@
-"""Reads a report's HTML: tags, attributes, headings and text."""
+"""Reads a report's HTML: tags, attributes, headings, text, and what its script reads."""
 
 from __future__ import annotations
 
+import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 VOID = {"meta", "img", "source", "path", "rect", "br", "wbr", "input", "link"}
 
@@ -47,3 +50,20 @@ class Page(HTMLParser):
 def read(path: Path) -> tuple[str, Page]:
     html = path.read_text(encoding="utf-8")
     return html, Page(html)
+
+
+def data_of(html: str) -> dict[str, Any]:
+    """What the page's script reads."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html)
+    assert found
+    return json.loads(found[1])  # type: ignore[no-any-return]
+
+
+def ends(html: str) -> list[tuple[str, int]]:
+    """(name, pixels from the top) of the names at a chart's right edge."""
+    return [(text, int(top)) for top, text in re.findall(r'top:(-?\d+)px"?>([^<]*)</span>', html)]
+
+
+def rewrite(run: Path, change: Any) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(change(row)) + "\n" for row in rows))

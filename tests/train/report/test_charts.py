@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -14,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.fabricate_run import fabricate
-from tests.train.report.html_page import read
+from tests.train.report.html_page import data_of, ends, read, rewrite
 from train.report import write_report
 from train.report.axes import Axes
 from train.report.chart import LABEL_PIXELS, Chart, Guide, Page, Series
@@ -31,23 +30,6 @@ STAGES = {
     "schedule.decay_start": 40,
     "schedule.decay_steps": 20,
 }
-
-
-def data_of(html: str) -> dict[str, Any]:
-    """What the page's script reads."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html)
-    assert found
-    return json.loads(found[1])  # type: ignore[no-any-return]
-
-
-def ends(html: str) -> list[tuple[str, int]]:
-    """(name, pixels from the top) of the names at a chart's right edge."""
-    return [(text, int(top)) for top, text in re.findall(r'top:(-?\d+)px"?>([^<]*)</span>', html)]
-
-
-def rewrite(run: Path, change: Any) -> None:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
 
 
 @given(st.lists(st.floats(0, 300), max_size=19))

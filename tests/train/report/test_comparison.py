@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.fabricate_run import fabricate
-from tests.train.report.html_page import read
-from tests.train.report.test_charts import data_of, ends, rewrite
+from tests.train.report.html_page import data_of, ends, read, rewrite
 from train.report import write_comparison, write_report
 
 RATES, DECAYS = (3e-4, 6e-4, 1e-3, 2e-3, 4e-3, 8e-3), (0.0, 0.1)
