@@ -67,9 +67,9 @@ def note(text: str, any_rank: bool = False) -> None:
 
 
 @functools.cache
-def _note_once(text: str) -> None:
+def note_once(text: str, any_rank: bool = False) -> None:
     """`note`, once in this process: two splits read the same corpus."""
-    note(text)
+    note(text, any_rank)
 
 
 def write_info(path: Path, info: CorpusInfo) -> None:
@@ -134,7 +134,7 @@ def verify_corpus(prefix: str | Path) -> CorpusInfo | None:
     for suffix, wanted in info.hashes.items():
         path = Path(f"{prefix}{suffix}")
         if not path.is_file():
-            _note_once(f"{path} is missing: damage of {prefix}.bin would not be noticed; copy it too")
+            note_once(f"{path} is missing: damage of {prefix}.bin would not be noticed; copy it too")
         elif file_hash(path) != wanted:
             raise ConfigError(f"{path} has changed since it was built; restore the file or build the corpus again")
     tokenizer = Path(prefix).parent / TOKENIZER_NAME

@@ -18,7 +18,7 @@ import numpy as np
 
 from longcat.errors import ConfigError
 from train.data.blocks import CheckedBinReader
-from train.data.corpus import CorpusInfo, block_hashes, note
+from train.data.corpus import CorpusInfo, block_hashes, note, note_once
 from train.data.index_files import publish_index, read_index
 from train.data.sealed import DamagedError
 
@@ -83,7 +83,7 @@ class _Epoch(GPTDataset):
                 failure = failure or error
                 continue
             if failure is not None and written:
-                note(
+                note_once(
                     f"the sample index cannot be written beside the corpus ({failure}); it is in {folder.parent}, and "
                     f"data.cache_dir names a place for all runs",
                     any_rank=True,
