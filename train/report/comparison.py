@@ -121,16 +121,20 @@ def results(runs: list[Contestant], differing: Differences) -> str:
     keys = differing.settings if len(differing.settings) <= TABLE_KEYS else {}
     rows = []
     for index, one in enumerate(runs):
-        cells = "".join(f"<td>{escape(values[index])}</td>" for values in keys.values())
-        for figure, values in varied.items():
-            finite = [value for value in values if math.isfinite(value)]
-            winner = figure.best is not None and values[index] == figure.best(finite)
-            text = figure.write(values[index]) if math.isfinite(values[index]) else DASH
-            cells += f"<td{' class=best' if winner else ''}>{text}</td>"
-        rows.append(f"<tr data-run={index}><td>{name_cell(one)}</td>{cells}</tr>")
-    heads = ["run", *keys, *(figure.name for figure in varied)]
+        figures = [_cell(figure, values, index) for figure, values in varied.items()]
+        cells = [*figures[:1], *(f"<td>{escape(values[index])}</td>" for values in keys.values()), *figures[1:]]
+        rows.append(f"<tr data-run={index}><td>{name_cell(one)}</td>{''.join(cells)}</tr>")
+    names = [figure.name for figure in varied]
+    heads = ["run", *names[:1], *keys, *names[1:]]
     said = ", ".join(f"{figure.name} {figure.write(value)}" for figure, value in same.items() if figure.name != "time")
     return scrolled(heads, rows) + (f"<p class=legend>The same for all: {escape(said)}.</p>" if said else "")
+
+
+def _cell(figure: Figure, values: list[float], index: int) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    winner = figure.best is not None and values[index] == figure.best(finite)
+    text = figure.write(values[index]) if math.isfinite(values[index]) else DASH
+    return f"<td{' class=best' if winner else ''}>{text}</td>"
 
 
 def name_cell(one: Contestant) -> str:

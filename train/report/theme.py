@@ -140,7 +140,7 @@ _TIMELINE = """
 .timeline h4 small{margin-left:12px;font-size:13px;font-weight:400;color:var(--soft)}
 .tracks,.times{display:grid;grid-template-columns:84px minmax(0,1fr);gap:4px 8px;align-items:center}
 .tracks .name,.times em{font-size:13px;font-style:normal;color:var(--soft);text-align:right}
-.times .across{grid-column:2;height:24px}.times em{font-size:12px}
+.times .across{grid-column:2;grid-row:1;height:24px}.times em{font-size:12px}
 .track{position:relative;height:22px;background:var(--panel);border-radius:3px;overflow:hidden}
 .track svg{position:absolute;inset:0;width:100%;height:100%;display:block}
 .track path{fill:var(--c);stroke:none}.track path.rest{fill:var(--rest)}.track path.blocked{fill:var(--warn)}
@@ -148,7 +148,7 @@ _TIMELINE = """
 overflow:hidden;white-space:nowrap;text-overflow:ellipsis;pointer-events:none;text-align:center}
 .track b.short{padding:0;text-overflow:clip}
 .keys{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:14px;color:var(--soft);max-width:none}
-.keys{margin-bottom:4px}.keys b{font-weight:400;width:104px}
+.keys{margin-bottom:4px}.keys b{font-weight:400;width:112px;overflow-wrap:normal}
 .keys i{display:inline-block;width:14px;height:14px;border-radius:3px;margin-right:6px;vertical-align:-2px;
 background:var(--c)}
 .keys i.rest{background:var(--rest)}.keys i.blocked{background:var(--warn)}

@@ -68,7 +68,7 @@ def legend(found: StepTimeline) -> str:
         "compute": [(COLOURS[name], name) for name in compute],
         "communication": communication,
         "pipeline": actions,
-        "any": [("blocked", "blocked: waits for other ranks")],
+        "any track": [("blocked", "blocked: waits for other ranks")],
     }
     return "".join(_legend_line(name, keys) for name, keys in lines.items() if keys)
 

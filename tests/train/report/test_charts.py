@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,27 @@ def test_script_gets_the_curves_that_are_drawn(tmp_path: Path) -> None:
     low, high = (math.log10(data["charts"][0]["up"]["log"][end]) for end in ("low", "high"))
     heights = [(1 - (math.log10(y) - low) / (high - low)) * 1000 for y in curve["y"]]
     assert [int(point.split()[1]) for point in drawn[1].split("L")] == pytest.approx(heights, abs=2)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_script_draws_what_the_page_shows_without_it(tmp_path: Path) -> None:
+    """In a browser: the same curves at the start and after another axis and back; no error."""
+    html = read(write_report(fabricate(tmp_path / "run", steps=300)))[0]
+    click = """<script>addEventListener("load", () => {
+      for (const key of ["seconds", "flops", "step", "tokens"]) document.querySelector(`[data-axis=${key}]`).click();
+      for (const button of document.querySelectorAll(".scale")) { button.click(); button.click(); }
+      document.title = "switched";
+    });</script>"""
+    (tmp_path / "page.html").write_text(html.replace("</body>", f"{click}</body>"))
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "page.html").as_uri()]
+    shown = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "<title>switched</title>" in shown
+    paths = [re.findall(r'class="(?:curve d0|envelope|dots)" d="([^"]+)"', text) for text in (html, shown)]
+    assert len(paths[0]) == len(paths[1]) > 20
+    for static, drawn in zip(*paths, strict=True):
+        numbers = [[int(number) for number in re.findall(r"-?\d+", text)] for text in (static, drawn)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=2)
 
 
 def test_marks_name_phases_mixtures_and_mtp(tmp_path: Path) -> None:
