@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from launch import verbs
 from longcat.errors import BAD_INPUT, LongCatError
+from longcat.lasting_streams import lasting_streams
 
 USAGE = """usage: longcat VERB [key=value …]
 
@@ -18,7 +19,11 @@ longcat VERB --help describes one verb; docs/guide/README.md is the guide.
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit code (0 done, 2 wrong input, 3 stopped, 4 unhealthy, 1 anything else)."""
-    arguments = sys.argv[1:] if argv is None else argv
+    with lasting_streams():
+        return run(sys.argv[1:] if argv is None else argv)
+
+
+def run(arguments: list[str]) -> int:
     if not arguments:
         print(f"error: no verb given; use one of {', '.join(VERBS)}, or --help", file=sys.stderr)
         return BAD_INPUT

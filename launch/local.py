@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from longcat.errors import CRASHED, OK
 from train.config import Config
 from train.run_dir import EXIT, recorded_code
+from train.stop import SAVE_SIGNAL, STOP_SIGNALS, is_ignored
 
 SAVE_SECONDS = 3600  # how long ranks may take to save their state after a signal
 
@@ -89,9 +91,10 @@ def exit_written(folder: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def first_signal_alone() -> Iterator[None]:
-    """The first signal ends the agent, which passes it on and waits for the ranks; later ones are ignored.
+    """The first stop signal ends the agent, which passes it on and waits for the ranks; later ones are ignored.
 
-    With the agent's own handler a second signal would end that wait, and the ranks would train on without it.
+    With the agent's own handler a second signal would end that wait, and the ranks would train on without it. A request
+    to save goes to the ranks, and the agent goes on. SIGHUP stays ignored under `nohup`.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -100,12 +103,35 @@ def first_signal_alone() -> Iterator[None]:
             signal.signal(handled, signal.SIG_IGN)
         raise SignalException(f"process {os.getpid()} got {signal.Signals(number).name}", signal.Signals(number))
 
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in signals}
+    signals = [
+        number for number in (*STOP_SIGNALS, signal.SIGQUIT) if number != signal.SIGHUP or not is_ignored(number)
+    ]
+    before = {number: signal.getsignal(number) for number in (*signals, SAVE_SIGNAL)}
     try:
         for number in signals:
             signal.signal(number, end)
+        signal.signal(SAVE_SIGNAL, lambda number, frame: pass_on(signal.Signals(number)))
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def pass_on(number: signal.Signals) -> None:
+    """Send a signal to this process's ranks, to those that already handle it: it would end the others."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "RANK" in child.environ() and handles(child.pid, number):
+                child.send_signal(number)
+
+
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal (Linux)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 from longcat.errors import BAD_INPUT, STOPPED, ConfigError, LongCatError
 from train.compose import check_keys, from_tree, one_line, register
-from train.metrics import METRICS
+from train.loggers.jsonl import METRICS, rows
 
 FOLDER = "hydra.sweep.dir=${run.dir}"  # where Hydra writes multirun.yaml
 
@@ -55,9 +54,11 @@ def run_sweep(overrides: list[str]) -> int:
 
 def final_loss(folder: Path) -> float:
     """What a sweeper minimises: a run's last validation loss, or its last training loss if it has none."""
-    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
-    return float(validated[-1] if validated else rows[-1]["loss"])
+    found = list(rows(folder / METRICS))
+    for key in ("val_loss", "loss"):
+        if values := [row[key] for row in found if row.get(key) is not None]:
+            return float(values[-1])
+    return math.inf
 
 
 def run_job(tree: Any, overrides: list[str]) -> int:

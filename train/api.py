@@ -99,11 +99,11 @@ class Session:
         """Train on the next global batch; returns the figures of this step under the keys of metrics.jsonl.
 
         Raises:
-            UnhealthyError: the loss or a gradient is not finite; nothing was updated.
+            UnhealthyError: the loss, a gradient or a bias is not finite; nothing was updated.
         """
         result = self._stepper.step()
         if not result.healthy:
-            raise UnhealthyError(f"step {self.state.counters.step}: the loss or a gradient is not finite")
+            raise UnhealthyError(f"step {self.state.counters.step}: {result.problem}; nothing was updated")
         return result.metrics
 
     def validate(self) -> ValidationResult:
@@ -115,7 +115,7 @@ class Session:
 
         Raises:
             SaveError: it could not be written.
-            UnhealthyError: a weight or a moment is not finite.
+            UnhealthyError: a weight, a moment or a bias is not finite.
         """
         return save(self.state, folder or self.checkpoints, self._description(), self.topology)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -119,6 +120,11 @@ class LoggingConfig:
 
     every: int = 1  # steps between lines on the terminal
     wandb: WandbMode = WandbMode.offline  # offline, online or disabled
+    wandb_project: str | None = None  # null: the environment's WANDB_PROJECT, or longcat
+    wandb_entity: str | None = None  # user or team; null: the environment's WANDB_ENTITY, or the user's default
+    wandb_group: str | None = None  # null: the environment's WANDB_RUN_GROUP, or none
+    wandb_tags: list[str] = field(default_factory=list)  # empty: the environment's WANDB_TAGS, or none
+    tensorboard: bool = False  # also write event files to the run's folder `tensorboard`; needs that package
     hash_every: int = 0  # steps between state hashes; 0 = never
     routing_every: int = (
         5  # steps between lines of routing.jsonl (expert loads and biases) and norms of gradients by layer; 0 = never
@@ -126,6 +132,11 @@ class LoggingConfig:
 
     def validate(self) -> None:
         check_choice("logging.wandb", self.wandb, WandbMode)
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "logging.tensorboard=true needs the package tensorboard, which is not installed; run `pip install "
+                "tensorboard` or set logging.tensorboard=false"
+            )
         if self.every < 1:
             raise ConfigError(f"logging.every={self.every} must be at least 1")
         for name in ("hash_every", "routing_every"):

@@ -15,11 +15,11 @@ from train.checkpoint.find import last_valid
 from train.checkpoint.saver import Saver
 from train.checkpoint.state_hash import state_hash
 from train.config import Config
-from train.metrics import MetricsSink
+from train.loggers.interface import MetricsSink
 from train.profiling.profiler import Profiler
 from train.run_dir import describe_corpora
 from train.state import TrainState
-from train.step import Stepper, StepRequests, StepResult
+from train.step import NOT_FINITE_BIASES, Stepper, StepRequests, StepResult
 from train.stop import StopSignal
 from train.terminal import Display
 from train.validation import Validator
@@ -57,14 +57,19 @@ class Loop:
         Raises:
             StopRequested: a signal or the time limit requested it; the state is saved.
             SaveError: the last checkpoint could not be saved.
-            UnhealthyError: the loss or a gradient is not finite; nothing was updated, the last checkpoint is named.
+            UnhealthyError: the loss, a gradient or a bias is not finite; nothing was updated, the last checkpoint is
+                named.
         """
         counters, config = self.state.counters, self.config
         while counters.step < config.train.steps:
             with self.profiler.step(counters.step + 1):
                 start = time.perf_counter()
                 result = self.stepper.step(
-                    StepRequests(bool(self.stop_signal), self.saver.is_overdue(), self.saver.has_ended())
+                    StepRequests(
+                        bool(self.stop_signal),
+                        self.stop_signal.take_save_request() or self.saver.is_overdue(),
+                        self.saver.has_ended(),
+                    )
                 )
                 seconds, blocked = time.perf_counter() - start, blocked_seconds()
             if not result.healthy:
@@ -135,7 +140,9 @@ class Loop:
     def _describe_bad_step(self, result: StepResult) -> str:
         self.saver.wait_pending()  # the checkpoint being written may be the last valid one
         checkpoint = last_valid(self.config.run.folder / "checkpoints", self.topology)
-        return (
-            f"step {self.state.counters.step}: loss {result.metrics['loss']}, gradient norm "
-            f"{result.metrics['grad_norm']}; nothing was updated and {checkpoint}; lower optim.lr or look at the data"
+        advice = (
+            "lower balance.ki, balance.kp and balance.kd"
+            if result.problem == NOT_FINITE_BIASES
+            else "lower optim.lr or look at the data"
         )
+        return f"step {self.state.counters.step}: {result.problem}; nothing was updated and {checkpoint}; {advice}"

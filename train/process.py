@@ -22,7 +22,7 @@ from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
 from train.config import Config
 from train.run import batch_shape, train
-from train.run_dir import EXIT, check_folder, claim_exit, lock, recorded_code, refuse
+from train.run_dir import check_folder, claim_exit, forget_exit, lock, recorded_code, refuse
 from train.stop import StopSignal
 
 
@@ -50,7 +50,7 @@ def main(config: Config) -> int:
             watchdog.stop()
         claimed = claim_exit(folder, code, message)
         if claimed and code != OK:
-            print(f"{'stopped' if code == STOPPED else 'error'}: {message}", file=sys.stderr, flush=True)
+            print(message if code == STOPPED else f"error: {message}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             dist.destroy_process_group()
         return code if claimed else recorded_code(folder)
@@ -63,7 +63,7 @@ def enter(config: Config) -> AbstractContextManager[Any]:
     if rank:
         return nullcontext()
     folder_lock = lock(config.run.folder)
-    (config.run.folder / EXIT).unlink(missing_ok=True)
+    forget_exit(config.run.folder)
     return folder_lock
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from longcat.json_text import dumps
 from parallel.device import device_name, fastest_dtype, keep_freed_memory, make_deterministic, peak_flops
 from parallel.mesh import Topology, connect
 from parallel.parallelize import BatchShape, parallelize
@@ -27,17 +28,19 @@ from train.checkpoint.retention import cleanup
 from train.config import ComputeDtype, Config
 from train.data.ids import check_ids, unused_ids
 from train.data.samples import TokenSamples
+from train.loggers.choice import open_loggers
+from train.loggers.interface import MetricsSink, NullSink
 from train.loop import Loop
-from train.metrics import SUPERSEDED, MetricsSink, MetricsWriter, NullMetricsWriter
 from train.optimizer import make_adamw
 from train.report import write_report
 from train.run_dir import CONFIG, as_mapping, describe_corpora, initial_checkpoint, write_config
+from train.run_files import write_file
 from train.state import Counters, TrainState
 from train.step import Stepper
 from train.stop import StopSignal
 from train.summary import derived_values, header
 from train.terminal import Display, SilentTerminal, Terminal
-from train.validation import Validator, write_json
+from train.validation import Validator
 
 LOG = "run.log"  # the terminal's lines, of every start of this run
 
@@ -58,21 +61,41 @@ def train(config: Config, stop_signal: StopSignal, on_hang: Callable[[str], None
     state = build_state(config, topology)
     train_samples, validator = build_data(config, topology)
     terminal = open_terminal(config, topology)
-    resume(state, config, topology, terminal)
-    if state.counters.step >= config.train.steps:
-        terminal.note(f"already at step {state.counters.step} of train.steps={config.train.steps}: nothing to do")
-        return
+    try:
+        resume(state, config, topology, terminal)
+        if state.counters.step < config.train.steps:
+            run_steps(state, train_samples, validator, config, topology, terminal, stop_signal)
+        else:
+            terminal.note(f"already at step {state.counters.step} of train.steps={config.train.steps}: nothing to do")
+    finally:
+        terminal.close()
+
+
+def run_steps(
+    state: TrainState,
+    train_samples: TokenSamples,
+    validator: Validator,
+    config: Config,
+    topology: Topology,
+    terminal: Display,
+    stop_signal: StopSignal,
+) -> None:
+    """Train from the state's step on, log, and write the report however that ends."""
     peak, peak_source = peak_flops(topology.device, getattr(torch, config.train.dtype))
-    writer: MetricsSink = NullMetricsWriter()
+    logger: MetricsSink = NullSink()
+    describe = partial(
+        write_config, config, derived_values(config, peak), device_name(topology.device), topology.world_size
+    )
+    is_described = True
     if topology.is_first:
-        write_config(config, derived_values(config, peak), device_name(topology.device), topology.world_size)
+        is_described = describe(terminal.note)
         terminal.header(header(config, topology, state.models, peak, peak_source))
         unused = unused_ids(config.data.paths, config.model.vocab_size)
         if unused is not None:
             terminal.note(unused)
-        writer = open_metrics(config, state.counters.step, terminal)
+        logger = open_loggers(config, state.counters.step, terminal.note)
     stepper = Stepper(state, BatchReader(train_samples, config, topology), config, topology)
-    loop = Loop(state, stepper, validator, config, topology, peak, writer, terminal, stop_signal)
+    loop = Loop(state, stepper, validator, config, topology, peak, logger, terminal, stop_signal)
     started = time.perf_counter()
     try:
         loop.run()
@@ -82,7 +105,9 @@ def train(config: Config, stop_signal: StopSignal, on_hang: Callable[[str], None
         state.engine.close()
         terminal.note(f"trained for {time.perf_counter() - started:.0f} s")
         if topology.is_first:
-            close(writer, config, terminal)
+            if not is_described:  # a full disk may have space again
+                describe(terminal.note)
+            close(logger, config, terminal)
 
 
 def open_terminal(config: Config, topology: Topology) -> Display:
@@ -94,30 +119,24 @@ def open_terminal(config: Config, topology: Topology) -> Display:
         config.train.steps,
         model.expected_ffn_experts,
         model.top_k,
-        log=(config.run.folder / LOG).open("a"),
+        log=config.run.folder / LOG,
         num_ranks=topology.world_size,
     )
 
 
-def open_metrics(config: Config, resumed_step: int, terminal: Display) -> MetricsSink:
-    """The metrics files, without the steps after ``resumed_step``, which are trained again."""
-    writer = MetricsWriter(config, resumed_step)
-    if writer.num_moved:
-        terminal.note(
-            f"{writer.num_moved} logged steps after step {resumed_step} have no checkpoint: they are trained again, "
-            f"and their old lines are kept in {SUPERSEDED}"
-        )
-    return writer
-
-
-def close(writer: MetricsSink, config: Config, terminal: Display) -> None:
+def close(logger: MetricsSink, config: Config, terminal: Display) -> None:
     """Close the logs and write the report. An error here must not hide how the run itself ended."""
-    try:
-        with work_span(Event(SpanKind.REPORT), slow=True):
-            writer.close()
-            terminal.note(f"report: {write_report(config.run.folder)}")
-    except Exception as error:
-        terminal.note(f"no report: {type(error).__name__}: {error}; try longcat report {config.run.folder}")
+    for name, action in (("metrics", logger.close), ("report", lambda: report(config, terminal))):
+        try:
+            with work_span(Event(SpanKind.REPORT), slow=True):
+                action()
+        except Exception as error:
+            what = "no report" if name == "report" else "the last metrics are lost"
+            terminal.note(f"{what}: {type(error).__name__}: {error}; try longcat report {config.run.folder}")
+
+
+def report(config: Config, terminal: Display) -> None:
+    terminal.note(f"report: {write_report(config.run.folder)}")
 
 
 def resolve_dtype(config: Config) -> ComputeDtype:
@@ -222,7 +241,7 @@ def finish(
     if config.validation.documents:
         documents = validator.documents_by_experts(state)
         if topology.is_first and documents:
-            write_json(folder / "text.json", {"documents": documents})
+            write_file(folder / "text.json", dumps({"documents": documents}), terminal.note)
     if not (config.validation.ngram_baselines and topology.is_first):
         return
     with work_span(Event(SpanKind.NGRAM), slow=True):
@@ -230,6 +249,6 @@ def finish(
     if baselines is None:
         terminal.note("n-gram baselines left out: more tokens than they take in minutes")
         return
-    write_json(folder / "baselines.json", baselines)
+    write_file(folder / "baselines.json", dumps(baselines), terminal.note)
     rows = ", ".join(f"{name} {baselines[name]:.3f}" for name in ("unigram", "bigram", "trigram"))
     terminal.note(f"n-gram models of the same tokens (interpolated Kneser-Ney), nats per token: {rows}")

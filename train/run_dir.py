@@ -7,7 +7,6 @@ import fcntl
 import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 import time
 import uuid
@@ -16,11 +15,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from longcat.errors import CRASHED, ConfigError, LongCatError
+from longcat.json_text import dumps
 from train.checkpoint.compatibility import CORPORA, TOKENIZER, differences
+from train.checkpoint.failures import describe
 from train.checkpoint.manifest import list_checkpoints
 from train.config import Config
 from train.data.corpus import fingerprints, tokenizer_sha256
 from train.environment import software
+from train.git import git_commit
+from train.run_files import Note, remove_quietly, write_file
 
 CONFIG, EXIT, LOCK = "config.yaml", "exit.json", ".lock"
 FIRST_RANK_PRINTS_SECONDS = 20.0
@@ -55,7 +58,8 @@ def check_not_another_run(config: Config) -> None:
     if wrong:
         shown = "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise ConfigError(
-            f"{folder} belongs to another configuration: {shown}; set them equal or choose another run.name"
+            f"{folder} belongs to another configuration: {shown}; set them back to resume it, or choose another "
+            f"run.name"
         )
     if config.checkpoint.resume == "never" and (
         list_checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()
@@ -67,10 +71,17 @@ def check_not_another_run(config: Config) -> None:
 
 def lock(folder: Path) -> IO[str]:
     """Lock the folder while the returned file is open; raises ConfigError if another run has it."""
-    file = (folder / LOCK).open("w")
+    try:
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise ConfigError(
+            f"{folder / LOCK} cannot be opened ({error.strerror}), so a second run would go unseen; make it writable "
+            f"or choose another run.name"
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        file.close()
         raise ConfigError(f"{folder} is in use by a running training; choose another run.name") from error
     except OSError as error:
         print(f"note: {folder} cannot be locked ({error.strerror}): do not start a second run in it", file=sys.stderr)
@@ -102,13 +113,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     import yaml
 
+    cure = (
+        "restore it, or remove this file alone: the checkpoints hold the configuration too; or choose another run.name"
+    )
     try:
         stored = yaml.safe_load((folder / CONFIG).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{folder / CONFIG} cannot be read; restore it or choose another run.name") from error
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{folder / CONFIG} cannot be read ({describe(error)}); {cure}") from error
     if not isinstance(stored, dict):
-        raise ConfigError(f"{folder / CONFIG} is no configuration; restore it or choose another run.name")
-    return stored
+        raise ConfigError(f"{folder / CONFIG} is no configuration; {cure}")
+    return {str(key): value for key, value in stored.items()}
 
 
 def initial_checkpoint(folder: Path) -> str:
@@ -129,14 +143,18 @@ def initial_checkpoint(folder: Path) -> str:
     return source
 
 
-def write_config(config: Config, derived: dict[str, Any], device: str, world_size: int) -> None:
-    """Write config.yaml: the resolved configuration, derived values and the environment."""
+def write_config(config: Config, derived: dict[str, Any], device: str, world_size: int, note: Note) -> bool:
+    """Write config.yaml: the resolved configuration, derived values and the environment.
+
+    Returns whether it is written; a failure goes to ``note`` and leaves an older config.yaml as it is.
+    """
     import yaml
 
     target = config.run.folder / CONFIG
-    before = read_config(config.run.folder).get("environment", {}) if target.is_file() else {}
+    before = read_config(config.run.folder).get("environment") if target.is_file() else None
+    started = before.get("started") if isinstance(before, dict) else None
     environment = {
-        "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": started or datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         **software(),
         "packages": {name: version(name) for name in PACKAGES},
@@ -149,9 +167,7 @@ def write_config(config: Config, derived: dict[str, Any], device: str, world_siz
         "environment": environment,
         "derived": derived,
     }
-    partial = config.run.folder / f"{CONFIG}.partial"
-    partial.write_text(yaml.safe_dump(tree, sort_keys=False))
-    partial.replace(target)
+    return write_file(target, yaml.safe_dump(tree, sort_keys=False), note)
 
 
 def version(package: str) -> str:
@@ -161,11 +177,18 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def git_commit() -> str:
-    """The commit of the running code, or `unknown` outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def forget_exit(folder: Path) -> None:
+    """Remove the exit.json of an earlier start.
+
+    Raises:
+        ConfigError: it cannot be removed, so that it would speak for this start.
+    """
+    try:
+        (folder / EXIT).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder / EXIT} cannot be removed ({error.strerror}); remove it, or choose another run.name"
+        ) from error
 
 
 def claim_exit(folder: Path, code: int, message: str) -> bool:
@@ -179,19 +202,19 @@ def claim_exit(folder: Path, code: int, message: str) -> bool:
     except OSError:  # the folder cannot be written: the first rank still prints the message
         return is_first_rank()
     finally:
-        mine.unlink(missing_ok=True)
+        remove_quietly(mine)
     return True
 
 
 def write_exit(path: Path, code: int, message: str) -> None:
-    path.write_text(json.dumps({"code": code, "message": message}))
+    path.write_text(dumps({"code": code, "message": message}))
 
 
 def recorded_code(folder: Path) -> int:
     """The code in exit.json; `CRASHED` if it cannot be read."""
     try:
         return int(json.loads((folder / EXIT).read_text())["code"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return CRASHED
 
 

@@ -18,6 +18,7 @@ from parallel.mesh import Axis, Topology
 from parallel.reduce import sum_in_one_collective, sum_over_ranks
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import begin_step, work_span
+from train.balance import BiasController
 from train.batches import Batch, BatchReader
 from train.config import Config
 from train.objective import Divisors, objective
@@ -45,6 +46,7 @@ class StepRequests:
 
 
 NONE = StepRequests()
+NOT_FINITE_BIASES = "a selection bias or the bias controller's state is not finite"
 
 
 @dataclass
@@ -54,8 +56,12 @@ class StepResult:
     metrics: dict[str, Any]  # keys of metrics.jsonl
     counts: Tensor  # [L, N+Z] int64, selections of the global batch
     grad_norms: dict[str, float | None]  # gradient norms before clipping of each part of the model, as metrics
-    healthy: bool  # False: nothing was updated
+    problem: str  # what is not finite; then no weight was updated. Empty if all is well
     requests: StepRequests  # set where any rank requested it
+
+    @property
+    def healthy(self) -> bool:
+        return not self.problem
 
 
 class Stepper:
@@ -65,7 +71,7 @@ class Stepper:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
 
     def step(self, requests: StepRequests = NONE) -> StepResult:
-        """Train on the next global batch. If the loss or a gradient is not finite, nothing is updated."""
+        """Train on the next global batch. If the loss, a gradient or a new bias is not finite, no weight is updated."""
         counters, config = self.state.counters, self.config
         begin_step(counters.step + 1)
         batches = list(self.reader.read(counters.position))
@@ -86,18 +92,26 @@ class Stepper:
             counts = sum_over_ranks(local.counts)
         global_square, *sums = scalars[: -wanted.numel()].tolist()
         norm = math.sqrt(global_square)
-        healthy = all(map(math.isfinite, (norm, *sums)))
+        problem = (
+            ""
+            if all(map(math.isfinite, (norm, *sums)))
+            else f"loss {sums[0] / max(divisors.valid_tokens, 1)}, gradient norm {norm}"
+        )
         factor = rate_factor(config.schedule, counters.step + 1)
-        if healthy:
+        if not problem:
+            biases = self.state.controller.update(counts)
+            if not is_finite(biases, self.state.controller):
+                problem = NOT_FINITE_BIASES
+        if not problem:
             with work_span(Event(SpanKind.OPTIMIZER)):
-                self._update(norm, factor, counts)
+                self._update(norm, factor, biases)
         counters.step += 1
         counters.samples += config.train.global_batch_size
         counters.tokens += divisors.tokens
         metrics = self._metrics(sums, divisors, norm, factor, counts, gradients, use_mtp)
         metrics["router_similarity"] = router_similarity(directions, config.model.num_routed)
         asked = StepRequests(*(count > 0 for count in scalars[-wanted.numel() :].tolist()))
-        return StepResult(metrics, counts, norms_by_part(part_squares, use_mtp), healthy, asked)
+        return StepResult(metrics, counts, norms_by_part(part_squares, use_mtp), problem, asked)
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> StepSums:
         weights = self.config.loss, self.config.balance.group_loss_weight
@@ -124,13 +138,13 @@ class Stepper:
         total.balance_gradient *= counts_balance
         return total
 
-    def _update(self, norm: float, factor: float, counts: Tensor) -> None:
+    def _update(self, norm: float, factor: float, biases: Tensor) -> None:
         limit = self.config.optim.grad_clip
         if limit and norm > limit:
             self.state.store.scale_gradients(limit / norm)
         set_rates(self.state.store.optimizer, self.config.optim, factor)
         self.state.store.step()
-        self.state.set_biases(self.state.controller.update(counts))
+        self.state.set_biases(biases)
 
     def _reset_routers(self) -> None:
         """Let the routers accumulate Σ_t ∂loss/∂R_t in this step's backward."""
@@ -194,6 +208,11 @@ def norms_by_part(squares: Tensor, use_mtp: bool) -> dict[str, float | None]:
     names = [f"grad_norm/{part}" for part in (*layers, *OTHER_PARTS)]
     norms: dict[str, float | None] = dict(zip(names, squares.sqrt().tolist(), strict=True))
     return norms if use_mtp else norms | {"grad_norm/mtp": None}
+
+
+def is_finite(biases: Tensor, controller: BiasController) -> bool:
+    """Whether the next selection biases and the controller's state are finite."""
+    return all(bool(torch.isfinite(values).all()) for values in (biases, *controller.state().values()))
 
 
 def router_similarity(directions: Tensor, num_rows: int) -> float:

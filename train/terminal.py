@@ -10,7 +10,11 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TextIO
+
+from longcat.lasting_streams import LastingStream
+from train.run_files import LineFile
 
 HEADER_EVERY = 20
 IMBALANCED = 2.0  # busiest expert over mean from which the balance is coloured as a warning
@@ -48,6 +52,9 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """A remark, such as a checkpoint that was written."""
 
+    def close(self) -> None:
+        """After the last line."""
+
 
 class SilentTerminal:
     """The display of every rank but the first: it prints nothing."""
@@ -60,15 +67,19 @@ class SilentTerminal:
 
     def note(self, text: str) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class Terminal:
     """Prints the progress of a run, coloured on a terminal, plain and unwrapped in a file or a pipe.
+
+    Neither a stream whose reader is gone nor a full disk ends the run: the lines that can be written are.
 
     Args:
         expected_ffn_experts: K_e of the model.
         top_k: K of the model.
         stream: standard output unless given.
-        log: gets the same lines without colour.
+        log: path of a file that gets the same lines without colour.
         num_ranks: with several, a column shows the share of a step that ranks wait for each other.
     """
 
@@ -78,20 +89,22 @@ class Terminal:
         expected_ffn_experts: float,
         top_k: int,
         stream: TextIO | None = None,
-        log: TextIO | None = None,
+        log: Path | None = None,
         num_ranks: int = 1,
     ) -> None:
         self.total_steps, self.num_ranks = total_steps, num_ranks
         self.expected = expected_ffn_experts
         self.top_k = top_k
-        self.stream = stream if stream is not None else sys.stdout
-        self.log = log
+        stream = stream if stream is not None else sys.stdout
+        self.stream: Any = stream if isinstance(stream, LastingStream) else LastingStream(stream)
+        self._told_lost = False
         self._lines = 0
         self._seconds: deque[float] = deque(maxlen=PACE_STEPS)
         self._shown: list[Column] = []
         self._columns = self._all_columns()
         self._unicode = _can_encode(self.stream, "–╭│±×")
         self._paint = _painter(self.stream)
+        self.log = None if log is None else LineFile(log, self._show)
 
     def header(self, lines: list[tuple[str, str]]) -> None:
         """Print a panel of (name, value) pairs."""
@@ -182,15 +195,27 @@ class Terminal:
         """The columns of the terminal; None where lines are not wrapped."""
         return shutil.get_terminal_size().columns if _is_terminal(self.stream) else None
 
+    def close(self) -> None:
+        """Close the log."""
+        if self.log is not None:
+            self.log.close()
+
     def _print(self, text: str) -> None:
         if self.log is not None:
-            self.log.write(_STYLE.sub("", text) + "\n")
-            self.log.flush()
+            self.log.write(_STYLE.sub("", text))
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        """Print a line to the stream alone."""
         self.stream.write((text if self._unicode else _to_ascii(text, self.stream)) + "\n")
         self.stream.flush()
+        if self.stream.lost is not None and self.log is not None and not self._told_lost:
+            self._told_lost = True
+            reason = getattr(self.stream.lost, "strerror", None) or self.stream.lost
+            self.log.write(f"nobody reads standard output any more ({reason}); training continues, its lines are here")
 
 
-def _painter(stream: TextIO) -> Callable[[str, str], str]:
+def _painter(stream: Any) -> Callable[[str, str], str]:
     """paint(text, style) by rich's rules (NO_COLOR, TERM); off a terminal it returns the text."""
     if not _is_terminal(stream):
         return lambda text, style: text
@@ -209,11 +234,11 @@ def _painter(stream: TextIO) -> Callable[[str, str], str]:
     return paint
 
 
-def _is_terminal(stream: TextIO) -> bool:
+def _is_terminal(stream: Any) -> bool:
     return bool(getattr(stream, "isatty", lambda: False)())
 
 
-def _can_encode(stream: TextIO, text: str) -> bool:
+def _can_encode(stream: Any, text: str) -> bool:
     try:
         text.encode(getattr(stream, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -221,7 +246,7 @@ def _can_encode(stream: TextIO, text: str) -> bool:
     return True
 
 
-def _to_ascii(text: str, stream: TextIO) -> str:
+def _to_ascii(text: str, stream: Any) -> str:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.translate(_ASCII).encode(encoding, errors="replace").decode(encoding)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -102,7 +100,3 @@ class Validator:
         else:
             state.engine.evaluate(batches)
         return sum_over_ranks(used) / self.config.model.num_layers
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def enable_flight_recorder(folder: Path) -> None:
     if not torch.cuda.is_available():
         return
     path = flight_record_path(folder, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # a folder that cannot be made costs the records, not the run
+        path.parent.mkdir(parents=True, exist_ok=True)
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its older name
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:

@@ -170,6 +170,18 @@ def test_each_choice_of_the_configuration_composes() -> None:
         compose([choice])
 
 
+def test_json_is_written_in_one_place() -> None:
+    """`json.dump` writes NaN, which is no JSON. Heartbeats may use it: they are read by Python alone."""
+    allowed = {"longcat/json_text.py", "parallel/watchdog/heartbeats.py"}
+    used = {
+        _relative(path)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.dump", "json.dumps")
+    }
+    assert used == allowed, "use longcat.json_text.dumps"
+
+
 def test_test_names_are_short_and_unique_in_their_file() -> None:
     """A name states the claim; the rest is its docstring."""
     for path in _files("tests"):

@@ -28,6 +28,7 @@ from train.process import main
 from train.run import build_state
 from train.state import TrainState
 from train.step import Stepper
+from train.stop import SAVE_SIGNAL, STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = ("loss", "grad_norm", "state_hash")
@@ -51,7 +52,7 @@ TINY = [
     "train.dtype=float32",
 ]
 VOCAB = 512  # tokens of the corpus of the fixtures
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+SIGNALS = (*STOP_SIGNALS, SAVE_SIGNAL, signal.SIGQUIT)
 
 
 def train_here(overrides: list[str]) -> int:

@@ -27,7 +27,8 @@ from tests.support.running import (
 )
 from train.checkpoint.manifest import list_checkpoints, verify
 from train.compose import compose
-from train.metrics import MetricsWriter
+from train.loggers.jsonl import JsonLines
+from train.stop import SAVE_SIGNAL, STOP_SIGNALS
 
 ENDLESS = "train.steps=100000"
 BLOWS_UP = ["optim.lr=1e30", "optim.grad_clip=0", "schedule.warmup_steps=0"]
@@ -37,7 +38,7 @@ def stopped_at(folder: Path, errors: str, reason: str) -> int:
     """Check that a run stopped cleanly and saved its last step; returns that step."""
     step = len(lines(folder))
     assert errors.strip() == (
-        f"stopped: stopped on {reason} after step {step}; state saved, the same command resumes from there"
+        f"stopped on {reason} after step {step}; state saved, the same command resumes from there"
     )
     assert exit_json(folder)["code"] == 3
     newest = list_checkpoints(folder / "checkpoints")[-1]
@@ -47,17 +48,17 @@ def stopped_at(folder: Path, errors: str, reason: str) -> int:
 
 def in_step(step: int, action: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
     """Run an action in this process as soon as ``step`` is logged."""
-    write = MetricsWriter.write
+    write = JsonLines.write
 
-    def then_act(self: MetricsWriter, metrics: dict[str, Any], *rest: Any) -> None:
+    def then_act(self: JsonLines, metrics: dict[str, Any], *rest: Any) -> None:
         write(self, metrics, *rest)
         if metrics["step"] == step:
             action()
 
-    patch.setattr(MetricsWriter, "write", then_act)
+    patch.setattr(JsonLines, "write", then_act)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_signal_saves_and_the_same_command_resumes(
     number: signal.Signals,
     corpus: Path,
@@ -88,8 +89,14 @@ def through_the_agent(
 
 @pytest.mark.parametrize(
     "number,to_agent,to_ranks",
-    [(signal.SIGTERM, True, []), (signal.SIGINT, True, [0, 1]), (signal.SIGTERM, False, [1])],
-    ids=["sigterm_to_the_agent", "ctrl_c_to_all", "sigterm_to_one_rank"],
+    [
+        (signal.SIGTERM, True, []),
+        (signal.SIGINT, True, [0, 1]),
+        (signal.SIGTERM, False, [1]),
+        (signal.SIGUSR1, True, [0, 1]),
+        (signal.SIGHUP, True, []),
+    ],
+    ids=["sigterm_to_the_agent", "ctrl_c_to_all", "sigterm_to_one_rank", "usr1_to_all", "hup_to_the_agent"],
 )
 def test_signal_saves_with_two_processes(
     number: signal.Signals,
@@ -111,6 +118,63 @@ def test_signal_saves_with_two_processes(
     assert code == 3, errors
     step = stopped_at(folder, errors, "request" if "request" in errors else number.name)
     assert exact(folder).keys() == set(range(1, step + 1))
+
+
+def test_save_signal_saves_and_the_run_goes_on(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*overrides, *NARROW, "train.steps=6", "checkpoint.keep=0"]
+    in_step(2, lambda: os.kill(os.getpid(), SAVE_SIGNAL), monkeypatch)
+    assert train_here(words) == 0
+    names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == ["step-00000003", "step-00000006"]
+
+
+def test_agent_passes_the_save_signal_on(
+    overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While the ranks start it ends nothing; later they save, and the run goes on until it is stopped."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    saved: list[str] = []
+
+    def send() -> None:
+        while not ranks_below(os.getpid()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), SAVE_SIGNAL)
+        wait_for_step(tmp_path / "run", 2)
+        os.kill(os.getpid(), SAVE_SIGNAL)
+        end = time.monotonic() + 60
+        while not list_checkpoints(checkpoints) and time.monotonic() < end:
+            time.sleep(0.01)
+        saved.extend(path.name for path in list_checkpoints(checkpoints))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    code, errors = through_the_agent([*overrides, *NARROW, ENDLESS], capfd, send)
+    assert code == 3, errors
+    assert len(saved) == 1
+    assert stopped_at(tmp_path / "run", errors, "request" if "request" in errors else "SIGTERM") > int(saved[0][5:])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_hup_stays_ignored_under_nohup(
+    processes: int, overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+
+        def send() -> None:
+            wait_for_step(tmp_path / "run", 2)
+            for pid in [os.getpid(), *ranks_below(os.getpid())]:
+                os.kill(pid, signal.SIGHUP)
+
+        other = threading.Thread(target=send)
+        other.start()
+        words = [*overrides, *NARROW, "train.steps=12", f"run.num_processes={processes}"]
+        assert run_cleanly(lambda: longcat(["train", *words])) == 0
+        other.join()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(lines(tmp_path / "run")) == 12
 
 
 def test_agent_waits_for_the_save_despite_more_signals(
@@ -171,12 +235,15 @@ def test_agent_forwards_signals(
 
 def test_a_crash_leaves_its_reason(overrides: list[str], tmp_path: Path) -> None:
     """An unexpected error prints a traceback, ends with code 1 and unlocks the folder."""
-    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
-    with pytest.raises(IsADirectoryError):
+    import train.run
+
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train.run, "build_data", fail)
         train_here([*overrides, *NARROW])
-    assert exit_json(tmp_path / "run")["code"] == 1
-    assert "IsADirectoryError" in exit_json(tmp_path / "run")["message"]
-    (tmp_path / "run" / "metrics.jsonl").rmdir()
+    assert exit_json(tmp_path / "run") == {"code": 1, "message": "ZeroDivisionError: a bug"}
     assert train_here([*overrides, *NARROW, "train.steps=1"]) == 0
 
 
@@ -268,6 +335,22 @@ def test_non_finite_first_step_leaves_no_checkpoint(
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
     assert exit_json(tmp_path / "run")["code"] == 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["balance.ki=1e40"], ["balance.ki=0", "balance.kp=1e300"], ["balance.method=sign", "balance.ki=1e39"]],
+    ids=["integral", "proportional", "sign"],
+)
+def test_non_finite_biases_end_with_4_and_save_nothing(
+    words: list[str], overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert train_here([*overrides, *NARROW, *words, "checkpoint.every=1", "logging.routing_every=1"]) == 4
+    errors = capfd.readouterr().err
+    assert "a selection bias or the bias controller's state is not finite" in errors and "lower balance.ki" in errors
+    assert errors.count("\n") == 1 and list_checkpoints(folder / "checkpoints") == []
+    assert (folder / "metrics.jsonl").read_text() == "" == (folder / "routing.jsonl").read_text()
 
 
 def test_invalid_checkpoint_is_not_named_as_the_last_valid(

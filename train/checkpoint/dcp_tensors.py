@@ -101,6 +101,12 @@ def box_values(tensors: dict[str, Tensor]) -> Iterator[Tensor]:
             yield from (values for _, values in tensor.boxes.values())
 
 
+def values_here(tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+    """All values among ``tensors`` on this rank: its boxes, and what every rank has in full."""
+    yield from box_values(tensors)
+    yield from (tensor for tensor in tensors.values() if not isinstance(tensor, DcpTensor) and tensor.numel())
+
+
 def loaded(state: TrainState) -> tuple[dict[str, Tensor], list[LocalBox]]:
     """Tensors to load a checkpoint into, and the boxes among them; call `finish_load` afterwards."""
     boxes = list(replace_values(state.store.local_boxes(write=True), clone if state.store.transient else identity))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from longcat.errors import ConfigError
 from longcat.growth import Growth, GrowthMethod, layer_of
+from longcat.json_text import dumps
 from train.checkpoint.files import HashedFile, atomic_folder, check_absent
 from train.checkpoint.find import find_valid, is_inside
 from train.checkpoint.manifest import STATE, check_name, step_of, write_manifest
@@ -195,7 +196,7 @@ def write(source: GrowthSource, partial: Path) -> None:
     paths = {grown: (grown,) for grown in tensors}  # where a key belongs in a nested state, for torch's own converters
     metadata = dataclasses.replace(source.metadata, state_dict_metadata=tensors, planner_data=paths)
     FileSystemWriter(partial).finish(metadata, [results])
-    write_manifest(partial, json.dumps(grown_state(source)), hashes)
+    write_manifest(partial, dumps(grown_state(source)), hashes)
 
 
 def repeated_rows(source: GrowthSource) -> dict[str, Tensor]:

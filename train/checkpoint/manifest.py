@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longcat.errors import ConfigError
+from longcat.json_text import dumps
 from train.checkpoint.files import HASH, file_hash, sync_folder, write_synced
 
 NAME = re.compile(r"^step-([0-9]{8})\Z")  # the full name: a copy `backup-step-00000002` is not a run's checkpoint
@@ -124,7 +125,7 @@ def write_manifest(partial: Path, text: str, files: dict[str, str]) -> None:
     write_synced(partial / STATE, text)
     for name in (STATE, ".metadata"):
         files[name] = file_hash(partial / name)
-    write_synced(partial / MANIFEST, json.dumps({"hash": HASH, "files": files}, indent=1))
+    write_synced(partial / MANIFEST, dumps({"hash": HASH, "files": files}, indent=1))
     sync_folder(partial)
 
 

@@ -7,7 +7,6 @@ process group, and its spans appear on the main thread's stack only while that w
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import threading
@@ -22,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longcat.errors import SaveError, UnhealthyError
+from longcat.json_text import dumps
 from parallel.memory import mib
 from parallel.mesh import Topology
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
-from train.checkpoint.dcp_tensors import Take, box_values, saved
+from train.checkpoint.dcp_tensors import Take, box_values, saved, values_here
 from train.checkpoint.failures import describe, first_failure
 from train.checkpoint.files import PARTIAL, HashedFile
 from train.checkpoint.find import describe_last_valid
@@ -59,7 +59,7 @@ class Snapshot:
         tensors = saved(state, take)
         num_bytes = sum(values.nbytes for values in box_values(tensors)) if state.store.counts_here else 0
         text = {"counters": asdict(state.counters), "configuration": configuration, "val_loss": val_loss}
-        return cls(state.counters.step, tensors, num_bytes, json.dumps(text))
+        return cls(state.counters.step, tensors, num_bytes, dumps(text))
 
 
 class SaveContext:
@@ -124,7 +124,7 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, cont
     """Write and commit `<folder>/step-…`, then remove the checkpoints that ``keep`` does not select.
 
     Raises:
-        UnhealthyError: a weight or a moment is not finite; nothing is written.
+        UnhealthyError: a weight, a moment or a bias is not finite; nothing is written.
         SaveError: it could not be written, or the disk has too little space; the incomplete folder is removed.
     """
     check_finite(snapshot, folder, topology, context)
@@ -161,7 +161,7 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, cont
 
 def check_finite(snapshot: Snapshot, folder: Path, topology: Topology, context: SaveContext) -> None:
     def look() -> bool:
-        return all(is_finite(values) for values in box_values(snapshot.tensors))
+        return all(map(is_finite, values_here(snapshot.tensors)))
 
     if all(context.run_on_all_ranks(SpanKind.CHECKPOINT_FINITE, look)):
         return
@@ -169,7 +169,7 @@ def check_finite(snapshot: Snapshot, folder: Path, topology: Topology, context: 
         SpanKind.CHECKPOINT_FIND, lambda: describe_last_valid(folder) if topology.is_first else ""
     )
     raise UnhealthyError(
-        f"step {snapshot.step}: a weight or a moment is not finite, so the state is not saved; "
+        f"step {snapshot.step}: a weight, a moment or a bias is not finite, so the state is not saved; "
         f"{phrases[0]}; lower optim.lr or look at the data"
     )
 

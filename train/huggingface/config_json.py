@@ -10,6 +10,7 @@ from typing import Any
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
+from longcat.json_text import dumps
 
 CONFIG, GENERATION, OURS = "config.json", "generation_config.json", "longcat.json"
 SAME = (
@@ -158,4 +159,4 @@ def texts(model: ModelConfig, layout: str, dtype: str, end: int, positions: int,
         GENERATION: {**special_tokens(end), "do_sample": False},
         OURS: {"model": asdict(model), "layout": layout, "counters": counters},
     }
-    return {name: json.dumps(tree, indent=2) + "\n" for name, tree in trees.items()}
+    return {name: dumps(tree, indent=2) + "\n" for name, tree in trees.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,6 +11,7 @@ import torch
 
 from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
+from longcat.json_text import dumps
 from train.checkpoint.files import atomic_folder, check_absent, write_synced
 from train.checkpoint.offline_reader import Checkpoint
 from train.data.corpus import TOKENIZER_NAME
@@ -99,4 +99,4 @@ def tokenizer_settings(path: Path, end: int, positions: int) -> str:
         "model_max_length": positions,
         "clean_up_tokenization_spaces": False,
     }
-    return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    return dumps(settings, indent=2, ensure_ascii=False) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import queue
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
+from longcat.json_text import dumps
 from longcat.names import Box
 from parallel.state_store import MOMENTS
 from train.balance import build_controller
@@ -96,7 +96,7 @@ def import_folder(options: ImportOptions, overrides: list[str]) -> tuple[Path, C
     with atomic_folder(target) as partial:
         write(initial_state(config, source), partial)
         files = {path.name: file_hash(path) for path in sorted(partial.glob("*.distcp"))}
-        write_manifest(partial, json.dumps(text), files)
+        write_manifest(partial, dumps(text), files)
     return target, config
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
+from longcat.json_text import dumps
 from longcat.names import Box, pieces
 from train.checkpoint.files import write_synced
 from train.checkpoint.offline_reader import full_box
@@ -66,7 +67,7 @@ class ShardWriter:
         assert self.written == len(self.shards), "some tensors were never given"
         files = {name: self.file_name(number) for number, shard in enumerate(self.shards) for name in shard}
         index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(files.items()))}
-        write_synced(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        write_synced(self.folder / INDEX, dumps(index, indent=2) + "\n")
 
 
 class SafetensorsFolder:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longcat.json_text import dumps
 from parallel.watchdog.events import Event, Track
 from train.profiling.recorder import CommSpan, Send, StepRecorder
 from train.profiling.timeline import Operator
@@ -174,4 +175,4 @@ def _metadata(kind: str, rank: int, thread: int, **args: Any) -> TraceEvent:
 def writer(step: int) -> Callable[[list[TraceEvent]], str]:
     """Events → the text of a trace file."""
     metadata = {"program": "longcat", "step": step}
-    return lambda events: json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": metadata})
+    return lambda events: dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": metadata})

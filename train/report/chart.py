@@ -7,13 +7,13 @@ linear and a logarithmic vertical axis and for every horizontal one; the page's 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from html import escape
 
 import numpy as np
 
+from longcat.json_text import dumps
 from train.report.axes import Axes
 from train.report.curves import BUCKETS, Curve, downsample
 from train.report.labels import spread
@@ -146,7 +146,7 @@ class Page:
         if not self.charts:
             return ""
         data = self.axes.data() | {"charts": self.charts, "width": WIDTH, "height": HEIGHT}
-        text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+        text = dumps(data, separators=(",", ":")).replace("<", "\\u003c")
         return f'<script type="application/json" id="data">{text}</script>'
 
 

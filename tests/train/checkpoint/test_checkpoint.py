@@ -180,7 +180,8 @@ def test_non_finite_state_is_not_saved(saver: Saver) -> None:
     value = float(moment.view(-1)[3])
     moment.view(-1)[3] = float("nan")
     with pytest.raises(
-        UnhealthyError, match=r"step 2: a weight or a moment is not finite.* last valid checkpoint is .*step-00000001;"
+        UnhealthyError,
+        match=r"step 2: a weight, a moment or a bias is not finite.* last valid checkpoint is .*step-00000001;",
     ):
         saver.save(2)
     moment.view(-1)[3] = value

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from longcat.errors import ConfigError
-from tests.support.running import NARROW, exact, exit_json, lines, train_here, uninterrupted
+from longcat.errors import ConfigError, UnhealthyError
+from tests.support.running import NARROW, exact, exit_json, lines, train_here, trained_state, uninterrupted
 from train.checkpoint import save as saving
 from train.checkpoint.find import find_start
 from train.checkpoint.manifest import list_checkpoints, verify
@@ -336,4 +337,19 @@ def test_non_finite_state_in_the_save_thread_ends_the_run(
     monkeypatch.setattr(Stepper, "_update", blow_up)
     assert train_here([*narrow, "train.steps=4", "checkpoint.every=1", "validation.every=0"]) == 4
     assert steps_there(tmp_path / "run") == [2, 3]
-    assert "step 4: a weight or a moment is not finite" in exit_json(tmp_path / "run")["message"]
+    assert "step 4: a weight, a moment or a bias is not finite" in exit_json(tmp_path / "run")["message"]
+
+
+@pytest.mark.parametrize("part", ["bias", "controller"])
+def test_non_finite_bias_is_not_saved(part: str, narrow: list[str], tmp_path: Path) -> None:
+    """Also where it was not this step that made it so."""
+    state, topology, _ = trained_state(narrow, 1)
+    try:
+        tensor = state.biases if part == "bias" else next(iter(state.controller.state().values()))
+        tensor.view(-1)[0] = float("inf")
+        with pytest.raises(UnhealthyError, match="a weight, a moment or a bias is not finite"):
+            saving.save(state, tmp_path / "checkpoints", {}, topology)
+    finally:
+        state.engine.close()
+        dist.destroy_process_group()
+    assert steps_there(tmp_path) == []

@@ -1,0 +1,173 @@
+"""wandb and TensorBoard: what they get, how a restart continues, and what happens when they fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.fixtures import error_line
+from tests.support.running import NARROW, exit_json, lines, train_here
+from train.compose import compose
+from train.loggers import wandb_logger
+from train.loggers.wandb_logger import RUN_ID
+
+
+class FakeRun:
+    """A wandb run that remembers what it got."""
+
+    def __init__(self, fails_at: int = 0) -> None:
+        self.fails_at, self.logged, self.finished = fails_at, {}, False
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if step == self.fails_at:
+            raise ConnectionResetError("Connection lost")
+        self.logged[step] = metrics
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A module `wandb` whose `init` keeps its arguments; `runs` has a run for each start."""
+    fake = types.SimpleNamespace(calls=[], runs=[], is_logged_in=True, fails_at=0)
+
+    def init(**keywords: Any) -> FakeRun:
+        fake.calls.append(keywords)
+        fake.runs.append(FakeRun(fake.fails_at))
+        return fake.runs[-1]
+
+    fake.init, fake.teardown = init, lambda: None
+    fake.login = lambda prompt: fake.is_logged_in
+    fake.Settings = dict
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    for name in ("WANDB_PROJECT", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return fake
+
+
+def test_restart_continues_the_same_wandb_run(
+    fake_wandb: types.SimpleNamespace, overrides: list[str], tmp_path: Path
+) -> None:
+    words = [*overrides, *NARROW, "logging.wandb=online", "logging.wandb_group=g", "logging.wandb_tags=[a,b]"]
+    words += ["logging.wandb_entity=team", "logging.wandb_project=mine"]
+    assert train_here([*words, "train.steps=2"]) == 0
+    assert train_here([*words, "train.steps=4"]) == 0
+    first, second = fake_wandb.calls
+    assert first["id"] == second["id"] == (tmp_path / "run" / RUN_ID).read_text().strip()
+    for call in (first, second):
+        assert call["resume"] == "allow" and call["group"] == "g" and call["tags"] == ["a", "b"]
+        assert call["entity"] == "team" and call["project"] == "mine"
+    assert [sorted(run.logged) for run in fake_wandb.runs] == [[1, 2], [3, 4]]
+    assert all(run.finished for run in fake_wandb.runs)
+    assert fake_wandb.runs[0].logged[2]["loss"] == lines(tmp_path / "run")[1]["loss"]
+
+
+@pytest.mark.parametrize("key,variable,project", [("", "", "longcat"), ("", "env", "env"), ("key", "env", "key")])
+def test_project_is_the_key_s_or_the_environment_s(
+    key: str,
+    variable: str,
+    project: str,
+    fake_wandb: types.SimpleNamespace,
+    overrides: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if variable:
+        monkeypatch.setenv("WANDB_PROJECT", variable)
+    config = compose([*overrides, *([f"logging.wandb_project={key}"] if key else []), "logging.wandb=offline"])
+    wandb_logger.start_wandb(config, "abc")
+    assert fake_wandb.calls[0]["project"] == project
+
+
+def test_wandb_without_a_key_is_said_at_the_first_step(
+    fake_wandb: types.SimpleNamespace, overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake_wandb.is_logged_in = False
+    assert train_here([*overrides, *NARROW, "train.steps=3", "logging.wandb=online"]) == 0
+    check_said_before_step(capfd.readouterr().out, "no API key", 1)
+    assert (tmp_path / "run" / "report.html").is_file() and exit_json(tmp_path / "run")["code"] == 0
+
+
+def check_said_before_step(printed: str, text: str, step: int) -> None:
+    """One note with ``text`` and that training continues, before the line of ``step``."""
+    said = [number for number, line in enumerate(printed.splitlines()) if text in line]
+    steps = [number for number, line in enumerate(printed.splitlines()) if line.strip().startswith(f"{step}/")]
+    assert len(said) == 1 and said[0] < steps[0], printed
+    assert "training continues without wandb" in printed.splitlines()[said[0]]
+
+
+def test_wandb_that_cannot_start_is_said_at_the_first_step(
+    overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The real package, whose folder is a file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb").write_text("")
+    assert train_here([*overrides, *NARROW, "train.steps=3", "logging.wandb=offline"]) == 0
+    check_said_before_step(capfd.readouterr().out, "wandb: ", 1)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_wandb_that_dies_costs_no_step(
+    overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real package, whose service is killed in the middle."""
+    psutil = pytest.importorskip("psutil")
+    from train.loggers.jsonl import JsonLines
+
+    plain = JsonLines.write
+
+    def write(self: JsonLines, metrics: dict[str, Any], *rest: Any) -> None:
+        plain(self, metrics, *rest)
+        if metrics["step"] == 3:
+            services = [child for child in psutil.Process().children() if "wandb" in " ".join(child.cmdline())]
+            assert services
+            for child in services:
+                os.kill(child.pid, signal.SIGKILL)
+                child.wait(10)
+
+    monkeypatch.setattr(JsonLines, "write", write)
+    assert train_here([*overrides, *NARROW, "train.steps=30", "logging.wandb=offline"]) == 0
+    printed = capfd.readouterr()
+    assert printed.out.count("training continues without wandb") == 1 and "Traceback" not in printed.err
+    assert len(lines(tmp_path / "run")) == 30 and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_wandb_that_fails_later_is_left_out_once(
+    fake_wandb: types.SimpleNamespace, overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake_wandb.fails_at = 2
+    assert train_here([*overrides, *NARROW, "train.steps=5", "logging.wandb=offline"]) == 0
+    assert capfd.readouterr().out.count("Connection lost; training continues without wandb") == 1
+    assert len(lines(tmp_path / "run")) == 5
+
+
+def test_tensorboard_without_its_package_is_refused(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from launch.__main__ import main as longcat
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "tensorboard" else find(name))
+    assert longcat(["train", *overrides, "logging.tensorboard=true"]) == 2
+    error_line(capfd.readouterr().err, "logging.tensorboard=true", "not installed", "pip install tensorboard")
+
+
+def test_tensorboard_gets_every_number(overrides: list[str], tmp_path: Path) -> None:
+    """A second start continues after the first; TensorBoard's own reader sees each step once."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    words = [*overrides, *NARROW, "logging.tensorboard=true"]
+    assert train_here([*words, "train.steps=2"]) == 0
+    assert train_here([*words, "train.steps=4"]) == 0
+    seen = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    seen.Reload()
+    events = seen.Scalars("loss")
+    assert [event.step for event in events] == [1, 2, 3, 4]
+    assert [event.value for event in events] == pytest.approx([row["loss"] for row in lines(tmp_path / "run")])
+    assert "lr" in seen.Tags()["scalars"]

@@ -1,0 +1,73 @@
+"""The interface of a metrics logger, several of them as one, and a guard for those that may fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from train.checkpoint.failures import describe
+from train.run_files import Note
+
+
+class MetricsSink(Protocol):
+    """Takes the metrics of each step."""
+
+    def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
+        """Selection counts [L, N+Z] and biases [L, N+Z] belong to the same step as ``metrics``."""
+
+    def close(self) -> None:
+        """Wait until all is written; raises what went wrong."""
+
+
+class NullSink:
+    """The sink of every rank but the first: it writes nothing."""
+
+    def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SinkGroup:
+    """Several sinks as one."""
+
+    def __init__(self, sinks: Sequence[MetricsSink]) -> None:
+        self.sinks = sinks
+
+    def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
+        for sink in self.sinks:
+            sink.write(metrics, counts, biases)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class Guarded:
+    """A sink that others can do without: at its first error it is noted and left out, and training continues.
+
+    Args:
+        name: of the sink, for the note.
+        make: makes it; that may fail too.
+    """
+
+    def __init__(self, name: str, make: Callable[[], MetricsSink], note: Note) -> None:
+        self.name, self.note = name, note
+        self.sink: MetricsSink | None = None
+        self._try(lambda: setattr(self, "sink", make()))
+
+    def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
+        if (sink := self.sink) is not None:
+            self._try(lambda: sink.write(metrics, counts, biases))
+
+    def close(self) -> None:
+        if (sink := self.sink) is not None:
+            self._try(sink.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.sink = None
+            self.note(f"{self.name}: {describe(error)}; training continues without {self.name}")
