@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from train.checkpoint.failures import describe
 from train.run_files import Note
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MetricsSink(Protocol):

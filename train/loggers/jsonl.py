@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from longcat.json_text import dumps
 from train.config import Config
 from train.run_files import LineFile, Note, remove_quietly
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METRICS, ROUTING, SUPERSEDED = "metrics.jsonl", "routing.jsonl", "superseded.jsonl"
 

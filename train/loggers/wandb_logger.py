@@ -7,12 +7,13 @@ import os
 import queue
 import threading
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from train.config import Config, WandbMode
 from train.run_files import write_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RUN_ID = "wandb-run-id.txt"  # in the run folder: a restart continues the same wandb run
 START_SECONDS = 30.0  # that the first step waits for wandb, so that a failure is said there

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longcat.errors import ConfigError
+from train.loggers.jsonl import missing_steps
 
 Array = NDArray[np.float64]
 LARGEST = 1 << 1000  # integers from here on are no numbers of a run
@@ -161,13 +162,18 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_metrics(path: Path, run: RunData) -> None:
     rows: dict[int, dict[str, Any]] = {}
-    seconds = 0.0
+    seconds, broken = 0.0, 0
     for row in _json_lines(path, run):
         if not math.isfinite(_value(row.get("step"))):
+            broken += 1
             continue
         rows[int(row["step"])] = row  # a step repeated after a restart replaces the lost one
         spent = _value(row.get("step_seconds"))
         seconds += spent if math.isfinite(spent) else 0.0
+    if broken:
+        run.notes.append(f"{path.name}: {broken} lines without a step are left out")
+    if gaps := missing_steps(sorted(rows)):
+        run.notes.append(f"{path.name}: the lines of steps {gaps} are missing")
     run.last_written = datetime.fromtimestamp(path.stat().st_mtime, tz=UTC)
     if not rows:
         return

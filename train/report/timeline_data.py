@@ -98,7 +98,7 @@ def read_timeline(folder: Path, notes: list[str]) -> StepTimeline | None:
         if not ranks or any(rank.duration <= 0 for rank in ranks):
             raise ValueError("no rank")
         return StepTimeline(int(found["step"]), int(found["world_size"]), ranks)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         notes.append(f"{files[-1].name} is left out: it is no timeline of a step.")
         return None
 
