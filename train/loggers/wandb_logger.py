@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel.watchdog.events import Event, SpanKind
+from parallel.watchdog.spans import work_span
 from train.config import Config, WandbMode
 from train.run_files import write_file
 
@@ -40,7 +42,8 @@ class WandbLogger:
         self.queue.put((known, metrics["step"]))
         if self.is_first:
             self.is_first = False
-            self.started.wait(START_SECONDS)
+            with work_span(Event(SpanKind.REPORT), slow=True):  # other ranks wait for this one
+                self.started.wait(START_SECONDS)
         self._check()
 
     def close(self) -> None:
