@@ -110,6 +110,9 @@ class JsonLines:
     def __init__(self, config: Config, resumed_step: int, note: Note) -> None:
         folder = config.run.folder
         self.routing_every = config.logging.routing_every
+        continues = resumed_step > 0 and config.checkpoint.resume in ("auto", "never")  # not another run's checkpoint
+        if continues and (folder / METRICS).is_file() and next(rows(folder / METRICS), None) is None:
+            note(f"{folder / METRICS} has no readable line, though the run is at step {resumed_step}")
         self._tidy(folder / METRICS, resumed_step, folder / SUPERSEDED, note)
         self._tidy(folder / ROUTING, resumed_step, folder / f"routing-{SUPERSEDED}", note)
         self.metrics, self.routing = LineFile(folder / METRICS, note), LineFile(folder / ROUTING, note)
