@@ -58,8 +58,8 @@ def check_not_another_run(config: Config) -> None:
     if wrong:
         shown = "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise ConfigError(
-            f"{folder} belongs to another configuration, by its {CONFIG}: {shown}; set them back to resume it, or choose "
-            f"another run.name"
+            f"{folder} belongs to another configuration, by its {CONFIG}: {shown}; set them back to resume it, or "
+            f"choose another run.name"
         )
     if config.checkpoint.resume == "never" and (
         list_checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()
