@@ -139,22 +139,26 @@ def test_run_ends_well_without_one_of_its_files(
 def test_full_disk_in_the_middle_is_made_up_for(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From step 3 to 5 nothing can be written: the lines follow, and each is valid JSON."""
-    folder, plain, limits = tmp_path / "run", JsonLines.write, []
+    """From step 3 to 5 seven bytes of a line can be written: the lines follow, and each is valid JSON."""
+    folder, plain, plain_write = tmp_path / "run", JsonLines.write, os.write
+    full = [False]
 
     def write(self: JsonLines, metrics: dict[str, Any], *rest: Any) -> None:
-        if metrics["step"] == 3:
-            limits.append(size_limit((folder / "metrics.jsonl").stat().st_size + 7))
-            limits[0].__enter__()
-        if metrics["step"] == 6:
-            limits[0].__exit__(None, None, None)
+        full[0] = 3 <= metrics["step"] <= 5
         plain(self, metrics, *rest)
+        full[0] = False
+
+    def write_some(descriptor: int, data: bytes) -> int:
+        if full[0] and not data.startswith(b'{"step"'):  # the rest of a line
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain_write(descriptor, data[:7] if full[0] else data)
 
     monkeypatch.setattr(JsonLines, "write", write)
+    monkeypatch.setattr(train.run_files.os, "write", write_some)
     words = [*overrides, *NARROW, "train.steps=7", "logging.routing_every=1"]
     assert train_here(words) == 0
     printed = capfd.readouterr().out
-    assert printed.count("metrics.jsonl cannot be written: File too large") == 1
+    assert printed.count("metrics.jsonl cannot be written: No space left on device") == 1
     assert printed.count("metrics.jsonl is written again") == 1
     assert [row["step"] for row in lines(folder)] == list(range(1, 8))
     assert [json.loads(line)["step"] for line in (folder / "routing.jsonl").open()] == list(range(1, 8))
