@@ -118,7 +118,8 @@ def test_wandb_that_dies_costs_no_step(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real package, whose service is killed in the middle."""
-    psutil = pytest.importorskip("psutil")
+    import psutil
+
     from train.loggers.jsonl import JsonLines
 
     plain = JsonLines.write
@@ -161,7 +162,8 @@ def test_tensorboard_without_its_package_is_refused(
 
 def test_tensorboard_gets_every_number(overrides: list[str], tmp_path: Path) -> None:
     """A second start continues after the first; TensorBoard's own reader sees each step once."""
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as reader
+
     words = [*overrides, *NARROW, "logging.tensorboard=true"]
     assert train_here([*words, "train.steps=2"]) == 0
     assert train_here([*words, "train.steps=4"]) == 0
