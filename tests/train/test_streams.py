@@ -119,5 +119,5 @@ def test_terminal_goes_silent_and_the_log_continues(number: int, tmp_path: Path)
     terminal.step({"step": 1})
     terminal.close()
     log = (tmp_path / "run.log").read_text().splitlines()
-    assert log[:2] == ["before", "during"] and os.strerror(number) in log[2] and log[-1].startswith("1/10")
+    assert log[:2] == ["before", "during"] and os.strerror(number) in log[2] and log[-1].strip().startswith("1/10")
     assert stream.getvalue() == "before\n"

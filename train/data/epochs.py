@@ -7,7 +7,6 @@ its own seed: the order depends only on (seed, epoch, index).
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import warnings
 from collections import OrderedDict
@@ -17,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from longcat.errors import ConfigError
+from longcat.json_text import dumps
 from train.data.blocks import CheckedBinReader
 from train.data.corpus import CorpusInfo, block_hashes, note, note_once
 from train.data.index_files import publish_index, read_index
@@ -191,7 +191,7 @@ class CorpusReader:
             eod_mask_loss=False,
             create_attention_mask=False,
         )
-        key = hashlib.sha256(json.dumps([*self._identity, seed]).encode()).hexdigest()[:24]
+        key = hashlib.sha256(dumps([*self._identity, seed]).encode()).hexdigest()[:24]
         places = [folder / f"epoch-{key}" for folder in self._cache_dirs]
         split = Split.train if self.split == "train" else Split.valid
         self._epochs[epoch] = _Epoch(places, self._indexed, self.prefix, self._sequences, None, split, config)
