@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 import uuid
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from longcat.errors import ConfigError
+from longcat.json_text import dumps
 from train.data.corpus import TOKENIZER_NAME, check_corpus, note, read_index, read_info
 from train.data.sealed import read_sealed, write_sealed
 from train.data.tokens import load_tokenizer, num_ids
@@ -80,7 +80,7 @@ def _range_of(prefix: str, folders: list[Path]) -> tuple[int, int]:
     data = Path(f"{prefix}.bin")
     status = data.stat()
     identity: list[Any] = [str(data.resolve()), status.st_size, status.st_mtime_ns]
-    name = f"ids-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}.json"
+    name = f"ids-{hashlib.sha256(dumps(identity).encode()).hexdigest()[:24]}.json"
     for folder in folders:
         with contextlib.suppress(OSError, ValueError, TypeError):
             known = IdRange(**read_sealed(folder / name))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from longcat.json_text import dumps
 from train.checkpoint.files import HASH, new_hash, write_synced
 
 
@@ -16,7 +17,7 @@ class DamagedError(ValueError):
 
 def write_sealed(path: Path, values: dict[str, Any]) -> None:
     """Write ``values`` and their hash as indented JSON, synced."""
-    text = json.dumps(values | {HASH: _hash(values)}, indent=2, ensure_ascii=False) + "\n"
+    text = dumps(values | {HASH: _hash(values)}, indent=2, ensure_ascii=False) + "\n"
     write_synced(path, text)
 
 
@@ -54,4 +55,4 @@ def sync_file(path: Path) -> None:
 
 
 def _hash(values: dict[str, Any]) -> str:
-    return str(new_hash(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest())
+    return str(new_hash(dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest())
