@@ -19,7 +19,7 @@ from longcat.names import Box, pieces
 from train.checkpoint.compatibility import FIXED_KEYS, flatten
 from train.checkpoint.manifest import list_checkpoints, step_of
 from train.checkpoint.offline_reader import Checkpoint, full_box
-from train.metrics import METRICS, ROUTING
+from train.loggers.jsonl import METRICS, ROUTING
 from train.run_dir import CONFIG, read_config
 
 # Depend on the machine and its load; every other metric is the same bits in a repeated run

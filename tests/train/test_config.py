@@ -249,7 +249,7 @@ def test_a_configuration_on_disk_is_the_same_run(corpus: Path, tmp_path: Path) -
     words = ["model=debug", "optim.lr=0.1", "optim.eps=1e-16", "loss.hidden_z_weight=1e-7", f"run.dir={tmp_path}"]
     config = compose([*words, f"data.paths=[{corpus}]", "run.name=x"])
     (tmp_path / "x").mkdir()
-    write_config(config, {"parameters": 1}, "cpu", 1)
+    assert write_config(config, {"parameters": 1}, "cpu", 1, pytest.fail)
     stored = read_config(tmp_path / "x")
     assert {key: stored[key] for key in as_mapping(config)} == as_mapping(config)
     assert differences(stored, as_mapping(config) | {"corpora": stored["corpora"]}) == []
