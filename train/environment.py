@@ -5,14 +5,13 @@ from __future__ import annotations
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from train.git import git_dirty
+
 DRIVER = Path("/proc/driver/nvidia/version")
-SECONDS = 10.0
 
 
 def software() -> dict[str, Any]:
@@ -36,18 +35,3 @@ def driver_version(path: Path = DRIVER) -> str | None:
     except OSError:
         return None
     return found[1] if found else None
-
-
-def git_dirty(root: Path = ROOT) -> bool | None:
-    """Whether tracked files of the checkout differ from its commit; None where git cannot say."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return bool(done.stdout.strip()) if done.returncode == 0 else None

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from train.environment import driver_version, git_dirty, software
+from train.environment import driver_version, software
+from train.git import git_dirty
 
 
 def test_software_names_the_command_and_python() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import train.git
 from tests.support.running import NARROW, train_here
-from train.git import UNKNOWN, git_commit
+from train.git import UNKNOWN, git_commit, git_dirty
 from train.run_dir import read_config
 
 
@@ -45,19 +45,17 @@ def test_another_repository_s_commit_is_not_ours(tmp_path: Path, monkeypatch: py
     """Installed inside another project's checkout, or called by its hook."""
     make_repository(tmp_path)
     (tmp_path / "site-packages").mkdir()
-    monkeypatch.setattr(train.git, "ROOT", tmp_path / "site-packages")
-    assert git_commit() == UNKNOWN
-    monkeypatch.setattr(train.git, "ROOT", tmp_path)
-    own = git_commit()
+    assert git_commit(tmp_path / "site-packages") == UNKNOWN
+    assert git_dirty(tmp_path / "site-packages") is None
+    own = git_commit(tmp_path)
     assert len(own) == 40
     (tmp_path / "other").mkdir()
     make_repository(tmp_path / "other")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
-    assert git_commit() == own
+    assert git_commit(tmp_path) == own
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_repository_without_commits_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repository_without_commits_is_unknown(tmp_path: Path) -> None:
     subprocess.run(["git", "-C", str(tmp_path), "init", "-q"], check=True)
-    monkeypatch.setattr(train.git, "ROOT", tmp_path)
-    assert git_commit() == UNKNOWN
+    assert git_commit(tmp_path) == UNKNOWN

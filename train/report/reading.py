@@ -149,7 +149,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
     try:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, ValueError, OSError) as error:
+    except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {_one_line(error)}; restore or remove it") from error
     except Exception as error:  # PyYAML's own errors, by name: it is no direct dependency
         if type(error).__module__.startswith("yaml"):
@@ -211,7 +211,7 @@ def _json_lines(path: Path, run: RunData, every: int = 1) -> Iterator[dict[str, 
             try:
                 value = json.loads(line)
                 pending = not isinstance(value, dict)
-            except ValueError:
+            except (ValueError, RecursionError):
                 pending = True
             if not pending:
                 yield value
@@ -261,7 +261,7 @@ def _read_json(path: Path, run: RunData) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         run.notes.append(f"{path.name} is left out: {_one_line(error)}")
         return {}
     return value if isinstance(value, dict) else {}
