@@ -11,6 +11,7 @@ from typing import Any
 from longcat.errors import BAD_INPUT, STOPPED, ConfigError, LongCatError
 from train.compose import check_keys, from_tree, one_line, register
 from train.loggers.jsonl import METRICS, rows
+from train.spelling import keep_spelling
 
 FOLDER = "hydra.sweep.dir=${run.dir}"  # where Hydra writes multirun.yaml
 
@@ -41,7 +42,7 @@ def run_sweep(overrides: list[str]) -> int:
         return math.inf if codes[-1] else final_loss(Path(tree.run.dir) / name)
 
     arguments = sys.argv
-    sys.argv = ["longcat train", "--multirun", *overrides, FOLDER]
+    sys.argv = ["longcat train", "--multirun", *map(keep_spelling, overrides), FOLDER]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise its errors, instead of printing them and exiting with code 1
     try:
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(job)()

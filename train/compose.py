@@ -12,6 +12,7 @@ from typing import Any
 from longcat.config_choices import unknown_choice
 from longcat.errors import ConfigError
 from train.config import Config, RunConfig
+from train.spelling import keep_spelling
 
 GROUPS = ("model", "data", "schedule", "experiment")  # folders of configs/; each of their files is a choice
 
@@ -40,7 +41,7 @@ def compose(overrides: list[str]) -> Config:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("configs", version_base="1.3"):
-            tree = hydra_compose("config", overrides=overrides)
+            tree = hydra_compose("config", overrides=[keep_spelling(override) for override in overrides])
         config = from_tree(tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
