@@ -84,8 +84,8 @@ class _Epoch(GPTDataset):
                 continue
             if failure is not None and written:
                 note_once(
-                    f"the sample index cannot be written beside the corpus ({failure.strerror}); it is in {folder.parent}, and "
-                    f"data.cache_dir names a place for all runs",
+                    f"the sample index cannot be written beside the corpus ({failure.strerror}); it is in "
+                    f"{folder.parent}, and data.cache_dir names a place for all runs",
                     any_rank=True,
                 )
             return written
