@@ -343,7 +343,7 @@ def test_non_finite_state_in_the_save_thread_ends_the_run(
 @pytest.mark.parametrize("part", ["bias", "controller"])
 def test_non_finite_bias_is_not_saved(part: str, narrow: list[str], tmp_path: Path) -> None:
     """Also where it was not this step that made it so."""
-    state, topology, _ = trained_state(narrow, 1)
+    state, topology, _ = trained_state([*narrow, "train.dtype=float32"], 1)
     try:
         tensor = state.biases if part == "bias" else next(iter(state.controller.state().values()))
         tensor.view(-1)[0] = float("inf")
