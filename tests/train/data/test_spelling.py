@@ -55,7 +55,7 @@ def test_other_corpus_is_refused_and_nothing_is_to_be_removed(
     assert train_here(words) == 0
     other = Path(moved(corpus, tmp_path))
     Path(f"{other}.json").unlink()  # now a pair of unknown tokenizer
-    said = refused(["train", *words, f"data.paths=[{other}]"], "data.paths was", "set them equal or choose another")
+    said = refused(["train", *words, f"data.paths=[{other}]"], "data.paths was", "choose another run.name")
     assert "remove" not in said
 
 
