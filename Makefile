@@ -49,8 +49,19 @@ test: install  ## run the tests that take seconds; TESTS=path selects some
 test-gpu: install  ## run the GPU tests: kernels bitwise equal to their plain versions, times against the memory floor
 	@$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
 
-test-long: install  ## run the tests that take minutes
-	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -m long -o faulthandler_timeout=3600 $(PYTEST_ARGS)
+# mlx-lm, a client of exports, in an environment of its own; without it (no network, no wheel) its tests are skipped
+MLX := $(VENV)-mlx
+MLX_STAMP := $(MLX)/.installed
+
+$(MLX_STAMP): tests/support/mlx_requirements.txt
+	@[ -x $(MLX)/bin/python ] || $(PYTHON) -m venv $(MLX)
+	@$(MLX)/bin/python -m pip install --disable-pip-version-check --quiet --no-cache-dir -r $<
+	@touch $@
+
+test-long: install  ## run the tests that take minutes; makes $(VENV)-mlx (360 MB), to read exports with mlx-lm
+	@$(MAKE) --no-print-directory $(MLX_STAMP) || echo "test-long: mlx-lm was not installed; its tests are skipped" >&2
+	@if [ -f $(MLX_STAMP) ]; then export LONGCAT_MLX_PYTHON=$(CURDIR)/$(MLX)/bin/python; fi; \
+	$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -m long -o faulthandler_timeout=3600 $(PYTEST_ARGS)
 
 parity: install  ## compare every layout with one process; writes the table of errors to docs/parity.md
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest tests/parity -k equals_one_process --parity-table docs/parity.md $(PYTEST_ARGS)

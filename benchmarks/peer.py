@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longcat.config import ModelConfig
 from longcat.names import logical_tensors
+from train.huggingface.rope_fields import write_rope
 
 
 def peer_model(config: ModelConfig, attention: str) -> Any:
@@ -37,7 +38,7 @@ def peer_model(config: ModelConfig, attention: str) -> Any:
             expert_ffn_hidden_size=config.expert_hidden_size,
             routed_scaling_factor=float(config.routed_scaling_factor),
             rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rope_parameters=write_rope(config, "transformers")["rope_parameters"],
             **options,
         )
     )

@@ -75,7 +75,7 @@ def load(options: GenerateOptions) -> tuple[LongCat, Path]:
     config: ModelConfig
     if (folder / CONFIG).is_file():
         source = SafetensorsFolder(folder)
-        config = configuration_of(source, []).model
+        config = configuration_of(source, [], training=False).model
         source.check(config)
         tokenizer = Path(options.tokenizer or folder / TOKENIZER_NAME)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from longcat.errors import ConfigError
@@ -173,7 +174,10 @@ def export(arguments: list[str]) -> int:
     from train.huggingface.export import ExportOptions
     from train.huggingface.export import export as write
 
-    print(write(read_options(ExportOptions, arguments)))
+    target, notes = write(read_options(ExportOptions, arguments))
+    print(target)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 
@@ -184,7 +188,8 @@ def import_(arguments: list[str]) -> int:
     longcat import source=LongCat-Flash-Chat target=checkpoints/flash model.num_mtp_layers=0
 
     Other arguments are keys of the configuration, for instance model.expected_ffn_experts, which config.json does
-    not have, or balance.method, whose state the checkpoint contains.
+    not have and which is asked for unless the model is a released one, or balance.method, whose state the checkpoint
+    contains.
     """
     from launch.options import split_options
     from train.huggingface.import_folder import ImportOptions, how_to_train, import_folder

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from longcat.errors import ConfigError
+from longcat.rope import RopeScaling
 
 
 @dataclass
@@ -35,6 +37,7 @@ class ModelConfig:
     routed_scaling_factor: float = 4.0  # γ, multiplies every gate, those of identity experts too
     num_mtp_layers: int = 1  # multi-token prediction layers; 0 = none
     rope_theta: float = 1e6  # base of the rotary frequencies
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     rms_norm_eps: float = 1e-5  # ε of the RMS norms
     latent_norm_eps: float = 1e-6  # ε of the two latent norms inside MLA
     embedding_std: float = 0.02  # standard deviation of the embedding's initial values (unpublished)
@@ -62,7 +65,17 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float:
-        return float(self.qk_head_dim**-0.5)
+        return float(self.qk_head_dim**-0.5) * self.rope_scaling.score_scale
+
+    @staticmethod
+    def from_mapping(values: dict[str, Any]) -> ModelConfig:
+        """A model from the nested mapping that `asdict` makes; missing fields have their defaults.
+
+        Raises:
+            TypeError: a field that does not exist.
+        """
+        scaling = values.get("rope_scaling") or {}
+        return ModelConfig(**{**values, "rope_scaling": RopeScaling(**scaling)})
 
     def validate(self) -> None:
         """Raise ConfigError for sizes that no model can have."""
@@ -72,12 +85,12 @@ class ModelConfig:
             "expert_hidden_size", "routed_scaling_factor", "rope_theta", "rms_norm_eps",
             "latent_norm_eps", "embedding_std", "hidden_std",
         )  # fmt: skip
-        for field in positive:
-            if not getattr(self, field) > 0:
-                raise ConfigError(f"model.{field}={getattr(self, field)} must be above 0")
-        for field in ("num_zero_experts", "num_mtp_layers", "qk_nope_head_dim"):
-            if getattr(self, field) < 0:
-                raise ConfigError(f"model.{field}={getattr(self, field)} must not be negative")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be above 0")
+        for name in ("num_zero_experts", "num_mtp_layers", "qk_nope_head_dim"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must not be negative")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(
                 f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary embeddings rotate pairs"
@@ -87,6 +100,7 @@ class ModelConfig:
                 f"model.top_k={self.top_k} exceeds the {self.num_routed} experts of "
                 f"num_experts+num_zero_experts; lower model.top_k or add experts"
             )
+        self.rope_scaling.validate(self.rope_theta)
         self._validate_budget()
 
     def _validate_budget(self) -> None:

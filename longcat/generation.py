@@ -16,8 +16,9 @@ from longcat.errors import ConfigError
 from longcat.layer import MTPLayer
 from longcat.model import LongCat
 from longcat.ops.attention import QUERY_BLOCK
-from longcat.ops.elementwise import rotary, rotary_angles
+from longcat.ops.elementwise import rotary
 from longcat.ops.matmul import product, raw_product
+from longcat.rope import rotary_angles
 
 MIN_TEMPERATURE = 1e-6  # logits divided by less may overflow
 
@@ -150,7 +151,7 @@ class Decoder:
     def _angles(self, start: int, count: int) -> Tensor:
         config = self.model.config
         positions = torch.arange(start, start + count, device=self.embed_tokens.weight.device)
-        return rotary_angles(positions, config.qk_rope_head_dim, config.rope_theta)
+        return rotary_angles(positions, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling)
 
     def _embed(self, tokens: list[int]) -> Tensor:
         return self.embed_tokens(torch.tensor([tokens], device=self.embed_tokens.weight.device))

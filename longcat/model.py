@@ -17,7 +17,7 @@ from longcat.interfaces import SequenceModule, VocabularyModule, local_tensor
 from longcat.layer import MTPLayer, ShortcutLayer
 from longcat.modules import Embedding, Linear, RMSNorm
 from longcat.moe import Router, RoutingStatistics
-from longcat.ops.elementwise import rotary_angles
+from longcat.rope import rotary_angles
 
 
 class Losses(NamedTuple):
@@ -108,7 +108,8 @@ class LongCat(SequenceModule, VocabularyModule):
 
     def angles(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return rotary_angles(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
+        config = self.config
+        return rotary_angles(positions, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling)
 
     def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """tokens [B, S] → next-token logits [B, S, V], of a model in one process."""

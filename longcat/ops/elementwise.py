@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rotary position embeddings; their backwards recompute what is cheap instead of saving it."""
+"""RMSNorm, SwiGLU and rotation by positions; their backwards recompute what is cheap instead of saving it."""
 
 # T rows (tokens), D width, F expert or FFN width, S positions, H heads, R rotary width
 
@@ -60,16 +60,6 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return torch.ops.aten.silu_backward(grad * up, gate), activation * grad, activation * up
 
 
-def rotary_angles(positions: Tensor, width: int, theta: float) -> Tensor:
-    """Unit complex numbers [S, width/2] that rotate the pairs at ``positions`` [S].
-
-    Pair i has frequency θ^(-2i/width).
-    """
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
-    angles = positions.float()[:, None] * (1.0 / theta**exponents)[None, :]
-    return torch.polar(torch.ones_like(angles), angles)
-
-
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, angles: Tensor) -> Tensor:
@@ -87,5 +77,5 @@ def _rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate the interleaved pairs of x [..., S, H, R] by ``angles`` [S, R/2] (`rotary_angles`), in float32."""
+    """Rotate the interleaved pairs of x [..., S, H, R] by ``angles`` [S, R/2] (`longcat.rope`), in float32."""
     return _Rotary.apply(x, angles)

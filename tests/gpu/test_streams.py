@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longcat.config import ModelConfig
 from longcat.layer import ShortcutLayer
-from longcat.ops.elementwise import rotary_angles
+from longcat.rope import rotary_angles
 from parallel.collectives.streams import Cuda, SideStreamContext, StreamContext
 from parallel.device import make_deterministic
 from parallel.expert.dispatchers import AllToAllDispatcher

@@ -14,6 +14,7 @@ from benchmarks.peer import peer_tensors
 from longcat.config import ModelConfig
 from longcat.model import LongCat
 from longcat.names import logical_tensors
+from longcat.rope import RopeScaling
 from tests.longcat.peers import BASE, our_model, plain_peer, randomise
 
 # B sequences, S positions, V vocabulary, K chosen, N FFN experts, Z identity experts
@@ -69,6 +70,15 @@ CASES = {
     "one_position": Case({}, batch=3, length=1),
     "long_sequence": Case({}, length=150),
     "low_rope_theta": Case({"rope_theta": 50.0}, length=24),
+    "yarn": Case({"rope_scaling": RopeScaling(4, 16), "rope_theta": 50.0, "qk_rope_head_dim": 8}, length=40),
+    "yarn_with_mscales": Case(
+        {
+            "rope_scaling": RopeScaling(10, 8, mscale=1.0, mscale_all_dim=0.8),
+            "rope_theta": 20.0,
+            "qk_rope_head_dim": 8,
+        },
+        length=40,
+    ),
     "values_wider_than_keys": Case({"v_head_dim": 20, "qk_nope_head_dim": 6}),
     "rotary_wider_than_plain": Case({"qk_nope_head_dim": 2, "qk_rope_head_dim": 10}),
     "with_an_mtp_layer": Case({"num_mtp_layers": 1}),

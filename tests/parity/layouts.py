@@ -27,6 +27,13 @@ PROBLEMS: dict[str, list[str]] = {
     "late_mtp": ["loss.mtp_start_tokens=256"],  # on from the second step
     "seven_layers": ["model.num_layers=7"],
     "eight_layers": ["model.num_layers=8", "train.seed=2"],
+    "yarn": [
+        "model.rope_theta=100",
+        "model.rope_scaling.factor=4",
+        "model.rope_scaling.original_max_position_embeddings=8",
+        "model.rope_scaling.mscale=1",
+        "model.rope_scaling.mscale_all_dim=0.8",
+    ],
 }
 
 LAYOUTS = [
@@ -88,3 +95,5 @@ LAYOUTS = [
     Layout("pp2-zbv-tp2-ep4-chunks2", 8, "pp=2 schedule=zbv fsdp=2 tp=2 ep=4 overlap.num_chunks=2 recompute=full"),
     Layout("pp2-1f1b-fsdp2-cp2-ep4", 8, "pp=2 schedule=1f1b fsdp=2 cp=2 ep=4 recompute=selective"),
 ]
+
+YARN = [Layout("cp2-yarn", 2, "cp=2", "yarn"), Layout("pp2-zbv-tp2-yarn", 4, "pp=2 schedule=zbv tp=2", "yarn")]

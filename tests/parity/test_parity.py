@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.parity.conftest import ERRORS
-from tests.parity.layouts import LAYOUTS, PROBLEMS, Layout
+from tests.parity.layouts import LAYOUTS, PROBLEMS, YARN, Layout
 from tests.parity.mutations import MUTATIONS
 from tests.support.comparison import STEPS, check, compare, one_process
 from tests.support.measure import Measured, measure
@@ -28,6 +28,14 @@ def test_layout_equals_one_process(layout: Layout) -> None:
     errors = compare(measured_on(layout), expected)
     ERRORS[layout.name] = (layout.ranks, " ".join(layout.overrides), errors)
     check(errors)
+
+
+@pytest.mark.parametrize("layout", YARN, ids=lambda layout: layout.name)
+def test_layouts_scale_positions_as_one_process(layout: Layout) -> None:
+    """Context parallelism and pipelines use the frequencies and scales of YaRN; they change the loss."""
+    expected = one_process(*PROBLEMS[layout.problem])
+    check(compare(measured_on(layout), expected))
+    assert abs(expected.losses[0]["loss"] - one_process().losses[0]["loss"]) > 1e-4
 
 
 @pytest.mark.parametrize(

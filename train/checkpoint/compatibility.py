@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Any
+
+from longcat.rope import RopeScaling
 
 # Keys that decide the results. The others (how long, where, on how many ranks, what is logged) may change.
 FIXED_KEYS = (
@@ -29,6 +32,9 @@ TOKENIZER = "tokenizer_sha256"  # of the corpora's tokenizer.json; None if unkno
 # is another order of the same windows from the same position on, which may be intended
 ORDER_KEYS = ("train.sequence_length", "data.weights", "data.validation_fraction")
 
+# Keys that configurations of before 28 November 2026 lack → what was computed then
+ADDED = {f"model.rope_scaling.{name}": value for name, value in asdict(RopeScaling()).items()}
+
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings → {dotted key: leaf}."""
@@ -42,7 +48,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str, ...] = FIXED_KEYS) -> list[str]:
     """A phrase per differing leaf below ``keys``, by default also of the corpora; the preset's name is not compared."""
-    old, new = flatten(stored), flatten(wanted)
+    old, new = ADDED | flatten(stored), ADDED | flatten(wanted)
     found = corpora_differences(stored, wanted) if keys == FIXED_KEYS else []
     for leaf in sorted(old.keys() | new.keys()):
         watched = any(leaf == key or leaf.startswith(f"{key}.") for key in keys)

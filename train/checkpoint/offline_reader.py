@@ -53,7 +53,7 @@ class Checkpoint:
         self.configuration: dict[str, Any] = stored["configuration"]
         self.counters: dict[str, int] = stored["counters"]
         try:
-            self.model = ModelConfig(**self.configuration["model"])
+            self.model = ModelConfig.from_mapping(self.configuration["model"])
         except TypeError as error:
             raise ConfigError(f"{self.folder} is of another version of this program ({error}); use that one") from error
 

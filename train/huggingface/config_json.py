@@ -2,63 +2,51 @@
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict, fields
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.json_text import dumps
+from train.huggingface.fields import (
+    ARCHITECTURE,
+    EXPORTED,
+    MODEL_TYPE,
+    MTP_LAYERS,
+    NAMES,
+    REAL,
+    RELEASED_BUDGETS,
+    REQUIRED,
+    check_fields,
+    check_kind,
+    resolve_aliases,
+)
+from train.huggingface.rope_fields import read_rope, write_rope
+from train.huggingface.values import number, read_json
 
-CONFIG, GENERATION, OURS = "config.json", "generation_config.json", "longcat.json"
-SAME = (
-    "vocab_size", "hidden_size", "num_layers", "ffn_hidden_size", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
-    "qk_rope_head_dim", "v_head_dim", "routed_scaling_factor", "rms_norm_eps",
-)  # fmt: skip
-RENAMED = {
-    "num_heads": "num_attention_heads",
-    "top_k": "moe_topk",
-    "num_experts": "n_routed_experts",
-    "num_zero_experts": "zero_expert_num",
-    "expert_hidden_size": "expert_ffn_hidden_size",
-}
-NAMES = dict.fromkeys(SAME) | RENAMED  # ours → theirs, None = the same
-FLOATS = ("routed_scaling_factor", "rms_norm_eps")  # the other ones are integers
-REQUIRED = {  # what this model computes; with another value config.json is of another model
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "mla_scale_q_lora": True,
-    "mla_scale_kv_lora": True,
-    "zero_expert_type": "identity",
-    "attention_method": "MLA",
-    "router_bias": False,
-    "norm_topk_prob": False,
-    "hidden_act": "silu",
-}
-THEIR_THETA = 1e7  # rope_theta where config.json leaves it out
+CONFIG, GENERATION = "config.json", "generation_config.json"
 THEIR_LATENT_EPS = 1e-6  # of the latent norms, fixed in their code
+FOLDER = "source= must be a Hugging Face folder"
 
 
 def to_config(model: ModelConfig, layout: str, dtype: str, end: int, positions: int) -> dict[str, Any]:
-    """The contents of config.json. ``end`` is the token that ends a document and also starts and pads."""
-    rope: dict[str, Any] = {"rope_theta": float(model.rope_theta)}
-    if layout == "transformers":
-        rope = {"rope_parameters": {"rope_type": "default", **rope}}
+    """The contents of config.json. ``end`` is the token that ends a document and also starts and pads.
+
+    `num_hidden_layers` is left out: it is 2·L in some released files and L in others, a serving engine would build that
+    many layers, and all readers that were tried take `num_layers`.
+    """
     return {
-        "architectures": ["LongcatFlashForCausalLM"],
-        "model_type": "longcat_flash",
-        **{theirs or ours: getattr(model, ours) for ours, theirs in NAMES.items()},
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        **{theirs: getattr(model, ours) for ours, theirs in NAMES.items()},
         "routed_scaling_factor": float(model.routed_scaling_factor),
-        "num_hidden_layers": 2 * model.num_layers,  # each layer has two attention blocks, and so two caches
         "num_key_value_heads": model.num_heads,
-        "num_nextn_predict_layers": model.num_mtp_layers,
+        MTP_LAYERS: model.num_mtp_layers,
         "head_dim": model.qk_rope_head_dim,
         "qk_head_dim": model.qk_head_dim,
-        **{name: value for name, value in REQUIRED.items() if name != "norm_topk_prob"},
-        **rope,
-        "attention_dropout": 0.0,
+        **{name: REQUIRED[name][0] for name in EXPORTED},
+        **write_rope(model, layout),
         "initializer_range": model.hidden_std,
         "max_position_embeddings": positions,
         "use_cache": True,
@@ -80,83 +68,81 @@ def special_tokens(end: int) -> dict[str, int]:
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
 
 
-def from_folder(folder: Path, num_mtp_layers: int) -> dict[str, Any]:
-    """Fields of ModelConfig, and `positions`, from a folder's config.json and, if it exists, longcat.json.
+def read_config(folder: Path, num_mtp_layers: int, overridden: Collection[str] = ()) -> dict[str, Any]:
+    """Fields of ModelConfig, and `positions`, from a folder's config.json.
+
+    `expected_ffn_experts` is among them only where it is known: for the sizes of a released model, and without identity
+    experts. ``num_mtp_layers`` is the number in the weights; ``overridden`` are the keys of the configuration that
+    the user has set.
 
     Raises:
-        ConfigError: config.json is missing, damaged, or of a model that is not this one.
+        ConfigError: config.json is missing, damaged, or of a model that is not this one; the message names the field.
     """
     path = folder / CONFIG
+    tree = read_json(path, FOLDER)
+    check_kind(path, tree)
+    check_fields(path, tree)
+    tree = resolve_aliases(path, tree)
     try:
-        tree = json.loads(path.read_text())
-        if tree.get("model_type") != "longcat_flash":
-            raise ConfigError(f"{path}: model_type is {tree.get('model_type')!r}, not 'longcat_flash'; name another")
-        found = {
-            ours: number(path, theirs or ours, tree[theirs or ours], ours in FLOATS) for ours, theirs in NAMES.items()
-        }
+        found = {ours: number(path, theirs, tree[theirs], ours in REAL) for ours, theirs in NAMES.items()}
     except KeyError as error:
         raise ConfigError(f"{path} has no {error}; complete it") from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); source= must be a Hugging Face folder") from error
-    for name, needed in REQUIRED.items():
-        if tree.get(name, needed) != needed:
-            raise ConfigError(f"{path}: {name} is {tree[name]!r}; only a model with {needed!r} can be imported")
-    found["rope_theta"] = rope_theta(path, tree)
-    found["num_mtp_layers"] = num_mtp_layers
-    found["name"] = "imported"
     if found["num_experts"] < 1 or found["num_zero_experts"] < 0:
         raise ConfigError(f"{path}: n_routed_experts must be at least 1 and zero_expert_num not negative; correct them")
-    # config.json has no compute budget: by default FFN experts get their share of the choices (8 of 12 at 560B)
-    share = found["num_experts"] / (found["num_experts"] + found["num_zero_experts"])
-    found["expected_ffn_experts"] = round(found["top_k"] * share, 6)
-    found |= {name: value for name, value in ours_of(folder).items() if name not in (*NAMES, "num_mtp_layers")}
+    check_derived(path, tree, found)
+    found["rope_theta"], found["rope_scaling"] = read_rope(path, tree)
+    found["num_mtp_layers"] = num_mtp_layers
+    check_mtp_layers(path, tree.get(MTP_LAYERS), num_mtp_layers, overridden)
+    found["name"] = "imported"
+    sizes = (found["num_experts"], found["num_zero_experts"], found["top_k"])
+    if found["num_zero_experts"] == 0:
+        found["expected_ffn_experts"] = float(found["top_k"])
+    elif sizes in RELEASED_BUDGETS:
+        found["expected_ffn_experts"] = RELEASED_BUDGETS[sizes]
     positions = tree.get("max_position_embeddings")
     found["positions"] = 0 if positions is None else number(path, "max_position_embeddings", positions)
     return found
 
 
-def number(path: Path, name: str, value: Any, real: bool = False) -> Any:
-    """``value`` of a field of config.json, if it is an integer, or with ``real`` any finite number.
+def check_derived(path: Path, tree: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raise ConfigError for a field that the sizes determine and that has another value.
 
-    Raises:
-        ConfigError: it is not.
+    `num_hidden_layers` counts attention blocks in some files and layers in others; `head_dim` is the rotary width in
+    transformers' files and the whole query in others.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if real and isinstance(value, float) and math.isfinite(value):
-        return value
-    raise ConfigError(f"{path}: {name} is {value!r}; it must be {'a number' if real else 'a whole number'}, correct it")
+    whole = found["qk_nope_head_dim"] + found["qk_rope_head_dim"]
+    allowed = {
+        "num_hidden_layers": (found["num_layers"], 2 * found["num_layers"]),
+        "num_key_value_heads": (found["num_heads"],),
+        "head_dim": (found["qk_rope_head_dim"], whole),
+        "qk_head_dim": (whole,),
+    }
+    for name, values in allowed.items():
+        value = tree.get(name)
+        if value is not None and (isinstance(value, bool) or value not in values):
+            raise ConfigError(
+                f"{path}: {name} is {value!r}; the other sizes make it {' or '.join(map(str, values))}, correct it"
+            )
 
 
-def rope_theta(path: Path, tree: dict[str, Any]) -> float:
-    """The base of the rotary frequencies, from either of its two fields."""
-    name = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
-    parameters = tree.get(name) or {}
-    if not isinstance(parameters, dict):
-        raise ConfigError(f"{path}: {name} is {parameters!r}; it must be an object or null, correct it")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"{path}: rotary positions are scaled ({kind}); only unscaled ones can be imported")
-    theta = parameters.get("rope_theta", tree.get("rope_theta", THEIR_THETA))
-    return float(number(path, "rope_theta", theta, real=True))
+def check_mtp_layers(path: Path, stated: Any, found: int, overridden: Collection[str]) -> None:
+    """Raise ConfigError where config.json and weights have different numbers of MTP layers.
+
+    Weights without any are accepted: transformers leaves MTP out of what it saves, and keeps the number.
+    """
+    if stated is None or "model.num_mtp_layers" in overridden:
+        return
+    if number(path, MTP_LAYERS, stated) != found and found:
+        raise ConfigError(
+            f"{path}: {MTP_LAYERS} is {stated} and the weights have {found} MTP layers; say which with "
+            f"model.num_mtp_layers"
+        )
 
 
-def ours_of(folder: Path) -> dict[str, Any]:
-    """The model in longcat.json, which our exports have beside config.json; empty without that file."""
-    try:
-        model = dict(json.loads((folder / OURS).read_text())["model"])
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / OURS} cannot be read ({error}); restore it or remove it") from error
-    return {name: value for name, value in model.items() if name in {field.name for field in fields(ModelConfig)}}
-
-
-def texts(model: ModelConfig, layout: str, dtype: str, end: int, positions: int, counters: Any) -> dict[str, str]:
+def texts(model: ModelConfig, layout: str, dtype: str, end: int, positions: int) -> dict[str, str]:
     """File name → text of an export's configuration files."""
     trees = {
         CONFIG: to_config(model, layout, dtype, end, positions),
         GENERATION: {**special_tokens(end), "do_sample": False},
-        OURS: {"model": asdict(model), "layout": layout, "counters": counters},
     }
     return {name: dumps(tree, indent=2) + "\n" for name, tree in trees.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -12,13 +12,15 @@ import torch
 from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 from longcat.json_text import dumps
-from train.checkpoint.files import atomic_folder, check_absent, write_synced
+from train.checkpoint.files import atomic_folder, check_absent, file_hash, write_synced
 from train.checkpoint.offline_reader import Checkpoint
 from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import end_of_document_id, load_tokenizer
 from train.huggingface.config_json import check_expressible, texts
 from train.huggingface.layouts import Layout, export_dtype, layout_tensors, tensor_sizes
+from train.huggingface.record import RECORD, Record
 from train.huggingface.safetensors_folder import ShardWriter
+from train.huggingface.serving import serving_notes
 
 GIB = 2**30
 
@@ -62,8 +64,10 @@ class ExportOptions:
         self.export.validate()
 
 
-def export(options: ExportOptions) -> Path:
-    """Write the folder ``options.target`` and return it; it gets this name when it is complete.
+def export(options: ExportOptions) -> tuple[Path, list[str]]:
+    """Write the folder ``options.target``, which gets this name when it is complete.
+
+    Returns the folder, and a line for each program that cannot serve a model of these sizes.
 
     Raises:
         ConfigError: a wrong option, a source that is no valid checkpoint, a target that exists.
@@ -82,12 +86,20 @@ def export(options: ExportOptions) -> Path:
             writer.put(name, values.to(export_dtype(name, dtype), copy=True).contiguous())
         writer.close()
         positions = int(checkpoint.configuration["train"]["sequence_length"])
-        files = texts(checkpoint.model, form.layout, form.dtype, end, positions, checkpoint.counters)
+        files = texts(checkpoint.model, form.layout, form.dtype, end, positions)
         files["tokenizer_config.json"] = tokenizer_settings(tokenizer, end, positions)
-        for file, text in files.items():
-            write_synced(partial / file, text)
         shutil.copyfile(tokenizer, partial / TOKENIZER_NAME)  # unchanged: a checkpoint knows it by its hash
-    return target
+        record = Record(
+            model=asdict(checkpoint.model),
+            layout=str(form.layout),
+            counters=checkpoint.counters,
+            sequence_length=positions,
+            tokenizer=file_hash(partial / TOKENIZER_NAME),
+            tensors=writer.records,
+        )
+        for file, text in {**files, RECORD: record.text()}.items():
+            write_synced(partial / file, text)
+    return target, serving_notes(checkpoint.model)
 
 
 def tokenizer_settings(path: Path, end: int, positions: int) -> str:

@@ -24,7 +24,7 @@ from longcat.json_text import dumps
 from longcat.names import Box
 from parallel.state_store import MOMENTS
 from train.balance import build_controller
-from train.checkpoint.compatibility import TOKENIZER
+from train.checkpoint.compatibility import TOKENIZER, flatten
 from train.checkpoint.dcp_tensors import DcpTensor
 from train.checkpoint.files import atomic_folder, check_absent, file_hash
 from train.checkpoint.manifest import check_name, write_manifest
@@ -32,12 +32,14 @@ from train.checkpoint.offline_reader import key_of, stored_shapes
 from train.compose import compose
 from train.config import Config
 from train.data.corpus import TOKENIZER_NAME, file_sha256, tokenizer_sha256
-from train.huggingface.config_json import from_folder
+from train.huggingface.config_json import CONFIG, read_config
 from train.huggingface.layouts import PREDICTION
+from train.huggingface.record import check_tokenizer, merge
 from train.huggingface.safetensors_folder import SafetensorsFolder
 from train.run_dir import as_mapping
 from train.state import Counters
 
+BUDGET = "model.expected_ffn_experts"
 FILE_BYTES = 1 << 30  # of a shard of the checkpoint; each writing thread has as much in memory
 MAX_THREADS = 8
 
@@ -100,18 +102,35 @@ def import_folder(options: ImportOptions, overrides: list[str]) -> tuple[Path, C
     return target, config
 
 
-def configuration_of(source: SafetensorsFolder, overrides: list[str]) -> Config:
-    """The full configuration: the folder's sizes, then ``overrides``."""
+def configuration_of(source: SafetensorsFolder, overrides: list[str], training: bool = True) -> Config:
+    """The full configuration: the folder's sizes, then ``overrides``.
+
+    Raises:
+        ConfigError: as `read_config`; or ``training`` needs a compute budget that neither the folder nor the overrides
+            have. Without training any budget will do.
+    """
     prefix = rf"{re.escape(PREDICTION)}layers\.(\d+)\."
     layers = {match[1] for name in source.files_by_tensor if (match := re.match(prefix, name))}
-    found = from_folder(source.folder, len(layers))
+    overridden = {word.partition("=")[0].lstrip("+") for word in overrides}
+    found = read_config(source.folder, len(layers), overridden)
+    if source.record is not None:
+        found = merge(source.folder / CONFIG, found, source.record, overridden)
+    if "expected_ffn_experts" not in found and not overridden & {BUDGET, "model", "experiment"}:
+        if training:
+            raise ConfigError(
+                f"{source.folder / CONFIG} has no field for the compute budget K_e, the mean number of FFN experts per "
+                f"token, and its sizes are of no released model; set {BUDGET} (at most {found['top_k']})"
+            )
+        found["expected_ffn_experts"] = float(min(found["top_k"], found["num_experts"]))
     positions = found.pop("positions")
-    sizes = [f"model.{name}={value}" for name, value in found.items()]
+    found["rope_scaling"] = asdict(found["rope_scaling"])
+    sizes = [f"{key}={value}" for key, value in flatten({"model": found}).items()]
     if positions >= 2:
         sizes.append(f"train.sequence_length={positions}")
     config = compose([*sizes, *overrides])
     tokenizer = source.folder / TOKENIZER_NAME
     if config.data.tokenizer is None and tokenizer.is_file():
+        check_tokenizer(source.folder, source.record)
         config.data.tokenizer = str(tokenizer.resolve())
     return config
 
@@ -154,19 +173,57 @@ def controller_state(config: Config, biases: Tensor) -> dict[str, Tensor]:
 
 
 def write(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write torch's shards and index."""
+    """Write torch's shards and index.
+
+    Raises:
+        ConfigError: a tensor of the source is damaged.
+        OSError: reading or writing failed.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
-    with warnings.catch_warnings():  # torch warns that there are no other ranks
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(), first_error_of_threads(tensors) as errors:
+        warnings.simplefilter("ignore")  # torch warns that there are no other ranks
         try:
             dcp.save(tensors, storage_writer=short_files(folder), no_dist=True)
         except CheckpointException as error:  # no Exception; it wraps the error of each rank
+            if errors:
+                raise errors[0] from error
             cause: BaseException = next(iter(error.failures.values()))[0]
             if not isinstance(cause, OSError) and isinstance(cause.__context__, OSError):
                 cause = cause.__context__  # torch's writer hides the OSError of a full disk
             raise cause from error
+
+
+@contextlib.contextmanager
+def first_error_of_threads(tensors: dict[str, Tensor]) -> Iterator[list[Exception]]:
+    """Collect what goes wrong while values are made: torch's writer loses the errors of its threads.
+
+    After the first error all threads stop making values, and none prints a traceback.
+    """
+    errors: list[Exception] = []
+
+    def guarded(make: Callable[[Box], Tensor]) -> Callable[[Box], Tensor]:
+        def call(box: Box) -> Tensor:
+            if errors:
+                raise errors[0]
+            try:
+                return make(box)
+            except Exception as error:
+                errors.append(error)
+                raise
+
+        return call
+
+    for tensor in tensors.values():
+        if isinstance(tensor, LazyTensor):
+            tensor.make = guarded(tensor.make)
+    plain = threading.excepthook
+    threading.excepthook = lambda args: None if args.exc_value in errors else plain(args)
+    try:
+        yield errors
+    finally:
+        threading.excepthook = plain
 
 
 def short_files(folder: Path) -> Any:
@@ -238,5 +295,5 @@ def how_to_train(target: Path, config: Config) -> list[str]:
 
 def model_overrides(model: ModelConfig) -> list[str]:
     """The overrides with which `longcat train` builds this model."""
-    plain = asdict(compose([]).model)
-    return [f"model.{name}={value}" for name, value in asdict(model).items() if value != plain[name] and name != "name"]
+    plain, wanted = (flatten({"model": asdict(one)}) for one in (compose([]).model, model))
+    return [f"{key}={value}" for key, value in wanted.items() if value != plain[key] and key != "model.name"]

@@ -23,9 +23,14 @@ from train.huggingface.layouts import (
     identity_names,
     layout_tensors,
 )
+from train.huggingface.quantized import FP8, SCALE, check_quantized, dequantize, read_block, scale_shape
+from train.huggingface.record import RECORD, TensorRecord, read_record, tensor_hash
+from train.huggingface.values import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, FP8: torch.float8_e4m3fn}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ROTARY = ".rotary_emb.inv_freq"  # ends the name of a buffer that some programs save; it follows from config.json
 
 
 class ShardWriter:
@@ -43,6 +48,7 @@ class ShardWriter:
             self.shards[-1].append(name)
             filled += size
         self.pending: dict[str, Tensor] = {}
+        self.records: dict[str, TensorRecord] = {}
         self.written = 0
 
     def file_name(self, number: int) -> str:
@@ -55,6 +61,7 @@ class ShardWriter:
         expected = self.shards[self.written]
         assert name == expected[len(self.pending)], f"{name} came where {expected[len(self.pending)]} was due"
         self.pending[name] = values
+        self.records[name] = TensorRecord(DTYPE_NAMES[values.dtype], tensor_hash(values))
         if len(self.pending) == len(expected):
             path = self.folder / self.file_name(self.written)
             save_file(self.pending, path, metadata={"format": "pt"})
@@ -73,22 +80,27 @@ class ShardWriter:
 class SafetensorsFolder:
     """A `TensorSource` of a Hugging Face folder; each expert is a box.
 
+    Quantised weights are multiplied by their scales as they are read. What an export of this program has is compared
+    with its hash when it is read, unless the folder's owner has converted it to another type.
+
     Raises:
-        ConfigError: there is no index and no model.safetensors, or a file is missing or damaged.
+        ConfigError: there is no index and no model.safetensors, or a file is missing, damaged or of an unknown kind.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.opened: dict[str, Any] = {}
         self.files_by_tensor = self._read_index()
+        self.block = read_block(folder)
+        self.record = read_record(folder)
 
     def _read_index(self) -> dict[str, str]:
         """Name of each tensor → its file."""
         if (self.folder / INDEX).is_file():
-            try:
-                return dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{self.folder / INDEX} cannot be read ({error}); restore it") from error
+            places = read_json(self.folder / INDEX, "restore it").get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+                raise ConfigError(f"{self.folder / INDEX} has no weight_map from tensors to files; restore it")
+            return places
         if (self.folder / SINGLE).is_file():
             return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         raise ConfigError(f"source={self.folder} has neither {INDEX} nor {SINGLE}; give a folder of safetensors")
@@ -105,12 +117,17 @@ class SafetensorsFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor; raises ConfigError where its dtype is unknown."""
-        part = self._slice(name)
-        if part.get_dtype() not in DTYPES:
+        self.dtype(name)
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The type of a tensor as safetensors names it; raises ConfigError where it is unknown."""
+        found = str(self._slice(name).get_dtype())
+        if found not in DTYPES:
             raise ConfigError(
-                f"{self.folder}: {name} is {part.get_dtype()}; only {', '.join(DTYPES)} can be read: convert it first"
+                f"{self.folder}: {name} is {found}; only {', '.join(DTYPES)} can be read: convert it first"
             )
-        return tuple(part.get_shape())
+        return found
 
     def _slice(self, name: str) -> Any:
         from safetensors import SafetensorError
@@ -129,7 +146,7 @@ class SafetensorsFolder:
             ConfigError: what is missing, left over or of another shape.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, Layout.released, MetaSource())}
-        found = self.files_by_tensor.keys() - {PREDICTION_EMBEDDING}
+        found = {name for name in self.files_by_tensor if not name.endswith((ROTARY, SCALE))} - {PREDICTION_EMBEDDING}
         shapes.pop(PREDICTION_EMBEDDING, None)  # our own copy of the embedding may be left out
         if not config.num_mtp_layers:
             found = {name for name in found if not name.startswith(PREDICTION)}
@@ -147,15 +164,30 @@ class SafetensorsFolder:
                 raise ConfigError(
                     f"source={self.folder}: {name} is {list(self.shape(name))} where config.json asks for {list(shape)}"
                 )
+        self._check_scales(shapes)
         self._check_embedding(config)
+
+    def _check_scales(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise ConfigError unless exactly the quantised weights have scales, of the right shape."""
+        dtypes = {name: self.dtype(name) for name in shapes}
+        scales = [name for name in self.files_by_tensor if name.endswith(SCALE)]
+        check_quantized(self.folder, shapes, dtypes | {name: self.dtype(name) for name in scales}, self.block)
+        for name, shape in shapes.items():
+            if self.block is None or dtypes[name] != FP8:
+                continue
+            if len(shape) != 2 or self.shape(f"{name}{SCALE}") != scale_shape(shape, self.block):
+                raise ConfigError(
+                    f"{self.folder}: {name}{SCALE} is {list(self.shape(f'{name}{SCALE}'))}, which does not fit "
+                    f"{list(shape)} weights in blocks of {list(self.block)}; restore the files"
+                )
 
     def _check_embedding(self, config: ModelConfig) -> None:
         """MTP shares the model's embedding: raise ConfigError if the files have another one."""
         if not config.num_mtp_layers or PREDICTION_EMBEDDING not in self.files_by_tensor:
             return
         ours, copy = self._slice("model.embed_tokens.weight"), self._slice(PREDICTION_EMBEDDING)
-        same = ours.get_shape() == copy.get_shape() and all(
-            torch.equal(ours[start : start + 4096], copy[start : start + 4096])
+        same = self.shape("model.embed_tokens.weight") == self.shape(PREDICTION_EMBEDDING) and all(
+            torch.equal(ours[start : start + 4096].float(), copy[start : start + 4096].float())
             for start in range(0, config.vocab_size, 4096)
         )
         if not same:
@@ -173,6 +205,26 @@ class SafetensorsFolder:
     def read(self, stored_name: str, shape: tuple[int, ...], box: Box) -> Tensor:
         values = torch.empty([stop - start for start, stop in box])
         for piece in pieces(stored_name, shape, box):
-            part = self._slice(piece.name)[tuple(slice(start, stop) for start, stop in piece.box)]
-            values[piece.index] = part
+            values[piece.index] = self._read(piece.name, piece.shape, piece.box)
+        return values
+
+    def _read(self, name: str, shape: tuple[int, ...], box: Box) -> Tensor:
+        """The part ``box`` of a tensor, dequantised. A tensor that is read whole is compared with its recorded hash.
+
+        Raises:
+            ConfigError: it has changed since the export, or has values that are not finite.
+        """
+        values: Tensor = self._slice(name)[tuple(slice(start, stop) for start, stop in box)]
+        recorded = self.record.tensors.get(name) if self.record and box == full_box(shape) else None
+        if recorded and recorded.dtype == DTYPE_NAMES[values.dtype] and recorded.hash != tensor_hash(values):
+            raise ConfigError(
+                f"{self.folder / self.files_by_tensor[name]}: {name} has changed since the export: its hash is not in "
+                f"{RECORD}; restore the file, or remove {RECORD} to import the folder as one of another program's"
+            )
+        if self.block is not None and values.dtype == torch.float8_e4m3fn:
+            values = dequantize(values, self._slice(f"{name}{SCALE}")[:], box, self.block)
+        if not bool(torch.isfinite(values).all()):
+            raise ConfigError(
+                f"{self.folder / self.files_by_tensor[name]}: {name} has values that are not finite; restore the file"
+            )
         return values

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from longcat.config import ModelConfig
 from tests.support.exporting import assert_close, our_logits, peer_of, run_command, some_tokens, trained, weights
 from tests.support.fixtures import Refused
 from train.checkpoint.offline_reader import Checkpoint
 from train.compose import compose
 from train.huggingface.layouts import MetaSource, layout_tensors
+from train.huggingface.serving import serving_notes
 
 ROOT = Path(__file__).resolve().parents[3]
 OLDER = "LONGCAT_OLDER_TRANSFORMERS"  # a folder with transformers 4.57 (pip install --target)
@@ -190,6 +192,43 @@ def test_bfloat16_is_the_default_except_for_routers(checkpoint: Path, tmp_path: 
     head = found["lm_head.weight"]
     assert head.dtype == torch.bfloat16 and torch.equal(head, stored["lm_head.weight"].bfloat16())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_config_json_leaves_out_what_readers_count_twice(exports: Path) -> None:
+    """An engine takes num_hidden_layers for the number of layers; rope_theta is where each reader looks for it."""
+    for layout in ("released", "transformers"):
+        tree = json.loads((exports / layout / "config.json").read_text())
+        assert "num_hidden_layers" not in tree and (tree["num_layers"], tree["rope_theta"]) == (2, 1e6)
+        assert layout == "released" or tree["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e6}
+
+
+def test_export_says_who_cannot_serve_it(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard error: standard output has the folder alone."""
+    capsys.readouterr()
+    run_command("export", f"source={checkpoint}", f"target={tmp_path / 'out'}")
+    printed = capsys.readouterr()
+    assert printed.out == f"{tmp_path / 'out'}\n"
+    latent, width = printed.err.splitlines()
+    assert "kv_lora_rank + qk_rope_head_dim is 40" in latent and "320, 512, 576" in latent
+    assert "multiple of 256" in width and "32" in width
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({}, []),
+        ({"qk_rope_head_dim": 32, "kv_lora_rank": 288}, []),
+        ({"qk_rope_head_dim": 32}, ["is 544"]),
+        ({"hidden_size": 384}, ["multiple of 256, and it is 384"]),
+        ({"hidden_size": 384, "num_zero_experts": 0, "expected_ffn_experts": 6}, []),
+        ({"num_mtp_layers": 3}, ["first of its 3 MTP layers"]),
+    ],
+)
+def test_notes_on_serving(changes: dict[str, Any], fragments: list[str]) -> None:
+    sizes = {"hidden_size": 512, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    notes = serving_notes(ModelConfig(**(sizes | changes)))
+    assert len(notes) == len(fragments)
+    assert all(fragment in note for fragment, note in zip(fragments, notes, strict=True))
 
 
 def test_what_cannot_be_exported_is_refused(checkpoint: Path, corpus: Path, tmp_path: Path, refused: Refused) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from launch.__main__ import main as longcat
 from tests.support.exporting import SMALL, assert_close, our_logits, peer_of, run_command, some_tokens, weights
 from tests.support.fixtures import Refused
+from tests.support.lookalikes import lookalike
 from tests.support.running import contents, lines, train_here, train_two
 from train.checkpoint.files import is_locked
 from train.checkpoint.offline_reader import Checkpoint, full_box
@@ -164,7 +165,8 @@ def test_folder_saved_by_transformers_is_imported(checkpoint: Path, export: Path
     peer: Any = peer_of(Checkpoint(checkpoint).model, tensors)
     peer.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     assert list((tmp_path / "theirs").glob("*-of-*.safetensors"))
-    run_command("import", f"source={tmp_path / 'theirs'}", f"target={tmp_path / 'ours'}")
+    words = [f"source={tmp_path / 'theirs'}", f"target={tmp_path / 'ours'}", "model.expected_ffn_experts=2"]
+    run_command("import", *words)
     model = Checkpoint(tmp_path / "ours").model
     assert (model.num_mtp_layers, model.expected_ffn_experts) == (0, 2.0)
     assert_close(our_logits(tmp_path / "ours", some_tokens()), peer(input_ids=some_tokens()).logits)
@@ -230,10 +232,10 @@ def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused)
         ("tie_word_embeddings", True, "tie_word_embeddings"),
         ("zero_expert_type", "copy", "zero_expert_type"),
         ("rope_scaling", {"type": "yarn", "factor": 4}, "yarn"),
-        ("num_layers", 3, "lacks"),
-        ("num_layers", 1, "unknown"),
-        ("hidden_size", 64, "asks for"),
-        ("qk_rope_head_dim", 7, "even"),
+        ("num_layers", 3, "num_layers is 3 and was 2"),
+        ("num_layers", 1, "num_layers is 1 and was 2"),
+        ("hidden_size", 64, "hidden_size is 64 and was 32"),
+        ("qk_rope_head_dim", 7, "qk_head_dim is 24"),
         ("n_routed_experts", None, "n_routed_experts is None; it must be a whole number"),
         ("n_routed_experts", 0, "n_routed_experts must be at least 1"),
         ("zero_expert_num", -8, "zero_expert_num not negative"),
@@ -252,6 +254,24 @@ def test_a_config_of_another_model_is_refused(
     path = tmp_path / "source" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     refused(["import", f"source={tmp_path / 'source'}", f"target={tmp_path / 'out'}"], fragments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"num_layers": 3}, "lacks"),
+        ({"num_layers": 1}, "unknown"),
+        ({"hidden_size": 64}, "asks for"),
+        ({"qk_rope_head_dim": 7, "head_dim": 7, "qk_head_dim": 23}, "even"),
+    ],
+)
+def test_sizes_of_other_weights_are_refused(
+    changes: dict[str, Any], fragment: str, export: Path, tmp_path: Path, refused: Refused
+) -> None:
+    """By names and shapes, where no record says what was exported."""
+    source = lookalike(export, tmp_path / "source", changes)
+    words = [f"source={source}", f"target={tmp_path / 'out'}", "model.expected_ffn_experts=2"]
+    refused(["import", *words], fragment)
 
 
 def test_text_of_run_checkpoint_and_export_is_equal(
