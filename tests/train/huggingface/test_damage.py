@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,19 +41,18 @@ def read_all(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     return config, {name: source.read(name, shape, full_box(shape)) for name, shape in stored_shapes(config.model)}
 
 
-@pytest.fixture(scope="module")
-def _composed_once() -> Iterator[None]:
+@pytest.fixture
+def _composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compose each list of overrides once: a fifth of a second, while most damage leaves the sizes as they are."""
-    plain, known = import_module.compose, {}
+    plain = import_module.compose
+    known: dict[tuple[str, ...], Config] = {}
 
     def compose(words: list[str]) -> Config:
         if tuple(words) not in known:
             known[tuple(words)] = plain(words)
-        return known[tuple(words)]
+        return copy.deepcopy(known[tuple(words)])
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module, "compose", compose)
-        yield
+    monkeypatch.setattr(import_module, "compose", compose)
 
 
 def assert_damage_is_found(export: Path, folder: Path, count: int, seed: int) -> dict[str, int]:
