@@ -20,6 +20,7 @@ from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import end_of_document_id, load_tokenizer
 from train.huggingface.config_json import CONFIG
 from train.huggingface.import_folder import configuration_of
+from train.huggingface.record import check_tokenizer
 from train.huggingface.safetensors_folder import SafetensorsFolder
 
 
@@ -78,6 +79,8 @@ def load(options: GenerateOptions) -> tuple[LongCat, Path]:
         config = configuration_of(source, [], training=False).model
         source.check(config)
         tokenizer = Path(options.tokenizer or folder / TOKENIZER_NAME)
+        if not options.tokenizer:
+            check_tokenizer(folder, source.record)
     else:
         checkpoint = source = Checkpoint(folder)
         config = checkpoint.model

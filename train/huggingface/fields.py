@@ -79,7 +79,6 @@ TRAINING = "it is a setting of the training that made the weights"
 IGNORED = {
     "auto_map": "it names Python code beside the weights, which is not run",
     "transformers_version": "it says who wrote the file",
-    "_name_or_path": "it says where the file came from",
     "torch_dtype": WEIGHTS,
     "dtype": WEIGHTS,
     "params_dtype": WEIGHTS,
@@ -98,8 +97,6 @@ IGNORED = {
     "output_hidden_states": RUNTIME,
     "output_router_logits": RUNTIME,
     "chunk_size_feed_forward": RUNTIME,
-    "_attn_implementation": RUNTIME,
-    "_attn_implementation_autoset": RUNTIME,
     "id2label": RUNTIME,
     "label2id": RUNTIME,
     "problem_type": RUNTIME,
@@ -108,6 +105,8 @@ IGNORED = {
     "aux_loss_alpha": TRAINING,
     "seq_aux": TRAINING,
 }
+# transformers writes these with an underscore in front
+IGNORED |= {f"_{name}": RUNTIME for name in ("name_or_path", "attn_implementation", "attn_implementation_autoset")}
 
 # Beginnings of the names of fields that belong to relatives of the model
 RELATIVES = {

@@ -107,7 +107,7 @@ def configuration_of(source: SafetensorsFolder, overrides: list[str], training: 
 
     Raises:
         ConfigError: as `read_config`; or ``training`` needs a compute budget that neither the folder nor the overrides
-            have. Without training any budget will do.
+            have, or a tokenizer that is not the exported one. Without training any budget will do.
     """
     prefix = rf"{re.escape(PREDICTION)}layers\.(\d+)\."
     layers = {match[1] for name in source.files_by_tensor if (match := re.match(prefix, name))}
@@ -129,7 +129,7 @@ def configuration_of(source: SafetensorsFolder, overrides: list[str], training: 
         sizes.append(f"train.sequence_length={positions}")
     config = compose([*sizes, *overrides])
     tokenizer = source.folder / TOKENIZER_NAME
-    if config.data.tokenizer is None and tokenizer.is_file():
+    if training and config.data.tokenizer is None and tokenizer.is_file():
         check_tokenizer(source.folder, source.record)
         config.data.tokenizer = str(tokenizer.resolve())
     return config

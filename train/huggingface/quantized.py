@@ -17,7 +17,7 @@ from train.huggingface.config_json import CONFIG, FOLDER
 from train.huggingface.values import number, read_json
 
 FP8 = "F8_E4M3"  # as safetensors names it
-SCALE = "_scale_inv"  # ends the name of a weight's scales; they multiply, despite the name
+WEIGHT, SCALE = ".weight", ".weight_scale_inv"  # end the names of a matrix and of its scales, which multiply it
 Block = tuple[int, int]  # rows and columns that share a scale
 # Of quantization_config: which layers are not quantised (their tensors say so themselves), and how an engine rounds
 # activations, which are not rounded here
@@ -56,6 +56,11 @@ def read_block(folder: Path) -> Block | None:
     return rows, columns
 
 
+def scale_name(name: str) -> str:
+    """The name of a weight's scales."""
+    return f"{name.removesuffix(WEIGHT)}{SCALE}"
+
+
 def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
     """The shape of the scales of a weight [O, I]."""
     return tuple(math.ceil(size / part) for size, part in zip(shape, block, strict=True))
@@ -84,7 +89,7 @@ def check_quantized(folder: Path, names: Any, dtypes: dict[str, str], block: Blo
             f"quantised"
         )
     for name in sorted(names):
-        scales = f"{name}{SCALE}"
+        scales = scale_name(name)
         if (name in quantized) != (scales in dtypes):
             what = "has no scales" if name in quantized else f"is {dtypes[name]} and has scales as if it were {FP8}"
             raise ConfigError(f"{folder}: {name} {what} ({scales}); restore the files")

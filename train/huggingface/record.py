@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
+from longcat.json_text import dumps
 from longcat.rope import RopeScaling
 from train.checkpoint.files import HASH, file_hash, new_hash
 from train.data.corpus import TOKENIZER_NAME
@@ -47,15 +47,15 @@ class Record:
         """The file's text. One line per tensor keeps it readable."""
         tree = asdict(self)
         tree["tensors"] = {name: [one.dtype, one.hash] for name, one in self.tensors.items()}
-        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(one)}" for name, one in tree.pop("tensors").items())
-        head = json.dumps({**tree, HASH: digest(asdict(self))}, indent=2).removesuffix("\n}")
+        lines = ",\n".join(f"    {dumps(name)}: {dumps(one)}" for name, one in tree.pop("tensors").items())
+        head = dumps({**tree, HASH: digest(asdict(self))}, indent=2).removesuffix("\n}")
         return f'{head},\n  "tensors": {{\n{lines}\n  }}\n}}\n'
 
 
 def digest(tree: dict[str, Any]) -> str:
     """Hash of a tree of plain values, whatever the order of its names."""
     made = new_hash()
-    made.update(json.dumps(tree, sort_keys=True).encode())
+    made.update(dumps(tree, sort_keys=True).encode())
     return str(made.hexdigest())
 
 
@@ -121,6 +121,6 @@ def check_tokenizer(folder: Path, record: Record | None) -> None:
         return
     if file_hash(path) != record.tokenizer:
         raise ConfigError(
-            f"{path} has changed since the export: its hash is not that of {RECORD}; restore it, or name the right "
-            f"tokenizer on the command line"
+            f"{path} has changed since the export: its hash is not that of {RECORD}; restore it, or name another "
+            f"(import: data.tokenizer=FILE, generate: tokenizer=FILE)"
         )

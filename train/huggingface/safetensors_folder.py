@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,16 @@ from train.huggingface.layouts import (
     identity_names,
     layout_tensors,
 )
-from train.huggingface.quantized import FP8, SCALE, check_quantized, dequantize, read_block, scale_shape
+from train.huggingface.quantized import (
+    FP8,
+    SCALE,
+    WEIGHT,
+    check_quantized,
+    dequantize,
+    read_block,
+    scale_name,
+    scale_shape,
+)
 from train.huggingface.record import RECORD, TensorRecord, read_record, tensor_hash
 from train.huggingface.values import read_json
 
@@ -146,7 +154,9 @@ class SafetensorsFolder:
             ConfigError: what is missing, left over or of another shape.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in layout_tensors(config, Layout.released, MetaSource())}
-        found = {name for name in self.files_by_tensor if not name.endswith((ROTARY, SCALE))} - {PREDICTION_EMBEDDING}
+        present = self.files_by_tensor.keys()
+        scales = {name for name in present if name.endswith(SCALE) and f"{name.removesuffix(SCALE)}{WEIGHT}" in present}
+        found = {name for name in present - scales if not name.endswith(ROTARY)} - {PREDICTION_EMBEDDING}
         shapes.pop(PREDICTION_EMBEDDING, None)  # our own copy of the embedding may be left out
         if not config.num_mtp_layers:
             found = {name for name in found if not name.startswith(PREDICTION)}
@@ -170,15 +180,16 @@ class SafetensorsFolder:
     def _check_scales(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ConfigError unless exactly the quantised weights have scales, of the right shape."""
         dtypes = {name: self.dtype(name) for name in shapes}
-        scales = [name for name in self.files_by_tensor if name.endswith(SCALE)]
-        check_quantized(self.folder, shapes, dtypes | {name: self.dtype(name) for name in scales}, self.block)
+        of_scales = {name: self.dtype(name) for name in self.files_by_tensor if name.endswith(SCALE)}
+        check_quantized(self.folder, shapes, dtypes | of_scales, self.block)
         for name, shape in shapes.items():
             if self.block is None or dtypes[name] != FP8:
                 continue
-            if len(shape) != 2 or self.shape(f"{name}{SCALE}") != scale_shape(shape, self.block):
+            scales = scale_name(name)
+            if len(shape) != 2 or self.shape(scales) != scale_shape(shape, self.block):
                 raise ConfigError(
-                    f"{self.folder}: {name}{SCALE} is {list(self.shape(f'{name}{SCALE}'))}, which does not fit "
-                    f"{list(shape)} weights in blocks of {list(self.block)}; restore the files"
+                    f"{self.folder}: {scales} is {list(self.shape(scales))}, which does not fit {list(shape)} weights "
+                    f"in blocks of {list(self.block)}; restore the files"
                 )
 
     def _check_embedding(self, config: ModelConfig) -> None:
@@ -222,7 +233,7 @@ class SafetensorsFolder:
                 f"{RECORD}; restore the file, or remove {RECORD} to import the folder as one of another program's"
             )
         if self.block is not None and values.dtype == torch.float8_e4m3fn:
-            values = dequantize(values, self._slice(f"{name}{SCALE}")[:], box, self.block)
+            values = dequantize(values, self._slice(scale_name(name))[:], box, self.block)
         if not bool(torch.isfinite(values).all()):
             raise ConfigError(
                 f"{self.folder / self.files_by_tensor[name]}: {name} has values that are not finite; restore the file"

@@ -132,9 +132,14 @@ def test_a_changed_record_is_refused(
 def test_another_tokenizer_is_refused(export: Path, tmp_path: Path, refused: Refused) -> None:
     shutil.copytree(export, tmp_path / "copy")
     path = tmp_path / "copy" / "tokenizer.json"
-    path.write_text(path.read_text().replace("import", "tropmi", 1))
+    tree = json.loads(path.read_text())
+    first, second, *_ = sorted(tree["model"]["vocab"], key=tree["model"]["vocab"].get)[300:]
+    tree["model"]["vocab"] |= {first: 301, second: 300}  # two ids exchanged
+    path.write_text(json.dumps(tree))
     words = ["import", f"source={tmp_path / 'copy'}", f"target={tmp_path / 'out'}"]
     refused(words, "tokenizer.json has changed since the export")
+    refused(["generate", words[1], "prompt=x"], "tokenizer.json has changed since the export", "tokenizer=FILE")
+    run_command("generate", words[1], "prompt=x", "max_tokens=2", f"tokenizer={export / 'tokenizer.json'}")
     run_command(*words, f"data.tokenizer={export / 'tokenizer.json'}")
 
 

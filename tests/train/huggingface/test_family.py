@@ -125,6 +125,7 @@ def test_quantisation_that_does_not_fit_is_refused(export: Path, tmp_path: Path,
     attempt("unsaid", None, stored, "F8_E4M3", "no quantization_config")
     attempt("no-scale", fp8, {key: stored[key] for key in stored if key != f"{name}_scale_inv"}, name, "no scales")
     attempt("stray", fp8, stored | {name: stored[name].float()}, name, "has scales")
+    attempt("orphan", fp8, stored | {"model.other.weight_scale_inv": torch.ones(1, 1)}, "unknown model.other")
     attempt("blocks", fp8_config((8, 16)), stored, "_scale_inv", "does not fit")
     attempt("nan", fp8, stored | {f"{name}_scale_inv": torch.full((1, 2), torch.nan)}, name, "not finite")
     for field, value in (("quant_method", "awq"), ("fmt", "e5m2"), ("bits", 4), ("weight_block_size", None)):

@@ -235,7 +235,7 @@ def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused)
         ("num_layers", 3, "num_layers is 3 and was 2"),
         ("num_layers", 1, "num_layers is 1 and was 2"),
         ("hidden_size", 64, "hidden_size is 64 and was 32"),
-        ("qk_rope_head_dim", 7, "qk_head_dim is 24"),
+        ("qk_rope_head_dim", 7, "head_dim is 8; the other sizes make it 7 or 23"),
         ("n_routed_experts", None, "n_routed_experts is None; it must be a whole number"),
         ("n_routed_experts", 0, "n_routed_experts must be at least 1"),
         ("zero_expert_num", -8, "zero_expert_num not negative"),

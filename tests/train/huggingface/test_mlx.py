@@ -35,9 +35,7 @@ VARIANTS = {
 }
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(
-        not os.environ.get(PYTHON), reason=f"needs a Python with mlx-lm in {PYTHON}"
-    ),
+    pytest.mark.skipif(not os.environ.get(PYTHON), reason=f"needs a Python with mlx-lm in {PYTHON}"),
 ]
 
 
