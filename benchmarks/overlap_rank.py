@@ -24,12 +24,12 @@ from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
 from longcat.moe import Router
 from longcat.names import stored_state
-from parallel.config import ParallelConfig
+from parallel.config import ExpertsAfter, OverlapConfig, ParallelConfig
 from parallel.device import keep_freed_memory
 from parallel.expert.placement import apply_expert_parallel
 from parallel.fsdp.sharding import local_part
 from parallel.mesh import Topology, make_topology, resolve_sizes
-from parallel.overlap import ExpertsAfter, OverlapConfig, apply_overlap
+from parallel.overlap import apply_overlap
 from parallel.watchdog.events import SpanKind
 from parallel.watchdog.spans import begin_step, blocked_seconds
 from train.profiling.recorder import StepRecorder

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+if __name__ == "__main__" and sys.path[0] == os.getcwd() != os.path.dirname(
+    os.path.dirname(os.path.realpath(__file__))
+):
+    # `python -m` looks for modules in the current folder first, where a user's train.py or json.py may be
+    del sys.path[0]
+
+import difflib
 from collections.abc import Callable
 
 from launch import verbs
-from longcat.errors import BAD_INPUT, LongCatError
+from longcat import __version__
+from longcat.errors import BAD_INPUT, OK, LongCatError
 from longcat.lasting_streams import lasting_streams
 
 USAGE = """usage: longcat VERB [key=value …]
 
 {verbs}
 
-longcat VERB --help describes one verb; docs/guide/README.md is the guide.
+longcat VERB --help describes one verb; longcat --version prints the version; docs/guide/README.md is the guide.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit code (0 done, 2 wrong input, 3 stopped, 4 unhealthy, 1 anything else)."""
+    if argv is None:  # as a program: every Python that it starts leaves the current folder out, too
+        os.environ["PYTHONSAFEPATH"] = "1"
     with lasting_streams():
         return run(sys.argv[1:] if argv is None else argv)
 
@@ -29,20 +41,33 @@ def run(arguments: list[str]) -> int:
         return BAD_INPUT
     if arguments[0] in ("-h", "--help", "help"):
         print(USAGE.format(verbs=listing()))
-        return 0
+        return OK
+    if arguments[0] in ("-V", "--version", "version"):
+        print(f"longcat {__version__}")
+        return OK
     verb = VERBS.get(arguments[0])
     if verb is None:
-        print(f"error: unknown verb {arguments[0]!r}; use one of {', '.join(VERBS)}", file=sys.stderr)
+        print(f"error: unknown verb {arguments[0]!r}; {suggestion(arguments[0])}", file=sys.stderr)
         return BAD_INPUT
     rest = arguments[1:]
     if any(argument in ("-h", "--help") for argument in rest):
         print((verb.__doc__ or "").strip())
-        return 0
+        return OK
     try:
         return verb(rest)
     except LongCatError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def suggestion(word: str) -> str:
+    """What to do about an unknown verb: the nearest one, if one is near, and all of them."""
+    everything = f"use one of {', '.join(VERBS)}"
+    key, equals, _ = word.partition("=")
+    if equals or "." in key:
+        return f"a verb comes first, for instance longcat train {word}; {everything}"
+    near = MEANT.get(word) or next(iter(difflib.get_close_matches(word, VERBS, n=1, cutoff=0.5)), None)
+    return everything if near is None else f"did you mean {near}? {everything}"
 
 
 def listing() -> str:
@@ -52,6 +77,7 @@ def listing() -> str:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": verbs.train,
+    "check": verbs.check,
     "data": verbs.data,
     "report": verbs.report,
     "diff": verbs.diff,
@@ -61,6 +87,21 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": verbs.export,
     "import": verbs.import_,
     "generate": verbs.generate,
+    "completion": verbs.completion,
+}
+# Words of other programs
+MEANT = {
+    "build": "data",
+    "convert": "export",
+    "fit": "train",
+    "pretrain": "train",
+    "resume": "train",
+    "run": "train",
+    "sample": "generate",
+    "start": "train",
+    "sweep": "train",
+    "validate": "check",
+    "verify": "checkpoint",
 }
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import site
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ def num_processes(config: Config) -> int:
 def run_ranks(overrides: list[str], config: Config) -> int:
     """Train on the configured number of local ranks; returns the run's exit code.
 
-    One rank runs in this process; several run as `python -m train` under the elastic agent.
+    One rank runs in this process; several run as `python -P -m train` under the elastic agent. `-P` leaves the current
+    folder out of the search for modules, where a user's own train.py may be.
     """
     from train.process import check, main
 
@@ -69,8 +71,8 @@ def run_elastic(overrides: list[str], config: Config, processes: int) -> int:
     )
     before = exit_written(config.run.folder)
     try:
-        with first_signal_alone():
-            elastic_launch(launch, sys.executable)("-m", "train", *overrides)
+        with first_signal_alone(), found_by_children():
+            elastic_launch(launch, sys.executable)("-P", "-m", "train", *overrides)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else CRASHED
@@ -78,6 +80,22 @@ def run_elastic(overrides: list[str], config: Config, processes: int) -> int:
         same = exit_written(config.run.folder) == before
         return CRASHED if same else recorded_code(config.run.folder)
     return OK
+
+
+@contextmanager
+def found_by_children() -> Iterator[None]:
+    """Let Pythons that are started with `-P` find this program in a checkout that is not installed."""
+    root, name = str(Path(__file__).resolve().parents[1]), "PYTHONPATH"
+    before = os.environ.get(name)
+    if root not in site.getsitepackages():
+        os.environ[name] = os.pathsep.join([*filter(None, [before]), root])
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def exit_written(folder: Path) -> tuple[int, int] | None:

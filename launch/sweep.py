@@ -1,56 +1,180 @@
-"""A Hydra multirun: one training run per choice, in sequence or by a sweeper plugin."""
+"""A Hydra multirun: one training run per choice, in sequence, by a sweeper plug-in or by a launcher on a cluster."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import socket
 import sys
+import traceback
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longcat.errors import BAD_INPUT, STOPPED, ConfigError, LongCatError
-from train.compose import check_keys, from_tree, one_line, register
+from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
+from longcat.json_text import dumps
+from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, compose_tree, from_tree, one_line, quoted, register
 from train.loggers.jsonl import METRICS, rows
-from train.spelling import keep_spelling
+from train.run_dir import EXIT
 
-FOLDER = "hydra.sweep.dir=${run.dir}"  # where Hydra writes multirun.yaml
+MULTIRUN = "multirun.yaml"  # Hydra writes it before it checks the values
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one run of a sweep ended; a JSON file of the sweep's folder, since a launcher may run it elsewhere."""
+
+    run: str  # the run's folder
+    code: int
+    message: str
+    process: str  # where the error was printed
 
 
 def run_sweep(overrides: list[str]) -> int:
     """Give ``overrides`` to Hydra's sweeper; each job has its own run folder. Returns the first code that is not 0.
 
     An unknown key, a wrong type or a value that is no choice of its key is refused before the first job. The sweep
-    continues after a job that its own check refuses or that fails; a stopped job ends it.
+    continues after a job that its own check refuses or that fails; a stopped job ends it. Hydra's multirun.yaml, a
+    launcher's logs and a result per run are in a folder of this sweep alone.
     """
     import hydra
-    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     register()
-    check_keys(overrides)
-    codes: list[int] = []
-
-    def job(tree: Any) -> float:
-        if STOPPED in codes:
-            return math.inf
-        name = f"{tree.run.name}-{HydraConfig.get().job.num}"
-        task = [str(override) for override in HydraConfig.get().overrides.task]
-        task = [override for override in task if not override.startswith("run.name=")] + [f"run.name={name}"]
-        tree.run.name = name
-        codes.append(run_job(tree, task))
-        return math.inf if codes[-1] else final_loss(Path(tree.run.dir) / name)
-
+    check_keys(overrides, sweep=True)
+    folder = make_folder(overrides)
+    search = [override for override in overrides if override.startswith(SEARCH_PATH)]
     arguments = sys.argv
-    sys.argv = ["longcat train", "--multirun", *map(keep_spelling, overrides), FOLDER]
+    sys.argv = [
+        "longcat train",
+        "--multirun",
+        *map(as_hydra_reads, overrides),
+        f"hydra.sweep.dir={quoted(str(folder))}",
+    ]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise its errors, instead of printing them and exiting with code 1
+    failure = ""
     try:
+        job = partial(run_job, folder=folder, search=search)
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
+    except Exception as error:  # of a launcher: a job that was killed, a cluster that takes none
+        failure = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     finally:
         sys.argv = arguments
-    return next((code for code in codes if code), 0)
+        remove_if_unused(folder, failure)
+    return report(folder, failure)
+
+
+def make_folder(overrides: list[str]) -> Path:
+    """Make the folder of this sweep: `<run.dir>/<run.name>-sweep`, with a number if there is one already."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        parsed = OverridesParser.create().parse_overrides([as_hydra_reads(each) for each in overrides])
+        run = compose_tree([each.input_line or "" for each in parsed if not each.is_sweep_override()]).run
+        name, parent = str(run.name), Path(str(run.dir))
+    except Exception as error:
+        raise ConfigError(one_line(error)) from error
+    number = 1
+    while True:
+        folder = parent / (f"{name}-sweep" if number == 1 else f"{name}-sweep-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not parent.is_dir():
+                raise ConfigError(f"run.dir={parent} is no folder; choose another run.dir") from None
+            number += 1
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={parent}: cannot write in it ({error.strerror}); choose another run.dir"
+            ) from error
+
+
+def remove_if_unused(folder: Path, failure: str) -> None:
+    """Remove the folder of a sweep that was refused before its first run, and a parent that it was the first in."""
+    if not failure and not results(folder):
+        (folder / MULTIRUN).unlink(missing_ok=True)
+    for path in (folder, folder.parent):
+        try:
+            path.rmdir()
+        except OSError:  # not empty
+            return
+
+
+def run_job(tree: Any, folder: Path, search: list[str]) -> float:
+    """One run of the sweep, perhaps in a process of a launcher; returns what a sweeper minimises."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if any(result.code == STOPPED for result in results(folder)):
+        return math.inf
+    hydra = HydraConfig.get()
+    name = f"{tree.run.name}-{hydra.job.num}"
+    task = [str(override) for override in hydra.overrides.task]
+    task = [override for override in task if not override.startswith("run.name=")] + [f"run.name={name}", *search]
+    tree.run.name = name
+    run = Path(tree.run.dir) / name
+    code, message = train(tree, task)
+    if code and not message:
+        message = ended(run)
+    result = Result(str(run), code, message, this_process())
+    (folder / f"{hydra.job.num}.json").write_text(dumps(asdict(result)))
+    return math.inf if code else final_loss(run)
+
+
+def train(tree: Any, overrides: list[str]) -> tuple[int, str]:
+    """(exit code, message) of one run; prints an error in its own configuration."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    from launch.local import run_ranks
+
+    try:
+        config = from_tree(tree)
+        config.validate()
+        return run_ranks(overrides, config), ""
+    except LongCatError as error:
+        code, message = error.exit_code, str(error)
+    except OmegaConfBaseException as error:
+        code, message = BAD_INPUT, one_line(error)
+    except Exception as error:  # the sweep goes on
+        traceback.print_exc()
+        code, message = CRASHED, f"{type(error).__name__}: {error}"
+    print(f"error: {tree.run.name}: {message}", file=sys.stderr)
+    return code, message
+
+
+def ended(run: Path) -> str:
+    """The message of a run's exit.json."""
+    try:
+        return str(json.loads((run / EXIT).read_text())["message"])
+    except (OSError, ValueError, KeyError):
+        return f"no {EXIT} in {run}"
+
+
+def results(folder: Path) -> list[Result]:
+    """The results that the sweep has so far, in the order of its runs."""
+    paths = [path for path in folder.glob("*.json") if path.stem.isdecimal()]
+    return [Result(**json.loads(path.read_text())) for path in sorted(paths, key=lambda path: int(path.stem))]
+
+
+def report(folder: Path, failure: str) -> int:
+    """Print what other processes have not printed here; returns the sweep's exit code."""
+    found = results(folder)
+    for result in found:
+        if result.code and result.process != this_process():
+            print(f"error: {Path(result.run).name}: {result.message} (exit code {result.code})", file=sys.stderr)
+    if failure:
+        print(f"error: the launcher ended the sweep: {failure}; its logs are in {folder}", file=sys.stderr)
+    code = next((result.code for result in found if result.code), OK)
+    return code or (CRASHED if failure else OK)
+
+
+def this_process() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def final_loss(folder: Path) -> float:
@@ -60,21 +184,3 @@ def final_loss(folder: Path) -> float:
         if values := [row[key] for row in found if row.get(key) is not None]:
             return float(values[-1])
     return math.inf
-
-
-def run_job(tree: Any, overrides: list[str]) -> int:
-    """One run of the sweep; prints an error in its own choice."""
-    from omegaconf.errors import OmegaConfBaseException
-
-    from launch.local import run_ranks
-
-    try:
-        config = from_tree(tree)
-        config.validate()
-        return run_ranks(overrides, config)
-    except LongCatError as error:
-        print(f"error: {tree.run.name}: {error}", file=sys.stderr)
-        return error.exit_code
-    except OmegaConfBaseException as error:
-        print(f"error: {tree.run.name}: {one_line(error)}", file=sys.stderr)
-        return BAD_INPUT

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longcat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from train.config import Config
 
 MULTIRUN = ("-m", "--multirun")
 
@@ -18,16 +22,84 @@ def train(arguments: list[str]) -> int:
     longcat train -m optim.lr=1e-3,3e-3 model=debug
 
     The keys are those of the dataclasses in train/config.py; the choices of a group are the files in
-    configs/<group>. The run folder runs/<run.name> is made or resumed. Under torchrun:
-    torchrun --nproc-per-node 2 -m train key=value …
+    configs/<group>, and in <group> of a folder conf/ here or of --config-dir DIR. --cfg job prints the composed
+    configuration and ends. The run folder runs/<run.name> is made or resumed. Under torchrun:
+    torchrun --nproc-per-node 2 --no-python longcat-rank key=value …
     """
+    from train.compose import compose, with_search_path
+
+    shows, arguments = split_cfg(arguments)
+    multirun = any(argument in MULTIRUN for argument in arguments)
+    if multirun and not shows:
+        from launch.sweep import run_sweep
+
+        return run_sweep(with_search_path([argument for argument in arguments if argument not in MULTIRUN]))
+    if multirun:
+        raise ConfigError("--cfg job prints the configuration of one run; leave out -m")
+    config = compose(arguments)
+    if shows:
+        print(as_yaml(config), end="")
+        return 0
     from launch.local import run_ranks
-    from launch.sweep import run_sweep
+
+    return run_ranks(with_search_path(arguments), config)
+
+
+def split_cfg(arguments: list[str]) -> tuple[bool, list[str]]:
+    """Whether `--cfg job` (or -c job) is among the arguments, and the other arguments."""
+    rest, shows = [], False
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in ("--cfg", "-c"):
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if value != "job":
+            raise ConfigError(f"--cfg {value} is not known; say --cfg job, which prints the composed configuration")
+        shows = True
+    return shows, rest
+
+
+def as_yaml(config: Config) -> str:
+    """The composed configuration as YAML."""
+    import yaml
+
+    from train.run_dir import as_mapping
+
+    return yaml.safe_dump(as_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def check(arguments: list[str]) -> int:
+    """check key=value …            check sizes, memory and data of a run; trains nothing
+
+    longcat check model=small run.num_processes=2 data.paths=[data/mine/corpus]
+
+    Takes the keys of longcat train. Ends with exit code 2 and one line where the run would be refused: a wrong value or
+    layout, less memory than the formula asks for, a corpus that is missing or has too many token ids, or a run folder
+    of another configuration.
+    """
     from train.compose import compose
 
-    if any(argument in MULTIRUN for argument in arguments):
-        return run_sweep([argument for argument in arguments if argument not in MULTIRUN])
-    return run_ranks(arguments, compose(arguments))
+    config = compose(arguments)
+    from launch.check import check as check_run
+
+    for name, value in check_run(config):
+        print(f"{name:18} {value}")
+    return 0
+
+
+def completion(arguments: list[str]) -> int:
+    """completion bash|zsh|fish     print a script that completes verbs, keys and choices
+
+    source <(longcat completion bash)
+    """
+    from launch.completion import script
+
+    if len(arguments) != 1:
+        raise ConfigError("longcat completion needs the name of a shell: bash, zsh or fish")
+    print(script(arguments[0]), end="")
+    return 0
 
 
 def data(arguments: list[str]) -> int:

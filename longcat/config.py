@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from longcat.config_limits import INT32_MAX, check_at_most
 from longcat.errors import ConfigError
 from longcat.rope import RopeScaling
+
+MAX_LAYERS = 4096  # deeper ones take longer to build than to train
 
 
 @dataclass
@@ -91,6 +94,13 @@ class ModelConfig:
         for name in ("num_zero_experts", "num_mtp_layers", "qk_nope_head_dim"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must not be negative")
+        for option in fields(self):
+            if isinstance(getattr(self, option.name), int):
+                check_at_most(f"model.{option.name}", getattr(self, option.name), INT32_MAX)
+        for name in ("num_layers", "num_mtp_layers"):
+            check_at_most(f"model.{name}", getattr(self, name), MAX_LAYERS)
+        if self.rope_theta < 1:
+            raise ConfigError(f"model.rope_theta={self.rope_theta} must be at least 1: no frequency may exceed 1")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(
                 f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary embeddings rotate pairs"

@@ -1,4 +1,4 @@
-"""The `parallel` section of the configuration: sizes of the mesh axes, and how each kind of parallelism works."""
+"""The sections `parallel` and `overlap` of the configuration: mesh axes, kinds of parallelism, their overlap."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from longcat.config_choices import check_choice
+from longcat.config_limits import check_at_most
 from longcat.errors import ConfigError
+
+MAX_TIMEOUT = 100_000_000.0  # seconds; gloo counts a multiple of it in nanoseconds
+MAX_CHUNKS = 1024
 
 # 1f1b is no identifier, hence the functional form
 Schedule = StrEnum("Schedule", {"zbv": "zbv", "1f1b": "1f1b", "interleaved": "interleaved", "dualpipev": "dualpipev"})
@@ -42,6 +46,13 @@ class DispatcherKind(StrEnum):
 
     all_to_all = "all_to_all"
     all_gather = "all_gather"
+
+
+class ExpertsAfter(StrEnum):
+    """Where a layer computes its experts."""
+
+    ffn = "ffn"
+    attention = "attention"
 
 
 @dataclass
@@ -89,5 +100,29 @@ class ParallelConfig:
             raise ConfigError(
                 f"parallel.offload={self.offload} needs parallel.sharding=zero1, zero2 or zero3; set one of them"
             )
-        if not self.timeout_seconds > 0:
-            raise ConfigError(f"parallel.timeout_seconds={self.timeout_seconds} must be above 0")
+        if not self.timeout_seconds >= 1:
+            raise ConfigError(f"parallel.timeout_seconds={self.timeout_seconds} must be at least 1 second")
+        check_at_most("parallel.timeout_seconds", self.timeout_seconds, MAX_TIMEOUT, "that is 3 years")
+
+
+@dataclass
+class OverlapConfig:
+    """How expert-parallel and context-parallel communication overlaps with compute."""
+
+    enabled: bool = True  # false makes every collective blocking, for comparison; results are bitwise identical
+    # chunks of a micro-batch's tokens; one is sent while experts compute another. Always 1 with parallel.ep=1
+    num_chunks: int = 1
+    # where a layer computes its experts: after its first ffn, or after its second attention
+    experts_after: ExpertsAfter = ExpertsAfter.ffn
+    # on a GPU, run the experts on a stream of their own; needs parallel.transport=all_to_all
+    experts_stream: bool = False
+
+    def validate(self) -> None:
+        if self.num_chunks < 1:
+            raise ConfigError(f"overlap.num_chunks={self.num_chunks} must be at least 1")
+        check_at_most("overlap.num_chunks", self.num_chunks, MAX_CHUNKS)
+        check_choice("overlap.experts_after", self.experts_after, ExpertsAfter)
+        if self.experts_stream and not self.enabled:
+            raise ConfigError(
+                "overlap.experts_stream=true has nothing to overlap with under overlap.enabled=false; drop one"
+            )

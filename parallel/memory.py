@@ -27,7 +27,9 @@ class StateBytes:
 
 
 def mib(count: float) -> str:
-    """12.3 MiB, 4.56 GiB."""
+    """12.3 MiB, 4.56 GiB, 7.89 TiB."""
+    if count >= 2**40:
+        return f"{count / 2**40:,.2f} TiB"
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 

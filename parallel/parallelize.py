@@ -12,7 +12,7 @@ from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.model import LongCat, ModelPart
 from longcat.ops.fusion import fuse
-from parallel.config import ParallelConfig, Sharding
+from parallel.config import OverlapConfig, ParallelConfig, Sharding
 from parallel.deepspeed.engine import ZeroEngine
 from parallel.deepspeed.setup import check as check_deepspeed
 from parallel.engine import Engine, SequentialEngine
@@ -21,7 +21,7 @@ from parallel.fsdp.collectives import install_collectives
 from parallel.fsdp.sharding import apply_fsdp, materialise
 from parallel.kernels import install
 from parallel.mesh import Axis, MeshSizes, Topology
-from parallel.overlap import OverlapConfig, apply_overlap
+from parallel.overlap import apply_overlap
 from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.stages import check_micro_batches, num_stages, split, stages_of
 from parallel.recompute import apply_recompute

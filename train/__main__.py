@@ -1,8 +1,15 @@
-"""`python -m train key=value …`: one rank, under torchrun or alone."""
+"""`python -m train key=value …`, also the program `longcat-rank`: one rank, under torchrun or alone."""
 
 from __future__ import annotations
 
+import os
 import sys
+
+if __name__ == "__main__" and sys.path[0] == os.getcwd() != os.path.dirname(
+    os.path.dirname(os.path.realpath(__file__))
+):
+    # `python -m` looks for modules in the current folder first, where a user's json.py or longcat/ may be
+    del sys.path[0]
 
 from longcat.errors import ConfigError
 from longcat.lasting_streams import lasting_streams
@@ -10,9 +17,12 @@ from train.compose import compose, named_folder
 from train.run_dir import refuse
 
 
-def main(overrides: list[str]) -> int:
+def main(overrides: list[str] | None = None) -> int:
+    """Train as one rank; returns its exit code."""
+    if overrides is None:  # as a program: every Python that it starts leaves the current folder out, too
+        os.environ["PYTHONSAFEPATH"] = "1"
     with lasting_streams():
-        return run(overrides)
+        return run(sys.argv[1:] if overrides is None else overrides)
 
 
 def run(overrides: list[str]) -> int:
@@ -26,4 +36,4 @@ def run(overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

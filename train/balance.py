@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from longcat.config import ModelConfig
 from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
+
+if TYPE_CHECKING:  # the configuration is read without torch
+    from torch import Tensor
 
 
 class BalanceMethod(StrEnum):
@@ -75,6 +75,8 @@ class PID:
     """b = kp·e + Σ ki·e + kd·Δe with gains that shrink over the steps; the report's rule is kp = kd = 0."""
 
     def __init__(self, config: BalanceConfig, model: ModelConfig) -> None:
+        import torch
+
         self.config, self.model = config, model
         shape = (model.num_layers, model.num_experts)
         self.integral = torch.zeros(shape, dtype=torch.float64)
@@ -86,7 +88,7 @@ class PID:
         error = load_error(counts, self.model)
         if int(self.steps):
             error = self.config.smoothing * self.previous + (1.0 - self.config.smoothing) * error
-        change = error - self.previous if int(self.steps) else torch.zeros_like(error)
+        change = error - (self.previous if int(self.steps) else error)
         self.integral += gain * self.config.ki * error
         self.previous.copy_(error)
         self.steps += 1
@@ -101,6 +103,8 @@ class Sign:
     """b += ki·sign(error), with the same decay: the usual rule, for comparison."""
 
     def __init__(self, config: BalanceConfig, model: ModelConfig) -> None:
+        import torch
+
         self.config, self.model = config, model
         self.bias = torch.zeros(model.num_layers, model.num_experts, dtype=torch.float64)
         self.steps = torch.zeros((), dtype=torch.int64)
@@ -117,7 +121,9 @@ class Sign:
 
 def with_identity(bias: Tensor, model: ModelConfig) -> Tensor:
     """Append the identity experts' zeros: [L, N] → [L, N+Z] float32."""
-    return torch.nn.functional.pad(bias, (0, model.num_zero_experts)).float()
+    from torch.nn.functional import pad
+
+    return pad(bias, (0, model.num_zero_experts)).float()
 
 
 CONTROLLERS: dict[BalanceMethod, type[PID] | type[Sign]] = {BalanceMethod.pid: PID, BalanceMethod.sign: Sign}

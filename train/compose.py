@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
+import warnings
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,8 +13,65 @@ from longcat.config_choices import unknown_choice
 from longcat.errors import ConfigError
 from train.config import Config, RunConfig
 from train.spelling import keep_spelling
+from train.suggestions import nearest_key
 
 GROUPS = ("model", "data", "schedule", "experiment")  # folders of configs/; each of their files is a choice
+CONFIG_DIR = ("--config-dir", "-cd")  # Hydra's names
+OWN_FOLDER = "conf"  # beside the run; --config-dir names another
+MAX_DIGITS = 4300  # of a number that Python reads
+PLAIN = re.compile(r"[\w/\-\\+.$%*@?|:\s]*", re.ASCII)  # what Hydra's grammar takes without quotes
+SEARCH_PATH = "hydra.searchpath"
+HYDRA_KEYS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher.", "hydra.sweeper.")
+
+
+def with_search_path(arguments: list[str]) -> list[str]:
+    """Overrides with the folder of `--config-dir` as Hydra's search path; without one, `conf` if it exists.
+
+    A folder has the layout of configs/: `DIR/experiment/mine.yaml` is the choice `experiment=mine`.
+
+    Raises:
+        ConfigError: no such folder, or a choice that configs/ has too.
+    """
+    overrides, folders = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag not in CONFIG_DIR:
+            overrides.append(argument)
+            continue
+        folders.append(value if equals else next(rest, ""))
+    if any(override.startswith(SEARCH_PATH) for override in overrides):
+        if folders:
+            raise ConfigError(f"--config-dir and {SEARCH_PATH} both name folders of choices; give one of them")
+        return overrides
+    if len(folders) > 1:
+        raise ConfigError(f"--config-dir is given {len(folders)} times; give one folder")
+    folder = Path(folders[0]) if folders else Path(OWN_FOLDER)
+    if not folder.is_dir() or folders == [""]:
+        if folders:
+            raise ConfigError(f"--config-dir {folders[0]} is no folder; give one with experiment/NAME.yaml in it")
+        return overrides
+    check_text(str(folder))
+    check_own_choices(folder)
+    return [*overrides, f"{SEARCH_PATH}=[{quoted(f'file://{folder.resolve()}')}]"]
+
+
+def quoted(text: str) -> str:
+    """``text`` as a string of Hydra's grammar of overrides."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
+
+
+def check_own_choices(folder: Path) -> None:
+    """Raise ConfigError where a file in ``folder`` has the name of a choice of configs/, which would win silently."""
+    import configs
+
+    for group in GROUPS:
+        for path in sorted((folder / group).glob("*.yaml")):
+            if (Path(configs.__file__).parent / group / path.name).is_file():
+                raise ConfigError(
+                    f"{path} has the name of a built-in choice, {group}={path.stem}; rename the file, or name "
+                    f"another folder with --config-dir"
+                )
 
 
 def register() -> None:
@@ -24,29 +81,35 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-def compose(overrides: list[str]) -> Config:
-    """Compose and validate the configuration from `key=value` overrides.
+def compose(arguments: list[str]) -> Config:
+    """Compose and validate the configuration from `key=value` overrides and `--config-dir DIR`.
 
     Raises:
         ConfigError: an unknown key (with the nearest one), a wrong type, a missing choice, or impossible sizes.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    register()
+    overrides = with_search_path(arguments)
     check_keys(overrides)
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_module("configs", version_base="1.3"):
-            tree = hydra_compose("config", overrides=[keep_spelling(override) for override in overrides])
-        config = from_tree(tree)
-    except (HydraException, OmegaConfBaseException) as error:
+        config = from_tree(compose_tree(overrides))
+    except ConfigError:
+        raise
+    except Exception as error:  # a wrong override also raises TypeError, ValueError, RecursionError, YAMLError …
         raise ConfigError(one_line(error)) from error
     config.validate()
     return config
+
+
+def compose_tree(overrides: list[str]) -> Any:
+    """The configuration as Hydra's tree, not validated; raises errors of several libraries."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("configs", version_base="1.3"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="provider=hydra.searchpath")  # a folder that does not exist
+        return hydra_compose("config", overrides=[as_hydra_reads(override) for override in overrides])
 
 
 def named_folder(overrides: list[str]) -> Path | None:
@@ -72,24 +135,82 @@ def from_tree(tree: Any) -> Config:
     return config
 
 
-def check_keys(overrides: list[str]) -> None:
-    """Raise ConfigError for an override whose key is not in the schema, with the nearest one."""
+def check_keys(overrides: list[str], sweep: bool = False) -> None:
+    """Raise ConfigError for an override whose key is not in the schema (with the nearest one) or that has no effect.
+
+    Only a ``sweep`` takes those of Hydra's own settings that say how its runs are chosen and started.
+    """
     sections = {section.name for section in fields(Config)}
     known = {*leaf_keys(Config), *sections, *GROUPS}
     for override in overrides:
-        key = re.split(r"=", override, maxsplit=1)[0]
-        if "=" not in override and not override.startswith("~"):
+        check_text(override)
+        key = override.partition("=")[0]
+        if override.startswith("~"):
+            raise ConfigError(f"{override!r} takes a key away, and a run needs them all; set it to another value")
+        if "=" not in override:
             raise ConfigError(f"{override!r} is no override; write key=value, for instance train.steps=100")
-        key = key.lstrip("+~").split("@")[0]
-        if key in GROUPS and re.fullmatch(r"[^=]*=(null|)", override):
-            raise ConfigError(f"{override!r} names no choice; give the name of a file in configs/{key}")
-        if key.startswith("hydra") or key in known or any(name.startswith(f"{key}.") for name in known):
+        key = key.lstrip("+")
+        if re.match(r"hydra\b", key):
+            check_hydra_key(override, key, sweep)
+            continue
+        if key in GROUPS:
+            check_choice_of_group(override, key)
+        if key in known or any(name.startswith(f"{key}.") for name in known):
             continue
         if re.sub(r"\.\d+(\..*)?$", "", key) in known:
             continue
-        candidates = leaf_keys(Config) if "." in key else [*sections, *GROUPS]
-        nearest = difflib.get_close_matches(key, sorted(candidates), n=1, cutoff=0.0)
-        raise ConfigError(f"unknown key {key!r}; the nearest is {nearest[0]!r}")
+        raise ConfigError(f"unknown key {key!r}; the nearest is {nearest_key(key, leaf_keys(Config), GROUPS)!r}")
+
+
+def check_text(argument: str) -> None:
+    """Raise ConfigError for text that neither config.yaml nor a path can hold."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{argument!r} is not valid UTF-8; rename what it names") from error
+    if "\0" in argument:
+        raise ConfigError(f"{argument!r} has a zero character; leave it out")
+    if digits := re.search(rf"\d{{{MAX_DIGITS + 1},}}", argument):
+        raise ConfigError(f"{argument.partition('=')[0]}: a number of {len(digits[0])} digits is too long")
+
+
+def as_hydra_reads(override: str) -> str:
+    """``override`` with quotes where its value has characters that Hydra's grammar takes only inside quotes.
+
+    Those are, for example, umlauts, `=` and `~`: a path or a name is taken as the user writes it. Values with quotes,
+    braces or functions are left as they are.
+    """
+    override = keep_spelling(override)
+    key, equals, value = override.partition("=")
+    if not equals or re.search(r"""['"{}()]""", value):
+        return override
+
+    def quote(item: re.Match[str]) -> str:
+        return item[0] if PLAIN.fullmatch(item[0]) else quoted(item[0])
+
+    return f"{key}={re.sub(r'[^][,]*[^][, ]', quote, value)}"
+
+
+def check_choice_of_group(override: str, group: str) -> None:
+    """Raise ConfigError unless the override of a group names one choice."""
+    _, equals, value = override.partition("=")
+    if equals and value in ("", "null"):
+        raise ConfigError(f"{override!r} names no choice; give the name of a file in configs/{group}")
+    if value.startswith("["):
+        raise ConfigError(f"{override!r} names several choices, and {group} has one; give the name of one file")
+
+
+def check_hydra_key(override: str, key: str, sweep: bool) -> None:
+    """Raise ConfigError for one of Hydra's own settings that would have no effect, or break the run folder."""
+    if key == SEARCH_PATH:
+        return
+    if not key.startswith(HYDRA_KEYS):
+        raise ConfigError(
+            f"{override!r}: Hydra's own settings are fixed, but for hydra/launcher, hydra/sweeper and the keys below "
+            f"them in a sweep; leave it out"
+        )
+    if not sweep:
+        raise ConfigError(f"{override!r} says how a sweep runs, and this is one run; add -m or leave it out")
 
 
 def leaf_keys(kind: Any, prefix: str = "") -> list[str]:
@@ -112,20 +233,26 @@ def one_line(error: BaseException) -> str:
     ):
         value, choices, key = refused.groups()
         return str(unknown_choice(key, value, choices.split(", ")))
+    if isinstance(error, RecursionError):
+        return "an interpolation ${…} leads back to itself; write a value in its place"
     text = str(error).split("Config search path")[0]
     cause = error.__cause__
     if cause is not None and str(cause) not in text:
         text = f"{text}\n{cause}"
     if (override := getattr(error, "override", None)) and override not in text:
         text = f"{override}: {text}"
+    if "Key 'experiment' not in 'Config'" in text:
+        return "a file of experiment/ starts with the line `# @package _global_`, or its keys go below `experiment`"
     lines = [line.strip() for line in text.splitlines()]
     skip = ("object_type", "reference_type", "Set the environment", "See https", "To append", "Did you mean")
     kept = [line.rstrip(".;") for line in lines if line and not line.startswith(skip)]
-    if kept[0].startswith("In 'config'"):  # a missing choice of a group, with one choice per line
+    if not kept:
+        return f"the overrides cannot be composed ({type(error).__name__}); check their values"
+    if re.match("In '(hydra/)?config'", kept[0]):  # a missing choice of a group, with one choice per line
         return f"{kept[0].partition(': ')[2]}; use {', '.join(kept[2:])}"
     key = next((line.partition(": ")[2] for line in kept if line.startswith("full_key")), None)
     kept = [line.removeprefix("Error merging override ") for line in kept if not line.startswith("full_key")]
-    return ": ".join(kept) + ("" if key is None else f"; {default_of(key)}")
+    return ": ".join(kept) + ("" if not key else f"; {default_of(key)}")
 
 
 def default_of(key: str) -> str:

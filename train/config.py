@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -11,9 +10,9 @@ from pathlib import Path
 
 from longcat.config import ModelConfig
 from longcat.config_choices import check_choice
+from longcat.config_limits import INT32_MAX, INT64_MAX, check_at_most, check_items, check_numbers
 from longcat.errors import ConfigError
-from parallel.config import DispatcherKind, ParallelConfig
-from parallel.overlap import OverlapConfig
+from parallel.config import DispatcherKind, OverlapConfig, ParallelConfig
 from train.balance import BalanceConfig
 from train.checkpoint.compatibility import flatten
 from train.data.config import DataConfig
@@ -21,6 +20,9 @@ from train.objective import LossConfig
 from train.optimizer import OptimConfig
 from train.profiling.config import ProfileConfig
 from train.schedule import ScheduleConfig
+
+MAX_LENGTH = 2**24
+MAX_PROCESSES = 4096
 
 
 class ComputeDtype(StrEnum):
@@ -61,6 +63,8 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
         if self.sequence_length < 2:
             raise ConfigError(f"train.sequence_length={self.sequence_length} must be at least 2")
+        check_at_most("train.sequence_length", self.sequence_length, MAX_LENGTH, "float32 positions are exact up to it")
+        check_at_most("train.global_batch_size", self.global_batch_size, INT32_MAX)
         check_choice("train.dtype", self.dtype, ComputeDtype)
         if self.stop_after_seconds < 0:
             raise ConfigError(f"train.stop_after_seconds={self.stop_after_seconds} must not be negative")
@@ -159,6 +163,7 @@ class RunConfig:
             raise ConfigError(f"run.name={self.name!r} must be one folder name of letters, digits and . , = + - _")
         if self.num_processes < 1 and self.num_processes != -1:
             raise ConfigError(f"run.num_processes={self.num_processes} must be at least 1, or -1 to find out")
+        check_at_most("run.num_processes", self.num_processes, MAX_PROCESSES)
 
     @property
     def folder(self) -> Path:
@@ -186,9 +191,8 @@ class Config:
 
     def validate(self) -> None:
         """Check every section, then what only several of them together can show."""
-        for key, value in flatten(asdict(self)).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{key}={value} must be a finite number")
+        check_items(self, "")
+        check_numbers(flatten(asdict(self)))
         for section in fields(self):
             getattr(self, section.name).validate()
         if self.checkpoint.keep_best and not self.validation.every:
@@ -197,6 +201,17 @@ class Config:
                 f"measures none; set either"
             )
         self.profile.validate_steps(self.train.steps)
+        train = self.train
+        if train.steps * train.global_batch_size * train.sequence_length > INT64_MAX:
+            raise ConfigError(
+                f"train.steps={train.steps} of {train.global_batch_size} × {train.sequence_length} tokens are more "
+                f"tokens than 64 bits count; lower train.steps"
+            )
+        if self.model.num_mtp_layers >= train.sequence_length:
+            raise ConfigError(
+                f"model.num_mtp_layers={self.model.num_mtp_layers} predict further ahead than a sequence of "
+                f"train.sequence_length={train.sequence_length} has positions; lower it or use longer sequences"
+            )
         if self.model.num_experts % self.balance.num_groups:
             raise ConfigError(
                 f"balance.num_groups={self.balance.num_groups} does not divide model.num_experts="

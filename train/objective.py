@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from longcat.errors import ConfigError
-from longcat.model import Losses
+
+if TYPE_CHECKING:  # the configuration is read without torch, so that a wrong key is answered at once
+    from torch import Tensor
+
+    from longcat.model import Losses
 
 
 @dataclass

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from longcat.errors import ConfigError
+
+if TYPE_CHECKING:  # the configuration is read without torch
+    import torch
 
 DECAYED_ROLES = (
     "hidden",
@@ -56,6 +57,8 @@ class OptimConfig:
 
 def make_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over parameter groups, each with the rate and decay of its "role"."""
+    import torch
+
     for group in groups:
         group["lr"] = config.lr * getattr(config.lr_scale, group["role"])
         group["weight_decay"] = config.weight_decay if group["role"] in DECAYED_ROLES else 0.0

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
+from parallel.capacity import check_memory
 from parallel.device import check_determinism
 from parallel.mesh import resolve_sizes, world_from_environment
 from parallel.parallelize import check_layout
@@ -96,15 +97,26 @@ def report_hang(folder: Path, message: str) -> None:
 
 
 def check(config: Config, world_size: int) -> None:
-    """Check layout, batch sizes and run folder before ranks start.
+    """Check layout, batch sizes, memory and run folder before ranks start.
+
+    Raises:
+        ConfigError: with the key to change.
+    """
+    check_sizes(config, world_size)
+    check_folder(config)
+
+
+def check_sizes(config: Config, world_size: int) -> tuple[float, float]:
+    """Check what needs no file; returns the bytes that ranks of this machine need at least, and what it has.
 
     Raises:
         ConfigError: with the key to change.
     """
     sizes = resolve_sizes(config.parallel, world_size)
     config.validate_world(sizes.data_ranks)
-    num_micro_batches = batch_shape(config, sizes.data_ranks).num_micro_batches
-    check_layout(config.model, config.parallel, sizes, config.train.sequence_length, num_micro_batches)
+    batch = batch_shape(config, sizes.data_ranks)
+    check_layout(config.model, config.parallel, sizes, batch.length, batch.num_micro_batches)
     if config.train.deterministic:
         check_determinism(os.environ, torch.cuda.is_available(), config.parallel.compile)
-    check_folder(config)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return check_memory(config.model, config.parallel, sizes, batch, local_ranks)

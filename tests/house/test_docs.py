@@ -66,12 +66,12 @@ def _anchors(page: Path) -> set[str]:
 
 
 def _commands(page: Path) -> list[list[str]]:
-    """Words of each `longcat …` or `torchrun … -m train …` line of a page's code blocks, without placeholders."""
+    """Words of each `longcat …` or `torchrun … longcat-rank …` line of a page's code blocks, without placeholders."""
     text, commands = page.read_text(encoding="utf-8"), []
     for line in re.findall(r"^(?:    )?((?:longcat|torchrun) .*)$", text, re.MULTILINE):
         words = shlex.split(re.sub(r"\s#.*", "", line))
         if words[0] == "torchrun":
-            words = ["longcat", "train", *words[words.index("train") + 1 :]]
+            words = ["longcat", "train", *words[words.index("longcat-rank") + 1 :]]
         commands.append([word for word in words[1:] if word != "…"])
     return commands
 
@@ -113,8 +113,8 @@ def test_commands_parse(page: Path) -> None:
             _, words = split_options(reference.VERBS[verb], words)
             assert verb == "import" or not words, f"longcat {verb} has no options {words}"
         if verb == "train" and "-m" in words:
-            check_keys([word for word in words if word != "-m"])
-        elif verb in ("train", "data", "counts", "import"):
+            check_keys([word for word in words if word != "-m"], sweep=True)
+        elif verb in ("train", "check", "data", "counts", "import"):
             compose(words)
 
 

@@ -1,0 +1,53 @@
+"""`longcat check`: what a configuration would train, whether it fits and its data are there; nothing is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch.local import num_processes
+from longcat.counts import describe, flops_per_token, human
+from parallel.memory import mib, state_bytes
+from parallel.mesh import resolve_sizes
+from train.config import Config
+from train.data.corpus import read_info
+from train.data.ids import check_ids, unused_ids
+from train.process import check_sizes
+from train.run_dir import check_not_another_run
+
+
+def check(config: Config) -> list[tuple[str, str]]:
+    """(name, value) rows of model, layout, memory and data. Writes nothing.
+
+    Raises:
+        ConfigError: the run would be refused: sizes, layout, memory, corpora or run folder do not fit.
+    """
+    processes, train = num_processes(config), config.train
+    needed, has = check_sizes(config, processes)
+    sizes = resolve_sizes(config.parallel, processes)
+    state = state_bytes(config.model, sizes, config.parallel.sharding, [None])
+    tokens = train.global_batch_size * train.sequence_length
+    axes = ", ".join(f"{name} {size}" for name, size in vars(sizes).items() if size > 1) or "one of each axis"
+    rows = [
+        ("model", config.model.name),
+        *describe(config.model),
+        ("FLOPs per token", human(flops_per_token(config.model, train.sequence_length))),
+        ("batch", f"{train.global_batch_size} × {train.sequence_length} = {human(tokens)} tokens per step"),
+        ("steps", f"{train.steps}, {human(train.steps * tokens)} tokens"),
+        ("ranks", f"{processes} ({axes})"),
+        ("memory per rank", f"{state}, by formula" + (", before stages are divided" if sizes.pp > 1 else "")),
+        ("memory needed", f"at least {mib(needed)} of {mib(has)}; activations inside a layer come on top"),
+    ]
+    check_ids(config.data.paths, config.model.vocab_size, folders=[])
+    rows += [("data", describe_corpus(prefix)) for prefix in config.data.paths]
+    if (unused := unused_ids(config.data.paths, config.model.vocab_size)) is not None:
+        rows.append(("vocabulary", unused))
+    check_not_another_run(config)
+    return [*rows, ("run folder", f"{config.run.folder} ({'exists' if config.run.folder.exists() else 'new'})")]
+
+
+def describe_corpus(prefix: str) -> str:
+    """One line on a corpus that has been checked."""
+    info = read_info(prefix)
+    if info is None:
+        return f"{prefix}: {mib(Path(f'{prefix}.bin').stat().st_size)}, no corpus.json"
+    return f"{prefix}: {human(info.tokens)} tokens of {human(info.documents)} documents, vocabulary {info.vocab_size}"

@@ -1,0 +1,106 @@
+"""The memory that a run needs at least, by formula, against what the machine has; nothing is allocated."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from longcat.config import ModelConfig
+from longcat.errors import ConfigError
+from longcat.model import ModelPart
+from parallel.config import Offload, ParallelConfig
+from parallel.memory import mib, state_bytes
+from parallel.mesh import MeshSizes
+from parallel.parallelize import BatchShape
+from parallel.pipeline.stages import num_stages, split, stages_of
+
+PROCESS_BYTES = 256 << 20  # of a Python process with torch
+TOKEN_BYTES = 8 + 8 + 1  # id, label and whether it counts
+EXCHANGED = 2  # bytes of a bfloat16 number, the smallest that layers exchange
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one rank; a lower bound."""
+
+    state: float  # weights, gradients and moments that stay in memory
+    activations: float  # the inputs of the layers of one micro-batch, which even recompute=full keeps
+    tokens: float  # of a step
+
+    @property
+    def total(self) -> float:
+        return self.state + self.activations + self.tokens
+
+    def __str__(self) -> str:
+        return f"{mib(self.state)} of state, at least {mib(self.activations + self.tokens)} of activations and tokens"
+
+
+def needs(model: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, batch: BatchShape) -> list[Need]:
+    """What a rank of each pipeline stage needs."""
+    parts: list[list[ModelPart | None]] = [[None]]
+    if sizes.pp > 1:
+        every = split(model, num_stages(parallel.schedule, sizes.pp), batch.length)
+        parts = [[every[stage] for stage in stages_of(parallel.schedule, sizes.pp, rank)] for rank in range(sizes.pp)]
+    positions = batch.sequences * batch.length / (sizes.cp * sizes.tp)
+    tokens = float(batch.num_micro_batches * batch.sequences * batch.length * TOKEN_BYTES)
+    found = []
+    for of_rank in parts:
+        state = state_bytes(model, sizes, parallel.sharding, of_rank)
+        kept = state.weights + state.gradients + state.moments
+        if parallel.offload != Offload.none:
+            kept = state.gradients  # the rest may be in host memory or in files
+        layers = sum(model.num_layers if part is None else part.last - part.first for part in of_rank)
+        found.append(Need(kept, positions * layers * model.hidden_size * EXCHANGED, tokens))
+    return found
+
+
+def check_memory(
+    model: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, batch: BatchShape, local_ranks: int
+) -> tuple[float, float]:
+    """(bytes that this machine's ranks need at least, bytes that it has); on GPUs those of one rank.
+
+    Raises:
+        ConfigError: the machine has less.
+    """
+    each = needs(model, parallel, sizes, batch)
+    if torch.cuda.is_available():
+        needed = max(need.total for need in each)
+        has = float(torch.cuda.get_device_properties(0).total_memory)
+        where, ranks = "a GPU here", "a rank"
+    else:
+        needed = (sum(need.total for need in each) / len(each) + PROCESS_BYTES) * local_ranks
+        has = float(host_memory())
+        where, ranks = "this machine", f"{local_ranks} rank{'s' if local_ranks > 1 else ''} on it"
+    if needed > has:
+        largest = max(each, key=lambda need: need.total)
+        raise ConfigError(
+            f"model={model.name}: {ranks} would need at least {mib(needed)} of memory and {where} has {mib(has)} "
+            f"(a rank: {largest}); use a smaller model or batch, or more machines"
+        )
+    return needed, has
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use: the machine's with its swap, or the limit of its container."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") + swap()]
+    for path in CGROUP_LIMITS:
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue  # not this kind of container, or "max"
+    limits += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    return min(limits)
+
+
+def swap() -> int:
+    """Bytes of swap (Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("SwapTotal:")), 0)

@@ -1,0 +1,82 @@
+"""Files of the user's own folder, such as train.py or json.py, are never run in the place of this program's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.running import NARROW, ROOT, lines
+
+OWN_FILES = ("train.py", "json.py", "random.py", "torch.py", "parallel.py", "configs.py", "hydra.py")
+OWN_FOLDERS = ("longcat", "datasets", "wandb", "omegaconf")
+PROGRAM = "import sys\nfrom {module} import main\nsys.exit(main())\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A user's folder with modules that end the process with code 0, as a script without arguments may."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    body = "import os\nprint('the wrong module', __file__, flush=True)\nos._exit(0)\n"
+    for name in OWN_FILES:
+        (folder / name).write_text(body)
+    for name in OWN_FOLDERS:
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(body)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert "the wrong module" not in answer.stdout + answer.stderr, answer.stdout + answer.stderr
+    return answer
+
+
+def program(name: str, module: str, tmp_path: Path) -> str:
+    """A console script, as pip writes it."""
+    path = tmp_path / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!{sys.executable}\n{PROGRAM.format(module=module)}")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def short(overrides: list[str]) -> list[str]:
+    return [*overrides, *NARROW, "train.steps=2", "logging.hash_every=0"]
+
+
+def test_longcat_trains_beside_own_modules(folder: Path, tmp_path: Path, short: list[str]) -> None:
+    """Two ranks, each a Python of its own."""
+    longcat = program("longcat", "launch.__main__", tmp_path)
+    answer = run([longcat, "train", *short, "run.num_processes=2"], folder)
+    assert answer.returncode == 0, answer.stderr
+    assert len(lines(tmp_path / "run")) == 2
+
+
+def test_torchrun_trains_beside_own_modules(folder: Path, tmp_path: Path, short: list[str]) -> None:
+    """The documented command: `torchrun --no-python longcat-rank`."""
+    rank = program("longcat-rank", "train.__main__", tmp_path)
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    answer = run([*torchrun, rank, *short], folder)
+    assert answer.returncode == 0, answer.stderr
+    assert len(lines(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("remaining", [("train.py",), ()])
+def test_python_m_ignores_own_modules(folder: Path, short: list[str], remaining: tuple[str, ...]) -> None:
+    """`python -m launch`, and `python -m train` where no own train.py is; a typo is answered by this program."""
+    module = "launch" if remaining else "train"
+    if not remaining:
+        (folder / "train.py").unlink()
+    words = ["train"] if module == "launch" else []
+    answer = run([sys.executable, "-m", module, *words, *short, "train.stpes=1"], folder)
+    assert answer.returncode == 2
+    assert "'train.steps'" in answer.stderr

@@ -1,0 +1,98 @@
+"""Sweeps: a folder for each, runs in this process or a launcher's, and every failure shown and in the exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.__main__ import main as longcat
+from launch.sweep import Result, run_sweep
+from tests.support.fixtures import Refused
+from tests.support.running import NARROW, lines, run_cleanly
+
+
+@pytest.fixture
+def short(overrides: list[str]) -> list[str]:
+    """Runs of one step; the sweep adds their names."""
+    return [*overrides, *NARROW, "train.steps=1", "run.name=swept"]
+
+
+def sweep(words: list[str]) -> int:
+    return run_cleanly(lambda: longcat(["train", "-m", *words]))
+
+
+def recorded(folder: Path) -> list[tuple[str, int]]:
+    """(name of the run, exit code) of each result in a sweep's folder."""
+    found = [Result(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    return [(Path(result.run).name, result.code) for result in found]
+
+
+def test_each_sweep_has_a_folder_of_its_own(short: list[str], tmp_path: Path) -> None:
+    """Two sweeps of different names, and one that is started again with more steps."""
+    assert sweep([*short, "optim.lr=1e-3,3e-3"]) == 0
+    assert sweep([*short, "optim.lr=1e-3,3e-3", "train.steps=2"]) == 0
+    assert sweep([*short, "optim.lr=5e-3", "run.name=other"]) == 0
+    swept = {path.name: path for path in tmp_path.glob("*-sweep*")}
+    assert swept.keys() == {"swept-sweep", "swept-sweep-2", "other-sweep"}
+    for name, value in {"swept-sweep": "1", "swept-sweep-2": "2", "other-sweep": "1"}.items():
+        written = yaml.safe_load((swept[name] / "multirun.yaml").read_text())
+        task = written["hydra"]["overrides"]["task"]
+        assert [word for word in task if word.startswith("train.steps=")][-1] == f"train.steps={value}"
+    assert recorded(swept["swept-sweep"]) == [("swept-0", 0), ("swept-1", 0)]
+    assert len(lines(tmp_path / "swept-1")) == 2, "the second start has resumed the runs of the first"
+
+
+def test_a_failed_run_is_shown_and_the_others_train(
+    short: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep([*short, "model.top_k=99,3"]) == 2
+    assert [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")] == [
+        "error: swept-0: model.top_k=99 exceeds the 6 experts of num_experts+num_zero_experts; lower model.top_k or "
+        "add experts"
+    ]
+    assert recorded(tmp_path / "swept-sweep") == [("swept-0", 2), ("swept-1", 0)]
+
+
+def test_failures_of_a_launcher_are_shown(short: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """submitit starts each run in a process whose output goes to a log."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher")
+    words = ["hydra/launcher=submitit_local", f"hydra.launcher.submitit_folder={tmp_path}/logs", "model.top_k=99,3"]
+    assert sweep([*short, *words]) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and said[0].startswith("error: swept-0: model.top_k=99") and "exit code 2" in said[0]
+    assert recorded(tmp_path / "swept-sweep") == [("swept-0", 2), ("swept-1", 0)]
+    assert len(lines(tmp_path / "swept-1")) == 1
+
+
+def test_a_launcher_that_breaks_is_one_line(
+    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As where a cluster kills a job: no traceback, and never code 0."""
+
+    def broken(**options: Any) -> Callable[[Any], Callable[[], None]]:
+        def start() -> None:
+            raise RuntimeError("job 7 was killed\nand a long log")
+
+        return lambda job: start
+
+    monkeypatch.setattr("hydra.main", broken)
+    assert run_sweep([*short, "optim.lr=1e-3,3e-3"]) == 1
+    said = capfd.readouterr().err
+    assert said == (
+        f"error: the launcher ended the sweep: RuntimeError: job 7 was killed; its logs are in {tmp_path}/swept-sweep\n"
+    )
+
+
+def test_a_refused_sweep_leaves_no_folder(refused: Refused, tmp_path: Path) -> None:
+    words = ["train", "-m", f"run.dir={tmp_path / 'runs'}"]
+    refused([*words, "model=debug,huge"], "'model/huge'")
+    refused([*words, "optim.lr=fast,1"], "optim.lr=fast")
+    refused([*words, "hydra/launcher=nowhere", "optim.lr=1,2"], "launcher/nowhere")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "file").write_text("mine")
+    refused(["train", "-m", f"run.dir={tmp_path / 'file'}", "optim.lr=1,2"], "run.dir=", "choose another run.dir")
