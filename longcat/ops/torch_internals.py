@@ -1,6 +1,6 @@
 """Every private name of torch that the model uses, each behind a typed function; see `parallel/torch_internals.py`.
 
-Tried on torch 2.13.0.
+Tried on torch 2.13.0; short runs on 2.14.1.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ LIMITS = {
     # lists whose items have another type
     "mapping-for-weight": (["data.weights=[{a: 1}]"], ["data.weights=", "each item must be a number"]),
     "list-for-beta": (["optim.betas=[[1],0.5]"], ["optim.betas=", "each item must be a number"]),
-    "mapping-for-path": (["data.paths=[{a: 1}]"], ["data.paths="]),
+    "mapping-for-path": (["data.paths=[{a: 1}]"], ["DataConfig", "not dict"]),
     "weight-of-a-stage": (["data.stages=[{start_tokens: 5, weights: [[1]]}]"], ["data.stages", "number"]),
     # groups and Hydra's own settings
     "two-models": (["model=[debug,tiny]"], ["'model=[debug,tiny]' names several choices", "one file"]),
