@@ -1,6 +1,7 @@
 """Every private name of torch that parallel/ and train/ use, each behind a typed function or alias.
 
-Tried on torch 2.13.0; short runs on 2.14.1. When another release moves one of these names, this is the only file to mend; the twin for the
+Tried on torch 2.13.0; short runs on 2.14.1.
+When another release moves one of these names, this is the only file to mend; the twin for the
 model is `longcat/ops/torch_internals.py`.
 """
 
