@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from longcat.errors import ConfigError
+
+if TYPE_CHECKING:  # the configuration is read without torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass
@@ -79,6 +81,8 @@ class RopeScaling:
 
 def frequencies(width: int, theta: float, scaling: RopeScaling, device: torch.device | None = None) -> Tensor:
     """The angle per position of each rotary pair, [R/2] float32: θ^(-2i/width), changed by ``scaling``."""
+    import torch
+
     turns = theta ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
     plain = 1.0 / turns
     if scaling.factor == 1:
@@ -106,6 +110,8 @@ def ramp(width: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
 
 def rotary_angles(positions: Tensor, width: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Complex numbers [S, R/2] that rotate, and with ``scaling`` stretch, the pairs at ``positions`` [S]."""
+    import torch
+
     scaling = scaling or RopeScaling()
     angles = positions.float()[:, None] * frequencies(width, theta, scaling, positions.device)[None, :]
     return torch.polar(torch.full_like(angles, scaling.amplitude), angles)
