@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__" and sys.path[0] == os.getcwd() != os.path.dirname(
-    os.path.dirname(os.path.realpath(__file__))
-):
-    # `python -m` looks for modules in the current folder first, where a user's train.py or json.py may be
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+try:  # for this import alone: a user's longcat/ may come first
+    from longcat.search_path import leave_out_current_folder, leave_out_in_children
+
+    leave_out_current_folder()
+finally:
     del sys.path[0]
 
 import difflib
@@ -29,8 +31,8 @@ longcat VERB --help describes one verb; longcat --version prints the version; do
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit code (0 done, 2 wrong input, 3 stopped, 4 unhealthy, 1 anything else)."""
-    if argv is None:  # as a program: every Python that it starts leaves the current folder out, too
-        os.environ["PYTHONSAFEPATH"] = "1"
+    if argv is None:  # as a program
+        leave_out_in_children()
     with lasting_streams():
         return run(sys.argv[1:] if argv is None else argv)
 

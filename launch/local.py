@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longcat.errors import CRASHED, OK
+from longcat.search_path import ROOT, without_current_folder
 from train.config import Config
 from train.run_dir import EXIT, recorded_code
 from train.stop import SAVE_SIGNAL, STOP_SIGNALS, is_ignored
@@ -84,11 +85,13 @@ def run_elastic(overrides: list[str], config: Config, processes: int) -> int:
 
 @contextmanager
 def found_by_children() -> Iterator[None]:
-    """Let Pythons that are started with `-P` find this program in a checkout that is not installed."""
-    root, name = str(Path(__file__).resolve().parents[1]), "PYTHONPATH"
+    """Let Pythons that are started with `-P` find this program, also in a checkout and beside a user's train.py."""
+    name = "PYTHONPATH"
     before = os.environ.get(name)
-    if root not in site.getsitepackages():
-        os.environ[name] = os.pathsep.join([*filter(None, [before]), root])
+    entries = without_current_folder(before.split(os.pathsep) if before else [])
+    if ROOT not in (*site.getsitepackages(), site.getusersitepackages()):
+        entries.insert(0, ROOT)  # a folder of installed packages must not come before the standard library
+    os.environ[name] = os.pathsep.join(entries)
     try:
         yield
     finally:

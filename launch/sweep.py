@@ -15,6 +15,7 @@ from typing import Any
 
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.json_text import dumps
+from train.checkpoint.files import PARTIAL, write_synced
 from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, compose_tree, from_tree, one_line, quoted, register
 from train.loggers.jsonl import METRICS, rows
 from train.run_dir import EXIT
@@ -122,7 +123,9 @@ def run_job(tree: Any, folder: Path, search: list[str]) -> float:
     if code and not message:
         message = ended(run)
     result = Result(str(run), code, message, this_process())
-    (folder / f"{hydra.job.num}.json").write_text(dumps(asdict(result)))
+    partial = folder / f".{hydra.job.num}.json{PARTIAL}"  # other jobs may read the results at any time
+    write_synced(partial, dumps(asdict(result)))
+    partial.replace(folder / f"{hydra.job.num}.json")
     return math.inf if code else final_loss(run)
 
 
@@ -158,7 +161,15 @@ def ended(run: Path) -> str:
 def results(folder: Path) -> list[Result]:
     """The results that the sweep has so far, in the order of its runs."""
     paths = [path for path in folder.glob("*.json") if path.stem.isdecimal()]
-    return [Result(**json.loads(path.read_text())) for path in sorted(paths, key=lambda path: int(path.stem))]
+    return [read_result(path) for path in sorted(paths, key=lambda path: int(path.stem))]
+
+
+def read_result(path: Path) -> Result:
+    """The result in a file; a failed one where it cannot be read."""
+    try:
+        return Result(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        return Result(str(path), CRASHED, f"the result of this run cannot be read ({error})", process="")
 
 
 def report(folder: Path, failure: str) -> int:

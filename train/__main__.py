@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__" and sys.path[0] == os.getcwd() != os.path.dirname(
-    os.path.dirname(os.path.realpath(__file__))
-):
-    # `python -m` looks for modules in the current folder first, where a user's json.py or longcat/ may be
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+try:  # for this import alone: a user's longcat/ may come first
+    from longcat.search_path import leave_out_current_folder, leave_out_in_children
+
+    leave_out_current_folder()
+finally:
     del sys.path[0]
 
 from longcat.errors import ConfigError
@@ -19,8 +21,8 @@ from train.run_dir import refuse
 
 def main(overrides: list[str] | None = None) -> int:
     """Train as one rank; returns its exit code."""
-    if overrides is None:  # as a program: every Python that it starts leaves the current folder out, too
-        os.environ["PYTHONSAFEPATH"] = "1"
+    if overrides is None:  # as a program
+        leave_out_in_children()
     with lasting_streams():
         return run(sys.argv[1:] if overrides is None else overrides)
 

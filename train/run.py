@@ -125,8 +125,12 @@ def open_terminal(config: Config, topology: Topology) -> Display:
 
 
 def close(logger: MetricsSink, config: Config, terminal: Display) -> None:
-    """Close the logs and write the report. An error here must not hide how the run itself ended."""
-    for name, action in (("metrics", logger.close), ("report", lambda: report(config, terminal))):
+    """Write the report, then close the logs. An error here must not hide how the run itself ended.
+
+    The report comes first: closing may wait for an upload, and the process may be ended meanwhile.
+    """
+    actions = (("metrics", logger.flush), ("report", lambda: report(config, terminal)), ("metrics", logger.close))
+    for name, action in actions:
         try:
             with work_span(Event(SpanKind.REPORT), slow=True):
                 action()

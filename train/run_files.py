@@ -50,6 +50,10 @@ class LineFile:
             self.pending_bytes -= len(self.pending.popleft())
             self.num_lost += 1
 
+    def flush(self) -> None:
+        """Try the waiting lines once more."""
+        self._attempt()
+
     def close(self) -> None:
         """Try the waiting lines for the last time."""
         self._attempt()

@@ -104,7 +104,9 @@ class Terminal:
         self._columns = self._all_columns()
         self._unicode = _can_encode(self.stream, "–╭│±×")
         self._paint = _painter(self.stream)
-        self.log = None if log is None else LineFile(log, self._show)
+        self.log: LineFile | None = None  # LineFile may call _show, which reads it
+        if log is not None:
+            self.log = LineFile(log, self._show)
 
     def header(self, lines: list[tuple[str, str]]) -> None:
         """Print a panel of (name, value) pairs."""

@@ -30,8 +30,8 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def run(command: list[str], folder: Path, path: str = str(ROOT)) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
@@ -57,6 +57,29 @@ def test_longcat_trains_beside_own_modules(folder: Path, tmp_path: Path, short: 
     """Two ranks, each a Python of its own."""
     longcat = program("longcat", "launch.__main__", tmp_path)
     answer = run([longcat, "train", *short, "run.num_processes=2"], folder)
+    assert answer.returncode == 0, answer.stderr
+    assert len(lines(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("entry", ["{folder}", ".", ""])
+@pytest.mark.parametrize("name,module", [("longcat", "launch.__main__"), ("longcat-rank", "train.__main__")])
+def test_programs_ignore_a_pythonpath_of_here(
+    name: str, module: str, entry: str, folder: Path, tmp_path: Path, short: list[str]
+) -> None:
+    """`PYTHONPATH=$PWD:`, as shells' start files set it; a typo is answered by this program."""
+    if name == "longcat-rank":
+        (folder / "train.py").unlink()  # Python looks for the program itself before that can do anything
+    words = ["train"] if name == "longcat" else []
+    path = os.pathsep.join([entry.format(folder=folder), str(ROOT), ""])
+    answer = run([program(name, module, tmp_path), *words, *short, "train.stpes=1"], folder, path)
+    assert answer.returncode == 2
+    assert "'train.steps'" in answer.stderr
+
+
+def test_ranks_train_with_a_pythonpath_of_here(folder: Path, tmp_path: Path, short: list[str]) -> None:
+    longcat = program("longcat", "launch.__main__", tmp_path)
+    path = os.pathsep.join([str(folder), str(ROOT), ""])
+    answer = run([longcat, "train", *short, "run.num_processes=2"], folder, path)
     assert answer.returncode == 0, answer.stderr
     assert len(lines(tmp_path / "run")) == 2
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from launch.__main__ import main as longcat
-from launch.sweep import Result, run_sweep
+from launch.sweep import Result, report, results, run_sweep
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, lines, run_cleanly
 
@@ -86,6 +86,30 @@ def test_a_launcher_that_breaks_is_one_line(
     assert said == (
         f"error: the launcher ended the sweep: RuntimeError: job 7 was killed; its logs are in {tmp_path}/swept-sweep\n"
     )
+
+
+@pytest.mark.parametrize("text", ["", '{"run": "/runs/swept-1", "co', "[]", '{"run": "x"}', "\x00"])
+def test_a_spoilt_result_is_a_failed_run(text: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every job reads the results of the others before it trains."""
+    (tmp_path / "0.json").write_text(json.dumps({"run": "swept-0", "code": 0, "message": "", "process": "here:1"}))
+    (tmp_path / "1.json").write_text(text)
+    assert [result.code for result in results(tmp_path)] == [0, 1]
+    assert report(tmp_path, "") == 1
+    said = capfd.readouterr().err
+    assert said.startswith("error: 1.json: the result of this run cannot be read (") and said.count("\n") == 1
+
+
+def test_results_appear_as_a_whole(short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, plain = {}, Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        whole[Path(target).name] = json.loads(self.read_text()) if Path(target).suffix == ".json" else None
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    assert sweep([*short, "model.top_k=99,98"]) == 2
+    assert [whole[name]["code"] for name in ("0.json", "1.json")] == [2, 2]
+    assert sorted(path.name for path in (tmp_path / "swept-sweep").glob("*json*")) == ["0.json", "1.json"]
 
 
 def test_a_refused_sweep_leaves_no_folder(refused: Refused, tmp_path: Path) -> None:

@@ -121,3 +121,15 @@ def test_terminal_goes_silent_and_the_log_continues(number: int, tmp_path: Path)
     log = (tmp_path / "run.log").read_text().splitlines()
     assert log[:2] == ["before", "during"] and os.strerror(number) in log[2] and log[-1].strip().startswith("1/10")
     assert stream.getvalue() == "before\n"
+
+
+def test_neither_stream_nor_log_ends_no_run(tmp_path: Path) -> None:
+    """Standard output is lost already when run.log cannot be opened."""
+    stream = Failing()
+    stream.number = errno.EPIPE
+    terminal = Terminal(10, 4, 6, stream, tmp_path / "missing" / "run.log")
+    terminal.note("kept in memory")
+    (tmp_path / "missing").mkdir()
+    terminal.step({"step": 1})
+    terminal.close()
+    assert (tmp_path / "missing" / "run.log").read_text().startswith("kept in memory\n")

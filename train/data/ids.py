@@ -19,7 +19,7 @@ from train.data.corpus import TOKENIZER_NAME, check_corpus, note, read_index, re
 from train.data.sealed import read_sealed, write_sealed
 from train.data.tokens import load_tokenizer, num_ids
 
-SCAN_SECONDS = 60.0  # per corpus; ids further on are checked when they are read
+SCAN_SECONDS = 60.0  # for all corpora of a start together; ids further on are checked when they are read
 _ANNOUNCED_BYTES = 1 << 32  # a scan of more bytes than this is announced
 _PART = 1 << 24  # ids at a time
 
@@ -36,16 +36,18 @@ class IdRange:
 def check_ids(paths: list[str], vocab_size: int, folders: list[Path]) -> None:
     """Check that all ids of the corpora are below ``vocab_size``.
 
-    A build records the highest id in corpus.json. A pair of another tool is read once, for at most `SCAN_SECONDS`, and
-    the result is kept in the first of ``folders`` that can be written.
+    A build records the highest id in corpus.json. Pairs of other tools are read once, for at most `SCAN_SECONDS`
+    together, and the results are kept in the first of ``folders`` that can be written. A pair that the time did not
+    reach is read at the next start.
 
     Raises:
         ConfigError: with the corpus, the id and what to do.
     """
+    end = time.monotonic() + SCAN_SECONDS
     for prefix in paths:
         check_corpus(prefix)
         info = read_info(prefix)
-        check_range(prefix, *(_range_of(prefix, folders) if info is None else (0, info.max_token_id)), vocab_size)
+        check_range(prefix, *(_range_of(prefix, folders, end) if info is None else (0, info.max_token_id)), vocab_size)
 
 
 def check_range(prefix: str, lowest: int, highest: int, vocab_size: int) -> None:
@@ -76,7 +78,7 @@ def _tokenizer_size(prefix: str) -> int | None:
     return num_ids(load_tokenizer(beside)) if beside.is_file() else None
 
 
-def _range_of(prefix: str, folders: list[Path]) -> tuple[int, int]:
+def _range_of(prefix: str, folders: list[Path], end: float) -> tuple[int, int]:
     data = Path(f"{prefix}.bin")
     status = data.stat()
     identity: list[Any] = [str(data.resolve()), status.st_size, status.st_mtime_ns]
@@ -85,10 +87,11 @@ def _range_of(prefix: str, folders: list[Path]) -> tuple[int, int]:
         with contextlib.suppress(OSError, ValueError, TypeError):
             known = IdRange(**read_sealed(folder / name))
             return known.lowest, known.highest
-    if status.st_size > _ANNOUNCED_BYTES:
-        note(f"reading {data} once to find its highest id, at most {SCAN_SECONDS:.0f} s")
-    found = scan(data, read_index(Path(f"{prefix}.idx")).dtype)
-    for folder in folders:
+    seconds = end - time.monotonic()
+    if status.st_size > _ANNOUNCED_BYTES and seconds > 0:
+        note(f"reading {data} once to find its highest id, at most {seconds:.0f} s")
+    found = scan(data, read_index(Path(f"{prefix}.idx")).dtype, seconds)
+    for folder in folders if found.scanned else []:
         with contextlib.suppress(OSError):
             _keep(folder / name, found)
             break

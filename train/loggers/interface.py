@@ -18,6 +18,9 @@ class MetricsSink(Protocol):
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
         """Selection counts [L, N+Z] and biases [L, N+Z] belong to the same step as ``metrics``."""
 
+    def flush(self) -> None:
+        """Let readers of the run folder see all that was written so far, without waiting for a network."""
+
     def close(self) -> None:
         """Wait until all is written; raises what went wrong."""
 
@@ -26,6 +29,8 @@ class NullSink:
     """The sink of every rank but the first: it writes nothing."""
 
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None: ...
+
+    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -39,6 +44,10 @@ class SinkGroup:
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
         for sink in self.sinks:
             sink.write(metrics, counts, biases)
+
+    def flush(self) -> None:
+        for sink in self.sinks:
+            sink.flush()
 
     def close(self) -> None:
         for sink in self.sinks:
@@ -61,6 +70,10 @@ class Guarded:
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
         if (sink := self.sink) is not None:
             self._try(lambda: sink.write(metrics, counts, biases))
+
+    def flush(self) -> None:
+        if (sink := self.sink) is not None:
+            self._try(sink.flush)
 
     def close(self) -> None:
         if (sink := self.sink) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longcat.json_text import dumps
+from train.checkpoint.files import sync_folder
 from train.config import Config
 from train.run_files import LineFile, Note, remove_quietly
 
@@ -81,7 +83,12 @@ def move_after(path: Path, step: int, target: Path) -> Moved:
                     others.write(whole)
             for _, whole in sorted(staying, key=lambda pair: pair[0]):
                 kept.write(whole)
+            for file in (others, kept):
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(target.parent)  # the moved lines are safe before the old file goes
         partial.replace(path)
+        sync_folder(path.parent)
     except OSError:
         remove_quietly(partial)
         raise
@@ -122,6 +129,10 @@ class JsonLines:
         if self.routing_every and (metrics["step"] % self.routing_every == 0 or metrics["step"] == 1):
             row = {"step": metrics["step"], "counts": counts.tolist(), "bias": biases.tolist()}
             self.routing.write(dumps(row))
+
+    def flush(self) -> None:
+        self.metrics.flush()
+        self.routing.flush()
 
     def close(self) -> None:
         self.metrics.close()

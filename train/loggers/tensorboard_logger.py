@@ -28,5 +28,8 @@ class TensorBoardLogger:
             if isinstance(value, int | float) and key != "step":
                 self.writer.add_scalar(key, value, metrics["step"])
 
+    def flush(self) -> None:
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()

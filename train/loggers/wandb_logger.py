@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 RUN_ID = "wandb-run-id.txt"  # in the run folder: a restart continues the same wandb run
 START_SECONDS = 30.0  # that the first step waits for wandb, so that a failure is said there
 CLOSE_SECONDS = 600.0  # that the end of a run waits for an upload
+UNSTARTED_SECONDS = 10.0  # that it waits for a wandb that has not started
 
 
 class WandbLogger:
@@ -46,9 +48,14 @@ class WandbLogger:
                 self.started.wait(START_SECONDS)
         self._check()
 
+    def flush(self) -> None:
+        """Nothing to do: the run folder's readers do not read wandb's files."""
+
     def close(self) -> None:
         """Wait until all is sent."""
         self.queue.put(None)
+        if not self.started.wait(UNSTARTED_SECONDS):
+            raise TimeoutError("it has never started; the metrics are in the run folder alone")
         self.thread.join(CLOSE_SECONDS)
         self._check()
         if self.thread.is_alive():
@@ -81,7 +88,7 @@ def run_id_of(folder: Path, note: Any) -> str:
     path = folder / RUN_ID
     with contextlib.suppress(OSError, UnicodeDecodeError):
         stored = path.read_text().strip()
-        if stored.isalnum() and not os.environ.get("WANDB_RUN_ID"):
+        if re.fullmatch(r"[\w.-]+", stored) and not os.environ.get("WANDB_RUN_ID"):
             return stored
     run_id = os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex()
     write_file(path, run_id + "\n", note)

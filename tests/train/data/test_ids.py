@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import types
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,21 @@ def test_scan_ends_in_time(tmp_path: Path) -> None:
     assert scan(tmp_path / "a.bin", np.dtype(np.int32), seconds=-1).scanned == 0
     np.array([5, -3, 2], dtype=np.int32).tofile(tmp_path / "b.bin")
     assert scan(tmp_path / "b.bin", np.dtype(np.int32)).lowest == -3
+
+
+def test_all_corpora_share_the_time(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock whose looks take 10 s each, the second corpus is not reached, not noted as read, and read next."""
+    second = foreign.with_name("second")
+    for suffix in (".bin", ".idx"):
+        Path(f"{second}{suffix}").write_bytes(Path(f"{foreign}{suffix}").read_bytes())
+    put(second, 0, 60_000)
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(ids_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(ids_module, "_PART", 1)
+    check_ids([str(foreign), str(second)], VOCAB, [tmp_path / "index"])
+    assert next(clock) <= 120 and len(list((tmp_path / "index").iterdir())) == 1
+    with pytest.raises(ConfigError, match="second holds the token id 60000"):
+        check_ids([str(foreign), str(second)], VOCAB, [tmp_path / "index"])
 
 
 def test_ids_that_no_text_uses_are_said(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,29 @@ def test_later_torn_and_repeated_lines_are_moved(tmp_path: Path) -> None:
     assert (moved.later, moved.unreadable, moved.repeated, moved.steps) == (1, 3, 1, [1, 2, 3])
     assert path.read_text().splitlines() == kept
     assert sorted(aside.read_text().splitlines()) == sorted(set(text) - set(kept))
+
+
+def test_moved_lines_are_safe_from_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both files and the folder are synced before the old file is replaced, the folder again afterwards."""
+    done: list[str] = []
+    sync, rename = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append(f"{path.name} {path.stat().st_size}" if path.is_file() else path.name)
+        sync(descriptor)
+
+    def replace(self: Path, target: Path) -> Path:
+        done.append("replace")
+        return rename(self, target)
+
+    path = tmp_path / METRICS
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    move_after(path, 1, tmp_path / "aside")
+    assert sorted(done[:2]) == ["aside 24", "metrics.partial 12"]
+    assert done[2:] == [tmp_path.name, "replace", tmp_path.name]
 
 
 def test_a_clean_file_is_not_touched(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,45 @@ def test_wandb_without_a_key_is_said_at_the_first_step(
     assert train_here([*overrides, *NARROW, "train.steps=3", "logging.wandb=online"]) == 0
     check_said_before_step(capfd.readouterr().out, "no API key", 1)
     assert (tmp_path / "run" / "report.html").is_file() and exit_json(tmp_path / "run")["code"] == 0
+
+
+@pytest.mark.parametrize("stored", ["my-run_1", "2026-11-28.a", "abc123"])
+def test_a_stored_id_is_used_again(stored: str, fake_wandb: types.SimpleNamespace, tmp_path: Path) -> None:
+    """As WANDB_RUN_ID may have set it for the first start."""
+    (tmp_path / RUN_ID).write_text(f"{stored}\n")
+    assert wandb_logger.run_id_of(tmp_path, print) == stored
+    (tmp_path / RUN_ID).write_text("a/b\x00")
+    assert wandb_logger.run_id_of(tmp_path, print).isalnum()
+
+
+def test_report_does_not_wait_for_an_upload(
+    fake_wandb: types.SimpleNamespace, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When wandb gets its last chance, the report and all lines that it shows are there."""
+    seen = []
+
+    def finish(self: FakeRun) -> None:
+        seen.append(((tmp_path / "run" / "report.html").is_file(), len(lines(tmp_path / "run"))))
+
+    monkeypatch.setattr(FakeRun, "finish", finish)
+    assert train_here([*overrides, *NARROW, "train.steps=2", "logging.wandb=offline"]) == 0
+    assert seen == [(True, 2)]
+
+
+def test_wandb_that_never_started_is_not_waited_for(
+    fake_wandb: types.SimpleNamespace, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = threading.Event()
+    fake_wandb.init = lambda **keywords: end.wait(20)
+    monkeypatch.setattr(wandb_logger, "CLOSE_SECONDS", 5.0)
+    monkeypatch.setattr(wandb_logger, "UNSTARTED_SECONDS", 0.1, raising=False)
+    (tmp_path / "run").mkdir()
+    logger = wandb_logger.WandbLogger(compose([*overrides, "logging.wandb=offline"]), print)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        logger.close()
+    assert time.monotonic() - started < 3
+    end.set()
 
 
 def check_said_before_step(printed: str, text: str, step: int) -> None:
