@@ -88,7 +88,7 @@ class Bench:
         self.topology = topology
         run = Path(args.run)
         settings = yaml.safe_load((run / "config.yaml").read_text())
-        self.config = ModelConfig(**settings["model"])
+        self.config = ModelConfig.from_mapping(settings["model"])
         self.model = load_model(self.config, sorted((run / "checkpoints").glob("step-*"))[-1], topology)
         length = settings["train"]["sequence_length"]
         text = np.memmap(f"{settings['data']['paths'][0]}.bin", dtype=np.uint16, mode="r")

@@ -14,12 +14,15 @@ finally:
     del sys.path[0]
 
 import difflib
+import errno
 from collections.abc import Callable
 
 from launch import verbs
 from longcat import __version__
 from longcat.errors import BAD_INPUT, OK, LongCatError
 from longcat.lasting_streams import lasting_streams
+
+UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
 
 USAGE = """usage: longcat VERB [key=value …]
 
@@ -60,6 +63,11 @@ def run(arguments: list[str]) -> int:
     except LongCatError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in UNUSABLE_PATH or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; correct the path or its permissions", file=sys.stderr)
+        return BAD_INPUT
 
 
 def suggestion(word: str) -> str:

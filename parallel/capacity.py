@@ -40,8 +40,10 @@ class Need:
         return f"{mib(self.state)} of state, at least {mib(self.activations + self.tokens)} of activations and tokens"
 
 
-def needs(model: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, batch: BatchShape) -> list[Need]:
-    """What a rank of each pipeline stage needs."""
+def needs(
+    model: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, batch: BatchShape, on_gpu: bool
+) -> list[Need]:
+    """What a rank of each pipeline stage needs, in the memory of its GPU or of the machine."""
     parts: list[list[ModelPart | None]] = [[None]]
     if sizes.pp > 1:
         every = split(model, num_stages(parallel.schedule, sizes.pp), batch.length)
@@ -53,7 +55,7 @@ def needs(model: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, batch:
         state = state_bytes(model, sizes, parallel.sharding, of_rank)
         kept = state.weights + state.gradients + state.moments
         if parallel.offload != Offload.none:
-            kept = state.gradients  # the rest may be in host memory or in files
+            kept = 0.0 if on_gpu else state.gradients  # the rest may be in host memory or in files
         layers = sum(model.num_layers if part is None else part.last - part.first for part in of_rank)
         found.append(Need(kept, positions * layers * model.hidden_size * EXCHANGED, tokens))
     return found
@@ -67,8 +69,9 @@ def check_memory(
     Raises:
         ConfigError: the machine has less.
     """
-    each = needs(model, parallel, sizes, batch)
-    if torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    each = needs(model, parallel, sizes, batch, on_gpu)
+    if on_gpu:
         needed = max(need.total for need in each)
         has = float(torch.cuda.get_device_properties(0).total_memory)
         where, ranks = "a GPU here", "a rank"

@@ -16,7 +16,7 @@ from torch import Tensor
 from longcat.errors import ConfigError
 from longcat.growth import layer_of
 from longcat.names import Box, pieces
-from train.checkpoint.compatibility import FIXED_KEYS, flatten
+from train.checkpoint.compatibility import ADDED, FIXED_KEYS, corpora_differences, flatten
 from train.checkpoint.manifest import list_checkpoints, step_of
 from train.checkpoint.offline_reader import Checkpoint, full_box
 from train.loggers.jsonl import METRICS, ROUTING
@@ -26,6 +26,7 @@ from train.run_dir import CONFIG, read_config
 CLOCK_METRICS = frozenset(
     {"step_seconds", "tokens_per_second", "mfu", "exposed_comm_share", "memory_gib", "availability"}
 )
+OF_THE_START = ("environment.started", "environment.command")  # of two equal runs these differ
 BLOCK = 1 << 24  # elements of a tensor that are in memory at a time
 KINDS = {
     "weight": "weight", "exp_avg": "first moment", "exp_avg_sq": "second moment", "optimizer_step": "optimizer's step",
@@ -167,14 +168,16 @@ def compare_settings(first: Path, second: Path) -> list[str]:
     """A phrase per setting that decides the bits, and per fact of the environment, that differs."""
     if not all((folder / CONFIG).is_file() for folder in (first, second)):
         return []
-    one, two = (flatten(read_config(folder)) for folder in (first, second))
+    stored = [read_config(folder) for folder in (first, second)]
+    one, two = (ADDED | flatten(tree) for tree in stored)
     keys = (*FIXED_KEYS, "train.dtype", "train.deterministic", "parallel", "overlap", "environment")
     differing = (key for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key))
-    return [
+    found = [
         f"{key}: {one.get(key)} and {two.get(key)}"
         for key in differing
-        if key != "environment.started" and any(key == fixed or key.startswith(f"{fixed}.") for fixed in keys)
+        if key not in OF_THE_START and any(key == fixed or key.startswith(f"{fixed}.") for fixed in keys)
     ]
+    return [*found, *corpora_differences(*stored)]
 
 
 def compare_checkpoints(first: Path, second: Path) -> Iterator[TensorDifference]:

@@ -54,7 +54,7 @@ def main(config: Config) -> int:
             print(message if code == STOPPED else f"error: {message}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             dist.destroy_process_group()
-        return code if claimed else recorded_code(folder)
+        return code if claimed else recorded_code(folder, code)
 
 
 def enter(config: Config) -> AbstractContextManager[Any]:

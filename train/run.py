@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from longcat.errors import ConfigError
 from longcat.json_text import dumps
 from parallel.device import device_name, fastest_dtype, keep_freed_memory, make_deterministic, peak_flops
 from parallel.mesh import Topology, connect
@@ -206,7 +207,12 @@ def resume(state: TrainState, config: Config, topology: Topology, terminal: Disp
     """Continue from the checkpoint that ``checkpoint.resume`` selects, and report which one and why."""
     folder, settings = config.run.folder / "checkpoints", config.checkpoint
     if topology.is_first:
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder} cannot be made ({error.strerror}); mount or remove it, or choose another run.dir"
+            ) from error
     if topology.is_first and settings.resume == "auto" and not list_checkpoints(folder):
         settings.resume = initial_checkpoint(config.run.folder)  # config.yaml keeps it until there is a checkpoint
         if settings.resume != "auto":

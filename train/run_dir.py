@@ -199,10 +199,22 @@ def claim_exit(folder: Path, code: int, message: str) -> bool:
         os.link(mine, folder / EXIT)  # atomic
     except FileExistsError:
         return False
-    except OSError:  # the folder cannot be written: the first rank still prints the message
-        return is_first_rank()
+    except OSError:
+        return create_exit(folder / EXIT, code, message)
     finally:
         remove_quietly(mine)
+    return True
+
+
+def create_exit(path: Path, code: int, message: str) -> bool:
+    """As `claim_exit` on a file system without links; where nothing can be written, every rank speaks for itself."""
+    try:
+        with path.open("x") as file:
+            file.write(dumps({"code": code, "message": message}))
+    except FileExistsError:
+        return False
+    except OSError:
+        remove_quietly(path)
     return True
 
 
@@ -210,12 +222,12 @@ def write_exit(path: Path, code: int, message: str) -> None:
     path.write_text(dumps({"code": code, "message": message}))
 
 
-def recorded_code(folder: Path) -> int:
-    """The code in exit.json; `CRASHED` if it cannot be read."""
+def recorded_code(folder: Path, otherwise: int = CRASHED) -> int:
+    """The code in exit.json; ``otherwise`` if it cannot be read."""
     try:
         return int(json.loads((folder / EXIT).read_text())["code"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return CRASHED
+        return otherwise
 
 
 def refuse(folder: Path | None, error: LongCatError) -> int:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from parallel.capacity import host_memory
+from parallel.capacity import host_memory, needs
+from parallel.mesh import MeshSizes
+from parallel.parallelize import BatchShape
 from tests.support.fixtures import Refused
 from train.compose import compose
 
@@ -94,3 +96,42 @@ def test_names_are_taken_as_they_are_written() -> None:
 
 def test_memory_of_the_machine_is_between_bounds() -> None:
     assert 2**28 < host_memory() < 2**60
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", f"data.paths=[{LONG}]"],
+        ["train", f"checkpoint.resume={LONG}"],
+        ["train", f"run.name={LONG}"],
+        ["check", f"data.paths=[{LONG}]"],
+        ["data", "build", f"data.out={LONG}"],
+        ["data", "build", f"data.tokenizer={LONG}"],
+        ["data", "build", f"data.source={LONG}", "data.out=out"],
+        ["export", f"source={LONG}", "target=out"],
+        ["train", "--config-dir", LONG],
+    ],
+    ids=lambda words: " ".join(words).replace(LONG, "LONG"),
+)
+def test_names_that_are_too_long_are_one_line(
+    words: list[str], overrides: list[str], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused([words[0], *(overrides if words[0] in ("train", "check") else []), *words[1:]], LONG[:200])
+
+
+def test_unknown_home_is_a_name_like_others(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(["data", "build", "data.source='~$notes.txt'", "data.out=out"], "~$notes.txt")
+
+
+def test_offload_leaves_the_memory_of_the_gpu_free() -> None:
+    config = compose(["model=flash_half", "parallel.sharding=zero3", "parallel.offload=cpu"])
+    batch = BatchShape(1, 1, 256)
+    (gpu,) = needs(config.model, config.parallel, MeshSizes(1, 1, 1, 1, 1, 1), batch, on_gpu=True)
+    (host,) = needs(config.model, config.parallel, MeshSizes(1, 1, 1, 1, 1, 1), batch, on_gpu=False)
+    assert gpu.state == 0
+    assert host.state > 2**40

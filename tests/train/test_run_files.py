@@ -17,6 +17,7 @@ import pytest
 import train.run_files
 from tests.support.running import NARROW, exit_json, lines, train_here
 from train.loggers.jsonl import JsonLines
+from train.run_dir import claim_exit, recorded_code
 from train.run_files import LineFile, write_file
 
 
@@ -226,3 +227,29 @@ def test_spoilt_file_is_repaired_or_refused(
                 json.loads(line)
             assert [row["step"] for row in lines(folder)][-2:] == [5, 6]
             assert change(b"x") == b"" or (folder / "superseded.jsonl").stat().st_size
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_exit_is_claimed_once_without_links(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert claim_exit(tmp_path, 3, "stopped")
+    assert not claim_exit(tmp_path, 1, "a consequence")
+    assert recorded_code(tmp_path) == 3
+
+
+def test_rank_keeps_its_code_where_nothing_can_be_written(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    assert claim_exit(gone, 4, "unhealthy"), "it prints the message itself"
+    assert recorded_code(gone, 4) == 4
+    assert recorded_code(gone) == 1
+
+
+def test_checkpoints_that_cannot_be_made_are_refused(overrides: list[str], tmp_path: Path) -> None:
+    """A link to a disk that is not mounted."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "not mounted")
+    assert train_here([*overrides, *NARROW]) == 2
+    assert "checkpoints cannot be made" in exit_json(tmp_path / "run")["message"]

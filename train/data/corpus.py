@@ -216,7 +216,7 @@ def _check_structure(idx: Path) -> None:
             raise ConfigError(f"{idx} is damaged: its sequences do not follow each other; restore or build it again")
         position = int(ends[-1])
     bounds = index.bounds
-    wrong = not len(bounds) or bounds[0] != 0 or bounds[-1] > len(index.lengths) or bool((np.diff(bounds) < 0).any())
+    wrong = not len(bounds) or bounds[0] != 0 or bounds[-1] != len(index.lengths) or bool((np.diff(bounds) < 0).any())
     if wrong:
         raise ConfigError(f"{idx} is damaged: its documents do not follow each other; restore or build it again")
 

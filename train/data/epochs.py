@@ -6,6 +6,7 @@ its own seed: the order depends only on (seed, epoch, index).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import warnings
@@ -34,6 +35,9 @@ logging.getLogger(GPTDataset.__module__).setLevel(logging.ERROR)
 SplitName = Literal["train", "validation"]
 _SPLIT_SEED = 20_250_917
 _KEPT_EPOCHS = 2
+
+
+NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # never a place for an index
 
 
 class _NoPadding:
@@ -89,9 +93,17 @@ class _Epoch(GPTDataset):
                     any_rank=True,
                 )
             return written
-        raise ConfigError(
-            f"cannot write the sample index {self.places[0]} ({failure}); name a folder with data.cache_dir"
-        ) from failure
+        assert failure is not None
+        if failure.errno in NO_FOLDER:
+            raise ConfigError(
+                f"cannot write the sample index {self.places[0]} ({failure}); name a folder with data.cache_dir"
+            ) from failure
+        note_once(
+            f"the sample index {self.places[0]} cannot be written ({failure.strerror}): every rank keeps one of its own "
+            f"in memory; name another folder with data.cache_dir",
+            any_rank=True,
+        )
+        return False
 
 
 def megatron_builder(path: str, dtype: type[np.number[Any]]) -> IndexedDatasetBuilder:

@@ -35,16 +35,16 @@ def find_files(source: str) -> Found | None:
     Raises:
         ConfigError: there are no files of a known kind, or files of several kinds, or one that cannot be read.
     """
-    path, where = Path(source).expanduser(), f"data.source={source}"
-    if path.is_dir():
+    path, where = Path(os.path.expanduser(source)), f"data.source={source}"
+    if os.path.isdir(path):
         return _in_folder(list(_below(path, where)), path, where)
     if os.path.lexists(path):
         return _of_one_kind([path], {}, path, where)
     if not glob.has_magic(source):
         return None
     found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True, include_hidden=True))]
-    folders = [path for path in found if path.is_dir()]
-    files = [path for path in found if not path.is_dir()]
+    folders = [path for path in found if os.path.isdir(path)]
+    files = [path for path in found if not os.path.isdir(path)]
     return _of_one_kind(files, {"folders": len(folders)} if folders else {}, path, where)
 
 

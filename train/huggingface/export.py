@@ -99,7 +99,7 @@ def export(options: ExportOptions) -> tuple[Path, list[str]]:
         )
         for file, text in {**files, RECORD: record.text()}.items():
             write_synced(partial / file, text)
-    return target, serving_notes(checkpoint.model)
+    return target, serving_notes(checkpoint.model, positions)
 
 
 def tokenizer_settings(path: Path, end: int, positions: int) -> str:

@@ -115,7 +115,7 @@ def configuration_of(source: SafetensorsFolder, overrides: list[str], training: 
     found = read_config(source.folder, len(layers), overridden)
     if source.record is not None:
         found = merge(source.folder / CONFIG, found, source.record, overridden)
-    if "expected_ffn_experts" not in found and not overridden & {BUDGET, "model", "experiment"}:
+    if "expected_ffn_experts" not in found and BUDGET not in overridden:
         if training:
             raise ConfigError(
                 f"{source.folder / CONFIG} has no field for the compute budget K_e, the mean number of FFN experts per "

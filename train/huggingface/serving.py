@@ -10,8 +10,11 @@ LATENT_WIDTHS = (320, 512, 576)  # kv_lora_rank + qk_rope_head_dim for which vLL
 IDENTITY_BLOCK = 256  # columns that vLLM's GPU kernel of identity experts computes at a time; a rest is left out
 
 
-def serving_notes(model: ModelConfig) -> list[str]:
-    """A line for each program that cannot serve, or would serve wrongly, an export of ``model``."""
+def serving_notes(model: ModelConfig, positions: int) -> list[str]:
+    """A line for each program that cannot serve, or would serve wrongly, an export of ``model``.
+
+    ``positions`` is the exported max_position_embeddings.
+    """
     notes = []
     width = model.kv_lora_rank + model.qk_rope_head_dim
     if width not in LATENT_WIDTHS:
@@ -33,5 +36,11 @@ def serving_notes(model: ModelConfig) -> list[str]:
             f"multiply queries and keys by {other_amplitude(scaling):.4f} where this model has {scaling.amplitude:.4f}"
         )
     if scaling.factor != 1 and not scaling.truncate:
-        notes.append("mlx-lm 0.32 would compute YaRN otherwise: it does not know rope_scaling.truncate=false")
+        notes.append("mlx-lm 0.32 and vLLM would compute YaRN otherwise: they do not know rope_scaling.truncate=false")
+    if scaling.factor != 1 and positions != scaling.factor * scaling.original_max_position_embeddings:
+        implied = positions / scaling.original_max_position_embeddings
+        notes.append(
+            f"transformers 4 would compute YaRN otherwise: its factor is max_position_embeddings / "
+            f"original_max_position_embeddings = {implied:g} where this model has {scaling.factor:g}"
+        )
     return notes

@@ -84,12 +84,17 @@ def write_comparison(run_dirs: list[Path], target: Path) -> Path:
 
 
 def in_order(runs: list[RunData], target: Path) -> tuple[str, list[Contestant]]:
-    """Sort by the final validation loss, or by the training loss where a run has no other; without any, last."""
+    """Sort by the final validation loss, or by the training loss where a run has no other; without any, last.
+
+    Runs without metrics come after all others, since the tables of the axes (`Axes`) leave them out.
+    """
     measured = [run for run in runs if math.isfinite(run.final("loss"))]
     by_validation = bool(measured) and all(math.isfinite(run.last("val_loss")) for run in measured)
     key, label = ("val_loss", "validation loss") if by_validation else ("loss", "training loss")
     losses = [run.last(key) if by_validation else run.final(key) for run in runs]
-    order = sorted(range(len(runs)), key=lambda index: (not math.isfinite(losses[index]), losses[index]))
+    order = sorted(
+        range(len(runs)), key=lambda index: (not runs[index].columns, not math.isfinite(losses[index]), losses[index])
+    )
     return label, [
         Contestant(number, runs[index], losses[index], _link(runs[index], target)) for number, index in enumerate(order)
     ]

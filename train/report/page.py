@@ -17,7 +17,7 @@ from train.report.chart import Chart, Page
 from train.report.marks import marks_legend, marks_of
 from train.report.numbers import DASH, compact, duration, exact, percent, plain, signed_percent
 from train.report.page_script import SCRIPT
-from train.report.reading import RunData, read_run
+from train.report.reading import RunData, is_number, read_run
 from train.report.text_page import text_section
 from train.report.theme import style_sheet
 from train.report.timeline import timeline_section
@@ -150,7 +150,7 @@ def model_line(run: RunData) -> str:
     total, active = run.number("derived.parameters"), run.setting("derived.active_parameters")
     if total:
         parts.append(f"{compact(total)} parameters")
-    if isinstance(active, list) and len(active) == 3:
+    if isinstance(active, list) and len(active) == 3 and all(is_number(value) for value in active):
         low, middle, high = (compact(float(value)) for value in active)
         parts.append(f"{middle} of them active per token on average ({low} to {high})")
     name = run.setting("model.name")

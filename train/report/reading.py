@@ -17,7 +17,7 @@ from longcat.errors import ConfigError
 from train.loggers.jsonl import missing_steps
 
 Array = NDArray[np.float64]
-LARGEST = 1 << 1000  # integers from here on are no numbers of a run
+LARGEST = 1e100  # beyond it a number is spoilt: a chart could not even scale it
 MAX_ROUTING_LINES = 480  # read evenly out of any number of them: one line of a large model is 100 kB
 
 
@@ -135,7 +135,7 @@ def read_run(run_dir: Path) -> RunData:
         _read_metrics(metrics, run)
     _read_routing(run_dir / "routing.jsonl", run)
     baselines = _read_json(run_dir / "baselines.json", run)
-    run.baselines = {k: float(v) for k, v in baselines.items() if _is_number(v)}
+    run.baselines = {k: float(v) for k, v in baselines.items() if is_number(v)}
     documents = _read_json(run_dir / "text.json", run).get("documents")
     run.documents = [d for d in documents if _is_document(d)] if isinstance(documents, list) else []
     return run
@@ -184,12 +184,12 @@ def _read_metrics(path: Path, run: RunData) -> None:
 
 
 def _value(value: Any) -> float:
-    """A number of a file; NaN for everything else, such as null, "NaN" or an integer beyond all floats."""
-    return float(value) if _is_number(value) else math.nan
+    """A number of a file; NaN for everything else, such as null, "NaN" or a number beyond `LARGEST`."""
+    return float(value) if is_number(value) else math.nan
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) < LARGEST)
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and not abs(value) > LARGEST
 
 
 def _is_document(value: Any) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from train.checkpoint.compatibility import CORPORA, TOKENIZER, flatten
 from train.report.chart import Label, place_labels, svg
-from train.report.numbers import DASH, exact, fixed
+from train.report.numbers import exact, fixed
 from train.report.page import show
 from train.report.reading import RunData
 from train.report.scale import Scale, extent, line_across, linear_scale, numbers_up, path
@@ -54,7 +54,8 @@ class Differences:
         """{dotted key: its value in each tree, as text} of the keys that are not the same in all."""
         flat = [flatten(tree) for tree in trees]
         keys = dict.fromkeys(key for one in flat for key in one)
-        columns = {key: [show(one[key]) if key in one else DASH for one in flat] for key in keys}
+        # A key that some run lacks is newer than the run, or of another version: no choice of a user
+        columns = {key: [show(one[key]) for one in flat] for key in keys if all(key in one for one in flat)}
         return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
     def numbers(self, key: str) -> list[float] | None:

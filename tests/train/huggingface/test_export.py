@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longcat.config import ModelConfig
+from longcat.rope import RopeScaling
 from tests.support.exporting import assert_close, our_logits, peer_of, run_command, some_tokens, trained, weights
 from tests.support.fixtures import Refused
 from train.checkpoint.offline_reader import Checkpoint
@@ -222,11 +223,16 @@ def test_export_says_who_cannot_serve_it(checkpoint: Path, tmp_path: Path, capsy
         ({"hidden_size": 384}, ["multiple of 256, and it is 384"]),
         ({"hidden_size": 384, "num_zero_experts": 0, "expected_ffn_experts": 6}, []),
         ({"num_mtp_layers": 3}, ["first of its 3 MTP layers"]),
+        ({"rope_scaling": RopeScaling(factor=4.0, original_max_position_embeddings=64)}, []),
+        (
+            {"rope_scaling": RopeScaling(factor=8.0, original_max_position_embeddings=64)},
+            ["original_max_position_embeddings = 4 where this model has 8"],
+        ),
     ],
 )
 def test_notes_on_serving(changes: dict[str, Any], fragments: list[str]) -> None:
     sizes = {"hidden_size": 512, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
-    notes = serving_notes(ModelConfig(**(sizes | changes)))
+    notes = serving_notes(ModelConfig(**(sizes | changes)), positions=256)
     assert len(notes) == len(fragments)
     assert all(fragment in note for fragment, note in zip(fragments, notes, strict=True))
 
