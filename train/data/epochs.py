@@ -99,8 +99,8 @@ class _Epoch(GPTDataset):
                 f"cannot write the sample index {self.places[0]} ({failure}); name a folder with data.cache_dir"
             ) from failure
         note_once(
-            f"the sample index {self.places[0]} cannot be written ({failure.strerror}): every rank keeps one of its own "
-            f"in memory; name another folder with data.cache_dir",
+            f"the sample index {self.places[0]} cannot be written ({failure.strerror}): every rank keeps its own in "
+            f"memory; name another folder with data.cache_dir",
             any_rank=True,
         )
         return False
