@@ -9,6 +9,11 @@ import pytest
 from tests.support.exporting import run_command, trained
 
 
+def without_notes(errors: str) -> list[str]:
+    """The lines but those of an export about programs that cannot serve it."""
+    return [line for line in errors.splitlines() if not line.startswith("note: ")]
+
+
 @pytest.mark.parametrize("verb", ["export", "generate", "grow"])
 def test_skipped_checkpoints_are_reported(
     verb: str, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -19,10 +24,10 @@ def test_skipped_checkpoints_are_reported(
     words = {"generate": ["max_tokens=2"]}.get(verb, [f"target={tmp_path / 'out'}"])
     capfd.readouterr()
     run_command(verb, f"source={newest.parents[1]}", *words)
-    assert capfd.readouterr().err.splitlines() == [
+    assert without_notes(capfd.readouterr().err) == [
         f"skipped {newest}: no readable manifest.json",
         f"used instead: {older}",
     ]
     (older.parent / "step-00000001").rename(tmp_path / "valid")
     run_command(verb, f"source={tmp_path / 'valid'}", *(word.replace("/out", "/again") for word in words))
-    assert capfd.readouterr().err == ""
+    assert without_notes(capfd.readouterr().err) == []
