@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,6 @@ from hypothesis import strategies as st
 from longcat.errors import ConfigError
 from tests.support.corpora import unique_documents, write_corpus
 from train.data import blend as blend_module
-from train.data import epochs
 from train.data.blend import Blend, Mixture
 from train.data.config import DataConfig, MixtureStage
 from train.data.corpus import file_sha256
@@ -384,27 +381,3 @@ def test_negative_numbers_and_unwritable_caches_are_refused(prefixes: list[str],
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot write the sample index"):
         samples_of(prefixes, tmp_path / "file")[0]
-
-
-def test_full_disk_keeps_the_sample_index_in_memory(
-    prefixes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An index is built at the first validation and at each new epoch: a full disk then must not end the run."""
-    wanted = samples_of(prefixes, tmp_path / "space")
-
-    def full(*_: Any) -> bool:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(epochs, "publish_index", full)
-    found = samples_of(prefixes, tmp_path / "full")
-    for number in (0, 1, found.num_samples + 1):  # the last one is of the second epoch
-        np.testing.assert_array_equal(found[number], wanted[number])
-    assert "cannot be written (No space left on device)" in capsys.readouterr().err
-
-
-def test_index_must_cover_every_sequence(tmp_path: Path) -> None:
-    prefix = write_corpus(tmp_path / "corpus", unique_documents(21, 0))
-    index = Path(f"{prefix}.idx")
-    index.write_bytes(index.read_bytes()[:-8] + struct.pack("<q", 20))
-    with pytest.raises(ConfigError, match="its documents do not follow each other"):
-        samples_of([prefix], tmp_path / "cache")
