@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launch import local
 from launch.__main__ import main as longcat
 from launch.local import run_elastic
 from tests.support.running import (
@@ -228,7 +229,7 @@ def test_agent_forwards_signals(
     """The agent ends with the exit code of the first rank that fails."""
     (tmp_path / "train.py").write_text(script)
     config = compose([*overrides, "run.num_processes=2"])
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(local, "ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert run_cleanly(lambda: run_elastic([], config, 2)) == code
 

@@ -168,7 +168,8 @@ def test_wandb_that_dies_costs_no_step(
     def write(self: JsonLines, metrics: dict[str, Any], *rest: Any) -> None:
         plain(self, metrics, *rest)
         if metrics["step"] == 3:
-            services = [child for child in psutil.Process().children() if "wandb" in " ".join(child.cmdline())]
+            running = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+            services = [child for child in running if "wandb" in " ".join(child.cmdline())]
             assert services
             for child in services:
                 os.kill(child.pid, signal.SIGKILL)
