@@ -107,6 +107,11 @@ def write_synced(path: Path, text: str) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make a rename in ``path`` last through a power cut."""
+    sync_file(path)
+
+
+def sync_file(path: Path) -> None:
+    """Make the contents of a file that another library wrote, or of a folder, last through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,11 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from longcat.errors import ConfigError
-from train.checkpoint.files import file_hash, sync_folder
+from train.checkpoint.files import file_hash, sync_file, sync_folder
 from train.data.blocks import SUFFIX, write_block_hashes
 from train.data.config import PYTHON_SOURCE, TOKENIZER_NAME, DataConfig
 from train.data.corpus import INFO_NAME, CorpusInfo, file_sha256, verify_corpus, write_info
-from train.data.sealed import sync_file
 from train.data.sources import Source
 from train.data.tokens import (
     END_OF_DOCUMENT,

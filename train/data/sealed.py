@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,6 @@ def read_sealed(path: Path, required: bool = True) -> dict[str, Any]:
     if wanted != _hash(values):
         raise DamagedError("its contents are not those that were written")
     return values
-
-
-def sync_file(path: Path) -> None:
-    """Make the contents of a file that another library wrote last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hash(values: dict[str, Any]) -> str:
