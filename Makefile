@@ -64,7 +64,7 @@ test-long: install  ## run the tests that take minutes; makes $(VENV)-mlx (360 M
 	$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -m long -o faulthandler_timeout=3600 $(PYTEST_ARGS)
 
 parity: install  ## compare every layout with one process; writes the table of errors to docs/parity.md
-	@$(LOCAL_RANKS) $(BIN)/python -m pytest tests/parity -k equals_one_process --parity-table docs/parity.md $(PYTEST_ARGS)
+	@$(LOCAL_RANKS) $(BIN)/python -m pytest tests/parity -m "" -k equals_one_process --parity-table docs/parity.md $(PYTEST_ARGS)
 
 reference: install  ## write docs/reference/keys.md and docs/images/architecture.svg from the code
 	@$(BIN)/python -m tests.house.reference

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pytest
 
 
 class Layout(NamedTuple):
@@ -97,3 +99,15 @@ LAYOUTS = [
 ]
 
 YARN = [Layout("cp2-yarn", 2, "cp=2", "yarn"), Layout("pp2-zbv-tp2-yarn", 4, "pp=2 schedule=zbv tp=2", "yarn")]
+
+# Of the layouts with more than two ranks, those in `make test`: together they combine every axis with every other one
+IN_EVERY_RUN = ("pp2-zbv-tp2-compile", "zero1-dp2-fsdp2-ep2", "cp2-tp2-ep4", "dp2-fsdp2-ep2", "pp2-zbv-fsdp2-ep2")
+
+
+def marked(layouts: list[Layout]) -> list[Any]:
+    """The layouts as pytest's parameters; those that `make test` leaves to `make parity` are long."""
+    long = [one.ranks > 2 and one.name not in IN_EVERY_RUN for one in layouts]
+    return [
+        pytest.param(one, id=one.name, marks=[pytest.mark.long] * is_long)
+        for one, is_long in zip(layouts, long, strict=True)
+    ]

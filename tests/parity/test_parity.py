@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.parity.conftest import ERRORS
-from tests.parity.layouts import LAYOUTS, PROBLEMS, YARN, Layout
+from tests.parity.layouts import LAYOUTS, PROBLEMS, YARN, Layout, marked
 from tests.parity.mutations import MUTATIONS
 from tests.support.comparison import STEPS, check, compare, one_process
 from tests.support.measure import Measured, measure
@@ -22,7 +22,7 @@ def _pools() -> Iterator[None]:
     close_pools()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", marked(LAYOUTS))
 def test_layout_equals_one_process(layout: Layout) -> None:
     expected = one_process(*PROBLEMS[layout.problem])
     errors = compare(measured_on(layout), expected)
@@ -67,7 +67,9 @@ def test_blocking_collectives_are_bitwise_identical(layout: str) -> None:
         assert all(one[:3] == other[:3] and torch.equal(one[3], other[3]) for one, other in pairs)
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2-ep2", "cp2-tp2-ep4"])
+@pytest.mark.parametrize(
+    "layout", ["ep2", *(pytest.param(name, marks=pytest.mark.long) for name in ("tp2-ep2", "cp2-tp2-ep4"))]
+)
 def test_bfloat16_losses_stay_close_for_20_steps(layout: str) -> None:
     """|Δloss| ≤ 0.01 nat against one process in bfloat16."""
     chosen = next(one for one in LAYOUTS if one.name == layout)
@@ -79,7 +81,7 @@ def test_bfloat16_losses_stay_close_for_20_steps(layout: str) -> None:
     assert max(abs(a["loss"] - b["loss"]) for a, b in pairs) <= 1e-2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", marked(LAYOUTS))
 def test_bytes_held_equal_the_formula(layout: Layout) -> None:
     """Summed over ranks, within 2 %, for weights, gradients and moments."""
     ranks = measured_on(layout)

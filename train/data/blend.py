@@ -17,7 +17,7 @@ class Blend:
     """Samples of several corpora in fixed shares, by Megatron's greedy blending."""
 
     def __init__(self, weights: list[float]) -> None:
-        from megatron.core.datasets.helpers import build_blending_indices
+        from train.data.megatron import build_blending_indices
 
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
         self._corpus = np.zeros(BLOCK, dtype=np.int16)

@@ -1,4 +1,4 @@
-"""Samples of one corpus, epoch after epoch, from megatron-core; imported late (seconds, 460 MB).
+"""Samples of one corpus, epoch after epoch, from megatron-core; imported late (it takes a second).
 
 Megatron's GPTDataset shuffles differently when more samples are requested, so each epoch is a separate data set with
 its own seed: the order depends only on (seed, epoch, index).
@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,13 +20,8 @@ from longcat.json_text import dumps
 from train.data.blocks import CheckedBinReader
 from train.data.corpus import CorpusInfo, block_hashes, note, note_once
 from train.data.index_files import publish_index, read_index
+from train.data.megatron import GPTDataset, GPTDatasetConfig, IndexedDataset, IndexedDatasetBuilder, Split
 from train.data.sealed import DamagedError
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it warns of optional GPU packages that reading data does not need
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-    from megatron.core.datasets.utils import Split
 
 # It warns for each data set without a cache of megatron's own kind; _Epoch has another one.
 logging.getLogger(GPTDataset.__module__).setLevel(logging.ERROR)

@@ -53,7 +53,7 @@ class TokenSamples:
             raise ConfigError(f"train.sequence_length={sequence_length} must be at least 2")
         infos = [_checked_info(prefix, vocab_size) for prefix in config.paths]
         _check_one_tokenizer(config.paths, infos)
-        from train.data.epochs import CorpusReader  # megatron-core: seconds and 460 MB
+        from train.data.epochs import CorpusReader  # megatron-core: seconds
 
         self._vocab_size = vocab_size
         self._readers = [

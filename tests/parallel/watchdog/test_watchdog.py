@@ -103,16 +103,16 @@ ELSEWHERE = (
 @pytest.mark.parametrize(
     "timeout,world_size,rank,action,says",
     [
-        (4, 2, 1, "dies", DEAD),
+        pytest.param(4, 2, 1, "dies", DEAD, marks=pytest.mark.long),
         (4, 3, 0, "dies", DEAD + " " + STORE),
         (4, 3, 1, "stops", UNRESPONSIVE),
-        (4, 2, 0, "stops", UNRESPONSIVE + " " + STORE),
+        pytest.param(4, 2, 0, "stops", UNRESPONSIVE + " " + STORE, marks=pytest.mark.long),
         (4, 3, 2, "sleeps", ASLEEP),
         (4, 3, 1, "differs", ELSEWHERE),
-        (10, 2, 1, "dies", DEAD),
-        (10, 2, 1, "stops", UNRESPONSIVE),
+        pytest.param(10, 2, 1, "dies", DEAD, marks=pytest.mark.long),
+        pytest.param(10, 2, 1, "stops", UNRESPONSIVE, marks=pytest.mark.long),
         (10, 2, 1, "sleeps", ASLEEP),
-        (10, 3, 1, "differs", ELSEWHERE),
+        pytest.param(10, 3, 1, "differs", ELSEWHERE, marks=pytest.mark.long),
     ],
     ids=lambda value: str(value).partition(" ")[0],
 )

@@ -139,8 +139,8 @@ def kill(campaign: Campaign, count: int) -> None:
     print(json.dumps(result))
 
 
-def test_resume_is_exact_after_10_kills(campaign: Campaign) -> None:
-    kill(campaign, 10)
+def test_resume_is_exact_after_4_kills(campaign: Campaign) -> None:
+    kill(campaign, 4)
 
 
 @pytest.mark.long
