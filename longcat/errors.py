@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-OK, CRASHED, BAD_INPUT, STOPPED, UNHEALTHY = 0, 1, 2, 3, 4
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+OK, CRASHED, BAD_INPUT, STOPPED, UNHEALTHY, CORRUPT = 0, 1, 2, 3, 4, 5
 
 
 class LongCatError(Exception):
     """An expected end of a run: its message is one line for the user, `exit_code` is the process's."""
 
     exit_code = CRASHED
+    details: Mapping[str, Any] = MappingProxyType({})  # for machines: keys of exit.json beside code and message
 
 
 class ConfigError(LongCatError):
@@ -36,3 +41,14 @@ class UnhealthyError(LongCatError):
     """Training became unhealthy (NaN, infinity); exit code 4. The message names the last valid checkpoint."""
 
     exit_code = UNHEALTHY
+
+
+class CorruptionError(LongCatError):
+    """Silent data corruption was found; exit code 5. No checkpoint has the corrupt state."""
+
+    exit_code = CORRUPT
+
+    def __init__(self, message: str, finding: dict[str, Any]) -> None:
+        """``finding`` goes to exit.json: kind, step, ranks with hosts and devices, layer, operator, tensor."""
+        super().__init__(message)
+        self.details = {"finding": finding}

@@ -20,6 +20,7 @@ from train.objective import LossConfig
 from train.optimizer import OptimConfig
 from train.profiling.config import ProfileConfig
 from train.schedule import ScheduleConfig
+from train.sdc.config import SdcConfig
 
 MAX_LENGTH = 2**24
 MAX_PROCESSES = 4096
@@ -187,6 +188,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    sdc: SdcConfig = field(default_factory=SdcConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def validate(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ def main(config: Config) -> int:
         return refuse(folder, error)
     with folder_lock, StopSignal(config.train.stop_after_seconds) as stop_signal:
         try:
-            code, message = outcome(config, stop_signal)
+            code, message, details = outcome(config, stop_signal)
         except BaseException as error:
             hang = watchdog.explain(error)
             if hang is not None:
@@ -49,7 +50,7 @@ def main(config: Config) -> int:
             return recorded_code(folder)  # another rank ended the run; this failure is a consequence
         finally:
             watchdog.stop()
-        claimed = claim_exit(folder, code, message)
+        claimed = claim_exit(folder, code, message, details)
         if claimed and code != OK:
             print(message if code == STOPPED else f"error: {message}", file=sys.stderr, flush=True)
         if dist.is_initialized():
@@ -68,19 +69,19 @@ def enter(config: Config) -> AbstractContextManager[Any]:
     return folder_lock
 
 
-def outcome(config: Config, stop_signal: StopSignal) -> tuple[int, str]:
-    """Train; returns the exit code and its message."""
-    code, message = OK, "done"
+def outcome(config: Config, stop_signal: StopSignal) -> tuple[int, str, Mapping[str, Any]]:
+    """Train; returns the exit code, its message, and what exit.json says beside them."""
+    code, message, details = OK, "done", LongCatError.details
     try:
         train(config, stop_signal, partial(report_hang, config.run.folder))
     except ConfigError as error:
-        return error.exit_code, str(error)  # perhaps on this rank only: do not wait for the others
+        return error.exit_code, str(error), error.details  # perhaps on this rank only: do not wait for the others
     except LongCatError as error:
-        code, message = error.exit_code, str(error)
+        code, message, details = error.exit_code, str(error), error.details
     # Every rank gets here. The agent ends the others when the first exits, so none may still be writing.
     with watchdog.slow_timeout(), wait_span(Event(SpanKind.END_OF_RUN)):
         dist.barrier()
-    return code, message
+    return code, message, details
 
 
 _REPORTING = threading.Lock()

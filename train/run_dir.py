@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +28,7 @@ from train.run_files import Note, remove_quietly, write_file
 
 CONFIG, EXIT, LOCK = "config.yaml", "exit.json", ".lock"
 FIRST_RANK_PRINTS_SECONDS = 20.0
+NO_DETAILS = LongCatError.details
 PACKAGES = ("torch", "numpy", "megatron-core", "datasets", "tokenizers", "hydra-core", "wandb", "safetensors")
 
 
@@ -191,26 +193,29 @@ def forget_exit(folder: Path) -> None:
         ) from error
 
 
-def claim_exit(folder: Path, code: int, message: str) -> bool:
-    """Write exit.json unless another rank has; True if this rank wrote it and must print the message."""
+def claim_exit(folder: Path, code: int, message: str, details: Mapping[str, Any] = NO_DETAILS) -> bool:
+    """Write exit.json unless another rank has; True if this rank wrote it and must print the message.
+
+    ``details`` are further keys, for machines.
+    """
     mine = folder / f".{EXIT}-{uuid.uuid4().hex}"
     try:
-        write_exit(mine, code, message)
+        write_exit(mine, code, message, details)
         os.link(mine, folder / EXIT)  # atomic
     except FileExistsError:
         return False
     except OSError:
-        return create_exit(folder / EXIT, code, message)
+        return create_exit(folder / EXIT, code, message, details)
     finally:
         remove_quietly(mine)
     return True
 
 
-def create_exit(path: Path, code: int, message: str) -> bool:
+def create_exit(path: Path, code: int, message: str, details: Mapping[str, Any] = NO_DETAILS) -> bool:
     """As `claim_exit` on a file system without links; where nothing can be written, every rank speaks for itself."""
     try:
         with path.open("x") as file:
-            file.write(dumps({"code": code, "message": message}))
+            file.write(dumps({"code": code, "message": message, **details}))
     except FileExistsError:
         return False
     except OSError:
@@ -218,8 +223,8 @@ def create_exit(path: Path, code: int, message: str) -> bool:
     return True
 
 
-def write_exit(path: Path, code: int, message: str) -> None:
-    path.write_text(dumps({"code": code, "message": message}))
+def write_exit(path: Path, code: int, message: str, details: Mapping[str, Any] = NO_DETAILS) -> None:
+    path.write_text(dumps({"code": code, "message": message, **details}))
 
 
 def recorded_code(folder: Path, otherwise: int = CRASHED) -> int:

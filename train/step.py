@@ -16,6 +16,7 @@ from longcat.model import Losses
 from longcat.names import OTHER_PARTS
 from parallel.mesh import Axis, Topology
 from parallel.reduce import sum_in_one_collective, sum_over_ranks
+from parallel.sdc.inject import Injector
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import begin_step, work_span
 from train.balance import BiasController
@@ -69,11 +70,14 @@ class Stepper:
 
     def __init__(self, state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> None:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
+        self.injector = Injector(config.sdc.faults, topology.rank)
+        self.injector.install()
 
     def step(self, requests: StepRequests = NONE) -> StepResult:
         """Train on the next global batch. If the loss, a gradient or a new bias is not finite, no weight is updated."""
         counters, config = self.state.counters, self.config
         begin_step(counters.step + 1)
+        self.injector.begin_step(counters.step + 1)
         batches = list(self.reader.read(counters.position))
         divisors = self.reader.divisors(batches)
         use_mtp = counters.tokens >= config.loss.mtp_start_tokens and config.model.num_mtp_layers > 0

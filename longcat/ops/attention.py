@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from longcat.faults import Place, passed, passed_all
 from longcat.ops.fusion import Fusible, add_to
 from longcat.ops.matmul import product, raw_product
 from longcat.ops.torch_internals import softmax_backward
@@ -108,7 +109,7 @@ class _BlockedAttention(torch.autograd.Function):
             out[:, :, local] = product(probabilities, value[:, :stop]).unflatten(0, ctx.shape)
             saved.append(probabilities if key.shape[1] * key.element_size() <= MAX_SAVED_ROW_BYTES else None)
         ctx.save_for_backward(query, key, value, documents, *saved)
-        return out
+        return passed(Place.activation, "attention", out)
 
     @staticmethod
     @once_differentiable
@@ -126,7 +127,9 @@ class _BlockedAttention(torch.autograd.Function):
             grad_scores = _scores_gradient(raw_product(grad, value[:, :stop].mT), probabilities, ctx.scale)
             grad_query[:, local] = product(grad_scores, key[:, :stop])
             add_to(grad_key[:, :stop], product(grad_scores.mT, query[:, local]))
-        grads_in = (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype))
+        grads_in = passed_all(
+            Place.attention_backward, "attention", (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype))
+        )
         return *(x.unflatten(0, ctx.shape) for x in grads_in), None, None, None
 
 

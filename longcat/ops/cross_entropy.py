@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat.faults import Place, passed, passed_all
 from longcat.ops.fusion import Fusible, add_to, scaled
 from longcat.ops.matmul import product, raw_product
 
@@ -65,6 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.shape[0], rows):
             chunk = slice(start, start + rows)
             losses[chunk], grad = chunk_loss(hidden[chunk], weight, labels[chunk], valid[chunk])
+            passed(Place.activation, "cross-entropy", losses[chunk])
             if grad_hidden is not None:
                 grad_hidden[chunk] = product(grad, weight)
             if grad_weight is not None:
@@ -78,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled_hidden = None if grad_hidden is None else scaled(grad_hidden, grads[0], grad_hidden.dtype)
         scaled_weight = None if grad_weight is None else scaled(grad_weight, grads[0], ctx.weight_dtype)
-        return scaled_hidden, scaled_weight, None, None, None
+        return *passed_all(Place.gradient, "cross-entropy", (scaled_hidden, scaled_weight)), None, None, None
 
 
 AUTOGRAD_NAME = _ChunkedCrossEntropy.__name__  # by which a profile recognises the head and the loss

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from longcat.faults import Place, passed, passed_all
 from longcat.ops.fusion import Fusible
 
 
@@ -35,11 +36,11 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         out, inverse = _norm(x, gain, eps)
         ctx.save_for_backward(x, gain, inverse)
-        return out
+        return passed(Place.activation, "norm", out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_norm_backward(grads[0], *ctx.saved_tensors), None
+        return *passed_all(Place.gradient, "norm", _norm_backward(grads[0], *ctx.saved_tensors)), None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -64,11 +65,11 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, angles: Tensor) -> Tensor:
         ctx.save_for_backward(angles)
-        return _rotate(x, angles)
+        return passed(Place.activation, "rotary", _rotate(x, angles))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _rotate(grads[0], ctx.saved_tensors[0].conj()), None
+        return passed(Place.gradient, "rotary", _rotate(grads[0], ctx.saved_tensors[0].conj())), None
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:

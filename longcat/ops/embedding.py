@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from longcat.faults import Place, passed
 from longcat.ops.rows import gather_rows
 from longcat.ops.torch_library import accumulate_dtype, operator
 
@@ -45,13 +46,14 @@ class _Embedding(torch.autograd.Function):
         ctx.num_rows = weight.shape[0]
         index = ids.clamp_max(weight.shape[0] - 1) if allow_out_of_range else ids
         rows: Tensor = gather_rows(weight, index.reshape(-1)).view(*ids.shape, weight.shape[1])
-        return rows.masked_fill_((index != ids)[..., None], 0.0) if allow_out_of_range else rows
+        out = rows.masked_fill_((index != ids)[..., None], 0.0) if allow_out_of_range else rows
+        return passed(Place.activation, "embedding", out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
         ids = ctx.saved_tensors[0].reshape(-1)
         grad = grads[0].reshape(ids.shape[0], -1).contiguous()
-        return None, embedding_gradient(grad, ids, ctx.num_rows), None
+        return None, passed(Place.gradient, "embedding", embedding_gradient(grad, ids, ctx.num_rows)), None
 
 
 def embedding(ids: Tensor, weight: Tensor, allow_out_of_range: bool = False) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
+from longcat.faults import Place, passed
 from longcat.ops.matmul import (
     StoreWeightGrad,
     compute_or_store,
@@ -115,7 +116,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(weight, ends, *inputs)
         ctx.store = store
         x = input_of(inputs)
-        return grouped_product(x, weight.to(x.dtype).transpose(1, 2), ends)
+        return passed(Place.activation, "experts", grouped_product(x, weight.to(x.dtype).transpose(1, 2), ends))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,12 +124,14 @@ class _GroupedLinear(torch.autograd.Function):
         grad = grads[0].contiguous()
 
         def grad_of_x() -> Tensor:
-            return grouped_product(grad, weight.to(grad.dtype), ends)
+            return passed(Place.gradient, "experts", grouped_product(grad, weight.to(grad.dtype), ends))
 
         x, grad_inputs = input_and_gradients(ctx.needs_input_grad[3:], inputs, grad_of_x)
         grad_w = None
         if ctx.store is not None or ctx.needs_input_grad[0]:
-            grad_w = compute_or_store(ctx.store, lambda: grouped_sum(grad, x, ends))
+            grad_w = compute_or_store(
+                ctx.store, lambda: passed(Place.gradient, "experts weight", grouped_sum(grad, x, ends))
+            )
         return grad_w, None, None, *grad_inputs
 
 

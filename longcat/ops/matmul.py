@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat.faults import Place, passed, passed_all
 from longcat.ops.elementwise import swiglu, swiglu_backward
 from longcat.ops.torch_internals import cpu_has_amx_tiles, cpu_has_avx512_bf16
 
@@ -85,7 +86,8 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(weight, *inputs)
         ctx.store = store
         x = input_of(inputs)
-        return product(x.reshape(-1, x.shape[-1]), weight.to(x.dtype).t()).view(*x.shape[:-1], weight.shape[0])
+        out = passed(Place.activation, "linear", product(x.reshape(-1, x.shape[-1]), weight.to(x.dtype).t()))
+        return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,12 +95,16 @@ class _Linear(torch.autograd.Function):
         grad = grads[0].reshape(-1, weight.shape[0])
 
         def grad_of_x() -> Tensor:
-            return product(grad, weight.to(grad.dtype)).view(inputs[0].shape)
+            grad_x = product(grad, weight.to(grad.dtype))
+            return passed(Place.gradient, "linear", grad_x).view(inputs[0].shape)
 
         x, grad_inputs = input_and_gradients(ctx.needs_input_grad[2:], inputs, grad_of_x)
         grad_w = None
         if ctx.store is not None or ctx.needs_input_grad[0]:
-            grad_w = compute_or_store(ctx.store, lambda: product(grad.t(), x.reshape(-1, x.shape[-1])))
+            grad_w = compute_or_store(
+                ctx.store,
+                lambda: passed(Place.gradient, "linear weight", product(grad.t(), x.reshape(-1, x.shape[-1]))),
+            )
         return grad_w, None, *grad_inputs
 
 
@@ -129,13 +135,14 @@ class _Fp32Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.nn.functional.linear(x.float(), weight)
+        return passed(Place.activation, "router", torch.nn.functional.linear(x.float(), weight))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_x = (grads[0] @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, grads[0].t() @ x.float() if ctx.needs_input_grad[1] else None
+        grad_w = grads[0].t() @ x.float() if ctx.needs_input_grad[1] else None
+        return passed_all(Place.gradient, "router", (grad_x, grad_w))
 
 
 def fp32_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat.faults import Place, passed, passed_all
 from longcat.ops.rows import combine_rows, combine_rows_backward, gather_rows, sum_rows
 from longcat.ops.torch_library import operator
 
@@ -88,11 +89,11 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: Permutation) -> Tensor:
         ctx.save_for_backward(plan.row_index)
         gather = gather_rows_padded if plan.is_padded else gather_rows
-        return gather(x, plan.token)
+        return passed(Place.activation, "permute", gather(x, plan.token))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return unpermute(grads[0], *ctx.saved_tensors), None
+        return passed(Place.gradient, "permute", unpermute(grads[0], *ctx.saved_tensors)), None
 
 
 def unpermute(rows: Tensor, row_index: Tensor) -> Tensor:
@@ -110,12 +111,14 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) -> Tensor:
         rows, gates, x = rows.contiguous(), gates.contiguous(), None if x is None else x.contiguous()
         ctx.save_for_backward(rows, gates, plan.token, plan.selection, plan.row_index, x)
-        return combine_rows(rows, gates, plan.row_index, x)
+        return passed(Place.activation, "combine", combine_rows(rows, gates, plan.row_index, x))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
         saved = ctx.saved_tensors
-        grad_rows, grad_gates, grad_x = combine_rows_backward(grads[0].contiguous(), *saved)
+        grad_rows, grad_gates, grad_x = passed_all(
+            Place.gradient, "combine", combine_rows_backward(grads[0].contiguous(), *saved)
+        )
         return grad_rows, grad_gates, None, None if saved[-1] is None else grad_x
 
 

@@ -1,0 +1,85 @@
+"""Fast 64-bit checksums of a tensor's bytes, for comparisons inside a run.
+
+On a CPU this is XXH3 over the tensor's memory. It reads twice as fast as memory is copied, and misses a change, of one
+bit or of many, with probability 2^-64. On a GPU, where XXH3 has no kernel, it is a keyed sum of the 32-bit words,
+Σ word_i · K(i) modulo 2^64 with odd keys: no change of a single word is missed, and one of several words with
+probability at most 2^-32. Words are widened to 64 bits first: in a sum of 64-bit words, two flips of bit 63 would
+always cancel.
+
+The value depends on shape and layout only through the bytes in row-major order, and on the kind of device. For a value
+that does not depend on how a tensor is sharded, see `train/checkpoint/state_hash.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+import xxhash
+from torch import Tensor
+
+WORDS = 1 << 22  # 32-bit words that a GPU multiplies at once: 32 MiB of products
+COLUMNS = 1 << 12
+MASK = (1 << 64) - 1
+Digest = int | Tensor  # a GPU's is a tensor [] int64 on it, until `resolve` fetches it: no wait in between
+
+
+def digest(tensor: Tensor) -> Digest:
+    """The checksum of a tensor of any dtype, shape and strides; 0 elements have one too.
+
+    Raises:
+        TypeError: the tensor has no memory of its own that can be read (meta, sparse, or a wrapper like DTensor).
+    """
+    if tensor.layout is not torch.strided or tensor.device.type == "meta" or type(tensor).__name__ == "DTensor":
+        raise TypeError(f"a checksum needs a tensor's own memory, not a {type(tensor).__name__} on {tensor.device}")
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if plain.device.type == "cpu":
+        return xxhash.xxh3_64_intdigest(plain.view(torch.uint8).numpy().data)
+    return keyed_sum(plain)
+
+
+def keyed_sum(values: Tensor) -> Tensor:
+    """The checksum for GPUs of a flat tensor, as an int64 [] on its device."""
+    num_bytes = values.nbytes
+    raw = values.view(torch.uint8)
+    tail = -num_bytes % 4
+    if tail:
+        raw = torch.nn.functional.pad(raw, (0, tail))
+    words = raw.view(torch.int32)
+    total = torch.full((), num_bytes, dtype=torch.int64, device=values.device)
+    columns = keys(COLUMNS, 0, values.device)
+    for number, chunk in enumerate(words.split(WORDS)):
+        whole = chunk.numel() // COLUMNS * COLUMNS
+        rows = chunk[:whole].view(-1, COLUMNS)
+        sums = [(rows.to(torch.int64) * columns).sum(1)]
+        if whole < chunk.numel():
+            rest = chunk[whole:].to(torch.int64)
+            sums.append((rest * columns[: rest.numel()]).sum()[None])
+        by_row = torch.cat(sums)
+        total = total + (by_row * keys(by_row.numel(), 1 + number, values.device)).sum()
+    return total
+
+
+@cache
+def keys(count: int, stream: int, device: torch.device) -> Tensor:
+    """``count`` odd 64-bit keys, the same in every process; another ``stream`` has others."""
+    generator = torch.Generator().manual_seed(0x5DC + stream)
+    drawn = torch.randint(-(1 << 63), (1 << 63) - 1, (count,), dtype=torch.int64, generator=generator)
+    return (drawn | 1).to(device)
+
+
+def resolve(digests: Iterable[Digest]) -> list[int]:
+    """The checksums as numbers from 0 to 2^64 - 1; those on a GPU come in one copy."""
+    found = list(digests)
+    on_device = [one for one in found if isinstance(one, Tensor)]
+    fetched = iter(torch.stack(on_device).tolist() if on_device else ())
+    return [(next(fetched) if isinstance(one, Tensor) else one) & MASK for one in found]
+
+
+def mix(number: int) -> int:
+    """64 well mixed bits (the finaliser of splitmix64)."""
+    number = (number + 0x9E3779B97F4A7C15) & MASK
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & MASK
+    return number ^ (number >> 31)

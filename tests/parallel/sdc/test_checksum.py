@@ -1,0 +1,90 @@
+"""Checksums of tensors: every change is noticed, whatever dtype, size or strides; no layout matters but the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.checksum import COLUMNS, WORDS, Digest, digest, keyed_sum, resolve
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64)
+SIZES = (1, 2, 3, 7, COLUMNS - 1, COLUMNS, COLUMNS + 1, 3 * COLUMNS + 5)
+KINDS: dict[str, Callable[[Tensor], Digest]] = {"xxh3": digest, "keyed": lambda x: keyed_sum(x.contiguous().view(-1))}
+
+
+def values(size: int, dtype: torch.dtype) -> Tensor:
+    drawn = torch.randint(0, 256, (size * dtype.itemsize,), dtype=torch.uint8)
+    return (drawn & 1 if dtype is torch.bool else drawn).view(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_flipped_bit_changes_the_checksum(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for size in SIZES:
+        x = values(size, dtype)
+        (before,) = resolve([KINDS[kind](x)])
+        raw = x.view(torch.uint8)
+        for position in {0, raw.numel() // 2, raw.numel() - 1}:
+            for bit in range(1 if dtype is torch.bool else 8):
+                raw[position] ^= 1 << bit
+                assert resolve([KINDS[kind](x)]) != [before], (size, position, bit)
+                raw[position] ^= 1 << bit
+        assert resolve([KINDS[kind](x)]) == [before]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_flips_of_one_bit_never_cancel(kind: str) -> None:
+    """A sum of 64-bit words with odd keys misses every even number of flips of bit 63."""
+    torch.manual_seed(1)
+    x = torch.randint(-(1 << 31), (1 << 31) - 1, (2048,), dtype=torch.int32)
+    (before,) = resolve([KINDS[kind](x)])
+    found = []
+    for bit in range(32):
+        for _ in range(20):
+            places = torch.randperm(1024)[:2] * 2 + 1
+            changed = x.clone()
+            changed[places] ^= -(1 << 31) if bit == 31 else 1 << bit
+            found.append(resolve([KINDS[kind](changed)]) != [before])
+    assert all(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exchanged_values_and_lengths_change_the_checksum(kind: str) -> None:
+    x = torch.arange(2 * COLUMNS, dtype=torch.float32)
+    (before,) = resolve([KINDS[kind](x)])
+    for first, second in ((0, 1), (0, COLUMNS), (5, 2 * COLUMNS - 1)):
+        y = x.clone()
+        y[first], y[second] = x[second], x[first]
+        assert resolve([KINDS[kind](y)]) != [before]
+    zeros = [resolve([KINDS[kind](torch.zeros(size))])[0] for size in (0, 1, 2, COLUMNS)]
+    assert len(set(zeros)) == 4, "zeros of other lengths have other checksums"
+
+
+def test_gpu_sum_covers_several_chunks() -> None:
+    x = torch.zeros(WORDS + COLUMNS + 3, dtype=torch.int32)
+    (before,) = resolve([keyed_sum(x)])
+    for position in (0, WORDS - 1, WORDS, WORDS + COLUMNS, x.numel() - 1):
+        x[position] = 1
+        assert resolve([keyed_sum(x)]) != [before]
+        x[position] = 0
+
+
+def test_views_and_scalars_count_by_their_values() -> None:
+    x = torch.randn(6, 8)
+    for view in (x.t(), x[:, 2:5], x[::2], x[3], x[2, 3], x[:, :0], x.t()[1:3]):
+        assert digest(view) == digest(view.contiguous().clone())
+    assert digest(x.t()) != digest(x)
+    parameter = torch.nn.Parameter(x)
+    assert digest(parameter) == digest(x)
+    spectrum = torch.randn(5, dtype=torch.complex64)
+    assert digest(spectrum.conj()) == digest(spectrum.conj().resolve_conj().clone()) != digest(spectrum)
+
+
+def test_tensors_without_memory_are_refused() -> None:
+    for tensor in (torch.empty(3, device="meta"), torch.eye(3).to_sparse()):
+        with pytest.raises(TypeError, match="own memory"):
+            digest(tensor)

@@ -1,0 +1,1 @@
+"""Silent data corruption in a training step: settings, state at rest, verdicts."""
