@@ -69,6 +69,9 @@ class Store(Protocol):
     def step(self) -> None:
         """Update and drop the gradients."""
 
+    def drop_gradients(self) -> None:
+        """Drop the gradients without an update."""
+
     def refresh(self) -> None:
         """After writing: update everything that depends on weights and moments. A collective."""
 
@@ -138,6 +141,9 @@ class ShardedAdamW:
 
     def step(self) -> None:
         self.optimizer.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()

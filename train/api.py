@@ -33,6 +33,8 @@ from train.checkpoint.state_hash import state_hash
 from train.config import Config
 from train.data.build import build
 from train.data.corpus import CorpusInfo
+from train.health.config import OnSpike
+from train.health.response import go_back
 from train.run_dir import as_mapping, describe_corpora
 from train.state import TrainState
 from train.step import Stepper
@@ -98,12 +100,22 @@ class Session:
     def step(self) -> dict[str, Any]:
         """Train on the next global batch; returns the figures of this step under the keys of metrics.jsonl.
 
+        A spike has the key `spike_action`: with `skip` the batch was left out, with `rollback` the state is that of the
+        last checkpoint and the next step reads behind the spike.
+
         Raises:
-            UnhealthyError: the loss, a gradient or a bias is not finite; nothing was updated.
+            UnhealthyError: the loss, a gradient or a bias is not finite, or a spike is to end the run
+                (``health.on_spike``); nothing was updated.
         """
         result = self._stepper.step()
         if not result.healthy:
             raise UnhealthyError(f"step {self.state.counters.step}: {result.problem}; nothing was updated")
+        if (spike := result.spike) is not None and spike.action == OnSpike.stop:
+            raise UnhealthyError(f"step {spike.step}: {spike.reason}; nothing was updated")
+        if spike is not None and spike.action == OnSpike.rollback:
+            path = go_back(self.state, spike, self.config, self._description(), self.topology)
+            if path is None:
+                result.metrics["spike_action"] = str(OnSpike.skip)  # there is no checkpoint yet
         return result.metrics
 
     def validate(self) -> ValidationResult:

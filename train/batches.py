@@ -16,6 +16,7 @@ from parallel.mesh import Topology
 from parallel.reduce import sum_scalars
 from train.config import Config
 from train.data.samples import TokenSamples
+from train.health.ranges import SampleRanges
 from train.objective import Divisors
 
 
@@ -39,6 +40,7 @@ class BatchReader:
         self.size = config.train.micro_batch_size
         self.num_micro_batches = config.train.global_batch_size // self.size
         self.share = self.num_micro_batches // topology.data_ranks  # micro-batches per data-parallel rank
+        self.left_out = SampleRanges()  # samples that are passed over; positions count the others
 
     def read(self, first_sample: int) -> Iterator[Batch]:
         """This rank's micro-batches of the global batch ``first_sample`` ..., in order."""
@@ -47,8 +49,8 @@ class BatchReader:
             yield self.micro_batch(first_sample + number * self.size)
 
     def micro_batch(self, first_sample: int) -> Batch:
-        """The samples ``first_sample`` ... ``first_sample + micro_batch_size - 1``."""
-        windows = np.stack([self.samples[first_sample + row] for row in range(self.size)])
+        """The samples at the positions ``first_sample`` ... ``first_sample + micro_batch_size - 1``."""
+        windows = np.stack([self.samples[self.left_out.place(first_sample + row)] for row in range(self.size)])
         return self.to_batch(torch.from_numpy(windows))
 
     def to_batch(self, windows: Tensor) -> Batch:

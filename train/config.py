@@ -16,6 +16,7 @@ from parallel.config import DispatcherKind, OverlapConfig, ParallelConfig
 from train.balance import BalanceConfig
 from train.checkpoint.compatibility import flatten
 from train.data.config import DataConfig
+from train.health.config import HealthConfig, OnSpike
 from train.objective import LossConfig
 from train.optimizer import OptimConfig
 from train.profiling.config import ProfileConfig
@@ -187,6 +188,7 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     sdc: SdcConfig = field(default_factory=SdcConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -201,6 +203,11 @@ class Config:
             raise ConfigError(
                 f"checkpoint.keep_best={self.checkpoint.keep_best} goes by the validation loss and validation.every=0 "
                 f"measures none; set either"
+            )
+        if self.health.on_spike == OnSpike.rollback and not (self.checkpoint.every or self.checkpoint.every_minutes):
+            raise ConfigError(
+                "health.on_spike=rollback goes back to checkpoints and checkpoint.every=0 writes none; set it, or use "
+                "health.on_spike=skip"
             )
         self.profile.validate_steps(self.train.steps)
         train = self.train

@@ -15,9 +15,11 @@ from train.checkpoint.find import last_valid
 from train.checkpoint.saver import Saver
 from train.checkpoint.state_hash import state_hash
 from train.config import Config
+from train.health import figures
+from train.health.response import SpikeResponse
 from train.loggers.interface import MetricsSink
 from train.profiling.profiler import Profiler
-from train.run_dir import describe_corpora
+from train.run_dir import as_mapping, describe_corpora
 from train.state import TrainState
 from train.step import NOT_FINITE_BIASES, Stepper, StepRequests, StepResult
 from train.stop import StopSignal
@@ -48,7 +50,18 @@ class Loop:
         self.config, self.topology, self.peak_flops = config, topology, peak_flops
         self.writer, self.terminal = writer, terminal
         self.stop_signal = stop_signal
-        self.saver = Saver(state, config, topology, terminal, describe_corpora(config))
+        corpora = describe_corpora(config)
+        self.saver = Saver(state, config, topology, terminal, corpora)
+        self.response = SpikeResponse(
+            state,
+            stepper.monitor,
+            config,
+            as_mapping(config) | corpora,
+            topology,
+            self.saver.wait_pending,
+            writer.rewind,
+            terminal.note,
+        )
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
 
     def run(self) -> None:
@@ -57,23 +70,28 @@ class Loop:
         Raises:
             StopRequested: a signal or the time limit requested it; the state is saved.
             SaveError: the last checkpoint could not be saved.
-            UnhealthyError: the loss, a gradient or a bias is not finite; nothing was updated, the last checkpoint is
-                named.
+            UnhealthyError: the loss, a gradient or a bias is not finite, or a spike ends the run (`health.on_spike`);
+                nothing was updated, the last checkpoint is named.
         """
         counters, config = self.state.counters, self.config
+        owed_save = False  # a request to save of a step that a rollback undid
         while counters.step < config.train.steps:
             with self.profiler.step(counters.step + 1):
                 start = time.perf_counter()
                 result = self.stepper.step(
                     StepRequests(
                         bool(self.stop_signal),
-                        self.stop_signal.take_save_request() or self.saver.is_overdue(),
+                        self.stop_signal.take_save_request() or self.saver.is_overdue() or owed_save,
                         self.saver.has_ended(),
                     )
                 )
                 seconds, blocked = time.perf_counter() - start, blocked_seconds()
             if not result.healthy:
                 raise UnhealthyError(self._describe_bad_step(result))
+            if self.response.act(result.spike):
+                owed_save = result.requests.save  # a request to stop is repeated by its signal
+                continue
+            owed_save = False
             last = counters.step == config.train.steps
             self._finish_metrics(result, seconds, blocked)
             if due(config.validation.every, counters.step) or (last and config.validation.every):
@@ -101,7 +119,8 @@ class Loop:
         tokens = self.config.train.global_batch_size * self.config.train.sequence_length
         biases, step = self.state.biases, self.state.counters.step
         if due(self.config.logging.routing_every, step) or (self.config.logging.routing_every and step == 1):
-            metrics |= result.grad_norms
+            metrics |= result.grad_norms | result.by_layer
+            metrics |= figures.named("bias_range", figures.bias_ranges(biases, self.config.model))
         metrics["step_seconds"] = seconds
         metrics["tokens_per_second"] = tokens / seconds
         metrics["mfu"] = flops / seconds / (self.peak_flops * self.topology.world_size)

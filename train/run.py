@@ -103,6 +103,7 @@ def run_steps(
         finish(state, train_samples, validator, config, topology, terminal)
     finally:
         loop.saver.close()
+        loop.response.close()
         state.engine.close()
         terminal.note(f"trained for {time.perf_counter() - started:.0f} s")
         if topology.is_first:
@@ -255,7 +256,7 @@ def finish(
     if not (config.validation.ngram_baselines and topology.is_first):
         return
     with work_span(Event(SpanKind.NGRAM), slow=True):
-        baselines = validator.baselines(train_samples, state.counters.position)
+        baselines = validator.baselines(train_samples, state.counters.position, state.health.skipped)
     if baselines is None:
         terminal.note("n-gram baselines left out: more tokens than they take in minutes")
         return

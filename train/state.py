@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from longcat.moe import Router
 from parallel.engine import Engine
 from parallel.state_store import Store
 from train.balance import BiasController
+from train.health.state import HealthState
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Counters:
 
     @property
     def position(self) -> int:
-        """Number of the next sample of the present data, over all ranks."""
+        """Samples of the present data that were read, over all ranks: the next one's number, if none is left out."""
         return self.samples - self.data_start
 
 
@@ -38,6 +39,7 @@ class TrainState:
     controller: BiasController
     counters: Counters
     biases: Tensor  # [L, N + Z] of all layers, the same on every rank; `set_biases` copies them to this rank's routers
+    health: HealthState = field(default_factory=HealthState)
 
     @property
     def models(self) -> list[LongCat]:

@@ -22,6 +22,9 @@ from parallel.watchdog.spans import begin_step, work_span
 from train.balance import BiasController
 from train.batches import Batch, BatchReader
 from train.config import Config
+from train.health import figures
+from train.health.events import Spike
+from train.health.monitor import HealthMonitor
 from train.objective import Divisors, objective
 from train.optimizer import set_rates
 from train.schedule import rate_factor
@@ -59,6 +62,8 @@ class StepResult:
     grad_norms: dict[str, float | None]  # gradient norms before clipping of each part of the model, as metrics
     problem: str  # what is not finite; then no weight was updated. Empty if all is well
     requests: StepRequests  # set where any rank requested it
+    by_layer: dict[str, Any]  # other figures of each layer, as metrics
+    spike: Spike | None = None  # its action says whether the step was applied
 
     @property
     def healthy(self) -> bool:
@@ -72,9 +77,15 @@ class Stepper:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
         self.injector = Injector(config.sdc.faults, topology.rank)
         self.injector.install()
+        reader.left_out = state.health.skipped
+        self.monitor = HealthMonitor(config.health, state.health, config.model.num_experts, config.optim.eps)
 
     def step(self, requests: StepRequests = NONE) -> StepResult:
-        """Train on the next global batch. If the loss, a gradient or a new bias is not finite, no weight is updated."""
+        """Train on the next global batch.
+
+        No weight is updated if the loss, a gradient or a new bias is not finite, or if the step is a spike that
+        `health.on_spike` leaves out. The counters advance in any case: data and schedule go on behind such a step.
+        """
         counters, config = self.state.counters, self.config
         begin_step(counters.step + 1)
         self.injector.begin_step(counters.step + 1)
@@ -102,25 +113,54 @@ class Stepper:
             else f"loss {sums[0] / max(divisors.valid_tokens, 1)}, gradient norm {norm}"
         )
         factor = rate_factor(config.schedule, counters.step + 1)
-        if not problem:
+        loss = sums[0] / max(divisors.valid_tokens, 1)
+        if self._starts_mtp() or self._starts_mixture():
+            self.state.health.forget()
+        spike = self.monitor.judge(counters.step + 1, counters.position, loss, norm)
+        if spike is not None and not spike.updates:
+            problem = ""
+            self.state.store.drop_gradients()
+        elif not problem:
             biases = self.state.controller.update(counts)
             if not is_finite(biases, self.state.controller):
                 problem = NOT_FINITE_BIASES
-        if not problem:
+        if not problem and (spike is None or spike.updates):
             with work_span(Event(SpanKind.OPTIMIZER)):
                 self._update(norm, factor, biases)
         counters.step += 1
         counters.samples += config.train.global_batch_size
         counters.tokens += divisors.tokens
+        similarities = figures.similarities_by_layer(directions, config.model.num_routed)
         metrics = self._metrics(sums, divisors, norm, factor, counts, gradients, use_mtp)
-        metrics["router_similarity"] = router_similarity(directions, config.model.num_routed)
+        metrics["router_similarity"] = max(similarities)
+        rms = figures.gradient_rms(part_squares, norm, config.model, config.optim.grad_clip, use_mtp)
+        metrics |= self.monitor.observe(counters.step, counts, metrics["hidden_norm"], rms)
+        if spike is not None:
+            metrics["spike_action"] = str(spike.action)
+        by_layer = figures.named("router_similarity", similarities)
+        by_layer |= figures.named("router_grad_ratio", figures.ratios_by_layer(gradients))
+        by_layer |= figures.named("expert_load_max_over_mean", figures.loads_by_layer(counts, config.model))
+        by_layer |= {f"grad_rms/{part}": value for part, value in rms.items()}
         asked = StepRequests(*(count > 0 for count in scalars[-wanted.numel() :].tolist()))
-        return StepResult(metrics, counts, norms_by_part(part_squares, use_mtp), problem, asked)
+        return StepResult(metrics, counts, norms_by_part(part_squares, use_mtp), problem, asked, by_layer, spike)
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> StepSums:
         weights = self.config.loss, self.config.balance.group_loss_weight
         losses_by_part = self.state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), use_mtp)
         return self._sum(losses_by_part)
+
+    def _starts_mtp(self) -> bool:
+        """Whether this step is the first with MTP, whose gradient adds to the norm."""
+        train, counters = self.config.train, self.state.counters
+        before = counters.tokens - train.global_batch_size * train.sequence_length
+        return before < self.config.loss.mtp_start_tokens <= counters.tokens
+
+    def _starts_mixture(self) -> bool:
+        """Whether a stage of `data.stages` begins in this step's batch: its loss may be another."""
+        train, place, position = self.config.train, self.state.health.skipped.place, self.state.counters.position
+        first, last = place(position), place(position + train.global_batch_size - 1)
+        starts = (math.ceil(stage.start_tokens / train.sequence_length) for stage in self.config.data.stages)
+        return any(first <= start <= last for start in starts)
 
     def _sum(self, losses_by_part: list[list[Losses]]) -> StepSums:
         """Add up what each part of the model returned per micro-batch, with weight 0 for what other ranks count.
@@ -184,13 +224,10 @@ class Stepper:
         use_mtp: bool,
     ) -> dict[str, Any]:
         config, counters = self.config, self.state.counters
-        num_experts = config.model.num_experts
-        ffn = counts[:, :num_experts].double()
-        used = float(ffn.sum()) / (config.model.num_layers * divisors.tokens)
-        task, balance = torch.linalg.vector_norm(gradients, dim=-1)
+        used = float(counts[:, : config.model.num_experts].sum()) / (config.model.num_layers * divisors.tokens)
         return {
             "step": counters.step,
-            "first_sample": counters.position - config.train.global_batch_size,
+            "first_sample": self.state.health.skipped.place(counters.position - config.train.global_batch_size),
             "tokens": counters.tokens,
             "loss": sums[0] / max(divisors.valid_tokens, 1),
             "loss_mtp": sums[1] / max(divisors.mtp_tokens, 1) if use_mtp else None,
@@ -199,8 +236,8 @@ class Stepper:
             "grad_norm": norm,
             "lr": config.optim.lr * factor,
             "ffn_experts_per_token": used,
-            "expert_load_max_over_mean": float((ffn.amax(1) / ffn.mean(1).clamp_min(1e-9)).max()),
-            "router_grad_ratio": float((balance / task.clamp_min(1e-300)).max()),
+            "expert_load_max_over_mean": max(figures.loads_by_layer(counts, config.model)),
+            "router_grad_ratio": max(figures.ratios_by_layer(gradients)),
             "hidden_norm": sums[4] / divisors.tokens,
             "flops": divisors.tokens * flops_per_token(config.model, config.train.sequence_length, used, mtp=use_mtp),
         }
@@ -208,8 +245,7 @@ class Stepper:
 
 def norms_by_part(squares: Tensor, use_mtp: bool) -> dict[str, float | None]:
     """Gradient norms as metrics, from their squares by `part_number`; MTP's is None while it is off."""
-    layers = [f"layer_{number}" for number in range(len(squares) - len(OTHER_PARTS))]
-    names = [f"grad_norm/{part}" for part in (*layers, *OTHER_PARTS)]
+    names = [f"grad_norm/{part}" for part in figures.part_names(len(squares) - len(OTHER_PARTS))]
     norms: dict[str, float | None] = dict(zip(names, squares.sqrt().tolist(), strict=True))
     return norms if use_mtp else norms | {"grad_norm/mtp": None}
 
@@ -217,9 +253,3 @@ def norms_by_part(squares: Tensor, use_mtp: bool) -> dict[str, float | None]:
 def is_finite(biases: Tensor, controller: BiasController) -> bool:
     """Whether the next selection biases and the controller's state are finite."""
     return all(bool(torch.isfinite(values).all()) for values in (biases, *controller.state().values()))
-
-
-def router_similarity(directions: Tensor, num_rows: int) -> float:
-    """Mean pairwise cosine of a router's rows, the largest over the layers (section 9), from their sums [L, D]."""
-    pairs = directions.square().sum(1) - num_rows
-    return float(pairs.max()) / max(num_rows * (num_rows - 1), 1)

@@ -15,6 +15,7 @@ from train.batches import BatchReader
 from train.config import Config
 from train.data.samples import TokenSamples
 from train.data.tokens import load_tokenizer, pieces, token_byte_lengths, tokenizer_path
+from train.health.ranges import SampleRanges
 from train.ngram import kneser_ney
 from train.state import TrainState
 
@@ -66,12 +67,14 @@ class Validator:
         bits = nats / math.log(2) / text_bytes if text_bytes else None
         return ValidationResult(nats / tokens, bits)
 
-    def baselines(self, train_samples: TokenSamples, seen_samples: int) -> dict[str, float] | None:
+    def baselines(
+        self, train_samples: TokenSamples, seen_samples: int, left_out: SampleRanges
+    ) -> dict[str, float] | None:
         """Loss of n-gram models of the samples trained on, on the validation labels; None if there are too many."""
         if seen_samples * self.config.train.sequence_length > MAX_BASELINE_TOKENS:
             return None
         return kneser_ney(
-            (train_samples[index] for index in range(seen_samples)),
+            (train_samples[left_out.place(index)] for index in range(seen_samples)),
             (self.reader.samples[index] for index in range(self.num_samples)),
             self.config.model.vocab_size,
         )

@@ -184,6 +184,14 @@ class ZeroEngine:
                     self.optimizer.state[flat]["step"].zero_()
         self.mtp_used = False
 
+    def drop_gradients(self) -> None:
+        """Drop the gradients as DeepSpeed does where they overflow."""
+        self.zero.zero_grad(set_to_none=True)
+        self.zero.averaged_gradients = {}
+        for flat in self._flat_weights():
+            flat.grad = None
+        self.mtp_used = False
+
     # State
 
     def local_boxes(self, write: bool = False) -> Iterator[LocalBox]:

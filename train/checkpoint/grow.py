@@ -28,6 +28,7 @@ from train.checkpoint.files import HashedFile, atomic_folder, check_absent
 from train.checkpoint.find import find_valid, is_inside
 from train.checkpoint.manifest import STATE, check_name, step_of, write_manifest
 from train.checkpoint.offline_reader import report_skipped
+from train.health.state import grown as grown_health
 
 BUFFER = 1 << 20  # bytes copied at a time
 SPARE = 16 << 20  # bytes that must be free beyond the tensors: the index and the state
@@ -236,4 +237,5 @@ def grown_state(source: GrowthSource) -> dict[str, Any]:
     model = {**configuration["model"], "num_layers": growth.num_layers * growth.factor}
     origin = {"source": str(source.folder), "step": source.state["counters"]["step"], **dataclasses.asdict(growth)}
     history = [*source.state.get("growth", []), origin]
-    return {**source.state, "configuration": {**configuration, "model": model}, "growth": history}
+    changed = {"configuration": {**configuration, "model": model}, "growth": history}
+    return {**source.state, **changed, "health": grown_health(source.state.get("health"))}

@@ -15,6 +15,7 @@ from train.checkpoint.dcp_tensors import finish_load, loaded
 from train.checkpoint.failures import describe, first_failure
 from train.checkpoint.manifest import STATE
 from train.checkpoint.shards import ShardReader
+from train.health.ranges import SampleRanges
 from train.state import Counters, TrainState
 
 
@@ -46,8 +47,11 @@ def load(
     check_tokenizer(path, stored["configuration"], configuration)
     counters = asdict(Counters()) | stored["counters"]
     position = counters["samples"] - counters["data_start"]
-    wrong = order_differences(stored["configuration"], configuration, position) if position else []
-    if from_start and (wrong or not own):
+    skipped = SampleRanges((start, stop) for start, stop in (stored.get("health") or {}).get("skipped", []))
+    begun = skipped.place(position)
+    wrong = order_differences(stored["configuration"], configuration, begun) if position else []
+    new_data = from_start and (bool(wrong) or not own)
+    if new_data:
         counters["data_start"] = counters["samples"]
     elif wrong:
         raise ConfigError(
@@ -67,6 +71,9 @@ def load(
     finish_load(state, boxes)
     for name, value in counters.items():
         setattr(state.counters, name, value)
+    state.health.restore(stored.get("health"))
+    if new_data:
+        state.health.forget(data=True)
 
 
 def check_tokenizer(path: Path, stored: dict[str, Any], configuration: dict[str, Any]) -> None:

@@ -58,7 +58,12 @@ class Snapshot:
         """The present state; with ``take``, copies of it."""
         tensors = saved(state, take)
         num_bytes = sum(values.nbytes for values in box_values(tensors)) if state.store.counts_here else 0
-        text = {"counters": asdict(state.counters), "configuration": configuration, "val_loss": val_loss}
+        text = {
+            "counters": asdict(state.counters),
+            "health": state.health.as_json(),
+            "configuration": configuration,
+            "val_loss": val_loss,
+        }
         return cls(state.counters.step, tensors, num_bytes, dumps(text))
 
 

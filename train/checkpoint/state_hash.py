@@ -37,6 +37,8 @@ def state_hash(state: TrainState, topology: Topology) -> str:
             total += name_key(key) * hash_range(bits(tensor.detach()).flatten(), 0)
         for key, value in vars(state.counters).items():
             total += name_key(f"counter/{key}") * value
+        for key, tensor in state.health.tensors():
+            total += name_key(f"health/{key}") * hash_range(bits(tensor), 0)
     summed = sum_over_ranks(torch.tensor([signed(total)], dtype=torch.int64))
     return f"{int(summed) & MASK:016x}"
 

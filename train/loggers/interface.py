@@ -18,6 +18,9 @@ class MetricsSink(Protocol):
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
         """Selection counts [L, N+Z] and biases [L, N+Z] belong to the same step as ``metrics``."""
 
+    def rewind(self, step: int) -> None:
+        """The steps after ``step`` are trained again, on other samples: set what was written of them aside."""
+
     def flush(self) -> None:
         """Let readers of the run folder see all that was written so far, without waiting for a network."""
 
@@ -29,6 +32,8 @@ class NullSink:
     """The sink of every rank but the first: it writes nothing."""
 
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -44,6 +49,10 @@ class SinkGroup:
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
         for sink in self.sinks:
             sink.write(metrics, counts, biases)
+
+    def rewind(self, step: int) -> None:
+        for sink in self.sinks:
+            sink.rewind(step)
 
     def flush(self) -> None:
         for sink in self.sinks:
@@ -70,6 +79,10 @@ class Guarded:
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
         if (sink := self.sink) is not None:
             self._try(lambda: sink.write(metrics, counts, biases))
+
+    def rewind(self, step: int) -> None:
+        if (sink := self.sink) is not None:
+            self._try(lambda: sink.rewind(step))
 
     def flush(self) -> None:
         if (sink := self.sink) is not None:

@@ -115,7 +115,8 @@ class JsonLines:
     """Appends one object per step; floats keep their bits (Python writes the shortest exact form)."""
 
     def __init__(self, config: Config, resumed_step: int, note: Note) -> None:
-        folder = config.run.folder
+        folder = self.folder = config.run.folder
+        self.note = note
         self.routing_every = config.logging.routing_every
         continues = resumed_step > 0 and config.checkpoint.resume in ("auto", "never")  # not another run's checkpoint
         if continues and (folder / METRICS).is_file() and next(rows(folder / METRICS), None) is None:
@@ -129,6 +130,15 @@ class JsonLines:
         if self.routing_every and (metrics["step"] % self.routing_every == 0 or metrics["step"] == 1):
             row = {"step": metrics["step"], "counts": counts.tolist(), "bias": biases.tolist()}
             self.routing.write(dumps(row))
+
+    def rewind(self, step: int) -> None:
+        """Move the lines of the steps after ``step`` to the superseded files."""
+        for lines, target in ((self.metrics, SUPERSEDED), (self.routing, f"routing-{SUPERSEDED}")):
+            lines.flush()
+            try:
+                move_after(lines.path, step, self.folder / target)
+            except OSError as error:
+                self.note(f"{lines.path}: lines after step {step} stay beside the new ones: {error.strerror or error}")
 
     def flush(self) -> None:
         self.metrics.flush()

@@ -16,12 +16,18 @@ class TensorBoardLogger:
     """Writes every number of the metrics as a scalar. Needs the package `tensorboard`."""
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
+        self.folder = folder / FOLDER
+        self.writer = self._open(resumed_step)
+
+    def _open(self, step: int) -> Any:
+        """A writer from whose start on TensorBoard hides the steps after ``step`` that it has."""
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard then hides the steps of an earlier start that are trained again
-        self.writer = SummaryWriter(
-            str(folder / FOLDER), purge_step=resumed_step + 1 if resumed_step else None, flush_secs=FLUSH_SECONDS
-        )
+        return SummaryWriter(str(self.folder), purge_step=step + 1 if step else None, flush_secs=FLUSH_SECONDS)
+
+    def rewind(self, step: int) -> None:
+        self.writer.close()
+        self.writer = self._open(step)
 
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
         for key, value in metrics.items():

@@ -48,6 +48,9 @@ class WandbLogger:
                 self.started.wait(START_SECONDS)
         self._check()
 
+    def rewind(self, step: int) -> None:
+        """Nothing to do: wandb's steps only grow. It keeps what it has, and drops steps until there are newer ones."""
+
     def flush(self) -> None:
         """Nothing to do: the run folder's readers do not read wandb's files."""
 

@@ -1,0 +1,30 @@
+"""Spikes that are planted in chosen samples: the gradient or the loss of their batch is scaled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+
+from train.objective import Divisors
+from train.step import Stepper, StepSums
+
+# A short run that finds spikes: windows of eight steps, judged from the fifth step on
+WATCHFUL = ["health.window=8", "health.sigmas=6"]
+
+
+def plant(patch: pytest.MonkeyPatch, samples: Collection[int], gradient: float = 50.0, loss: float = 1.0) -> None:
+    """Scale gradient and loss of each global batch that begins with one of ``samples``."""
+    backward: Callable[..., StepSums] = Stepper._backward
+
+    def planted(self: Stepper, batches: list[Any], divisors: Divisors, use_mtp: bool) -> StepSums:
+        if self.state.health.skipped.place(self.state.counters.position) not in samples:
+            return backward(self, batches, divisors, use_mtp)
+        tokens = max(1, round(divisors.valid_tokens / gradient))
+        local = backward(self, batches, dataclasses.replace(divisors, valid_tokens=tokens), use_mtp)
+        local.sums[0] *= loss
+        return local
+
+    patch.setattr(Stepper, "_backward", planted)

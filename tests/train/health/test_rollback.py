@@ -1,0 +1,176 @@
+"""Whole runs with a planted spike: rollback, its data, its resume, its limit, its files, and two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.distributed import run_ranks
+from tests.support.running import EXACT, NARROW, exact, exit_json, free_ports, lines, train_here
+from tests.train.health.planted import WATCHFUL, plant
+from train.batches import BatchReader
+from train.checkpoint.manifest import STATE
+from train.compose import compose
+from train.health.ranges import SampleRanges
+from train.process import main
+
+STEPS = 12
+PLANTED = 28  # the first sample of step 8
+
+
+@pytest.fixture
+def short(overrides: list[str], tmp_path: Path) -> list[str]:
+    """A run of 12 steps that goes back to step 5; the folder is the test's."""
+    return [
+        *(word for word in overrides if not word.startswith(("train.steps", "checkpoint."))),
+        *NARROW,
+        *WATCHFUL,
+        f"train.steps={STEPS}",
+        "checkpoint.every=5",
+        "health.on_spike=rollback",
+    ]
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The lines of health.jsonl about spikes."""
+    rows = [json.loads(line) for line in (folder / "health.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == "spike"]
+
+
+def state_json(folder: Path, step: int) -> dict[str, Any]:
+    return dict(json.loads((folder / "checkpoints" / f"step-{step:08d}" / STATE).read_text()))
+
+
+def without_hash(rows: dict[int, dict[str, str]]) -> dict[int, dict[str, str]]:
+    return {step: {key: row[key] for key in EXACT if key != "state_hash"} for step, row in rows.items()}
+
+
+def test_rollback_leaves_the_stretch_out(
+    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run is bit by bit one whose data never had the samples 20 to 31; the counter of samples does not jump."""
+    plant(monkeypatch, [PLANTED])
+    assert train_here(short) == 0
+    run = tmp_path / "run"
+    rows = lines(run)
+    assert [row["first_sample"] for row in rows] == [0, 4, 8, 12, 16, *range(32, 60, 4)]
+    (event,) = events(run)
+    assert (event["step"], event["action"], event["to_step"]) == (8, "rollback", 5)
+    assert (event["first_sample"], event["last_sample"]) == (20, 31)
+    stored = state_json(run, STEPS)
+    assert stored["counters"]["samples"] == 4 * STEPS and stored["counters"]["tokens"] == 4 * 32 * STEPS
+    assert stored["health"]["skipped"] == [[20, 32]] and stored["health"]["strikes"] == [8]
+    assert [row["step"] for row in map(json.loads, (run / "superseded.jsonl").read_text().splitlines())] == [6, 7]
+    said = [line for line in capfd.readouterr().out.splitlines() if "SPIKE" in line]
+    assert len(said) == 1 and "back to step 5, without the samples 20 to 31 (action 1 of at most 10)" in said[0]
+
+    init = BatchReader.__init__
+    place = SampleRanges([(20, 32)]).place
+
+    def without(self: BatchReader, samples: Any, *rest: Any) -> None:
+        init(self, samples, *rest)
+        self.samples = type("Rest", (), {"__getitem__": lambda _, index: samples[place(index)], "eod": samples.eod})()
+
+    monkeypatch.undo()
+    monkeypatch.setattr(BatchReader, "__init__", without)
+    assert train_here([*short, "run.name=reference", "health.window=0", "health.on_spike=report"]) == 0
+    assert without_hash(exact(run)) == without_hash(exact(tmp_path / "reference"))
+
+
+@pytest.mark.parametrize("stop", [7, 9])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Stopped before the spike, it goes back to the scheduled step 5 all the same, not to step 7."""
+    plant(monkeypatch, [PLANTED])
+    assert train_here([*short, "run.name=whole"]) == 0
+    assert train_here([*short, f"train.steps={stop}"]) == 0
+    assert train_here(short) == 0
+    assert exact(tmp_path / "run") == exact(tmp_path / "whole")
+    assert state_json(tmp_path / "run", STEPS)["health"] == state_json(tmp_path / "whole", STEPS)["health"]
+    assert state_json(tmp_path / "run", STEPS)["health"]["skipped"] == [[20, 32]]
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert ("step-00000007.abandoned" in names) == (stop == 7)
+
+
+def test_rollback_batches_limit_what_is_left_out(
+    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, [PLANTED])
+    assert train_here([*short, "health.rollback_batches=1"]) == 0
+    assert [row["first_sample"] for row in lines(tmp_path / "run")] == [*range(0, 28, 4), *range(32, 52, 4)]
+
+
+def test_without_a_checkpoint_the_batch_is_skipped(
+    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, [PLANTED])
+    assert train_here([*short, "checkpoint.every=10"]) == 0
+    (event,) = events(tmp_path / "run")
+    assert event["action"] == "skip" and "no checkpoint to go back to" in event["text"]
+    assert [row["first_sample"] for row in lines(tmp_path / "run")] == list(range(0, 4 * STEPS, 4))
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback", "stop"])
+def test_one_spike_too_many_ends_with_exit_code_4(
+    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], policy: str
+) -> None:
+    plant(monkeypatch, [PLANTED, 40])
+    assert train_here([*short, f"health.on_spike={policy}", "health.max_actions=1"]) == 4
+    message = exit_json(tmp_path / "run")
+    assert message["code"] == 4
+    errors = capfd.readouterr().err
+    assert errors == f"error: {message['message']}\n"
+    reason = "health.on_spike=stop" if policy == "stop" else "1 skips and rollbacks within 10000 steps are the most"
+    assert reason in errors and "nothing was updated and the last valid checkpoint is" in errors
+    assert [event["action"] for event in events(tmp_path / "run")] == [policy, "stop"][policy == "stop" :]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_checkpoints_without_health_state_load(
+    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints of before this state existed: the windows start empty."""
+    from train.checkpoint.files import file_hash
+
+    assert train_here([*short, "train.steps=5"]) == 0
+    folder = tmp_path / "run" / "checkpoints" / "step-00000005"
+    stored = json.loads((folder / STATE).read_text())
+    assert len(stored.pop("health")["losses"]) == 5
+    (folder / STATE).write_text(json.dumps(stored))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][STATE] = file_hash(folder / STATE)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    plant(monkeypatch, [PLANTED])
+    assert train_here(short) == 0
+    assert events(tmp_path / "run") == []  # step 8 is the third that the new windows see
+    assert len(state_json(tmp_path / "run", STEPS)["health"]["losses"]) == STEPS - 5
+
+
+def _train_planted(runs: list[list[str]], ports: list[int]) -> list[int]:
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch, [PLANTED])
+        codes = []
+        for words, port in zip(runs, ports, strict=True):
+            os.environ["MASTER_PORT"] = str(port)
+            codes.append(main(compose(words)))
+    return codes
+
+
+def test_two_ranks_decide_alike(short: list[str], tmp_path: Path) -> None:
+    """Experts and data over two ranks; skip and rollback as in one process, and bit by bit the same twice."""
+    words = [*short, "parallel.fsdp=2", "parallel.ep=2"]
+    runs = [
+        [*words, "run.name=first"],
+        [*words, "run.name=second"],
+        [*words, "run.name=skipped", "health.on_spike=skip"],
+    ]
+    assert run_ranks(_train_planted, 2, runs, free_ports(3), timeout=240) == [[0, 0, 0]] * 2
+    assert exact(tmp_path / "first") == exact(tmp_path / "second")
+    assert [row["first_sample"] for row in lines(tmp_path / "first")] == [0, 4, 8, 12, 16, *range(32, 60, 4)]
+    assert [event["action"] for event in events(tmp_path / "skipped")] == ["skip"]
+    assert [row.get("spike_action") for row in lines(tmp_path / "skipped")] == [None] * 7 + ["skip"] + [None] * 4
