@@ -124,7 +124,7 @@ def _table_keys(page: str) -> set[str]:
 
 def test_the_page_of_metrics_names_what_a_step_writes() -> None:
     written: set[str] = set()
-    for name in ("step", "loop"):
+    for name in ("step", "loop", "health/monitor"):
         tree = ast.parse((ROOT / "train" / f"{name}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if (
@@ -133,7 +133,7 @@ def test_the_page_of_metrics_names_what_a_step_writes() -> None:
                 and "metrics" in ast.unparse(node.value)
             ):
                 written.add(ast.literal_eval(node.slice))
-            if isinstance(node, ast.FunctionDef) and node.name == "_metrics":
+            if isinstance(node, ast.FunctionDef) and node.name in ("_metrics", "observe"):
                 dicts = [part for part in ast.walk(node) if isinstance(part, ast.Dict)]
                 written |= {ast.literal_eval(key) for part in dicts for key in part.keys if key is not None}
     assert _table_keys("reference/metrics.md") - {"key"} == written

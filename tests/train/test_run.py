@@ -28,7 +28,13 @@ METRICS = {
     "step", "first_sample", "tokens", "loss", "loss_mtp", "loss_balance", "loss_z", "grad_norm", "lr", "step_seconds",
     "tokens_per_second", "mfu", "ffn_experts_per_token", "expert_load_max_over_mean", "bias_range",
     "router_similarity", "router_grad_ratio", "hidden_norm", "exposed_comm_share", "memory_gib", "state_hash", "flops",
+    "loss_deviation", "grad_norm_deviation", "hidden_norm_growth", "dead_experts", "grad_rms_over_eps",
 }  # fmt: skip
+NEED_A_WINDOW = {"loss_deviation", "grad_norm_deviation", "hidden_norm_growth"}
+PARTS = {"layer_0", "embedding", "head", "mtp"}
+BY_LAYER = {
+    f"{key}/layer_0" for key in ("bias_range", "expert_load_max_over_mean", "router_grad_ratio", "router_similarity")
+}
 
 
 def test_two_halves_equal_one_run(corpus: Path, overrides: list[str], tmp_path: Path) -> None:
@@ -177,12 +183,15 @@ def test_every_documented_metric_is_written(finished: Path) -> None:
         expected = METRICS - (set() if row["step"] % 2 == 0 else {"state_hash"})
         expected = expected | ({"val_loss", "val_bits_per_byte"} if row["step"] % 3 == 0 else set())
         norms = {key: value for key, value in row.items() if key.startswith("grad_norm/")}
-        parts = {"layer_0", "embedding", "head", "mtp"} if row["step"] in (1, 2, 4, 6) else set()
+        parts = PARTS if row["step"] in (1, 2, 4, 6) else set()
         assert norms.keys() == {f"grad_norm/{part}" for part in parts}
+        others = {key for key in row if "/" in key and key not in norms}
+        assert others == ({f"grad_rms/{part}" for part in parts} | BY_LAYER if parts else set())
         if norms:
             assert sum(norm**2 for norm in norms.values()) == pytest.approx(row["grad_norm"] ** 2, rel=1e-9)
-        assert row.keys() - norms.keys() == expected
-        numbers = {key: value for key, value in row.items() if key != "state_hash"}
+        assert row.keys() - norms.keys() - others == expected
+        assert all(row[key] is None for key in NEED_A_WINDOW)
+        numbers = {key: value for key, value in row.items() if key not in {"state_hash", *NEED_A_WINDOW}}
         assert all(isinstance(value, int | float) for value in numbers.values()), numbers
         if "state_hash" in row:
             assert int(row["state_hash"], 16) < 1 << 64 and len(row["state_hash"]) == 16
