@@ -113,9 +113,8 @@ class Session:
         if (spike := result.spike) is not None and spike.action == OnSpike.stop:
             raise UnhealthyError(f"step {spike.step}: {spike.reason}; nothing was updated")
         if spike is not None and spike.action == OnSpike.rollback:
-            path = go_back(self.state, spike, self.config, self._description(), self.topology)
-            if path is None:
-                result.metrics["spike_action"] = str(OnSpike.skip)  # there is no checkpoint yet
+            left_out = go_back(self.state, spike, self.config, self._description(), self.topology)
+            result.metrics["spike_action"] = str(OnSpike.skip if left_out is None else OnSpike.rollback)
         return result.metrics
 
     def validate(self) -> ValidationResult:

@@ -58,10 +58,8 @@ class HealthMonitor:
             if math.isfinite(value) and config.window:
                 sigmas = deviation(window, logarithm(value), config.window, least)
                 if sigmas is not None and sigmas > config.sigmas:
-                    reasons.append(
-                        f"the {name} of {number(value)} is {sigmas:.1f} σ above {number(math.exp(level(window)))}, the "
-                        f"median of the last {recent_steps(window)} steps"
-                    )
+                    usual = f"{number(math.exp(level(window)))} (median of {recent_steps(window)} steps)"
+                    reasons.append(f"the {name} of {number(value)} is {sigmas:.1f} σ above {usual}")
                 push(window, logarithm(value), config.window)
             found.append(sigmas)
         self.deviations = found[0], found[1]
@@ -153,7 +151,8 @@ class HealthMonitor:
             return None
         few = max(1, size // RECENT)
         growth = math.exp(median(window[-few:]) - median(window[:few]))
-        if growth >= HIDDEN_GROWTH and not self._growing:
+        is_growing = growth >= HIDDEN_GROWTH and step > 2 * size  # at first it grows in any run
+        if is_growing and not self._growing:
             self.found.append(events.hidden_growth(step, norm, growth, size))
-        self._growing = growth >= HIDDEN_GROWTH
+        self._growing = is_growing
         return growth

@@ -23,17 +23,18 @@ from train.health.monitor import HealthMonitor
 from train.run_files import Note
 from train.state import TrainState
 
+GOOD_NEWS = (EventKind.expert_revived, EventKind.gradient_recovered)  # in health.jsonl alone
 QUIET_STEPS = 20  # a spike that is only reported is not said again within so many steps of the last one
 SHOWN = 3  # events of a step that the terminal shows; health.jsonl has all
 
 
 def go_back(
     state: TrainState, spike: Spike, config: Config, configuration: dict[str, Any], topology: Topology
-) -> Path | None:
+) -> tuple[int, int] | None:
     """Load the last checkpoint of this run and leave out the samples that led to the spike; a collective.
 
-    Returns the checkpoint, or None (and changes nothing) if the run has none yet. Steps, samples and tokens are those
-    of the checkpoint; the samples that are left out, and the actions taken, are those of now.
+    Returns the range of those samples, or None (and changes nothing) if the run has no checkpoint yet. Steps, samples
+    and tokens are those of the checkpoint; the samples that are left out, and the actions taken, are those of now.
     """
     folder = config.run.folder / "checkpoints"
     with work_span(Event(SpanKind.CHECKPOINT_FIND), slow=True):
@@ -56,7 +57,7 @@ def go_back(
     if topology.is_first:
         with work_span(Event(SpanKind.CHECKPOINT_CLEANUP), slow=True):
             cleanup(folder, path, [])
-    return path
+    return first, last + 1
 
 
 def newest_scheduled(folder: Path, before: int, every: int) -> Path | None:
@@ -135,14 +136,14 @@ class SpikeResponse:
 
     def _roll_back(self, spike: Spike, count: str) -> bool:
         self.settle()
-        path = go_back(self.state, spike, self.config, self.configuration, self.topology)
-        if path is None:
+        left_out = go_back(self.state, spike, self.config, self.configuration, self.topology)
+        if left_out is None:
             text = f"the run has no checkpoint to go back to, so the batch is skipped ({count})"
             self.report([spike.event(text, action=str(OnSpike.skip))])
             return False
-        step, left_out = self.state.counters.step, self.state.health.skipped.ranges[-1]
-        text = f"back to step {step}, without the samples {left_out[0]} to {left_out[1] - 1} ({count})"
-        self.report([spike.event(text, to_step=step, first_sample=left_out[0], last_sample=left_out[1] - 1)])
+        step, (first, end) = self.state.counters.step, left_out
+        text = f"back to step {step}, without the samples {first} to {end - 1} ({count})"
+        self.report([spike.event(text, to_step=step, first_sample=first, last_sample=end - 1)])
         self.rewind(step)
         return True
 
@@ -153,10 +154,11 @@ class SpikeResponse:
         for event in found:
             self.log.write(event)
         if say:
-            for event in found[:SHOWN]:
+            told = [event for event in found if event.kind not in GOOD_NEWS]
+            for event in told[:SHOWN]:
                 self.note(event.text if event.kind != EventKind.spike else f"SPIKE at {event.text}")
-            if len(found) > SHOWN:
-                self.note(f"and {len(found) - SHOWN} more of this step in {self.log.file.path}")
+            if len(told) > SHOWN:
+                self.note(f"and {len(told) - SHOWN} more of this step in {self.log.file.path}")
 
     def close(self) -> None:
         """Close health.jsonl."""

@@ -21,6 +21,7 @@ from train.report.reading import Array
 from train.report.scale import HEIGHT, WIDTH, Scale, line_across, linear_scale, log_scale, numbers_up, path
 
 LABEL_PIXELS = 15  # between two labels
+DOTS_ALONE = 3  # `Series.dashes` of dots without a line between them
 NARROW, WIDE = 220, 300  # least heights of a picture, pixels
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.report.chart import Chart, Guide, Series
+from train.report.chart import DOTS_ALONE, Chart, Guide, Series
 from train.report.curves import first_below
 from train.report.numbers import compact, exact, plain
-from train.report.reading import RunData
+from train.report.reading import RunData, is_number
 
 NGRAMS = ("unigram", "bigram", "trigram")
 
@@ -37,19 +37,32 @@ def loss_chart(run: RunData) -> Chart | None:
             value=run.last("val_loss"),
         ),
     ]
+    dots = spike_points(run)
+    if dots is not None:
+        series.append(dots)
     guides = [
         Guide(run.baselines[name], f"{name} {run.baselines[name]:.2f}") for name in NGRAMS if name in run.baselines
     ]
     final = run.final("loss")
     return Chart(
         "Loss",
-        loss_sentence(run),
+        loss_sentence(run) + ("" if dots is None else " Red dots are steps that spiked."),
         [one for one in series if len(one.steps)],
         f"{plain(final)} nats",
         guides,
         log=True,
         wide=True,
     )
+
+
+def spike_points(run: RunData) -> Series | None:
+    """The losses of the steps that spiked, also of those that a rollback undid."""
+    found = [event for event in run.events or [] if event["event"] == "spike" and is_number(event.get("loss"))]
+    if not found:
+        return None
+    pairs = sorted((float(event["step"]), float(event["loss"])) for event in found)
+    steps, losses = (np.array(values) for values in zip(*pairs, strict=True))
+    return Series("spike", steps, losses, colour=5, points=True, dashes=DOTS_ALONE, named=False)
 
 
 def loss_sentence(run: RunData) -> str:

@@ -1,4 +1,4 @@
-"""What changes within a run: phases of the learning rate, mixtures of the data, the start of MTP."""
+"""What changes within a run: phases of the learning rate, mixtures, the start of MTP, steps left out or undone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_CORPORA = 6  # named in a mixture
 
 
 def marks_of(run: RunData) -> list[Mark]:
-    """The events of a run that its configuration and metrics tell, by step."""
+    """The events of a run that its configuration, metrics and health.jsonl tell, by step."""
     if not run.columns:
         return []
-    found = [*_phases(run), *_mixtures(run), *_mtp(run)]
+    found = [*_phases(run), *_mixtures(run), *_mtp(run), *_spikes(run)]
     first = float(run.columns["step"][0])
     return sorted((mark for mark in found if mark.step >= first), key=lambda mark: mark.step)
 
@@ -79,6 +79,21 @@ def _corpus(prefix: str) -> str:
     """A short name of a corpus: the last part of its prefix, or the folder of a prefix that is only `corpus`."""
     path = PurePath(prefix)
     return path.parent.name or path.name if path.name == "corpus" else path.name
+
+
+def _spikes(run: RunData) -> list[Mark]:
+    """Batches that were skipped and rollbacks, these where they went back to."""
+    found = []
+    for event in run.events or []:
+        step, back = event["step"], event.get("to_step")
+        if event.get("action") == "skip":
+            found.append(Mark(float(step), "Spike: the batch is skipped"))
+        elif event.get("action") == "rollback" and isinstance(back, int):
+            gone = f"{event.get('first_sample')} to {event.get('last_sample')}"
+            found.append(Mark(float(back), f"Back from a spike at step {step:,}; samples {gone} are left out"))
+        elif event.get("action") == "stop":
+            found.append(Mark(float(step), "A spike ends the run"))
+    return found
 
 
 def _mtp(run: RunData) -> list[Mark]:

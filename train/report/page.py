@@ -14,6 +14,7 @@ from train.checkpoint.compatibility import flatten
 from train.report import health, learning, routing
 from train.report.axes import Axes
 from train.report.chart import Chart, Page
+from train.report.condition import condition
 from train.report.marks import marks_legend, marks_of
 from train.report.numbers import DASH, compact, duration, exact, percent, plain, signed_percent
 from train.report.page_script import SCRIPT
@@ -98,7 +99,7 @@ def controls(page: Page) -> str:
 
 
 def header(run: RunData) -> str:
-    """Return the name, one sentence on the run, the model, the device and the headline figures."""
+    """Return the name, one sentence on the run, its health, the model, the device and the headline figures."""
     lines = (model_line(run), device_line(run), software_line(run))
     facts = "".join(f"<p>{escape(line)}</p>" for line in lines if line) + command_line(run)
     figures = "".join(
@@ -109,7 +110,7 @@ def header(run: RunData) -> str:
     block = f"<dl class=figures>{figures}</dl>" if figures else ""
     return (
         f"<header><p class=kind>Pre-training run</p><h1>{escape(run.name)}</h1>"
-        f"<p class=lead>{escape(summary(run))}</p>{facts}{block}</header>"
+        f"<p class=lead>{escape(summary(run))}</p>{condition(run)}{facts}{block}</header>"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longcat.errors import ConfigError
+from train.health.events import HEALTH
 from train.loggers.jsonl import missing_steps
 
 Array = NDArray[np.float64]
@@ -40,6 +41,7 @@ class RunData:
     routing: Routing | None = None
     baselines: dict[str, float] = field(default_factory=dict)
     documents: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] | None = None  # of health.jsonl, without those of undone steps; None without a file
     notes: list[str] = field(default_factory=list)
     total_seconds: float = math.nan
     last_written: datetime | None = None
@@ -134,6 +136,8 @@ def read_run(run_dir: Path) -> RunData:
     if metrics.is_file():
         _read_metrics(metrics, run)
     _read_routing(run_dir / "routing.jsonl", run)
+    if (run_dir / HEALTH).is_file():
+        run.events = events_in_force(_json_lines(run_dir / HEALTH, run))
     baselines = _read_json(run_dir / "baselines.json", run)
     run.baselines = {k: float(v) for k, v in baselines.items() if is_number(v)}
     documents = _read_json(run_dir / "text.json", run).get("documents")
@@ -181,6 +185,26 @@ def _read_metrics(path: Path, run: RunData) -> None:
     keys: set[str] = set().union(*ordered)
     run.columns = {key: np.array([_value(row.get(key)) for row in ordered]) for key in sorted(keys)}
     run.total_seconds = seconds or math.nan
+
+
+def events_in_force(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events of health.jsonl that still hold, in their order.
+
+    A start at a step and a rollback to one take back what was found after it, since those steps are trained again. A
+    rollback itself holds from the step on to which it went back; one that is repeated after a start counts once.
+    """
+    kept: list[tuple[float, dict[str, Any]]] = []  # since which step, event
+    for row in rows:
+        step, back = _value(row.get("step")), _value(row.get("to_step"))
+        if not math.isfinite(step) or not isinstance(row.get("event"), str):
+            continue
+        if row["event"] == "start" or math.isfinite(back):
+            start = back if math.isfinite(back) else step
+            kept = [(since, event) for since, event in kept if since <= start]
+            step = start
+        if row["event"] != "start" and row not in (event for _, event in kept):
+            kept.append((step, row))
+    return [event for _, event in kept]
 
 
 def _value(value: Any) -> float:

@@ -45,6 +45,11 @@ h1{font-size:clamp(28px,5vw,42px);line-height:1.15;font-weight:650;letter-spacin
 overflow-wrap:anywhere}
 header p{color:var(--soft)}
 header p.lead{color:var(--ink);font-size:18px;margin-bottom:16px}
+ul.health{list-style:none;margin:0 0 20px;padding:14px 18px;border:1px solid var(--line);border-radius:8px;
+columns:2;column-gap:36px;font-size:15px;line-height:1.4}
+.health li{position:relative;padding:3px 0 3px 24px;break-inside:avoid}
+.health li::before{content:"\\2713";position:absolute;left:0;color:var(--c2);font-weight:700}
+.health li.alarm::before{content:"!";left:4px;color:var(--warn)}
 dl.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(46%,190px),1fr));gap:24px 24px;
 margin:28px 0 8px;padding:24px 0;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
 dl.figures dt{color:var(--soft);font-size:14px}
@@ -72,7 +77,8 @@ h3{font-size:17px;font-weight:600;margin:0}
 .wide,.block{grid-column:1/-1}
 .block{margin-top:44px}.block p{color:var(--soft);font-size:15px;margin:4px 0 12px}
 footer{margin-top:56px;padding-top:16px;border-top:1px solid var(--line);color:var(--soft);font-size:14px}
-@media(max-width:760px){main{padding-top:24px}.grid{grid-template-columns:minmax(0,1fr);
+@media(max-width:760px){main{padding-top:24px}
+ul.health{columns:1;padding:10px 12px;font-size:14px}.grid{grid-template-columns:minmax(0,1fr);
 gap:40px}section{margin-top:44px}}
 """
 
@@ -111,7 +117,7 @@ svg .grid{stroke:var(--grid);stroke-width:1}
 svg .guide{stroke:var(--soft);stroke-width:1;stroke-dasharray:5 4}
 svg .target{fill:var(--c2);opacity:.16}
 svg .curve{stroke:var(--c);stroke-width:1.6;stroke-linejoin:round}
-svg .d1{stroke-dasharray:6 3}svg .d2{stroke-dasharray:2 3}
+svg .d1{stroke-dasharray:6 3}svg .d2{stroke-dasharray:2 3}svg .d3{stroke:none}
 svg .mark{stroke:var(--soft);stroke-width:1;stroke-dasharray:1 3}
 .dim .plot g[data-run]{opacity:.15}.dim .plot g.lit{opacity:1}.dim .plot g.lit .curve{stroke-width:2.6}
 .dim .ends span[data-run]{opacity:.3}.dim .ends span.lit{opacity:1}

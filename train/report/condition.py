@@ -1,0 +1,145 @@
+"""The health of a run in plain words, for the report's first screen: findings and the figures that are watched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from train.report.numbers import exact, exponent, plain
+from train.report.reading import RunData, tail_length
+
+SHOWN = 4  # dead experts and parts that are named
+RATIO_LIMIT = 0.1  # of the balance loss's gradient (section 9)
+ALIKE = 0.5  # mean cosine of a router's rows from which it is marked
+UNEVEN = 2.0  # load of the busiest expert over the mean from which it is marked
+NEAR_EPS = 100.0  # gradient RMS over ε below which it is marked
+GROWTH = 10.0  # of the hidden norm over the second half of the run from which it is marked
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence, and whether somebody should look."""
+
+    text: str
+    alarms: bool = False
+
+
+def condition(run: RunData) -> str:
+    """The list of findings as HTML; empty where nothing is known."""
+    found = [finding for look in LOOKS if (finding := look(run)) is not None]
+    items = "".join(f"<li{' class=alarm' if one.alarms else ''}>{escape(one.text)}</li>" for one in found)
+    return f'<ul class=health aria-label="health of the run">{items}</ul>' if items else ""
+
+
+def spikes(run: RunData) -> Finding | None:
+    if run.events is None:
+        return None
+    found = [event for event in run.events if event["event"] == "spike"]
+    if not found:
+        return Finding("No spike of the loss or of the gradient norm.")
+    names = {"report": "reported only", "skip": "skipped", "rollback": "rolled back", "stop": "ended the run"}
+    actions = [str(event.get("action")) for event in found]
+    counts = ", ".join(f"{actions.count(key)} {name}" for key, name in names.items() if key in actions)
+    number = "1 spike" if len(found) == 1 else f"{len(found)} spikes"
+    last = str(found[-1].get("text", ""))
+    return Finding(f"{number}: {counts}. {'It was' if len(found) == 1 else 'The last was'} {last}.", True)
+
+
+def experts(run: RunData) -> Finding | None:
+    if run.events is None:
+        return None
+    dead: dict[tuple[Any, Any], Any] = {}
+    for event in run.events:
+        place = event.get("layer"), event.get("expert")
+        if event["event"] == "dead_expert":
+            dead[place] = event.get("since")
+        elif event["event"] == "expert_revived":
+            dead.pop(place, None)
+    if dead:
+        parts = [f"expert {expert} of layer {layer} since step {since}" for (layer, expert), since in dead.items()]
+        parts[0] = parts[0].replace(" since", " has received no token since", 1)
+        more = f", and {len(dead) - SHOWN} more" if len(dead) > SHOWN else ""
+        return Finding(_capital(", ".join(parts[:SHOWN]) + more + "."), True)
+    limit = run.number("health.dead_after")
+    return Finding(f"No expert went without a token for {limit:,.0f} steps.") if limit else None
+
+
+def gradients(run: RunData) -> Finding | None:
+    prefix, eps = "grad_rms/", run.number("optim.eps")
+    values = {key.removeprefix(prefix): run.last(key) for key in run.columns if key.startswith(prefix)}
+    known = {part: value for part, value in values.items() if math.isfinite(value)}
+    if not known or not eps:
+        return None
+    low, high = min(known, key=lambda part: known[part]), max(known, key=lambda part: known[part])
+    times = known[low] / eps
+    text = (
+        f"Gradient RMS: {plain(known[low], 2)} ({_part(low)}) to {plain(known[high], 2)} ({_part(high)}); Adam's ε of "
+        f"{exact(eps)} is "
+    )
+    if times >= NEAR_EPS:
+        return Finding(f"{text}{exponent(times)} times smaller or more.")
+    return Finding(f"{text}too near and shrinks the updates: lower optim.eps.", True)
+
+
+def loads(run: RunData) -> Finding | None:
+    text, largest = _range(run, "expert_load_max_over_mean", lambda value: f"{value:.2f}")
+    if not text:
+        return None
+    biases, _ = _range(run, "bias_range", lambda value: plain(value, 2))
+    also = f"; selection biases span {biases}" if biases else ""
+    return Finding(f"The busiest expert has {text} times its layer's mean load{also}.", largest > UNEVEN)
+
+
+def routers(run: RunData) -> Finding | None:
+    cosine, alike = _range(run, "router_similarity", lambda value: plain(value, 2))
+    ratio, largest = _range(run, "router_grad_ratio", lambda value: plain(value, 2))
+    if not cosine or not ratio:
+        return None
+    text = (
+        f"Router: its rows have a mean cosine of {cosine}; the balance loss's gradient is {ratio} of the other losses' "
+        f"(wanted: under {RATIO_LIMIT})."
+    )
+    return Finding(text, alike > ALIKE or largest > RATIO_LIMIT)
+
+
+def hidden(run: RunData) -> Finding | None:
+    values = run.series("hidden_norm")[1]
+    if len(values) < 2:
+        return None
+    few = tail_length(len(values))
+    middle = len(values) // 2
+    before, now = float(np.median(values[middle : middle + few])), float(np.median(values[-few:]))
+    growth = now / before if before else math.inf
+    trend = "steady since half-way" if 0.9 < growth < 1.1 else f"{plain(growth, 2)} times its value half-way"
+    return Finding(f"Hidden norm: {plain(now)}, {trend}.", growth >= GROWTH)
+
+
+LOOKS: Sequence[Callable[[RunData], Finding | None]] = (spikes, experts, gradients, loads, routers, hidden)
+
+
+def _range(run: RunData, key: str, write: Callable[[float], str]) -> tuple[str, float]:
+    """The least and the largest value of a figure by layer at the end, in words, and the largest."""
+    prefix = f"{key}/layer_"
+    names = [name for name in run.columns if name.startswith(prefix) and name.removeprefix(prefix).isdecimal()]
+    values = {int(name.removeprefix(prefix)): run.final(name) for name in names}
+    known = {layer: value for layer, value in values.items() if math.isfinite(value)}
+    if not known:
+        total = run.final(key)
+        return (f"at most {write(total)}", total) if math.isfinite(total) else ("", math.nan)
+    low, high = min(known, key=lambda layer: known[layer]), max(known, key=lambda layer: known[layer])
+    if low == high:
+        return f"{write(known[low])}", known[low]
+    return f"{write(known[low])} (layer {low}) to {write(known[high])} (layer {high})", known[high]
+
+
+def _part(name: str) -> str:
+    return {"mtp": "MTP"}.get(name, name.replace("_", " "))
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
