@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from itertools import pairwise
@@ -96,6 +97,9 @@ def slow_hash(state: TrainState) -> str:
         total += name_of(key) * slow_sum(integers(tensor))
     for key in ("step", "samples", "tokens"):
         total += name_of(f"counter/{key}") * getattr(state.counters, key)
+    for key, values in state.health.as_json().items():
+        kind = np.float64 if key in ("losses", "norms", "hidden") else np.int64
+        total += name_of(f"health/{key}") * slow_sum(integers(torch.from_numpy(np.array(values, kind).reshape(-1))))
     return f"{total % WORD:016x}"
 
 
@@ -112,6 +116,7 @@ def test_state_hash_equals_the_slow_reference(trained: tuple[TrainState, Any]) -
     names = [name for name, _ in everything(state)]
     assert any("experts.gate_up" in name for name in names) and any("mtp" in name for name in names)
     assert sum(local_boxes.values.numel() for local_boxes in state.store.local_boxes()) > 10_000
+    assert len(state.health.losses) == 3
     assert state_hash(state, topology) == slow_hash(state)
 
 
@@ -151,6 +156,23 @@ def test_state_hash_changes_with_any_counter(counter: str, bit: int, trained: tu
     changed = state_hash(state, topology)
     setattr(state.counters, counter, value)
     assert changed != before and state_hash(state, topology) == before
+
+
+def test_state_hash_changes_with_the_health_state(trained: tuple[TrainState, Any]) -> None:
+    """One bit of a window, an action, a range that is left out, an expert without tokens."""
+    state, topology = trained
+    before, stored = state_hash(state, topology), state.health.as_json()
+    changes: list[dict[str, Any]] = [
+        {key: [math.nextafter(stored[key][0], 9.0), *stored[key][1:]]} for key in ("losses", "norms", "hidden")
+    ]
+    changes += [{"strikes": [2]}, {"skipped": [[4, 8]]}, {"idle": [[0, 1, 2]]}, {"losses": stored["losses"][1:]}]
+    hashes = {before}
+    for change in changes:
+        state.health.restore(stored | change)
+        hashes |= {state_hash(state, topology)}
+        assert state_hash(state, topology) == slow_hash(state)
+    state.health.restore(stored)
+    assert len(hashes) == 1 + len(changes) and state_hash(state, topology) == before
 
 
 def test_state_hash_changes_when_two_values_swap(trained: tuple[TrainState, Any]) -> None:
