@@ -19,8 +19,10 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from longcat.faults import Place, passed, passed_all
+from longcat.ops.calls import observed
 from longcat.ops.fusion import Fusible, add_to
 from longcat.ops.matmul import product, raw_product
+from longcat.ops.permuted import along
 from longcat.ops.torch_internals import softmax_backward
 
 QUERY_BLOCK = 128  # queries in a block: smaller blocks waste less work above the diagonal
@@ -85,6 +87,12 @@ def _softmax(scores: Tensor, mask: Tensor, scale: float, dtype: torch.dtype) -> 
     return torch.softmax(scores_fp32, -1).to(dtype)
 
 
+@_softmax.permuted_by
+def _softmax_permuted(scores: Tensor, mask: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """The heads are rolled: the mask is the same for each."""
+    return along(1, lambda heads: _softmax.run(heads, mask, scale, dtype), scores)  # type: ignore[no-any-return]
+
+
 @Fusible
 def _scores_gradient(grad: Tensor, probabilities: Tensor, scale: float) -> Tensor:
     """The gradient of the scores from that of the probabilities, in the dtype of the probabilities."""
@@ -92,6 +100,13 @@ def _scores_gradient(grad: Tensor, probabilities: Tensor, scale: float) -> Tenso
     return grad.mul_(scale).to(probabilities.dtype)
 
 
+@_scores_gradient.permuted_by
+def _scores_gradient_permuted(grad: Tensor, probabilities: Tensor, scale: float) -> Tensor:
+    run = _scores_gradient.run
+    return along(0, lambda g, p: run(g, p, scale), grad, probabilities)  # type: ignore[no-any-return]
+
+
+@observed("attention")
 class _BlockedAttention(torch.autograd.Function):
     """The heads of all sequences are one batch [B·H, ...], so that a range of positions is a view and not a copy."""
 

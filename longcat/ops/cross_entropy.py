@@ -16,6 +16,7 @@ from torch import Tensor
 from longcat.faults import Place, passed, passed_all
 from longcat.ops.fusion import Fusible, add_to, scaled
 from longcat.ops.matmul import product, raw_product
+from longcat.ops.permuted import along
 
 CHUNK_LOGITS = 1 << 22  # logits of a chunk, 16 MiB in float32: they stay in a processor's cache
 MIN_ROWS, MIN_ROWS_GPU = 256, 1024  # tokens; a chunk reads the head twice and adds to its gradient: 16 bytes a weight
@@ -42,6 +43,14 @@ def _softmax_loss(logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dt
     inverse_total = mask / total  # 0 for invalid tokens
     label_grad = label_logits.exp() * inverse_total - mask
     return ((total.log() - label_logits) * mask)[:, 0], exponentials.mul_(inverse_total).to(dtype), label_grad.to(dtype)
+
+
+@_softmax_loss.permuted_by
+def _softmax_loss_permuted(
+    logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = _softmax_loss.run
+    return along(0, lambda x, label, mask: run(x, label, mask, dtype), logits, labels, valid)  # type: ignore[no-any-return]
 
 
 def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

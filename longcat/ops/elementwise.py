@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from longcat.faults import Place, passed, passed_all
+from longcat.ops.calls import observed
 from longcat.ops.fusion import Fusible
+from longcat.ops.permuted import along, is_permuting
 
 
 @Fusible
@@ -20,6 +22,11 @@ def _norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
     return (x * inverse).to(x.dtype) * gain.to(x.dtype), inverse
+
+
+@_norm.permuted_by
+def _norm_permuted(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return along(-2, lambda rows: _norm.run(rows, gain, eps), x)  # type: ignore[no-any-return]
 
 
 @Fusible
@@ -31,6 +38,14 @@ def _norm_backward(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tu
     return grad_normed.sub_(normed.mul_(mean)).mul_(inverse).to(x.dtype), grad_gain
 
 
+@_norm_backward.permuted_by
+def _norm_backward_permuted(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """The gain's gradient sums over rows, in an order that must stay: it is computed again as it was."""
+    grad_x = along(-2, lambda *rows: _norm_backward.run(rows[0], rows[1], gain, rows[2])[0], grad, x, inverse)
+    return grad_x, _norm_backward.run(grad, x, gain, inverse)[1]
+
+
+@observed("norm")
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -54,6 +69,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return silu(gate).mul_(up)
 
 
+@swiglu.permuted_by
+def _swiglu_permuted(gate: Tensor, up: Tensor) -> Tensor:
+    return along(-2, swiglu.run, gate, up)  # type: ignore[no-any-return]
+
+
 @Fusible
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """→ the gradients of gate and up, and silu(gate) · up recomputed."""
@@ -61,6 +81,12 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return torch.ops.aten.silu_backward(grad * up, gate), activation * grad, activation * up
 
 
+@swiglu_backward.permuted_by
+def _swiglu_backward_permuted(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return along(-2, swiglu_backward.run, grad, gate, up)  # type: ignore[no-any-return]
+
+
+@observed("rotary")
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, angles: Tensor) -> Tensor:
@@ -73,6 +99,13 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """While permuting, the heads are rolled."""
+    if is_permuting():
+        return along(-2, lambda heads: _rotated(heads, angles), x)  # type: ignore[no-any-return]
+    return _rotated(x, angles)
+
+
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.float().contiguous().view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * angles[:, None, :]).flatten(-2).to(x.dtype)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from longcat.faults import Place, passed
+from longcat.ops.calls import observed
 from longcat.ops.rows import gather_rows
 from longcat.ops.torch_library import accumulate_dtype, operator
 
@@ -39,6 +40,7 @@ def embedding_gradient(grad: Tensor, ids: Tensor, num_rows: int) -> Tensor:
     return out.index_copy_(0, runs[:known], sums[:known].to(grad.dtype))
 
 
+@observed("embedding")
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, allow_out_of_range: bool) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from longcat.ops.permuted import is_permuting
 from longcat.ops.torch_internals import allow_recompilations
 
 P = ParamSpec("P")
@@ -26,12 +27,20 @@ class Fusible(Generic[P, R]):
 
     def __init__(self, function: Callable[P, R]) -> None:
         self.function = self.run = function
+        self.permuted: Callable[P, R] | None = None  # another way to the same bits, see `permuted.py`
         self.fused: Callable[P, R] | None = None  # created at first use: the compiler takes long to import
         update_wrapper(self, function)
         _FUSIBLE.append(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.permuted is not None and is_permuting():
+            return self.permuted(*args, **kwargs)
         return self.run(*args, **kwargs)
+
+    def permuted_by(self, permuted: Callable[P, R]) -> Callable[P, R]:
+        """Decorates the function that computes the same bits from permuted operands."""
+        self.permuted = permuted
+        return permuted
 
     def fuse(self, enabled: bool) -> None:
         if enabled and self.fused is None:

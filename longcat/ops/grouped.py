@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
 from longcat.faults import Place, passed
+from longcat.ops.calls import observed
 from longcat.ops.matmul import (
     StoreWeightGrad,
     compute_or_store,
@@ -30,6 +31,7 @@ from longcat.ops.matmul import (
     input_of,
     upcast,
 )
+from longcat.ops.permuted import along, is_permuting, matmul, rolled
 
 BLOCK = 16  # rows; the GEMMs' shapes are multiples of it
 _CALL_OVERHEAD_MATTERS = cpu_has_amx()
@@ -72,15 +74,17 @@ def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """
     a_upcast, b_upcast = upcast(a, b)
     if a.device.type != "cpu":
+        if is_permuting():
+            return along(-1, lambda matrices: grouped_mm(a_upcast, matrices, offs=ends), b_upcast).to(a.dtype)
         return grouped_mm(a_upcast, b_upcast, offs=ends).to(a.dtype)
     if batch := _batches(ends, a_upcast):
-        return torch.bmm(batch[0], b_upcast).flatten(0, 1).to(a.dtype)
+        return matmul(batch[0], b_upcast).flatten(0, 1).to(a.dtype)
     out = a_upcast.new_empty(a.shape[0], b.shape[2])
     for (start, end, first, last), matrix in zip(_block_ranges(ends, a.shape[0]), b_upcast.unbind(0), strict=True):
         if first == start < end:
-            torch.mm(a_upcast[start:last], matrix, out=out[start:last])
+            matmul(a_upcast[start:last], matrix, out[start:last])
         elif start < end:  # the block would end after the last row: it begins earlier, over results of other experts
-            out[start:end] = torch.mm(a_upcast[first:last], matrix)[start - first : end - first]
+            out[start:end] = matmul(a_upcast[first:last], matrix)[start - first : end - first]
     return out.to(a.dtype)
 
 
@@ -88,9 +92,12 @@ def grouped_sum(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Σ over each expert's rows of a [P, O] ⊗ b [P, I] → [E, O, I]; zeros for an expert without rows."""
     a_upcast, b_upcast = upcast(a, b)
     if a.device.type != "cpu":
+        if is_permuting():
+            out = grouped_mm(rolled(a_upcast.t(), 0), rolled(b_upcast, 1), offs=ends).to(a.dtype)
+            return rolled(rolled(out, 1, back=True), 2, back=True)
         return grouped_mm(a_upcast.t(), b_upcast, offs=ends).to(a.dtype)
     if batch := _batches(ends, a_upcast, b_upcast):
-        return torch.bmm(batch[0].transpose(1, 2), batch[1]).to(a.dtype)
+        return matmul(batch[0].transpose(1, 2), batch[1]).to(a.dtype)
     out = a_upcast.new_empty(ends.shape[0], a.shape[1], b.shape[1])
     ranges = list(_block_ranges(ends, a.shape[0]))
     buffer = a_upcast.new_empty(max(last - first for _, _, first, last in ranges), a.shape[1])
@@ -104,10 +111,11 @@ def grouped_sum(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
             rows[: start - first].zero_()
             rows[start - first : end - first] = a_upcast[start:end]
             rows[end - first :].zero_()
-        torch.mm(rows.t(), b_upcast[first:last], out=target)
+        matmul(rows.t(), b_upcast[first:last], target)
     return out.to(a.dtype)
 
 
+@observed("experts")
 class _GroupedLinear(torch.autograd.Function):
     """Takes the inputs of `matmul._Linear`."""
 

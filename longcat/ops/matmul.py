@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from longcat.faults import Place, passed, passed_all
+from longcat.ops.calls import observed
 from longcat.ops.elementwise import swiglu, swiglu_backward
+from longcat.ops.permuted import matmul
 from longcat.ops.torch_internals import cpu_has_amx_tiles, cpu_has_avx512_bf16
 
 StoreWeightGrad = Callable[[Callable[[], Tensor]], None]  # stores the computation of a weight's gradient, for later
@@ -50,12 +52,12 @@ def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for matrices or batches of them, float32 accumulation, in the dtype of ``a``."""
     a_upcast, b_upcast = upcast(a, b)
-    return torch.matmul(a_upcast, b_upcast).to(a.dtype)
+    return matmul(a_upcast, b_upcast).to(a.dtype)
 
 
 def raw_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the dtype of this processor's GEMM, for a caller that upcasts the result to float32 next."""
-    return torch.matmul(*upcast(a, b))
+    return matmul(*upcast(a, b))
 
 
 def input_of(inputs: Sequence[Tensor]) -> Tensor:
@@ -78,6 +80,7 @@ def input_and_gradients(
     return x, (grad_gate, grad_up)
 
 
+@observed("linear")
 class _Linear(torch.autograd.Function):
     """The inputs are x, or the gate and up of a SwiGLU whose result is not saved: the backward recomputes it."""
 
@@ -131,6 +134,7 @@ def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, store: StoreWeightGra
     return _Linear.apply(detach_if_deferred(weight, store, gate, up), store, gate, up)
 
 
+@observed("router")
 class _Fp32Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longcat.faults import Place, passed, passed_all
+from longcat.ops.calls import observed
 from longcat.ops.rows import combine_rows, combine_rows_backward, gather_rows, sum_rows
 from longcat.ops.torch_library import operator
 
@@ -84,6 +85,7 @@ def plan_permutation(indices: Tensor, num_experts: int, num_routed: int, num_row
     return Permutation(*_plan(indices, num_experts, num_routed, num_rows))
 
 
+@observed("permute")
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Permutation) -> Tensor:
@@ -106,6 +108,7 @@ def permute(x: Tensor, plan: Permutation) -> Tensor:
     return _Permute.apply(x.contiguous(), plan)
 
 
+@observed("combine")
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) -> Tensor:
