@@ -6,7 +6,8 @@
 Nothing happens unless an injector is installed (`parallel/sdc/inject.py`, key `sdc.inject`): the cost is one comparison
 with None. An injector changes the tensor's values in place, without telling autograd, as a defective unit would. Code
 that runs an operator a second time, to compare, calls the same forward or backward, so its outputs pass the hook again:
-a fault that is injected for good strikes the same positions of the second result, a transient one does not.
+a fault that is injected for good strikes the same positions of the second result, a transient one does not. `product`
+and `elementwise` are inside operators: there results pass as they are written, permuted in a permuted second run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Place(StrEnum):
     activation = "activation"  # the output of an operator's forward
     gradient = "gradient"  # an output of an operator's backward, other than attention's
     attention_backward = "attention_backward"  # an output of attention's backward
+    product = "product"  # the result of a matrix product, as the unit wrote it
+    elementwise = "elementwise"  # likewise of a chain of elementwise operations and row sums
     payload = "payload"  # what a rank received from another one
     gathered_weight = "gathered_weight"  # a weight gathered for a layer's computation
     optimizer = "optimizer"  # a weight or a moment as AdamW wrote it

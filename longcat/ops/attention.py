@@ -90,7 +90,7 @@ def _softmax(scores: Tensor, mask: Tensor, scale: float, dtype: torch.dtype) -> 
 @_softmax.permuted_by
 def _softmax_permuted(scores: Tensor, mask: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """The heads are rolled: the mask is the same for each."""
-    return along(1, lambda heads: _softmax.run(heads, mask, scale, dtype), scores)  # type: ignore[no-any-return]
+    return along(1, lambda heads: _softmax.compute(heads, mask, scale, dtype), scores)  # type: ignore[no-any-return]
 
 
 @Fusible
@@ -102,7 +102,7 @@ def _scores_gradient(grad: Tensor, probabilities: Tensor, scale: float) -> Tenso
 
 @_scores_gradient.permuted_by
 def _scores_gradient_permuted(grad: Tensor, probabilities: Tensor, scale: float) -> Tensor:
-    run = _scores_gradient.run
+    run = _scores_gradient.compute
     return along(0, lambda g, p: run(g, p, scale), grad, probabilities)  # type: ignore[no-any-return]
 
 

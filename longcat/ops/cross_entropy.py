@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longcat.faults import Place, passed, passed_all
+from longcat.ops.calls import call
 from longcat.ops.fusion import Fusible, add_to, scaled
 from longcat.ops.matmul import product, raw_product
 from longcat.ops.permuted import along
@@ -49,7 +50,7 @@ def _softmax_loss(logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dt
 def _softmax_loss_permuted(
     logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _softmax_loss.run
+    run = _softmax_loss.compute
     return along(0, lambda x, label, mask: run(x, label, mask, dtype), logits, labels, valid)  # type: ignore[no-any-return]
 
 
@@ -57,7 +58,7 @@ def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -
     logits = raw_product(hidden, weight.t())
     losses, grad, label_grad = _softmax_loss(logits, labels, valid, hidden.dtype)
     grad[torch.arange(grad.shape[0], device=grad.device), labels] = label_grad[:, 0]  # scatter_ would copy
-    return losses, grad
+    return passed(Place.activation, "cross-entropy", losses), grad
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -74,12 +75,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(weight)
         for start in range(0, labels.shape[0], rows):
             chunk = slice(start, start + rows)
-            losses[chunk], grad = chunk_loss(hidden[chunk], weight, labels[chunk], valid[chunk])
-            passed(Place.activation, "cross-entropy", losses[chunk])
+            operands = hidden[chunk], weight, labels[chunk], valid[chunk]
+            if chunk_loss is _chunk_loss:
+                losses[chunk], grad = call("cross-entropy", _chunk_loss, *operands)
+            else:  # tensor parallelism's has collectives
+                losses[chunk], grad = chunk_loss(*operands)
             if grad_hidden is not None:
-                grad_hidden[chunk] = product(grad, weight)
+                grad_hidden[chunk] = call("cross-entropy, hidden gradient", product, grad, weight)
             if grad_weight is not None:
-                add_to(grad_weight, product(grad.t(), hidden[chunk]))
+                add_to(grad_weight, call("cross-entropy, weight gradient", product, grad.t(), hidden[chunk]))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses

@@ -26,7 +26,7 @@ def _norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @_norm.permuted_by
 def _norm_permuted(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return along(-2, lambda rows: _norm.run(rows, gain, eps), x)  # type: ignore[no-any-return]
+    return along(-2, lambda rows: _norm.compute(rows, gain, eps), x)  # type: ignore[no-any-return]
 
 
 @Fusible
@@ -41,8 +41,8 @@ def _norm_backward(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tu
 @_norm_backward.permuted_by
 def _norm_backward_permuted(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """The gain's gradient sums over rows, in an order that must stay: it is computed again as it was."""
-    grad_x = along(-2, lambda *rows: _norm_backward.run(rows[0], rows[1], gain, rows[2])[0], grad, x, inverse)
-    return grad_x, _norm_backward.run(grad, x, gain, inverse)[1]
+    grad_x = along(-2, lambda *rows: _norm_backward.compute(rows[0], rows[1], gain, rows[2])[0], grad, x, inverse)
+    return grad_x, _norm_backward.compute(grad, x, gain, inverse)[1]
 
 
 @observed("norm")
@@ -71,7 +71,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @swiglu.permuted_by
 def _swiglu_permuted(gate: Tensor, up: Tensor) -> Tensor:
-    return along(-2, swiglu.run, gate, up)  # type: ignore[no-any-return]
+    return along(-2, swiglu.compute, gate, up)  # type: ignore[no-any-return]
 
 
 @Fusible
@@ -83,7 +83,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 @swiglu_backward.permuted_by
 def _swiglu_backward_permuted(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return along(-2, swiglu_backward.run, grad, gate, up)  # type: ignore[no-any-return]
+    return along(-2, swiglu_backward.compute, grad, gate, up)  # type: ignore[no-any-return]
 
 
 @observed("rotary")

@@ -13,6 +13,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from longcat.faults import Place, is_active, passed_all
 from longcat.ops.permuted import is_permuting
 from longcat.ops.torch_internals import allow_recompilations
 
@@ -35,7 +36,14 @@ class Fusible(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self.permuted is not None and is_permuting():
             return self.permuted(*args, **kwargs)
-        return self.run(*args, **kwargs)
+        return self.compute(*args, **kwargs)
+
+    def compute(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run it; a fault may be injected into the results as they were written."""
+        out = self.run(*args, **kwargs)
+        if is_active() and out is not None:
+            passed_all(Place.elementwise, self.function.__name__, out if isinstance(out, tuple) else (out,))
+        return out
 
     def permuted_by(self, permuted: Callable[P, R]) -> Callable[P, R]:
         """Decorates the function that computes the same bits from permuted operands."""

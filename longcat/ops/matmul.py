@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longcat.faults import Place, passed, passed_all
-from longcat.ops.calls import observed
+from longcat.ops.calls import call, observed
 from longcat.ops.elementwise import swiglu, swiglu_backward
 from longcat.ops.permuted import matmul
 from longcat.ops.torch_internals import cpu_has_amx_tiles, cpu_has_avx512_bf16
@@ -106,9 +106,14 @@ class _Linear(torch.autograd.Function):
         if ctx.store is not None or ctx.needs_input_grad[0]:
             grad_w = compute_or_store(
                 ctx.store,
-                lambda: passed(Place.gradient, "linear weight", product(grad.t(), x.reshape(-1, x.shape[-1]))),
+                lambda: call("linear weight", weight_gradient, grad, x.reshape(-1, x.shape[-1])),
             )
         return grad_w, None, *grad_inputs
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad [T, O], x [T, I] → [O, I]."""
+    return passed(Place.gradient, "linear weight", product(grad.t(), x))
 
 
 def compute_or_store(store: StoreWeightGrad | None, compute: Callable[[], Tensor]) -> Tensor | None:
@@ -139,13 +144,13 @@ class _Fp32Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return passed(Place.activation, "router", torch.nn.functional.linear(x.float(), weight))
+        return passed(Place.activation, "router", matmul(x.float(), weight.t()))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad_x = (grads[0] @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_w = grads[0].t() @ x.float() if ctx.needs_input_grad[1] else None
+        grad_x = matmul(grads[0], weight).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_w = matmul(grads[0].t(), x.float()) if ctx.needs_input_grad[1] else None
         return passed_all(Place.gradient, "router", (grad_x, grad_w))
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat.faults import Place, passed
+
 # float32 products of a CPU: these many rows and multiples of columns are computed by the same code wherever they are
 MIN_ROWS, COLUMNS = 16, 16
 
@@ -63,14 +65,14 @@ def along(dim: int, function: Callable[..., Any], *operands: Tensor) -> Any:
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b, into ``out`` if given; while permuting, of rolled rows of a, columns of b, and matrices of a batch."""
     if not _permuting:
-        return torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+        return passed(Place.product, "product", torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out))
     rows, columns = can_roll(a, b)
     batch = a.dim() == b.dim() == 3
     for dim, rolls in ((0, batch), (-2, rows)):
         a = rolled(a, dim) if rolls else a
     for dim, rolls in ((0, batch), (-1, columns)):
         b = rolled(b, dim) if rolls else b
-    result = torch.matmul(a, b)
+    result = passed(Place.product, "product", torch.matmul(a, b))
     for dim, rolls in ((0, batch), (-2, rows), (-1, columns)):
         result = rolled(result, dim, back=True) if rolls else result
     return result if out is None else out.copy_(result)
