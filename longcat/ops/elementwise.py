@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from longcat.faults import Place, passed, passed_all
 from longcat.ops.calls import observed
 from longcat.ops.fusion import Fusible
-from longcat.ops.permuted import along, is_permuting
+from longcat.ops.permuted import along, elementwise, is_permuting
 
 
 @Fusible
@@ -71,7 +71,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @swiglu.permuted_by
 def _swiglu_permuted(gate: Tensor, up: Tensor) -> Tensor:
-    return along(-2, swiglu.compute, gate, up)  # type: ignore[no-any-return]
+    return elementwise(swiglu.compute, gate, up)  # type: ignore[no-any-return]
 
 
 @Fusible
@@ -83,7 +83,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 @swiglu_backward.permuted_by
 def _swiglu_backward_permuted(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return along(-2, swiglu_backward.compute, grad, gate, up)  # type: ignore[no-any-return]
+    return elementwise(swiglu_backward.compute, grad, gate, up)  # type: ignore[no-any-return]
 
 
 @observed("rotary")

@@ -19,6 +19,7 @@ from longcat.faults import Place, passed
 
 # float32 products of a CPU: these many rows and multiples of columns are computed by the same code wherever they are
 MIN_ROWS, COLUMNS = 16, 16
+VECTOR = 32  # elements of the widest vectors; a row's rest is computed by scalar code, whose exp rounds differently
 
 _permuting = False
 
@@ -44,16 +45,18 @@ def distance(size: int) -> int:
 
 
 def rolled(x: Tensor, dim: int, back: bool = False) -> Tensor:
-    """x with a dimension rolled by `distance`, or ``back``, in the same memory layout."""
-    by = distance(x.shape[dim])
+    """x with a dimension rolled by `distance`, or ``back``, with the same strides: kernels differ by them."""
+    size = x.shape[dim]
+    by = distance(size)
     if not by:
         return x
-    by = -by if back else by
-    if x.dim() >= 2 and x.stride(-1) != 1 and x.stride(-2) == 1:  # a transposed matrix: the kernel depends on it
-        dim = dim % x.dim()
-        last = x.dim() - 1
-        return x.mT.roll(by, {last: last - 1, last - 1: last}.get(dim, dim)).mT
-    return x.roll(by, dim)
+    if 0 in x.stride():  # an expanded tensor
+        return x.roll(-by if back else by, dim)
+    cut = by if back else size - by
+    out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    out.narrow(dim, 0, size - cut).copy_(x.narrow(dim, cut, size - cut))
+    out.narrow(dim, size - cut, cut).copy_(x.narrow(dim, 0, cut))
+    return out
 
 
 def along(dim: int, function: Callable[..., Any], *operands: Tensor) -> Any:
@@ -62,12 +65,20 @@ def along(dim: int, function: Callable[..., Any], *operands: Tensor) -> Any:
     return rolled(out, dim, back=True) if isinstance(out, Tensor) else tuple(rolled(x, dim, back=True) for x in out)
 
 
+def elementwise(function: Callable[..., Any], *operands: Tensor) -> Any:
+    """An elementwise ``function`` of matrices [..., R, C], with rolled rows and, in whole vectors, rolled columns."""
+    if operands[0].shape[-1] % VECTOR:
+        return along(-2, function, *operands)
+    return along(-2, lambda *rows: along(-1, function, *rows), *operands)
+
+
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b, into ``out`` if given; while permuting, of rolled rows of a, columns of b, and matrices of a batch."""
-    if not _permuting:
-        return passed(Place.product, "product", torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out))
-    rows, columns = can_roll(a, b)
-    batch = a.dim() == b.dim() == 3
+    rows, columns = can_roll(a, b) if _permuting else (False, False)
+    if not (rows or columns):
+        plain = torch.matmul(a, b) if out is None else torch.matmul(a, b, out=out)
+        return passed(Place.product, "product", plain)
+    batch = a.dim() == b.dim() == 3 and rows
     for dim, rolls in ((0, batch), (-2, rows)):
         a = rolled(a, dim) if rolls else a
     for dim, rolls in ((0, batch), (-1, columns)):
@@ -82,7 +93,8 @@ def can_roll(a: Tensor, b: Tensor) -> tuple[bool, bool]:
     """Whether a product's rows and columns may be rolled: its numbers must not depend on where they are computed.
 
     Measured for torch 2.13's CPU library (docs/decisions/2026-11-28-recomputation.md): float32 products of few rows, or
-    with a rest of columns, use other code for them, with another order of sums.
+    with a rest of columns, use other code for them, with another order of sums, and with a rest of columns the bits
+    depend even on where in memory the result is. So those are computed as they were.
     """
     if a.device.type != "cpu" or a.dtype is torch.bfloat16:
         return True, True

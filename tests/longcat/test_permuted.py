@@ -1,0 +1,111 @@
+"""Permuted operands give the same bits: products of all shapes in use, and whole operators."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from longcat.ops.attention import causal_attention
+from longcat.ops.cross_entropy import linear_cross_entropy
+from longcat.ops.elementwise import rms_norm, rotary
+from longcat.ops.grouped import grouped_gated_linear, grouped_linear
+from longcat.ops.matmul import fp32_linear, gated_linear, linear, product
+from longcat.ops.permuted import can_roll, distance, permuting, rolled
+
+DTYPES = [torch.float32, torch.bfloat16]
+SIZES = [1, 2, 3, 5, 8, 16, 24, 31, 48, 64, 96, 100, 128, 192, 257, 320]
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int16 if x.dtype is torch.bfloat16 else torch.int32)
+
+
+def draw(*shape: int, dtype: torch.dtype, transposed: bool = False, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if transposed:
+        *batch, rows, columns = shape
+        return torch.randn(*batch, columns, rows, generator=generator).to(dtype).mT
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", itertools.product([False, True], repeat=2), ids=str)
+def test_permuted_products_have_the_same_bits(dtype: torch.dtype, transposed: tuple[bool, bool]) -> None:
+    chance = torch.Generator().manual_seed(sum(transposed))
+    rolls = 0
+    for seed in range(400):
+        rows, depth, columns = (SIZES[int(i)] for i in torch.randint(len(SIZES), (3,), generator=chance))
+        batch = ((), (), (1,), (4,))[seed % 4]
+        a = draw(*batch, rows, depth, dtype=dtype, transposed=transposed[0], seed=seed)
+        b = draw(*batch, depth, columns, dtype=dtype, transposed=transposed[1], seed=seed + 1000)
+        with permuting():
+            second = product(a, b)
+        assert torch.equal(bits(product(a, b)), bits(second)), (batch, rows, depth, columns)
+        rolls += sum(can_roll(a, b))
+    assert rolls > 200, "most products must be permuted, or the comparison shows nothing"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "part"])
+def test_rolling_keeps_values_and_layout(layout: str) -> None:
+    x = draw(3, 6, 5, dtype=torch.float32, transposed=layout == "transposed")
+    x = draw(3, 6, 10, dtype=torch.float32).chunk(2, -1)[1] if layout == "part" else x
+    for dim in (0, -2, -1):
+        there = rolled(x, dim)
+        assert torch.equal(there, x.roll(distance(x.shape[dim]), dim)) and not torch.equal(there, x)
+        assert torch.equal(rolled(there, dim, back=True), x)
+        assert there.stride() == x.stride()
+    assert [distance(size) for size in (1, 2, 3, 16, 64)] == [0, 1, 1, 9, 33]
+
+
+def leaf(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return draw(*shape, dtype=dtype, seed=seed).requires_grad_()
+
+
+def operators(dtype: torch.dtype, size: int) -> dict[str, tuple[list[Tensor], object]]:
+    """Name → the leaves and a function of them that gives a tensor; ``size`` is the number of tokens."""
+    x, gate, up = (leaf(2, size, 48, dtype=dtype, seed=seed) for seed in range(3))
+    weight = leaf(32, 48, dtype=torch.float32, seed=3)
+    stack, narrow = leaf(4, 32, 48, dtype=torch.float32, seed=4), leaf(12, 48, dtype=torch.float32, seed=5)
+    rows, other = leaf(size, 48, dtype=dtype, seed=6), leaf(size, 48, dtype=dtype, seed=7)
+    gain, head = leaf(48, dtype=torch.float32, seed=8), leaf(96, 48, dtype=torch.float32, seed=9)
+    ends = torch.tensor([size // 3, size // 3, size - 1, size], dtype=torch.int32)
+    q, k = (leaf(2, 4, size, 24, dtype=dtype, seed=seed) for seed in (10, 11))
+    v = leaf(2, 4, size, 16, dtype=dtype, seed=12)
+    halves = leaf(size, 24, dtype=dtype, seed=13)  # of odd vectors
+    thin = leaf(4, 20, 12, dtype=torch.float32, seed=14)
+    documents = (torch.arange(size) // 7).expand(2, -1)
+    angles = torch.polar(torch.ones(size, 12), torch.randn(size, 12))
+    labels, valid = torch.arange(size) % 96, torch.arange(size) % 5 > 0
+    return {
+        "linear": ([x, weight], lambda: linear(x, weight)),
+        "gated": ([gate, up, weight], lambda: gated_linear(gate, up, weight)),
+        "router": ([rows, narrow], lambda: fp32_linear(rows, narrow)),
+        "experts": ([rows, stack], lambda: grouped_linear(rows, stack, ends)),
+        "gated experts": ([rows, other, stack], lambda: grouped_gated_linear(rows, other, stack, ends)),
+        "halves": ([halves, thin], lambda: grouped_gated_linear(*halves.chunk(2, -1), thin, ends)),
+        "norm": ([x, gain], lambda: rms_norm(x, gain, 1e-6)),
+        "rotary": ([q], lambda: rotary(q.transpose(1, 2), angles)),
+        "attention": ([q, k, v], lambda: causal_attention(q, k, v, 0.2, documents)),
+        "cross-entropy": ([rows, head], lambda: linear_cross_entropy(rows, head, labels, valid)[0]),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [7, 64, 300])
+@pytest.mark.parametrize("name", list(operators(torch.float32, 8)))
+def test_permuted_operators_have_the_same_bits(name: str, size: int, dtype: torch.dtype) -> None:
+    """The result and the gradients of all operands."""
+    leaves, function = operators(dtype, size)[name]
+
+    def run() -> list[Tensor]:
+        out = function()  # type: ignore[operator]
+        grad = draw(*out.shape, dtype=out.dtype, seed=99)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    first = run()
+    with permuting():
+        second = run()
+    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(first, second, strict=True))
