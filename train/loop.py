@@ -88,7 +88,7 @@ class Loop:
                 seconds, blocked = time.perf_counter() - start, blocked_seconds()
             if not result.healthy:
                 raise UnhealthyError(self._describe_bad_step(result))
-            if self.response.act(result.spike):
+            if self.response.act(result):
                 owed_save = result.requests.save  # a request to stop is repeated by its signal
                 continue
             owed_save = False

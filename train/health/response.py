@@ -22,6 +22,7 @@ from train.health.events import EventKind, EventLog, HealthEvent, Spike
 from train.health.monitor import HealthMonitor
 from train.run_files import Note
 from train.state import TrainState
+from train.step import StepResult
 
 GOOD_NEWS = (EventKind.expert_revived, EventKind.gradient_recovered)  # in health.jsonl alone
 QUIET_STEPS = 20  # a spike that is only reported is not said again within so many steps of the last one
@@ -98,14 +99,14 @@ class SpikeResponse:
         self.log = EventLog(config.run.folder, state.counters.step, note) if topology.is_first else None
         self.last_spike = -QUIET_STEPS
 
-    def act(self, spike: Spike | None) -> bool:
+    def act(self, result: StepResult) -> bool:
         """Do what a step's spike asks for, and report what was found; True if the run has gone back to a checkpoint.
 
         Raises:
             UnhealthyError: the spike ends the run.
         """
         self.report(self.monitor.take_events())
-        if spike is None:
+        if (spike := result.spike) is None:
             return False
         limit = self.config.health.max_actions
         count = f"action {spike.num_actions} of at most {limit}"
@@ -117,8 +118,10 @@ class SpikeResponse:
             self.report([spike.event(f"the batch is skipped: weights, moments and biases stay ({count})")])
         elif spike.action == OnSpike.stop:
             self._stop(spike)
+        elif self._roll_back(spike, count):
+            return True
         else:
-            return self._roll_back(spike, count)
+            result.metrics["spike_action"] = str(OnSpike.skip)
         return False
 
     def _stop(self, spike: Spike) -> None:

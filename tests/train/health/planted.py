@@ -11,12 +11,13 @@ import pytest
 from train.objective import Divisors
 from train.step import Stepper, StepSums
 
-# A short run that finds spikes: windows of eight steps, judged from the fifth step on
-WATCHFUL = ["health.window=8", "health.sigmas=6"]
+# A short run that finds planted spikes: windows of eight steps, judged from the fifth step on. A real norm of so small
+# a batch may leave eight others by 10 σ
+WATCHFUL = ["health.window=8", "health.sigmas=15"]
 
 
-def plant(patch: pytest.MonkeyPatch, samples: Collection[int], gradient: float = 50.0, loss: float = 1.0) -> None:
-    """Scale gradient and loss of each global batch that begins with one of ``samples``."""
+def plant(patch: pytest.MonkeyPatch, samples: Collection[int], gradient: float = 1000.0, loss: float = 1.0) -> None:
+    """Scale gradient (at most by its tokens) and loss of each global batch that begins with one of ``samples``."""
     backward: Callable[..., StepSums] = Stepper._backward
 
     def planted(self: Stepper, batches: list[Any], divisors: Divisors, use_mtp: bool) -> StepSums:

@@ -81,20 +81,23 @@ def test_rollback_leaves_the_stretch_out(
     assert without_hash(exact(run)) == without_hash(exact(tmp_path / "reference"))
 
 
-@pytest.mark.parametrize("stop", [7, 9])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before the spike, it goes back to the scheduled step 5 all the same, not to step 7."""
+    """Stopped before the spike and behind it. It goes back to the scheduled step 5 all the same, not to step 7."""
     plant(monkeypatch, [PLANTED])
     assert train_here([*short, "run.name=whole"]) == 0
-    assert train_here([*short, f"train.steps={stop}"]) == 0
-    assert train_here(short) == 0
-    assert exact(tmp_path / "run") == exact(tmp_path / "whole")
-    assert state_json(tmp_path / "run", STEPS)["health"] == state_json(tmp_path / "whole", STEPS)["health"]
-    assert state_json(tmp_path / "run", STEPS)["health"]["skipped"] == [[20, 32]]
-    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert ("step-00000007.abandoned" in names) == (stop == 7)
+    expected = state_json(tmp_path / "whole", STEPS)["health"]
+    assert expected["skipped"] == [[20, 32]]
+    for stop in (7, 9):
+        run = tmp_path / f"stopped-{stop}"
+        words = [*short, f"run.name={run.name}"]
+        assert train_here([*words, f"train.steps={stop}"]) == 0
+        assert train_here(words) == 0
+        assert exact(run) == exact(tmp_path / "whole")
+        assert state_json(run, STEPS)["health"] == expected
+        names = {path.name for path in (run / "checkpoints").iterdir()}
+        assert ("step-00000007.abandoned" in names) == (stop == 7)
 
 
 def test_rollback_batches_limit_what_is_left_out(
@@ -112,7 +115,9 @@ def test_without_a_checkpoint_the_batch_is_skipped(
     assert train_here([*short, "checkpoint.every=10"]) == 0
     (event,) = events(tmp_path / "run")
     assert event["action"] == "skip" and "no checkpoint to go back to" in event["text"]
-    assert [row["first_sample"] for row in lines(tmp_path / "run")] == list(range(0, 4 * STEPS, 4))
+    rows = lines(tmp_path / "run")
+    assert [row["first_sample"] for row in rows] == list(range(0, 4 * STEPS, 4))
+    assert rows[7]["spike_action"] == "skip"
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback", "stop"])
@@ -161,16 +166,17 @@ def _train_planted(runs: list[list[str]], ports: list[int]) -> list[int]:
     return codes
 
 
-def test_two_ranks_decide_alike(short: list[str], tmp_path: Path) -> None:
-    """Experts and data over two ranks; skip and rollback as in one process, and bit by bit the same twice."""
-    words = [*short, "parallel.fsdp=2", "parallel.ep=2"]
-    runs = [
-        [*words, "run.name=first"],
-        [*words, "run.name=second"],
-        [*words, "run.name=skipped", "health.on_spike=skip"],
-    ]
-    assert run_ranks(_train_planted, 2, runs, free_ports(3), timeout=240) == [[0, 0, 0]] * 2
-    assert exact(tmp_path / "first") == exact(tmp_path / "second")
-    assert [row["first_sample"] for row in lines(tmp_path / "first")] == [0, 4, 8, 12, 16, *range(32, 60, 4)]
-    assert [event["action"] for event in events(tmp_path / "skipped")] == ["skip"]
-    assert [row.get("spike_action") for row in lines(tmp_path / "skipped")] == [None] * 7 + ["skip"] + [None] * 4
+def test_two_ranks_decide_alike(short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts and data over two ranks, and a pipeline; a gradient that was left out has left nothing behind."""
+    words = [*short, "model.num_layers=2"]
+    back = [*words, "run.name=back", "parallel.fsdp=2", "parallel.ep=2"]
+    skip = [*words, "health.on_spike=skip"]
+    pipeline = [*skip, "run.name=pipeline", "parallel.pp=2", "parallel.fsdp=1", "parallel.schedule=1f1b"]
+    assert run_ranks(_train_planted, 2, [back, pipeline], free_ports(2), timeout=240) == [[0, 0]] * 2
+    assert [row["first_sample"] for row in lines(tmp_path / "back")] == [0, 4, 8, 12, 16, *range(32, 60, 4)]
+    assert [event["to_step"] for event in events(tmp_path / "back")] == [5]
+    plant(monkeypatch, [PLANTED])
+    assert train_here([*skip, "run.name=alone"]) == 0
+    for row, alone in zip(lines(tmp_path / "pipeline"), lines(tmp_path / "alone"), strict=True):
+        assert row.get("spike_action") == alone.get("spike_action") == ("skip" if row["step"] == 8 else None)
+        assert row["loss"] == pytest.approx(alone["loss"], rel=1e-4)
