@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.fixtures import error_line
 from tests.support.running import NARROW, exit_json, lines, train_here
 from train.compose import compose
 from train.loggers import wandb_logger
+from train.loggers.tensorboard_logger import TensorBoardLogger
 from train.loggers.wandb_logger import RUN_ID
 
 
@@ -215,3 +217,17 @@ def test_tensorboard_gets_every_number(overrides: list[str], tmp_path: Path) -> 
     assert [event.step for event in events] == [1, 2, 3, 4]
     assert [event.value for event in events] == pytest.approx([row["loss"] for row in lines(tmp_path / "run")])
     assert "lr" in seen.Tags()["scalars"]
+
+
+def test_a_rollback_takes_steps_back_from_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing import event_accumulator as reader
+
+    logger, none = TensorBoardLogger(tmp_path, 0), torch.zeros(0)
+    for step in range(1, 5):
+        logger.write({"step": step, "loss": 1.0}, none, none)
+    logger.rewind(2)
+    logger.write({"step": 3, "loss": 2.0}, none, none)
+    logger.close()
+    seen = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    seen.Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
