@@ -46,6 +46,7 @@ class Router(nn.Module):
         self.classifier = Linear(config.hidden_size, config.num_routed)
         self.register_buffer("e_score_correction_bias", torch.empty(config.num_routed))
         self.gate_slope: Tensor | None = None  # if set to zeros [N + Z], the backward adds Σ_t ∂loss/∂R_t
+        self.slope_unit = 0.0  # if set, each backward's slopes are rounded to multiples of it, which add in any order
         self.direction: Tensor | None = None  # [D] float64, if gate_slope is set: Σ of the classifier's normalised rows
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +67,13 @@ class Router(nn.Module):
 
     def _add_to_slope(self, grad: Tensor) -> None:
         if self.gate_slope is not None:
-            self.gate_slope += grad.sum(0)
+            slope = grad.sum(0)
+            self.gate_slope += round_to(slope, self.slope_unit) if self.slope_unit else slope
+
+
+def round_to(values: Tensor, unit: float) -> Tensor:
+    """Float64 multiples of ``unit``, a power of two; sums of them below 2^53 units are exact."""
+    return (values.double() / unit).round() * unit
 
 
 class Experts(WeightGradModule):

@@ -55,6 +55,10 @@ class SequentialEngine:
         self.parts = [model]
 
     def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
+        return self.run_turn(micro_batches, objective, mtp)
+
+    def run_turn(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
+        """As `run`; see `parallel.elastic.TurnEngine`."""
         model = self.parts[0]
         per_micro_batch = []
         for number, batch in enumerate(micro_batches, start=1):
@@ -67,6 +71,9 @@ class SequentialEngine:
             per_micro_batch.append(detached(losses))
             del losses  # else this graph stays in memory during the next forward
         return [per_micro_batch]
+
+    def complete(self) -> None:
+        """Nothing is left to sum."""
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:

@@ -15,6 +15,7 @@ from longcat.ops.fusion import fuse
 from parallel.config import OverlapConfig, ParallelConfig, Sharding
 from parallel.deepspeed.engine import ZeroEngine
 from parallel.deepspeed.setup import check as check_deepspeed
+from parallel.elastic import ElasticAdamW, ElasticEngine, VirtualRanks
 from parallel.engine import Engine, SequentialEngine
 from parallel.expert.placement import apply_expert_parallel, check_experts, install_dispatchers
 from parallel.fsdp.collectives import install_collectives
@@ -73,8 +74,12 @@ def parallelize(
     compute_dtype: torch.dtype,
     seed: int,
     make_optimizer: MakeOptimizer,
+    virtual: VirtualRanks | None = None,
 ) -> tuple[Engine, Store]:
-    """Build this rank's part of a model with its initial values → (what runs it, its state). A collective."""
+    """Build this rank's part of a model with its initial values → (what runs it, its state). A collective.
+
+    ``batch`` is that of one turn, if the data rank runs its virtual ranks in turn.
+    """
     install(topology.device)
     if parallel.sharding != Sharding.fsdp:
         return _under_deepspeed(
@@ -93,15 +98,23 @@ def parallelize(
         apply_expert_parallel(model, topology, parallel.transport)
         _set_up(model, parallel, overlap, topology)
         # A pipeline keeps gathered weights through a step: it visits each stage many times
-        apply_fsdp(model, topology, compute_dtype, parallel.reshard_after_forward and sizes.pp == 1)
-        install_collectives(model, topology.device)
+        reshard = parallel.reshard_after_forward and sizes.pp == 1
+        apply_fsdp(model, topology, compute_dtype, reshard, hybrid=virtual is None)
+        if virtual is None:
+            install_collectives(model, topology.device)
+        else:
+            install_collectives(model, topology.device, virtual.branches(sizes.dp), topology.group(Axis.DP))
         materialise(model, config, seed, topology.device)
         models.append(model)
-    store = ShardedAdamW(models, topology, make_optimizer)
-    if sizes.pp == 1:
-        return SequentialEngine(models[0]), store
-    hidden = (batch.sequences, batch.length // (sizes.cp * sizes.tp), config.hidden_size)
-    return PipelineEngine(models, topology, parallel.schedule, batch.num_micro_batches, hidden, compute_dtype), store
+    make_store = ShardedAdamW if virtual is None else ElasticAdamW
+    store = make_store(models, topology, make_optimizer)
+    engine: SequentialEngine | PipelineEngine = SequentialEngine(models[0])
+    if sizes.pp > 1:
+        hidden = (batch.sequences, batch.length // (sizes.cp * sizes.tp), config.hidden_size)
+        engine = PipelineEngine(models, topology, parallel.schedule, batch.num_micro_batches, hidden, compute_dtype)
+    if virtual is None or virtual.turns == 1:
+        return engine, store
+    return ElasticEngine(engine, virtual.turns), store
 
 
 def _set_up(model: LongCat, parallel: ParallelConfig, overlap: OverlapConfig, topology: Topology) -> None:

@@ -52,6 +52,14 @@ def min_over_ranks(value: float) -> float:
     return float(least)
 
 
+def max_over_ranks(values: Tensor) -> Tensor:
+    """The elementwise maximum of a small tensor over all ranks, in place."""
+    if dist.get_world_size() > 1:
+        with wait_span(Event(SpanKind.MAXIMUM)):
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 def sum_scalars(values: list[float]) -> list[float]:
     """Sum Python floats over all ranks, in float64."""
     summed: list[float] = sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()

@@ -79,6 +79,11 @@ def set_reduce_scatter(group: Any, collective: DefaultReduceScatter) -> None:
     group._reduce_scatter_comm = collective
 
 
+def set_reduced_gradient_hook(group: Any, hook: Callable[[Tensor], None]) -> None:
+    """Call ``hook`` on a group's reduced gradients, all in one tensor; see `set_all_gather`."""
+    group._all_reduce_hook = hook
+
+
 def reduce_scatter_of(group: Any) -> Any:
     """What `set_reduce_scatter` set; there is no public getter."""
     return group._reduce_scatter_comm
@@ -155,6 +160,16 @@ def dump_nccl_trace() -> bytes:
 def foreach_norms(tensors: list[Tensor]) -> list[Tensor]:
     """‖t‖₂ of each tensor in one kernel; the public `clip_grad` helpers give their total norm only."""
     return torch._foreach_norm(tensors)  # type: ignore[return-value]
+
+
+def foreach_largest(tensors: list[Tensor]) -> list[Tensor]:
+    """The largest magnitude of each tensor in one kernel; see `foreach_norms`."""
+    return torch._foreach_norm(tensors, ord=float("inf"))  # type: ignore[return-value]
+
+
+def foreach_add_(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Add to each tensor another one, in place, in one kernel; no public function does."""
+    torch._foreach_add_(tensors, others)
 
 
 def foreach_scale_(tensors: list[Tensor], factor: float) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longcat.model import mtp_valid
+from parallel.elastic import virtual_ranks
 from parallel.mesh import Topology
 from parallel.reduce import sum_scalars
 from train.config import Config
@@ -31,7 +32,10 @@ class Batch:
 
 
 class BatchReader:
-    """Divides a global batch into micro-batches; data-parallel rank r reads the r-th contiguous share of them."""
+    """Divides a global batch into micro-batches; data-parallel rank r reads the r-th contiguous share of them.
+
+    With `train.elastic_bits` it reads those of its virtual ranks.
+    """
 
     def __init__(self, samples: TokenSamples, config: Config, topology: Topology) -> None:
         self.samples = samples
@@ -39,13 +43,18 @@ class BatchReader:
         self.topology = topology
         self.size = config.train.micro_batch_size
         self.num_micro_batches = config.train.global_batch_size // self.size
-        self.share = self.num_micro_batches // topology.data_ranks  # micro-batches per data-parallel rank
+        share = self.num_micro_batches // topology.data_ranks
+        virtual = virtual_ranks(config.train.elastic_bits, topology.sizes)
+        self.local = (  # the numbers of this rank's micro-batches
+            list(range(topology.data_rank * share, (topology.data_rank + 1) * share))
+            if virtual is None
+            else virtual.micro_batches(topology.data_rank, self.num_micro_batches)
+        )
         self.left_out = SampleRanges()  # samples that are passed over; positions count the others
 
     def read(self, first_sample: int) -> Iterator[Batch]:
         """This rank's micro-batches of the global batch ``first_sample`` ..., in order."""
-        start = self.topology.data_rank * self.share
-        for number in range(start, start + self.share):
+        for number in self.local:
             yield self.micro_batch(first_sample + number * self.size)
 
     def micro_batch(self, first_sample: int) -> Batch:

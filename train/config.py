@@ -57,6 +57,9 @@ class TrainConfig:
     # Weights, moments, router and reductions are always float32
     dtype: ComputeDtype = ComputeDtype.auto
     deterministic: bool = True  # ask torch for deterministic kernels
+    # N: the same bits at every data-parallel size (parallel.dp × parallel.fsdp) that divides N, a power of two; choose
+    # the largest size. Layout otherwise and micro-batch stay. 0 = off
+    elastic_bits: int = 0
     stop_after_seconds: float = 0.0  # save and stop with exit code 3 after this many seconds; 0 = no limit
 
     def validate(self) -> None:
@@ -68,6 +71,15 @@ class TrainConfig:
         check_at_most("train.sequence_length", self.sequence_length, MAX_LENGTH, "float32 positions are exact up to it")
         check_at_most("train.global_batch_size", self.global_batch_size, INT32_MAX)
         check_choice("train.dtype", self.dtype, ComputeDtype)
+        if self.elastic_bits < 0:
+            raise ConfigError(
+                f"train.elastic_bits={self.elastic_bits} must be the largest data-parallel size, or 0 for off"
+            )
+        if self.elastic_bits and not self.deterministic:
+            raise ConfigError(
+                f"train.elastic_bits={self.elastic_bits} needs train.deterministic=true: other kernels do not repeat "
+                f"their bits even at one size; change either"
+            )
         if self.stop_after_seconds < 0:
             raise ConfigError(f"train.stop_after_seconds={self.stop_after_seconds} must not be negative")
         if self.global_batch_size % self.micro_batch_size:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
 from parallel.capacity import check_memory
 from parallel.device import check_determinism
+from parallel.elastic import check_elastic
 from parallel.mesh import resolve_sizes, world_from_environment
 from parallel.parallelize import check_layout
 from parallel.watchdog import watchdog
@@ -115,7 +116,9 @@ def check_sizes(config: Config, world_size: int) -> tuple[float, float]:
     """
     sizes = resolve_sizes(config.parallel, world_size)
     config.validate_world(sizes.data_ranks)
-    batch = batch_shape(config, sizes.data_ranks)
+    num_micro_batches = config.train.global_batch_size // config.train.micro_batch_size
+    check_elastic(config.train.elastic_bits, config.parallel, sizes, num_micro_batches)
+    batch = batch_shape(config, sizes)
     check_layout(config.model, config.parallel, sizes, batch.length, batch.num_micro_batches)
     if config.train.deterministic:
         check_determinism(os.environ, torch.cuda.is_available(), config.parallel.compile)

@@ -12,7 +12,8 @@ import torch
 from longcat.errors import ConfigError
 from longcat.json_text import dumps
 from parallel.device import device_name, fastest_dtype, keep_freed_memory, make_deterministic, peak_flops
-from parallel.mesh import Topology, connect
+from parallel.elastic import virtual_ranks
+from parallel.mesh import MeshSizes, Topology, connect
 from parallel.parallelize import BatchShape, parallelize
 from parallel.reduce import broadcast
 from parallel.watchdog import watchdog
@@ -160,19 +161,20 @@ def build_state(config: Config, topology: Topology) -> TrainState:
         config.parallel,
         config.overlap,
         topology,
-        batch_shape(config, topology.data_ranks),
+        batch_shape(config, topology.sizes),
         getattr(torch, config.train.dtype),
         config.train.seed,
         partial(make_adamw, config=config.optim),
+        virtual_ranks(config.train.elastic_bits, topology.sizes),
     )
     biases = torch.zeros(config.model.num_layers, config.model.num_routed, device=topology.device)
     return TrainState(engine, store, build_controller(config.balance, config.model), Counters(), biases)
 
 
-def batch_shape(config: Config, data_ranks: int) -> BatchShape:
-    """The batch that each of ``data_ranks`` reads for a step."""
+def batch_shape(config: Config, sizes: MeshSizes) -> BatchShape:
+    """The batch that each data rank reads for a step, or for one of its virtual ranks (`train.elastic_bits`)."""
     train = config.train
-    num_micro_batches = train.global_batch_size // train.micro_batch_size // data_ranks
+    num_micro_batches = train.global_batch_size // train.micro_batch_size // (train.elastic_bits or sizes.data_ranks)
     return BatchShape(num_micro_batches, train.micro_batch_size, train.sequence_length)
 
 

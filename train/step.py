@@ -13,7 +13,9 @@ from torch import Tensor
 
 from longcat.counts import flops_per_token
 from longcat.model import Losses
+from longcat.moe import round_to
 from longcat.names import OTHER_PARTS
+from parallel.elastic import sum_exactly
 from parallel.mesh import Axis, Topology
 from parallel.reduce import sum_in_one_collective, sum_over_ranks
 from parallel.sdc.inject import Injector
@@ -37,7 +39,7 @@ class StepSums:
 
     sums: Tensor  # [5] float64: lm, mtp, balance, hidden z, hidden norm
     counts: Tensor  # [L, N + Z] int64
-    balance_gradient: Tensor  # [L, N + Z] of the balance loss by the mean router probabilities P
+    balance_gradient: Tensor  # [L, N + Z] Σ ∂(balance loss)/∂P by the mean router probabilities P, without its weight
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class StepRequests:
 
 
 NONE = StepRequests()
+# With train.elastic_bits these sums are added in multiples of a unit, so that their order does not matter
+SLOPE_UNIT = 2.0**-44  # of the routers' gate slopes: exact below 512
+BALANCE_UNIT = 2.0**-32  # of the balance loss's slopes, at most the number of groups a micro-batch: exact below 2^21
 NOT_FINITE_BIASES = "a selection bias or the bias controller's state is not finite"
 
 
@@ -75,6 +80,7 @@ class Stepper:
 
     def __init__(self, state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> None:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
+        self.elastic = config.train.elastic_bits > 0
         self.injector = Injector(config.sdc.faults, topology.rank)
         self.injector.install()
         reader.left_out = state.health.skipped
@@ -105,6 +111,8 @@ class Stepper:
                 squares[1:],
             )
             counts = sum_over_ranks(local.counts)
+        if self.elastic:
+            gradients[1] = self._weigh_balance(gradients[1])
         global_square, *sums = scalars[: -wanted.numel()].tolist()
         norm = math.sqrt(global_square)
         problem = (
@@ -171,15 +179,23 @@ class Stepper:
         counts_labels = float(self.topology.coordinate(Axis.TP) == 0)
         counts_balance = counts_labels * float(self.topology.coordinate(Axis.CP) == 0)
         shape = self.state.biases.shape
-        total = StepSums(torch.zeros(5, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
+        float_type = torch.float64 if self.elastic else torch.float32
+        balance_gradient = torch.zeros(shape, dtype=float_type)
+        total = StepSums(torch.zeros(5, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64), balance_gradient)
         weights = torch.tensor([counts_labels, counts_labels, 1.0, 1.0, 1.0], dtype=torch.float64)
+        by_micro_batch = []
         for model, losses in zip(self.state.models, losses_by_part, strict=True):
             layers = slice(model.part.first, model.part.last)
             rows = [(one.lm, one.mtp, one.balance, one.hidden_z, one.hidden_norm) for one in losses]
-            total.sums += torch.stack([torch.stack([x.double() for x in row]) for row in rows]).sum(0).cpu() * weights
+            by_micro_batch.append(torch.stack([torch.stack([x.double() for x in row]) for row in rows]))
+            total.sums += by_micro_batch[-1].sum(0).cpu() * weights
             total.counts[layers] += torch.stack([one.counts for one in losses]).sum(0).cpu()
-            total.balance_gradient[layers] += torch.stack([one.balance_slope for one in losses]).sum(0).cpu()
+            slopes = torch.stack([one.balance_slope for one in losses])
+            slopes = round_to(slopes, BALANCE_UNIT) if self.elastic else slopes
+            total.balance_gradient[layers] += slopes.sum(0).cpu()
         total.balance_gradient *= counts_balance
+        if self.elastic:
+            total.sums = sum_exactly(torch.cat(by_micro_batch).cpu() * weights)
         return total
 
     def _update(self, norm: float, factor: float, biases: Tensor) -> None:
@@ -193,7 +209,9 @@ class Stepper:
     def _reset_routers(self) -> None:
         """Let the routers accumulate Σ_t ∂loss/∂R_t in this step's backward."""
         for _, router in self.state.routers():
-            router.gate_slope, router.direction = torch.zeros_like(router.e_score_correction_bias), None
+            float_type = torch.float64 if self.elastic else torch.float32
+            router.gate_slope = torch.zeros_like(router.e_score_correction_bias, dtype=float_type)
+            router.slope_unit, router.direction = SLOPE_UNIT if self.elastic else 0.0, None
 
     def _directions(self) -> Tensor:
         """This rank's part of the sums of each router's rows, scaled to length 1: [L, D]; each router counts once."""
@@ -205,13 +223,20 @@ class Stepper:
         return sums
 
     def _probability_gradients(self, local: StepSums) -> Tensor:
-        """This rank's part of ∇_P of the task's loss and of the balance loss: [2, L, N+Z]."""
+        """This rank's part of ∇_P of the task's loss and of the balance loss: [2, L, N+Z].
+
+        With train.elastic_bits the second is divided when it is summed: a quotient would not add exactly.
+        """
         task = torch.zeros_like(local.balance_gradient)
         for number, router in self.state.routers():
             assert router.gate_slope is not None
             task[number] = router.gate_slope.cpu()
-        balance = local.balance_gradient / self.reader.num_micro_batches * self.config.balance.group_loss_weight
+        balance = local.balance_gradient if self.elastic else self._weigh_balance(local.balance_gradient)
         return torch.stack((task, balance))
+
+    def _weigh_balance(self, gradient: Tensor) -> Tensor:
+        """Σ of the balance loss's slopes → their share in the step's loss, a mean with a weight."""
+        return gradient / self.reader.num_micro_batches * self.config.balance.group_loss_weight
 
     def _metrics(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parallel.elastic import sum_exactly
 from parallel.mesh import Axis, Topology
 from parallel.reduce import sum_over_ranks, sum_scalars
 from train.batches import BatchReader
@@ -51,16 +52,20 @@ class Validator:
     def measure(self, state: TrainState) -> ValidationResult:
         """Validation loss and bits per byte; a collective of all ranks."""
         nats, tokens, text_bytes = 0.0, 0.0, 0.0
+        by_micro_batch: list[float] = []
         for first in range(0, self.num_samples, self.config.train.global_batch_size):
             batches = list(self.reader.read(first))
             for losses_of_part in state.engine.evaluate(batches):
-                nats += sum(float(losses.lm) for losses in losses_of_part)
+                by_micro_batch += (found := [float(losses.lm) for losses in losses_of_part])
+                nats += sum(found)
             for batch in batches:
                 tokens += float(batch.valid.sum())
                 if self.byte_lengths is not None:
                     text_bytes += float(self.byte_lengths[batch.labels[batch.valid]].sum())
         if self.topology.coordinate(Axis.TP):  # TP ranks share the vocabulary: the first one counts the loss
-            nats = 0.0
+            nats, by_micro_batch = 0.0, [0.0] * len(by_micro_batch)
+        if self.config.train.elastic_bits:
+            nats = float(sum_exactly(torch.tensor(by_micro_batch, dtype=torch.float64)[:, None]))
         if not self.topology.reads_first:
             tokens, text_bytes = 0.0, 0.0
         nats, tokens, text_bytes = sum_scalars([nats, tokens, text_bytes])

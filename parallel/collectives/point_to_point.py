@@ -32,11 +32,31 @@ def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
     return Messages("all-gather", group, [own] * group.size(), list(out))
 
 
-def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Sum ``x`` [n, ...] over ranks and leave this rank's part in ``out`` [...]."""
+def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup, branches: int = 1) -> dist.Work:
+    """Sum ``x`` [n, ...] over ranks and leave this rank's part in ``out`` [...]; on a CPU by `tree_sum`.
+
+    With ``branches`` above 1, ``x`` is overwritten.
+    """
     if not _directly(out, group):
         return dist.reduce_scatter_single(out, x.flatten(0, 1), group=group, async_op=True)
-    return Sum(group, x, out)
+    return Sum(group, x, out, branches)
+
+
+def tree_sum(terms: list[Tensor], branches: int) -> Tensor:
+    """Σ of ``terms`` [n], overwriting them: each n / ``branches`` neighbours in order, their sums as a binary tree.
+
+    ``branches`` is a power of two that divides n.
+    """
+    length = len(terms) // branches
+    sums = []
+    for first in range(0, len(terms), length):
+        total = terms[first]
+        for term in terms[first + 1 : first + length]:
+            total.add_(term)
+        sums.append(total)
+    while len(sums) > 1:
+        sums = [left.add_(right) for left, right in zip(sums[::2], sums[1::2], strict=True)]
+    return sums[0]
 
 
 def _directly(tensor: Tensor, group: dist.ProcessGroup) -> bool:
@@ -80,20 +100,22 @@ class Messages(dist.Work):
 
 
 class Sum(Messages):
-    """A reduce-scatter in flight; the wait adds the parts in rank order."""
+    """A reduce-scatter in flight; the wait adds the parts in rank order, or as a tree of ``branches``."""
 
-    def __init__(self, group: dist.ProcessGroup, x: Tensor, out: Tensor) -> None:
+    def __init__(self, group: dist.ProcessGroup, x: Tensor, out: Tensor, branches: int = 1) -> None:
         sent = list(x)
-        self.out = out
+        self.out, self.branches = out, branches
         self.parts = [part if rank == group.rank() else torch.empty_like(part) for rank, part in enumerate(sent)]
         super().__init__("reduce-scatter", group, sent, self.parts)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         super().wait(timeout)
-        if self.parts:
+        if self.parts and self.branches > 1:
+            self.out.copy_(tree_sum(self.parts, self.branches))
+        elif self.parts:
             first, second, *others = self.parts
             torch.add(first, second, out=self.out)
             for part in others:
                 self.out += part
-            self.parts = []
+        self.parts = []
         return True

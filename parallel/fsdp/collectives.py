@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from longcat.model import LongCat
-from parallel.collectives.point_to_point import all_gather, reduce_scatter
+from parallel.collectives.point_to_point import all_gather, reduce_scatter, tree_sum
 from parallel.torch_internals import (
     DefaultAllGather,
     DefaultReduceScatter,
@@ -31,6 +31,7 @@ from parallel.torch_internals import (
     reduce_scatter_of,
     set_all_gather,
     set_reduce_scatter,
+    set_reduced_gradient_hook,
 )
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import record_launch, wait_span
@@ -78,6 +79,37 @@ class TracedReduceScatter(DefaultReduceScatter):
             return super().__call__(output_tensor, input_tensor, group, op, async_op)
 
 
+class TreeReduceScatter(DefaultReduceScatter):
+    """A GPU's reduce-scatter with a fixed order: an all-to-all, then a local `tree_sum`. It has run over gloo only."""
+
+    def __init__(self, event: Event, branches: int) -> None:
+        self.event, self.branches = event, branches
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work:
+        parts = torch.empty_like(input_tensor)
+        with wait_span(self.event, group):
+            work = dist.all_to_all_single(parts, input_tensor, group=group, async_op=True)
+            assert work is not None
+            work.wait()
+        output_tensor.copy_(tree_sum(list(parts.view(group.size(), -1)), self.branches))
+        return work
+
+
+class ReplicaSum:
+    """FSDP2's hook on reduced gradients: adds those of all replicas as a binary tree, in place."""
+
+    def __init__(self, event: Event, group: dist.ProcessGroup) -> None:
+        self.event, self.group = event, group
+
+    def __call__(self, reduced: Tensor) -> None:
+        parts = reduced.new_empty((self.group.size(), *reduced.shape))
+        with wait_span(self.event, self.group):
+            all_gather(parts, reduced, self.group).wait()
+        reduced.copy_(tree_sum(list(parts), self.group.size()))
+
+
 class PendingReductions:
     """A model's reduce-scatters in progress, of two units at most."""
 
@@ -105,15 +137,15 @@ class DeferredReduceScatter(DefaultReduceScatter):
     wait is deferred; otherwise the call blocks.
     """
 
-    def __init__(self, event: Event, parameters: Any, pending: PendingReductions) -> None:
-        self.event, self.parameters, self.pending = event, parameters, pending
+    def __init__(self, event: Event, parameters: Any, pending: PendingReductions, branches: int) -> None:
+        self.event, self.parameters, self.pending, self.branches = event, parameters, pending, branches
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> TracedCollective:
         assert op == dist.ReduceOp.SUM
         works = self.pending.unit_works(self.event)
-        summing = reduce_scatter(output_tensor, input_tensor.view(group.size(), -1), group)
+        summing = reduce_scatter(output_tensor, input_tensor.view(group.size(), -1), group, self.branches)
         num_bytes = input_tensor.nbytes - output_tensor.nbytes
         works.append(TracedCollective(self.event, group, num_bytes, summing))
         if not self._only_viewed(output_tensor):
@@ -131,8 +163,14 @@ class DeferredReduceScatter(DefaultReduceScatter):
         )
 
 
-def install_collectives(model: LongCat, device: torch.device) -> None:
-    """Give each unit that FSDP2 shards its collectives: `weight all-gather, layers.3`, `gradient reduce-scatter, …`."""
+def install_collectives(
+    model: LongCat, device: torch.device, branches: int = 0, replicas: dist.ProcessGroup | None = None
+) -> None:
+    """Give each unit that FSDP2 shards its collectives: `weight all-gather, layers.3`, `gradient reduce-scatter, …`.
+
+    ``branches``: add gradients by `tree_sum`; 0 = in rank order on a CPU, in the backend's order on a GPU.
+    ``replicas``: the ranks with the same shards of a model, where FSDP2 does not know of them.
+    """
     pending = PendingReductions()
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
@@ -144,9 +182,14 @@ def install_collectives(model: LongCat, device: torch.device) -> None:
             set_all_gather(group, TracedAllGather(Event(SpanKind.WEIGHT_ALL_GATHER, module=unit)))
             if device.type == "cpu":
                 group.unshard_async_op = True
-                set_reduce_scatter(group, DeferredReduceScatter(reduction, group, pending))
+                collective = DeferredReduceScatter(reduction, group, pending, max(branches, 1))
+                set_reduce_scatter(group, collective)
+            elif branches:
+                set_reduce_scatter(group, TreeReduceScatter(reduction, branches))
             else:
                 set_reduce_scatter(group, TracedReduceScatter(reduction))
+            if replicas is not None and replicas.size() > 1:
+                set_reduced_gradient_hook(group, ReplicaSum(reduction, replicas))
     if device.type == "cpu":
         _prefetch_next_layers(model)
 

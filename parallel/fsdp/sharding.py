@@ -26,7 +26,13 @@ from parallel.torch_internals import (
 )
 
 
-def apply_fsdp(model: LongCat, topology: Topology, compute_dtype: torch.dtype, reshard_after_forward: bool) -> None:
+def apply_fsdp(
+    model: LongCat,
+    topology: Topology,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool,
+    hybrid: bool = True,
+) -> None:
     """Shard a model on the meta device, layer by layer, in place.
 
     Each parameter is sharded over all ranks that have the same part of it: experts over efsdp, what tensor parallelism
@@ -35,12 +41,12 @@ def apply_fsdp(model: LongCat, topology: Topology, compute_dtype: torch.dtype, r
 
     Weights stay float32 and are cast to ``compute_dtype`` when gathered; the router is a separate unit that computes in
     float32. Gradients are SUMS over ranks in float32: the loss is divided by the valid tokens of the global batch, so
-    FSDP2 must not divide again.
+    FSDP2 must not divide again. With ``hybrid`` FSDP2 also sums them over ``dp``; without, the caller must.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-    mesh = with_replicas(topology, topology.replicated)
-    placement_of = placements(topology)
+    mesh = with_replicas(topology, topology.replicated) if hybrid else topology.replicated
+    placement_of = placements(topology, hybrid)
 
     def unit(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool = reshard_after_forward) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=placement_of)
@@ -66,7 +72,7 @@ def with_replicas(topology: Topology, mesh: DeviceMesh) -> DeviceMesh:
     return concatenate_meshes([topology.mesh[Axis.DP], mesh])
 
 
-def placements(topology: Topology) -> Callable[[nn.Parameter], Shard | ShardPlacementResult]:
+def placements(topology: Topology, hybrid: bool = True) -> Callable[[nn.Parameter], Shard | ShardPlacementResult]:
     """The mesh and dimension over which FSDP2 shards a parameter; the mesh depends on how it is already split."""
     known: dict[str, FSDPMeshInfo] = {}
     units = topology.replicated.get_group().group_name
@@ -76,7 +82,7 @@ def placements(topology: Topology) -> Callable[[nn.Parameter], Shard | ShardPlac
         if name == units:
             return Shard(dim)  # the unit's own mesh
         if name not in known:  # FSDP2 needs one object per group
-            mesh = with_replicas(topology, mesh)
+            mesh = with_replicas(topology, mesh) if hybrid else mesh
             known[name] = FSDPMeshInfo(mesh, 0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
         return ShardPlacementResult(Shard(dim), known[name])
 

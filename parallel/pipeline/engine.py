@@ -131,6 +131,12 @@ class PipelineEngine:
         batch; every stage calls it. Returns for each local stage the losses of each micro-batch, without graph and
         hidden states. A collective of the pipeline.
         """
+        losses = self.run_turn(micro_batches, objective, mtp)
+        self.complete()
+        return losses
+
+    def run_turn(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
+        """As `run`, without the sum over the embedding's copies."""
         if len(micro_batches) != self.num_micro_batches:
             raise ValueError(f"{len(micro_batches)} micro-batches for a pipeline of {self.num_micro_batches}")
         for module in self.modules:
@@ -144,7 +150,6 @@ class PipelineEngine:
         assert not any(len(queue) for queue in self.queues), "weight gradients were left behind"
         for model in self.parts:
             accumulation.reduce_accumulated(model)
-        self._sum_embedding_gradients()
         return [module.take() for module in self.modules]
 
     @torch.no_grad()
@@ -230,7 +235,7 @@ class PipelineEngine:
         return kinds[self.schedule_name](self.stages, self.num_micro_batches, **settings)
 
     @torch.no_grad()
-    def _sum_embedding_gradients(self) -> None:
+    def complete(self) -> None:
         """Sum the gradients of both copies of the embedding: the first stage's, and the last's, which MTP reads.
 
         Both copies then get the same update and stay bitwise identical.

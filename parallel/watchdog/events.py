@@ -65,6 +65,7 @@ class SpanKind(StrEnum):
     # of all ranks
     SUM = "sum", Track.GRADIENTS, "", "sum over all ranks"
     MINIMUM = "minimum", Track.GRADIENTS, "", "minimum over all ranks"
+    MAXIMUM = "maximum", Track.GRADIENTS, "", "maximum over all ranks"
     BROADCAST = "broadcast", Track.GRADIENTS, "", "broadcast from rank 0"
     ALL_GATHER_OBJECT = "all_gather_object", Track.GRADIENTS, "", "all-gather of objects"
     OUTCOME = "outcome", Track.GRADIENTS  # whether what is named in `of` succeeded on every rank

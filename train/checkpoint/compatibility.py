@@ -19,10 +19,23 @@ FIXED_KEYS = (
     "train.sequence_length",
     "train.global_batch_size",
     "train.micro_batch_size",
+    "train.elastic_bits",
     "data.weights",
     "data.stages",
     "data.validation_fraction",
     "data.mask_documents",
+)
+
+# Keys that decide the bits, beside the above: with train.elastic_bits they may not change either
+BIT_KEYS = (
+    "parallel.pp",
+    "parallel.cp",
+    "parallel.tp",
+    "parallel.ep",
+    "parallel.schedule",
+    "parallel.transport",
+    "parallel.compile",
+    "overlap.num_chunks",
 )
 
 CORPORA = "corpora"  # {prefix: fingerprint}, beside the configuration's sections
@@ -34,6 +47,7 @@ ORDER_KEYS = ("train.sequence_length", "data.weights", "data.validation_fraction
 
 # Keys that configurations of before 28 November 2026 lack → what was computed then
 ADDED = {f"model.rope_scaling.{name}": value for name, value in asdict(RopeScaling()).items()}
+ADDED["train.elastic_bits"] = 0
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -50,6 +64,8 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str,
     """A phrase per differing leaf below ``keys``, by default also of the corpora; the preset's name is not compared."""
     old, new = ADDED | flatten(stored), ADDED | flatten(wanted)
     found = corpora_differences(stored, wanted) if keys == FIXED_KEYS else []
+    if keys == FIXED_KEYS and old["train.elastic_bits"] and new["train.elastic_bits"]:
+        keys += BIT_KEYS
     for leaf in sorted(old.keys() | new.keys()):
         watched = any(leaf == key or leaf.startswith(f"{key}.") for key in keys)
         if watched and leaf != "model.name" and old.get(leaf) != new.get(leaf):
