@@ -19,6 +19,7 @@ from longcat.names import Box, pieces
 from train.checkpoint.compatibility import ADDED, FIXED_KEYS, corpora_differences, flatten
 from train.checkpoint.manifest import list_checkpoints, step_of
 from train.checkpoint.offline_reader import Checkpoint, full_box
+from train.health.state import HealthState
 from train.loggers.jsonl import METRICS, ROUTING
 from train.run_dir import CONFIG, read_config
 
@@ -30,7 +31,7 @@ OF_THE_START = ("environment.started", "environment.command")  # of two equal ru
 BLOCK = 1 << 24  # elements of a tensor that are in memory at a time
 KINDS = {
     "weight": "weight", "exp_avg": "first moment", "exp_avg_sq": "second moment", "optimizer_step": "optimizer's step",
-    "bias": "expert bias", "controller": "bias controller",
+    "bias": "expert bias", "controller": "bias controller", "health": "health checks",
 }  # fmt: skip
 
 
@@ -193,6 +194,20 @@ def compare_checkpoints(first: Path, second: Path) -> Iterator[TensorDifference]
         raise ConfigError(f"{first} and {second} are of different models: {keys[0]} differs in shape; name others")
     for key in sorted(shapes, key=network_order):
         yield from compare_tensor(one, two, key, shapes[key])
+    yield from compare_health(one.health, two.health)
+
+
+def compare_health(one: dict[str, Any] | None, two: dict[str, Any] | None) -> Iterator[TensorDifference]:
+    """What differs in the state of the health checks: windows, actions, samples left out, experts without tokens."""
+    states = HealthState(), HealthState()
+    for state, stored in zip(states, (one, two), strict=True):
+        state.restore(stored)
+    for (name, first), (_, second) in zip(states[0].tensors(), states[1].tensors(), strict=True):
+        if first.shape != second.shape:
+            most = max(first.numel(), second.numel())
+            yield TensorDifference("health", name, abs(first.numel() - second.numel()), most, math.nan)
+        elif not torch.equal(as_integers(first), as_integers(second)):
+            yield difference("health", name, first.numel(), first, second)
 
 
 def network_order(key: str) -> tuple[int, int, str, str]:

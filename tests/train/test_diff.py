@@ -11,7 +11,7 @@ import torch
 from launch.__main__ import main as longcat
 from longcat.errors import ConfigError
 from tests.support.running import NARROW, train_here
-from train.diff import compare_metrics, compare_runs, network_order
+from train.diff import compare_health, compare_metrics, compare_runs, network_order
 from train.step import Stepper, StepRequests, StepResult
 
 STEPS = ["train.steps=4", "checkpoint.every=1", "checkpoint.keep=0", "logging.routing_every=1", *NARROW]
@@ -77,6 +77,15 @@ def test_clock_metrics_are_left_out() -> None:
 def test_equal_nans_are_no_difference() -> None:
     rows = [{1: json.loads('{"step": 1, "loss": NaN}')} for _ in range(2)]
     assert compare_metrics(*rows) is None
+
+
+def test_differing_health_states_are_named() -> None:
+    stored = {"losses": [1.0, 2.0], "skipped": [[4, 8]]}
+    assert list(compare_health(stored, dict(stored))) == []
+    (window,) = compare_health(stored, {**stored, "losses": [1.0, 2.5]})
+    assert str(window) == "losses (health checks): 1 of 2 values, largest difference 0.5"
+    (ranges,) = compare_health(stored, {"losses": [1.0, 2.0]})
+    assert (ranges.name, ranges.num_different, ranges.num_values) == ("skipped", 2, 2)
 
 
 def test_network_order_is_embedding_layers_head_mtp() -> None:

@@ -52,6 +52,7 @@ class Checkpoint:
             raise gone(self.folder, error) from error
         self.configuration: dict[str, Any] = stored["configuration"]
         self.counters: dict[str, int] = stored["counters"]
+        self.health: dict[str, Any] | None = stored.get("health")
         try:
             self.model = ModelConfig.from_mapping(self.configuration["model"])
         except TypeError as error:

@@ -129,8 +129,8 @@ class SpikeResponse:
         checkpoint = last_valid(self.config.run.folder / "checkpoints", self.topology)
         why = "health.on_spike=stop"
         if self.config.health.on_spike != OnSpike.stop:
-            within = f" within {self.config.health.forget_after} steps" if self.config.health.forget_after else ""
-            why = f"{spike.num_actions} skips and rollbacks{within} are the most that health.max_actions allows"
+            within = f" of the last {self.config.health.forget_after} steps" if self.config.health.forget_after else ""
+            why = f"the skips and rollbacks{within} have reached health.max_actions={self.config.health.max_actions}"
         event = spike.event(
             f"{why}; nothing was updated and {checkpoint}; lower optim.lr, look at the data or change health.on_spike"
         )
