@@ -52,3 +52,7 @@ class CorruptionError(LongCatError):
         """``finding`` goes to exit.json: kind, step, ranks with hosts and devices, layer, operator, tensor."""
         super().__init__(message)
         self.details = {"finding": finding}
+
+    def with_advice(self, clause: str) -> CorruptionError:
+        """The same finding, its message followed by a clause."""
+        return CorruptionError(f"{self}; {clause}", self.details["finding"])

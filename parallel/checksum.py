@@ -12,6 +12,7 @@ that does not depend on how a tensor is sharded, see `train/checkpoint/state_has
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from functools import cache
 
@@ -35,8 +36,15 @@ def digest(tensor: Tensor) -> Digest:
         raise TypeError(f"a checksum needs a tensor's own memory, not a {type(tensor).__name__} on {tensor.device}")
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     if plain.device.type == "cpu":
-        return xxhash.xxh3_64_intdigest(plain.view(torch.uint8).numpy().data)
+        return xxhash.xxh3_64_intdigest(_memory(plain))
     return keyed_sum(plain)
+
+
+def _memory(plain: Tensor) -> ctypes.Array[ctypes.c_char] | bytes:
+    """A contiguous CPU tensor's memory. Not by `numpy()`: FSDP2 could no longer free a storage that numpy has seen."""
+    if not plain.nbytes:
+        return b""
+    return (ctypes.c_char * plain.nbytes).from_address(plain.data_ptr())
 
 
 def keyed_sum(values: Tensor) -> Tensor:

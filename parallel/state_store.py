@@ -43,6 +43,7 @@ class Store(Protocol):
 
     optimizer: torch.optim.AdamW  # rates are set in its groups
     transient: bool  # whether a box of `local_boxes` is in memory only until the next one is requested
+    has_replicas: bool  # whether ranks that differ in dp alone have the same weights and moments
     counts_here: bool  # whether sums over all ranks include this rank's boxes; only one replica's are
 
     def local_boxes(self, write: bool = False) -> Iterator[LocalBox]:
@@ -75,6 +76,12 @@ class Store(Protocol):
     def refresh(self) -> None:
         """After writing: update everything that depends on weights and moments. A collective."""
 
+    def derived(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what `refresh` writes and nothing else changes between two updates: copies of weights."""
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of those among `derived` that are equal on all ranks."""
+
 
 class ShardedAdamW:
     """FSDP2's shards under torch's AdamW, with a group for each role and moments that exist from the start.
@@ -82,7 +89,7 @@ class ShardedAdamW:
     So a part that joins late (MTP) is in every checkpoint and every hash.
     """
 
-    transient = False
+    transient, has_replicas = False, True
 
     def __init__(self, models: Sequence[LongCat], topology: Topology, make_optimizer: MakeOptimizer) -> None:
         self.counts_here = topology.holds_first_replica
@@ -154,6 +161,16 @@ class ShardedAdamW:
             if name in first and parameter is not first[name]:
                 for mine, theirs in zip(self._state(parameter), self._state(first[name]), strict=True):
                     local_part(mine)[0].copy_(local_part(theirs)[0])
+
+    def derived(self) -> Iterator[tuple[str, Tensor]]:
+        unique = {id(parameter) for _, parameter in self.unique}
+        for name, parameter in self.parameters:
+            if id(parameter) not in unique:
+                for kind, tensor in zip(("weight", *MOMENTS, "step"), self._state(parameter), strict=True):
+                    yield f"{kind}/second copy of {name}", local_part(tensor)[0]
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ()
 
     def _state(self, parameter: nn.Parameter) -> list[Tensor]:
         state = self.optimizer.state[parameter]

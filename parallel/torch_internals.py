@@ -106,6 +106,45 @@ def accumulate_unsharded_gradients(group: Any) -> None:
             parameter.to_accumulated_grad_if_needed()
 
 
+def on_gather_and_release(group: Any, gathered: Callable[[Any], None], released: Callable[[Any], None]) -> None:
+    """Call ``gathered(group)`` after a group's weights were gathered, ``released(group)`` before they are freed.
+
+    FSDP2 has hooks for gradients only; these two methods are where every gather ends and every release begins.
+    """
+    wait, release = group.wait_for_unshard, group._to_sharded
+
+    def wait_for_unshard() -> None:
+        pending = group._all_gather_result is not None
+        wait()
+        if pending:
+            gathered(group)
+
+    def to_sharded() -> None:
+        if group.is_unsharded:
+            released(group)
+        release()
+
+    group.wait_for_unshard, group._to_sharded = wait_for_unshard, to_sharded
+
+
+def gathered_parts(group: Any) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """(parameter's name, each owner's padded part of it, in the order of shard ranks) of a group that is gathered."""
+    ranks = group.mesh_info.shard_mesh_size
+    for parameter in group.fsdp_params:
+        (gathered,) = parameter.all_gather_outputs
+        dim, shape = parameter.fsdp_placement.dim, list(parameter.padded_sharded_param_size)
+        shape[dim] *= ranks
+        yield parameter._param_fqn, gathered.view(shape).chunk(ranks, dim)
+
+
+def owned_shards(group: Any) -> dict[str, Tensor]:
+    """Each parameter's padded shard of this rank, flat, in the dtype in which it is gathered."""
+    return {
+        one._param_fqn: one._sharded_param_data.to(one.param_dtype or one._sharded_param_data.dtype)
+        for one in group.fsdp_params
+    }
+
+
 def finish_backward(root: FSDPModule) -> None:
     """Run what FSDP2 runs at the end of a root's backward; under a pipeline no backward of the root ends a step."""
     fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]

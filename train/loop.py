@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from longcat.errors import StopRequested, UnhealthyError
+from longcat.errors import CorruptionError, StopRequested, UnhealthyError
 from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
 from parallel.reduce import mean_over_ranks
@@ -25,6 +25,8 @@ from train.step import NOT_FINITE_BIASES, Stepper, StepRequests, StepResult
 from train.stop import StopSignal
 from train.terminal import Display
 from train.validation import Validator
+
+SDC_ADVICE = "take the named machine out of the job, then resume"
 
 
 def due(every: int, step: int) -> bool:
@@ -72,19 +74,14 @@ class Loop:
             SaveError: the last checkpoint could not be saved.
             UnhealthyError: the loss, a gradient or a bias is not finite, or a spike ends the run (`health.on_spike`);
                 nothing was updated, the last checkpoint is named.
+            CorruptionError: silent data corruption was found; nothing was updated, the last checkpoint is named.
         """
         counters, config = self.state.counters, self.config
         owed_save = False  # a request to save of a step that a rollback undid
         while counters.step < config.train.steps:
             with self.profiler.step(counters.step + 1):
                 start = time.perf_counter()
-                result = self.stepper.step(
-                    StepRequests(
-                        bool(self.stop_signal),
-                        self.stop_signal.take_save_request() or self.saver.is_overdue() or owed_save,
-                        self.saver.has_ended(),
-                    )
-                )
+                result = self._step(owed_save)
                 seconds, blocked = time.perf_counter() - start, blocked_seconds()
             if not result.healthy:
                 raise UnhealthyError(self._describe_bad_step(result))
@@ -111,6 +108,19 @@ class Loop:
                     f"stopped on {self.stop_signal.reason or 'request'} after step {counters.step}; state saved, "
                     f"the same command{self._with_auto()} resumes from there"
                 )
+
+    def _step(self, owed_save: bool) -> StepResult:
+        requests = StepRequests(
+            bool(self.stop_signal),
+            self.stop_signal.take_save_request() or self.saver.is_overdue() or owed_save,
+            self.saver.has_ended(),
+        )
+        try:
+            return self.stepper.step(requests)
+        except CorruptionError as error:
+            self.saver.wait_pending()  # its state was checked, and may be the last valid checkpoint
+            checkpoint = last_valid(self.config.run.folder / "checkpoints", self.topology)
+            raise error.with_advice(f"the update was not applied and {checkpoint}; {SDC_ADVICE}") from error
 
     def _finish_metrics(self, result: StepResult, seconds: float, blocked: float) -> None:
         """Add what needs a clock, the device or the weights; this rank waited ``blocked`` of the ``seconds``."""

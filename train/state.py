@@ -40,6 +40,8 @@ class TrainState:
     counters: Counters
     biases: Tensor  # [L, N + Z] of all layers, the same on every rank; `set_biases` copies them to this rank's routers
     health: HealthState = field(default_factory=HealthState)
+    # checksum of each tensor since the last update (`train/sdc/at_rest.py`); None after a load, or without checks
+    checksums: dict[tuple[str, tuple[int, ...]], int] | None = None
 
     @property
     def models(self) -> list[LongCat]:

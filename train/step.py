@@ -18,7 +18,6 @@ from longcat.names import OTHER_PARTS
 from parallel.elastic import sum_exactly
 from parallel.mesh import Axis, Topology
 from parallel.reduce import sum_in_one_collective, sum_over_ranks
-from parallel.sdc.inject import Injector
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import begin_step, work_span
 from train.balance import BiasController
@@ -30,6 +29,7 @@ from train.health.monitor import HealthMonitor
 from train.objective import Divisors, objective
 from train.optimizer import set_rates
 from train.schedule import rate_factor
+from train.sdc.guard import Guard
 from train.state import TrainState
 
 
@@ -81,8 +81,7 @@ class Stepper:
     def __init__(self, state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> None:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
         self.elastic = config.train.elastic_bits > 0
-        self.injector = Injector(config.sdc.faults, topology.rank)
-        self.injector.install()
+        self.guard = Guard(state, config.sdc, topology)
         reader.left_out = state.health.skipped
         self.monitor = HealthMonitor(config.health, state.health, config.model.num_experts, config.optim.eps)
 
@@ -91,10 +90,13 @@ class Stepper:
 
         No weight is updated if the loss, a gradient or a new bias is not finite, or if the step is a spike that
         `health.on_spike` leaves out. The counters advance in any case: data and schedule go on behind such a step.
+
+        Raises:
+            CorruptionError: on every rank, if a check found silent data corruption; nothing was updated.
         """
         counters, config = self.state.counters, self.config
         begin_step(counters.step + 1)
-        self.injector.begin_step(counters.step + 1)
+        self.guard.begin_step(counters.step + 1)
         batches = list(self.reader.read(counters.position))
         divisors = self.reader.divisors(batches)
         use_mtp = counters.tokens >= config.loss.mtp_start_tokens and config.model.num_mtp_layers > 0
@@ -104,12 +106,14 @@ class Stepper:
         with work_span(Event(SpanKind.GRADIENT_NORM)):
             squares = self.state.store.gradient_squares()
             wanted = torch.tensor([float(request) for request in astuple(requests)], dtype=torch.float64)
-            scalars, gradients, directions, part_squares = sum_in_one_collective(
+            scalars, gradients, directions, part_squares, checks = sum_in_one_collective(
                 torch.cat((squares[:1], local.sums, wanted)),
                 self._probability_gradients(local),
                 self._directions(),
                 squares[1:],
+                self.guard.numbers(),
             )
+            self.guard.judge(checks)
             counts = sum_over_ranks(local.counts)
         if self.elastic:
             gradients[1] = self._weigh_balance(gradients[1])
@@ -135,6 +139,7 @@ class Stepper:
         if not problem and (spike is None or spike.updates):
             with work_span(Event(SpanKind.OPTIMIZER)):
                 self._update(norm, factor, biases)
+        self.guard.end_step()
         counters.step += 1
         counters.samples += config.train.global_batch_size
         counters.tokens += divisors.tokens

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from parallel.collectives.collective import Collective
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
+from parallel.sdc.ledger import LEDGER, group_ranks
 from parallel.watchdog.events import Event
 from parallel.watchdog.spans import record_launch, wait_span
 
@@ -60,6 +61,7 @@ class InFlight:
     input: Tensor | None
     reorder: Callable[[Tensor], Tensor]
     streams: StreamContext
+    number: int  # of the transfer in its group, for the ledger
 
     @classmethod
     def launch(
@@ -76,8 +78,9 @@ class InFlight:
             num_bytes = int(collective.elements_sent(x)) * x.element_size()
             Collective.bytes_sent += num_bytes
             work, result = collective.launch(x)
+            number = _record_sent(collective, x)
         record_launch(collective.event, num_bytes, work)
-        in_flight = cls(collective, work, result, x, after, streams)
+        in_flight = cls(collective, work, result, x, after, streams, number)
         for started in _regions:
             started.append(in_flight)
         if streams.blocking:
@@ -97,6 +100,7 @@ class InFlight:
                     else wait_span(self.collective.event, self.collective.group)
                 ):
                     self.work.wait()
+            _record_received(self.collective, self.result, self.number)
             self.result = self.reorder(self.result)
         self.work = self.input = None
 
@@ -108,6 +112,24 @@ class InFlight:
         if not on_side:
             wait_on_stream(self.collective.event, self.collective.group, self.streams, result)
         return result
+
+
+def _record_sent(collective: Collective, x: Tensor) -> int:
+    """Record what a collective takes to other ranks; returns its number in its group."""
+    if not LEDGER.recording:
+        return 0
+    channel, ranks = collective.group.group_name, group_ranks(collective.group)
+    number = LEDGER.number(channel)
+    for receivers, part in collective.outgoing(x):
+        LEDGER.send(collective.event.text, channel, number, [ranks[rank] for rank in receivers], part)
+    return number
+
+
+def _record_received(collective: Collective, result: Tensor, number: int) -> None:
+    if LEDGER.is_watching:
+        channel, ranks = collective.group.group_name, group_ranks(collective.group)
+        for rank, part in collective.incoming(result):
+            LEDGER.receive(collective.event.text, channel, number, ranks[rank], part)
 
 
 _regions: list[list[InFlight]] = []  # what has been launched inside each open `wait_for_all`, outermost first

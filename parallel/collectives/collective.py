@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch.distributed as dist
@@ -34,6 +35,18 @@ class Collective(ABC):
     def reverse(self) -> Collective:
         """The collective of the gradients."""
 
+    def outgoing(self, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        """(ranks of the group, what each of them must receive from here) for all other ranks; nothing for sums."""
+        yield from ()
+
+    def incoming(self, out: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(rank of the group, what arrived from it) for each other rank; nothing for sums."""
+        yield from ()
+
+    def _others(self, parts: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        own = self.group.rank()
+        return ((rank, part) for rank, part in enumerate(parts) if rank != own)
+
 
 class AllToAll(Collective):
     """Rows [P, D] in n chunks, one for each rank → the chunks that all ranks have for this one, in rank order."""
@@ -52,6 +65,12 @@ class AllToAll(Collective):
     def reverse(self) -> Collective:
         return AllToAll(self.event, self.group, self.received, self.sent)
 
+    def outgoing(self, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        return (([rank], part) for rank, part in self._others(x.split(self.sent)))
+
+    def incoming(self, out: Tensor) -> Iterator[tuple[int, Tensor]]:
+        return self._others(out.split(self.received))
+
 
 class AllGather(Collective):
     """x [...] → the tensors of all ranks [n, ...]; gradients are summed over ranks."""
@@ -66,13 +85,20 @@ class AllGather(Collective):
     def reverse(self) -> Collective:
         return ReduceScatter(self.event, self.group)
 
+    def outgoing(self, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        own = self.group.rank()
+        yield [rank for rank in range(self.group.size()) if rank != own], x
+
+    def incoming(self, out: Tensor) -> Iterator[tuple[int, Tensor]]:
+        return self._others(out.unbind())
+
 
 class ReduceScatter(Collective):
     """x [n, ...] → the sum over ranks of their part for this rank, [...]."""
 
     def launch(self, x: Tensor) -> tuple[dist.Work | None, Tensor]:
         out = x.new_empty(x.shape[1:])
-        return reduce_scatter(out, x, self.group), out
+        return reduce_scatter(out, x, self.group, self.event.text), out
 
     def elements_sent(self, x: Tensor) -> float:
         return x.numel() * (1 - 1 / dist.get_world_size(self.group))

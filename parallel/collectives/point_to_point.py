@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.sdc.ledger import LEDGER
+
 started: Counter[str] = Counter()  # collectives by the name of their group
 
 
@@ -32,14 +34,16 @@ def all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
     return Messages("all-gather", group, [own] * group.size(), list(out))
 
 
-def reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup, branches: int = 1) -> dist.Work:
+def reduce_scatter(
+    out: Tensor, x: Tensor, group: dist.ProcessGroup, label: str = "reduce-scatter", branches: int = 1
+) -> dist.Work:
     """Sum ``x`` [n, ...] over ranks and leave this rank's part in ``out`` [...]; on a CPU by `tree_sum`.
 
-    With ``branches`` above 1, ``x`` is overwritten.
+    ``label`` names it in messages. With ``branches`` above 1, ``x`` is overwritten.
     """
     if not _directly(out, group):
         return dist.reduce_scatter_single(out, x.flatten(0, 1), group=group, async_op=True)
-    return Sum(group, x, out, branches)
+    return Sum(group, x, out, label, branches)
 
 
 def tree_sum(terms: list[Tensor], branches: int) -> Tensor:
@@ -102,14 +106,17 @@ class Messages(dist.Work):
 class Sum(Messages):
     """A reduce-scatter in flight; the wait adds the parts in rank order, or as a tree of ``branches``."""
 
-    def __init__(self, group: dist.ProcessGroup, x: Tensor, out: Tensor, branches: int = 1) -> None:
+    def __init__(self, group: dist.ProcessGroup, x: Tensor, out: Tensor, label: str, branches: int = 1) -> None:
         sent = list(x)
-        self.out, self.branches = out, branches
+        self.out, self.label, self.group, self.branches = out, label, group, branches
         self.parts = [part if rank == group.rank() else torch.empty_like(part) for rank, part in enumerate(sent)]
         super().__init__("reduce-scatter", group, sent, self.parts)
+        self.number = LEDGER.send_parts(label, group, sent)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         super().wait(timeout)
+        if self.parts:
+            LEDGER.receive_parts(self.label, self.group, self.number, self.parts)
         if self.parts and self.branches > 1:
             self.out.copy_(tree_sum(self.parts, self.branches))
         elif self.parts:

@@ -66,6 +66,7 @@ class ZeroEngine:
         self.model, self.stage, self.parts = model, STAGES[config.sharding], [model]
         self.offloads, self.transient = config.offload != Offload.none, config.offload == Offload.nvme
         self.num_ranks, self.first_expert = data_parallel_size(topology), first_expert(model, topology)
+        self.splits_experts = topology.sizes.ep > 1
         keep_own_experts(model, topology)
         numels = [weight.numel() for weight in model.parameters()]
         settings = deepspeed_settings(config, sum(numels), max(numels))
@@ -85,7 +86,7 @@ class ZeroEngine:
             deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
         if self.transient:
             keep_gradients_in_memory(self.zero.optimizer_swapper)
-        self.mtp_used, self.counts_here = False, True
+        self.mtp_used, self.counts_here, self.has_replicas = False, True, False
         self._create_moments()
 
     def _stored_shape(self, name: str, weight: nn.Parameter) -> tuple[int, ...]:
@@ -245,6 +246,17 @@ class ZeroEngine:
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def derived(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights of the forward; under ZeRO-3 this rank's shards of them are the masters."""
+        if self.stage < 3:
+            yield from ((f"weight/forward copy of {name}", weight.detach()) for weight, name in self.names.items())
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        if self.stage < 3:
+            for weight, name in self.names.items():
+                if role(name) != "expert" or not self.splits_experts:
+                    yield f"weight/forward copy of {name}", weight.detach()
 
     def close(self) -> None:
         """Release DeepSpeed's groups, so that another run can start in this process."""

@@ -46,6 +46,7 @@ from parallel.collectives.async_collective import (
 from parallel.collectives.collective import AllGather, AllToAll, Collective, ReduceScatter
 from parallel.collectives.point_to_point import all_gather
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
+from parallel.sdc.ledger import LEDGER
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
 
@@ -61,8 +62,10 @@ class SplitSizes:
             self.outgoing = by_rank.transpose(0, 1).contiguous()
             self.incoming = torch.empty_like(self.outgoing)  # [n, C, E] from each rank, for each expert here
             self.work = dist.all_to_all_single(self.incoming, self.outgoing, group=group, async_op=True)
+            self.number = LEDGER.send_parts(self.event.text, group, self.outgoing)
             if streams.is_async_host:
                 self.work.wait()
+                LEDGER.receive_parts(self.event.text, group, self.number, self.incoming)
                 self._numbers = streams.to_host(torch.stack((self.outgoing.sum(2), self.incoming.sum(2))))
 
     @cached_property
@@ -82,6 +85,7 @@ class SplitSizes:
             return self._arrived[1]
         with wait_span(self.event, self.group):
             self.work.wait()
+        LEDGER.receive_parts(self.event.text, self.group, self.number, self.incoming)
         return self.incoming.sum(2).tolist()
 
 
@@ -263,9 +267,11 @@ class GatheredRouting:
             self.chosen = torch.cat([routing.indices for routing in routings])
             self.indices = self.chosen.new_empty(dist.get_world_size(group), *self.chosen.shape)  # [n, T, K]
             self.work = all_gather(self.indices, self.chosen, group)
+            self.number = LEDGER.send_parts(self.event.text, group, [self.chosen] * dist.get_world_size(group))
             self.chunks = self.indices.split([len(routing.indices) for routing in routings], 1)
             if streams.is_async_host:
                 self.work.wait()
+                LEDGER.receive_parts(self.event.text, group, self.number, self.indices)
                 numbers = [(self.numbered(chunk) < self.size).sum() for chunk in self.chunks]
                 self._num_rows = streams.to_host(torch.stack(numbers))
 
@@ -281,6 +287,7 @@ class GatheredRouting:
             if self.streams.is_async_host:
                 return self._num_rows()
             self.work.wait()
+        LEDGER.receive_parts(self.event.text, self.group, self.number, self.indices)
         return None
 
 

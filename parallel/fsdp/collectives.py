@@ -145,7 +145,9 @@ class DeferredReduceScatter(DefaultReduceScatter):
     ) -> TracedCollective:
         assert op == dist.ReduceOp.SUM
         works = self.pending.unit_works(self.event)
-        summing = reduce_scatter(output_tensor, input_tensor.view(group.size(), -1), group, self.branches)
+        summing = reduce_scatter(
+            output_tensor, input_tensor.view(group.size(), -1), group, self.event.text, self.branches
+        )
         num_bytes = input_tensor.nbytes - output_tensor.nbytes
         works.append(TracedCollective(self.event, group, num_bytes, summing))
         if not self._only_viewed(output_tensor):

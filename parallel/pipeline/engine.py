@@ -31,6 +31,7 @@ from parallel.mesh import Axis, Topology
 from parallel.pipeline.spans import TracedStage
 from parallel.pipeline.stages import SPLIT_BACKWARD, check_micro_batches, num_stages, rank_of, stages_of
 from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gradients
+from parallel.sdc.ledger import LEDGER
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
 
@@ -260,6 +261,10 @@ class PipelineEngine:
                     dist.send(mine, peer, group=self.group)
                 else:
                     dist.recv(theirs, peer, group=self.group)
+        label = Event(SpanKind.EMBEDDING_GRADIENTS).text
+        if LEDGER.recording:
+            LEDGER.send(label, label, 1, [peer], mine)
+        LEDGER.receive(label, label, 1, peer, theirs)
         return theirs
 
     def _post_receives(self, stage: int, count: int) -> list[tuple[dist.Work, Tensor]]:

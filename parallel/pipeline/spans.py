@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
+from parallel.sdc.ledger import LEDGER
 from parallel.torch_internals import wrap_batch_p2p
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import record_send, wait_span, work_span
+
+CHANNEL = "pipeline"  # of messages between stages, in the ledger
 
 
 class TracedStage(PipelineStage):
@@ -58,15 +62,28 @@ class TracedStage(PipelineStage):
         return operations
 
 
+class Received(NamedTuple):
+    """A message on its way here: what the ledger needs once it has arrived."""
+
+    label: str
+    number: int  # of this peer's messages to this rank in the step
+    peer: int
+    tensor: Tensor
+
+
 class TracedWork:
     """A transfer's work, with a span around its wait."""
 
-    def __init__(self, work: dist.Work, event: Event, peers: list[int]) -> None:
-        self.work, self.event, self.peers = work, event, peers
+    def __init__(self, work: dist.Work, event: Event, peers: list[int], received: list[Received]) -> None:
+        self.work, self.event, self.peers, self.received = work, event, peers, received
 
     def wait(self, *timeout: timedelta) -> bool:
         with wait_span(self.event, self.peers):
-            return self.work.wait(*timeout)
+            done = self.work.wait(*timeout)
+        received, self.received = self.received, []
+        for one in received:
+            LEDGER.receive(one.label, CHANNEL, one.number, one.peer, one.tensor)
+        return done
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.work, name)
@@ -81,6 +98,9 @@ def traced(batch: Callable[..., list[dist.Work]]) -> Callable[..., list[Any]]:
         for one in operations:
             if one.op is dist.isend:
                 record_send(_event(one), one.tensor.numel() * one.tensor.element_size(), one.peer)
+                if LEDGER.recording:
+                    number = LEDGER.number(f"to {one.peer}")
+                    LEDGER.send(_event(one).text, CHANNEL, number, [one.peer], one.tensor)
         single = len(works) == len(operations)  # NCCL makes one work of several operations
         groups = [[one] for one in operations] if single else [operations] * len(works)
         return [_trace(work, group) for work, group in zip(works, groups, strict=True)]
@@ -94,7 +114,12 @@ def _event(operation: dist.P2POp) -> Event:
 
 def _trace(work: dist.Work, operations: list[dist.P2POp]) -> TracedWork:
     first, *others = dict.fromkeys(map(_event, operations))
-    return TracedWork(work, first._replace(others=tuple(others)), [one.peer for one in operations])
+    received = [
+        Received(_event(one).text, LEDGER.number(f"from {one.peer}"), one.peer, one.tensor)
+        for one in operations
+        if one.op is dist.irecv and LEDGER.is_watching
+    ]
+    return TracedWork(work, first._replace(others=tuple(others)), [one.peer for one in operations], received)
 
 
 wrap_batch_p2p(traced)

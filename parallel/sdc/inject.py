@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longcat.faults import Place, install_hook
+from longcat.faults import Place, install_hook, passed
 from parallel.sdc.spec import Fault, Pattern
 
 LANE, TILE = 16, 16  # elements
+WITH_A_CHECKPOINT = (Place.snapshot, Place.file)  # strike while the first checkpoint from their step on is written
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -46,14 +47,19 @@ class Injector:
     def begin_step(self, step: int) -> None:
         """Count calls anew."""
         self.step = step
-        self.calls.clear()
+        for number, fault in enumerate(self.faults):
+            if fault.place not in WITH_A_CHECKPOINT:
+                self.calls[number] = 0
 
     def __call__(self, place: Place, name: str, tensor: Tensor) -> None:
         for number, fault in enumerate(self.faults):
             if fault.place != place or fault.name not in name:
                 continue
+            late = fault.place in WITH_A_CHECKPOINT
+            if late and self.step < fault.step:
+                continue
             self.calls[number] += 1
-            once = self.step == fault.step and self.calls[number] == fault.call
+            once = (late or self.step == fault.step) and self.calls[number] == fault.call
             if once or (fault.persistent and self.step >= fault.step):
                 changed = corrupt(tensor, fault)
                 if changed:
@@ -135,9 +141,9 @@ PATTERNS = {
 }
 
 
-def corrupt_file(path: Path, fault: Fault) -> int:
-    """Apply a fault to a file's bytes; returns how many changed."""
+def damage_file(path: Path) -> None:
+    """Let injected faults change a file's bytes."""
     content = bytearray(path.read_bytes())
-    changed = corrupt(torch.frombuffer(content, dtype=torch.uint8), fault) if content else 0
-    path.write_bytes(content)
-    return changed
+    if content:
+        passed(Place.file, path.name, torch.frombuffer(content, dtype=torch.uint8))
+        path.write_bytes(content)

@@ -90,6 +90,7 @@ class SpanKind(StrEnum):
     PIPELINE = "pipeline"
     GRADIENT_NORM = "gradient_norm", Track.COMPUTE, "", "gradient norm and metrics"
     OPTIMIZER = "optimizer"
+    CHECKSUMS = "checksums", Track.COMPUTE, "", "checksums of the state"
     # Parts of the model
     EMBEDDING = "embedding"
     ATTENTION = "attention"

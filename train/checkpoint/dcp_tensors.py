@@ -122,3 +122,4 @@ def finish_load(state: TrainState, boxes: list[LocalBox]) -> None:
             target.values.copy_(read.values)
     state.store.refresh()
     state.set_biases(state.biases)
+    state.checksums = None

@@ -20,10 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longcat.errors import SaveError, UnhealthyError
+from longcat.errors import CorruptionError, SaveError, UnhealthyError
+from longcat.faults import Place, is_active, passed
 from longcat.json_text import dumps
 from parallel.memory import mib
 from parallel.mesh import Topology
+from parallel.sdc.finding import Finding, Site, layer_of
+from parallel.sdc.inject import damage_file
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
 from train.checkpoint.dcp_tensors import Take, box_values, saved, values_here
@@ -32,6 +35,7 @@ from train.checkpoint.files import PARTIAL, HashedFile
 from train.checkpoint.find import describe_last_valid
 from train.checkpoint.manifest import commit
 from train.checkpoint.retention import Keep, make_space, prune
+from train.sdc.at_rest import Checksums, changed_in_snapshot, snapshot_boxes
 from train.state import TrainState
 
 SPARE_BYTES = 1 << 20  # per rank, for the rest of its file: an index and some text
@@ -45,6 +49,7 @@ class Snapshot:
     tensors: dict[str, Tensor]
     num_bytes: int  # that this rank writes
     text: str  # of state.json
+    expected: Checksums | None = None  # of the tensors since the last update; None where none were taken
 
     @classmethod
     def of(
@@ -64,7 +69,7 @@ class Snapshot:
             "configuration": configuration,
             "val_loss": val_loss,
         }
-        return cls(state.counters.step, tensors, num_bytes, dumps(text))
+        return cls(state.counters.step, tensors, num_bytes, dumps(text), state.checksums)
 
 
 class SaveContext:
@@ -130,8 +135,12 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, cont
 
     Raises:
         UnhealthyError: a weight, a moment or a bias is not finite; nothing is written.
+        CorruptionError: what was written is not what the last update left in memory; nothing is committed.
         SaveError: it could not be written, or the disk has too little space; the incomplete folder is removed.
     """
+    if is_active():
+        for (name, _), values in snapshot_boxes(snapshot.tensors):
+            passed(Place.snapshot, name, values)
     check_finite(snapshot, folder, topology, context)
     target = folder / f"step-{snapshot.step:08d}"
     partial = folder / f"{target.name}{PARTIAL}"
@@ -145,6 +154,7 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, cont
                 raise SaveError(lack)
         context.run_on_all_ranks(SpanKind.CHECKPOINT_FOLDER, lambda: recreate(partial) if first else None)
         hashes = write_shards(snapshot, partial, context)
+        check_unchanged(snapshot, topology, context)
         files = {
             name: value
             for part in context.run_on_all_ranks(SpanKind.CHECKPOINT_HASH, lambda: hashes)
@@ -153,6 +163,10 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, cont
         context.run_on_all_ranks(
             SpanKind.CHECKPOINT_COMMIT, lambda: commit(partial, target, snapshot.text, files) if first else None
         )
+    except CorruptionError:  # on all ranks
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     except SaveError as error:  # all ranks have stopped writing
         if first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -177,6 +191,29 @@ def check_finite(snapshot: Snapshot, folder: Path, topology: Topology, context: 
         f"step {snapshot.step}: a weight, a moment or a bias is not finite, so the state is not saved; "
         f"{phrases[0]}; lower optim.lr or look at the data"
     )
+
+
+def check_unchanged(snapshot: Snapshot, topology: Topology, context: SaveContext) -> None:
+    """After writing: the tensors in memory still have the checksums that were taken right after the update.
+
+    They were taken before the tensors were copied for the checkpoint, so no change since then is missed.
+
+    Raises:
+        CorruptionError: on all ranks.
+    """
+
+    def look() -> tuple[Site, list[str]]:
+        site = Site.here(topology.rank, topology.device)
+        return site, [] if snapshot.expected is None else changed_in_snapshot(snapshot.expected, snapshot.tensors)
+
+    found = context.run_on_all_ranks(SpanKind.CHECKPOINT_VERIFY, look)
+    wrong = [(site, names) for site, names in found if names]
+    if wrong:
+        name = wrong[0][1][0]
+        ranks = tuple(site.rank for site, _ in wrong)
+        detail = "changed between the last update and the end of writing the checkpoint, which is discarded"
+        finding = Finding("checkpoint", snapshot.step, name, ranks, layer_of(name), tensor=name, detail=detail)
+        raise finding.error([site for site, _ in found])
 
 
 def is_finite(values: Tensor) -> bool:
@@ -237,6 +274,8 @@ def shard_writer(folder: Path, hashes: dict[str, str], context: SaveContext) -> 
             with HashedFile(Path(path), mode) as file:
                 yield file
             hashes[Path(path).name] = file.hash
+            if is_active():
+                damage_file(Path(path))
 
     class Writer(FileSystemWriter):
         def write_data(self, *args: Any, **keywords: Any) -> Any:

@@ -5,17 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from longcat.errors import ConfigError
 from parallel.sdc.spec import Fault, parse_faults
 
 
 @dataclass
 class SdcConfig:
-    """Silent data corruption (SDC): faults injected to try what is noticed."""
+    """Checks for silent data corruption (SDC). A finding ends the run with code 5; nothing corrupt is saved."""
 
+    # steps between checks of what moves: messages between ranks, gathered weights. A step without them does not notice
+    # a transient fault there; a lasting one is noticed in the next step with them. 0 = no checks at all
+    every: int = 1
+    # with `every` above 0: compare weights, moments, biases and step counts before each update with what the last one
+    # left, and between replicas
+    at_rest: bool = True
     # faults to inject, for tests: one or a list of PLACE/PATTERN[/KEY:VALUE…], see the guide's page on corruption
     inject: Any = field(default_factory=list)
 
     def validate(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"sdc.every={self.every} must not be negative")
         parse_faults(self.inject)
 
     @property

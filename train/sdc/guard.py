@@ -1,0 +1,188 @@
+"""The checks of a training step: what is recorded, the numbers that ride in the step's exchange, and the verdict.
+
+begin_step     checksums of the state exist; from here on messages and gathered weights are recorded
+forward, backward
+numbers        the state's checksums again; this rank's row and its share of the cells  → the step's exchange
+judge          the same sums on every rank: raise on all, or on none; nothing was updated yet
+update
+end_step       checksums of the new state
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import torch
+from torch import Tensor
+
+from longcat.faults import is_active
+from parallel.checksum import mix
+from parallel.mesh import Topology
+from parallel.reduce import all_gather_object
+from parallel.sdc.finding import Finding, Site, layer_of
+from parallel.sdc.gathered import CHANNEL, GATHERED
+from parallel.sdc.inject import Injector
+from parallel.sdc.ledger import LEDGER, Mismatch, differs, mismatches, suspects
+from parallel.watchdog.events import Event, SpanKind
+from parallel.watchdog.spans import work_span
+from train.sdc.at_rest import Checksums, Key, changed, checksums, strike, strike_update, tensors_at_rest, total
+from train.sdc.config import SdcConfig
+from train.state import TrainState
+
+COLUMNS = 5  # of a rank's row: changed tensors at rest, replica's state, replicated state, sender's and receiver's cell
+
+
+class Guard:
+    """Watches one rank's training steps."""
+
+    def __init__(self, state: TrainState, config: SdcConfig, topology: Topology) -> None:
+        self.state, self.config, self.topology = state, config, topology
+        self.injector = Injector(config.faults, topology.rank)
+        self.injector.install()
+        self.checks_state = config.every > 0 and config.at_rest and not state.store.transient
+        self.step = 0
+        self.changed: list[str] = []
+        if config.every or self.injector.faults:
+            for model in state.models:
+                GATHERED.watch(model)
+
+    def begin_step(self, step: int) -> None:
+        """Before a step's forward."""
+        self.step = step
+        self.injector.begin_step(step)
+        LEDGER.begin(self.topology.rank, self.config.every > 0 and step % self.config.every == 0)
+        GATHERED.begin_step()
+        if self.checks_state and self.state.checksums is None:
+            self._take()
+        if is_active():
+            strike(self.state)
+
+    def numbers(self) -> Tensor:
+        """This rank's part of the sums over ranks, [ranks, COLUMNS] float64; empty without checks."""
+        if not self.config.every:
+            return torch.zeros(0, COLUMNS, dtype=torch.float64)
+        rows = torch.zeros(self.topology.world_size, COLUMNS, dtype=torch.float64)
+        rows[:, 3:] = LEDGER.cells(self.topology.world_size)
+        if self.checks_state:
+            assert self.state.checksums is not None
+            with work_span(Event(SpanKind.CHECKSUMS)):
+                self.changed = changed(self.state.checksums, checksums(tensors_at_rest(self.state)))
+            own = (len(self.changed), total(self.state.checksums), self._replicated(self.state.checksums))
+            rows[self.topology.rank, :3] = torch.tensor(own, dtype=torch.float64)
+        return rows
+
+    def judge(self, rows: Tensor) -> None:
+        """Raise on every rank if the sums of all ranks' `numbers` show that something differs.
+
+        Raises:
+            CorruptionError: with the diagnosis, the same on every rank. A collective only then.
+        """
+        if not rows.numel():
+            return
+        at_rest, in_transfer = bool(rows[:, 0].any()), differs(rows[:, 3:])
+        replicas = self._split(rows[:, 1]) or len(set(rows[:, 2].tolist())) > 1
+        if not (at_rest or in_transfer or replicas):
+            return
+        site = Site.here(self.topology.rank, self.topology.device)
+        entries = LEDGER.entries if in_transfer else []
+        state = self.state.checksums if self.checks_state else None
+        found = all_gather_object((site, self.changed, entries, state or {}))
+        sites = [one[0] for one in found]
+        if at_rest:
+            finding = self._state_finding([one[1] for one in found])
+        elif in_transfer:
+            finding = self._transfer_finding(mismatches(one[2] for one in found))
+        else:
+            finding = self._replica_finding([one[3] for one in found])
+        raise finding.error(sites)
+
+    def end_step(self) -> None:
+        """After the update: what is now in memory must stay until the next one."""
+        if is_active():
+            strike_update(self.state)
+        if self.checks_state:
+            self._take()
+
+    def _take(self) -> None:
+        with work_span(Event(SpanKind.CHECKSUMS)):
+            self.state.checksums = checksums(tensors_at_rest(self.state))
+
+    def _replicated(self, found: Checksums) -> int:
+        """One number for what is equal on all ranks: biases, controller, counters, whole copies of weights."""
+        names = {name for name, _ in (*self.state.replicated(), *self.state.store.replicas())}
+        combined = total({key: value for key, value in found.items() if key[0] in names})
+        for value in vars(self.state.counters).values():
+            combined = mix(combined ^ value)
+        return combined >> 12
+
+    def _replica_groups(self) -> list[list[int]]:
+        """Ranks whose weights and moments are equal: those that differ in dp alone."""
+        sizes = self.topology.sizes
+        groups: dict[int, list[int]] = defaultdict(list)
+        inner = sizes.fsdp * sizes.cp * sizes.tp
+        for rank in range(self.topology.world_size):
+            groups[rank // (inner * sizes.dp) * inner + rank % inner].append(rank)
+        return [ranks for ranks in groups.values() if sizes.dp > 1]
+
+    def _split(self, totals: Tensor) -> bool:
+        """Whether replicas differ. Under DeepSpeed no two ranks have the same part."""
+        values = totals.tolist()
+        return self.state.store.has_replicas and any(
+            len({values[rank] for rank in ranks}) > 1 for ranks in self._replica_groups()
+        )
+
+    def _state_finding(self, changed_by_rank: list[list[str]]) -> Finding:
+        ranks = tuple(rank for rank, names in enumerate(changed_by_rank) if names)
+        first = changed_by_rank[ranks[0]]
+        more = f" and {len(first) - 1} more tensors" if len(first) > 1 else ""
+        return Finding(
+            "state at rest",
+            self.step,
+            f"{first[0]}{more}",
+            ranks,
+            layer_of(first[0]),
+            tensor=first[0],
+            detail="changed in memory since the last update",
+        )
+
+    def _transfer_finding(self, found: list[Mismatch]) -> Finding:
+        first = found[0]
+        gathered = first.channel.startswith(CHANNEL)
+        return Finding(
+            "gathered weight" if gathered else "message",
+            self.step,
+            first.label,
+            suspects(first),
+            layer_of(first.label),
+            operator="" if gathered else first.label,
+            tensor=first.label if gathered else "",
+            detail=f"differs between rank {first.sender}, which has it, and "
+            f"rank{'s' * (len(first.receivers) > 1)} {', '.join(map(str, first.receivers))}, which received it",
+        )
+
+    def _replica_finding(self, states: list[Checksums]) -> Finding:
+        everywhere = list(range(len(states)))
+        shared: set[Key] = {(name, ()) for name, _ in (*self.state.replicated(), *self.state.store.replicas())}
+        replicas = self._replica_groups() if self.state.store.has_replicas else []
+        compared: list[tuple[list[int], set[Key]]] = [(ranks, set(states[ranks[0]])) for ranks in replicas]
+        for ranks, keys in (*compared, (everywhere, shared)):
+            for key in sorted(keys):
+                values = [states[rank].get(key) for rank in ranks]
+                if len(set(values)) > 1:
+                    return self._minority_finding(key[0], ranks, values)
+        return Finding("replicas", self.step, "the counters", tuple(everywhere), detail="differ between ranks")
+
+    def _minority_finding(self, name: str, ranks: list[int], values: list[int | None]) -> Finding:
+        (common, count), *_ = Counter(values).most_common()
+        wrong = tuple(rank for rank, value in zip(ranks, values, strict=True) if value != common)
+        suspected = wrong if count > len(wrong) else tuple(ranks)
+        others = ", ".join(map(str, ranks))
+        return Finding(
+            "replicas",
+            self.step,
+            name,
+            suspected,
+            layer_of(name),
+            tensor=name,
+            detail=f"differs between the replicas on ranks {others}",
+        )
