@@ -179,6 +179,7 @@ class ShardedAdamW:
 
 def local_box(kind: str, name: str, tensor: Tensor) -> LocalBox:
     """This rank's box of a tensor that may be sharded."""
-    values, box = local_part(tensor.detach())
+    with torch.no_grad():  # the local part then needs no node of autograd's graph, which takes longer than the rest
+        values, box = local_part(tensor)
     shape = tuple(tensor.shape)
-    return LocalBox(kind, name, shape, box or tuple((0, size) for size in shape), values)
+    return LocalBox(kind, name, shape, box or tuple((0, size) for size in shape), values.detach())

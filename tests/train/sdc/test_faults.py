@@ -1,0 +1,35 @@
+"""Injected faults are noticed in the same step, on the right rank, and clean training raises no alarm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from longcat.faults import Place
+from tests.support.faults import LAYOUTS, campaign, struck_rank
+from tests.support.pool import pool
+
+COVERED = (Place.weight, Place.moment, Place.gathered_weight, Place.payload)
+IN_MAKE_TEST = {"one process": 100, "fsdp 2, ep 2, bfloat16": 50, "dp 2": 50}
+SEED = 5
+
+
+def check(trials: list[dict[str, Any]]) -> None:
+    """Every fault that changed something at a covered place was noticed in that step and its rank is suspected."""
+    struck = [trial for trial in trials if trial["struck"]]
+    for trial in struck:
+        if trial["place"] in COVERED:
+            assert trial["noticed"] == trial["struck"], f"not noticed at once: {trial}"
+            assert trial["rank"] in trial["suspects"], f"another rank is named: {trial}"
+        if trial["place"] == Place.optimizer and trial["layout"].startswith("dp"):
+            assert trial["noticed"] == trial["struck"] + 1, f"replicas differ unnoticed: {trial}"
+    for trial in trials:
+        assert trial["struck"] or trial["harmless"], f"an alarm or a change without a fault: {trial}"
+    assert len(struck) > len(trials) / 2
+
+
+@pytest.mark.parametrize("layout", IN_MAKE_TEST)
+def test_faults_are_noticed_and_named(layout: str) -> None:
+    ranks, words = LAYOUTS[layout]
+    check(struck_rank(pool(ranks).run(campaign, layout, words.split(), range(IN_MAKE_TEST[layout]), SEED, 20)))
