@@ -128,9 +128,9 @@ class Events:
 def train_a_step(overrides: list[str]) -> list[tuple[str, Event]]:
     begin = Sum.__init__
 
-    def poisoned(self: Sum, group: dist.ProcessGroup, x: Tensor, out: Tensor, branches: int) -> None:
+    def poisoned(self: Sum, group: dist.ProcessGroup, x: Tensor, out: Tensor, *more: Any) -> None:
         out.fill_(float("nan"))  # a read before the sum is complete makes the step unhealthy
-        begin(self, group, x, out, branches)
+        begin(self, group, x, out, *more)
 
     Sum.__init__ = poisoned  # type: ignore[method-assign]
     config = compose([*MODEL, *overrides])
