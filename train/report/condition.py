@@ -42,29 +42,35 @@ def spikes(run: RunData) -> Finding | None:
     found = [event for event in run.events if event["event"] == "spike"]
     if not found:
         return Finding("No spike of the loss or of the gradient norm.")
-    names = {"report": "reported only", "skip": "skipped", "rollback": "rolled back", "stop": "ended the run"}
+    names = {"report": "reported only", "skip": "skipped", "rollback": "rolled back", "stop": "which ended the run"}
     actions = [str(event.get("action")) for event in found]
-    counts = ", ".join(f"{actions.count(key)} {name}" for key, name in names.items() if key in actions)
-    number = "1 spike" if len(found) == 1 else f"{len(found)} spikes"
     last = str(found[-1].get("text", ""))
-    return Finding(f"{number}: {counts}. {'It was' if len(found) == 1 else 'The last was'} {last}.", True)
+    if len(found) == 1:
+        return Finding(f"1 spike, {names.get(actions[0], actions[0])}: {last}.", True)
+    counts = ", ".join(f"{actions.count(key)} {name}" for key, name in names.items() if key in actions)
+    return Finding(f"{len(found)} spikes: {counts}. The last was {last}.", True)
 
 
 def experts(run: RunData) -> Finding | None:
     if run.events is None:
         return None
     dead: dict[tuple[Any, Any], Any] = {}
+    revived = set()
     for event in run.events:
         place = event.get("layer"), event.get("expert")
         if event["event"] == "dead_expert":
             dead[place] = event.get("since")
         elif event["event"] == "expert_revived":
             dead.pop(place, None)
+            revived.add(place)
     if dead:
         parts = [f"expert {expert} of layer {layer} since step {since}" for (layer, expert), since in dead.items()]
         parts[0] = parts[0].replace(" since", " has received no token since", 1)
         more = f", and {len(dead) - SHOWN} more" if len(dead) > SHOWN else ""
         return Finding(_capital(", ".join(parts[:SHOWN]) + more + "."), True)
+    if revived:
+        number = "1 expert" if len(revived) == 1 else f"{len(revived)} experts"
+        return Finding(f"Every expert receives tokens; {number} had none for a time.")
     limit = run.number("health.dead_after")
     return Finding(f"No expert went without a token for {limit:,.0f} steps.") if limit else None
 

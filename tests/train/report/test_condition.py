@@ -55,7 +55,9 @@ def test_findings_come_before_everything_else(tmp_path: Path) -> None:
     last = "2 spikes: 1 skipped, 1 rolled back. The last was step 200: the loss of 8.1 is 9.3 σ above 3.2."
     assert 0 < found.index(last) < found.index(dead) < found.index("Model tiny")
     (run / "health.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (START, DEAD, REVIVED)))
-    assert "no token since" not in text(run)
+    assert "Every expert receives tokens; 1 expert had none for a time." in text(run)
+    (run / "health.jsonl").write_text(json.dumps(START) + "\n" + json.dumps(spike(140, "stop")) + "\n")
+    assert "1 spike, which ended the run: step 140: the loss of 8.1" in text(run)
 
 
 def test_many_dead_experts_are_summed_up(tmp_path: Path) -> None:
