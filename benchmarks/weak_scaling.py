@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import resource
 import socket
 import statistics
 import time
@@ -94,6 +95,10 @@ class Training:
             if not result.healthy:
                 raise SystemExit("a step was not finite, so its time is invalid")
         return time.perf_counter() - start
+
+    def peak_gib(self, _: int) -> float:
+        """The process's peak memory so far."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def profile(self, _: int) -> list[tuple[str, float, int]]:
         """(operator, self milliseconds, calls) of one step, the largest first."""

@@ -35,7 +35,7 @@ from parallel.fsdp.sharding import local_part
 from parallel.mesh import MeshSizes, Topology
 from parallel.reduce import max_over_ranks, sum_over_ranks
 from parallel.state_store import MOMENTS, MakeOptimizer, ShardedAdamW
-from parallel.torch_internals import foreach_add_, foreach_largest
+from parallel.torch_internals import foreach_add_
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
 
@@ -226,7 +226,8 @@ def exact_squares(tensors: dict[int, list[Tensor]], num_parts: int) -> list[floa
     """
     largest = torch.zeros(num_parts, dtype=torch.float64)
     for part, members in tensors.items():
-        top = torch.stack(foreach_largest(members)).max().double().cpu()
+        ends = [torch.stack(torch.aminmax(one)) for one in members]  # a twentieth of the infinity norm's time on a CPU
+        top = torch.stack(ends).abs().max().double().cpu()
         largest[part] = top if math.isfinite(top) else math.inf
     max_over_ranks(largest)
     exponents = [2 * math.frexp(top)[1] if 0 < top < math.inf else None for top in largest.tolist()]
@@ -249,16 +250,19 @@ def _integer_squares(values: Tensor, exponent: int) -> Tensor:
     """
     flat = values.reshape(-1)
     base = torch.tensor(2.0**exponent, dtype=torch.float64, device=values.device)
+    whole = len(flat) - len(flat) % ROW
+    chunks = flat[:whole].split(CHUNK if values.device.type == "cpu" else 1 << 24)
     bits = int(base.view(torch.int64))
-    limbs = torch.zeros(2, dtype=torch.int64)
-    for chunk in flat.split(CHUNK if values.device.type == "cpu" else 1 << 24):
-        exact = chunk.double()
-        integers = torch.addcmul(base, exact, exact).view(torch.int64)
-        whole = len(integers) - len(integers) % ROW
-        rows = integers[:whole].view(-1, ROW).sum(1) - _wrapped(bits * ROW)  # below 2^62
-        rest = integers[whole:].sum() - _wrapped(bits * (len(integers) - whole))
-        limbs += torch.stack(((rows >> 31).sum() + (rest >> 31), (rows & MASK).sum() + (rest & MASK))).cpu()
-    return limbs
+    buffer = torch.empty(max(len(chunks[0]), ROW), dtype=torch.float64, device=values.device)
+
+    def integers(part: Tensor) -> Tensor:
+        exact = buffer[: len(part)].copy_(part)
+        return torch.addcmul(base, exact, exact, out=exact).view(torch.int64)
+
+    rows = [integers(chunk).view(-1, ROW).sum(1) - _wrapped(bits * ROW) for chunk in chunks if len(chunk)]
+    rest = integers(flat[whole:]).sum() - _wrapped(bits * (len(flat) - whole))
+    sums = torch.cat((*rows, rest[None]))  # each below 2^62
+    return torch.stack(((sums >> 31).sum(), (sums & MASK).sum())).cpu()
 
 
 MASK = (1 << 31) - 1

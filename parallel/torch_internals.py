@@ -201,11 +201,6 @@ def foreach_norms(tensors: list[Tensor]) -> list[Tensor]:
     return torch._foreach_norm(tensors)  # type: ignore[return-value]
 
 
-def foreach_largest(tensors: list[Tensor]) -> list[Tensor]:
-    """The largest magnitude of each tensor in one kernel; see `foreach_norms`."""
-    return torch._foreach_norm(tensors, ord=float("inf"))  # type: ignore[return-value]
-
-
 def foreach_add_(tensors: list[Tensor], others: list[Tensor]) -> None:
     """Add to each tensor another one, in place, in one kernel; no public function does."""
     torch._foreach_add_(tensors, others)
