@@ -32,7 +32,6 @@ COMPUTATION = (Place.activation, Place.gradient, Place.attention_backward)
 # A layer each, so that a step takes some hundredths of a second
 LAYOUTS: dict[str, tuple[int, str]] = {
     "one process": (1, ""),
-    "fsdp 2": (2, "parallel.fsdp=2"),
     "fsdp 2, ep 2, bfloat16": (2, "parallel.fsdp=2 parallel.ep=2 model.num_experts=4 train.dtype=bfloat16"),
     "cp 2, ep 2, all-gather": (
         2,

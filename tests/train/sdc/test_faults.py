@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from longcat.faults import Place
+from tests.support.fault_table import RECORDS, read, write
 from tests.support.faults import LAYOUTS, campaign, struck_rank
 from tests.support.pool import pool
 
 COVERED = (Place.weight, Place.moment, Place.gathered_weight, Place.payload)
-IN_MAKE_TEST = {"one process": 100, "fsdp 2, ep 2, bfloat16": 50, "dp 2": 50}
+IN_MAKE_TEST = {"one process": 150, "fsdp 2, ep 2, bfloat16": 25, "dp 2": 25}
+PER_LAYOUT, CHUNK, CLEAN_STEPS = 1250, 50, 1250
 SEED = 5
 
 
@@ -33,3 +36,23 @@ def check(trials: list[dict[str, Any]]) -> None:
 def test_faults_are_noticed_and_named(layout: str) -> None:
     ranks, words = LAYOUTS[layout]
     check(struck_rank(pool(ranks).run(campaign, layout, words.split(), range(IN_MAKE_TEST[layout]), SEED, 20)))
+
+
+@pytest.mark.long
+def test_ten_thousand_faults() -> None:
+    """Appends to runs/sdc-faults, so that an interrupted run goes on; then writes the measurement."""
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    for layout, (ranks, words) in LAYOUTS.items():
+        path = RECORDS / f"{layout.replace(' ', '-').replace(',', '')}.jsonl"
+        done = len(path.read_text().splitlines()) if path.is_file() else 0
+        for first in range(done, PER_LAYOUT, CHUNK):
+            numbers = range(first, min(first + CHUNK, PER_LAYOUT))
+            last = numbers.stop == PER_LAYOUT
+            arguments = (layout, words.split(), numbers, SEED, CLEAN_STEPS if last else 0)
+            trials = struck_rank(pool(ranks).run(campaign, *arguments, timeout=3600))
+            more = [{"clean_steps": CLEAN_STEPS, "layout": layout}] if last else []
+            with path.open("a") as file:
+                file.writelines(json.dumps(one) + "\n" for one in (*trials, *more))
+    records = read()
+    check([one for one in records if "place" in one])
+    write(records)
