@@ -91,6 +91,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": verbs.data,
     "report": verbs.report,
     "diff": verbs.diff,
+    "replay": verbs.replay,
     "checkpoint": verbs.checkpoint,
     "grow": verbs.grow,
     "counts": verbs.counts,

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longcat.errors import ConfigError
+from longcat.errors import CORRUPT, OK, ConfigError
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -156,6 +156,24 @@ def diff(arguments: list[str]) -> int:
     found = compare_runs(*(Path(argument) for argument in arguments))
     print("\n".join(describe(found)))
     return 0 if found.same else 1
+
+
+def replay(arguments: list[str]) -> int:
+    """replay BUNDLE                repeat an operator call in which a run found silent data corruption
+
+    longcat replay runs/a/sdc/step-00000120-rank-3.pt
+
+    A run that ends with exit code 5 in an operator writes such a file. Repeated here, the call shows whether this
+    machine computes what the run computed. The exit code is 0 if nothing differs, 5 if something does.
+    """
+    from parallel.sdc.bundle import describe
+    from parallel.sdc.bundle import replay as repeat
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ConfigError("longcat replay repeats the call of one file: longcat replay runs/a/sdc/step-….pt")
+    found = repeat(Path(arguments[0]))
+    print("\n".join(describe(found)))
+    return CORRUPT if found.shows else OK
 
 
 def checkpoint(arguments: list[str]) -> int:

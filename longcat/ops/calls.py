@@ -1,6 +1,6 @@
 """Calls of operators as an observer sees them: which one, in which module, with which operands.
 
-An operator is an autograd function that is marked `observed`, or a function of tensors that is called by `call`. Both
+An operator is an autograd function that is marked `observed`, or a function of tensors with a name from `named`. Both
 are pure: an observer may run them again and compare (`parallel/sdc/recompute.py`). Without an observer the cost is one
 comparison with None.
 """
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
 F = TypeVar("F", bound=type[torch.autograd.Function])
+R = TypeVar("R")
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}  # by name, as a saved call names them
 
@@ -74,7 +75,11 @@ def observed(name: str) -> Callable[[F], F]:
     return mark
 
 
-def call(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``, observed."""
-    FUNCTIONS.setdefault(name, function)
-    return function(*args) if _observer is None else _observer.call(name, function, args)
+def named(name: str, function: Callable[..., R]) -> Callable[..., R]:
+    """A pure function of tensors as an operator of its own."""
+    FUNCTIONS[name] = function
+
+    def run(*args: Any) -> R:
+        return function(*args) if _observer is None else cast(R, _observer.call(name, function, args))
+
+    return run

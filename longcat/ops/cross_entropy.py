@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longcat.faults import Place, passed, passed_all
-from longcat.ops.calls import call
+from longcat.ops.calls import named
 from longcat.ops.fusion import Fusible, add_to, scaled
 from longcat.ops.matmul import product, raw_product
 from longcat.ops.permuted import along
@@ -61,6 +61,11 @@ def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -
     return passed(Place.activation, "cross-entropy", losses), grad
 
 
+_observed_chunk_loss = named("cross-entropy", _chunk_loss)
+_hidden_gradient = named("cross-entropy, hidden gradient", product)
+_weight_gradient = named("cross-entropy, weight gradient", product)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -77,13 +82,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             operands = hidden[chunk], weight, labels[chunk], valid[chunk]
             if chunk_loss is _chunk_loss:
-                losses[chunk], grad = call("cross-entropy", _chunk_loss, *operands)
+                losses[chunk], grad = _observed_chunk_loss(*operands)
             else:  # tensor parallelism's has collectives
                 losses[chunk], grad = chunk_loss(*operands)
             if grad_hidden is not None:
-                grad_hidden[chunk] = call("cross-entropy, hidden gradient", product, grad, weight)
+                grad_hidden[chunk] = _hidden_gradient(grad, weight)
             if grad_weight is not None:
-                add_to(grad_weight, call("cross-entropy, weight gradient", product, grad.t(), hidden[chunk]))
+                add_to(grad_weight, _weight_gradient(grad.t(), hidden[chunk]))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
 from longcat.faults import Place, passed
-from longcat.ops.calls import call, observed
+from longcat.ops.calls import named, observed
 from longcat.ops.matmul import (
     StoreWeightGrad,
     compute_or_store,
@@ -120,6 +120,9 @@ def weight_gradient(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return passed(Place.gradient, "experts weight", grouped_sum(grad, x, ends))
 
 
+_weight_gradient = named("experts weight", weight_gradient)
+
+
 @observed("experts")
 class _GroupedLinear(torch.autograd.Function):
     """Takes the inputs of `matmul._Linear`."""
@@ -142,7 +145,7 @@ class _GroupedLinear(torch.autograd.Function):
         x, grad_inputs = input_and_gradients(ctx.needs_input_grad[3:], inputs, grad_of_x)
         grad_w = None
         if ctx.store is not None or ctx.needs_input_grad[0]:
-            grad_w = compute_or_store(ctx.store, lambda: call("experts weight", weight_gradient, grad, x, ends))
+            grad_w = compute_or_store(ctx.store, lambda: _weight_gradient(grad, x, ends))
         return grad_w, None, None, *grad_inputs
 
 

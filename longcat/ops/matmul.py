@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longcat.faults import Place, passed, passed_all
-from longcat.ops.calls import call, observed
+from longcat.ops.calls import named, observed
 from longcat.ops.elementwise import swiglu, swiglu_backward
 from longcat.ops.permuted import matmul
 from longcat.ops.torch_internals import cpu_has_amx_tiles, cpu_has_avx512_bf16
@@ -106,7 +106,7 @@ class _Linear(torch.autograd.Function):
         if ctx.store is not None or ctx.needs_input_grad[0]:
             grad_w = compute_or_store(
                 ctx.store,
-                lambda: call("linear weight", weight_gradient, grad, x.reshape(-1, x.shape[-1])),
+                lambda: _weight_gradient(grad, x.reshape(-1, x.shape[-1])),
             )
         return grad_w, None, *grad_inputs
 
@@ -114,6 +114,9 @@ class _Linear(torch.autograd.Function):
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad [T, O], x [T, I] → [O, I]."""
     return passed(Place.gradient, "linear weight", product(grad.t(), x))
+
+
+_weight_gradient = named("linear weight", weight_gradient)
 
 
 def compute_or_store(store: StoreWeightGrad | None, compute: Callable[[], Tensor]) -> Tensor | None:

@@ -35,7 +35,7 @@ class SavedCall:
 
     function: str  # its name in `longcat.ops.calls.FUNCTIONS`
     args: tuple[Any, ...]
-    context: dict[str, Any]  # what autograd's context held
+    context: dict[str, Any] | None  # what autograd's context held; None for a function of tensors
     first: list[Tensor | None]  # the results with which training went on
     permuted: list[Tensor | None]
 
@@ -168,7 +168,7 @@ class Recomputer:
             persistence = Persistence.transient
         else:
             persistence = Persistence.lasting
-        saved = SavedCall(name, args, held or {}, first, second)
+        saved = SavedCall(name, args, held, first, second)
         self.differences.append(Difference(name, module, persistence, *found, saved))
 
 
