@@ -98,9 +98,7 @@ def describe(found: Replay) -> list[str]:
         verdict = "the same bits" if one is None else f"{one[0]} elements differ, by up to {one[1]:.3g}"
         lines.append(f"{name:12} {what}: {verdict}")
     if found.here is not None:
-        lines.append(
-            "verdict      this machine shows it too: it is defective, or its kernels depend on positions"
-        )
+        lines.append("verdict      this machine shows it too: it is defective, or its kernels depend on positions")
     elif found.first is not None:
         lines.append("verdict      the run computed something else than this machine does")
     elif found.permuted is not None:
