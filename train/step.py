@@ -81,7 +81,7 @@ class Stepper:
     def __init__(self, state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> None:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
         self.elastic = config.train.elastic_bits > 0
-        self.guard = Guard(state, config.sdc, topology)
+        self.guard = Guard(state, config.sdc, topology, config.run.folder / "sdc")
         reader.left_out = state.health.skipped
         self.monitor = HealthMonitor(config.health, state.health, config.model.num_experts, config.optim.eps)
 

@@ -104,13 +104,13 @@ class Recomputer:
 
     def begin_step(self, step: int) -> None:
         """Choose the call of this step; the first step only counts them."""
-        self._total, self._count = self._count, 0
+        self._count = 0
         due = self.every > 0 and step % self.every == 0 and self._total > 0
         self._target = step // self.every % self._total if due else -1
 
     def end_step(self) -> None:
-        """What runs until the next step, validation for example, is not repeated."""
-        self._target = -1
+        """What runs until the next step, validation for example, is neither repeated nor counted."""
+        self._total, self._target = self._count, -1
 
     def take(self) -> list[Difference]:
         """The differences found since the last call."""

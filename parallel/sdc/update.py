@@ -41,11 +41,30 @@ class _Backup:
 
 
 class UpdateCheck:
-    """Checks one tile of an update. Call `before` and `after` around the optimizer's step."""
+    """Checks one tile of the update in each step in which a check is due."""
 
-    def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> None:
-        self.parameters, self.optimizer = parameters, optimizer
+    def __init__(
+        self, parameters: Sequence[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, every: int = 1
+    ) -> None:
+        self.parameters, self.optimizer, self.every = parameters, optimizer, every
+        self.found: TileDifference | None = None  # in the last update
+        self._step = 0
         self._backup: _Backup | None = None
+
+    def install(self) -> None:
+        """Keep a tile before each of the optimizer's steps in which a check is due; `end_step` compares it."""
+        self.optimizer.register_step_pre_hook(lambda *_: self.before(self._step // self.every) if self._due() else None)
+
+    def begin_step(self, step: int) -> None:
+        """The number of the training step that follows."""
+        self._step = step
+
+    def _due(self) -> bool:
+        return self.every > 0 and self._step % self.every == 0
+
+    def end_step(self) -> None:
+        """After the update, if there was one."""
+        self.found = self.after()
 
     @torch.no_grad()
     def before(self, number: int) -> None:

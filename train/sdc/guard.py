@@ -11,6 +11,7 @@ end_step       checksums of the new state
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,21 +28,26 @@ from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 from train.sdc.at_rest import Checksums, Key, changed, checksums, strike, strike_update, tensors_at_rest, total
 from train.sdc.config import SdcConfig
+from train.sdc.operators import OperatorChecks, operator_finding, update_finding
 from train.state import TrainState
 
-COLUMNS = 5  # of a rank's row: changed tensors at rest, replica's state, replicated state, sender's and receiver's cell
+# of a rank's row: changed tensors at rest, replica's state, replicated state, sender's and receiver's cell, operators
+COLUMNS = 6
 
 
 class Guard:
     """Watches one rank's training steps."""
 
-    def __init__(self, state: TrainState, config: SdcConfig, topology: Topology) -> None:
+    def __init__(self, state: TrainState, config: SdcConfig, topology: Topology, folder: Path) -> None:
+        """``folder`` is where calls that differ are saved."""
         self.state, self.config, self.topology = state, config, topology
+        self.operators = OperatorChecks(state, config.every, topology.rank, folder)
         self.injector = Injector(config.faults, topology.rank)
         self.injector.install()
         self.checks_state = config.every > 0 and config.at_rest and not state.store.transient
         self.step = 0
         self.changed: list[str] = []
+        self.updated: str | None = None  # a parameter of which a tile of the last update differs
         if config.every or self.injector.faults:
             for model in state.models:
                 GATHERED.watch(model)
@@ -52,6 +58,7 @@ class Guard:
         self.injector.begin_step(step)
         LEDGER.begin(self.topology.rank, self.config.every > 0 and step % self.config.every == 0)
         GATHERED.begin_step()
+        self.operators.begin_step(step)
         if self.checks_state and self.state.checksums is None:
             self._take()
         if is_active():
@@ -62,7 +69,8 @@ class Guard:
         if not self.config.every:
             return torch.zeros(0, COLUMNS, dtype=torch.float64)
         rows = torch.zeros(self.topology.world_size, COLUMNS, dtype=torch.float64)
-        rows[:, 3:] = LEDGER.cells(self.topology.world_size)
+        rows[:, 3:5] = LEDGER.cells(self.topology.world_size)
+        rows[self.topology.rank, 5] = self.operators.count()
         if self.checks_state:
             assert self.state.checksums is not None
             with work_span(Event(SpanKind.CHECKSUMS)):
@@ -79,16 +87,22 @@ class Guard:
         """
         if not rows.numel():
             return
-        at_rest, in_transfer = bool(rows[:, 0].any()), differs(rows[:, 3:])
+        at_rest, in_transfer = bool(rows[:, 0].any()), differs(rows[:, 3:5])
         replicas = self._split(rows[:, 1]) or len(set(rows[:, 2].tolist())) > 1
-        if not (at_rest or in_transfer or replicas):
+        in_operators = bool(rows[:, 5].any())
+        if not (at_rest or in_transfer or replicas or in_operators):
             return
         site = Site.here(self.topology.rank, self.topology.device)
         entries = LEDGER.entries if in_transfer else []
         state = self.state.checksums if self.checks_state else None
-        found = all_gather_object((site, self.changed, entries, state or {}))
+        report, updated = self.operators.report(), self.updated
+        found = all_gather_object((site, self.changed, entries, state or {}, report, updated))
         sites = [one[0] for one in found]
-        if at_rest:
+        if any(one[5] for one in found):
+            finding = update_finding(self.step, [one[5] for one in found])
+        elif in_operators:
+            finding = operator_finding(self.step, [one[4] for one in found])
+        elif at_rest:
             finding = self._state_finding([one[1] for one in found])
         elif in_transfer:
             finding = self._transfer_finding(mismatches(one[2] for one in found))
@@ -102,6 +116,19 @@ class Guard:
             strike_update(self.state)
         if self.checks_state:
             self._take()
+            self.operators.end_step()
+            self._mark_wrong_update()
+
+    def _mark_wrong_update(self) -> None:
+        """Let no checksum bless a weight that AdamW wrote wrongly: it ends the next step, or a save before that."""
+        check, checksums = self.operators.update, self.state.checksums
+        if check is None or check.found is None:
+            return
+        self.updated = check.found.name
+        assert checksums is not None
+        for key in checksums:
+            if key[0] == f"weight/{self.updated}":
+                checksums[key] ^= 1
 
     def _take(self) -> None:
         with work_span(Event(SpanKind.CHECKSUMS)):
