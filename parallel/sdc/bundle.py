@@ -5,12 +5,11 @@ The file is read with torch's weights-only unpickler, so a bundle of another per
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import longcat.ops.attention
 import longcat.ops.cross_entropy
@@ -20,11 +19,10 @@ import longcat.ops.grouped
 import longcat.ops.matmul  # noqa: F401 (each names its operators)
 from longcat.errors import ConfigError
 from longcat.ops.calls import FUNCTIONS
-from longcat.ops.permute import Permutation
-from parallel.sdc.recompute import Difference, compared, ignore, repetition
+from parallel.sdc.recompute import Difference, compared, repetition
+from parallel.sdc.values import decoded
 
 FORMAT = "longcat-sdc-bundle-1"
-PERMUTATION, FUNCTION = "__permutation__", "__function__"
 
 
 def write_bundle(path: Path, difference: Difference, about: dict[str, Any]) -> None:
@@ -35,10 +33,10 @@ def write_bundle(path: Path, difference: Difference, about: dict[str, Any]) -> N
         "about": {**about, "operator": difference.operator, "module": difference.module},
         "function": call.function,
         "has_context": call.context is not None,
-        "args": _encoded(call.args),
-        "context": _encoded(call.context),
-        "first": _encoded(call.first),
-        "permuted": _encoded(call.permuted),
+        "args": call.args,
+        "context": call.context,
+        "first": call.first,
+        "permuted": call.permuted,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
@@ -70,8 +68,8 @@ def replay(path: Path) -> Replay:
         if content["format"] != FORMAT:
             raise KeyError("format")
         about, name = content["about"], content["function"]
-        args, context = _decoded(content["args"]), _decoded(content["context"])
-        first, permuted = _decoded(content["first"]), _decoded(content["permuted"])
+        args, context = decoded(content["args"]), decoded(content["context"])
+        first, permuted = decoded(content["first"]), decoded(content["permuted"])
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); name a file of a run's folder sdc") from error
     except Exception as error:
@@ -106,31 +104,3 @@ def describe(found: Replay) -> list[str]:
     else:
         lines.append("verdict      nothing differs here")
     return lines
-
-
-def _encoded(value: Any) -> Any:
-    """Plain values and tensors on the CPU for whatever a call holds."""
-    if isinstance(value, Permutation):
-        return {PERMUTATION: [_encoded(part) for part in astuple(value)]}
-    if isinstance(value, Tensor):
-        if 0 in value.stride():  # an expanded tensor
-            return value.detach().cpu().clone()
-        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)  # kernels differ by strides
-        return copy.copy_(value.detach())
-    if isinstance(value, dict):
-        return {key: _encoded(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(_encoded(part) for part in value)
-    if callable(value):
-        return FUNCTION  # a store of weight gradients
-    return value
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {PERMUTATION}:
-            return Permutation(*value[PERMUTATION])
-        return {key: _decoded(part) for key, part in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_decoded(part) for part in value)
-    return ignore if value == FUNCTION and isinstance(value, str) else value

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from longcat.ops.calls import set_observer, unobserved
 from longcat.ops.permuted import permuting
+from parallel.sdc.values import encoded, ignore
 
 
 class Persistence(StrEnum):
@@ -31,13 +32,25 @@ class Persistence(StrEnum):
 
 @dataclass(frozen=True)
 class SavedCall:
-    """A call that can be repeated elsewhere."""
+    """A call that can be repeated elsewhere: copies, since FSDP2 frees gathered weights."""
 
     function: str  # its name in `longcat.ops.calls.FUNCTIONS`
-    args: tuple[Any, ...]
-    context: dict[str, Any] | None  # what autograd's context held; None for a function of tensors
-    first: list[Tensor | None]  # the results with which training went on
-    permuted: list[Tensor | None]
+    args: Any  # these are `encoded`
+    context: Any  # what autograd's context held; None for a function of tensors
+    first: Any  # the results with which training went on
+    permuted: Any
+
+    @classmethod
+    def of(
+        cls,
+        function: str,
+        args: tuple[Any, ...],
+        context: dict[str, Any] | None,
+        first: list[Tensor | None],
+        permuted: list[Tensor | None],
+    ) -> SavedCall:
+        """Copy what a call holds."""
+        return cls(function, *map(encoded, (args, context, first, permuted)))
 
 
 @dataclass(frozen=True)
@@ -68,10 +81,6 @@ class Scratch:
 
     def mark_non_differentiable(self, *tensors: Any) -> None:
         pass
-
-
-def ignore(compute: Callable[[], Tensor]) -> None:
-    """Takes the place of a store of weight gradients: the deferred computation is a call of its own."""
 
 
 @dataclass
@@ -168,7 +177,7 @@ class Recomputer:
             persistence = Persistence.transient
         else:
             persistence = Persistence.lasting
-        saved = SavedCall(name, args, held, first, second)
+        saved = SavedCall.of(name, args, held, first, second)
         self.differences.append(Difference(name, module, persistence, *found, saved))
 
 

@@ -63,7 +63,7 @@ class OperatorChecks:
             return None
         first = found[0]
         path = self.folder / f"step-{self.step:08d}-rank-{self.rank}.pt"
-        about = {"step": self.step, "rank": self.rank, "host": socket.gethostname(), "torch": torch.__version__}
+        about = {"step": self.step, "rank": self.rank, "host": socket.gethostname(), "torch": str(torch.__version__)}
         try:
             write_bundle(path, first, {**about, "persistence": str(first.persistence)})
             bundle = f"longcat replay {path} repeats the call"

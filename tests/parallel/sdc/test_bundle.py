@@ -36,7 +36,7 @@ class Everything(Recomputer):
     def _repeat(self, name, plain, args, held, result, module) -> None:  # type: ignore[no-untyped-def]
         from parallel.sdc.recompute import listed, repetition
 
-        saved = SavedCall(name, args, held, listed(result), repetition(plain, args, held)(permuted=True))
+        saved = SavedCall.of(name, args, held, listed(result), repetition(plain, args, held)(permuted=True))
         self.differences.append(Difference(name, module, Persistence.lasting, 1, 0.5, saved))
 
 
@@ -86,7 +86,7 @@ def changed(difference: Difference, which: str) -> Difference:
     tensors = [None if one is None else one.clone() for one in getattr(difference.call, which)]
     assert tensors[0] is not None
     tensors[0].view(torch.int32).view(-1)[5] ^= 1
-    return replace(difference, call=replace(difference.call, **{which: tensors}))
+    return replace(difference, call=replace(difference.call, **{which: tuple(tensors)}))
 
 
 @pytest.mark.parametrize(

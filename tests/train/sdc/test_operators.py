@@ -78,14 +78,11 @@ def test_stuck_products_of_one_rank_end_all_ranks(tmp_path: Path, capsys: pytest
     assert "this machine shows it too" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("pattern", ["bits", "lane", "scale", "row"])
-def test_wrong_update_never_gets_past_the_next_step(pattern: str, tmp_path: Path) -> None:
-    """Every tensor is one tile here; the tile that is redone rotates, so the fault must last until its turn."""
-    fault = f"optimizer/{pattern}/step:2/persistent/name:layers.0.self_attn.0.o_proj"
-    ((step, message, finding),) = pool(1).run(train, [f"run.dir={tmp_path}", f"sdc.inject={fault}"], 120)
-    assert step, "not found in a whole round"
-    assert finding["kind"] == "update" and finding["tensor"] == "layers.0.self_attn.0.o_proj.weight", message
-    assert finding["operator"] == "AdamW"
+def test_wrong_update_never_gets_past_the_next_step(tmp_path: Path) -> None:
+    """Every tensor is one tile here; the tile that is redone rotates, so the fault strikes all tensors."""
+    words = [f"run.dir={tmp_path}", "sdc.inject=optimizer/bits/step:2/persistent"]
+    ((step, message, finding),) = pool(1).run(train, words, 6)
+    assert step == 3 and finding["kind"] == "update" and finding["operator"] == "AdamW", message
 
 
 def test_nothing_is_found_in_clean_steps(tmp_path: Path) -> None:
