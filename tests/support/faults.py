@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ class Rank:
         samples: Any = RandomSamples(self.config.train.sequence_length)
         self.reader = BatchReader(samples, self.config, self.topology)
         self.stepper(()).step()  # so that moments are not zero
-        self.counters = dict(vars(self.state.counters))
+        self.counters, self.health = dict(vars(self.state.counters)), deepcopy(vars(self.state.health))
         self.kept = [tensor.clone() for tensor in self.tensors()]
 
     def tensors(self) -> Iterator[Tensor]:
@@ -93,6 +94,7 @@ class Rank:
         for tensor, kept in zip(self.tensors(), self.kept, strict=True):
             tensor.copy_(kept)
         vars(self.state.counters).update(self.counters)
+        vars(self.state.health).update(deepcopy(self.health))  # it is part of the state's hash
         self.state.store.refresh()
         self.state.set_biases(self.state.biases)
         self.state.checksums = None
