@@ -13,13 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from longcat.ops.calls import set_observer, unobserved
 from longcat.ops.permuted import permuting
 from parallel.sdc.values import encoded, ignore
+
+_HOOKS: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # that name a model's calls
 
 
 class Persistence(StrEnum):
@@ -101,9 +105,16 @@ class Recomputer:
             return
         set_observer(self)
         for model in models:
-            for name, module in model.named_modules():
-                module.register_forward_pre_hook(self._naming(name))
-                module.register_forward_hook(self._naming(name.rpartition(".")[0]))
+            for handle in _HOOKS.pop(model, ()):
+                handle.remove()  # of a recomputer before
+            _HOOKS[model] = [
+                handle
+                for name, module in model.named_modules()
+                for handle in (
+                    module.register_forward_pre_hook(self._naming(name)),
+                    module.register_forward_hook(self._naming(name.rpartition(".")[0])),
+                )
+            ]
 
     def _naming(self, name: str) -> Callable[..., None]:
         def enter(*_: Any) -> None:

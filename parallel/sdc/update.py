@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from longcat.ops.permuted import rolled
 from parallel.fsdp.sharding import local_part
@@ -19,6 +21,9 @@ from parallel.sdc.recompute import compared
 
 TILE, VECTOR = 1 << 16, 32  # elements
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+_HOOKS: WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = WeakKeyDictionary()  # that keep a tile
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,17 @@ class UpdateCheck:
 
     def install(self) -> None:
         """Keep a tile before each of the optimizer's steps in which a check is due; `end_step` compares it."""
-        self.optimizer.register_step_pre_hook(lambda *_: self.before(self._step // self.every) if self._due() else None)
+        if self.optimizer in _HOOKS:
+            _HOOKS.pop(self.optimizer).remove()  # of a check before
+        _HOOKS[self.optimizer] = self.optimizer.register_step_pre_hook(self._before_step)
 
     def begin_step(self, step: int) -> None:
         """The number of the training step that follows."""
         self._step = step
 
-    def _due(self) -> bool:
-        return self.every > 0 and self._step % self.every == 0
+    def _before_step(self, *_: Any) -> None:
+        if self.every > 0 and self._step % self.every == 0:
+            self.before(self._step // self.every)
 
     def end_step(self) -> None:
         """After the update, if there was one."""

@@ -13,8 +13,8 @@ from parallel.sdc.spec import Fault, parse_faults
 class SdcConfig:
     """Checks for silent data corruption (SDC). A finding ends the run with code 5; nothing corrupt is saved."""
 
-    # steps between checks of what moves: messages between ranks, gathered weights. A step without them does not notice
-    # a transient fault there; a lasting one is noticed in the next step with them. 0 = no checks at all
+    # steps between checks of messages, gathered weights, one operator call and a tile of the update. A step without
+    # them does not notice a transient fault there; a lasting one is noticed in a later one. 0 = no checks at all
     every: int = 1
     # with `every` above 0: compare weights, moments, biases and step counts before each update with what the last one
     # left, and between replicas

@@ -116,8 +116,11 @@ def test_operator_outputs_pass_the_hook_forward_and_backward() -> None:
     finally:
         install_hook(None)
     assert seen == [
+        ("product", "product", (5, 3)),
         ("activation", "linear", (5, 3)),
+        ("product", "product", (5, 4)),
         ("gradient", "linear", (5, 4)),
+        ("product", "product", (3, 4)),
         ("gradient", "linear weight", (3, 4)),
     ]
     assert passed(Place.activation, "linear", clean) is clean and not is_active()

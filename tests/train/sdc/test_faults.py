@@ -25,6 +25,8 @@ def check(trials: list[dict[str, Any]]) -> None:
         if trial["place"] in COVERED:
             assert trial["noticed"] == trial["struck"], f"not noticed at once: {trial}"
             assert trial["rank"] in trial["suspects"], f"another rank is named: {trial}"
+        if trial["kind"] in ("operator", "update"):
+            assert list(trial["suspects"]) == [trial["rank"]], f"another rank is named: {trial}"
         if trial["place"] == Place.optimizer and trial["layout"].startswith("dp"):
             assert trial["noticed"] == trial["struck"] + 1, f"replicas differ unnoticed: {trial}"
     for trial in trials:
