@@ -24,9 +24,29 @@ from train.step import Stepper
 
 Bits = list[tuple[float, float, str]]
 STEPS = 3
+EP4 = "parallel.ep=4 model.num_experts=8"
 LAYOUTS = {  # name → ranks, overrides
     "fsdp4": (4, "parallel.fsdp=4"),
     "zero1": (4, "parallel.sharding=zero1"),
+    "cp4-documents": (4, "parallel.cp=4 data.mask_documents=true"),
+    "pp2-zbv-fsdp2": (4, "parallel.pp=2 parallel.schedule=zbv model.num_layers=4"),
+}
+MORE = {
+    "tp4-ep4": (4, f"parallel.tp=4 {EP4} model.vocab_size=96 model.num_heads=4"),
+    "ep4-chunks2": (4, f"{EP4} overlap.num_chunks=2"),
+    "dp4": (4, "parallel.dp=4"),
+    "dp2-fsdp2-ep2": (4, "parallel.dp=2 parallel.fsdp=2 parallel.ep=2 model.num_experts=8"),
+    "ep4-all_gather": (4, f"{EP4} parallel.transport=all_gather"),
+    "cp2-tp2-ep4": (4, f"parallel.cp=2 parallel.tp=2 {EP4} model.vocab_size=96"),
+    "fsdp4-recompute": (4, "parallel.fsdp=4 parallel.recompute=full"),
+    "fsdp4-selective": (4, "parallel.fsdp=4 parallel.recompute=selective"),
+    "ep4-blocking": (4, f"{EP4} overlap.num_chunks=2 overlap.enabled=false"),
+    "pp4-1f1b": (4, "parallel.pp=4 parallel.schedule=1f1b model.num_layers=4"),
+    "pp2-interleaved": (4, "parallel.pp=2 parallel.schedule=interleaved model.num_layers=4"),
+    "pp2-dualpipev-cp2": (4, "parallel.pp=2 parallel.schedule=dualpipev parallel.cp=2 model.num_layers=4"),
+    "zero2": (4, "parallel.sharding=zero2"),
+    "zero3": (4, "parallel.sharding=zero3"),
+    "fsdp4-compile": (4, "parallel.fsdp=4 parallel.compile=true"),
 }
 
 
@@ -74,18 +94,18 @@ PLANTS = {"messages": shuffle_messages}
 
 def runs(name: str, plant: str = "") -> list[list[Bits]]:
     """Two trainings in a layout, each the results of all ranks."""
-    ranks, words = LAYOUTS[name]
+    ranks, words = (LAYOUTS | MORE)[name]
     return [pool(ranks).run(train, words.split(), plant, seed) for seed in (1, 2)]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)])
 def test_layout_repeats_bit_by_bit(name: str) -> None:
     first, second = runs(name)
     assert first == second
     assert all(one == first[0] for one in first), "every rank reports the same numbers"
 
 
-@pytest.mark.parametrize(("name", "plant"), [("fsdp4", "messages")])
+@pytest.mark.parametrize(("name", "plant"), [("fsdp4", "messages"), ("cp4-documents", "messages")])
 def test_planted_unordered_collective_is_noticed(name: str, plant: str) -> None:
     first, second = runs(name, plant)
     assert first != second
