@@ -84,6 +84,8 @@ class Stepper:
         self.guard = Guard(state, config.sdc, topology, config.run.folder / "sdc")
         reader.left_out = state.health.skipped
         self.monitor = HealthMonitor(config.health, state.health, config.model.num_experts, config.optim.eps)
+        if config.sdc.every:
+            self.monitor.before_action = self._check_spike
 
     def step(self, requests: StepRequests = NONE) -> StepResult:
         """Train on the next global batch.
@@ -128,6 +130,7 @@ class Stepper:
         loss = sums[0] / max(divisors.valid_tokens, 1)
         if self._starts_mtp() or self._starts_mixture():
             self.state.health.forget()
+        self._inputs, self._local_sums = (batches, divisors, use_mtp), torch.cat((squares, local.sums))
         spike = self.monitor.judge(counters.step + 1, counters.position, loss, norm)
         if spike is not None and not spike.updates:
             problem = ""
@@ -161,6 +164,21 @@ class Stepper:
         weights = self.config.loss, self.config.balance.group_loss_weight
         losses_by_part = self.state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), use_mtp)
         return self._sum(losses_by_part)
+
+    def _run_again(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> Tensor:
+        """Forward and backward of the same batches: the gradients anew, and this rank's sums."""
+        self.state.store.drop_gradients()
+        self._reset_routers()
+        local = self._backward(batches, divisors, use_mtp)
+        return torch.cat((self.state.store.gradient_squares(), local.sums))
+
+    def _check_spike(self, _: Spike) -> None:
+        """Before a spike's action: the step is repeated, so that a wrong computation is not taken for a spike.
+
+        Raises:
+            CorruptionError: on every rank, if a rank's sums have other bits.
+        """
+        self.guard.judge_repetition(self._local_sums, self._run_again(*self._inputs))
 
     def _starts_mtp(self) -> bool:
         """Whether this step is the first with MTP, whose gradient adds to the norm."""

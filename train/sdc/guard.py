@@ -110,6 +110,20 @@ class Guard:
             finding = self._replica_finding([one[3] for one in found])
         raise finding.error(sites)
 
+    def judge_repetition(self, first: Tensor, second: Tensor) -> None:
+        """Raise on every rank if this or another rank's sums differ from those of the repeated step. A collective.
+
+        Raises:
+            CorruptionError: naming the ranks whose own sums differ.
+        """
+        same = torch.equal(first.view(torch.int64), second.view(torch.int64))
+        found = all_gather_object((Site.here(self.topology.rank, self.topology.device), same))
+        ranks = tuple(rank for rank, (_, is_same) in enumerate(found) if not is_same)
+        if ranks:
+            detail = "gave other bits when the step was repeated because its loss or gradient norm was a spike"
+            finding = Finding("step", self.step, "forward and backward", ranks, detail=detail)
+            raise finding.error([site for site, _ in found])
+
     def end_step(self) -> None:
         """After the update: what is now in memory must stay until the next one."""
         if is_active():
