@@ -26,8 +26,10 @@ MASK = (1 << 64) - 1
 Digest = int | Tensor  # a GPU's is a tensor [] int64 on it, until `resolve` fetches it: no wait in between
 
 
-def digest(tensor: Tensor) -> Digest:
+def digest(tensor: Tensor, as_on_gpu: bool = False) -> Digest:
     """The checksum of a tensor of any dtype, shape and strides; 0 elements have one too.
+
+    ``as_on_gpu`` gives a CPU tensor the checksum that its values have on a GPU.
 
     Raises:
         TypeError: the tensor has no memory of its own that can be read (meta, sparse, or a wrapper like DTensor).
@@ -35,7 +37,7 @@ def digest(tensor: Tensor) -> Digest:
     if tensor.layout is not torch.strided or tensor.device.type == "meta" or type(tensor).__name__ == "DTensor":
         raise TypeError(f"a checksum needs a tensor's own memory, not a {type(tensor).__name__} on {tensor.device}")
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    if plain.device.type == "cpu":
+    if plain.device.type == "cpu" and not as_on_gpu:
         return xxhash.xxh3_64_intdigest(_memory(plain))
     return keyed_sum(plain)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
-from longcat.errors import CorruptionError, StopRequested, UnhealthyError
+from longcat.errors import CorruptionError, LongCatError, StopRequested, UnhealthyError
 from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
 from parallel.reduce import mean_over_ranks
@@ -118,7 +119,8 @@ class Loop:
         try:
             return self.stepper.step(requests)
         except CorruptionError as error:
-            self.saver.wait_pending()  # its state was checked, and may be the last valid checkpoint
+            with suppress(LongCatError):  # this finding is the one to report
+                self.saver.wait_pending()  # its state was checked, and may be the last valid checkpoint
             checkpoint = last_valid(self.config.run.folder / "checkpoints", self.topology)
             raise error.with_advice(f"the update was not applied and {checkpoint}; {SDC_ADVICE}") from error
 

@@ -85,7 +85,7 @@ class LineFile:
             self.num_lost = 0
 
     def _open(self) -> int:
-        if self._descriptor is not None and not os.fstat(self._descriptor).st_nlink:  # somebody removed the file
+        if self._descriptor is not None and not self._is_current():
             self._close_file()
         if self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -93,6 +93,14 @@ class LineFile:
             end_torn_line(descriptor, keep=not self._was_open)
             self._was_open = True
         return self._descriptor
+
+    def _is_current(self) -> bool:
+        """Whether the open file is still the one at its path: it may be removed or replaced meanwhile."""
+        assert self._descriptor is not None
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def _close_file(self) -> None:
         descriptor, self._descriptor = self._descriptor, None

@@ -81,10 +81,10 @@ class Stepper:
     def __init__(self, state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> None:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
         self.elastic = config.train.elastic_bits > 0
-        self.guard = Guard(state, config.sdc, topology, config.run.folder / "sdc")
+        self.guard = Guard(state, config.sdc, topology, config.run.folder / "sdc", repeats=config.train.deterministic)
         reader.left_out = state.health.skipped
         self.monitor = HealthMonitor(config.health, state.health, config.model.num_experts, config.optim.eps)
-        if config.sdc.every:
+        if config.sdc.every and config.train.deterministic and state.store.has_replicas:  # not under DeepSpeed
             self.monitor.before_action = self._check_spike
 
     def step(self, requests: StepRequests = NONE) -> StepResult:
@@ -130,7 +130,7 @@ class Stepper:
         loss = sums[0] / max(divisors.valid_tokens, 1)
         if self._starts_mtp() or self._starts_mixture():
             self.state.health.forget()
-        self._inputs, self._local_sums = (batches, divisors, use_mtp), torch.cat((squares, local.sums))
+        self._inputs, self._first_sums = (batches, divisors, use_mtp), (local.sums, squares)
         spike = self.monitor.judge(counters.step + 1, counters.position, loss, norm)
         if spike is not None and not spike.updates:
             problem = ""
@@ -165,12 +165,12 @@ class Stepper:
         losses_by_part = self.state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), use_mtp)
         return self._sum(losses_by_part)
 
-    def _run_again(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> Tensor:
-        """Forward and backward of the same batches: the gradients anew, and this rank's sums."""
+    def _run_again(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> tuple[Tensor, Tensor]:
+        """Forward and backward of the same batches: the gradients anew, this rank's losses and shares of norms."""
         self.state.store.drop_gradients()
         self._reset_routers()
         local = self._backward(batches, divisors, use_mtp)
-        return torch.cat((self.state.store.gradient_squares(), local.sums))
+        return local.sums, self.state.store.gradient_squares()
 
     def _check_spike(self, _: Spike) -> None:
         """Before a spike's action: the step is repeated, so that a wrong computation is not taken for a spike.
@@ -178,20 +178,24 @@ class Stepper:
         Raises:
             CorruptionError: on every rank, if a rank's sums have other bits.
         """
-        self.guard.judge_repetition(self._local_sums, self._run_again(*self._inputs))
+        losses, squares = zip(self._first_sums, self._run_again(*self._inputs), strict=True)
+        self.guard.judge_repetition(*losses, own_sums=not self.elastic)
+        self.guard.judge_repetition(*squares, own_sums=False)  # of gradients that are summed over ranks
 
     def _starts_mtp(self) -> bool:
         """Whether this step is the first with MTP, whose gradient adds to the norm."""
         train, counters = self.config.train, self.state.counters
         before = counters.tokens - train.global_batch_size * train.sequence_length
-        return before < self.config.loss.mtp_start_tokens <= counters.tokens
+        has_mtp = self.config.model.num_mtp_layers > 0
+        return has_mtp and before < self.config.loss.mtp_start_tokens <= counters.tokens
 
     def _starts_mixture(self) -> bool:
         """Whether a stage of `data.stages` begins in this step's batch: its loss may be another."""
         train, place, position = self.config.train, self.state.health.skipped.place, self.state.counters.position
-        first, last = place(position), place(position + train.global_batch_size - 1)
+        before = place(position - 1) if position else -1  # a range that is left out may hold the start
+        last = place(position + train.global_batch_size - 1)
         starts = (math.ceil(stage.start_tokens / train.sequence_length) for stage in self.config.data.stages)
-        return any(first <= start <= last for start in starts)
+        return any(before < start <= last for start in starts)
 
     def _sum(self, losses_by_part: list[list[Losses]]) -> StepSums:
         """Add up what each part of the model returned per micro-batch, with weight 0 for what other ranks count.

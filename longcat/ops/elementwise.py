@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from longcat.faults import Place, passed, passed_all
 from longcat.ops.calls import observed
 from longcat.ops.fusion import Fusible
-from longcat.ops.permuted import along, elementwise, is_permuting
+from longcat.ops.permuted import along, can_permute, elementwise, is_permuting
 
 
 @Fusible
@@ -100,7 +100,7 @@ class _Rotary(torch.autograd.Function):
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
     """While permuting, the heads are rolled."""
-    if is_permuting():
+    if is_permuting() and can_permute(x):
         return along(-2, lambda heads: _rotated(heads, angles), x)  # type: ignore[no-any-return]
     return _rotated(x, angles)
 

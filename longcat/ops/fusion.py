@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longcat.faults import Place, is_active, passed_all
-from longcat.ops.permuted import is_permuting
+from longcat.ops.permuted import can_permute, is_permuting
 from longcat.ops.torch_internals import allow_recompilations
 
 P = ParamSpec("P")
@@ -34,7 +34,7 @@ class Fusible(Generic[P, R]):
         _FUSIBLE.append(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self.permuted is not None and is_permuting():
+        if self.permuted is not None and is_permuting() and can_permute(args[0]):  # type: ignore[arg-type]
             return self.permuted(*args, **kwargs)
         return self.compute(*args, **kwargs)
 

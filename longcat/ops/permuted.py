@@ -19,7 +19,8 @@ from longcat.faults import Place, passed
 
 # float32 products of a CPU: these many rows and multiples of columns are computed by the same code wherever they are
 MIN_ROWS, COLUMNS = 16, 16
-VECTOR = 32  # elements of the widest vectors; a row's rest is computed by scalar code, whose exp rounds differently
+VECTOR = 128  # bytes that a loop takes at once, at most; a row's rest is scalar code, whose exp rounds differently
+SPLIT = 1 << 15  # elements from which on torch divides an operation among threads, anywhere in a row
 
 _permuting = False
 
@@ -59,6 +60,11 @@ def rolled(x: Tensor, dim: int, back: bool = False) -> Tensor:
     return out
 
 
+def can_permute(x: Tensor) -> bool:
+    """Whether elementwise operations on x give the same bits wherever an element is."""
+    return x.device.type != "cpu" or torch.get_num_threads() == 1 or x.numel() < SPLIT
+
+
 def along(dim: int, function: Callable[..., Any], *operands: Tensor) -> Any:
     """``function`` of operands that are all rolled along ``dim``, with its result or results rolled back."""
     out = function(*(rolled(x, dim) for x in operands))
@@ -67,7 +73,7 @@ def along(dim: int, function: Callable[..., Any], *operands: Tensor) -> Any:
 
 def elementwise(function: Callable[..., Any], *operands: Tensor) -> Any:
     """An elementwise ``function`` of matrices [..., R, C], with rolled rows and, in whole vectors, rolled columns."""
-    if operands[0].shape[-1] % VECTOR:
+    if operands[0].shape[-1] * operands[0].element_size() % VECTOR:
         return along(-2, function, *operands)
     return along(-2, lambda *rows: along(-1, function, *rows), *operands)
 

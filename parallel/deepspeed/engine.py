@@ -188,9 +188,16 @@ class ZeroEngine:
     def drop_gradients(self) -> None:
         """Drop the gradients as DeepSpeed does where they overflow."""
         self.zero.zero_grad(set_to_none=True)
-        self.zero.averaged_gradients = {}
-        for flat in self._flat_weights():
-            flat.grad = None
+        if self.stage < 3:
+            self.zero.micro_step_id = -1  # or the next backward would add to what is dropped
+        if self.offloads:  # the buffers of gradients stay: each first micro-batch overwrites them
+            self.zero.reset_cpu_buffers()
+            if self.stage < 3:
+                self.zero._offload_accumulated_param_ids = set()
+        else:
+            self.zero.averaged_gradients = {}
+            for flat in self._flat_weights():
+                flat.grad = None
         self.mtp_used = False
 
     # State

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
 
-from longcat.faults import Place, passed
+from longcat.faults import Place, is_active, passed
 from longcat.model import LongCat
 from parallel.checksum import Digest, digest
 from parallel.sdc.ledger import LEDGER, Entry, group_ranks
@@ -43,6 +43,8 @@ class GatheredWeights:
         self.owned.clear()
 
     def _strike(self, group: Any) -> None:
+        if not is_active():
+            return
         for name, parts in gathered_parts(group):
             for part in parts:
                 passed(Place.gathered_weight, name, part)

@@ -140,24 +140,28 @@ class Mismatch(NamedTuple):
 
 def mismatches(lists: Iterable[list[Entry]]) -> list[Mismatch]:
     """The transfers that differ, from the lists of all ranks."""
-    sent: dict[tuple[str, int, int], Entry] = {}
+    sent: dict[tuple[str, int, int, int], Entry] = {}  # by channel, number, sender and receiver
     arrived: dict[tuple[str, int, int], list[Entry]] = {}
     for one in (entry for entries in lists for entry in entries):
         key = (one.channel, one.number, one.sender)
         if one.is_sender:
-            sent[key] = one
+            sent |= {(*key, receiver): one for receiver in one.receivers}
         else:
             arrived.setdefault(key, []).append(one)
     found = []
     for key, entries in arrived.items():
-        source = sent.get(key)
-        wrong = [one for one in entries if source is None or one.checksum != source.checksum]
+        sources = [sent.get((*key, one.receivers[0])) for one in entries]
+        pairs = list(zip(entries, sources, strict=True))
+        wrong = [one for one, source in pairs if source is None or one.checksum != source.checksum]
         if wrong:
             receivers = tuple(sorted(one.receivers[0] for one in wrong))
-            found.append(Mismatch(wrong[0].label, key[0], key[2], receivers, len(entries) - len(wrong)))
-    for key, source in sent.items():
-        if missing := set(source.receivers) - {one.receivers[0] for one in arrived.get(key, [])}:
-            found.append(Mismatch(source.label, source.channel, source.sender, tuple(sorted(missing)), 0))
+            values = {source.checksum for one, source in pairs if source is not None and one in wrong}
+            agreeing = sum(source is not None and source.checksum in values for _, source in pairs) - len(wrong)
+            found.append(Mismatch(wrong[0].label, key[0], key[2], receivers, max(agreeing, 0)))
+    received = {(*key, one.receivers[0]) for key, entries in arrived.items() for one in entries}
+    for (channel, _, sender, receiver), source in sent.items():
+        if (channel, source.number, sender, receiver) not in received:
+            found.append(Mismatch(source.label, channel, sender, (receiver,), 0))
     return found
 
 

@@ -100,13 +100,12 @@ class Recomputer:
     _target: int = -1  # the number of the call to repeat
 
     def install(self, models: list[nn.Module]) -> None:
-        """Observe the operators of ``models`` from now on, if checks are wanted."""
-        if not self.every:
-            return
-        set_observer(self)
+        """Learn in which module of ``models`` a call is made, if checks are wanted."""
         for model in models:
             for handle in _HOOKS.pop(model, ()):
                 handle.remove()  # of a recomputer before
+            if not self.every:
+                continue
             _HOOKS[model] = [
                 handle
                 for name, module in model.named_modules()
@@ -125,12 +124,16 @@ class Recomputer:
     def begin_step(self, step: int) -> None:
         """Choose the call of this step; the first step only counts them."""
         self._count = 0
+        if self.every:
+            set_observer(self)
         due = self.every > 0 and step % self.every == 0 and self._total > 0
         self._target = step // self.every % self._total if due else -1
 
     def end_step(self) -> None:
         """What runs until the next step, validation for example, is neither repeated nor counted."""
         self._total, self._target = self._count, -1
+        if self.every:
+            set_observer(None)
 
     def take(self) -> list[Difference]:
         """The differences found since the last call."""
@@ -151,6 +154,8 @@ class Recomputer:
 
     def backward(self, name: str, plain: Callable[..., Any], ctx: Any, grads: tuple[Any, ...]) -> Any:
         self.module = ctx.module
+        if getattr(ctx, "store", None) is not None:
+            ctx.store = self._in_module(ctx.store, ctx.module)
         if not self._is_chosen():
             return plain(ctx, *grads)
         # Unpacked once: a second time, under activation recomputation, would be an error
@@ -159,6 +164,18 @@ class Recomputer:
             result = plain(Scratch(**held), *grads)
         self._repeat(f"{name}, backward", plain, grads, held, result, ctx.module)
         return result
+
+    def _in_module(self, store: Callable[[Callable[[], Tensor]], None], module: str) -> Any:
+        """A store of weight gradients whose computations, which run later, are of ``module``."""
+
+        def put(compute: Callable[[], Tensor]) -> None:
+            def run() -> Tensor:
+                self.module = module
+                return compute()
+
+            store(run)
+
+        return put
 
     def call(self, name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         result = function(*args)

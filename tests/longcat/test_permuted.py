@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longcat.ops.attention import causal_attention
 from longcat.ops.cross_entropy import linear_cross_entropy
-from longcat.ops.elementwise import rms_norm, rotary
+from longcat.ops.elementwise import rms_norm, rotary, swiglu
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
 from longcat.ops.matmul import fp32_linear, gated_linear, linear, product
 from longcat.ops.permuted import can_roll, distance, permuting, rolled
@@ -108,4 +108,19 @@ def test_permuted_operators_have_the_same_bits(name: str, size: int, dtype: torc
     first = run()
     with permuting():
         second = run()
+    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_several_threads_give_the_same_bits(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        gate, up = (draw(1237, 96, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+        a, b = draw(1237, 128, dtype=torch.float32), draw(128, 192, dtype=torch.float32, seed=1)
+        first = swiglu(gate, up), product(a, b), product(a.bfloat16(), b.bfloat16())
+        with permuting():
+            second = swiglu(gate, up), product(a, b), product(a.bfloat16(), b.bfloat16())
+    finally:
+        torch.set_num_threads(before)
     assert all(torch.equal(bits(one), bits(other)) for one, other in zip(first, second, strict=True))

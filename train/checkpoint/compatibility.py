@@ -28,6 +28,7 @@ FIXED_KEYS = (
 
 # Keys that decide the bits, beside the above: with train.elastic_bits they may not change either
 BIT_KEYS = (
+    "train.dtype",
     "parallel.pp",
     "parallel.cp",
     "parallel.tp",

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from longcat.config_choices import check_choice
+from longcat.config_limits import check_at_most
 from longcat.errors import ConfigError
+
+MAX_WINDOW = 10_000  # steps
 
 
 class OnSpike(StrEnum):
@@ -44,6 +47,7 @@ class HealthConfig:
         for name in ("window", "forget_after", "dead_after"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"health.{name}={getattr(self, name)} must not be negative")
+        check_at_most("health.window", self.window, MAX_WINDOW, "each step sorts it, and each checkpoint holds it")
         if 0 < self.window < 8:
             raise ConfigError(f"health.window={self.window} is too short to judge by; use at least 8, or 0 for none")
         if not self.window and self.on_spike != OnSpike.report:

@@ -38,9 +38,10 @@ def go_back(
     and tokens are those of the checkpoint; the samples that are left out, and the actions taken, are those of now.
     """
     folder = config.run.folder / "checkpoints"
-    with work_span(Event(SpanKind.CHECKPOINT_FIND), slow=True):
-        path = newest_scheduled(folder, spike.step, config.checkpoint.every) if topology.is_first else None
-    path = broadcast(path)
+    with watchdog.slow_timeout():  # the first rank reads all of a checkpoint
+        with work_span(Event(SpanKind.CHECKPOINT_FIND), slow=True):
+            path = newest_scheduled(folder, spike.step, config.checkpoint.every) if topology.is_first else None
+        path = broadcast(path)
     if path is None:
         return None
     strikes, ranges = list(state.health.strikes), list(state.health.skipped.ranges)

@@ -46,8 +46,14 @@ def total(found: Checksums) -> int:
 
 
 def changed_in_snapshot(expected: Checksums, tensors: dict[str, Tensor]) -> list[str]:
-    """The names among a checkpoint's ``tensors`` whose values are not those of ``expected``."""
-    return changed(expected, checksums(snapshot_boxes(tensors)))
+    """The names among a checkpoint's ``tensors`` whose values are not those of ``expected``.
+
+    The copy of what was on a GPU may be in host memory, where checksums are others.
+    """
+    boxes = dict(snapshot_boxes(tensors))
+    differing = [key for key, value in checksums(boxes.items()).items() if expected.get(key) != value]
+    digests = resolve(digest(boxes[key], as_on_gpu=True) for key in differing)
+    return [key[0] for key, value in zip(differing, digests, strict=True) if expected.get(key) != value]
 
 
 def snapshot_boxes(tensors: dict[str, Tensor]) -> Iterator[tuple[Key, Tensor]]:

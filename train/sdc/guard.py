@@ -32,16 +32,17 @@ from train.sdc.operators import OperatorChecks, operator_finding, update_finding
 from train.state import TrainState
 
 # of a rank's row: changed tensors at rest, replica's state, replicated state, sender's and receiver's cell, operators
-COLUMNS = 6
+# and update
+COLUMNS = 7
 
 
 class Guard:
     """Watches one rank's training steps."""
 
-    def __init__(self, state: TrainState, config: SdcConfig, topology: Topology, folder: Path) -> None:
-        """``folder`` is where calls that differ are saved."""
+    def __init__(self, state: TrainState, config: SdcConfig, topology: Topology, folder: Path, repeats: bool) -> None:
+        """``folder`` is where calls that differ are saved; ``repeats``: whether a call repeats bit by bit."""
         self.state, self.config, self.topology = state, config, topology
-        self.operators = OperatorChecks(state, config.every, topology.rank, folder)
+        self.operators = OperatorChecks(state, config.every if repeats else 0, topology.rank, folder)
         self.injector = Injector(config.faults, topology.rank)
         self.injector.install()
         self.checks_state = config.every > 0 and config.at_rest and not state.store.transient
@@ -71,6 +72,7 @@ class Guard:
         rows = torch.zeros(self.topology.world_size, COLUMNS, dtype=torch.float64)
         rows[:, 3:5] = LEDGER.cells(self.topology.world_size)
         rows[self.topology.rank, 5] = self.operators.count()
+        rows[self.topology.rank, 6] = float(self.updated is not None)
         if self.checks_state:
             assert self.state.checksums is not None
             with work_span(Event(SpanKind.CHECKSUMS)):
@@ -89,8 +91,8 @@ class Guard:
             return
         at_rest, in_transfer = bool(rows[:, 0].any()), differs(rows[:, 3:5])
         replicas = self._split(rows[:, 1]) or len(set(rows[:, 2].tolist())) > 1
-        in_operators = bool(rows[:, 5].any())
-        if not (at_rest or in_transfer or replicas or in_operators):
+        in_operators, in_update = bool(rows[:, 5].any()), bool(rows[:, 6].any())
+        if not (at_rest or in_transfer or replicas or in_operators or in_update):
             return
         site = Site.here(self.topology.rank, self.topology.device)
         entries = LEDGER.entries if in_transfer else []
@@ -98,7 +100,7 @@ class Guard:
         report, updated = self.operators.report(), self.updated
         found = all_gather_object((site, self.changed, entries, state or {}, report, updated))
         sites = [one[0] for one in found]
-        if any(one[5] for one in found):
+        if in_update:
             finding = update_finding(self.step, [one[5] for one in found])
         elif in_operators:
             finding = operator_finding(self.step, [one[4] for one in found])
@@ -110,8 +112,10 @@ class Guard:
             finding = self._replica_finding([one[3] for one in found])
         raise finding.error(sites)
 
-    def judge_repetition(self, first: Tensor, second: Tensor) -> None:
+    def judge_repetition(self, first: Tensor, second: Tensor, own_sums: bool) -> None:
         """Raise on every rank if this or another rank's sums differ from those of the repeated step. A collective.
+
+        Without ``own_sums`` they are the sums of all ranks, which name none.
 
         Raises:
             CorruptionError: naming the ranks whose own sums differ.
@@ -121,6 +125,8 @@ class Guard:
         ranks = tuple(rank for rank, (_, is_same) in enumerate(found) if not is_same)
         if ranks:
             detail = "gave other bits when the step was repeated because its loss or gradient norm was a spike"
+            if not own_sums or len(ranks) > 1:
+                ranks, detail = tuple(range(len(found))), f"{detail}; it shows in sums over ranks, which name none"
             finding = Finding("step", self.step, "forward and backward", ranks, detail=detail)
             raise finding.error([site for site, _ in found])
 
@@ -128,21 +134,19 @@ class Guard:
         """After the update: what is now in memory must stay until the next one."""
         if is_active():
             strike_update(self.state)
+        self.operators.end_step()
+        if self.operators.update is not None and self.operators.update.found is not None:
+            self.updated = self.operators.update.found.name
         if self.checks_state:
             self._take()
-            self.operators.end_step()
             self._mark_wrong_update()
 
     def _mark_wrong_update(self) -> None:
-        """Let no checksum bless a weight that AdamW wrote wrongly: it ends the next step, or a save before that."""
-        check, checksums = self.operators.update, self.state.checksums
-        if check is None or check.found is None:
-            return
-        self.updated = check.found.name
-        assert checksums is not None
-        for key in checksums:
-            if key[0] == f"weight/{self.updated}":
-                checksums[key] ^= 1
+        """Let no checkpoint be committed with a weight that AdamW wrote wrongly; the next step ends the run."""
+        assert self.state.checksums is not None
+        for key in self.state.checksums if self.updated is not None else ():
+            if key[0].startswith("weight/") and key[0].endswith(str(self.updated)):
+                self.state.checksums[key] ^= 1
 
     def _take(self) -> None:
         with work_span(Event(SpanKind.CHECKSUMS)):

@@ -67,8 +67,8 @@ class OperatorChecks:
         try:
             write_bundle(path, first, {**about, "persistence": str(first.persistence)})
             bundle = f"longcat replay {path} repeats the call"
-        except OSError as error:
-            bundle = f"the call could not be saved to {path} ({error.strerror})"
+        except Exception as error:  # torch raises RuntimeError on a full disk; the other ranks wait for this report
+            bundle = f"the call could not be saved to {path} ({type(error).__name__}: {error})".replace("\n", " ")
         return OperatorReport(
             first.operator, first.module, str(first.persistence), first.elements, first.largest, bundle
         )

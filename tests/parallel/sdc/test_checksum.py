@@ -88,3 +88,9 @@ def test_tensors_without_memory_are_refused() -> None:
     for tensor in (torch.empty(3, device="meta"), torch.eye(3).to_sparse()):
         with pytest.raises(TypeError, match="own memory"):
             digest(tensor)
+
+
+def test_copy_in_host_memory_can_have_the_checksum_of_a_gpu() -> None:
+    values = torch.randn(1000)
+    assert resolve([digest(values, as_on_gpu=True)]) == resolve([keyed_sum(values)])
+    assert resolve([digest(values)]) != resolve([keyed_sum(values)])

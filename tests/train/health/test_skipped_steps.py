@@ -50,11 +50,20 @@ def equal(one: list[Tensor], two: list[Tensor]) -> bool:
 
 
 @pytest.mark.usefixtures("closing")
-@pytest.mark.parametrize("sharding", ["fsdp", "zero1", pytest.param("zero2", marks=pytest.mark.long), "zero3"])
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        "fsdp",
+        "zero1",
+        "zero3",
+        "zero2 parallel.offload=cpu",
+        *(pytest.param(one, marks=pytest.mark.long) for one in ("zero2", "zero3 parallel.offload=cpu")),
+    ],
+)
 def test_a_skipped_step_changes_nothing_but_counters(monkeypatch: pytest.MonkeyPatch, sharding: str) -> None:
     """Nor does it leave gradients behind: the next step is that of a run which never saw the batch."""
     plant(monkeypatch, [PLANTED])
-    words = [f"parallel.sharding={sharding}"]
+    words = f"parallel.sharding={sharding}".split()
     run = stepper([*words, "health.on_spike=skip"])
     for _ in range(6):
         assert run.step().spike is None
