@@ -20,7 +20,7 @@ NEEDS_MORE = """
 import importlib, sys
 plain = importlib.import_module
 missing = {"megatron.core.datasets.utils": "megatron.core.nothing"}
-importlib.import_module = lambda name, *rest: plain(missing.get(name, name), *rest)
+importlib.import_module = lambda name, *rest, **more: plain(missing.get(name, name), *rest, **more)
 import train.data.megatron as ours
 import megatron.core
 assert megatron.core.parallel_state and megatron.core.__version__
