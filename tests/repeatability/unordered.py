@@ -32,16 +32,6 @@ def product(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return shuffled
 
 
-def linear(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`torch.nn.functional.linear` whose terms are in another order."""
-
-    def shuffled(x: Tensor, weight: Tensor) -> Tensor:
-        terms = order(x.shape[-1])
-        return original(x[..., terms], weight[:, terms])
-
-    return shuffled
-
-
 def bags(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`embedding_bag` whose rows are in another order inside each bag."""
 
