@@ -76,7 +76,7 @@ def build_session(config: Config) -> Session:
     topology = connect(config.parallel)
     if topology.device.type == "cpu":
         keep_freed_memory()
-    config.train.dtype = run.resolve_dtype(config)
+    run.resolve_dtype(config)
     state = run.build_state(config, topology)
     samples, validator = run.build_data(config, topology)
     stepper = Stepper(state, BatchReader(samples, config, topology), config, topology)

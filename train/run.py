@@ -35,7 +35,7 @@ from train.loggers.interface import MetricsSink, NullSink
 from train.loop import Loop
 from train.optimizer import make_adamw
 from train.report import write_report
-from train.run_dir import CONFIG, as_mapping, describe_corpora, initial_checkpoint, write_config
+from train.run_dir import CONFIG, as_mapping, check_not_another_run, describe_corpora, initial_checkpoint, write_config
 from train.run_files import write_file
 from train.state import Counters, TrainState
 from train.step import Stepper
@@ -59,7 +59,7 @@ def train(config: Config, stop_signal: StopSignal, on_hang: Callable[[str], None
     watchdog.start(config.parallel.timeout_seconds, on_hang, config.run.folder)
     count_stream_waits(topology.device)
     stop_signal.listen()  # after all ranks have met: a rank that a signal ends earlier would leave the others waiting
-    config.train.dtype = resolve_dtype(config)
+    resolve_dtype(config)
     state = build_state(config, topology)
     train_samples, validator = build_data(config, topology)
     terminal = open_terminal(config, topology)
@@ -146,11 +146,15 @@ def report(config: Config, terminal: Display) -> None:
     terminal.note(f"report: {write_report(config.run.folder)}")
 
 
-def resolve_dtype(config: Config) -> ComputeDtype:
-    """`train.dtype` with `auto` resolved by the first rank for all: ranks may run on different devices."""
-    if config.train.dtype != ComputeDtype.auto:
-        return config.train.dtype
-    return ComputeDtype(broadcast(str(fastest_dtype()).removeprefix("torch.")))
+def resolve_dtype(config: Config) -> None:
+    """Decide `train.dtype=auto`: the first rank's for all, as ranks may run on different devices.
+
+    Raises:
+        ConfigError: the run folder has a run of another type, which may not change (`train.elastic_bits`).
+    """
+    if config.train.dtype == ComputeDtype.auto:
+        config.train.dtype = ComputeDtype(broadcast(str(fastest_dtype()).removeprefix("torch.")))
+        check_not_another_run(config)
 
 
 def build_state(config: Config, topology: Topology) -> TrainState:

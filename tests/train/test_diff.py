@@ -34,7 +34,7 @@ def runs(overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return result
 
     monkeypatch.setattr(Stepper, "step", flipping)
-    assert train_here([*words, "run.name=flipped"]) == 0
+    assert train_here([*words, "run.name=flipped", "sdc.at_rest=false"]) == 0
     return tmp_path / "one", tmp_path / "two", tmp_path / "flipped"
 
 

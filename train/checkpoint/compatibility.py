@@ -62,14 +62,18 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str, ...] = FIXED_KEYS) -> list[str]:
-    """A phrase per differing leaf below ``keys``, by default also of the corpora; the preset's name is not compared."""
+    """A phrase per differing leaf below ``keys``, by default also of the corpora.
+
+    Not compared are the preset's name, and a `train.dtype` that the device has yet to decide.
+    """
     old, new = ADDED | flatten(stored), ADDED | flatten(wanted)
     found = corpora_differences(stored, wanted) if keys == FIXED_KEYS else []
     if keys == FIXED_KEYS and old["train.elastic_bits"] and new["train.elastic_bits"]:
         keys += BIT_KEYS
     for leaf in sorted(old.keys() | new.keys()):
         watched = any(leaf == key or leaf.startswith(f"{key}.") for key in keys)
-        if watched and leaf != "model.name" and old.get(leaf) != new.get(leaf):
+        undecided = leaf == "model.name" or (leaf == "train.dtype" and new.get(leaf) == "auto")
+        if watched and not undecided and old.get(leaf) != new.get(leaf):
             found.append(f"{leaf} was {old.get(leaf)} and is now {new.get(leaf)}")
     return found
 
