@@ -64,7 +64,7 @@ def one_layer(config: ModelConfig, transport: str, ranks: int) -> MoE:
     apply_expert_parallel(model, topology, transport)
     moe: MoE = model.shortcut_layers()[0].mlp.to_empty(device="cpu")
     for name, tensor in stored_state(moe):
-        local, box = local_part(tensor.detach())
+        local, box = local_part(tensor)
         fill(local, f"layers.0.mlp.{name}", tuple(tensor.shape), box, config, seed=0)
     return moe
 

@@ -230,7 +230,7 @@ def load_model(config: ModelConfig, checkpoint: Path, topology: Topology) -> Lon
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it loads in one process, as asked
             dcp.load(whole, checkpoint_id=checkpoint, no_dist=True)
-        local, box = local_part(tensor.detach())
+        local, box = local_part(tensor)
         local.copy_(whole[f"{kind}/{name}"][tuple(slice(*ends) for ends in box)] if box else whole[f"{kind}/{name}"])
     for name, parameter in model.named_parameters():
         if ".router." not in name:

@@ -34,19 +34,20 @@ def digest(tensor: Tensor, as_on_gpu: bool = False) -> Digest:
     Raises:
         TypeError: the tensor has no memory of its own that can be read (meta, sparse, or a wrapper like DTensor).
     """
-    if tensor.layout is not torch.strided or tensor.device.type == "meta" or type(tensor).__name__ == "DTensor":
+    if tensor.layout is not torch.strided or tensor.is_meta or type(tensor).__name__ == "DTensor":
         raise TypeError(f"a checksum needs a tensor's own memory, not a {type(tensor).__name__} on {tensor.device}")
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    if plain.device.type == "cpu" and not as_on_gpu:
+    in_order = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    plain = tensor if in_order else tensor.detach().resolve_conj().resolve_neg().contiguous()
+    if plain.is_cpu and not as_on_gpu:
         return xxhash.xxh3_64_intdigest(_memory(plain))
-    return keyed_sum(plain)
+    return keyed_sum(plain.detach().reshape(-1))
 
 
 def _memory(plain: Tensor) -> ctypes.Array[ctypes.c_char] | bytes:
     """A contiguous CPU tensor's memory. Not by `numpy()`: FSDP2 could no longer free a storage that numpy has seen."""
-    if not plain.nbytes:
+    if not (size := plain.nbytes):
         return b""
-    return (ctypes.c_char * plain.nbytes).from_address(plain.data_ptr())
+    return (ctypes.c_char * size).from_address(plain.data_ptr())
 
 
 def keyed_sum(values: Tensor) -> Tensor:

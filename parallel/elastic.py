@@ -286,7 +286,7 @@ def update_tails(optimizer: torch.optim.AdamW) -> None:
             if parameter.grad is None:
                 continue
             state = optimizer.state[parameter]
-            tensors = [local_part(t.detach())[0] for t in (parameter, parameter.grad, *(state[m] for m in MOMENTS))]
+            tensors = [local_part(t)[0] for t in (parameter, parameter.grad, *(state[m] for m in MOMENTS))]
             rest = tensors[0].numel() % VECTOR
             if rest:
                 tails = [tensor.view(-1)[-rest:] for tensor in tensors]

@@ -136,7 +136,7 @@ class ShardedAdamW:
         return squares.index_add_(0, 1 + parts, of_tensors.cpu())
 
     def measured_bytes(self) -> StateBytes:
-        weights = [local_part(parameter.detach())[0] for _, parameter in self.parameters]
+        weights = [local_part(parameter)[0] for _, parameter in self.parameters]
         grads = [local_part(parameter.grad)[0] for _, parameter in self.parameters if parameter.grad is not None]
         moments = [local_part(self.optimizer.state[p][kind])[0] for _, p in self.parameters for kind in MOMENTS]
         return StateBytes(*(float(sum(tensor.nbytes for tensor in kind)) for kind in (weights, grads, moments)))
@@ -179,7 +179,6 @@ class ShardedAdamW:
 
 def local_box(kind: str, name: str, tensor: Tensor) -> LocalBox:
     """This rank's box of a tensor that may be sharded."""
-    with torch.no_grad():  # the local part then needs no node of autograd's graph, which takes longer than the rest
-        values, box = local_part(tensor)
+    values, box = local_part(tensor)
     shape = tuple(tensor.shape)
-    return LocalBox(kind, name, shape, box or tuple((0, size) for size in shape), values.detach())
+    return LocalBox(kind, name, shape, box or tuple((0, size) for size in shape), values)

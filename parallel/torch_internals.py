@@ -25,6 +25,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo as FSD
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo as HSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult as ShardPlacementResult
 from torch.distributed.pipelining import schedules
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import (
     compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,
 )
@@ -127,6 +128,23 @@ def on_gather_and_release(group: Any, gathered: Callable[[Any], None], released:
     group.wait_for_unshard, group._to_sharded = wait_for_unshard, to_sharded
 
 
+def on_gradients(group: Any, complete: Callable[[str, Tensor], None]) -> None:
+    """Call ``complete(parameter's name, gradient)`` with a group's whole local gradients, before ranks are summed."""
+    post_backward = group.post_backward
+
+    def with_gradients(*unused: Any) -> None:
+        for one in group.fsdp_params if group.reduce_grads else ():
+            if hasattr(one, "_unsharded_param"):
+                one.accumulate_unsharded_grad_if_needed()
+                if one.unsharded_accumulated_grad is not None:
+                    complete(one._param_fqn, one.unsharded_accumulated_grad_data)
+                elif one.unsharded_param.grad is not None:
+                    complete(one._param_fqn, one.unsharded_grad_data)
+        post_backward(*unused)
+
+    group.post_backward = with_gradients
+
+
 def gathered_parts(group: Any) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     """(parameter's name, each owner's padded part of it, in the order of shard ranks) of a group that is gathered."""
     ranks = group.mesh_info.shard_mesh_size
@@ -135,6 +153,11 @@ def gathered_parts(group: Any) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
         dim, shape = parameter.fsdp_placement.dim, list(parameter.padded_sharded_param_size)
         shape[dim] *= ranks
         yield parameter._param_fqn, gathered.view(shape).chunk(ranks, dim)
+
+
+def local_shard(tensor: DTensor) -> Tensor:
+    """This rank's shard. `to_local` gives autograd a node, which takes longer than the checksum of a small shard."""
+    return tensor._local_tensor
 
 
 def owned_shards(group: Any) -> dict[str, Tensor]:

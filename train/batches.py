@@ -43,18 +43,19 @@ class BatchReader:
         self.topology = topology
         self.size = config.train.micro_batch_size
         self.num_micro_batches = config.train.global_batch_size // self.size
-        share = self.num_micro_batches // topology.data_ranks
-        virtual = virtual_ranks(config.train.elastic_bits, topology.sizes)
-        self.local = (  # the numbers of this rank's micro-batches
-            list(range(topology.data_rank * share, (topology.data_rank + 1) * share))
-            if virtual is None
-            else virtual.micro_batches(topology.data_rank, self.num_micro_batches)
-        )
         self.left_out = SampleRanges()  # samples that are passed over; positions count the others
 
-    def read(self, first_sample: int) -> Iterator[Batch]:
-        """This rank's micro-batches of the global batch ``first_sample`` ..., in order."""
-        for number in self.local:
+    def numbers(self, data_rank: int) -> list[int]:
+        """The numbers of a data rank's micro-batches in the global batch."""
+        virtual = virtual_ranks(self.config.train.elastic_bits, self.topology.sizes)
+        if virtual is not None:
+            return virtual.micro_batches(data_rank, self.num_micro_batches)
+        share = self.num_micro_batches // self.topology.data_ranks
+        return list(range(data_rank * share, (data_rank + 1) * share))
+
+    def read(self, first_sample: int, data_rank: int | None = None) -> Iterator[Batch]:
+        """The micro-batches of a data rank, by default this one, of the global batch ``first_sample`` ..., in order."""
+        for number in self.numbers(self.topology.data_rank if data_rank is None else data_rank):
             yield self.micro_batch(first_sample + number * self.size)
 
     def micro_batch(self, first_sample: int) -> Batch:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from longcat.errors import CorruptionError, LongCatError, StopRequested, UnhealthyError
@@ -97,13 +98,14 @@ class Loop:
             if due(config.logging.hash_every, counters.step):
                 result.metrics["state_hash"] = state_hash(self.state, self.topology)
             self._report(result, last)
-            if result.requests.wait_pending:
-                self.saver.wait_pending()
             final = last or result.requests.stop
-            if final or result.requests.save or due(config.checkpoint.every, counters.step):
-                self.saver.save(result.metrics.get("val_loss"))
-            if final:
-                self.saver.wait_pending(final=True)
+            with self._advising():
+                if result.requests.wait_pending:
+                    self.saver.wait_pending()
+                if final or result.requests.save or due(config.checkpoint.every, counters.step):
+                    self.saver.save(result.metrics.get("val_loss"))
+                if final:
+                    self.saver.wait_pending(final=True)
             if result.requests.stop and not last:
                 raise StopRequested(
                     f"stopped on {self.stop_signal.reason or 'request'} after step {counters.step}; state saved, "
@@ -116,13 +118,25 @@ class Loop:
             self.stop_signal.take_save_request() or self.saver.is_overdue() or owed_save,
             self.saver.has_ended(),
         )
-        try:
+        with self._advising("the update was not applied and "):
             return self.stepper.step(requests)
+
+    @contextmanager
+    def _advising(self, outcome: str = "") -> Iterator[None]:
+        """Add to a finding what became of the step (``outcome``), which checkpoints there are, and what to do."""
+        try:
+            yield
         except CorruptionError as error:
             with suppress(LongCatError):  # this finding is the one to report
                 self.saver.wait_pending()  # its state was checked, and may be the last valid checkpoint
             checkpoint = last_valid(self.config.run.folder / "checkpoints", self.topology)
-            raise error.with_advice(f"the update was not applied and {checkpoint}; {SDC_ADVICE}") from error
+            since, step = error.details["finding"].get("since"), error.details["finding"]["step"]
+            doubtful = (
+                f"; checkpoints of steps {since} to {step - 1} may hold the fault's effect"
+                if since is not None and since < step
+                else ""
+            )
+            raise error.with_advice(f"{outcome}{checkpoint}{doubtful}; {SDC_ADVICE}") from error
 
     def _finish_metrics(self, result: StepResult, seconds: float, blocked: float) -> None:
         """Add what needs a clock, the device or the weights; this rank waited ``blocked`` of the ``seconds``."""

@@ -15,9 +15,11 @@ from longcat.counts import flops_per_token
 from longcat.model import Losses
 from longcat.moe import round_to
 from longcat.names import OTHER_PARTS
+from longcat.ops.calls import unobserved
 from parallel.elastic import sum_exactly
 from parallel.mesh import Axis, Topology
 from parallel.reduce import sum_in_one_collective, sum_over_ranks
+from parallel.sdc.replay import Traced, traced
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import begin_step, work_span
 from train.balance import BiasController
@@ -82,6 +84,7 @@ class Stepper:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
         self.elastic = config.train.elastic_bits > 0
         self.guard = Guard(state, config.sdc, topology, config.run.folder / "sdc", repeats=config.train.deterministic)
+        self.guard.replay = self._replay
         reader.left_out = state.health.skipped
         self.monitor = HealthMonitor(config.health, state.health, config.model.num_experts, config.optim.eps)
         if config.sdc.every and config.train.deterministic and state.store.has_replicas:  # not under DeepSpeed
@@ -102,8 +105,8 @@ class Stepper:
         batches = list(self.reader.read(counters.position))
         divisors = self.reader.divisors(batches)
         use_mtp = counters.tokens >= config.loss.mtp_start_tokens and config.model.num_mtp_layers > 0
-        self._reset_routers()
-        local = self._backward(batches, divisors, use_mtp)
+        self._inputs = batches, divisors, use_mtp
+        local = self._backward(*self._inputs) if not self.guard.replays else self._backward_with_replay()
 
         with work_span(Event(SpanKind.GRADIENT_NORM)):
             squares = self.state.store.gradient_squares()
@@ -130,7 +133,7 @@ class Stepper:
         loss = sums[0] / max(divisors.valid_tokens, 1)
         if self._starts_mtp() or self._starts_mixture():
             self.state.health.forget()
-        self._inputs, self._first_sums = (batches, divisors, use_mtp), (local.sums, squares)
+        self._first_sums = local.sums, squares
         spike = self.monitor.judge(counters.step + 1, counters.position, loss, norm)
         if spike is not None and not spike.updates:
             problem = ""
@@ -161,14 +164,33 @@ class Stepper:
         return StepResult(metrics, counts, norms_by_part(part_squares, use_mtp), problem, asked, by_layer, spike)
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> StepSums:
+        self._reset_routers()
         weights = self.config.loss, self.config.balance.group_loss_weight
         losses_by_part = self.state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), use_mtp)
         return self._sum(losses_by_part)
 
+    def _backward_with_replay(self) -> StepSums:
+        """Forward and backward of the neighbouring group's micro-batches, then of this rank's, both traced."""
+        theirs = self._replay(1)
+        with traced() as own:
+            local = self._backward(*self._inputs)
+        self.guard.compare_with_neighbours(own, theirs)
+        return local
+
+    def _replay(self, groups: int) -> Traced:
+        """A trace of the forward and backward of the rank ``groups`` expert groups further; leaves no gradients."""
+        _, divisors, use_mtp = self._inputs
+        data_rank = self.guard.neighbours.data_rank(self.topology.data_rank, groups)
+        batches = list(self.reader.read(self.state.counters.position, data_rank))
+        self.state.store.drop_gradients()
+        with unobserved(), traced() as found:
+            self._backward(batches, divisors, use_mtp)
+        self.state.store.drop_gradients()
+        return found
+
     def _run_again(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> tuple[Tensor, Tensor]:
         """Forward and backward of the same batches: the gradients anew, this rank's losses and shares of norms."""
         self.state.store.drop_gradients()
-        self._reset_routers()
         local = self._backward(batches, divisors, use_mtp)
         return local.sums, self.state.store.gradient_squares()
 

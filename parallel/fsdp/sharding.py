@@ -23,6 +23,7 @@ from parallel.torch_internals import (
     compute_local_shape_and_global_offset,
     concatenate_meshes,
     initialize_root,
+    local_shard,
 )
 
 
@@ -105,10 +106,10 @@ def set_gradient_sync(model: nn.Module, last: bool) -> None:
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, Box | None]:
-    """This rank's part of a tensor and its box in the full tensor; None if it is not sharded."""
+    """This rank's part of a tensor and its box in the full tensor, None if it is not sharded. Autograd sees neither."""
     if not isinstance(tensor, DTensor):
-        return tensor, None
-    return tensor.to_local(), _box(tensor.shape, tensor.device_mesh, tensor.placements)
+        return tensor.detach(), None
+    return local_shard(tensor).detach(), _box(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
 @cache  # torch takes 0.1 ms, and every step needs it for every tensor
@@ -121,7 +122,7 @@ def materialise(model: LongCat, config: ModelConfig, seed: int, device: torch.de
     """Allocate what was built on the meta device and give every local shard its values from (seed, name)."""
     model.to_empty(device=device)
     for name, tensor in stored_state(model):
-        local, box = local_part(tensor.detach())
+        local, box = local_part(tensor)
         fill(local, name, tuple(tensor.shape), box, config, seed)
     _gather_once(model)
 

@@ -36,7 +36,7 @@ class Site:
 class Finding:
     """Something that should be bitwise equal and is not."""
 
-    kind: str  # state at rest | gathered weight | message | replicas | checkpoint; others may add theirs
+    kind: str  # a row of the table in docs/guide/corruption.md
     step: int  # the step in which it was noticed; its update was not applied
     what: str  # the tensor, transfer or operator that differs, as a reader knows it
     suspects: tuple[int, ...]  # ranks of which one is at fault, the likeliest first
@@ -44,6 +44,7 @@ class Finding:
     operator: str = ""
     tensor: str = ""
     detail: str = ""  # a clause that says what was compared
+    since: int | None = None  # the first step that a fault which lasts may have changed, unseen
 
     def error(self, sites: Sequence[Site]) -> CorruptionError:
         """The error that ends the run; ``sites`` are all ranks', in rank order."""

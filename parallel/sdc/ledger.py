@@ -11,7 +11,7 @@ Each rank keeps one ledger, `LEDGER`. Transfers outside a step, of validation fo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 from zlib import crc32
 
@@ -45,11 +45,12 @@ class Ledger:
         self.recording = False
         self.entries: list[Entry] = []
         self.numbers: Counter[str] = Counter()
+        self.on_arrival: Callable[[str, Tensor], None] | None = None  # sees what arrives, with its label
 
     @property
     def is_watching(self) -> bool:
         """Whether what arrives is recorded, or may be struck by an injected fault."""
-        return self.recording or is_active()
+        return self.recording or self.on_arrival is not None or is_active()
 
     def begin(self, rank: int, recording: bool) -> None:
         """Forget the last step; record from now on, or not."""
@@ -70,6 +71,8 @@ class Ledger:
     def receive(self, label: str, channel: str, number: int, sender: int, tensor: Tensor) -> None:
         """Record what has arrived from a global rank."""
         passed(Place.payload, label, tensor)
+        if self.on_arrival is not None:
+            self.on_arrival(label, tensor)
         if self.recording:
             self.entries.append(Entry(label, channel, number, sender, (self.rank,), False, digest(tensor)))
 

@@ -121,6 +121,11 @@ class Recomputer:
 
         return enter
 
+    @property
+    def period(self) -> int:
+        """Steps until each call of a step has had its turn."""
+        return self.every * self._total
+
     def begin_step(self, step: int) -> None:
         """Choose the call of this step; the first step only counts them."""
         self._count = 0

@@ -51,7 +51,9 @@ class UpdateCheck:
     def __init__(
         self, parameters: Sequence[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, every: int = 1
     ) -> None:
-        self.parameters, self.optimizer, self.every = parameters, optimizer, every
+        self.optimizer, self.every = optimizer, every
+        # name, parameter, its elements in whole vectors, its tiles
+        self._sizes = [(n, p, size := flat(p).numel() // VECTOR * VECTOR, -(-size // TILE)) for n, p in parameters]
         self.found: TileDifference | None = None  # in the last update
         self._step = 0
         self._backup: _Backup | None = None
@@ -111,11 +113,7 @@ class UpdateCheck:
 
     def _tile(self, number: int) -> tuple[str, nn.Parameter, slice] | None:
         """The parameter and elements of tile ``number``."""
-        tiles = []
-        for name, parameter in self.parameters:
-            if parameter.grad is not None:
-                whole = flat(parameter).numel() // VECTOR * VECTOR
-                tiles.append((name, parameter, whole, -(-whole // TILE)))
+        tiles = [one for one in self._sizes if one[1].grad is not None]
         total = sum(count for *_, count in tiles)
         left = number % total if total else 0
         for name, parameter, whole, count in tiles:
@@ -127,4 +125,4 @@ class UpdateCheck:
 
 def flat(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor as a vector."""
-    return local_part(tensor.detach())[0].view(-1)
+    return local_part(tensor)[0].view(-1)

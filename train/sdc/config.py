@@ -19,12 +19,17 @@ class SdcConfig:
     # with `every` above 0: compare weights, moments, biases and step counts before each update with what the last one
     # left, and between replicas
     at_rest: bool = True
+    # with `every` above 0: steps between replays, in which each rank also computes the step of the neighbouring expert
+    # group and both are compared; they cost a step's forward and backward each. 0 = never. It needs two groups with the
+    # same weights (dp or fsdp above 1) and parallel.sharding=fsdp, and is off otherwise
+    replay_every: int = 1000
     # faults to inject, for tests: one or a list of PLACE/PATTERN[/KEY:VALUE…], see the guide's page on corruption
     inject: Any = field(default_factory=list)
 
     def validate(self) -> None:
-        if self.every < 0:
-            raise ConfigError(f"sdc.every={self.every} must not be negative")
+        for key, value in (("every", self.every), ("replay_every", self.replay_every)):
+            if value < 0:
+                raise ConfigError(f"sdc.{key}={value} must not be negative")
         parse_faults(self.inject)
 
     @property

@@ -11,6 +11,7 @@ end_step       checksums of the new state
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,9 +22,11 @@ from parallel.checksum import mix
 from parallel.mesh import Topology
 from parallel.reduce import all_gather_object
 from parallel.sdc.finding import Finding, Site, layer_of
-from parallel.sdc.gathered import CHANNEL, GATHERED
+from parallel.sdc.gathered import CHANNEL as GATHERED_CHANNEL
+from parallel.sdc.gathered import GATHERED
 from parallel.sdc.inject import Injector
 from parallel.sdc.ledger import LEDGER, Mismatch, differs, mismatches, suspects
+from parallel.sdc.replay import CHANNEL, TRACE, Computation, Neighbours, Traced, record, replay_finding
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 from train.sdc.at_rest import Checksums, Key, changed, checksums, strike, strike_update, tensors_at_rest, total
@@ -46,24 +49,42 @@ class Guard:
         self.injector = Injector(config.faults, topology.rank)
         self.injector.install()
         self.checks_state = config.every > 0 and config.at_rest and not state.store.transient
+        self.neighbours = Neighbours(topology.sizes)
+        can_replay = config.every > 0 and repeats and state.store.has_replicas and self.neighbours.number > 1
+        self.replay_every = config.replay_every if can_replay else 0
+        self.replay: Callable[[int], Traced] | None = None  # computes the step of a group so many groups further
+        self.traces: tuple[Traced, Traced] = [], []  # of this step: this rank's, and the replay of its neighbour's
         self.step = 0
         self.changed: list[str] = []
         self.updated: str | None = None  # a parameter of which a tile of the last update differs
         if config.every or self.injector.faults:
             for model in state.models:
                 GATHERED.watch(model)
+        if self.replay_every:
+            TRACE.watch(state.models)
+
+    @property
+    def replays(self) -> bool:
+        """Whether this step is computed by a neighbour too."""
+        return self.replay_every > 0 and self.step % self.replay_every == 0
 
     def begin_step(self, step: int) -> None:
         """Before a step's forward."""
         self.step = step
         self.injector.begin_step(step)
-        LEDGER.begin(self.topology.rank, self.config.every > 0 and step % self.config.every == 0)
+        is_due = self.config.every > 0 and step % self.config.every == 0
+        LEDGER.begin(self.topology.rank, is_due or self.replays)
         GATHERED.begin_step()
         self.operators.begin_step(step)
         if self.checks_state and self.state.checksums is None:
             self._take()
         if is_active():
             strike(self.state)
+
+    def compare_with_neighbours(self, own: Traced, theirs: Traced) -> None:
+        """What this rank computed of its own step and of its neighbour's, which `judge` compares with theirs."""
+        self.traces = own, theirs
+        record(self.neighbours, self.topology.rank, own, theirs)
 
     def numbers(self) -> Tensor:
         """This rank's part of the sums over ranks, [ranks, COLUMNS] float64; empty without checks."""
@@ -107,7 +128,9 @@ class Guard:
         elif at_rest:
             finding = self._state_finding([one[1] for one in found])
         elif in_transfer:
-            finding = self._transfer_finding(mismatches(one[2] for one in found))
+            differing = mismatches(one[2] for one in found)
+            messages = [one for one in differing if one.channel != CHANNEL]
+            finding = self._transfer_finding(messages) if messages else self._replay_finding()
         else:
             finding = self._replica_finding([one[3] for one in found])
         raise finding.error(sites)
@@ -192,7 +215,7 @@ class Guard:
 
     def _transfer_finding(self, found: list[Mismatch]) -> Finding:
         first = found[0]
-        gathered = first.channel.startswith(CHANNEL)
+        gathered = first.channel.startswith(GATHERED_CHANNEL)
         return Finding(
             "gathered weight" if gathered else "message",
             self.step,
@@ -204,6 +227,16 @@ class Guard:
             detail=f"differs between rank {first.sender}, which has it, and "
             f"rank{'s' * (len(first.receivers) > 1)} {', '.join(map(str, first.receivers))}, which received it",
         )
+
+    def _replay_finding(self) -> Finding:
+        """Compute this step again, and the next group's or, if there is a third, the one's after it. A collective."""
+        assert self.replay is not None
+        rank, neighbours = self.topology.rank, self.neighbours
+        further = 2 if neighbours.number > 2 else 1
+        traces = [(0, self.traces[0]), (1, self.traces[1]), (0, self.replay(0)), (further, self.replay(further))]
+        mine = [Computation(neighbours.rank(rank, groups), rank, traced) for groups, traced in traces]
+        everyone = [one for of_rank in all_gather_object(mine) for one in of_rank]
+        return replay_finding(self.step, everyone, self.replay_every)
 
     def _replica_finding(self, states: list[Checksums]) -> Finding:
         everywhere = list(range(len(states)))

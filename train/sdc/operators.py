@@ -10,7 +10,7 @@ import torch
 
 from parallel.sdc.bundle import write_bundle
 from parallel.sdc.finding import Finding, layer_of
-from parallel.sdc.recompute import Recomputer
+from parallel.sdc.recompute import Persistence, Recomputer
 from parallel.sdc.update import UpdateCheck
 from parallel.state_store import ShardedAdamW
 from train.state import TrainState
@@ -26,6 +26,7 @@ class OperatorReport:
     elements: int
     largest: float
     bundle: str  # the file that was written, or why there is none
+    since: int  # the step in which this call had its last turn, or the one after a transient fault's
 
 
 class OperatorChecks:
@@ -69,8 +70,10 @@ class OperatorChecks:
             bundle = f"longcat replay {path} repeats the call"
         except Exception as error:  # torch raises RuntimeError on a full disk; the other ranks wait for this report
             bundle = f"the call could not be saved to {path} ({type(error).__name__}: {error})".replace("\n", " ")
+        is_transient = first.persistence == Persistence.transient
+        since = self.step if is_transient else max(1, self.step - self.recomputer.period)
         return OperatorReport(
-            first.operator, first.module, str(first.persistence), first.elements, first.largest, bundle
+            first.operator, first.module, str(first.persistence), first.elements, first.largest, bundle, since
         )
 
 
@@ -80,6 +83,9 @@ def operator_finding(step: int, reports: list[OperatorReport | None]) -> Finding
     first = reports[ranks[0]]
     assert first is not None
     where = f" in {first.module}" if first.module else ""
+    alike = {(one.operator, one.module, one.persistence) for one in reports if one is not None}
+    is_everywhere = len(ranks) == len(reports) > 1 and len(alike) == 1 and first.persistence == Persistence.lasting
+    doubt = "; every rank finds it, so rather suspect the program than a device" if is_everywhere else ""
     return Finding(
         "operator",
         step,
@@ -88,7 +94,8 @@ def operator_finding(step: int, reports: list[OperatorReport | None]) -> Finding
         layer_of(first.module),
         operator=first.operator,
         detail=f"gives other bits when it is repeated from permuted operands ({first.elements} elements, by up to "
-        f"{first.largest:.3g}); the fault is {first.persistence}; {first.bundle}",
+        f"{first.largest:.3g}); the fault is {first.persistence}{doubt}; {first.bundle}",
+        since=min(one.since for one in reports if one is not None),
     )
 
 

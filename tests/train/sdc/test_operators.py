@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.support.pool import close_pools, pool
 from train.batches import BatchReader
 from train.compose import compose
 from train.run import build_state
+from train.sdc.operators import OperatorReport, operator_finding
 from train.step import Stepper
 
 SMALL = [
@@ -64,6 +66,7 @@ def test_stuck_products_of_one_rank_end_all_ranks(tmp_path: Path, capsys: pytest
     assert 3 <= step <= 5
     assert (finding["kind"], finding["rank"], finding["layer"]) == ("operator", 1, 0)
     assert "the fault is lasting" in message and "rank 1 (" in message and finding["operator"] in message
+    assert 1 <= finding["since"] < step, "its call had its turn before the fault began"
     (bundle,) = (tmp_path / "a" / "sdc").iterdir()
     assert f"longcat replay {bundle}" in message
     assert main(["replay", str(bundle)]) == 5, "the recorded result is wrong"
@@ -101,3 +104,11 @@ def test_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "default" / "sdc").write_text("in the way")
     ((step, message, _),) = pool(1).run(train, [f"run.dir={tmp_path}", f"sdc.inject={STUCK}/persistent"], 12)
     assert step and "could not be saved" in message
+
+
+def test_all_ranks_alike_do_not_accuse_a_device() -> None:
+    report = OperatorReport("linear, forward", "layers.0.mlps.0", "lasting", 3, 0.5, "", 4)
+    assert "suspect the program" in operator_finding(9, [report, report]).detail
+    for others in ([report], [report, None], [report, replace(report, persistence="transient")]):
+        assert "suspect the program" not in operator_finding(9, others).detail
+    assert operator_finding(9, [None, report]).since == 4

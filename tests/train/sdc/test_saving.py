@@ -26,6 +26,7 @@ def test_corrupt_copy_is_never_committed(
     finding = record["finding"]
     assert (finding["kind"], finding["rank"], finding["device"]) == ("checkpoint", 0, "cpu") and finding["host"]
     assert finding["tensor"] in record["message"] and "lm_head" in finding["tensor"]
+    assert "there is no checkpoint yet; take the named machine out" in record["message"]
     assert "error: silent data corruption" in capfd.readouterr().err
 
 
