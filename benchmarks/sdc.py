@@ -1,14 +1,17 @@
-"""Cost of the checks for silent data corruption: `python -m benchmarks.sdc` prints two tables and a JSON line.
+"""Cost of determinism and of the checks for silent data corruption: `python -m benchmarks.sdc` prints two tables.
 
-The first table has hashes beside memcpy, alternating. The second has training steps of two ranks with checks on, off
-and in between, alternating in one run: the seconds that a rank spends in checksums, as a share of its step, at
-``--tokens`` tokens a rank a step. A share of measured seconds resolves a tenth of a per cent where two step times on a
-shared machine differ by several.
+The first table has hashes beside memcpy, alternating. The second has training steps of two ranks, alternating in one
+run: not deterministic, deterministic without checks, with the default checks, with those of the state at rest alone.
+It shows the seconds that a rank spends in each kind of check as a share of its step, at ``--tokens`` tokens a rank a
+step: such a share resolves a tenth of a per cent, where two step times on a shared machine differ by several. Rows
+`every N` are computed from the default's; `period` are the steps until each operator call had its turn, which bound
+the delay in which a lasting fault is found. A replay is a forward and backward more: 100 / `sdc.replay_every` %.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +21,9 @@ import torch
 import xxhash
 
 from benchmarks.common import alternate, print_json, print_table
+from longcat.ops.calls import set_observer
 from parallel.checksum import digest, keyed_sum
+from parallel.device import keep_freed_memory, make_deterministic
 from parallel.mesh import connect
 from tests.support.distributed import run_ranks
 from tests.support.running import RandomSamples
@@ -29,15 +34,16 @@ from train.run import build_state
 from train.step import Stepper
 
 MIB = 1 << 20
-# name → every, at_rest
 NEVER = 1 << 30
+# name → deterministic, every, at_rest
 VARIANTS = {
-    "off": (0, False),
-    "default": (1, True),
-    "every 4": (4, True),
-    "every 16": (16, True),
-    "at rest": (NEVER, True),
+    "not deterministic": (False, 0, False),
+    "off": (True, 0, False),
+    "default": (True, 1, True),
+    "at rest": (True, NEVER, True),
 }
+COMPUTED = {"every 4": 4, "every 16": 16, "every 64": 64}
+KINDS = ("at rest", "gathered weights", "messages", "operators", "verdict")
 
 
 def hash_speeds(num_bytes: int, rounds: int) -> dict[str, float]:
@@ -82,19 +88,43 @@ def install(timer: Timer, stepper: Stepper) -> None:
     """Time what the checks do in a step."""
     import parallel.sdc.gathered as gathered
     import parallel.sdc.ledger as ledger
+    import train.sdc.guard as guard
 
-    guard = stepper.guard
     gathered.digest = timer.around("gathered weights", gathered.digest)  # type: ignore[attr-defined]
     ledger.digest = timer.around("messages", ledger.digest)  # type: ignore[attr-defined]
-    guard.numbers = timer.around("at rest", guard.numbers)  # type: ignore[method-assign]
-    guard.end_step = timer.around("at rest", guard.end_step)  # type: ignore[method-assign]
-    guard.judge = timer.around("verdict", guard.judge)  # type: ignore[method-assign]
+    ledger.LEDGER.cells = timer.around("messages", ledger.LEDGER.cells)  # type: ignore[method-assign]
+    guard.checksums = timer.around("at rest", guard.checksums)  # type: ignore[attr-defined]
+    stepper.guard.judge = timer.around("verdict", stepper.guard.judge)  # type: ignore[method-assign]
+    operators = stepper.guard.operators
+    operators.recomputer._repeat = timer.around(  # type: ignore[method-assign]
+        "operators", operators.recomputer._repeat
+    )
+    assert operators.update is not None
+    operators.update.before = timer.around("operators", operators.update.before)  # type: ignore[method-assign]
+    operators.update.after = timer.around("operators", operators.update.after)  # type: ignore[method-assign]
+
+
+def choose(stepper: Stepper, deterministic: bool, every: int, at_rest: bool) -> None:
+    """Set what the next step does."""
+    torch.use_deterministic_algorithms(False)
+    if deterministic:
+        make_deterministic()
+    guard = stepper.guard
+    guard.config.every, guard.checks_state = every, at_rest
+    assert guard.operators.update is not None
+    guard.operators.recomputer.every = guard.operators.update.every = every
+    if not every:
+        set_observer(None)
+    guard.state.checksums = None
+    guard.begin_step(guard.step)
 
 
 def train(words: list[str], rounds: int) -> list[dict[str, Any]]:
     """Steps on this rank, one of each variant in turn: seconds of the step and of each kind of check."""
     config = compose(words)
     topology = connect(config.parallel)
+    keep_freed_memory()
+    make_deterministic()
     state = build_state(config, topology)
     samples: Any = RandomSamples(config.train.sequence_length, config.model.vocab_size)
     stepper = Stepper(state, BatchReader(samples, config, topology), config, topology)
@@ -103,43 +133,45 @@ def train(words: list[str], rounds: int) -> list[dict[str, Any]]:
     stepper.step()
     found = []
     for _ in range(rounds):
-        for name, (every, at_rest) in VARIANTS.items():
-            if every not in (0, 1, NEVER):
-                continue  # a mean of two others: see `rows`
-            guard = stepper.guard
-            guard.config.every, guard.checks_state = every, at_rest
-            state.checksums = None
-            guard.begin_step(guard.step)
+        for name, variant in VARIANTS.items():
+            choose(stepper, *variant)
             timer.take()
+            torch.distributed.barrier()
             start = time.perf_counter()
             stepper.step()
-            found.append({"variant": name, "step": time.perf_counter() - start, **timer.take()})
+            seconds = time.perf_counter() - start
+            calls = stepper.guard.operators.recomputer.period
+            found.append({"variant": name, "step": seconds, "calls": calls, **timer.take()})
     torch.distributed.destroy_process_group()
     return found
 
 
 def rows(measured: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Variant → seconds of a step, and per cent of it in each kind of check; the worst case of noticing, in steps."""
-    kinds = ("at rest", "gathered weights", "messages", "verdict")
+    """Variant → seconds of a step, per cent of it in each kind of check, and until when a lasting fault is found."""
+
+    def of(variant: str) -> list[dict[str, Any]]:
+        return [one for one in measured if one["variant"] == variant]
 
     def share(variant: str, kind: str) -> float:
-        return statistics.median(
-            100 * one.get(kind, 0.0) / one["step"] for one in measured if one["variant"] == variant
-        )
+        return statistics.median(100 * one.get(kind, 0.0) / one["step"] for one in of(variant))
 
+    calls = max(one["calls"] for one in of("default"))
     table: dict[str, dict[str, float]] = {}
-    for name, (every, at_rest) in VARIANTS.items():
-        full = {kind: share("default", kind) for kind in kinds}
-        part = 0.0 if every in (0, NEVER) else 1 / every
-        shares = {kind: full[kind] * (float(at_rest) if kind == "at rest" else part) for kind in kinds}
-        if name in ("off", "default", "at rest"):
-            shares = {kind: share(name, kind) for kind in kinds}
-        steps = [one["step"] for one in measured if one["variant"] == name]
+    for name in VARIANTS:
+        shares = {kind: share(name, kind) for kind in KINDS}
+        pairs = zip(of(name), of("off"), strict=True)
         table[name] = {
-            "step s": statistics.median(steps) if steps else float("nan"),
+            "step s": statistics.median(one["step"] for one in of(name)),
+            "to off": statistics.median(one["step"] / off["step"] for one, off in pairs),
             **shares,
-            "all": sum(shares.values()),
+            "all %": sum(shares.values()),
+            "period": calls if name == "default" else float("nan"),
         }
+    default = table["default"]
+    for name, every in COMPUTED.items():
+        shares = {kind: default[kind] / (1 if kind == "at rest" else every) for kind in KINDS}
+        nan = {"step s": float("nan"), "to off": float("nan")}
+        table[name] = {**nan, **shares, "all %": sum(shares.values()), "period": calls * every}
     return table
 
 
@@ -169,10 +201,11 @@ def main() -> None:
     print_table(
         f"checks at {arguments.tokens} tokens a rank a step, % of the step",
         ["sdc", *columns],
-        [[name, *(f"{row[column]:.2f}" for column in columns)] for name, row in table.items()],
+        [[name, *("" if math.isnan(x) else f"{x:.2f}" for x in row.values())] for name, row in table.items()],
     )
     settings = {key: vars(arguments)[key] for key in ("ranks", "model", "tokens", "micro_batch_tokens", "rounds")}
-    print_json("sdc", {**settings, "xxhash": xxhash.VERSION, "gb_per_second": speeds, "per_cent": table})
+    found = {name: {key: x for key, x in row.items() if not math.isnan(x)} for name, row in table.items()}
+    print_json("sdc", {**settings, "xxhash": xxhash.VERSION, "gb_per_second": speeds, "table": found})
 
 
 if __name__ == "__main__":
