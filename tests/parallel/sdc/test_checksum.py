@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.checksum import COLUMNS, WORDS, Digest, digest, keyed_sum, resolve
+from parallel.checksum import COLUMNS, ROWS_IN_CACHE, Digest, digest, keyed_sum, resolve
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64)
 SIZES = (1, 2, 3, 7, COLUMNS - 1, COLUMNS, COLUMNS + 1, 3 * COLUMNS + 5)
@@ -65,9 +65,10 @@ def test_exchanged_values_and_lengths_change_the_checksum(kind: str) -> None:
 
 
 def test_gpu_sum_covers_several_chunks() -> None:
-    x = torch.zeros(WORDS + COLUMNS + 3, dtype=torch.int32)
+    at_once = ROWS_IN_CACHE * COLUMNS
+    x = torch.zeros(at_once + COLUMNS + 3, dtype=torch.int32)
     (before,) = resolve([keyed_sum(x)])
-    for position in (0, WORDS - 1, WORDS, WORDS + COLUMNS, x.numel() - 1):
+    for position in (0, at_once - 1, at_once, at_once + COLUMNS, x.numel() - 1):
         x[position] = 1
         assert resolve([keyed_sum(x)]) != [before]
         x[position] = 0
@@ -94,3 +95,12 @@ def test_copy_in_host_memory_can_have_the_checksum_of_a_gpu() -> None:
     values = torch.randn(1000)
     assert resolve([digest(values, as_on_gpu=True)]) == resolve([keyed_sum(values)])
     assert resolve([digest(values)]) != resolve([keyed_sum(values)])
+
+
+def test_keyed_sum_does_not_depend_on_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU takes more rows at once than a CPU, and both must agree."""
+    x = torch.randint(-(1 << 31), (1 << 31) - 1, (9 * COLUMNS + 5,), dtype=torch.int32)
+    expected = int(keyed_sum(x))
+    monkeypatch.setattr("parallel.checksum.ROWS_IN_CACHE", 2)
+    assert int(keyed_sum(x)) == expected
+    assert int(keyed_sum(x[: 9 * COLUMNS])) != expected
