@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,18 +26,29 @@ from parallel.sdc.finding import Finding, Site, layer_of
 from parallel.sdc.gathered import CHANNEL as GATHERED_CHANNEL
 from parallel.sdc.gathered import GATHERED
 from parallel.sdc.inject import Injector
-from parallel.sdc.ledger import LEDGER, Mismatch, differs, mismatches, suspects
+from parallel.sdc.ledger import LEDGER, Entry, Mismatch, differs, mismatches, suspects
 from parallel.sdc.replay import CHANNEL, TRACE, Computation, Neighbours, Traced, record, replay_finding
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 from train.sdc.at_rest import Checksums, Key, changed, checksums, strike, strike_update, tensors_at_rest, total
 from train.sdc.config import SdcConfig
-from train.sdc.operators import OperatorChecks, operator_finding, update_finding
+from train.sdc.operators import OperatorChecks, OperatorReport, operator_finding, update_finding
 from train.state import TrainState
 
 # of a rank's row: changed tensors at rest, replica's state, replicated state, sender's and receiver's cell, operators
 # and update
 COLUMNS = 7
+
+
+class RankReport(NamedTuple):
+    """What one rank tells all others once the sum of their checks is not clean."""
+
+    site: Site
+    changed: list[str]  # tensors at rest
+    entries: list[Entry]  # of its ledger
+    checksums: Checksums  # of its state
+    operator: OperatorReport | None
+    updated: str | None  # a parameter of which a tile of the last update differs
 
 
 class Guard:
@@ -115,25 +127,36 @@ class Guard:
         in_operators, in_update = bool(rows[:, 5].any()), bool(rows[:, 6].any())
         if not (at_rest or in_transfer or replicas or in_operators or in_update):
             return
-        site = Site.here(self.topology.rank, self.topology.device)
-        entries = LEDGER.entries if in_transfer else []
-        state = self.state.checksums if self.checks_state else None
-        report, updated = self.operators.report(), self.updated
-        found = all_gather_object((site, self.changed, entries, state or {}, report, updated))
-        sites = [one[0] for one in found]
-        if in_update:
-            finding = update_finding(self.step, [one[5] for one in found])
-        elif in_operators:
-            finding = operator_finding(self.step, [one[4] for one in found])
-        elif at_rest:
-            finding = self._state_finding([one[1] for one in found])
-        elif in_transfer:
-            differing = mismatches(one[2] for one in found)
-            messages = [one for one in differing if one.channel != CHANNEL]
-            finding = self._transfer_finding(messages) if messages else self._replay_finding()
-        else:
-            finding = self._replica_finding([one[3] for one in found])
-        raise finding.error(sites)
+        report = RankReport(
+            Site.here(self.topology.rank, self.topology.device),
+            self.changed,
+            LEDGER.entries if in_transfer else [],
+            (self.state.checksums if self.checks_state else None) or {},
+            self.operators.report(),
+            self.updated,
+        )
+        found = all_gather_object(report)
+        raise self._finding(found, replicas).error([one.site for one in found])
+
+    def _finding(self, found: list[RankReport], replicas: bool) -> Finding:
+        """The finding of all ranks' reports, the one nearest to a cause first."""
+        differing = mismatches(one.entries for one in found)
+        messages = [one for one in differing if one.channel != CHANNEL]
+        if any(one.updated for one in found):
+            return update_finding(self.step, [one.updated for one in found])
+        if any(one.operator for one in found):
+            return operator_finding(self.step, [one.operator for one in found])
+        if any(one.changed for one in found):
+            return self._state_finding([one.changed for one in found])
+        if messages:
+            return self._transfer_finding(messages)
+        if differing:
+            return self._replay_finding()
+        if replicas:
+            return self._replica_finding([one.checksums for one in found])
+        everyone = tuple(range(self.topology.world_size))
+        detail = "says that something differs, and no rank's part of it does"
+        return Finding("message", self.step, "the sum over ranks of the checks", everyone, detail=detail)
 
     def judge_repetition(self, first: Tensor, second: Tensor, own_sums: bool) -> None:
         """Raise on every rank if this or another rank's sums differ from those of the repeated step. A collective.

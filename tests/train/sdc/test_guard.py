@@ -1,0 +1,33 @@
+"""A verdict that no rank's own checks explain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longcat.errors import CorruptionError
+from tests.support.running import TINY, RandomSamples, trained_state
+from train.batches import BatchReader
+from train.step import Stepper
+
+
+@pytest.mark.parametrize("column", [0, 3, 5, 6], ids=["at rest", "messages", "operators", "update"])
+def test_sum_that_arrives_wrong_is_a_finding(column: int) -> None:
+    """A flipped bit in the exchange itself, of which every rank's part is sound."""
+    state, topology, config = trained_state(TINY, 0)
+    try:
+        reader = BatchReader(RandomSamples(config.train.sequence_length), config, topology)  # type: ignore[arg-type]
+        stepper = Stepper(state, reader, config, topology)
+        plain = stepper.guard.judge
+
+        def flipped(rows: torch.Tensor) -> None:
+            rows[0, column] += 1
+            plain(rows)
+
+        stepper.guard.judge = flipped  # type: ignore[method-assign]
+        with pytest.raises(CorruptionError, match="the sum over ranks of the checks on rank 0") as raised:
+            stepper.step()
+        assert raised.value.details["finding"]["kind"] == "message"
+        assert state.counters.step == 0
+    finally:
+        torch.distributed.destroy_process_group()
