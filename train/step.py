@@ -195,11 +195,14 @@ class Stepper:
         return local.sums, self.state.store.gradient_squares()
 
     def _check_spike(self, _: Spike) -> None:
-        """Before a spike's action: the step is repeated, so that a wrong computation is not taken for a spike.
+        """Before a spike's action: the step is replayed and repeated, so that no wrong computation passes for a spike.
 
         Raises:
-            CorruptionError: on every rank, if a rank's sums have other bits.
+            CorruptionError: on every rank, if a neighbour computes something else, or a rank's sums have other bits.
         """
+        if self.guard.replay_every:
+            theirs = self._replay(1)
+            self.guard.judge_replay(self._replay(0), theirs)
         losses, squares = zip(self._first_sums, self._run_again(*self._inputs), strict=True)
         self.guard.judge_repetition(*losses, own_sums=not self.elastic)
         self.guard.judge_repetition(*squares, own_sums=False)  # of gradients that are summed over ranks

@@ -100,7 +100,7 @@ def traced() -> Iterator[Traced]:
     found += resolved(entries)
 
 
-def total(trace: Traced) -> int:
+def total_of(trace: Traced) -> int:
     """One number for a whole trace."""
     combined = 0
     for _, value in trace:
@@ -138,8 +138,8 @@ class Neighbours:
 
 def record(neighbours: Neighbours, rank: int, own: Traced, theirs: Traced) -> None:
     """Enter this rank's two traces into the ledger, which compares them with those of its two neighbours."""
-    LEDGER.put(Entry(CHANNEL, CHANNEL, 1, rank, (neighbours.rank(rank, -1),), True, total(own)))
-    LEDGER.put(Entry(CHANNEL, CHANNEL, 1, neighbours.rank(rank, 1), (rank,), False, total(theirs)))
+    LEDGER.put(Entry(CHANNEL, CHANNEL, 1, rank, (neighbours.rank(rank, -1),), True, total_of(own)))
+    LEDGER.put(Entry(CHANNEL, CHANNEL, 1, neighbours.rank(rank, 1), (rank,), False, total_of(theirs)))
 
 
 @dataclass(frozen=True)

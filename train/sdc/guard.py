@@ -27,7 +27,7 @@ from parallel.sdc.gathered import CHANNEL as GATHERED_CHANNEL
 from parallel.sdc.gathered import GATHERED
 from parallel.sdc.inject import Injector
 from parallel.sdc.ledger import LEDGER, Entry, Mismatch, differs, mismatches, suspects
-from parallel.sdc.replay import CHANNEL, TRACE, Computation, Neighbours, Traced, record, replay_finding
+from parallel.sdc.replay import CHANNEL, TRACE, Computation, Neighbours, Traced, record, replay_finding, total_of
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 from train.sdc.at_rest import Checksums, Key, changed, checksums, strike, strike_update, tensors_at_rest, total
@@ -175,6 +175,18 @@ class Guard:
                 ranks, detail = tuple(range(len(found))), f"{detail}; it shows in sums over ranks, which name none"
             finding = Finding("step", self.step, "forward and backward", ranks, detail=detail)
             raise finding.error([site for site, _ in found])
+
+    def judge_replay(self, own: Traced, theirs: Traced) -> None:
+        """Raise on every rank if some rank's trace and that of the neighbour that replayed it differ. A collective.
+
+        Raises:
+            CorruptionError: with the diagnosis of a second round.
+        """
+        rank = self.topology.rank
+        self.traces = own, theirs
+        found = all_gather_object((Site.here(rank, self.topology.device), total_of(own), total_of(theirs)))
+        if any(one[2] != found[self.neighbours.rank(by, 1)][1] for by, one in enumerate(found)):
+            raise self._replay_finding().error([one[0] for one in found])
 
     def end_step(self) -> None:
         """After the update: what is now in memory must stay until the next one."""

@@ -55,7 +55,7 @@ def train(words: list[str], spikes: bool) -> tuple[str, dict[str, Any]]:
         state.engine.close()
 
 
-@pytest.mark.parametrize("words", [[], ["parallel.ep=2"], ["parallel.pp=2", "parallel.schedule=1f1b"]], ids=str)
+@pytest.mark.parametrize("words", [[], ["parallel.fsdp=2"], ["parallel.pp=2", "parallel.schedule=1f1b"]], ids=str)
 def test_repeating_a_sound_step_changes_no_bit(words: list[str]) -> None:
     ranks = 2 if words else 1
     once, repeated = (pool(ranks).run(train, words, spikes) for spikes in (False, True))
@@ -69,3 +69,13 @@ def test_wrong_computation_is_told_from_a_spike() -> None:
     finding = ends[0][1]
     assert (finding["kind"], finding["step"]) == ("step", 2)
     assert 1 in [one["rank"] for one in finding["suspects"]]
+
+
+def test_defective_device_is_told_from_a_spike() -> None:
+    """What it computes each time alike, its neighbour does not."""
+    fault = "sdc.inject=elementwise/scale/step:2/rank:1/factor:2/persistent"
+    ends = pool(2).run(train, ["parallel.fsdp=2", "sdc.every=100", fault], True)
+    assert ends[0] == ends[1]
+    finding = ends[0][1]
+    assert (finding["kind"], finding["step"]) == ("replay", 2)
+    assert [one["rank"] for one in finding["suspects"]] == [0, 1], "two that always disagree"
