@@ -12,6 +12,7 @@ contradicts itself.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -116,8 +117,9 @@ class Neighbours:
 
     @property
     def group(self) -> int:
-        """Data ranks of an expert group."""
-        return max(1, self.sizes.ep // (self.sizes.cp * self.sizes.tp))
+        """Data ranks of an expert group, or of several that only together have whole data ranks."""
+        shared = self.sizes.cp * self.sizes.tp
+        return math.lcm(self.sizes.ep, shared) // shared
 
     @property
     def number(self) -> int:

@@ -88,4 +88,8 @@ def test_neighbours_have_the_same_coordinates() -> None:
     assert [ring.rank(rank, 1) for rank in range(16)] == [4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11]
     assert all(ring.rank(ring.rank(rank, 1), -1) == rank for rank in range(16))
     assert Neighbours(MeshSizes(pp=1, dp=1, fsdp=4, cp=1, tp=2, ep=8)).number == 1
+    assert Neighbours(MeshSizes(pp=1, dp=1, fsdp=3, cp=4, tp=1, ep=6)).number == 1, (
+        "a group is one and a half data ranks"
+    )
+    assert Neighbours(MeshSizes(pp=1, dp=2, fsdp=3, cp=4, tp=1, ep=6)).group == 3
     assert Neighbours(MeshSizes(pp=1, dp=1, fsdp=4, cp=2, tp=1, ep=1)).number == 4
