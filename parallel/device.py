@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from longcat.errors import ConfigError
-from longcat.ops.matmul import cpu_multiplies_bfloat16, product
+from longcat.ops.matmul import cpu_has_amx, cpu_multiplies_bfloat16, product
 
 # The makers' data sheets, FLOP/s: dense bfloat16 by tensor cores, and float32 (torch's default is not TF32)
 GPU_PEAKS = {
@@ -68,6 +68,15 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({os.cpu_count()} cores)"
+
+
+def arithmetic_of(device: torch.device) -> str:
+    """What decides this process's bits: devices of another kind, or more threads, may round otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    amx = ", AMX" if cpu_has_amx() else ""
+    bfloat16 = ", bfloat16 products" if cpu_multiplies_bfloat16() else ""
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}{bfloat16}{amx}, {torch.get_num_threads()} threads"
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's numbers, malloc.h

@@ -128,12 +128,15 @@ def on_gather_and_release(group: Any, gathered: Callable[[Any], None], released:
     group.wait_for_unshard, group._to_sharded = wait_for_unshard, to_sharded
 
 
-def on_gradients(group: Any, complete: Callable[[str, Tensor], None]) -> None:
-    """Call ``complete(parameter's name, gradient)`` with a group's whole local gradients, before ranks are summed."""
+def on_gradients(group: Any, wanted: Callable[[], bool], complete: Callable[[str, Tensor], None]) -> None:
+    """Call ``complete(parameter's name, gradient)`` with a group's whole local gradients, before ranks are summed.
+
+    Only while ``wanted()``.
+    """
     post_backward = group.post_backward
 
     def with_gradients(*unused: Any) -> None:
-        for one in group.fsdp_params if group.reduce_grads else ():
+        for one in group.fsdp_params if group.reduce_grads and wanted() else ():
             if hasattr(one, "_unsharded_param"):
                 one.accumulate_unsharded_grad_if_needed()
                 if one.unsharded_accumulated_grad is not None:

@@ -87,7 +87,9 @@ class Loop:
                 seconds, blocked = time.perf_counter() - start, blocked_seconds()
             if not result.healthy:
                 raise UnhealthyError(self._describe_bad_step(result))
-            if self.response.act(result):
+            with self._advising():  # it may wait for a save
+                is_undone = self.response.act(result)
+            if is_undone:
                 owed_save = result.requests.save  # a request to stop is repeated by its signal
                 continue
             owed_save = False

@@ -35,7 +35,14 @@ from train.loggers.interface import MetricsSink, NullSink
 from train.loop import Loop
 from train.optimizer import make_adamw
 from train.report import write_report
-from train.run_dir import CONFIG, as_mapping, check_not_another_run, describe_corpora, initial_checkpoint, write_config
+from train.run_dir import (
+    CONFIG,
+    as_mapping,
+    check_same_configuration,
+    describe_corpora,
+    initial_checkpoint,
+    write_config,
+)
 from train.run_files import write_file
 from train.state import Counters, TrainState
 from train.step import Stepper
@@ -97,6 +104,8 @@ def run_steps(
             terminal.note(unused)
         logger = open_loggers(config, state.counters.step, terminal.note)
     stepper = Stepper(state, BatchReader(train_samples, config, topology), config, topology)
+    if stepper.guard.note:
+        terminal.note(stepper.guard.note)
     loop = Loop(state, stepper, validator, config, topology, peak, logger, terminal, stop_signal)
     started = time.perf_counter()
     try:
@@ -154,7 +163,7 @@ def resolve_dtype(config: Config) -> None:
     """
     if config.train.dtype == ComputeDtype.auto:
         config.train.dtype = ComputeDtype(broadcast(str(fastest_dtype()).removeprefix("torch.")))
-        check_not_another_run(config)
+        check_same_configuration(config)
 
 
 def build_state(config: Config, topology: Topology) -> TrainState:

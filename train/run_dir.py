@@ -54,6 +54,18 @@ def check_folder(config: Config) -> None:
 def check_not_another_run(config: Config) -> None:
     """Raise ConfigError if the folder has a run that this one would mix with or overwrite."""
     folder = config.run.folder
+    check_same_configuration(config)
+    if config.checkpoint.resume == "never" and (
+        list_checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()
+    ):
+        raise ConfigError(
+            f"{folder} already has a run, which checkpoint.resume=never would overwrite; choose another run.name"
+        )
+
+
+def check_same_configuration(config: Config) -> None:
+    """Raise ConfigError if the folder has a run of another configuration."""
+    folder = config.run.folder
     wrong = []
     if (folder / CONFIG).is_file():
         wrong = differences(read_config(folder), as_mapping(config) | describe_corpora(config))
@@ -62,12 +74,6 @@ def check_not_another_run(config: Config) -> None:
         raise ConfigError(
             f"{folder} belongs to another configuration, by its {CONFIG}: {shown}; set them back to resume it, or "
             f"choose another run.name"
-        )
-    if config.checkpoint.resume == "never" and (
-        list_checkpoints(folder / "checkpoints") or (folder / "metrics.jsonl").exists()
-    ):
-        raise ConfigError(
-            f"{folder} already has a run, which checkpoint.resume=never would overwrite; choose another run.name"
         )
 
 

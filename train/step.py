@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -152,6 +153,8 @@ class Stepper:
         similarities = figures.similarities_by_layer(directions, config.model.num_routed)
         metrics = self._metrics(sums, divisors, norm, factor, counts, gradients, use_mtp)
         metrics["router_similarity"] = max(similarities)
+        if self.guard.replays:
+            metrics["replay_seconds"] = self._replay_seconds
         rms = figures.gradient_rms(part_squares, norm, config.model, config.optim.grad_clip, use_mtp)
         metrics |= self.monitor.observe(counters.step, counts, metrics["hidden_norm"], rms)
         if spike is not None:
@@ -171,7 +174,9 @@ class Stepper:
 
     def _backward_with_replay(self) -> StepSums:
         """Forward and backward of the neighbouring group's micro-batches, then of this rank's, both traced."""
+        start = time.perf_counter()
         theirs = self._replay(1)
+        self._replay_seconds = time.perf_counter() - start
         with traced() as own:
             local = self._backward(*self._inputs)
         self.guard.compare_with_neighbours(own, theirs)

@@ -116,7 +116,7 @@ class InFlight:
 
 def _record_sent(collective: Collective, x: Tensor) -> int:
     """Record what a collective takes to other ranks; returns its number in its group."""
-    if not LEDGER.recording:
+    if not LEDGER.watches_sends:
         return 0
     channel, ranks = collective.group.group_name, group_ranks(collective.group)
     number = LEDGER.number(channel)

@@ -262,9 +262,9 @@ class PipelineEngine:
                 else:
                     dist.recv(theirs, peer, group=self.group)
         label = Event(SpanKind.EMBEDDING_GRADIENTS).text
-        if LEDGER.recording:
-            LEDGER.send(label, label, 1, [peer], mine)
-        LEDGER.receive(label, label, 1, peer, theirs)
+        number = LEDGER.number(label)  # a replay exchanges them too
+        LEDGER.send(label, label, number, [peer], mine)
+        LEDGER.receive(label, label, number, peer, theirs)
         return theirs
 
     def _post_receives(self, stage: int, count: int) -> list[tuple[dist.Work, Tensor]]:

@@ -98,7 +98,7 @@ def traced(batch: Callable[..., list[dist.Work]]) -> Callable[..., list[Any]]:
         for one in operations:
             if one.op is dist.isend:
                 record_send(_event(one), one.tensor.numel() * one.tensor.element_size(), one.peer)
-                if LEDGER.recording:
+                if LEDGER.watches_sends:
                     number = LEDGER.number(f"to {one.peer}")
                     LEDGER.send(_event(one).text, CHANNEL, number, [one.peer], one.tensor)
         single = len(works) == len(operations)  # NCCL makes one work of several operations

@@ -22,6 +22,7 @@ from torch import Tensor
 from longcat.faults import Place, is_active, passed
 from parallel.checksum import Digest, digest, mix, resolve
 
+RECEIVED = "received "  # begins the name of a traced arrival
 MODULUS = 1 << 40  # the sum of 4,096 such numbers is exact in float64
 
 
@@ -45,12 +46,17 @@ class Ledger:
         self.recording = False
         self.entries: list[Entry] = []
         self.numbers: Counter[str] = Counter()
-        self.on_arrival: Callable[[str, Tensor], None] | None = None  # sees what arrives, with its label
+        self.on_transfer: Callable[[str, Digest], None] | None = None  # learns what is `sent …` and `received …`
+
+    @property
+    def watches_sends(self) -> bool:
+        """Whether what this rank sends is recorded or traced."""
+        return self.recording or self.on_transfer is not None
 
     @property
     def is_watching(self) -> bool:
-        """Whether what arrives is recorded, or may be struck by an injected fault."""
-        return self.recording or self.on_arrival is not None or is_active()
+        """Whether what arrives is recorded or traced, or may be struck by an injected fault."""
+        return self.watches_sends or is_active()
 
     def begin(self, rank: int, recording: bool) -> None:
         """Forget the last step; record from now on, or not."""
@@ -65,20 +71,23 @@ class Ledger:
 
     def send(self, label: str, channel: str, number: int, receivers: Sequence[int], tensor: Tensor) -> None:
         """Record what this rank sends to ``receivers``, global ranks. Call it while the message travels."""
-        if self.recording:
-            self.entries.append(Entry(label, channel, number, self.rank, tuple(receivers), True, digest(tensor)))
+        if self.watches_sends:
+            self._put(f"sent {label}", Entry(label, channel, number, self.rank, tuple(receivers), True, digest(tensor)))
 
     def receive(self, label: str, channel: str, number: int, sender: int, tensor: Tensor) -> None:
         """Record what has arrived from a global rank."""
         passed(Place.payload, label, tensor)
-        if self.on_arrival is not None:
-            self.on_arrival(label, tensor)
-        if self.recording:
-            self.entries.append(Entry(label, channel, number, sender, (self.rank,), False, digest(tensor)))
+        if self.watches_sends:
+            self._put(f"{RECEIVED}{label}", Entry(label, channel, number, sender, (self.rank,), False, digest(tensor)))
+
+    def _put(self, traced: str, entry: Entry) -> None:
+        if self.on_transfer is not None:
+            self.on_transfer(traced, entry.checksum)
+        self.put(entry)
 
     def send_parts(self, label: str, group: dist.ProcessGroup, parts: Sequence[Tensor] | Tensor) -> int:
         """Record parts [n], one for each rank of a group, in a collective; returns its number for `receive_parts`."""
-        if not self.recording:
+        if not self.watches_sends:
             return 0
         channel, ranks, own = group.group_name, group_ranks(group), group.rank()
         number = self.number(channel)

@@ -2,8 +2,9 @@
 
 The ranks of two neighbouring expert groups that have the same coordinates in them hold the same weights. So in a step
 in which a replay is due each rank first runs forward and backward of its neighbour's micro-batches, then of its own,
-and traces both: a checksum of what each module returns, and of each complete gradient before ranks are summed. Another
-device shows what no repetition in place can: faults of a whole device, and of operators that cannot be permuted.
+and traces both: a checksum of what each module returns, of each message inside the group, and of each complete gradient
+before ranks are summed. Another device shows what no repetition in place can: faults of a whole device, and of
+operators that cannot be permuted.
 
 A difference alone names two ranks. A second round, in which every rank computes its own step again and that of the
 group after next (of two groups, of the next one again), names one wherever the others are in the majority or a rank
@@ -17,7 +18,8 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,16 +27,17 @@ from torch.distributed.fsdp import FSDPModule
 
 from parallel.checksum import Digest, digest, mix, resolve
 from parallel.mesh import MeshSizes
+from parallel.reduce import all_gather_object
 from parallel.sdc.finding import Finding, layer_of
-from parallel.sdc.ledger import LEDGER, Entry
+from parallel.sdc.ledger import LEDGER, RECEIVED, Entry
 from parallel.torch_internals import on_gradients, parameter_groups_of
 from parallel.watchdog.events import Event, SpanKind
 
 CHANNEL = "replay"  # of the ledger's entries
 # Messages between groups, of which each rank gets other parts
 SUMS = tuple(Event(kind).text for kind in (SpanKind.GRADIENT_REDUCE_SCATTER, SpanKind.EMBEDDING_GRADIENTS))
-MESSAGE = "message "  # begins the name of what arrived from another rank
-Traced = list[tuple[str, int]]  # what was computed, in order: module or gradient, and its checksum
+STRETCH = 512  # entries of a trace that travel at once
+Traced = list[tuple[str, int]]  # what was computed, sent and received, in order, and its checksum
 
 
 class Trace:
@@ -54,18 +57,18 @@ class Trace:
                 for group in parameter_groups_of(module) if isinstance(module, FSDPModule) else ():
                     if group not in self._watched:
                         self._watched.add(group)
-                        on_gradients(group, self._note_gradient)
+                        on_gradients(group, lambda: self._entries is not None, self._note_gradient)
 
     @contextmanager
     def recorded(self) -> Iterator[list[tuple[str, Digest]]]:
         """Record what is computed meanwhile into the list."""
         entries: list[tuple[str, Digest]] = []
         self._entries = entries
-        LEDGER.on_arrival = self._note_message
+        LEDGER.on_transfer = self._note_transfer
         try:
             yield entries
         finally:
-            self._entries = LEDGER.on_arrival = None
+            self._entries = LEDGER.on_transfer = None
 
     def _noting(self, name: str) -> Any:
         def note(_: nn.Module, __: Any, output: Any) -> None:
@@ -75,9 +78,9 @@ class Trace:
 
         return note
 
-    def _note_message(self, label: str, tensor: Tensor) -> None:
-        if self._entries is not None and not label.startswith(SUMS):
-            self._entries.append((MESSAGE + label, digest(tensor)))
+    def _note_transfer(self, name: str, checksum: Digest) -> None:
+        if self._entries is not None and not name.partition(" ")[2].startswith(SUMS):
+            self._entries.append((name, checksum))
 
     def _note_gradient(self, name: str, gradient: Tensor) -> None:
         if self._entries is not None:
@@ -150,7 +153,44 @@ class Computation:
 
     of: int  # the rank whose micro-batches they are
     by: int  # the rank that computed
-    traced: Traced
+    total: int  # of the whole trace
+    part: Traced  # the stretch of it in which computations of the same micro-batches first differ
+    start: int = 0  # the stretch's place in the trace
+
+
+def gather(passes: Sequence[tuple[int, Traced]], rank: int) -> list[Computation]:
+    """The computations of all ranks, from this rank's: for each, whose micro-batches they were. A collective.
+
+    A trace may have a hundred thousand entries, so only the stretches that matter travel.
+    """
+    totals = all_gather_object([(of, total_of(traced)) for of, traced in passes])
+    values: dict[int, set[int]] = defaultdict(set)
+    for of, total in chain.from_iterable(totals):
+        values[of].add(total)
+    disputed = {of for of, found in values.items() if len(found) > 1}
+    mine = {number: one for number, one in enumerate(passes) if one[0] in disputed}
+    hashes = all_gather_object({number: stretches(traced) for number, (_, traced) in mine.items()})
+    by_batch: dict[int, list[list[int]]] = defaultdict(list)
+    for by, of_rank in enumerate(hashes):
+        for number, hashed in of_rank.items():
+            by_batch[totals[by][number][0]].append(hashed)
+    first = {
+        of: next(place for place, same in enumerate(zip_longest(*of_batch)) if len(set(same)) > 1)
+        for of, of_batch in by_batch.items()
+    }
+    parts = all_gather_object(
+        {n: traced[first[of] * STRETCH : (first[of] + 1) * STRETCH] for n, (of, traced) in mine.items()}
+    )
+    return [
+        Computation(of, by, total, parts[by].get(number, []), first.get(of, 0) * STRETCH)
+        for by, of_rank in enumerate(totals)
+        for number, (of, total) in enumerate(of_rank)
+    ]
+
+
+def stretches(trace: Traced) -> list[int]:
+    """The total of each stretch of a trace."""
+    return [total_of(trace[first : first + STRETCH]) for first in range(0, len(trace), STRETCH)]
 
 
 @dataclass(frozen=True)
@@ -160,12 +200,12 @@ class Blame:
     rank: int
     at: int  # the number of the first thing in the trace that differs
     what: str
-    lasting: bool  # it computed the same each time
     certain: bool  # others are in the majority, or it contradicts itself
+    lasting: bool = True  # all that it computed was wrong
 
     def order(self) -> tuple[bool, int]:
-        """Smaller is likelier: who received a wrong message is a victim, and who differs first is the cause."""
-        return self.what.startswith(MESSAGE), self.at
+        """Smaller is likelier: who received something wrong is a victim, and who differs first is the cause."""
+        return self.what.startswith(RECEIVED), self.at
 
 
 def blamed(computations: Sequence[Computation]) -> list[Blame]:
@@ -178,50 +218,56 @@ def blamed(computations: Sequence[Computation]) -> list[Blame]:
     for one in computations:
         by_batch[one.of].append(one)
     found: dict[int, list[Blame]] = defaultdict(list)
+    wrong: Counter[int] = Counter()  # computations, by rank
     for same in by_batch.values():
-        voters: dict[tuple[tuple[str, int], ...], set[int]] = defaultdict(set)
+        voters: dict[int, set[int]] = defaultdict(set)
+        parts = {one.total: one for one in same}
         for one in same:
-            voters[tuple(one.traced)].add(one.by)
+            voters[one.total].add(one.by)
         if len(voters) == 1:
             continue
-        (right, most), (other, second), *_ = Counter({trace: len(by) for trace, by in voters.items()}).most_common()
+        (right, most), (other, second), *_ = Counter({total: len(by) for total, by in voters.items()}).most_common()
         unsteady = {rank for rank, count in Counter(r for by in voters.values() for r in by).items() if count > 1}
-        for trace, ranks in voters.items():
-            if most > second and trace == right:
+        for total, ranks in voters.items():
+            if most > second and total == right:
                 continue
-            at, what = first_difference(trace, right if trace != right else other)
+            at, what = first_difference(parts[total], parts[right if total != right else other])
             for rank in ranks & unsteady if most == second and unsteady else ranks:
-                certain = most > second or bool(unsteady)
-                found[rank].append(Blame(rank, at, what, lasting=rank not in unsteady, certain=certain))
+                wrong[rank] += sum((one.by, one.total) == (rank, total) for one in same)
+                found[rank].append(Blame(rank, at, what, most > second or bool(unsteady)))
     sure = {rank for rank, blames in found.items() if any(one.certain for one in blames)}
-    firsts = [min(blames, key=Blame.order) for rank, blames in found.items() if not sure or rank in sure]
+    passes = Counter(one.by for one in computations)
+    firsts = [
+        replace(min(blames, key=Blame.order), lasting=wrong[rank] == passes[rank])
+        for rank, blames in found.items()
+        if not sure or rank in sure
+    ]
     return sorted(firsts, key=lambda one: (one.order(), one.rank))
 
 
-def first_difference(one: Sequence[tuple[str, int]], other: Sequence[tuple[str, int]]) -> tuple[int, str]:
+def first_difference(one: Computation, other: Computation) -> tuple[int, str]:
     """The number and name of the first thing in which two traces differ."""
-    for number, (mine, theirs) in enumerate(zip(one, other, strict=False)):
+    for number, (mine, theirs) in enumerate(zip(one.part, other.part, strict=False)):
         if mine != theirs:
-            return number, mine[0]
-    return min(len(one), len(other)), "the number of calls"
+            return one.start + number, mine[0]
+    return one.start + min(len(one.part), len(other.part)), "the number of calls"
 
 
 def replay_finding(step: int, computations: Sequence[Computation], every: int = 1) -> Finding:
     """The finding of a replay whose traces differ, from both rounds; the replay before was ``every`` steps ago."""
-    found = blamed(computations)
+    found, since = blamed(computations), max(1, step - every + 1)
     if not found:
         everyone = tuple(sorted({one.by for one in computations}))
-        detail = "differed in a replay, and the second round's computations agree on no rank"
-        since = max(1, step - every)
-        return Finding("replay", step, "the step's computation", everyone, detail=detail, since=since)
+        detail = "differed in a replay, and nothing differed when it was repeated; the fault is transient"
+        return Finding("replay", step, "the step's computation", everyone, detail=detail)
     first = found[0]
-    suspects = tuple(one.rank for one in found if one.order() == first.order())
+    # Where the first to differ is a receiver, no rank's own computation shows the cause
+    suspects = tuple(one.rank for one in found if one.order() == first.order() or first.order()[0])
     if not first.certain:
         nature = "they disagree in every repetition, so one of them is defective for good"
     elif first.lasting:
         nature = "the fault is lasting"
     else:
-        nature = "the fault is transient"
+        nature, since = "the fault is transient", step
     detail = f"has other bits than when another rank computes the same micro-batches; {nature}"
-    since = max(1, step - every) if first.lasting else step
     return Finding("replay", step, first.what, suspects, layer_of(first.what), first.what, "", detail, since)

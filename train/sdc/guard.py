@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longcat.faults import is_active
 from parallel.checksum import mix
+from parallel.device import arithmetic_of
 from parallel.mesh import Topology
 from parallel.reduce import all_gather_object
 from parallel.sdc.finding import Finding, Site, layer_of
@@ -27,7 +28,7 @@ from parallel.sdc.gathered import CHANNEL as GATHERED_CHANNEL
 from parallel.sdc.gathered import GATHERED
 from parallel.sdc.inject import Injector
 from parallel.sdc.ledger import LEDGER, Entry, Mismatch, differs, mismatches, suspects
-from parallel.sdc.replay import CHANNEL, TRACE, Computation, Neighbours, Traced, record, replay_finding, total_of
+from parallel.sdc.replay import CHANNEL, TRACE, Neighbours, Traced, gather, record, replay_finding, total_of
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 from train.sdc.at_rest import Checksums, Key, changed, checksums, strike, strike_update, tensors_at_rest, total
@@ -64,6 +65,10 @@ class Guard:
         self.neighbours = Neighbours(topology.sizes)
         can_replay = config.every > 0 and repeats and state.store.has_replicas and self.neighbours.number > 1
         self.replay_every = config.replay_every if can_replay else 0
+        self.note = ""  # for people
+        if self.replay_every and len(kinds := set(all_gather_object(arithmetic_of(topology.device)))) > 1:
+            self.replay_every = 0
+            self.note = f"sdc.replay_every is off: ranks run on different devices ({'; '.join(sorted(kinds))})"
         self.replay: Callable[[int], Traced] | None = None  # computes the step of a group so many groups further
         self.traces: tuple[Traced, Traced] = [], []  # of this step: this rank's, and the replay of its neighbour's
         self.step = 0
@@ -192,6 +197,7 @@ class Guard:
         """After the update: what is now in memory must stay until the next one."""
         if is_active():
             strike_update(self.state)
+        self.traces = [], []
         self.operators.end_step()
         if self.operators.update is not None and self.operators.update.found is not None:
             self.updated = self.operators.update.found.name
@@ -269,9 +275,8 @@ class Guard:
         rank, neighbours = self.topology.rank, self.neighbours
         further = 2 if neighbours.number > 2 else 1
         traces = [(0, self.traces[0]), (1, self.traces[1]), (0, self.replay(0)), (further, self.replay(further))]
-        mine = [Computation(neighbours.rank(rank, groups), rank, traced) for groups, traced in traces]
-        everyone = [one for of_rank in all_gather_object(mine) for one in of_rank]
-        return replay_finding(self.step, everyone, self.replay_every)
+        passes = [(neighbours.rank(rank, groups), traced) for groups, traced in traces]
+        return replay_finding(self.step, gather(passes, rank), self.replay_every)
 
     def _replica_finding(self, states: list[Checksums]) -> Finding:
         everywhere = list(range(len(states)))

@@ -26,7 +26,7 @@ class OperatorReport:
     elements: int
     largest: float
     bundle: str  # the file that was written, or why there is none
-    since: int  # the step in which this call had its last turn, or the one after a transient fault's
+    since: int  # the first step since this call's last turn; that of the finding if the fault is transient
 
 
 class OperatorChecks:
@@ -71,7 +71,7 @@ class OperatorChecks:
         except Exception as error:  # torch raises RuntimeError on a full disk; the other ranks wait for this report
             bundle = f"the call could not be saved to {path} ({type(error).__name__}: {error})".replace("\n", " ")
         is_transient = first.persistence == Persistence.transient
-        since = self.step if is_transient else max(1, self.step - self.recomputer.period)
+        since = self.step if is_transient else max(1, self.step - self.recomputer.period + 1)
         return OperatorReport(
             first.operator, first.module, str(first.persistence), first.elements, first.largest, bundle, since
         )

@@ -7,10 +7,15 @@ from collections.abc import Callable
 import pytest
 
 from parallel.mesh import MeshSizes
-from parallel.sdc.replay import MESSAGE, Computation, Neighbours, Traced, blamed, replay_finding
+from parallel.sdc.ledger import RECEIVED
+from parallel.sdc.replay import Computation, Neighbours, Traced, blamed, replay_finding, total_of
 
-NAMES = ["layers.0.self_attn.0", f"{MESSAGE}expert dispatch", "layers.0.mlp.experts", "losses"]
+NAMES = ["layers.0.self_attn.0", f"{RECEIVED}expert dispatch", "layers.0.mlp.experts", "losses"]
 Fault = Callable[[int, int, int], int | None]  # (who computes, whose batch, which pass) → from where it is wrong
+
+
+def computation(of: int, by: int, trace: Traced) -> Computation:
+    return Computation(of, by, total_of(trace), trace)
 
 
 def rounds(number: int, fault: Fault) -> list[Computation]:
@@ -24,7 +29,7 @@ def rounds(number: int, fault: Fault) -> list[Computation]:
                 (name, 100 * of + i + (7000 + by if wrong is not None and i >= wrong else 0))
                 for i, name in enumerate(NAMES)
             ]
-            found.append(Computation(of, by, trace))
+            found.append(computation(of, by, trace))
     return found
 
 
@@ -42,6 +47,7 @@ def test_defective_rank_of_three_is_named(number: int, rank: int) -> None:
     finding = replay_finding(9, rounds(number, lasting(rank)))
     assert (finding.suspects, finding.layer, finding.operator) == ((rank,), 0, "layers.0.mlp.experts")
     assert "the fault is lasting" in finding.detail
+    assert replay_finding(9, rounds(number, lasting(rank)), 4).since == 6, "the replay of step 5 agreed"
 
 
 @pytest.mark.parametrize("number", [2, 3, 5])
@@ -50,8 +56,7 @@ def test_transient_fault_is_named_in_either_pass(number: int, turn: int) -> None
     finding = replay_finding(9, rounds(number, once(1, turn)))
     assert finding.suspects == (1,)
     assert finding.operator == "layers.0.self_attn.0"
-    is_once = number > 2 and turn == 1  # nothing that it computed twice shows that it can do right
-    assert ("lasting" in finding.detail) == is_once
+    assert "the fault is transient" in finding.detail and finding.since == 9
 
 
 def test_two_ranks_that_disagree_are_both_named() -> None:
@@ -65,8 +70,8 @@ def test_victims_of_a_message_come_after_its_sender() -> None:
     sound: Traced = [(name, i) for i, name in enumerate(NAMES)]
     sender = [*sound[:2], (NAMES[2], 77), (NAMES[3], 78)]
     victim = [sound[0], (NAMES[1], 79), (NAMES[2], 2), (NAMES[3], 80)]
-    computations = [Computation(of, by, sound) for of in (0, 1) for by in (of + 2, of + 4)]
-    computations += [Computation(0, 0, victim), Computation(1, 1, sender)]
+    computations = [computation(of, by, sound) for of in (0, 1) for by in (of + 2, of + 4)]
+    computations += [computation(0, 0, victim), computation(1, 1, sender)]
     assert [(one.rank, one.what) for one in blamed(computations)] == [(1, NAMES[2]), (0, NAMES[1])]
     assert replay_finding(3, computations).suspects == (1,)
 
@@ -77,7 +82,7 @@ def test_no_difference_blames_nobody() -> None:
 
 def test_longer_trace_differs_at_its_end() -> None:
     sound: Traced = [(name, i) for i, name in enumerate(NAMES)]
-    found = blamed([Computation(0, 0, sound[:2]), Computation(0, 1, sound), Computation(0, 2, sound)])
+    found = blamed([computation(0, 0, sound[:2]), computation(0, 1, sound), computation(0, 2, sound)])
     assert [(one.rank, one.at, one.what) for one in found] == [(0, 2, "the number of calls")]
 
 
