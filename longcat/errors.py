@@ -55,4 +55,8 @@ class CorruptionError(LongCatError):
 
     def with_advice(self, clause: str) -> CorruptionError:
         """The same finding, its message followed by a clause."""
-        return CorruptionError(f"{self}; {clause}", self.details["finding"])
+        return type(self)(f"{self}; {clause}", self.details["finding"])
+
+
+class LocalCorruptionError(CorruptionError):
+    """As CorruptionError, on this rank alone and in the middle of a step: no collective may follow."""

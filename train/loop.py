@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from longcat.errors import CorruptionError, LongCatError, StopRequested, UnhealthyError
+from longcat.errors import CorruptionError, LocalCorruptionError, LongCatError, StopRequested, UnhealthyError
 from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
 from parallel.reduce import mean_over_ranks
@@ -128,6 +128,8 @@ class Loop:
         """Add to a finding what became of the step (``outcome``), which checkpoints there are, and what to do."""
         try:
             yield
+        except LocalCorruptionError as error:
+            raise error.with_advice(f"{outcome}the last checkpoint is the one to resume from; {SDC_ADVICE}") from error
         except CorruptionError as error:
             with suppress(LongCatError):  # this finding is the one to report
                 self.saver.wait_pending()  # its state was checked, and may be the last valid checkpoint

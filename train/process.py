@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LongCatError
+from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LocalCorruptionError, LongCatError
 from parallel.capacity import check_memory
 from parallel.device import check_determinism
 from parallel.elastic import check_elastic
@@ -75,7 +75,7 @@ def outcome(config: Config, stop_signal: StopSignal) -> tuple[int, str, Mapping[
     code, message, details = OK, "done", LongCatError.details
     try:
         train(config, stop_signal, partial(report_hang, config.run.folder))
-    except ConfigError as error:
+    except (ConfigError, LocalCorruptionError) as error:
         return error.exit_code, str(error), error.details  # perhaps on this rank only: do not wait for the others
     except LongCatError as error:
         code, message, details = error.exit_code, str(error), error.details

@@ -46,27 +46,34 @@ from parallel.collectives.async_collective import (
 from parallel.collectives.collective import AllGather, AllToAll, Collective, ReduceScatter
 from parallel.collectives.point_to_point import all_gather
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
-from parallel.sdc.ledger import LEDGER
+from parallel.sdc.ledger import LEDGER, group_ranks
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
 
 
 class SplitSizes:
-    """The numbers of rows that ranks send each other in all chunks of a layer; their all-to-all is under way."""
+    """The numbers of rows that ranks send each other in all chunks of a layer; their all-to-all is under way.
+
+    Behind the counts of a chunk travels a check word, the complement of their sum: a wrong number of rows would end in
+    a wrong exchange, or in memory that does not exist, before the step's checks of messages have their turn.
+    """
 
     def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, layer: int) -> None:
         self.group, self.streams, self.event = group, streams, Event(SpanKind.EXPERT_COUNTS, layer)
         with streams.on_side_stream():
             counts = torch.stack([_count(routing) for routing in routings])
-            by_rank = counts.view(len(routings), dist.get_world_size(group), -1)  # [C, n, E]
-            self.outgoing = by_rank.transpose(0, 1).contiguous()
-            self.incoming = torch.empty_like(self.outgoing)  # [n, C, E] from each rank, for each expert here
-            self.work = dist.all_to_all_single(self.incoming, self.outgoing, group=group, async_op=True)
+            by_rank = counts.view(len(routings), dist.get_world_size(group), -1).transpose(0, 1)  # [n, C, E]
+            self.rows = by_rank.sum(2)  # [n, C] to each rank
+            self.outgoing = torch.cat((by_rank, ~self.rows[:, :, None]), 2)  # [n, C, E + 1]
+            self.arrived = torch.empty_like(self.outgoing)
+            self.incoming = self.arrived[:, :, :-1]  # [n, C, E] from each rank, for each expert here
+            self.work = dist.all_to_all_single(self.arrived, self.outgoing, group=group, async_op=True)
             self.number = LEDGER.send_parts(self.event.text, group, self.outgoing)
             if streams.is_async_host:
                 self.work.wait()
-                LEDGER.receive_parts(self.event.text, group, self.number, self.incoming)
-                self._numbers = streams.to_host(torch.stack((self.outgoing.sum(2), self.incoming.sum(2))))
+                LEDGER.receive_parts(self.event.text, group, self.number, self.arrived)
+                numbers = self.rows, self.incoming.sum(2), ~self.arrived[:, :, -1]
+                self._numbers = streams.to_host(torch.stack(numbers))
 
     @cached_property
     def _arrived(self) -> list[list[list[int]]]:
@@ -76,17 +83,26 @@ class SplitSizes:
     @cached_property
     def sent(self) -> list[list[int]]:
         """[n, C] rows for each rank in each chunk. Known before `received`, unless the host is asynchronous."""
-        return self._arrived[0] if self.streams.is_async_host else self.outgoing.sum(2).tolist()
+        return self._arrived[0] if self.streams.is_async_host else self.rows.tolist()
 
     @cached_property
     def received(self) -> list[list[int]]:
-        """[n, C] rows from each rank in each chunk."""
+        """[n, C] rows from each rank in each chunk.
+
+        Raises:
+            LocalCorruptionError: the counts of a rank contradict their check word.
+        """
         if self.streams.is_async_host:
-            return self._arrived[1]
-        with wait_span(self.event, self.group):
-            self.work.wait()
-        LEDGER.receive_parts(self.event.text, self.group, self.number, self.incoming)
-        return self.incoming.sum(2).tolist()
+            _, rows, expected = self._arrived
+        else:
+            with wait_span(self.event, self.group):
+                self.work.wait()
+            LEDGER.receive_parts(self.event.text, self.group, self.number, self.arrived)
+            rows, expected = self.incoming.sum(2).tolist(), (~self.arrived[:, :, -1]).tolist()
+        for rank, (found, told) in enumerate(zip(rows, expected, strict=True)):
+            if found != told:
+                raise LEDGER.corrupt(self.event.text, group_ranks(self.group)[rank])
+        return rows
 
 
 def _count(routing: Routing) -> Tensor:

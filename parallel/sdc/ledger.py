@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longcat.errors import LocalCorruptionError
 from longcat.faults import Place, is_active, passed
 from parallel.checksum import Digest, digest, mix, resolve
+from parallel.sdc.finding import Finding, Site, layer_of
 
 RECEIVED = "received "  # begins the name of a traced arrival
 MODULUS = 1 << 40  # the sum of 4,096 such numbers is exact in float64
@@ -42,7 +44,8 @@ class Ledger:
     """The transfers of this rank in the present step."""
 
     def __init__(self) -> None:
-        self.rank = 0
+        self.rank = self.step = 0
+        self.sites: list[Site] = []  # of all ranks; empty without checks
         self.recording = False
         self.entries: list[Entry] = []
         self.numbers: Counter[str] = Counter()
@@ -58,9 +61,9 @@ class Ledger:
         """Whether what arrives is recorded or traced, or may be struck by an injected fault."""
         return self.watches_sends or is_active()
 
-    def begin(self, rank: int, recording: bool) -> None:
+    def begin(self, rank: int, step: int, recording: bool) -> None:
         """Forget the last step; record from now on, or not."""
-        self.rank, self.recording = rank, recording
+        self.rank, self.step, self.recording = rank, step, recording
         self.entries.clear()
         self.numbers.clear()
 
@@ -105,6 +108,15 @@ class Ledger:
             for rank, part in enumerate(parts):
                 if rank != own:
                     self.receive(label, group.group_name, number, ranks[rank], part)
+
+    def corrupt(self, label: str, sender: int) -> LocalCorruptionError:
+        """The error for a message from a global rank that cannot be used, as its own check word contradicts it."""
+        ranks = sender, self.rank
+        sites = self.sites or [Site(rank, "host not known", "device not known") for rank in range(max(ranks) + 1)]
+        detail = "arrived with other bits than were sent"
+        finding = Finding("message", self.step, label, ranks, layer_of(label), operator=label, detail=detail)
+        error = finding.error(sites)
+        return LocalCorruptionError(str(error), error.details["finding"])
 
     def put(self, entry: Entry) -> None:
         """Record an end whose checksum is known."""

@@ -20,6 +20,7 @@ from longcat.errors import CorruptionError
 from longcat.faults import Place, install_hook
 from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from parallel.sdc.spec import Fault, Pattern
+from parallel.watchdog.events import Event, SpanKind
 from tests.support.running import TINY, RandomSamples
 from train.batches import BatchReader
 from train.checkpoint.state_hash import state_hash
@@ -28,6 +29,7 @@ from train.run import build_state
 from train.step import Stepper
 
 STEPS = 3  # of a trial; faults strike in the first or the second
+COUNTS = Event(SpanKind.EXPERT_COUNTS).text
 MEMORY = (Place.weight, Place.moment, Place.optimizer)
 COMPUTATION = (Place.activation, Place.gradient, Place.attention_backward)
 # A layer each, so that a step takes some hundredths of a second
@@ -113,7 +115,7 @@ class Rank:
         found: Counter[str] = Counter()
         self.restore()
         stepper = self.stepper(())
-        install_hook(lambda place, name, tensor: found.update([place]))
+        install_hook(lambda place, name, tensor: found.update([place, f"{place} {name}"]))
         try:
             stepper.step()
         finally:
@@ -150,12 +152,20 @@ def draw(chance: random.Random, calls: list[Counter[str]], first: int, places: t
     """A random fault that some rank meets in a step after ``first``; ``calls`` are each rank's in a step."""
     place = chance.choice([one for one in places if any(found[one] for found in calls)])
     rank = chance.choice([number for number, found in enumerate(calls) if found[place]])
+    key, name = str(place), ""
+    if (
+        place is Place.payload
+    ):  # not counts of rows, which end the struck rank alone: see tests/parallel/sdc/test_counts.py
+        names = sorted(one for one in calls[rank] if one.startswith(f"{place} ") and COUNTS not in one)
+        key = chance.choice(names)
+        name = key.removeprefix(f"{place} ")
     return Fault(
         place,
         chance.choice(list(Pattern)),
         step=first + chance.randint(1, 2),
         rank=rank,
-        call=chance.randint(1, calls[rank][place]),
+        call=chance.randint(1, calls[rank][key]),
+        name=name,
         count=chance.randint(1, 5),
         factor=chance.choice([1.0625, 2.0, -1.0]),
         seed=chance.randrange(1 << 30),

@@ -66,9 +66,13 @@ class Guard:
         can_replay = config.every > 0 and repeats and state.store.has_replicas and self.neighbours.number > 1
         self.replay_every = config.replay_every if can_replay else 0
         self.note = ""  # for people
-        if self.replay_every and len(kinds := set(all_gather_object(arithmetic_of(topology.device)))) > 1:
-            self.replay_every = 0
-            self.note = f"sdc.replay_every is off: ranks run on different devices ({'; '.join(sorted(kinds))})"
+        if config.every:
+            site = Site.here(topology.rank, topology.device)
+            sites, kinds = zip(*all_gather_object((site, arithmetic_of(topology.device))), strict=True)
+            LEDGER.sites = list(sites)
+            if self.replay_every and len(set(kinds)) > 1:
+                self.replay_every = 0
+                self.note = f"sdc.replay_every is off: ranks run on different devices ({'; '.join(sorted(set(kinds)))})"
         self.replay: Callable[[int], Traced] | None = None  # computes the step of a group so many groups further
         self.traces: tuple[Traced, Traced] = [], []  # of this step: this rank's, and the replay of its neighbour's
         self.step = 0
@@ -90,7 +94,7 @@ class Guard:
         self.step = step
         self.injector.begin_step(step)
         is_due = self.config.every > 0 and step % self.config.every == 0
-        LEDGER.begin(self.topology.rank, is_due or self.replays)
+        LEDGER.begin(self.topology.rank, step, is_due or self.replays)
         GATHERED.begin_step()
         self.operators.begin_step(step)
         if self.checks_state and self.state.checksums is None:
