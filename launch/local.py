@@ -76,7 +76,10 @@ def run_elastic(overrides: list[str], config: Config, processes: int) -> int:
             elastic_launch(launch, sys.executable)("-P", "-m", "train", *overrides)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else CRASHED
+        code = failure.exitcode if failure.exitcode > 0 else CRASHED
+        # A rank that had said why it ends may still crash while it ends
+        said = OK if exit_written(config.run.folder) == before else recorded_code(config.run.folder, code)
+        return said or code
     except SignalException:  # the agent has lost the ranks' codes, and exit.json may be an older run's
         same = exit_written(config.run.folder) == before
         return CRASHED if same else recorded_code(config.run.folder)

@@ -39,6 +39,9 @@ def main(config: Config) -> int:
     with folder_lock, StopSignal(config.train.stop_after_seconds) as stop_signal:
         try:
             code, message, details = outcome(config, stop_signal)
+            is_alone = False
+        except LocalCorruptionError as error:  # the other ranks wait for a collective that this one cannot finish
+            code, message, details, is_alone = error.exit_code, str(error), error.details, True
         except BaseException as error:
             hang = watchdog.explain(error)
             if hang is not None:
@@ -54,6 +57,8 @@ def main(config: Config) -> int:
         claimed = claim_exit(folder, code, message, details)
         if claimed and code != OK:
             print(message if code == STOPPED else f"error: {message}", file=sys.stderr, flush=True)
+        if is_alone:
+            watchdog.exit_process(code if claimed else recorded_code(folder, code))
         if dist.is_initialized():
             dist.destroy_process_group()
         return code if claimed else recorded_code(folder, code)
@@ -75,7 +80,9 @@ def outcome(config: Config, stop_signal: StopSignal) -> tuple[int, str, Mapping[
     code, message, details = OK, "done", LongCatError.details
     try:
         train(config, stop_signal, partial(report_hang, config.run.folder))
-    except (ConfigError, LocalCorruptionError) as error:
+    except LocalCorruptionError:
+        raise
+    except ConfigError as error:
         return error.exit_code, str(error), error.details  # perhaps on this rank only: do not wait for the others
     except LongCatError as error:
         code, message, details = error.exit_code, str(error), error.details

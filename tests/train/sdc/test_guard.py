@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from longcat.errors import CorruptionError
-from tests.support.running import TINY, RandomSamples, trained_state
+from tests.support.running import NARROW, TINY, RandomSamples, exit_json, finish, program, trained_state
 from train.batches import BatchReader
 from train.step import Stepper
 
@@ -31,3 +33,14 @@ def test_sum_that_arrives_wrong_is_a_finding(column: int) -> None:
         assert state.counters.step == 0
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_corrupt_counts_end_both_ranks_with_code_5(overrides: list[str], tmp_path: Path) -> None:
+    """One rank alone knows, in the middle of a step; the other waits for it and is ended."""
+    words = [*overrides, *NARROW, "train.steps=4", "run.num_processes=2", "parallel.fsdp=2", "parallel.ep=2"]
+    fault = "sdc.inject='payload/bits/step:3/rank:1/name:expert counts'"
+    code, errors = finish(program("launch", "train", *words, fault))
+    assert code == 5, errors
+    assert errors.count("silent data corruption in step 3: expert counts, layer 0 on rank 0 (") == 1
+    record = exit_json(tmp_path / "run")
+    assert record["code"] == 5 and [one["rank"] for one in record["finding"]["suspects"]] == [0, 1]
