@@ -57,8 +57,8 @@ def measurement(records: list[dict[str, Any]], machine: str) -> dict[str, Any]:
         "notes": [
             f"{len(trials)} faults drawn, in {len(layouts)} layouts: {', '.join(layouts)}. "
             f"{clean} clean steps raised no alarm.",
-            "Each fault is transient. Of the results of computations one operator call a step is repeated, and the model "
-            "is too small to permute: a transient fault there is found if it strikes that call.",
+            "Each fault is transient. Of the results of computations one operator call a step is repeated: a transient "
+            "fault there is found if it strikes that call.",
         ],
     }  # fmt: skip
 
