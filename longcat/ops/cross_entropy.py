@@ -17,7 +17,7 @@ from longcat.faults import Place, passed, passed_all
 from longcat.ops.calls import named
 from longcat.ops.fusion import Fusible, add_to, scaled
 from longcat.ops.matmul import product, raw_product
-from longcat.ops.permuted import along
+from longcat.ops.permuted import along, can_permute
 
 CHUNK_LOGITS = 1 << 22  # logits of a chunk, 16 MiB in float32: they stay in a processor's cache
 MIN_ROWS, MIN_ROWS_GPU = 256, 1024  # tokens; a chunk reads the head twice and adds to its gradient: 16 bytes a weight
@@ -51,6 +51,8 @@ def _softmax_loss_permuted(
     logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = _softmax_loss.compute
+    if not can_permute(logits[:, :1].float()):  # the labels' logits, one a row
+        return run(logits, labels, valid, dtype)
     return along(0, lambda x, label, mask: run(x, label, mask, dtype), logits, labels, valid)  # type: ignore[no-any-return]
 
 

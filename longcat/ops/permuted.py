@@ -19,7 +19,7 @@ from longcat.faults import Place, passed
 
 # float32 products of a CPU: these many rows and multiples of columns are computed by the same code wherever they are
 MIN_ROWS, COLUMNS = 16, 16
-VECTOR = 128  # bytes that a loop takes at once, at most; a row's rest is scalar code, whose exp rounds differently
+VECTOR = 128  # bytes that a loop takes at once, at most; the rest is scalar code, whose exp rounds differently
 SPLIT = 1 << 15  # elements from which on torch divides an operation among threads, anywhere in a row
 
 _permuting = False
@@ -61,8 +61,12 @@ def rolled(x: Tensor, dim: int, back: bool = False) -> Tensor:
 
 
 def can_permute(x: Tensor) -> bool:
-    """Whether elementwise operations on x give the same bits wherever an element is."""
-    return x.device.type != "cpu" or torch.get_num_threads() == 1 or x.numel() < SPLIT
+    """Whether elementwise operations on x give the same bits wherever an element is.
+
+    On a CPU they run through all rows of x as one; only the rest behind the last whole vector is scalar code.
+    """
+    is_alike = x.nbytes % VECTOR == 0 and (torch.get_num_threads() == 1 or x.numel() < SPLIT)
+    return x.device.type != "cpu" or is_alike
 
 
 def along(dim: int, function: Callable[..., Any], *operands: Tensor) -> Any:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from longcat.ops.attention import causal_attention
-from longcat.ops.cross_entropy import linear_cross_entropy
-from longcat.ops.elementwise import rms_norm, rotary, swiglu
+from longcat.ops.cross_entropy import _softmax_loss, linear_cross_entropy
+from longcat.ops.elementwise import rms_norm, rotary, swiglu, swiglu_backward
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
 from longcat.ops.matmul import fp32_linear, gated_linear, linear, product
 from longcat.ops.permuted import can_roll, distance, permuting, rolled
@@ -124,3 +124,21 @@ def test_several_threads_give_the_same_bits(threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(bits(one), bits(other)) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("rows", [4, 5, 32, 33])
+@pytest.mark.parametrize("width", [10, 16, 97])
+def test_rests_behind_whole_vectors_are_not_moved(rows: int, width: int) -> None:
+    """Scalar code's exp rounds differently, but only in some of a thousand numbers."""
+    for seed in range(150):
+        gate, up, grad = (draw(rows, width, dtype=torch.float32, seed=3 * seed + i) for i in range(3))
+        labels, valid = torch.arange(rows) % width, torch.ones(rows, dtype=torch.bool)
+
+        def run() -> list[Tensor]:
+            loss = _softmax_loss(gate.clone(), labels, valid, torch.float32)  # noqa: B023
+            return [swiglu(gate, up), *swiglu_backward(grad, gate, up), *loss]  # noqa: B023
+
+        first = run()
+        with permuting():
+            second = run()
+        assert all(torch.equal(bits(one), bits(other)) for one, other in zip(first, second, strict=True)), seed
