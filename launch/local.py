@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from longcat.errors import CRASHED, OK
+from longcat.errors import BAD_INPUT, CRASHED, OK
 from longcat.search_path import ROOT, without_current_folder
 from train.config import Config
 from train.run_dir import EXIT, recorded_code
@@ -78,8 +78,8 @@ def run_elastic(overrides: list[str], config: Config, processes: int) -> int:
         _, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else CRASHED
         # A rank that had said why it ends may still crash while it ends
-        said = OK if exit_written(config.run.folder) == before else recorded_code(config.run.folder, code)
-        return said or code
+        is_own = code != BAD_INPUT and exit_written(config.run.folder) != before  # 2: the folder may be another run's
+        return (recorded_code(config.run.folder, code) if is_own else OK) or code
     except SignalException:  # the agent has lost the ranks' codes, and exit.json may be an older run's
         same = exit_written(config.run.folder) == before
         return CRASHED if same else recorded_code(config.run.folder)

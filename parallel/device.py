@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import platform
 import resource
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -73,10 +76,20 @@ def device_name(device: torch.device) -> str:
 def arithmetic_of(device: torch.device) -> str:
     """What decides this process's bits: devices of another kind, or more threads, may round otherwise."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     amx = ", AMX" if cpu_has_amx() else ""
     bfloat16 = ", bfloat16 products" if cpu_multiplies_bfloat16() else ""
-    return f"CPU, {torch.backends.cpu.get_cpu_capability()}{bfloat16}{amx}, {torch.get_num_threads()} threads"
+    code = f"{torch.backends.cpu.get_cpu_capability()}{bfloat16}{amx}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {code}, torch {torch.__version__}"
+
+
+def processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model (Linux), or its architecture."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's numbers, malloc.h

@@ -9,7 +9,8 @@ have a loss only at the last stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from longcat.errors import LongCatError
 from longcat.model import LongCat, Losses
 from parallel.config import Schedule
 from parallel.engine import MicroBatch, Objective, detached
@@ -32,6 +34,7 @@ from parallel.pipeline.spans import TracedStage
 from parallel.pipeline.stages import SPLIT_BACKWARD, check_micro_batches, num_stages, rank_of, stages_of
 from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gradients
 from parallel.sdc.ledger import LEDGER
+from parallel.watchdog.errors import causes
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
 
@@ -146,7 +149,7 @@ class PipelineEngine:
         numbers = torch.arange(self.num_micro_batches)
         first, last = (any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last"))
         given = (numbers,) if first else ()
-        with work_span(Event(SpanKind.PIPELINE)):
+        with work_span(Event(SpanKind.PIPELINE)), unwrapped_errors():
             self.schedule.step(*given, number=numbers, target=numbers if last else None, return_outputs=False)
         assert not any(len(queue) for queue in self.queues), "weight gradients were left behind"
         for model in self.parts:
@@ -289,6 +292,18 @@ class PipelineEngine:
         work = dist.isend(hidden, peer, group=self.group)
         assert work is not None
         return work, hidden
+
+
+@contextmanager
+def unwrapped_errors() -> Iterator[None]:
+    """Raise a project's error as it was: torch's schedules wrap what a stage raises in a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        for cause in causes(error):
+            if isinstance(cause, LongCatError):
+                raise cause from error
+        raise
 
 
 def layers_of(model: LongCat) -> tuple[int, int]:

@@ -14,6 +14,7 @@ contradicts itself.
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -158,7 +159,7 @@ class Computation:
     start: int = 0  # the stretch's place in the trace
 
 
-def gather(passes: Sequence[tuple[int, Traced]], rank: int) -> list[Computation]:
+def gather(passes: Sequence[tuple[int, Traced]]) -> list[Computation]:
     """The computations of all ranks, from this rank's: for each, whose micro-batches they were. A collective.
 
     A trace may have a hundred thousand entries, so only the stretches that matter travel.
@@ -201,7 +202,7 @@ class Blame:
     at: int  # the number of the first thing in the trace that differs
     what: str
     certain: bool  # others are in the majority, or it contradicts itself
-    lasting: bool = True  # all that it computed was wrong
+    lasting: bool = True  # it computed the same wrong bits twice, or nothing right
 
     def order(self) -> tuple[bool, int]:
         """Smaller is likelier: who received something wrong is a victim, and who differs first is the cause."""
@@ -219,6 +220,7 @@ def blamed(computations: Sequence[Computation]) -> list[Blame]:
         by_batch[one.of].append(one)
     found: dict[int, list[Blame]] = defaultdict(list)
     wrong: Counter[int] = Counter()  # computations, by rank
+    repeated: dict[int, bool] = defaultdict(bool)  # whether it computed the same wrong bits twice
     for same in by_batch.values():
         voters: dict[int, set[int]] = defaultdict(set)
         parts = {one.total: one for one in same}
@@ -233,12 +235,14 @@ def blamed(computations: Sequence[Computation]) -> list[Blame]:
                 continue
             at, what = first_difference(parts[total], parts[right if total != right else other])
             for rank in ranks & unsteady if most == second and unsteady else ranks:
-                wrong[rank] += sum((one.by, one.total) == (rank, total) for one in same)
+                times = sum((one.by, one.total) == (rank, total) for one in same)
+                wrong[rank] += times
+                repeated[rank] |= times > 1
                 found[rank].append(Blame(rank, at, what, most > second or bool(unsteady)))
     sure = {rank for rank, blames in found.items() if any(one.certain for one in blames)}
     passes = Counter(one.by for one in computations)
     firsts = [
-        replace(min(blames, key=Blame.order), lasting=wrong[rank] == passes[rank])
+        replace(min(blames, key=Blame.order), lasting=repeated[rank] or wrong[rank] == passes[rank])
         for rank, blames in found.items()
         if not sure or rank in sure
     ]
@@ -250,6 +254,8 @@ def first_difference(one: Computation, other: Computation) -> tuple[int, str]:
     for number, (mine, theirs) in enumerate(zip(one.part, other.part, strict=False)):
         if mine != theirs:
             return one.start + number, mine[0]
+    if len(one.part) == len(other.part):  # a third trace differed first
+        return sys.maxsize, "a later computation"
     return one.start + min(len(one.part), len(other.part)), "the number of calls"
 
 

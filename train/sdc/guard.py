@@ -66,13 +66,16 @@ class Guard:
         can_replay = config.every > 0 and repeats and state.store.has_replicas and self.neighbours.number > 1
         self.replay_every = config.replay_every if can_replay else 0
         self.note = ""  # for people
+        LEDGER.rank, LEDGER.sites = topology.rank, []
         if config.every:
             site = Site.here(topology.rank, topology.device)
             sites, kinds = zip(*all_gather_object((site, arithmetic_of(topology.device))), strict=True)
             LEDGER.sites = list(sites)
-            if self.replay_every and len(set(kinds)) > 1:
+            pairs = {(kind, kinds[self.neighbours.rank(rank, 1)]) for rank, kind in enumerate(kinds)}
+            different = sorted({"; ".join(sorted(pair)) for pair in pairs if pair[0] != pair[1]})
+            if self.replay_every and different:
                 self.replay_every = 0
-                self.note = f"sdc.replay_every is off: ranks run on different devices ({'; '.join(sorted(set(kinds)))})"
+                self.note = f"sdc.replay_every is off: ranks to compare have different devices: {different[0]}"
         self.replay: Callable[[int], Traced] | None = None  # computes the step of a group so many groups further
         self.traces: tuple[Traced, Traced] = [], []  # of this step: this rank's, and the replay of its neighbour's
         self.step = 0
@@ -280,7 +283,7 @@ class Guard:
         further = 2 if neighbours.number > 2 else 1
         traces = [(0, self.traces[0]), (1, self.traces[1]), (0, self.replay(0)), (further, self.replay(further))]
         passes = [(neighbours.rank(rank, groups), traced) for groups, traced in traces]
-        return replay_finding(self.step, gather(passes, rank), self.replay_every)
+        return replay_finding(self.step, gather(passes), self.replay_every)
 
     def _replica_finding(self, states: list[Checksums]) -> Finding:
         everywhere = list(range(len(states)))

@@ -15,6 +15,7 @@ from longcat.errors import LocalCorruptionError
 from longcat.faults import Place, install_hook
 from parallel.collectives.streams import CURRENT_STREAM
 from parallel.expert.dispatchers import SplitSizes
+from parallel.pipeline.engine import unwrapped_errors
 from parallel.sdc.ledger import LEDGER
 from tests.support.pool import close_pools, pool
 
@@ -45,6 +46,15 @@ def received(place: tuple[int, int, int] | None, bit: int) -> tuple[list[list[in
         return [], error.details["finding"]
     finally:
         install_hook(None)
+
+
+def test_pipeline_raises_it_as_it_was() -> None:
+    """torch's schedules wrap what a stage raises."""
+    error = LEDGER.corrupt("expert counts, layer 0", 1)
+    with pytest.raises(LocalCorruptionError, match="expert counts, layer 0 on rank 1 "), unwrapped_errors():
+        raise RuntimeError("a stage failed to run forward") from error
+    with pytest.raises(RuntimeError, match="another failure"), unwrapped_errors():
+        raise RuntimeError("another failure")
 
 
 def test_sound_counts_arrive() -> None:

@@ -59,6 +59,12 @@ def test_transient_fault_is_named_in_either_pass(number: int, turn: int) -> None
     assert "the fault is transient" in finding.detail and finding.since == 9
 
 
+def test_same_wrong_bits_twice_are_lasting() -> None:
+    """A defect that needs certain data: the rank computes the other steps rightly."""
+    finding = replay_finding(9, rounds(4, lambda by, of, turn: 1 if by == of == 2 else None))
+    assert finding.suspects == (2,) and "the fault is lasting" in finding.detail
+
+
 def test_two_ranks_that_disagree_are_both_named() -> None:
     finding = replay_finding(9, rounds(2, lasting(1)))
     assert finding.suspects == (0, 1)

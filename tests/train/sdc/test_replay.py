@@ -19,6 +19,7 @@ from train.batches import BatchReader
 from train.checkpoint.state_hash import state_hash
 from train.compose import compose
 from train.run import build_state
+from train.sdc.guard import Guard
 from train.step import Stepper
 
 SMALL = [
@@ -111,6 +112,30 @@ def test_four_ranks_name_the_one() -> None:
     message, finding, _ = pool(4).run(train, words, 4)[0]
     assert [one["rank"] for one in finding["suspects"]] == [2], message
     assert "the fault is lasting" in message and finding["step"] == 4
+
+
+def on_other_devices() -> list[str]:
+    """The guard's notes where both stages of one data rank have other devices than the other data rank, and not."""
+    rank = torch.distributed.get_rank()
+    config = compose([*MODEL, *SMALL, *LAYOUTS["pp2 zbv, fsdp2"][1].split(), *REPLAYS])
+    topology = make_topology(resolve_sizes(config.parallel, 4), rank, 4, torch.device("cpu"))
+    state = build_state(config, topology)
+    notes = []
+    for name in (f"device {rank % 2}", f"device {rank // 2}"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("train.sdc.guard.arithmetic_of", lambda _, name=name: name)
+            guard = Guard(state, config.sdc, topology, config.run.folder, repeats=True)
+            notes.append(f"{guard.replay_every} {guard.note}")
+    set_observer(None)
+    state.engine.close()
+    return notes
+
+
+def test_replays_are_off_between_other_devices() -> None:
+    """Stages may be on other devices: they are not compared."""
+    different, same = pool(4).run(on_other_devices)[0]
+    assert different.startswith("0 sdc.replay_every is off") and "device 0; device 1" in different
+    assert same == "2 "
 
 
 def test_one_group_has_nothing_to_compare() -> None:
