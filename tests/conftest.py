@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 # Before torch is imported: ranks share the cores, and gloo must not look for another interface.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+# Programs that tests start inherit this: under `nohup` they would ignore the signal that some tests send
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Derandomised, so that a failure is reproducible.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
