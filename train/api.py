@@ -106,6 +106,8 @@ class Session:
         Raises:
             UnhealthyError: the loss, a gradient or a bias is not finite, or a spike is to end the run
                 (``health.on_spike``); nothing was updated.
+            CorruptionError: silent data corruption was found; nothing was updated. As LocalCorruptionError it is raised
+                on this rank alone: the others wait for it, so end the process.
         """
         result = self._stepper.step()
         if not result.healthy:
