@@ -16,6 +16,7 @@ from longcat.faults import Place, install_hook
 from parallel.collectives.streams import CURRENT_STREAM
 from parallel.expert.dispatchers import SplitSizes
 from parallel.pipeline.engine import unwrapped_errors
+from parallel.sdc.finding import Site
 from parallel.sdc.ledger import LEDGER
 from tests.support.pool import close_pools, pool
 
@@ -48,8 +49,10 @@ def received(place: tuple[int, int, int] | None, bit: int) -> tuple[list[list[in
         install_hook(None)
 
 
-def test_pipeline_raises_it_as_it_was() -> None:
+def test_pipeline_raises_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's schedules wrap what a stage raises."""
+    monkeypatch.setattr(LEDGER, "rank", 0)
+    monkeypatch.setattr(LEDGER, "sites", [Site(0, "a", "cpu")])  # those of another run
     error = LEDGER.corrupt("expert counts, layer 0", 1)
     with pytest.raises(LocalCorruptionError, match="expert counts, layer 0 on rank 1 "), unwrapped_errors():
         raise RuntimeError("a stage failed to run forward") from error
