@@ -93,6 +93,14 @@ def resolve(digests: Iterable[Digest]) -> list[int]:
     return [(next(fetched) if isinstance(one, Tensor) else one) & MASK for one in found]
 
 
+def combined(checksums: Iterable[int]) -> int:
+    """One 64-bit number for checksums in this order."""
+    number = 0
+    for value in checksums:
+        number = mix(number ^ value)
+    return number
+
+
 def mix(number: int) -> int:
     """64 well mixed bits (the finaliser of splitmix64)."""
     number = (number + 0x9E3779B97F4A7C15) & MASK

@@ -112,12 +112,9 @@ class Ledger:
     def corrupt(self, label: str, sender: int) -> LocalCorruptionError:
         """The error for a message from a global rank that cannot be used, as its own check word contradicts it."""
         ranks = tuple(dict.fromkeys((sender, self.rank)))
-        is_known = len(self.sites) > max(ranks)
-        sites = (
-            self.sites
-            if is_known
-            else [Site(rank, "host not known", "device not known") for rank in range(max(ranks) + 1)]
-        )
+        sites = self.sites
+        if len(sites) <= max(ranks):  # none are known without checks
+            sites = [Site(rank, "host not known", "device not known") for rank in range(max(ranks) + 1)]
         detail = "arrived with other bits than were sent"
         finding = Finding("message", self.step, label, ranks, layer_of(label), operator=label, detail=detail)
         error = finding.error(sites)

@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from parallel.checksum import Digest, digest, mix, resolve
+from parallel.checksum import Digest, combined, digest, resolve
 from parallel.mesh import MeshSizes
 from parallel.reduce import all_gather_object
 from parallel.sdc.finding import Finding, layer_of
@@ -107,10 +107,7 @@ def traced() -> Iterator[Traced]:
 
 def total_of(trace: Traced) -> int:
     """One number for a whole trace."""
-    combined = 0
-    for _, value in trace:
-        combined = mix(combined ^ value)
-    return combined
+    return combined(value for _, value in trace)
 
 
 @dataclass(frozen=True)

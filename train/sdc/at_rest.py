@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from longcat.faults import Place, passed
-from parallel.checksum import digest, mix, resolve
+from parallel.checksum import combined, digest, resolve
 from parallel.state_store import MOMENTS
 from train.checkpoint.dcp_tensors import DcpTensor
 from train.state import TrainState
@@ -39,10 +39,7 @@ def changed(before: Checksums, now: Checksums) -> list[str]:
 
 def total(found: Checksums) -> int:
     """One number, of 52 bits, for all of them."""
-    combined = 0
-    for value in found.values():
-        combined = mix(combined ^ value)
-    return combined >> 12
+    return combined(found.values()) >> 12
 
 
 def changed_in_snapshot(expected: Checksums, tensors: dict[str, Tensor]) -> list[str]:
