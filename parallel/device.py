@@ -15,6 +15,7 @@ import torch
 
 from longcat.errors import ConfigError
 from longcat.ops.matmul import cpu_has_amx, cpu_multiplies_bfloat16, product
+from parallel.torch_internals import set_deterministic_algorithms
 
 # The makers' data sheets, FLOP/s: dense bfloat16 by tensor cores, and float32 (torch's default is not TF32)
 GPU_PEAKS = {
@@ -145,5 +146,5 @@ def make_deterministic() -> None:
     attention, and it requires a cuBLAS workspace setting, which must be set before the first product.
     """
     os.environ.setdefault(CUBLAS_WORKSPACE, CUBLAS_WORKSPACES[0])
-    torch.use_deterministic_algorithms(True)
+    set_deterministic_algorithms(True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (a property of the module)

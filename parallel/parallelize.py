@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,12 +24,14 @@ from parallel.fsdp.sharding import apply_fsdp, materialise
 from parallel.kernels import install
 from parallel.mesh import Axis, MeshSizes, Topology
 from parallel.overlap import apply_overlap
-from parallel.pipeline.engine import PipelineEngine
 from parallel.pipeline.stages import check_micro_batches, num_stages, split, stages_of
 from parallel.recompute import apply_recompute
 from parallel.sequence import apply_sequence_parallel, check_length
 from parallel.state_store import MakeOptimizer, ShardedAdamW, Store
 from parallel.tensor import apply_tensor_parallel, check_tensor
+
+if TYPE_CHECKING:
+    from parallel.pipeline.engine import PipelineEngine
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ def parallelize(
     store = make_store(models, topology, make_optimizer)
     engine: SequentialEngine | PipelineEngine = SequentialEngine(models[0])
     if sizes.pp > 1:
+        from parallel.pipeline.engine import PipelineEngine  # torch's pipelines import its compiler: two seconds
+
         hidden = (batch.sequences, batch.length // (sizes.cp * sizes.tp), config.hidden_size)
         engine = PipelineEngine(models, topology, parallel.schedule, batch.num_micro_batches, hidden, compute_dtype)
     if virtual is None or virtual.turns == 1:

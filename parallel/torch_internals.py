@@ -7,13 +7,18 @@ model is `longcat/ops/torch_internals.py`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d
 from torch.distributed._shard._utils import narrow_tensor_by_index as narrow_tensor_by_index
 from torch.distributed.checkpoint.utils import _create_file_view
@@ -24,11 +29,18 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceS
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo as FSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo as HSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult as ShardPlacementResult
-from torch.distributed.pipelining import schedules
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import (
     compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,
 )
+
+FSDP_HOOKS: dict[type, tuple[str, ...]] = {
+    FSDPState: ("_pre_forward", "_post_forward", "_pre_backward", "_root_post_backward_final_callback"),
+    FSDPParamGroup: ("pre_backward", "post_backward"),
+}
+OPTIMIZER_METHODS = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 # --- aliases: imported above under their own names ----------------------------------------------------------------
 #
@@ -188,6 +200,8 @@ BatchP2P = Callable[..., list[dist.Work]]
 
 def wrap_batch_p2p(wrapper: Callable[[BatchP2P], BatchP2P]) -> None:
     """Wrap the one function through which every pipeline schedule sends and receives; schedules have no hook for it."""
+    from torch.distributed.pipelining import schedules
+
     schedules._batch_p2p = wrapper(schedules._batch_p2p)
 
 
@@ -245,6 +259,67 @@ def make_wrapper_subclass(cls: type[Tensor], shape: tuple[int, ...], dtype: torc
 def has_compiled_forward(module: nn.Module) -> bool:
     """Whether `module.compile()` was called; torch says so nowhere else."""
     return getattr(module, "_compiled_call_impl", None) is not None
+
+
+# --- torch's compiler ---------------------------------------------------------------------------------------------
+
+
+def set_deterministic_algorithms(enabled: bool) -> None:
+    """`torch.use_deterministic_algorithms` without importing torch's compiler, two seconds; `fuse` tells it later."""
+    if "torch._inductor.config" in sys.modules:
+        torch.use_deterministic_algorithms(enabled)
+    else:
+        torch._C._set_deterministic_algorithms(enabled, warn_only=False)
+
+
+def optimize_without_compiler() -> None:
+    """Let AdamW run as it is. torch imports its compiler to hide the methods from it, or to tell it of them."""
+    _never_compiled(*(getattr(torch.optim.Optimizer, name) for name in OPTIMIZER_METHODS))
+    step: Any = torch.optim.AdamW.step
+    if step.__code__.co_qualname == "_use_grad_for_differentiable.<locals>._use_grad":
+        setattr(torch.optim.AdamW, "step", torch.no_grad()(step.__wrapped__))  # noqa: B010 (no method for mypy)
+
+
+def shard_without_compiler() -> None:
+    """The same for DTensors and for what FSDP2 runs before and after each unit: those hide themselves at every call."""
+    _import_compiler_settings()
+    _never_compiled(DTensor.__init__, FakeTensorMode.__torch_dispatch__)
+    for kind, names in FSDP_HOOKS.items():
+        for name in names:
+            hook = getattr(kind, name, None)
+            if hook is not None and hook.__code__.co_qualname == "_dynamo_disable.<locals>.wrapper":
+                setattr(kind, name, hook.__wrapped__)
+
+
+def _import_compiler_settings() -> None:
+    """Import the settings of torch's compiler, which DTensor reads, without the rest of its package.
+
+    `torch._dynamo` then has this one name, and imports the package when another is asked for. It stays out of
+    `sys.modules`, so an import of the package finds it not yet imported. Where it cannot be done, nothing is changed.
+    """
+    name = "torch._dynamo"
+    if name in sys.modules or "_dynamo" in vars(torch):
+        return
+    package = ModuleType(name)
+    package.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
+    sys.modules[name] = package
+    try:
+        import_module(f"{name}.config")
+    except Exception:
+        sys.modules.pop(f"{name}.config", None)
+        return
+    finally:
+        del sys.modules[name]
+    vars(package)["__getattr__"] = lambda attribute: getattr(import_module(name), attribute)
+    setattr(torch, "_dynamo", package)  # noqa: B010 (as an import would)
+
+
+def _never_compiled(*functions: Any) -> None:
+    """Mark functions as hidden from the compiler. Nothing here compiles them or what calls them (`Fusible`)."""
+    for function in functions:
+        plain = getattr(function, "__wrapped__", None)
+        if plain is not None and not hasattr(plain, "__dynamo_disable"):
+            plain.__dynamo_disable = plain
 
 
 # --- checkpoint files ---------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from longcat.errors import UnhealthyError
 from parallel.device import keep_freed_memory, make_deterministic
 from parallel.mesh import Topology, connect, world_from_environment
+from parallel.torch_internals import set_deterministic_algorithms
 from train import compose as composing
 from train import process, run
 from train.batches import BatchReader
@@ -70,7 +70,7 @@ def build_session(config: Config) -> Session:
         ConfigError: layout, batch sizes, corpora or run folder do not fit; the message names the key.
     """
     process.check(config, world_from_environment()[2])
-    torch.use_deterministic_algorithms(False)
+    set_deterministic_algorithms(False)
     if config.train.deterministic:
         make_deterministic()
     topology = connect(config.parallel)

@@ -59,6 +59,9 @@ def make_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim
     """AdamW over parameter groups, each with the rate and decay of its "role"."""
     import torch
 
+    from parallel.torch_internals import optimize_without_compiler
+
+    optimize_without_compiler()
     for group in groups:
         group["lr"] = config.lr * getattr(config.lr_scale, group["role"])
         group["weight_decay"] = config.weight_decay if group["role"] in DECAYED_ROLES else 0.0

@@ -16,6 +16,7 @@ from parallel.elastic import virtual_ranks
 from parallel.mesh import MeshSizes, Topology, connect
 from parallel.parallelize import BatchShape, parallelize
 from parallel.reduce import broadcast
+from parallel.torch_internals import set_deterministic_algorithms
 from parallel.watchdog import watchdog
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.flight_recorder import enable_flight_recorder
@@ -56,7 +57,7 @@ LOG = "run.log"  # the terminal's lines, of every start of this run
 
 def train(config: Config, stop_signal: StopSignal, on_hang: Callable[[str], None]) -> None:
     """Assemble the run and train. The watchdog calls ``on_hang`` with a message before it ends the process."""
-    torch.use_deterministic_algorithms(False)
+    set_deterministic_algorithms(False)
     if config.train.deterministic:
         make_deterministic()
     enable_flight_recorder(config.run.folder)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from longcat.faults import Place, passed, passed_all
@@ -49,13 +48,28 @@ def causal_attention(
     for start, stop in ranges:
         local_query = query[:, :, offset : offset + stop - start]
         offset += stop - start
-        mask: Tensor = causal_lower_right(stop - start, stop)
+        mask = _causal_bias(start, stop) if documents is None else None
         if documents is not None:
             visible = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device).tril(start)
             mask = (visible & (documents[:, start:stop, None] == documents[:, None, :stop]))[:, None]
         keys, values = key[:, :, :stop], value[:, :, :stop]
-        outputs.append(scaled_dot_product_attention(local_query, keys, values, attn_mask=mask, scale=scale))
+        is_causal = mask is None
+        outputs.append(
+            scaled_dot_product_attention(local_query, keys, values, attn_mask=mask, is_causal=is_causal, scale=scale)
+        )
     return torch.cat(outputs, 2)
+
+
+def _causal_bias(start: int, stop: int) -> Tensor | None:
+    """torch's causal mask of the queries start … stop over the keys before stop; None where plain `is_causal` says it.
+
+    Imported late: the module of torch's biases imports its compiler, two seconds of every start.
+    """
+    if not start:
+        return None
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(stop - start, stop)
 
 
 def _blocks(ranges: Ranges, num_keys: int) -> Iterator[tuple[slice, int, int]]:

@@ -62,6 +62,11 @@ def fuse(enabled: bool) -> None:
 
     Fused results differ from eager ones by rounding: sums over a row have another order.
     """
+    if enabled:  # tells the compiler too, which may not have been imported yet
+        torch.use_deterministic_algorithms(
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
     for fusible in _FUSIBLE:
         fusible.fuse(enabled)
 

@@ -24,6 +24,7 @@ from parallel.torch_internals import (
     concatenate_meshes,
     initialize_root,
     local_shard,
+    shard_without_compiler,
 )
 
 
@@ -44,6 +45,7 @@ def apply_fsdp(
     float32. Gradients are SUMS over ranks in float32: the loss is divided by the valid tokens of the global batch, so
     FSDP2 must not divide again. With ``hybrid`` FSDP2 also sums them over ``dp``; without, the caller must.
     """
+    shard_without_compiler()
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
     mesh = with_replicas(topology, topology.replicated) if hybrid else topology.replicated
