@@ -87,6 +87,7 @@ def listing() -> str:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": verbs.train,
+    "slurm": verbs.slurm,
     "check": verbs.check,
     "data": verbs.data,
     "report": verbs.report,
@@ -109,6 +110,8 @@ MEANT = {
     "resume": "train",
     "run": "train",
     "sample": "generate",
+    "sbatch": "slurm",
+    "submit": "slurm",
     "start": "train",
     "sweep": "train",
     "validate": "check",

@@ -45,6 +45,22 @@ def train(arguments: list[str]) -> int:
     return run_ranks(with_search_path(arguments), config)
 
 
+def slurm(arguments: list[str]) -> int:
+    """slurm key=value … [--submit] write, or also submit, an sbatch script that trains and keeps the job alive
+
+    longcat slurm model=small run.name=first slurm.nodes=2 slurm.gpus_per_node=8 slurm.time=24:00:00
+    longcat slurm model=small run.name=first slurm.nodes=2 slurm.spares=1 slurm.partition=gpu slurm.account=me --submit
+
+    The keys are those of longcat train, and slurm.*: nodes, spares, time, partition, account, qos, gpus_per_node,
+    cpus_per_node, signal_seconds, container, mounts, venv, setup, mail, env.NAME, sbatch.NAME and others
+    (docs/reference/keys.md). Prints the path of the script, runs/<run.name>/slurm.sh. The job saves before the time
+    limit and is queued again, survives a lost node, and says in runs/<run.name>/slurm-JOB.log what it does and why.
+    """
+    from launch.slurm.submit import slurm as write
+
+    return write(arguments)
+
+
 def split_cfg(arguments: list[str]) -> tuple[bool, list[str]]:
     """Whether `--cfg job` (or -c job) is among the arguments, and the other arguments."""
     rest, shows = [], False

@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from launch.generate import GenerateOptions
+from launch.slurm.options import PREFIX, SlurmOptions
 from train.checkpoint.grow import GrowConfig
 from train.compose import compose
 from train.huggingface.export import ExportOptions
 from train.huggingface.import_folder import ImportOptions
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "keys.md"
-VERBS = {"export": ExportOptions, "import": ImportOptions, "generate": GenerateOptions, "grow": GrowConfig}
+VERBS = {
+    "export": ExportOptions,
+    "import": ImportOptions,
+    "generate": GenerateOptions,
+    "grow": GrowConfig,
+    "slurm": SlurmOptions,
+}
 HEAD = """# Configuration keys
 
 Written by `make reference` from the dataclasses; do not edit. Defaults are those of `longcat train` without arguments
@@ -37,7 +44,7 @@ def page() -> str:
         parts.append(f"## {section.name}\n\n{prose(type(part))}\n\n{table(part, f'{section.name}.')}")
     parts.append("# Options of other commands\n")
     for verb, kind in VERBS.items():
-        parts.append(f"## longcat {verb}\n\n{prose(kind)}\n\n{table(kind(), '')}")
+        parts.append(f"## longcat {verb}\n\n{prose(kind)}\n\n{table(kind(), PREFIX if verb == 'slurm' else '')}")
     return "\n".join(parts)
 
 
@@ -68,6 +75,8 @@ def value_text(value: Any) -> str:
     """A default as a person writes it on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return "none"
     if isinstance(value, list):
         return f"[{','.join(value_text(item) for item in value)}]"
     if isinstance(value, float):
@@ -80,6 +89,8 @@ def type_text(kind: Any) -> str:
     if inspect.isclass(kind) and issubclass(kind, enum.Enum):
         return ", ".join(f"`{member.value}`" for member in kind)
     options = [option for option in get_args(kind) if option is not type(None)]
+    if getattr(kind, "__origin__", None) is dict:
+        return "texts by name"
     if getattr(kind, "__origin__", None) is list:
         return f"list of {type_text(options[0])}"
     if options:

@@ -12,6 +12,7 @@ import pytest
 
 from launch.__main__ import VERBS
 from launch.options import split_options
+from launch.slurm.options import split_slurm_options
 from longcat import errors
 from tests.house import picture, reference
 from train.compose import check_keys, compose, leaf_keys
@@ -109,7 +110,10 @@ def test_commands_parse(page: Path) -> None:
         assert verb in VERBS, f"longcat {verb} is no verb"
         if verb == "data":
             assert words.pop(0) == "build"
-        if verb in reference.VERBS:
+        if verb == "slurm":
+            _, words = split_slurm_options([word for word in words if word not in ("--submit", "…")])
+            compose(words)
+        elif verb in reference.VERBS:
             _, words = split_options(reference.VERBS[verb], words)
             assert verb == "import" or not words, f"longcat {verb} has no options {words}"
         if verb == "train" and "-m" in words:

@@ -22,6 +22,7 @@ from parallel.watchdog.timing import max_wait_seconds
 from train.checkpoint.find import last_valid
 from train.checkpoint.retention import Keep
 from train.checkpoint.save import SaveContext, Snapshot, write
+from train.checkpoint.save_times import SaveTimer
 from train.checkpoint.staging import StagingBuffer
 from train.config import Config
 from train.run_dir import as_mapping
@@ -35,14 +36,25 @@ class SaveThread(threading.Thread):
     A daemon: a process that has to end does not wait for it, since an incomplete checkpoint has another name.
     """
 
-    def __init__(self, snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, context: SaveContext) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        folder: Path,
+        topology: Topology,
+        keep: Keep,
+        context: SaveContext,
+        timer: SaveTimer | None = None,
+    ) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self.work = (snapshot, folder, topology, keep, context)
+        self.timer = timer
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
             write(*self.work)
+            if self.timer is not None:
+                self.timer.written()
         except BaseException as error:
             self.error = error
 
@@ -76,6 +88,7 @@ class Saver:
         self.thread: SaveThread | None = None
         self.failed: SaveError | None = None  # the newest checkpoint could not be written
         self.last_save = time.monotonic()
+        self.timer = SaveTimer(state.counters.step)  # of the newest save
 
     def is_overdue(self) -> bool:
         """Whether a checkpoint is due by `checkpoint.every_minutes`; always False except on the first rank."""
@@ -96,13 +109,16 @@ class Saver:
         """
         self.wait_pending()
         self.last_save = time.monotonic()
+        self.timer = SaveTimer(self.state.counters.step)
         if self.staging is None:
             with watchdog.slow_timeout(), work_span(Event(SpanKind.CHECKPOINT_SAVE)):
-                self._end(self._write_blocking(val_loss))
+                with self.timer.blocking():
+                    error = self._write_blocking(val_loss)
+                self._end(error)
             return
-        with work_span(Event(SpanKind.CHECKPOINT_COPY), slow=True):
+        with work_span(Event(SpanKind.CHECKPOINT_COPY), slow=True), self.timer.blocking():
             snapshot = self.staging.copy(lambda take: self._snapshot(val_loss, take))
-        self.thread = SaveThread(snapshot, self.folder, self.topology, self.keep, self.context)
+        self.thread = SaveThread(snapshot, self.folder, self.topology, self.keep, self.context, self.timer)
         self.thread.start()
 
     def wait_pending(self, final: bool = False) -> None:
@@ -114,7 +130,8 @@ class Saver:
         """
         if self.thread is not None:
             with watchdog.slow_timeout(), work_span(Event(SpanKind.CHECKPOINT_PENDING), slow=True):
-                self.context.wait_for(self.thread)
+                with self.timer.blocking():
+                    self.context.wait_for(self.thread)
                 error, self.thread = self.thread.error, None
                 self._end(error)
         if self.failed is not None and final:
@@ -142,6 +159,8 @@ class Saver:
         """A full disk does not end the run: that would lose steps, and the next save may find space again."""
         self.failed = None
         if error is None:
+            if self.topology.is_first:
+                self.timer.record(self.config.run.folder)
             return
         if not isinstance(error, SaveError):
             raise error

@@ -22,6 +22,7 @@ from train.checkpoint import save as saving
 from train.checkpoint.find import find_start
 from train.checkpoint.manifest import list_checkpoints, verify
 from train.checkpoint.retention import Keep, make_space, prune, validation_loss
+from train.checkpoint.save_times import SAVES, slowest_save
 from train.checkpoint.saver import SaveThread
 from train.checkpoint.staging import StagingBuffer
 from train.compose import compose
@@ -353,3 +354,25 @@ def test_non_finite_bias_is_not_saved(part: str, narrow: list[str], tmp_path: Pa
         state.engine.close()
         dist.destroy_process_group()
     assert steps_there(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------ how long they take
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_each_save_is_timed(
+    asynchronous: bool, narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line for each checkpoint; training waits for a blocking save and at the end of a run, else for a copy."""
+    slow_disk(monkeypatch, 0.3)
+    words = [*narrow, "train.steps=4", "checkpoint.every=3", f"checkpoint.asynchronous={asynchronous}"]
+    assert train_here(words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / SAVES).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 4]
+    assert all(0.3 <= row["save_seconds"] < 5 for row in rows), rows
+    assert all(row["blocked_seconds"] > 0 for row in rows) and rows[1]["blocked_seconds"] >= 0.3, rows
+    assert slowest_save(tmp_path / "run") == max(row["save_seconds"] for row in rows)
+    with (tmp_path / "run" / SAVES).open("a") as file:
+        file.write('{"step": 5, "save_sec')
+    assert slowest_save(tmp_path / "run") == max(row["save_seconds"] for row in rows), "a torn line counts for nothing"
+    assert slowest_save(tmp_path) is None

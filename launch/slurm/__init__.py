@@ -1,0 +1,1 @@
+"""`longcat slurm`: an sbatch script that keeps a training job alive."""

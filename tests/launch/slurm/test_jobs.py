@@ -1,0 +1,132 @@
+"""`longcat slurm --submit` on a real Slurm: jobs that are disturbed go on, and end as an undisturbed run does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.launch.slurm.conftest import Submit
+from tests.support.running import NARROW, exact, exit_json, train_two, wait_for_step
+from tests.support.slurm import Slurm, log_of, wait
+
+TWO = ["slurm.nodes=2"]
+
+
+@pytest.fixture
+def words(overrides: list[str]) -> list[str]:
+    """A run of 40 short steps that saves every 10."""
+    return [*overrides, *NARROW, "train.steps=40", "checkpoint.every=10", "logging.every=20"]
+
+
+@cache
+def _undisturbed(words: tuple[str, ...]) -> dict[int, dict[str, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        assert train_two([*words, f"run.dir={folder}"]) == [0]
+        return exact(Path(folder) / "run")
+
+
+def ends_as_undisturbed(slurm: Slurm, job: str, words: list[str], folder: Path, starts: int) -> str:
+    """Wait for the end of a job, and compare it with the same run on two ranks without Slurm; returns the job's log."""
+    log = log_of(slurm.wait_for_state(job, "COMPLETED", seconds=300))
+    assert exit_json(folder / "run")["code"] == 0
+    assert log.count(": start on ") == starts, log
+    assert exact(folder / "run") == _undisturbed(tuple(word for word in words if not word.startswith("run.dir=")))
+    return log
+
+
+def test_killed_rank(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path) -> None:
+    """kill -9 of a rank of the second node: training starts again on the same nodes, without a requeue."""
+    job = submit([*words, *TWO])
+    wait_for_step(tmp_path / "run", 15)
+    os.kill(slurm.training(job)[1], signal.SIGKILL)
+    log = ends_as_undisturbed(slurm, job, words, tmp_path, starts=2)
+    assert "starts again in" in log and slurm.job(job)["Restarts"] == "0"
+
+
+def test_wrong_configuration_ends_the_job(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path) -> None:
+    """What only a node can see: here, a corpus that is gone. One start, code 2, the reason in the log."""
+    job = submit([*words, "data.paths=[/nowhere/corpus]"])
+    ended = slurm.wait_for_state(job, "FAILED")
+    assert ended["ExitCode"] == "2:0" and ended["Restarts"] == "0", log_of(ended)
+    said = [line for line in log_of(ended).splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "/nowhere/corpus" in said[0], said
+
+
+@pytest.mark.long
+def test_undisturbed_job(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path) -> None:
+    log = ends_as_undisturbed(slurm, submit([*words, *TWO]), words, tmp_path, starts=1)
+    assert "(fsdp 2)" in log
+
+
+@pytest.mark.long
+def test_request_to_save_and_start_again(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path) -> None:
+    """What Slurm sends before the time limit, sent by hand; no step is trained twice."""
+    job = submit([*words, *TWO])
+    wait_for_step(tmp_path / "run", 15)
+    slurm.command("scancel", "--batch", "--signal=USR1", job)
+    log = ends_as_undisturbed(slurm, job, words, tmp_path, starts=2)
+    assert "queued again: stopped for the time limit, saved" in log
+    assert not (tmp_path / "run" / "superseded.jsonl").exists()
+
+
+@pytest.mark.long
+def test_time_limit(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path) -> None:
+    """Two minutes, of a run that takes longer: Slurm's own signal comes 45 to 105 s before."""
+    words = [*words, "train.steps=1000000", "logging.every=1000", "logging.hash_every=1000", "checkpoint.every=1000"]
+    job = submit([*words, *TWO, "slurm.time=2", "slurm.signal_seconds=45"])
+    wait(lambda: slurm.job(job).get("Restarts") == "1", 240, "the job was not queued again")
+    assert exit_json(tmp_path / "run")["code"] == 3
+    reached = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    slurm.wait_for_state(job, "RUNNING")
+    wait_for_step(tmp_path / "run", reached + 5, seconds=240)
+    assert not (tmp_path / "run" / "superseded.jsonl").exists(), "no step was lost"
+    log = log_of(slurm.job(job))
+    assert "USR1: the ranks save and stop" in log and "queued again: stopped for the time limit, saved" in log
+
+
+@pytest.mark.long
+def test_cancelled_job(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path) -> None:
+    """It saves and is not queued again; the next job goes on where it stopped."""
+    job = submit([*words, *TWO])
+    wait_for_step(tmp_path / "run", 15)
+    slurm.command("scancel", job)
+    slurm.wait_for_state(job, "CANCELLED")
+    wait(lambda: not slurm.training(job), 60, "its ranks live")
+    assert exit_json(tmp_path / "run")["code"] == 3
+    job = submit([*words, *TWO])
+    ends_as_undisturbed(slurm, job, words, tmp_path, starts=1)
+    assert not (tmp_path / "run" / "superseded.jsonl").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("spares", [0, 1])
+@pytest.mark.parametrize("position", [0, 1], ids=["first node", "second node"])
+@pytest.mark.parametrize("kind", ["slurmd", "machine", "down"])
+def test_lost_node(
+    kind: str, position: int, spares: int, slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path
+) -> None:
+    """kill -9 of a slurmd alone, of all that runs on a node, `state=down`: on the spare node, or queued again.
+
+    The first node is the one that the script runs on.
+    """
+    words = [*words, "train.steps=200", "checkpoint.every=20"]
+    job = submit([*words, *TWO, f"slurm.spares={spares}"])
+    wait_for_step(tmp_path / "run", 15)
+    node = slurm.nodes_of(job)[position]
+    try:
+        {
+            "slurmd": slurm.kill_daemon,
+            "machine": slurm.lose_node,
+            "down": lambda node: slurm.command("scontrol", "update", f"NodeName={node}", "State=down", "Reason=test"),
+        }[kind](node)
+        log = log_of(slurm.wait_for_state(job, "COMPLETED", seconds=400))
+        assert exit_json(tmp_path / "run")["code"] == 0
+        assert exact(tmp_path / "run") == _undisturbed(tuple(word for word in words if not word.startswith("run.dir=")))
+        print(log)
+    finally:
+        slurm.restore(node)

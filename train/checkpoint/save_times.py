@@ -1,0 +1,60 @@
+"""saves.jsonl: how long each save took, for a scheduler that has to signal early enough before its time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from longcat.json_text import dumps
+
+SAVES = "saves.jsonl"
+NEWEST = 20  # saves that count: a run may have moved to another file system
+
+
+class SaveTimer:
+    """Measures one save: from the request until the checkpoint is valid, and how long training waited meanwhile.
+
+    Args:
+        clock: seconds from any start.
+    """
+
+    def __init__(self, step: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.step, self.clock = step, clock
+        self.start = clock()
+        self.blocked_seconds = 0.0
+        self.end: float | None = None  # of the writing, where a thread does it
+
+    @contextlib.contextmanager
+    def blocking(self) -> Iterator[None]:
+        """Training waits for the save in this context."""
+        start = self.clock()
+        try:
+            yield
+        finally:
+            self.blocked_seconds += self.clock() - start
+
+    def written(self) -> None:
+        self.end = self.clock()
+
+    def record(self, run: Path) -> None:
+        """Append a line to the run's saves.jsonl. One that cannot be written is left out: a run can do without it."""
+        seconds = (self.clock() if self.end is None else self.end) - self.start
+        line = dumps({"step": self.step, "save_seconds": seconds, "blocked_seconds": self.blocked_seconds})
+        with contextlib.suppress(OSError), (run / SAVES).open("a") as file:
+            file.write(line + "\n")
+
+
+def slowest_save(run: Path) -> float | None:
+    """Seconds of the slowest of a run's newest saves; None where none is recorded."""
+    found = []
+    try:
+        text = (run / SAVES).read_text(errors="replace")
+    except OSError:
+        return None
+    for line in text.splitlines()[-NEWEST:]:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
+            found.append(float(json.loads(line)["save_seconds"]))
+    return max(found, default=None)
