@@ -24,39 +24,37 @@ def write_block_hashes(data: Path, target: Path) -> str:
     return hashes.hash
 
 
-class CheckedBinReader:
-    """Stands in for megatron's reader of a `.bin` and compares each block with its hash before its first use.
+class BinReader:
+    """Reads a `.bin`, and compares each block with its hash before its first use.
 
     Args:
-        reader: megatron's reader.
         data: the `.bin`.
-        hashes: of its blocks, uint64 [blocks].
+        dtype: of the token ids.
+        hashes: of its blocks, uint64 [blocks]; None if there are none to compare with.
     """
 
-    def __init__(self, reader: Any, data: Path, hashes: np.ndarray) -> None:
-        self._reader, self._data, self._hashes = reader, data, hashes
+    def __init__(self, data: Path, dtype: np.dtype[Any], hashes: np.ndarray | None) -> None:
+        self._data, self._dtype, self._hashes = data, dtype, hashes
         self._size = data.stat().st_size
-        self._bytes = np.memmap(data, dtype=np.uint8, mode="r")
-        self._known = np.zeros(len(hashes), dtype=bool)
+        self._bytes = np.memmap(data, dtype=np.uint8, mode="r") if self._size else np.zeros(0, dtype=np.uint8)
+        self._known = np.zeros(0 if hashes is None else len(hashes), dtype=bool)
 
-    def read(self, dtype: type[np.number[Any]], count: int, offset: int) -> np.ndarray:
-        """``count`` items from byte ``offset`` on.
+    def read(self, count: int, offset: int) -> np.ndarray:
+        """``count`` token ids from byte ``offset`` on.
 
         Raises:
             ConfigError: a byte of their blocks has changed since the build.
         """
-        first, last = (
-            int(offset) // BLOCK_BYTES,
-            (int(offset) + int(count) * np.dtype(dtype).itemsize - 1) // BLOCK_BYTES,
-        )
-        for block in range(first, last + 1):
-            if not self._known[block]:
-                self._check(block)
-        return np.asarray(self._reader.read(dtype, count, offset))
+        if self._hashes is not None:
+            last = (offset + count * self._dtype.itemsize - 1) // BLOCK_BYTES
+            for block in range(offset // BLOCK_BYTES, last + 1):
+                if not self._known[block]:
+                    self._check(block, int(self._hashes[block]))
+        return np.frombuffer(self._bytes, self._dtype, count, offset) if count else np.zeros(0, self._dtype)
 
-    def _check(self, block: int) -> None:
+    def _check(self, block: int, wanted: int) -> None:
         start = block * BLOCK_BYTES
-        if xxhash.xxh3_64_intdigest(self._bytes[start : start + BLOCK_BYTES].data) != int(self._hashes[block]):
+        if xxhash.xxh3_64_intdigest(self._bytes[start : start + BLOCK_BYTES].data) != wanted:
             stop = min(start + BLOCK_BYTES, self._size)
             raise ConfigError(
                 f"{self._data} has changed since it was built: bytes {start} to {stop} do not have the hash in "

@@ -245,7 +245,7 @@ def _encode(
     progress: Progress,
 ) -> None:
     """Encode all documents in batches and write `corpus.bin` and `corpus.idx`."""
-    from train.data.epochs import megatron_builder  # megatron-core: seconds
+    from train.data.megatron_index import megatron_builder  # megatron-core: seconds
 
     dtype = np.uint16 if num_ids(tokenizer) <= 1 << 16 else np.int32
     builder = megatron_builder(str(folder / "corpus.bin"), dtype)

@@ -121,7 +121,7 @@ def verify_corpus(prefix: str | Path) -> CorpusInfo | None:
     """As `check_corpus`, then compare what can be compared in seconds; returns its `corpus.json`.
 
     Of a corpus that `longcat data build` made: the hashes of the index, of the tokenizer and of the block hashes, which
-    `blocks.CheckedBinReader` compares with the token ids. Of any: whether the index fits itself.
+    `blocks.BinReader` compares with the token ids. Of any: whether the index fits itself.
 
     Raises:
         ConfigError: one line with the file and what to do.
@@ -147,7 +147,7 @@ def verify_corpus(prefix: str | Path) -> CorpusInfo | None:
 
 
 def block_hashes(prefix: str | Path, info: CorpusInfo | None) -> np.ndarray | None:
-    """Hashes of the blocks of a `.bin`, uint64 [blocks], for `blocks.CheckedBinReader`; None if there are none."""
+    """Hashes of the blocks of a `.bin`, uint64 [blocks], for `blocks.BinReader`; None if there are none."""
     path = Path(f"{prefix}{blocks.SUFFIX}")
     if info is None or blocks.SUFFIX not in info.hashes or not path.is_file():
         return None

@@ -11,6 +11,7 @@ from longcat.errors import ConfigError
 from train.data.blend import Mixture
 from train.data.config import DataConfig
 from train.data.corpus import TOKENIZER_NAME, CorpusInfo, verify_corpus
+from train.data.epochs import CorpusReader
 from train.data.ids import check_range
 from train.data.tokens import end_of_document_id, load_tokenizer
 
@@ -53,8 +54,6 @@ class TokenSamples:
             raise ConfigError(f"train.sequence_length={sequence_length} must be at least 2")
         infos = [_checked_info(prefix, vocab_size) for prefix in config.paths]
         _check_one_tokenizer(config.paths, infos)
-        from train.data.epochs import CorpusReader  # megatron-core: seconds
-
         self._vocab_size = vocab_size
         self._readers = [
             CorpusReader(
