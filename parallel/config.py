@@ -11,6 +11,7 @@ from longcat.errors import ConfigError
 
 MAX_TIMEOUT = 100_000_000.0  # seconds; gloo counts a multiple of it in nanoseconds
 MAX_CHUNKS = 1024
+AUTO = "auto"  # of overlap.num_chunks
 
 # 1f1b is no identifier, hence the functional form
 Schedule = StrEnum("Schedule", {"zbv": "zbv", "1f1b": "1f1b", "interleaved": "interleaved", "dualpipev": "dualpipev"})
@@ -110,19 +111,28 @@ class OverlapConfig:
     """How expert-parallel and context-parallel communication overlaps with compute."""
 
     enabled: bool = True  # false makes every collective blocking, for comparison; results are bitwise identical
-    # chunks of a micro-batch's tokens; one is sent while experts compute another. Always 1 with parallel.ep=1
-    num_chunks: int = 1
+    # chunks of a micro-batch's tokens; one is sent while experts compute another. auto = 1, 2, 4 or 8 by the rates of
+    # links and experts, measured at the start; a deterministic run keeps its checkpoint's number. 1 with parallel.ep=1
+    num_chunks: int | str = 1
     # where a layer computes its experts: after its first ffn, or after its second attention
     experts_after: ExpertsAfter = ExpertsAfter.ffn
     # on a GPU, run the experts on a stream of their own; needs parallel.transport=all_to_all
     experts_stream: bool = False
 
     def validate(self) -> None:
-        if self.num_chunks < 1:
-            raise ConfigError(f"overlap.num_chunks={self.num_chunks} must be at least 1")
-        check_at_most("overlap.num_chunks", self.num_chunks, MAX_CHUNKS)
+        if self.num_chunks != AUTO:
+            if not isinstance(self.num_chunks, int) or isinstance(self.num_chunks, bool):
+                raise ConfigError(f"overlap.num_chunks={self.num_chunks} must be a number of chunks, or auto")
+            if self.num_chunks < 1:
+                raise ConfigError(f"overlap.num_chunks={self.num_chunks} must be at least 1, or auto")
+            check_at_most("overlap.num_chunks", self.num_chunks, MAX_CHUNKS)
         check_choice("overlap.experts_after", self.experts_after, ExpertsAfter)
         if self.experts_stream and not self.enabled:
             raise ConfigError(
                 "overlap.experts_stream=true has nothing to overlap with under overlap.enabled=false; drop one"
             )
+
+    @property
+    def decided_chunks(self) -> int:
+        """The number of chunks; 1 for `auto` until the run has decided."""
+        return self.num_chunks if isinstance(self.num_chunks, int) else 1

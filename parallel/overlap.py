@@ -20,9 +20,17 @@ def apply_overlap(model: LongCat, config: OverlapConfig, topology: Topology) -> 
         moe.after_attention = config.experts_after == ExpertsAfter.attention
         if isinstance(moe.dispatcher, ExpertParallelDispatcher):
             streams = stream_context(topology.device, config.experts_stream) if config.enabled else blocking
-            moe.dispatcher.streams, moe.expert_stream, moe.num_chunks = streams, streams.experts, config.num_chunks
+            moe.dispatcher.streams, moe.expert_stream, moe.num_chunks = streams, streams.experts, config.decided_chunks
         else:
             moe.dispatcher = LocalDispatcher(stream_context(topology.device, False).to_host)
     for module in model.modules():
         if isinstance(module, SequenceModule) and isinstance(module.sequence, ShardedSequence) and not config.enabled:
             module.sequence.streams = blocking
+
+
+def set_num_chunks(models: list[LongCat], num_chunks: int) -> None:
+    """Let the layers of models that exchange rows cut a micro-batch's tokens into ``num_chunks``."""
+    for model in models:
+        for layer in model.shortcut_layers():
+            if isinstance(layer.mlp.dispatcher, ExpertParallelDispatcher):
+                layer.mlp.num_chunks = num_chunks

@@ -38,6 +38,7 @@ from train.health.response import go_back
 from train.run_dir import as_mapping, describe_corpora
 from train.state import TrainState
 from train.step import Stepper
+from train.terminal import SilentTerminal
 from train.validation import ValidationResult, Validator
 
 __all__ = ["Session", "build_corpus", "build_session", "compose"]
@@ -77,7 +78,10 @@ def build_session(config: Config) -> Session:
     if topology.device.type == "cpu":
         keep_freed_memory()
     run.resolve_dtype(config)
+    chunks = run.measure_num_chunks(config, topology)
     state = run.build_state(config, topology)
+    if chunks is not None:
+        run.decide_num_chunks(chunks, state, config, None, SilentTerminal())
     samples, validator = run.build_data(config, topology)
     stepper = Stepper(state, BatchReader(samples, config, topology), config, topology)
     return Session(config, topology, state, stepper, validator)

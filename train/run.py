@@ -11,6 +11,7 @@ import torch
 
 from longcat.errors import ConfigError
 from longcat.json_text import dumps
+from parallel.chunks import ChunkChoice
 from parallel.device import device_name, fastest_dtype, keep_freed_memory, make_deterministic, peak_flops
 from parallel.elastic import virtual_ranks
 from parallel.mesh import MeshSizes, Topology, connect
@@ -28,6 +29,7 @@ from train.checkpoint.find import find_on_all_ranks, is_inside, resumes_elsewher
 from train.checkpoint.load import load
 from train.checkpoint.manifest import list_checkpoints
 from train.checkpoint.retention import cleanup
+from train.chunks import decide_num_chunks, measure_num_chunks
 from train.config import ComputeDtype, Config
 from train.data.ids import check_ids, unused_ids
 from train.data.samples import TokenSamples
@@ -68,13 +70,16 @@ def train(config: Config, stop_signal: StopSignal, on_hang: Callable[[str], None
     count_stream_waits(topology.device)
     stop_signal.listen()  # after all ranks have met: a rank that a signal ends earlier would leave the others waiting
     resolve_dtype(config)
+    measured = measure_num_chunks(config, topology)
     state = build_state(config, topology)
     train_samples, validator = build_data(config, topology)
     terminal = open_terminal(config, topology)
     try:
-        resume(state, config, topology, terminal)
+        checkpoint = resume(state, config, topology, terminal)
+        if measured is not None:
+            decide_num_chunks(measured, state, config, checkpoint, terminal)
         if state.counters.step < config.train.steps:
-            run_steps(state, train_samples, validator, config, topology, terminal, stop_signal)
+            run_steps(state, train_samples, validator, config, topology, terminal, stop_signal, measured)
         else:
             terminal.note(f"already at step {state.counters.step} of train.steps={config.train.steps}: nothing to do")
     finally:
@@ -89,17 +94,18 @@ def run_steps(
     topology: Topology,
     terminal: Display,
     stop_signal: StopSignal,
+    chunks: ChunkChoice | None = None,
 ) -> None:
     """Train from the state's step on, log, and write the report however that ends."""
     peak, peak_source = peak_flops(topology.device, getattr(torch, config.train.dtype))
     logger: MetricsSink = NullSink()
     describe = partial(
-        write_config, config, derived_values(config, peak), device_name(topology.device), topology.world_size
+        write_config, config, derived_values(config, peak, chunks), device_name(topology.device), topology.world_size
     )
     is_described = True
     if topology.is_first:
         is_described = describe(terminal.note)
-        terminal.header(header(config, topology, state.models, peak, peak_source))
+        terminal.header(header(config, topology, state.models, peak, peak_source, chunks))
         unused = unused_ids(config.data.paths, config.model.vocab_size)
         if unused is not None:
             terminal.note(unused)
@@ -220,8 +226,8 @@ def index_folders(config: Config) -> list[Path]:
     return [Path(config.data.paths[0]).parent / "index", config.run.folder / "index"]
 
 
-def resume(state: TrainState, config: Config, topology: Topology, terminal: Display) -> None:
-    """Continue from the checkpoint that ``checkpoint.resume`` selects, and report which one and why."""
+def resume(state: TrainState, config: Config, topology: Topology, terminal: Display) -> Path | None:
+    """Continue from the checkpoint that ``checkpoint.resume`` selects, and report which one and why. Returns it."""
     folder, settings = config.run.folder / "checkpoints", config.checkpoint
     if topology.is_first:
         try:
@@ -240,7 +246,7 @@ def resume(state: TrainState, config: Config, topology: Topology, terminal: Disp
             configuration = as_mapping(config) | describe_corpora(config)
             load(state, path, configuration, config.data.from_start, is_inside(path, folder))
     if not topology.is_first:
-        return
+        return path
     if settings.resume not in ("auto", "never") and not resumes_elsewhere(folder, settings.resume):
         terminal.note(f"checkpoint.resume={settings.resume} is not used: this run has checkpoints of its own")
     for status in skipped:
@@ -253,6 +259,7 @@ def resume(state: TrainState, config: Config, topology: Topology, terminal: Disp
         terminal.note(f"resumed from {path}: step {state.counters.step}, {state.counters.tokens:,} tokens")
         if state.counters.samples and not state.counters.position:
             terminal.note("data.from_start: the data is read from its first sample")
+    return path
 
 
 def finish(

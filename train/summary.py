@@ -6,12 +6,13 @@ from typing import Any
 
 from longcat.counts import active_range, count_parameters, describe, flops_per_token, human
 from longcat.model import LongCat, ModelPart
+from parallel.chunks import ChunkChoice
 from parallel.memory import state_bytes
 from parallel.mesh import Topology
 from train.config import Config
 
 
-def derived_values(config: Config, peak: float) -> dict[str, Any]:
+def derived_values(config: Config, peak: float, chunks: ChunkChoice | None = None) -> dict[str, Any]:
     """The section `derived` of config.yaml. ``peak`` is the device's FLOP/s."""
     counts = count_parameters(config.model)
     return {
@@ -20,6 +21,7 @@ def derived_values(config: Config, peak: float) -> dict[str, Any]:
         "active_parameters": list(active_range(config.model)),
         "flops_per_token": flops_per_token(config.model, config.train.sequence_length),
         "peak_gflops_per_rank": peak / 1e9,
+        **({} if chunks is None else {"chunks": chunks.as_mapping()}),
     }
 
 
@@ -31,7 +33,12 @@ def layers_of(part: ModelPart) -> str:
 
 
 def header(
-    config: Config, topology: Topology, parts: list[LongCat], peak: float, peak_source: str
+    config: Config,
+    topology: Topology,
+    parts: list[LongCat],
+    peak: float,
+    peak_source: str,
+    chunks: ChunkChoice | None = None,
 ) -> list[tuple[str, str]]:
     """(name, value) lines of the terminal's panel."""
     train = config.train
@@ -50,4 +57,5 @@ def header(
         *([("pipeline", f"{config.parallel.schedule}; this rank: {' and '.join(stages)}")] if sizes.pp > 1 else []),
         ("memory per rank", f"{memory} (by formula; activations come on top)"),
         ("compute", f"{train.dtype}, {peak / 1e9:,.0f} GFLOP/s per rank ({peak_source})"),
+        *([("chunks", f"{config.overlap.num_chunks}; {chunks}")] if chunks is not None else []),
     ]

@@ -39,6 +39,8 @@ BIT_KEYS = (
     "overlap.num_chunks",
 )
 
+AUTO_KEYS = ("train.dtype", "overlap.num_chunks")  # `auto` is replaced when the run has decided
+
 CORPORA = "corpora"  # {prefix: fingerprint}, beside the configuration's sections
 TOKENIZER = "tokenizer_sha256"  # of the corpora's tokenizer.json; None if unknown
 
@@ -64,7 +66,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str, ...] = FIXED_KEYS) -> list[str]:
     """A phrase per differing leaf below ``keys``, by default also of the corpora.
 
-    Not compared are the preset's name, and a `train.dtype` that the device has yet to decide.
+    Not compared are the preset's name, and a `train.dtype` or `overlap.num_chunks` that the run has yet to decide.
     """
     old, new = ADDED | flatten(stored), ADDED | flatten(wanted)
     found = corpora_differences(stored, wanted) if keys == FIXED_KEYS else []
@@ -72,7 +74,7 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str,
         keys += BIT_KEYS
     for leaf in sorted(old.keys() | new.keys()):
         watched = any(leaf == key or leaf.startswith(f"{key}.") for key in keys)
-        undecided = leaf == "model.name" or (leaf == "train.dtype" and new.get(leaf) == "auto")
+        undecided = leaf == "model.name" or (leaf in AUTO_KEYS and new.get(leaf) == "auto")
         if watched and not undecided and old.get(leaf) != new.get(leaf):
             found.append(f"{leaf} was {old.get(leaf)} and is now {new.get(leaf)}")
     return found
