@@ -120,7 +120,10 @@ class HeartbeatStore:
         return answer
 
     def _read(self) -> dict[int, Heartbeat]:
-        texts = self.reading.multi_get([key for key in self.keys if self.reading.check([key])])
+        # Two requests for all ranks; a key each only while some rank has published nothing yet
+        all_there = self.reading.check(self.keys)
+        keys = self.keys if all_there else [key for key in self.keys if self.reading.check([key])]
+        texts = self.reading.multi_get(keys) if keys else []
         return {heartbeat.rank: heartbeat for heartbeat in map(Heartbeat.from_json, texts)}
 
 
