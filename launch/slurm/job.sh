@@ -81,7 +81,9 @@ asked=""
 ask() {
     asked=$1
     say "$1: the ranks save and stop"
-    scancel --signal=TERM "$SLURM_JOB_ID"   # the ranks, not this script
+    squeue --steps --noheader --job="$SLURM_JOB_ID" --format="%i %j" | while read -r step name; do
+        [ "$name" = longcat ] && scancel --signal=TERM "$step"
+    done
     if [ "$1" = USR1 ]; then
         (sleep {save_seconds} && kill -ALRM $$) &   # at the limit itself Slurm would end the job and not queue it again
     fi
@@ -94,7 +96,7 @@ trap 'requeue "the ranks had not saved {save_seconds} s after USR1; raise slurm.
 train() {
     local before srun
     before=$(stat -c %i:%y "$run/exit.json" 2>/dev/null)
-{rendezvous}    srun --nodelist="$1" --nodes="$num_nodes" {srun} \
+{rendezvous}    srun --job-name=longcat --nodelist="$1" --nodes="$num_nodes" --ntasks="$num_nodes" {srun} \
         {command} &
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do   # a signal ends wait, but not srun
@@ -111,9 +113,10 @@ train() {
 
 # --- Start, and start again on nodes that answer. exit.json says how training ended; srun's code mixes nodes and signals
 while :; do
-    nodes=$(usable_nodes) || requeue "fewer than $num_nodes nodes answer" 1
+    nodes=$(usable_nodes)
     [ "$asked" = TERM ] && exit 1
     [ "$asked" = USR1 ] && requeue "the time limit came before a start" 1
+    [ -n "$nodes" ] || requeue "fewer than $num_nodes nodes answer" 1
     note_start "$nodes"
     train "$nodes"
     case "$code:$asked" in

@@ -114,7 +114,9 @@ def test_lost_node(
 
     The first node is the one that the script runs on.
     """
-    words = [*words, "train.steps=200", "checkpoint.every=20"]
+    if spares and not position:
+        pytest.skip("with --no-kill Slurm keeps a job whose script is gone (docs/guide/slurm.md)")
+    words = [*words, "train.steps=120", "checkpoint.every=20"]
     job = submit([*words, *TWO, f"slurm.spares={spares}"])
     wait_for_step(tmp_path / "run", 15)
     node = slurm.nodes_of(job)[position]
@@ -124,9 +126,11 @@ def test_lost_node(
             "machine": slurm.lose_node,
             "down": lambda node: slurm.command("scontrol", "update", f"NodeName={node}", "State=down", "Reason=test"),
         }[kind](node)
-        log = log_of(slurm.wait_for_state(job, "COMPLETED", seconds=400))
+        # A job that waits for three nodes gets the third one back; one that has another goes on without it
+        wait(lambda: slurm.job(job)["JobState"] in ("PENDING", "COMPLETED"), 400, "the job neither ends nor is queued")
+        slurm.restore(node)
+        slurm.wait_for_state(job, "COMPLETED", seconds=400)
         assert exit_json(tmp_path / "run")["code"] == 0
         assert exact(tmp_path / "run") == _undisturbed(tuple(word for word in words if not word.startswith("run.dir=")))
-        print(log)
     finally:
         slurm.restore(node)

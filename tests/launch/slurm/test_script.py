@@ -28,6 +28,7 @@ from train.checkpoint.save_times import SAVES
 PROGRAMS = {
     "srun": r"""
         if [ "${!#}" = true ]; then
+            [ -n "$SLOW" ] && /bin/sleep 0.5
             for node in $DEAD; do [[ "$*" == *"=$node "* ]] && exit 1; done
             exit 0
         fi
@@ -46,6 +47,7 @@ PROGRAMS = {
         "-o show node"*) echo "NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=n1" ;;
         requeue*) kill -TERM "$PPID" ;;
         esac""",
+    "squeue": "printf '7.0 longcat\\n7.1 watch\\n'",
     "scancel": r"""echo "scancel $*" >>"$CALLS"; [ -f "$RUN/srun.pid" ] && kill -TERM "$(cat "$RUN/srun.pid")"; true""",
     "sleep": r"""[ "$1" -lt 5 ] && exec /bin/sleep "$1"; echo "sleep $1" >>"$CALLS"; [ "$1" -lt 200 ]""",
 }
@@ -71,6 +73,7 @@ class Script:
             "CALLS": str(self.calls),
             "ENDS": str(folder / "ends"),
             "DEAD": "",
+            "SLOW": "",
             "RUN": str(self.run),
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "n[1-2]",
@@ -96,7 +99,7 @@ class Script:
 
     def starts(self) -> list[str]:
         """The nodes of each start of training."""
-        return re.findall("^srun --nodelist=(\\S+)", self.calls.read_text(), re.M)
+        return re.findall("^srun .*--nodelist=(\\S+)", self.calls.read_text(), re.M)
 
     def signalled(self, number: signal.Signals) -> tuple[int, bool, str]:
         process = self.start("wait")
@@ -173,9 +176,17 @@ def test_a_signal_saves_and_decides(script: Script) -> None:
     """USR1 is the time limit's: the job goes on. TERM is a person's or a preemption's: it ends."""
     code, queued, output = script.signalled(signal.SIGUSR1)
     assert (code, queued) == (0, True) and "stopped for the time limit, saved" in output
-    assert "scancel --signal=TERM 7\n" in script.calls.read_text()
+    assert "scancel --signal=TERM 7.0\n" in script.calls.read_text()
     code, queued, output = script.signalled(signal.SIGTERM)
     assert (code, queued) == (3, False) and "signal TERM" in output
+
+
+def test_cancelled_between_starts(script: Script) -> None:
+    """A job that someone cancels while it looks for nodes is not queued again, although they answer no more."""
+    process = script.start(DONE, DEAD="n1 n2 n3", SLOW="1")
+    time.sleep(0.4)
+    process.send_signal(signal.SIGTERM)
+    assert script.ends(process)[:2] == (1, False) and script.starts() == []
 
 
 def test_starts_without_progress_end_the_job(tmp_path: Path) -> None:
