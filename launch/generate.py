@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from longcat.config import ModelConfig
 from longcat.config_choices import check_choice
@@ -54,23 +55,28 @@ class GenerateOptions:
 def generate_text(options: GenerateOptions) -> tuple[str, Generated, float]:
     """(text after the prompt, its tokens and draft counts, seconds without loading)."""
     options.validate()
-    model, tokenizer_path = load(options)
+    model, tokenizer_path, end = load(options)
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.get_vocab_size() > model.config.vocab_size:
         raise ConfigError(
             f"{tokenizer_path} has {tokenizer.get_vocab_size()} ids and the model {model.config.vocab_size}; "
             f"give the model's own with tokenizer=FILE"
         )
-    end = end_of_document_id(tokenizer, str(tokenizer_path))
     prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids or [end]
     started = time.perf_counter()
     generated = generate(model, prompt, options.max_tokens, options.sampling, end, options.drafts)
     seconds = time.perf_counter() - started
-    return tokenizer.decode(generated.tokens, skip_special_tokens=True), generated, seconds
+    return continuation(tokenizer, prompt, generated.tokens), generated, seconds
 
 
-def load(options: GenerateOptions) -> tuple[LongCat, Path]:
-    """The model, on the first GPU or else the CPU, and the path of its tokenizer."""
+def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text of ``tokens`` behind ``prompt``: some tokenizers drop the space at the start of what they decode."""
+    before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, [*prompt, *tokens]))
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def load(options: GenerateOptions) -> tuple[LongCat, Path, int]:
+    """The model, on the first GPU or else the CPU, the path of its tokenizer, and the id that ends a document."""
     folder = Path(options.source)
     source: TensorSource
     config: ModelConfig
@@ -81,13 +87,15 @@ def load(options: GenerateOptions) -> tuple[LongCat, Path]:
         tokenizer = Path(options.tokenizer or folder / TOKENIZER_NAME)
         if not options.tokenizer:
             check_tokenizer(folder, source.record)
+        end = end_of_document_id(load_tokenizer(tokenizer), str(tokenizer))
     else:
         checkpoint = source = Checkpoint(folder)
         config = checkpoint.model
         tokenizer = checkpoint.tokenizer(options.tokenizer, "tokenizer")
+        end = checkpoint.end_of_document(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = fastest_dtype() if options.dtype == ComputeDtype.auto else getattr(torch, options.dtype)
-    return load_model(config, source, dtype, device), tokenizer
+    return load_model(config, source, dtype, device), tokenizer, end
 
 
 def summary(generated: Generated, seconds: float) -> str:

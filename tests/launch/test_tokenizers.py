@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from launch.__main__ import main as longcat
+from launch.generate import continuation
 from tests.support.exporting import SMALL, run_command, trained
 from tests.support.fixtures import Refused
 from tests.support.running import lines, run_cleanly
 from train.checkpoint.manifest import STATE
+from train.checkpoint.offline_reader import Checkpoint
 from train.compose import compose
 from train.data.build import build
 from train.data.corpus import file_sha256
+from train.huggingface.export import ExportOptions, export
 
 
 @pytest.fixture
@@ -105,3 +110,29 @@ def test_commands_that_an_import_prints_work(
     run_command(*rest)
     program, *rest = command.replace("run.name=…", "run.name=second").replace("=FOLDER", "=mine").split()
     assert run_cleanly(lambda: longcat([*rest, *short])) == 0
+
+
+def test_export_notes_tokens_that_training_left_out(
+    moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clients would put `<|endoftext|>` before a text; the model never saw one there."""
+    path = moved.parent / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    given = tmp_path / "given.json"
+    tokenizer.save(str(given))
+    checkpoint = trained(moved, tmp_path)
+    options = ExportOptions(source=str(checkpoint), target=str(tmp_path / "out"))
+    options.export.tokenizer = str(given)
+    with patch.object(Checkpoint, "tokenizer", return_value=given):  # as if it were trained with that file
+        _, notes = export(options)
+    assert any("adds <|endoftext|> to a text" in note for note in notes)
+
+
+def test_continuations_keep_their_first_space() -> None:
+    """Decoded alone, tokens of a SentencePiece-like tokenizer lose it."""
+    tokenizer = Tokenizer(models.WordLevel({"▁def": 0, "▁main": 1, "▁a": 2}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    assert tokenizer.decode([1]) == "main"
+    assert continuation(tokenizer, [0], [1, 2]) == " main a"

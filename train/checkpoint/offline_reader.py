@@ -21,7 +21,8 @@ from train.checkpoint.compatibility import TOKENIZER
 from train.checkpoint.find import find_valid
 from train.checkpoint.manifest import STATE, CheckpointStatus
 from train.checkpoint.shards import ShardReader
-from train.data.corpus import TOKENIZER_NAME, file_sha256
+from train.data.corpus import TOKENIZER_NAME, file_sha256, read_info
+from train.data.tokens import end_of_document_id, load_tokenizer
 
 
 class TensorSource(Protocol):
@@ -128,6 +129,23 @@ class Checkpoint:
             f"{' and '.join(map(str, existing))} is not the tokenizer that the checkpoint was trained with, whose "
             f"SHA-256 is {wanted}; name that one with {key}=FILE"
         )
+
+    def end_of_document(self, tokenizer: Path) -> int:
+        """Id of the token that ended the documents in training: by `data.eos_token`, the corpora, or the tokenizer.
+
+        Args:
+            tokenizer: the tokenizer.json that `tokenizer` has found.
+
+        Raises:
+            ConfigError: nothing names a token that the tokenizer has.
+        """
+        data = self.configuration["data"]
+        if data.get("eos_token") is None:
+            sha256 = file_sha256(tokenizer)
+            for info in map(read_info, data["paths"]):
+                if info is not None and info.tokenizer_sha256 == sha256:
+                    return info.eod
+        return end_of_document_id(load_tokenizer(tokenizer), str(tokenizer), data.get("eos_token"))
 
     def _stored(self, key: str) -> Any:
         found = self.metadata.state_dict_metadata.get(key)

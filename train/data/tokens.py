@@ -176,10 +176,14 @@ def text_changes(tokenizer: Tokenizer, texts: list[str], path: str | Path) -> li
     ignored = [key for key in ("truncation", "padding") if spec.get(key)]
     if ignored:
         found.append(f"{' and '.join(ignored)} in {path} are ignored: texts are whole")
-    added = [token for token in tokenizer.encode("", add_special_tokens=True).tokens if token]
-    if added:
+    if added := added_tokens(tokenizer):
         found.append(f"{path} adds {' '.join(added)} to a text; the corpus has only the end of a document, behind each")
     return found
+
+
+def added_tokens(tokenizer: Tokenizer) -> list[str]:
+    """The tokens that a tokenizer's post-processor adds to a text, which training leaves out."""
+    return [token for token in tokenizer.encode("", add_special_tokens=True).tokens if token]
 
 
 def tokenizer_path(config: DataConfig) -> Path | None:

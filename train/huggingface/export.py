@@ -15,7 +15,7 @@ from longcat.json_text import dumps
 from train.checkpoint.files import atomic_folder, check_absent, file_hash, write_synced
 from train.checkpoint.offline_reader import Checkpoint
 from train.data.corpus import TOKENIZER_NAME
-from train.data.tokens import end_of_document_id, load_tokenizer
+from train.data.tokens import added_tokens, load_tokenizer
 from train.huggingface.config_json import check_expressible, texts
 from train.huggingface.layouts import Layout, export_dtype, layout_tensors, tensor_sizes
 from train.huggingface.record import RECORD, Record
@@ -67,7 +67,8 @@ class ExportOptions:
 def export(options: ExportOptions) -> tuple[Path, list[str]]:
     """Write the folder ``options.target``, which gets this name when it is complete.
 
-    Returns the folder, and a line for each program that cannot serve a model of these sizes.
+    Returns the folder, and a line for each program that cannot serve a model of these sizes, or that would read text
+    otherwise than training did.
 
     Raises:
         ConfigError: a wrong option, a source that is no valid checkpoint, a target that exists.
@@ -78,7 +79,7 @@ def export(options: ExportOptions) -> tuple[Path, list[str]]:
     checkpoint = Checkpoint(Path(options.source))
     check_expressible(checkpoint.model)
     tokenizer = checkpoint.tokenizer(form.tokenizer, "export.tokenizer")
-    end = end_of_document_id(load_tokenizer(tokenizer), str(tokenizer))
+    end = checkpoint.end_of_document(tokenizer)
     dtype = getattr(torch, form.dtype)
     with atomic_folder(target) as partial:
         writer = ShardWriter(partial, tensor_sizes(checkpoint.model, form.layout, dtype), form.shard_gib * GIB)
@@ -99,7 +100,13 @@ def export(options: ExportOptions) -> tuple[Path, list[str]]:
         )
         for file, text in {**files, RECORD: record.text()}.items():
             write_synced(partial / file, text)
-    return target, serving_notes(checkpoint.model, positions)
+    notes = serving_notes(checkpoint.model, positions)
+    if added := added_tokens(load_tokenizer(tokenizer)):
+        notes.append(
+            f"{TOKENIZER_NAME} adds {' '.join(added)} to a text, which training left out: let clients encode without "
+            f"special tokens (add_special_tokens=False)"
+        )
+    return target, notes
 
 
 def tokenizer_settings(path: Path, end: int, positions: int) -> str:

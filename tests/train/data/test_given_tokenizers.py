@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 
 from longcat.errors import ConfigError
+from train.checkpoint.offline_reader import Checkpoint
 from train.data.build import build
 from train.data.config import DataConfig
 from train.data.corpus import CorpusInfo
@@ -83,6 +84,24 @@ def test_key_names_the_token_and_wins(tmp_path: Path) -> None:
         build_with(path, tmp_path, eos_token="<no>")
     with pytest.raises(ConfigError, match=r"data\.eos_token is empty"):
         build_with(path, tmp_path, eos_token="")
+
+
+def test_checkpoints_know_the_token_of_their_build(tmp_path: Path) -> None:
+    """`generate` and `export` end documents as training did, whatever the tokenizer's own folder names."""
+    path = with_end(tmp_path / "t", "<|endoftext|>")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(path))
+    write(path.parent / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    assert build_with(path, tmp_path, eos_token="<|endoftext|>").eod == 0
+    data = {"tokenizer": str(path), "paths": [str(tmp_path / "out" / "corpus")]}
+    checkpoint = object.__new__(Checkpoint)  # only the configuration is asked
+    checkpoint.configuration = {"data": {**data, "eos_token": None}}
+    assert checkpoint.end_of_document(path) == 0
+    checkpoint.configuration = {"data": {**data, "eos_token": "<|im_end|>"}}
+    assert checkpoint.end_of_document(path) == tokenizer.token_to_id("<|im_end|>")
+    checkpoint.configuration = {"data": {**data, "paths": [str(tmp_path / "gone" / "corpus")]}}
+    assert checkpoint.end_of_document(path) == tokenizer.token_to_id("<|im_end|>"), "as the files beside it say"
 
 
 def test_key_names_the_token_of_a_trained_tokenizer(tmp_path: Path) -> None:
