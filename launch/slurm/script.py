@@ -142,6 +142,8 @@ def srun_options(options: SlurmOptions, run: Path) -> list[str]:
     words = ["--ntasks-per-node=1", "--cpu-bind=none"]
     if options.cpus_per_node:
         words.append(f"--cpus-per-task={options.cpus_per_node}")
+    # Slurm keeps the step of a lost node, and its CPUs, for good: the next start has to share them
+    words.append("--overlap")
     # A rank that fails must not end the ranks that still save: longcat train decides what ends when
     words.append("--kill-on-bad-exit=0")
     if options.spares:

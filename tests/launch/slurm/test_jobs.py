@@ -116,7 +116,7 @@ def test_lost_node(
     """
     if spares and not position:
         pytest.skip("with --no-kill Slurm keeps a job whose script is gone (docs/guide/slurm.md)")
-    words = [*words, "train.steps=120", "checkpoint.every=20"]
+    words = [*words, "train.steps=60", "checkpoint.every=20"]
     job = submit([*words, *TWO, f"slurm.spares={spares}"])
     wait_for_step(tmp_path / "run", 15)
     node = slurm.nodes_of(job)[position]
