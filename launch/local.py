@@ -43,14 +43,18 @@ def run_ranks(overrides: list[str], config: Config) -> int:
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     check(config, processes)  # reports a wrong configuration once, before ranks start
-    if processes == 1:
+    if processes == 1 and not config.launch.restarts:
         return main(config)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    return run_elastic(overrides, config, processes)
+    if not config.launch.restarts:
+        return run_elastic(overrides, config, processes)
+    from launch.supervisor.loop import supervise
+
+    return supervise(config, lambda codes: run_elastic(overrides, config, processes, codes))
 
 
-def run_elastic(overrides: list[str], config: Config, processes: int) -> int:
-    """Ranks under the elastic agent, without restarts: those are the job scheduler's task."""
+def run_elastic(overrides: list[str], config: Config, processes: int, codes: dict[int, int] | None = None) -> int:
+    """Start ranks once under the elastic agent and return the exit code; ``codes`` gets those of ranks that failed."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -76,6 +80,8 @@ def run_elastic(overrides: list[str], config: Config, processes: int) -> int:
             elastic_launch(launch, sys.executable)("-P", "-m", "train", *overrides)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
+        if codes is not None:
+            codes.update((rank, failed.exitcode) for rank, failed in error.failures.items())
         code = failure.exitcode if failure.exitcode > 0 else CRASHED
         # A rank that had said why it ends may still crash while it ends
         is_own = code != BAD_INPUT and exit_written(config.run.folder) != before  # 2: the folder may be another run's

@@ -25,10 +25,12 @@ class ConfigError(LongCatError):
 class SaveError(LongCatError):
     """A checkpoint could not be written; earlier ones are untouched. Exit code 1 if it was to be the last one."""
 
-    def __init__(self, message: str, is_saved: bool = False) -> None:
+    def __init__(self, message: str, is_saved: bool = False, is_disk_full: bool = False) -> None:
         """With ``is_saved`` the checkpoint itself is on disk, and only a later step failed."""
         super().__init__(message)
-        self.is_saved = is_saved
+        self.is_saved, self.is_disk_full = is_saved, is_disk_full
+        if is_disk_full:
+            self.details = {"cause": "disk_full"}
 
 
 class StopRequested(LongCatError):

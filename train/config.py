@@ -17,6 +17,7 @@ from train.balance import BalanceConfig
 from train.checkpoint.compatibility import flatten
 from train.data.config import DataConfig
 from train.health.config import HealthConfig, OnSpike
+from train.launch_config import LaunchConfig
 from train.objective import LossConfig
 from train.optimizer import OptimConfig
 from train.profiling.config import ProfileConfig
@@ -204,6 +205,7 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     sdc: SdcConfig = field(default_factory=SdcConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def validate(self) -> None:
         """Check every section, then what only several of them together can show."""

@@ -21,12 +21,16 @@ from parallel.elastic import check_elastic
 from parallel.mesh import resolve_sizes, world_from_environment
 from parallel.parallelize import check_layout
 from parallel.watchdog import watchdog
+from parallel.watchdog.errors import causes
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
+from train.checkpoint.failures import is_disk_full
 from train.config import Config
 from train.run import batch_shape, train
 from train.run_dir import check_folder, claim_exit, forget_exit, lock, recorded_code, refuse
 from train.stop import StopSignal
+
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # begins what torch raises, as a RuntimeError, where memory of a host is out
 
 
 def main(config: Config) -> int:
@@ -49,7 +53,7 @@ def main(config: Config) -> int:
                 watchdog.exit_process(recorded_code(folder))
             if dist.is_initialized() and dist.get_world_size() == 1:
                 dist.destroy_process_group()  # a sweep starts its next run in this process
-            if claim_exit(folder, CRASHED, f"{type(error).__name__}: {error}"):
+            if claim_exit(folder, CRASHED, f"{type(error).__name__}: {error}", failure_details(error)):
                 raise
             return recorded_code(folder)  # another rank ended the run; this failure is a consequence
         finally:
@@ -85,11 +89,21 @@ def outcome(config: Config, stop_signal: StopSignal) -> tuple[int, str, Mapping[
     except ConfigError as error:
         return error.exit_code, str(error), error.details  # perhaps on this rank only: do not wait for the others
     except LongCatError as error:
-        code, message, details = error.exit_code, str(error), error.details
+        code, message, details = error.exit_code, str(error), error.details or failure_details(error)
     # Every rank gets here. The agent ends the others when the first exits, so none may still be writing.
     with watchdog.slow_timeout(), wait_span(Event(SpanKind.END_OF_RUN)):
         dist.barrier()
     return code, message, details
+
+
+def failure_details(error: BaseException) -> dict[str, Any]:
+    """Fields of exit.json for failures that a restart treats apart: `cause` is out_of_memory or disk_full."""
+    for cause in causes(error):
+        if isinstance(cause, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in str(cause):
+            return {"cause": "out_of_memory"}
+        if is_disk_full(cause):
+            return {"cause": "disk_full"}
+    return {}
 
 
 _REPORTING = threading.Lock()
@@ -101,7 +115,8 @@ def report_hang(folder: Path, message: str) -> None:
     The second caller ends the process next, so it waits here until the first has printed.
     """
     with _REPORTING:
-        if claim_exit(folder, CRASHED, message):
+        found = watchdog.finding()
+        if claim_exit(folder, CRASHED, message, {} if found is None else {"hang": found}):
             print(f"error: {message}", file=sys.stderr, flush=True)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from parallel.watchdog.events import RankState
 from parallel.watchdog.heartbeats import Heartbeat
@@ -145,6 +146,12 @@ def format_message(reporting: Heartbeat | None, diagnosis: Diagnosis) -> str:
     else:
         begin = f"rank {rank} has made no progress for {seconds:.0f} s at {reporting.location}"
     return f"{begin}: {diagnosis.reason}; {diagnosis.advice}"
+
+
+def as_finding(diagnosis: Diagnosis, heartbeats: Mapping[int, Heartbeat]) -> dict[str, Any]:
+    """The diagnosis for machines: `kind` (a `Cause`) and `ranks`, each with its host."""
+    hosts = {rank: heartbeats[rank].machine.partition("/")[0] for rank in diagnosis.ranks if rank in heartbeats}
+    return {"kind": str(diagnosis.cause), "ranks": [{"rank": rank, "host": host} for rank, host in hosts.items()]}
 
 
 def rank_text(heartbeat: Heartbeat) -> str:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from longcat.errors import CRASHED
 from parallel.mesh import BACKGROUND
 from parallel.torch_internals import default_store, process_groups, set_group_timeout
-from parallel.watchdog.diagnosis import Cause, Diagnosis, diagnose, format_message, reporter
+from parallel.watchdog.diagnosis import Cause, Diagnosis, as_finding, diagnose, format_message, reporter
 from parallel.watchdog.errors import causes, first_sentence, is_lost_rank
 from parallel.watchdog.events import Event, RankState, SpanKind
 from parallel.watchdog.flight_recorder import dump_flight_record, flight_record_path
@@ -59,6 +59,7 @@ class Watchdog:
         self.stopped = threading.Event()
         self.announced = threading.Event()  # another rank has announced a diagnosis
         self.ending = threading.RLock()  # one thread at a time decides how the run ends
+        self.finding: dict[str, Any] | None = None  # the diagnosis, for exit.json
         self.threads = [
             threading.Thread(target=target, daemon=True, name=name)
             for name, target in (("watchdog-heartbeat", self._publish), ("watchdog-check", self._check))
@@ -113,6 +114,7 @@ class Watchdog:
             heartbeats, found = self._diagnose(lambda: not self.announced.is_set())
             diagnosis = found or Diagnosis(Cause.UNKNOWN, (), "every rank answers", "check the network between them")
             message = f"{format_message(heartbeats.get(self.store.rank), diagnosis)} ({first_sentence(lost)})"
+            self.finding = as_finding(diagnosis, heartbeats)
             self._announce(message, heartbeats, diagnosis)
             return message
 
@@ -163,6 +165,7 @@ class Watchdog:
         is_silent = diagnosis.cause == Cause.UNRESPONSIVE and time.time() - last > timing.investigate
         if is_over or is_silent or diagnosis.cause == Cause.DEAD:
             message = format_message(reporting or heartbeats[self.store.rank], diagnosis)
+            self.finding = as_finding(diagnosis, heartbeats)
             self._end(message, lambda: self._announce(message, heartbeats, diagnosis))
         if diagnosis.cause == Cause.UNRESPONSIVE:
             return timing.heartbeat
@@ -311,6 +314,11 @@ def stop() -> None:
     if _current is not None:
         _current.stop()
     _current = None
+
+
+def finding() -> dict[str, Any] | None:
+    """What this rank's diagnosis says for machines (`as_finding`); None before one, or where another rank made it."""
+    return None if _current is None else _current.finding
 
 
 def explain(error: BaseException) -> str | None:

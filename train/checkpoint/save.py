@@ -30,7 +30,7 @@ from parallel.sdc.inject import damage_file
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
 from train.checkpoint.dcp_tensors import Take, box_values, saved, values_here
-from train.checkpoint.failures import describe, first_failure
+from train.checkpoint.failures import describe, first_failure, is_disk_full
 from train.checkpoint.files import PARTIAL, HashedFile
 from train.checkpoint.find import describe_last_valid
 from train.checkpoint.manifest import commit
@@ -108,19 +108,19 @@ class SaveContext:
 
     def run_on_all_ranks(self, kind: SpanKind, action: Callable[[], Any]) -> list[Any]:
         """Every rank's result of ``action``; if it fails on any rank, all ranks raise SaveError."""
-        failure = None
+        failure, is_full = None, False
         with self.works(kind):
             try:
                 mine = action()
             except Exception as error:
-                mine, failure = None, describe(error)
+                mine, failure, is_full = None, describe(error), is_disk_full(error)
         found: list[Any] = [None] * dist.get_world_size()
         with self.waits(Event(SpanKind.OUTCOME, of=kind)):
-            dist.all_gather_object(found, (mine, failure), group=self.group)
-        failed = {rank: failure for rank, (_, failure) in enumerate(found) if failure}
+            dist.all_gather_object(found, (mine, failure, is_full), group=self.group)
+        failed = {rank: failure for rank, (_, failure, _) in enumerate(found) if failure}
         if failed:
-            raise SaveError(first_failure(failed))
-        return [result for result, _ in found]
+            raise SaveError(first_failure(failed), is_disk_full=any(full for _, _, full in found))
+        return [result for result, _, _ in found]
 
 
 def save(
@@ -151,7 +151,7 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, cont
                 SpanKind.CHECKPOINT_MAKE_SPACE, lambda: make_space(folder, keep) if first else None
             )
             if lack := missing_space(snapshot, folder, context):
-                raise SaveError(lack)
+                raise SaveError(lack, is_disk_full=True)
         context.run_on_all_ranks(SpanKind.CHECKPOINT_FOLDER, lambda: recreate(partial) if first else None)
         hashes = write_shards(snapshot, partial, context)
         check_unchanged(snapshot, topology, context)
@@ -170,7 +170,8 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, cont
     except SaveError as error:  # all ranks have stopped writing
         if first:
             shutil.rmtree(partial, ignore_errors=True)
-        raise SaveError(f"the checkpoint of step {snapshot.step} is not saved: {error}") from error
+        text = f"the checkpoint of step {snapshot.step} is not saved: {error}"
+        raise SaveError(text, is_disk_full=error.is_disk_full) from error
     try:
         context.run_on_all_ranks(SpanKind.CHECKPOINT_PRUNE, lambda: prune(folder, keep, target) if first else None)
     except SaveError as error:

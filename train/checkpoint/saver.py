@@ -167,5 +167,5 @@ class Saver:
         if error.is_saved:
             self.terminal.note(str(error))
             return
-        self.failed = SaveError(f"{error}; {last_valid(self.folder, self.topology)}")
+        self.failed = SaveError(f"{error}; {last_valid(self.folder, self.topology)}", is_disk_full=error.is_disk_full)
         self.terminal.note(f"NOT SAVED: {self.failed}; training continues and the next save is tried as usual")

@@ -1,0 +1,1 @@
+"""Restarts without people: what ended the ranks, what follows, where the wall time went."""

@@ -1,0 +1,72 @@
+"""Real ranks that are killed, stopped and robbed of a checkpoint go on to the state of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.supervisor.ledger import PARTS
+from tests.support.running import NARROW, exact, exit_json, finish, program, ranks_below, train_two, wait_for_step
+from train.checkpoint.manifest import list_checkpoints
+
+SUPERVISED = ["run.num_processes=2", "launch.restarts=2", "launch.backoff_seconds=0.1", "parallel.timeout_seconds=8"]
+
+
+def journal(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "launch.jsonl").read_text().splitlines()]
+
+
+def test_four_faults_change_no_bit(overrides: list[str], tmp_path: Path) -> None:
+    """kill -9 of a rank; of all ranks, and the newest checkpoint corrupt; SIGSTOP of a rank."""
+    run = [*overrides, *NARROW, "train.steps=400", "checkpoint.every=10"]
+    folder = tmp_path / "run"
+    process = program("launch", "train", *run, *SUPERVISED)
+    wait_for_step(folder, 15, process)
+    os.kill(ranks_below(process.pid)[1], signal.SIGKILL)
+    wait_for_restart(folder, 2, process, 60)
+    for rank in ranks_below(process.pid):
+        os.kill(rank, signal.SIGSTOP)
+    shard = next(list_checkpoints(folder / "checkpoints")[-1].glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-8] + b"damaged!")
+    for rank in ranks_below(process.pid):
+        os.kill(rank, signal.SIGKILL)
+    wait_for_restart(folder, 3, process, 120)
+    os.kill(ranks_below(process.pid)[0], signal.SIGSTOP)
+    code, errors = finish(process, 240)
+    assert code == 0, errors
+    assert exit_json(folder)["code"] == 0 and not (folder / "gave_up.txt").exists()
+    ends = [line for line in journal(folder) if line["event"] == "end"]
+    assert [line["cause"] for line in ends] == ["crash", "crash", "hang", "done"]
+    assert ends[0]["ranks"] == [1] and ends[2]["ranks"] == [0]
+    totals = journal(folder)[-1]
+    assert sum(totals[name] for name in PARTS) == pytest.approx(totals["wall_seconds"])
+    assert totals["faults"] == 3
+    undisturbed = [word for word in run if not word.startswith("run.name")]
+    assert train_two([*undisturbed, "run.name=undisturbed"]) == [0]
+    assert exact(folder) == exact(tmp_path / "undisturbed")
+
+
+def wait_for_restart(folder: Path, incarnation: int, process: Any, step: int) -> None:
+    """Wait until a later start of the ranks has finished ``step``."""
+    while journal(folder)[-1] != {**journal(folder)[-1], "event": "start", "incarnation": incarnation}:
+        assert process.poll() is None, finish(process)[1]
+        time.sleep(0.05)
+    wait_for_step(folder, step, process)
+
+
+def test_a_wrong_start_is_given_up_with_a_page(overrides: list[str], tmp_path: Path) -> None:
+    """Numbers that are not finite twice at the same step: code 4, and a page that says so."""
+    blows_up = ["optim.lr=1e30", "optim.grad_clip=0", "schedule.warmup_steps=0"]
+    run = [*overrides, *NARROW, *blows_up, *SUPERVISED, "run.num_processes=1", "launch.on_unhealthy=retry"]
+    code, errors = finish(program("launch", "train", *run))
+    assert code == 4, errors
+    text = (tmp_path / "run" / "gave_up.txt").read_text()
+    assert "unhealthy" in text and "What to do:    the same numbers came again" in text
+    causes = [line["cause"] for line in journal(tmp_path / "run") if line["event"] == "end"]
+    assert causes == ["unhealthy"] * len(causes) and 2 <= len(causes) <= 3
