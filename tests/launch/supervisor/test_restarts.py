@@ -24,19 +24,19 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 
 def test_four_faults_change_no_bit(overrides: list[str], tmp_path: Path) -> None:
     """kill -9 of a rank; of all ranks, and the newest checkpoint corrupt; SIGSTOP of a rank."""
-    run = [*overrides, *NARROW, "train.steps=400", "checkpoint.every=10"]
+    run = [*overrides, *NARROW, "train.steps=80", "checkpoint.every=10"]
     folder = tmp_path / "run"
     process = program("launch", "train", *run, *SUPERVISED)
     wait_for_step(folder, 15, process)
     os.kill(ranks_below(process.pid)[1], signal.SIGKILL)
-    wait_for_restart(folder, 2, process, 60)
+    wait_for_restart(folder, 2, process, 35)
     for rank in ranks_below(process.pid):
         os.kill(rank, signal.SIGSTOP)
     shard = next(list_checkpoints(folder / "checkpoints")[-1].glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-8] + b"damaged!")
     for rank in ranks_below(process.pid):
         os.kill(rank, signal.SIGKILL)
-    wait_for_restart(folder, 3, process, 120)
+    wait_for_restart(folder, 3, process, 50)
     os.kill(ranks_below(process.pid)[0], signal.SIGSTOP)
     code, errors = finish(process, 240)
     assert code == 0, errors
