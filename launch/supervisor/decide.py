@@ -53,7 +53,7 @@ def decide(history: Sequence[Start], restarts: int, backoff_seconds: float, retr
         return End(fault.code, advice)  # every rank is on the machine that computes wrongly
     if fault.cause == Cause.unhealthy and not retry_unhealthy:
         return End(fault.code, advice)
-    if fault.cause == Cause.unhealthy and fruitless > 1 and history[-2].fault.cause == Cause.unhealthy:
+    if fault.cause == Cause.unhealthy and fruitless and len(history) > 1 and history[-2].fault.cause == Cause.unhealthy:
         return End(fault.code, f"the same numbers came again from the last checkpoint; {advice}")
     if fault.cause == Cause.out_of_memory and fruitless:
         return End(fault.code, advice)

@@ -64,9 +64,9 @@ def test_a_wrong_start_is_given_up_with_a_page(overrides: list[str], tmp_path: P
     """Numbers that are not finite twice at the same step: code 4, and a page that says so."""
     blows_up = ["optim.lr=1e30", "optim.grad_clip=0", "schedule.warmup_steps=0"]
     run = [*overrides, *NARROW, *blows_up, *SUPERVISED, "run.num_processes=1", "launch.on_unhealthy=retry"]
-    code, errors = finish(program("launch", "train", *run))
+    code, errors = finish(program("launch", "train", *run), 300)
     assert code == 4, errors
     text = (tmp_path / "run" / "gave_up.txt").read_text()
     assert "unhealthy" in text and "What to do:    the same numbers came again" in text
     causes = [line["cause"] for line in journal(tmp_path / "run") if line["event"] == "end"]
-    assert causes == ["unhealthy"] * len(causes) and 2 <= len(causes) <= 3
+    assert causes == ["unhealthy"] * 2
