@@ -8,6 +8,7 @@ from longcat.config import ModelConfig
 from longcat.counts import count_parameters
 from longcat.model import ModelPart
 from parallel.config import Sharding
+from parallel.expert.sharding import largest_share
 from parallel.mesh import MeshSizes
 
 FLOAT32 = 4
@@ -70,14 +71,16 @@ def elements(config: ModelConfig, part: ModelPart | None = None) -> Elements:
 def state_bytes(config: ModelConfig, sizes: MeshSizes, sharding: Sharding, parts: list[ModelPart | None]) -> StateBytes:
     """Bytes of ``parts`` on one rank.
 
-    FSDP2 shards everything over fsdp × cp × tp, also what tp or ep splits: ep × efsdp is the same ranks. DeepSpeed
+    FSDP2 shards everything over fsdp × cp × tp, also what tp or ep splits: ep × efsdp is the same ranks. Where experts
+    do not divide, the rank with most of them is counted. DeepSpeed
     shards over dp × fsdp × cp. ZeRO 1 and 2 compute with unsharded weights (and this rank's experts) and keep fp32
     master weights; ZeRO-3 computes with shards that are gathered in turn.
     """
     counted = [elements(config, part) for part in parts]
     total = sum(one.total for one in counted)
     if sharding == Sharding.fsdp:
-        share = total / sizes.dense_shards
+        experts = sum(one.experts for one in counted)
+        share = (total - experts) / sizes.dense_shards + experts * largest_share(config, sizes)
         return StateBytes(weights=share * FLOAT32, gradients=share * FLOAT32, moments=2 * share * FLOAT32)
     share = total / (sizes.dp * sizes.fsdp * sizes.cp)
     computed = (

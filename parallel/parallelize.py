@@ -19,6 +19,7 @@ from parallel.deepspeed.setup import check as check_deepspeed
 from parallel.elastic import ElasticAdamW, ElasticEngine, VirtualRanks
 from parallel.engine import Engine, SequentialEngine
 from parallel.expert.placement import apply_expert_parallel, check_experts, install_dispatchers
+from parallel.expert.sharding import check_expert_shards
 from parallel.fsdp.collectives import install_collectives
 from parallel.fsdp.sharding import apply_fsdp, materialise
 from parallel.kernels import install
@@ -58,6 +59,8 @@ def check_layout(
     check_compile(parallel)
     check_tensor(config, sizes.tp)
     check_experts(config, sizes.ep)
+    if parallel.sharding == Sharding.fsdp:
+        check_expert_shards(config, sizes)
     check_length(sequence_length, sizes.cp, sizes.tp)
 
 

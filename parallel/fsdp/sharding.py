@@ -15,6 +15,7 @@ from longcat.config import ModelConfig
 from longcat.init import fill
 from longcat.model import LongCat
 from longcat.names import Box, stored_state
+from parallel.expert.sharding import shard_dim
 from parallel.mesh import Axis, Topology
 from parallel.torch_internals import (
     FSDPMeshInfo,
@@ -91,10 +92,10 @@ def placements(topology: Topology, hybrid: bool = True) -> Callable[[nn.Paramete
 
     def placement_of(parameter: nn.Parameter) -> Shard | ShardPlacementResult:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if parameter.ndim == 3:  # a stack of experts: if they are too few, shard inside each
-            shards = topology.sizes.efsdp
-            across = local.shape[0] < shards and local.shape[1] % shards == 0
-            return on(topology.experts["efsdp"] if local is not parameter else topology.replicated, 1 if across else 0)
+        if parameter.ndim == 3:  # a stack of experts
+            dim = shard_dim(tuple(local.shape), topology.sizes.efsdp)
+            assert dim is not None, "check_expert_shards refuses the layout"
+            return on(topology.experts["efsdp"] if local is not parameter else topology.replicated, dim)
         return on(topology.dense if local is not parameter else topology.replicated, 0)
 
     return placement_of
