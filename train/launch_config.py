@@ -9,6 +9,7 @@ from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 
 MAX_PORT = 65535
+JOURNAL = "launch.jsonl"  # in the run folder: a line for each start, end and end of a command, which the report shows
 
 
 class OnUnhealthy(StrEnum):

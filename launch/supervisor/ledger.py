@@ -85,8 +85,8 @@ def describe(found: dict[str, Any]) -> list[str]:
     lines = [f"{wall:.1f} s in {starts} start{'s' * (starts != 1)}: {', '.join(share)}"]
     if faults:
         lines.append(
-            f"availability {found['availability']:.2%} with {faults} fault{'s' * (faults != 1)}, one in "
-            f"{found['mean_seconds_between_faults']:.1f} s of training; "
+            f"availability {found['availability']:.2%} with {faults} fault{'s' * (faults != 1)} in "
+            f"{found['mean_seconds_between_faults'] * faults:.1f} s of training; "
             f"recovery {found['mean_recovery_seconds']:.1f} s, lost steps {found['mean_lost_seconds']:.1f} s each; "
             f"a Poisson process of faults gives {found['expected_availability']:.2%}"
         )

@@ -20,18 +20,19 @@ from launch.supervisor.ledger import Life
 from launch.supervisor.page import GAVE_UP, page
 from launch.supervisor.progress import Progress
 from launch.supervisor.prometheus import serving
-from longcat.errors import OK, STOPPED
+from longcat.errors import OK, STOPPED, ConfigError
 from longcat.json_text import dumps
 from train.checkpoint.manifest import list_checkpoints
 from train.checkpoint.save_times import SAVES
 from train.config import Config
-from train.launch_config import OnUnhealthy
+from train.launch_config import JOURNAL, OnUnhealthy
+from train.report import write_report
 from train.run_dir import EXIT, claim_exit, forget_exit
 from train.run_files import remove_quietly
 from train.stop import STOP_SIGNALS, is_ignored
 
-JOURNAL = "launch.jsonl"
 STOPPED_BETWEEN = "stopped while no ranks ran; the same command resumes from the last checkpoint"
+REPORT = "report.html"
 
 
 def supervise(config: Config, start_ranks: Callable[[dict[int, int]], int]) -> int:
@@ -127,6 +128,9 @@ class Supervisor:
                 self.say(f"not starting again: {end.reason}; {self.folder / GAVE_UP} says more")
         for line in ledger.describe(found):
             self.say(line)
+        with suppress(OSError, ConfigError):
+            if (self.folder / REPORT).is_file():  # the ranks wrote it before these totals
+                write_report(self.folder)
         return end.code
 
     def gauges(self) -> dict[str, float | None]:

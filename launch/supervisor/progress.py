@@ -38,7 +38,7 @@ class Progress:
         self.finished: list[tuple[int, float]] = []  # (step, time)
         self.last_step_time: float | None = None
         self._stamp: tuple[int, int, int] | None = None
-        self._stopped = threading.Event()
+        self._stopped, self._looking = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="progress")
 
     @property
@@ -52,6 +52,10 @@ class Progress:
 
     def look(self) -> None:
         """Notice what has changed since the last look."""
+        with self._looking:
+            self._look()
+
+    def _look(self) -> None:
         try:
             status = self.path.stat()
         except OSError:

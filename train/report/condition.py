@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from train.report.numbers import exact, exponent, plain
+from train.report import starts
+from train.report.numbers import duration, exact, exponent, percent, plain
 from train.report.reading import RunData, tail_length
 
 SHOWN = 4  # dead experts and parts that are named
@@ -125,7 +126,17 @@ def hidden(run: RunData) -> Finding | None:
     return Finding(f"Hidden norm: {plain(now)}, {trend}.", growth >= GROWTH)
 
 
-LOOKS: Sequence[Callable[[RunData], Finding | None]] = (spikes, experts, gradients, loads, routers, hidden)
+def restarts(run: RunData) -> Finding | None:
+    found = starts.totals(run.starts)
+    share = starts.availability(found)
+    if share is None:
+        return None
+    faults = int(found["faults"])
+    text = f"{faults} {'fault' if faults == 1 else 'faults'} ended the ranks" if faults else "No fault ended the ranks"
+    return Finding(f"{text}; availability {percent(share)} of {duration(found['wall_seconds'])}.", faults > 0)
+
+
+LOOKS: Sequence[Callable[[RunData], Finding | None]] = (restarts, spikes, experts, gradients, loads, routers, hidden)
 
 
 def _range(run: RunData, key: str, write: Callable[[float], str]) -> tuple[str, float]:

@@ -19,6 +19,7 @@ from train.report.marks import marks_legend, marks_of
 from train.report.numbers import DASH, compact, duration, exact, percent, plain, signed_percent
 from train.report.page_script import SCRIPT
 from train.report.reading import RunData, is_number, read_run
+from train.report.starts import starts_section
 from train.report.text_page import text_section
 from train.report.theme import style_sheet
 from train.report.timeline import timeline_section
@@ -38,6 +39,7 @@ def write_report(run_dir: Path) -> Path:
         ("routing", "Routing", draw(page, routing.charts(run)) + "".join(routing.blocks(run, axes))),
         ("stability", "Stability", draw(page, health.stability(run))),
         ("speed", "Speed and memory", draw(page, health.speed(run))),
+        ("starts", "Starts and wall time", starts_section(run)),
         ("timeline", "Timeline", timeline_section(run)),
         ("text", "Compute by token", text_section(run)),
         ("settings", "Settings", settings(run)),

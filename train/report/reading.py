@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from longcat.errors import ConfigError
 from train.health.events import HEALTH
+from train.launch_config import JOURNAL
 from train.loggers.jsonl import missing_steps
 
 Array = NDArray[np.float64]
@@ -42,6 +43,7 @@ class RunData:
     baselines: dict[str, float] = field(default_factory=dict)
     documents: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] | None = None  # of health.jsonl, without those of undone steps; None without a file
+    starts: list[dict[str, Any]] = field(default_factory=list)  # of launch.jsonl, where something restarts the ranks
     notes: list[str] = field(default_factory=list)
     total_seconds: float = math.nan
     last_written: datetime | None = None
@@ -61,7 +63,7 @@ class RunData:
     def number(self, dotted: str) -> float | None:
         """Return a configuration value when it is a finite number, else None."""
         value = self.setting(dotted)
-        return _value(value) if math.isfinite(_value(value)) else None
+        return number(value) if math.isfinite(number(value)) else None
 
     def series(self, key: str) -> tuple[Array, Array]:
         """Return (x, y) of one metric where both are finite; x is tokens seen, or steps without tokens."""
@@ -138,6 +140,8 @@ def read_run(run_dir: Path) -> RunData:
     _read_routing(run_dir / "routing.jsonl", run)
     if (run_dir / HEALTH).is_file():
         run.events = events_in_force(_json_lines(run_dir / HEALTH, run))
+    if (run_dir / JOURNAL).is_file():
+        run.starts = list(_json_lines(run_dir / JOURNAL, run))
     baselines = _read_json(run_dir / "baselines.json", run)
     run.baselines = {k: float(v) for k, v in baselines.items() if is_number(v)}
     documents = _read_json(run_dir / "text.json", run).get("documents")
@@ -168,11 +172,11 @@ def _read_metrics(path: Path, run: RunData) -> None:
     rows: dict[int, dict[str, Any]] = {}
     seconds, broken = 0.0, 0
     for row in _json_lines(path, run):
-        if not math.isfinite(_value(row.get("step"))):
+        if not math.isfinite(number(row.get("step"))):
             broken += 1
             continue
         rows[int(row["step"])] = row  # a step repeated after a restart replaces the lost one
-        spent = _value(row.get("step_seconds"))
+        spent = number(row.get("step_seconds"))
         seconds += spent if math.isfinite(spent) else 0.0
     if broken:
         run.notes.append(f"{path.name}: {broken} lines without a step are left out")
@@ -183,7 +187,7 @@ def _read_metrics(path: Path, run: RunData) -> None:
         return
     ordered = [rows[step] for step in sorted(rows)]
     keys: set[str] = set().union(*ordered)
-    run.columns = {key: np.array([_value(row.get(key)) for row in ordered]) for key in sorted(keys)}
+    run.columns = {key: np.array([number(row.get(key)) for row in ordered]) for key in sorted(keys)}
     run.total_seconds = seconds or math.nan
 
 
@@ -195,7 +199,7 @@ def events_in_force(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     kept: list[tuple[float, dict[str, Any]]] = []  # since which step, event
     for row in rows:
-        step, back = _value(row.get("step")), _value(row.get("to_step"))
+        step, back = number(row.get("step")), number(row.get("to_step"))
         if not math.isfinite(step) or not isinstance(row.get("event"), str):
             continue
         if row["event"] == "start" or math.isfinite(back):
@@ -207,7 +211,7 @@ def events_in_force(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [event for _, event in kept]
 
 
-def _value(value: Any) -> float:
+def number(value: Any) -> float:
     """A number of a file; NaN for everything else, such as null, "NaN" or a number beyond `LARGEST`."""
     return float(value) if is_number(value) else math.nan
 
@@ -258,7 +262,7 @@ def _read_routing(path: Path, run: RunData) -> None:
             count is None
             or bias is None
             or not count.shape == bias.shape == shape
-            or not math.isfinite(_value(row.get("step")))
+            or not math.isfinite(number(row.get("step")))
         ):
             odd += 1
             continue

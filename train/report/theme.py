@@ -153,6 +153,8 @@ _TIMELINE = """
 .track b{position:absolute;top:0;font-size:11px;line-height:22px;font-weight:500;color:var(--bg);padding:0 4px;
 overflow:hidden;white-space:nowrap;text-overflow:ellipsis;pointer-events:none;text-align:center}
 .track b.short{padding:0;text-overflow:clip}
+.shares{display:flex;gap:1px;height:26px;border-radius:4px;overflow:hidden;margin:4px 0 10px}
+.shares i{background:var(--c);min-width:1px}
 .keys{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:14px;color:var(--soft);max-width:none}
 .keys{margin-bottom:4px}.keys b{font-weight:400;width:112px;overflow-wrap:normal}
 .keys i{display:inline-block;width:14px;height:14px;border-radius:3px;margin-right:6px;vertical-align:-2px;

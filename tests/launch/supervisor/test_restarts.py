@@ -47,6 +47,7 @@ def test_four_faults_change_no_bit(overrides: list[str], tmp_path: Path) -> None
     totals = journal(folder)[-1]
     assert sum(totals[name] for name in PARTS) == pytest.approx(totals["wall_seconds"])
     assert totals["faults"] == 3
+    assert "3 faults ended the ranks" in (folder / "report.html").read_text()
     undisturbed = [word for word in run if not word.startswith("run.name")]
     assert train_two([*undisturbed, "run.name=undisturbed"]) == [0]
     assert exact(folder) == exact(tmp_path / "undisturbed")
