@@ -47,7 +47,14 @@ LIMITS = {
     "560B": (["model=flash"], ["model=flash", "would need at least", "TiB", "use a smaller model"]),
     "a-vocabulary": (["model.vocab_size=2000000000"], ["model=tiny", "TiB", "use a smaller model"]),
     "a-batch": (["train.global_batch_size=2000000000"], ["would need at least", "smaller model or batch"]),
-    "ranks": (["run.num_processes=4096", "train.global_batch_size=4096"], ["4096 ranks on it would need at least"]),
+    "ranks": (
+        ["run.num_processes=4096", "train.global_batch_size=4096", "parallel.fsdp=256", "parallel.dp=16"],
+        ["4096 ranks on it would need at least"],
+    ),
+    "experts": (
+        ["run.num_processes=4096", "train.global_batch_size=4096"],
+        ["16 experts of a rank's group would be sharded over 4096 ranks", "use parallel.fsdp=256 and parallel.dp=16"],
+    ),
     # lists whose items have another type
     "mapping-for-weight": (["data.weights=[{a: 1}]"], ["data.weights=", "each item must be a number"]),
     "list-for-beta": (["optim.betas=[[1],0.5]"], ["optim.betas=", "each item must be a number"]),
