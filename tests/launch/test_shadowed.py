@@ -53,6 +53,7 @@ def short(overrides: list[str]) -> list[str]:
     return [*overrides, *NARROW, "train.steps=2", "logging.hash_every=0"]
 
 
+@pytest.mark.long
 def test_longcat_trains_beside_own_modules(folder: Path, tmp_path: Path, short: list[str]) -> None:
     """Two ranks, each a Python of its own."""
     longcat = program("longcat", "launch.__main__", tmp_path)

@@ -161,7 +161,7 @@ def test_pipeline_stage_is_named_with_its_layers(
     assert seconds < 4 + STALL, message
 
 
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.long)])
 def test_slow_disk_ends_no_run_before_the_slow_timeout(
     asynchronous: str,
     overrides: list[str],  # noqa: F811
