@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
+from collections.abc import Generator
+from pathlib import Path
 
 # Before torch is imported: ranks share the cores, and gloo must not look for another interface.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,6 +38,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """`make test` runs tests in two processes; one marked `alone` waits until the other process runs none.
+
+    A test shares the lock on the second file, or has it alone. Who waits for that keeps the lock on the first, so that
+    the other process cannot begin one test after the other in the meantime.
+    """
+    with Path(__file__).open() as gate, Path(__file__).with_name("__init__.py").open() as room:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if "alone" in item.keywords else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(room, fcntl.LOCK_UN)  # closing would not do: a forked process may have the file open too
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
-import multiprocessing
+import os
 import traceback
 from collections.abc import Callable
 from queue import Empty
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.support.distributed import free_port, set_rank_environment
+from tests.support.distributed import free_port, inherit, rank_context, set_rank_environment
 
 
-def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any) -> None:
+def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any, environment: dict[str, str]) -> None:
+    inherit(environment)
     set_rank_environment(rank, world_size, port)
     dist.init_process_group("gloo")
     while (task := tasks.get()) is not None:
@@ -48,12 +49,16 @@ class Pool:
 
     def __init__(self, world_size: int) -> None:
         self.closed = False
-        context = multiprocessing.get_context("spawn")
+        context, environment = rank_context(), dict(os.environ)
         port = free_port()
         self.answers = context.Queue()
         self.tasks = [context.Queue() for _ in range(world_size)]
         self.ranks = [
-            context.Process(target=_serve, args=(rank, world_size, port, self.tasks[rank], self.answers), daemon=True)
+            context.Process(
+                target=_serve,
+                args=(rank, world_size, port, self.tasks[rank], self.answers, environment),
+                daemon=True,
+            )
             for rank in range(world_size)
         ]
         for process in self.ranks:

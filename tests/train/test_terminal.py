@@ -160,6 +160,7 @@ def test_time_left_follows_the_step_time() -> None:
     assert lines(stream)[-1].split()[-1] == "15m00s"
 
 
+@pytest.mark.alone
 def test_a_line_takes_less_than_a_millisecond() -> None:
     terminal = make(io.StringIO())
     started = time.perf_counter()

@@ -95,6 +95,7 @@ def start_mismatched(first: str) -> str:
     return heard[0]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("first", ["gather", "larger sum"])
 def test_mismatched_collectives_time_out(first: str) -> None:
     """Messages must not match by accident, whether of equal or different sizes."""

@@ -100,6 +100,7 @@ ELSEWHERE = (
 )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "timeout,world_size,rank,action,says",
     [
@@ -137,6 +138,7 @@ def test_run_ends_within_its_timeout_and_names_the_rank(
     assert seconds < timeout + STALL, message
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("action", ["sleeps", "stops", "dies"])
 def test_pipeline_stage_is_named_with_its_layers(
     action: str,
@@ -161,6 +163,7 @@ def test_pipeline_stage_is_named_with_its_layers(
     assert seconds < 4 + STALL, message
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.long)])
 def test_slow_disk_ends_no_run_before_the_slow_timeout(
     asynchronous: str,
@@ -188,6 +191,7 @@ def test_slow_disk_ends_no_run_before_the_slow_timeout(
     assert re.search(r'rank 1 .* at step 3, "writing the checkpoint" during write of the checkpoint', message), message
 
 
+@pytest.mark.alone
 def test_agent_ends_soon_after_a_rank_stops(
     overrides: list[str],  # noqa: F811
     tmp_path: Path,

@@ -1,11 +1,7 @@
-"""Ranks of a run for tests that kill them: each logs the samples that it reads, and can kill itself.
-
-A fork server that has imported everything starts them in tenths of a second.
-"""
+"""Ranks of a run for tests that kill them: each logs the samples that it reads, and can kill itself."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.watchdog.spans import SPANS
-from tests.support.distributed import free_port, set_rank_environment
+from tests.support.distributed import free_port, inherit, rank_context, set_rank_environment
 from train.batches import BatchReader
 from train.checkpoint import manifest, shards
 from train.checkpoint import save as saving
@@ -120,8 +116,17 @@ def log_samples(path: Path) -> None:
     BatchReader.read = read_and_log  # type: ignore[method-assign]
 
 
-def rank_main(rank: int, world_size: int, port: int, words: list[str], samples: str, fate: Fate | None) -> None:
+def rank_main(
+    rank: int,
+    world_size: int,
+    port: int,
+    words: list[str],
+    samples: str,
+    fate: Fate | None,
+    environment: dict[str, str],
+) -> None:
     """One rank; one with a ``fate`` kills itself."""
+    inherit(environment)
     set_rank_environment(rank, world_size, port)
     with open(f"{samples}.{rank}.log", "a") as log:
         os.dup2(log.fileno(), 1)
@@ -136,13 +141,11 @@ def start(
     world_size: int, words: list[str], samples: Path, victim: int = 0, fate: Fate | None = None
 ) -> list[BaseProcess]:
     """Start all ranks of a run."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "megatron.core.datasets.indexed_dataset"])
-    port = free_port()
+    port, environment = free_port(), dict(os.environ)
     ranks = [
-        context.Process(
+        rank_context().Process(
             target=rank_main,
-            args=(rank, world_size, port, words, str(samples), fate if rank == victim else None),
+            args=(rank, world_size, port, words, str(samples), fate if rank == victim else None, environment),
             daemon=True,
         )
         for rank in range(world_size)

@@ -122,6 +122,7 @@ def test_report_does_not_wait_for_an_upload(
     assert seen == [(True, 2)]
 
 
+@pytest.mark.alone
 def test_wandb_that_never_started_is_not_waited_for(
     fake_wandb: types.SimpleNamespace, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
