@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS ?= tests
 PYTEST_ARGS ?=
+# `make test` gives whole files of tests to this many processes; one test has up to four ranks, each of one thread
+TEST_PROCESSES ?= 2
 # All benchmark programs but growth, which needs an argument, and those over a slow link, which need root
 BENCH ?= $(filter-out growth overlap optimistic,$(basename $(notdir $(shell grep -l __main__ benchmarks/*.py))))
 
@@ -44,7 +46,7 @@ train: install  ## build the default corpus and train the default model on 2 loc
 	@$(BIN)/longcat train experiment=quickstart
 
 test: install  ## run the tests that take seconds; TESTS=path selects some
-	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-gpu: install  ## run the GPU tests: kernels bitwise equal to their plain versions, times against the memory floor
 	@$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)

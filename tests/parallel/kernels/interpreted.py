@@ -5,6 +5,8 @@ Not collected by name: TRITON_INTERPRET has to be set before the kernels are imp
 
 from __future__ import annotations
 
+import os
+
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,12 @@ from tests.support.kernel_cases import (
     check_plan,
     check_sum,
 )
+
+
+def share_of(examples: int) -> int:
+    """The number of random examples to run: a share of them, as test_kernels.py says."""
+    return round(examples * float(os.environ.get("LONGCAT_EXAMPLES", "1")))
+
 
 cases = st.builds(
     Case,
@@ -42,7 +50,7 @@ SEVERAL_BLOCKS = Case(tokens=70, experts=5, zero=3, top_k=6, width=3, dtype=torc
 @example(case=EMPTY_EXPERTS)
 @example(case=NO_TOKENS)
 @example(case=SEVERAL_BLOCKS)
-@settings(max_examples=30)
+@settings(max_examples=share_of(30))
 def test_plan(case: Case) -> None:
     check_plan(case)
 
@@ -51,7 +59,7 @@ def test_plan(case: Case) -> None:
 @example(case=ALL_IDENTITY)
 @example(case=EMPTY_EXPERTS)
 @example(case=NO_TOKENS)
-@settings(max_examples=15)
+@settings(max_examples=share_of(15))
 def test_gather(case: Case) -> None:
     check_gather(case)
 
@@ -60,7 +68,7 @@ def test_gather(case: Case) -> None:
 @example(case=ALL_IDENTITY)
 @example(case=EMPTY_EXPERTS)
 @example(case=NO_TOKENS)
-@settings(max_examples=25)
+@settings(max_examples=share_of(25))
 def test_sum(case: Case) -> None:
     check_sum(case)
 
@@ -70,7 +78,7 @@ def test_sum(case: Case) -> None:
 @example(case=ALL_IDENTITY, identity=False)
 @example(case=EMPTY_EXPERTS, identity=True)
 @example(case=NO_TOKENS, identity=True)
-@settings(max_examples=40)
+@settings(max_examples=share_of(40))
 def test_combine_and_its_backward(case: Case, identity: bool) -> None:
     check_combine(case, identity)
 
@@ -84,7 +92,7 @@ def test_combine_and_its_backward(case: Case, identity: bool) -> None:
 )
 @example(places=0, num_rows=5, width=3, dtype=torch.float32, seed=0)
 @example(places=129, num_rows=1, width=3, dtype=torch.bfloat16, seed=0)
-@settings(max_examples=25)
+@settings(max_examples=share_of(25))
 def test_embedding_gradient(places: int, num_rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
     check_embedding(places, num_rows, width, dtype, seed)
 

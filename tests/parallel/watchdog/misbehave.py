@@ -1,9 +1,4 @@
-"""A rank of a run in which one rank fails inside a layer: `python -m tests.parallel.watchdog.misbehave`.
-
-Arguments: the rank that misbehaves, how (a key of ACTIONS or SLOW), in which step, before which layer's forward of that
-step, the timeout in seconds after the first step (busy cores make the start slow), a folder whose file `acted` gets the
-time of the fault (on the machine's monotonic clock), overrides.
-"""
+"""A rank of a run in which one rank fails inside a layer, at a moment that the test chooses."""
 
 from __future__ import annotations
 
@@ -12,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from longcat.layer import ShortcutLayer
 from parallel.reduce import sum_scalars
 from parallel.watchdog import watchdog
 from parallel.watchdog.spans import SPANS
+from tests.support.distributed import inherit, set_rank_environment
 from train.compose import compose
 from train.process import main
 
@@ -65,11 +62,30 @@ def save_slowly(seconds: float) -> None:
     FileSystemWriter._write_data = then_write
 
 
-if __name__ == "__main__":
-    rank, action, step, layer, seconds, folder, *words = sys.argv[1:]
-    own = action if os.environ["RANK"] == rank else None
+@dataclass(frozen=True)
+class Fault:
+    """Which rank misbehaves, and when."""
+
+    rank: int
+    action: str  # a key of ACTIONS or SLOW
+    seconds: float  # the timeout after the first step: busy cores make the start slow
+    folder: Path  # its file `acted` gets the time of the fault, on the machine's monotonic clock
+    step: int = 3
+    layer: int = 1  # before whose forward
+
+
+def rank_main(
+    rank: int, world_size: int, port: int, fault: Fault, words: list[str], environment: dict[str, str]
+) -> None:
+    """Train as one rank, which logs to the fault's folder; the end is this process's."""
+    inherit(environment)
+    set_rank_environment(rank, world_size, port)
+    with (fault.folder / f"{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    own = fault.action if rank == fault.rank else None
     if own in SLOW:
-        save_slowly(SLOW[own] * float(seconds))
+        save_slowly(SLOW[own] * fault.seconds)
         own = None
-    misbehave(own, int(step), int(layer), float(seconds), Path(folder))
+    misbehave(own, fault.step, fault.layer, fault.seconds, fault.folder)
     sys.exit(main(compose(words)))
