@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from launch.rendezvous import find_place
 from longcat.errors import BAD_INPUT, CRASHED, OK
 from longcat.search_path import ROOT, without_current_folder
 from train.config import Config
@@ -32,7 +33,7 @@ def num_processes(config: Config) -> int:
 
 
 def run_ranks(overrides: list[str], config: Config) -> int:
-    """Train on the configured number of local ranks; returns the run's exit code.
+    """Train on the configured number of ranks, here or on several nodes; returns the run's exit code.
 
     One rank runs in this process; several run as `python -P -m train` under the elastic agent. `-P` leaves the current
     folder out of the search for modules, where a user's own train.py may be.
@@ -40,6 +41,11 @@ def run_ranks(overrides: list[str], config: Config) -> int:
     from train.process import check, main
 
     processes = num_processes(config)
+    place = find_place(config.launch, os.environ)
+    if place is not None:
+        from launch.node import run_node
+
+        return run_node(overrides, config, place, processes)
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     check(config, processes)  # reports a wrong configuration once, before ranks start

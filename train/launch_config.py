@@ -21,8 +21,13 @@ class OnUnhealthy(StrEnum):
 
 @dataclass
 class LaunchConfig:
-    """Restarts without people, on one machine (docs/guide/unattended.md)."""
+    """Start on several machines (docs/guide/machines.md) and restarts without people (docs/guide/unattended.md)."""
 
+    nodes: int = 0  # machines that train, `longcat train` being started on each; 0 = those of the Slurm step, else one
+    # host:port of the first node, the same on all; "" takes the first host of Slurm's job and a port from the job's id
+    rendezvous: str = ""
+    join_seconds: float = 600.0  # how long nodes wait for each other at the start
+    node_timeout: float = 30.0  # seconds without a sign of life after which a node is lost and the others end
     # starts in a row, after the first, that may bring no new step before `longcat train` gives up; 0 = no restarts
     restarts: int = 0
     backoff_seconds: float = 5.0  # pause after the first start that brought no new step; it doubles, up to 32 times
@@ -32,6 +37,18 @@ class LaunchConfig:
 
     def validate(self) -> None:
         check_choice("launch.on_unhealthy", self.on_unhealthy, OnUnhealthy)
+        if self.nodes < 0:
+            raise ConfigError(f"launch.nodes={self.nodes} must be 1 or more, or 0 for the nodes of a Slurm step")
+        if self.rendezvous:
+            split_address(self.rendezvous)
+        for name in ("join_seconds", "node_timeout"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"launch.{name}={getattr(self, name)} must be more than 0")
+        if self.nodes > 1 and self.restarts:
+            raise ConfigError(
+                f"launch.restarts={self.restarts} starts the ranks of one machine again and launch.nodes={self.nodes}; "
+                f"leave launch.restarts out, or let longcat slurm keep a job of several nodes alive"
+            )
         for name in ("restarts", "backoff_seconds"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"launch.{name}={getattr(self, name)} must not be negative")
@@ -42,3 +59,15 @@ class LaunchConfig:
                 f"launch.metrics_port={self.metrics_port} is served beside restarts and launch.restarts=0 makes none; "
                 f"set launch.restarts or leave the port out"
             )
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `launch.rendezvous`.
+
+    Raises:
+        ConfigError: it is no host:port.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) <= MAX_PORT:
+        raise ConfigError(f"launch.rendezvous={address} must be host:port, for instance node1:29500")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,210 @@
+"""A node runner's connection to the run's store: it joins, gives signs of life, and reads and writes shared values."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from launch.fleet import Assignment, NodeReport, NodeState
+from launch.rendezvous import Place
+from launch.store import IN_USE, PROTOCOL, RANKS_PORT, READY, Identity
+from longcat.errors import ConfigError
+from longcat.json_text import dumps
+
+HELLO_SECONDS = 5.0
+REQUEST_SECONDS = 10.0
+RETRY_SECONDS = 0.5
+END, STOP, ASSIGNMENT = "job/end", "job/stop", "job/assignment"
+
+
+class StoreLostError(ConnectionError):
+    """The store does not answer any more, so the nodes of the run cannot agree on anything."""
+
+
+class OtherProgramError(Exception):
+    """What listens at the address is no store of a run."""
+
+
+class Link:
+    """Requests to the store, one at a time, from any thread. A broken connection is made anew for ``patience`` seconds.
+
+    Raises:
+        OSError: nobody listens there.
+        OtherProgramError: another program does.
+        ConfigError: another run's store does.
+    """
+
+    def __init__(self, host: str, port: int, identity: Identity, patience: float) -> None:
+        self.host, self.port, self.identity, self.patience = host, port, identity, patience
+        self.lock = threading.Lock()
+        self.socket, self.file = self._connect()
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def _connect(self) -> tuple[socket.socket, Any]:
+        connection = socket.create_connection((self.host, self.port), HELLO_SECONDS)
+        try:
+            connection.sendall(dumps({"longcat": PROTOCOL, "identity": self.identity}).encode() + b"\n")
+            file = connection.makefile("rb")
+            hello = json.loads(file.readline(1 << 20))
+            theirs = hello["identity"] if hello["longcat"] == PROTOCOL else None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            connection.close()
+            raise OtherProgramError from error
+        if theirs != self.identity:
+            connection.close()
+            if theirs is None:
+                raise OtherProgramError
+            raise ConfigError(describe_other_run(self.address, self.identity, theirs))
+        connection.settimeout(REQUEST_SECONDS)
+        return connection, file
+
+    def request(self, **request: Any) -> dict[str, Any]:
+        """Send a request and return the answer.
+
+        Raises:
+            StoreLostError: there is none.
+        """
+        line, end = dumps(request).encode() + b"\n", time.monotonic() + self.patience
+        with self.lock:
+            while True:
+                try:
+                    self.socket.sendall(line)
+                    if answer := self.file.readline():
+                        return dict(json.loads(answer))
+                except (OSError, ValueError):
+                    pass
+                self._reconnect(end)
+
+    def _reconnect(self, end: float) -> None:
+        self.socket.close()
+        while True:
+            try:
+                self.socket, self.file = self._connect()
+                return
+            except (OSError, OtherProgramError, ConfigError) as error:
+                # Refused: that machine lives and the store's process does not
+                if isinstance(error, ConnectionRefusedError) or time.monotonic() > end:
+                    raise StoreLostError(f"the store of the run at {self.address} is lost") from error
+                time.sleep(RETRY_SECONDS)
+
+    def read(self, *prefixes: str) -> dict[str, str]:
+        """The values whose keys begin with one of the prefixes."""
+        return dict(self.request(read=prefixes)["values"])
+
+    def set(self, key: str, value: str) -> None:
+        self.request(set={key: value})
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class StoreFleet:
+    """`launch.fleet.Fleet` by values in the store, which node runners read and write."""
+
+    def __init__(self, link: Link, node_timeout: float) -> None:
+        self.link, self.node_timeout = link, node_timeout
+
+    def nodes(self) -> list[NodeState]:
+        answer = self.link.request(nodes=True, read=[ASSIGNMENT])
+        text = answer["values"].get(ASSIGNMENT)
+        training = set(Assignment.parse(text).nodes) if text else set()
+        return [
+            NodeState(name, number, silent, name not in training)
+            for number, name, silent in answer["nodes"]
+            if silent <= self.node_timeout
+        ]
+
+    def start(self, assignment: Assignment) -> None:
+        self.link.set(ASSIGNMENT, assignment.to_json())
+
+    def reports(self, incarnation: int) -> list[NodeReport]:
+        return [NodeReport.parse(text) for _, text in sorted(self.link.read(f"{incarnation}/report/").items())]
+
+    def signal(self, number: int) -> None:
+        text = self.link.read(ASSIGNMENT).get(ASSIGNMENT)
+        if text:
+            self.link.set(f"{Assignment.parse(text).incarnation}/control/signal/{uuid.uuid4().hex}", str(int(number)))
+
+    def stop_ranks(self, incarnation: int, grace_seconds: float) -> None:
+        self.link.set(f"{incarnation}/control/stop/{uuid.uuid4().hex}", repr(grace_seconds))
+
+    def stop_requested(self) -> bool:
+        return bool(self.link.read(STOP))
+
+
+def meet(place: Place, identity: Identity, deadline: float, patience: float, stopped: Callable[[], bool]) -> Link:
+    """Connect to the first node's store, which may not have started yet.
+
+    Args:
+        deadline: of `time.monotonic`.
+
+    Raises:
+        ConfigError: nobody is at the address, another program or another run is.
+        InterruptedError: ``stopped`` became true.
+    """
+    while True:
+        try:
+            return Link(place.host, place.port, identity, patience)
+        except OtherProgramError as error:
+            raise ConfigError(
+                f"launch.rendezvous: another program than longcat train answers at {place.host}:{place.port}; "
+                f"give a free port of the first node, the same on every node"
+            ) from error
+        except OSError as error:
+            if stopped():
+                raise InterruptedError from error
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"no first node of this run at {place.host}:{place.port} (launch.join_seconds); start longcat "
+                    f"train on it with the same launch.rendezvous, or correct the address"
+                ) from error
+            time.sleep(RETRY_SECONDS)
+
+
+def start_store(port: int, idle_seconds: float, identity: Identity) -> subprocess.Popen[str] | None:
+    """Start the store's process; None if the port is taken, perhaps by the first of several nodes on this machine.
+
+    Raises:
+        ConfigError: this machine cannot listen on the port.
+    """
+    words = [sys.executable, "-P", "-m", "launch.store", str(port), str(idle_seconds), dumps(identity)]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True, text=True
+    )
+    assert process.stdout is not None
+    answer = process.stdout.readline().strip()
+    if answer == READY:
+        return process
+    process.wait()
+    if answer == IN_USE:
+        return None
+    raise ConfigError(
+        f"the store of this run cannot listen on port {port}: {answer}; "
+        f"give another port in launch.rendezvous=HOST:PORT, on every node"
+    )
+
+
+def describe_other_run(address: str, ours: Identity, theirs: Identity) -> str:
+    """What tells two runs at one address apart, in a line."""
+    key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+    return (
+        f"the store at {address} is that of another run: {key} is {theirs.get(key) or 'none'} there and "
+        f"{ours.get(key) or 'none'} here; give each run a launch.rendezvous of its own"
+    )
+
+
+def wait_for_ranks_port(link: Link) -> int:
+    """Port of the ranks' TCPStore on the store's host."""
+    while not (port := link.read(RANKS_PORT)):
+        time.sleep(0.05)
+    return int(port[RANKS_PORT])

@@ -1,0 +1,104 @@
+"""The ranks of one node: processes that get each signal once, end with their parent, and whose codes are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import IO
+
+from launch.local import handles
+
+LAST_LINES = 40
+PR_SET_PDEATHSIG = 1
+
+
+class LocalRanks:
+    """Processes `python -P -m train`, one per local rank.
+
+    Args:
+        first: global rank of the first.
+        environment: what all of them get beside this process's environment.
+    """
+
+    def __init__(self, overrides: tuple[str, ...], first: int, count: int, environment: Mapping[str, str]) -> None:
+        self.codes: dict[int, int] = {}
+        self.first_failed: int | None = None
+        self.failed_at: float | None = None  # seconds since 1970
+        self.lines: dict[int, deque[bytes]] = {}
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.unsent: dict[int, list[signal.Signals]] = {}
+        self.readers: list[threading.Thread] = []
+        libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+        def end_with_parent() -> None:
+            if libc is not None:
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+        for local in range(count):
+            rank = first + local
+            own = {**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(local)}
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "train", *overrides],
+                env=own,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # a terminal's signals come through this process alone
+                preexec_fn=end_with_parent,
+            )
+            self.processes[rank], self.unsent[rank] = process, []
+            self.lines[rank] = deque(maxlen=LAST_LINES)
+        for rank, process in self.processes.items():  # after the last fork
+            assert process.stderr is not None
+            reader = threading.Thread(target=pass_through, args=(process.stderr, self.lines[rank]), daemon=True)
+            reader.start()
+            self.readers.append(reader)
+
+    def poll(self) -> bool:
+        """Note ends and send what waits; returns whether all have ended."""
+        for rank, process in self.processes.items():
+            if rank in self.codes:
+                continue
+            code = process.poll()
+            if code is not None:
+                self.codes[rank] = code
+                if code and self.first_failed is None:
+                    self.first_failed, self.failed_at = rank, time.time()
+                continue
+            for number in [number for number in self.unsent[rank] if handles(process.pid, number)]:
+                self.unsent[rank].remove(number)
+                process.send_signal(number)
+        return len(self.codes) == len(self.processes)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to each rank that runs, as soon as it has a handler: without one it would only die."""
+        for waiting in self.unsent.values():
+            waiting.append(number)
+
+    def kill(self) -> None:
+        """End what still runs, without saving."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+
+    def last_lines(self, rank: int | None) -> str:
+        """What a rank wrote to stderr last."""
+        for reader in self.readers:
+            reader.join(1.0)
+        return "" if rank is None else b"".join(self.lines[rank]).decode(errors="replace")
+
+
+def pass_through(source: IO[bytes], kept: deque[bytes]) -> None:
+    """Copy a rank's stderr to this process's, and keep its last lines."""
+    for line in source:
+        kept.append(line)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()

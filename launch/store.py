@@ -1,0 +1,148 @@
+"""`python -m launch.store`: where the nodes of a run meet, in a process that outlives ranks and node runners.
+
+It serves node runners by lines of JSON. The ranks' TCPStore is in a child process, whose port is under `job/ranks`:
+importing torch would keep node runners waiting for seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+from longcat.json_text import dumps
+from train.stop import STOP_SIGNALS
+
+PROTOCOL = "longcat 1"
+READY, IN_USE = "ready", "in use"
+RANKS_PORT, FOR_RANKS = "job/ranks", "ranks"
+HELLO_SECONDS = 10.0
+CHECK_SECONDS = 1.0
+DEPARTED_SECONDS = 5.0  # of silence after which a newcomer of the same name is the same node, started again
+MAX_LINE = 1 << 24
+Identity = dict[str, str]
+
+
+class Membership:
+    """Names, ids and signs of life of node runners, and the values that they share. One thread uses it."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+        self.ids: dict[str, int] = {}  # token of a node runner → id
+        self.names: dict[int, str] = {}
+        self.beats: dict[int, float] = {}
+        self.last_sign = time.monotonic()
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Carry out a request. Each may come twice: a runner that lost its connection asks again."""
+        for key, value in request.get("set", {}).items():
+            self.values[key] = value
+        for key, value in request.get("claim", {}).items():
+            self.values.setdefault(key, value)
+        answer: dict[str, Any] = {}
+        if "join" in request:
+            answer["id"] = self._join(**request["join"])
+        if "beat" in request:
+            self.beats[request["beat"]] = self.last_sign = time.monotonic()
+        if "leave" in request:
+            self.beats.pop(request["leave"], None)
+        if "read" in request:
+            prefixes = tuple(request["read"])
+            answer["values"] = {key: value for key, value in self.values.items() if key.startswith(prefixes)}
+        if request.get("nodes"):
+            now = time.monotonic()
+            answer["nodes"] = [[number, self.names[number], now - beat] for number, beat in sorted(self.beats.items())]
+        return answer
+
+    def _join(self, token: str, name: str, wanted: int | None) -> int:
+        if token in self.ids:
+            return self.ids[token]
+        now = time.monotonic()
+        for number, beat in list(self.beats.items()):
+            if self.names[number] == name and now - beat > DEPARTED_SECONDS:
+                del self.beats[number]
+        number = wanted if wanted is not None and wanted not in self.names else max(self.names, default=0) + 1
+        taken = any(self.names[other] == name for other in self.beats)
+        self.ids[token], self.names[number] = number, f"{name}/{number}" if taken else name
+        self.beats[number] = self.last_sign = now
+        return number
+
+
+class Server:
+    """Answers node runners of one run; tells those of another who it is."""
+
+    def __init__(self, identity: Identity) -> None:
+        self.identity, self.membership = identity, Membership()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection: a greeting with the run's identity, then requests."""
+        try:
+            first = await asyncio.wait_for(reader.readline(), HELLO_SECONDS)
+            hello = json.loads(first)
+            known = isinstance(hello, dict) and hello.get("longcat") == PROTOCOL
+            self._write(writer, {"longcat": PROTOCOL, "identity": self.identity})
+            while known and hello["identity"] == self.identity and (line := await reader.readline()):
+                self._write(writer, self.membership.answer(json.loads(line)))
+                await writer.drain()
+        except (OSError, ValueError, KeyError, TypeError, TimeoutError, asyncio.IncompleteReadError):
+            pass  # another program, or a node that is gone
+        finally:
+            writer.close()
+
+    @staticmethod
+    def _write(writer: asyncio.StreamWriter, answer: dict[str, Any]) -> None:
+        writer.write(dumps(answer).encode() + b"\n")
+
+
+async def main(port: int, idle_seconds: float, identity: Identity) -> int:
+    """Serve until no node has given a sign of life for ``idle_seconds``, or until SIGKILL.
+
+    Prints `ready`, or `in use` if the port belongs to another process.
+    """
+    server = Server(identity)
+    try:
+        listening = await asyncio.start_server(server.serve, port=port, limit=MAX_LINE)
+    except OSError as error:
+        print(IN_USE if error.errno == errno.EADDRINUSE else error.strerror, flush=True)
+        return 1
+    print(READY, flush=True)
+    sys.stdout.close()
+    os.close(1)  # whoever reads this process's output must not wait for its end
+    words = [sys.executable, "-P", "-m", "launch.store", FOR_RANKS]
+    ranks_store = await asyncio.create_subprocess_exec(
+        *words, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert ranks_store.stdout is not None
+    found = (await ranks_store.stdout.readline()).decode().strip()
+    if not found:
+        return 1  # its output says why
+    server.membership.values[RANKS_PORT] = found
+    while time.monotonic() - server.membership.last_sign < idle_seconds:
+        await asyncio.sleep(CHECK_SECONDS)
+    listening.close()
+    return 0
+
+
+def serve_ranks() -> int:
+    """Hold the ranks' store until standard input ends, that is as long as the parent process lives."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    with suppress(BrokenPipeError):
+        print(store.port, flush=True)
+    sys.stdin.read()
+    return 0
+
+
+if __name__ == "__main__":
+    for number in STOP_SIGNALS:  # Slurm and a terminal signal every process of the job
+        signal.signal(number, signal.SIG_IGN)
+    if sys.argv[1] == FOR_RANKS:
+        sys.exit(serve_ranks())
+    sys.exit(asyncio.run(main(int(sys.argv[1]), float(sys.argv[2]), json.loads(sys.argv[3]))))
