@@ -21,6 +21,7 @@ from launch import verbs
 from longcat import __version__
 from longcat.errors import BAD_INPUT, OK, LongCatError
 from longcat.lasting_streams import lasting_streams
+from longcat.refusal import leave_refusal
 
 UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
 
@@ -62,6 +63,7 @@ def run(arguments: list[str]) -> int:
         return verb(rest)
     except LongCatError as error:
         print(f"error: {error}", file=sys.stderr)
+        leave_refusal(error)
         return error.exit_code
     except OSError as error:
         if error.errno not in UNUSABLE_PATH or error.filename is None:

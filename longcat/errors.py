@@ -22,6 +22,10 @@ class ConfigError(LongCatError):
     exit_code = BAD_INPUT
 
 
+class FolderInUseError(ConfigError):
+    """Another training has the run folder, perhaps not for long: ranks of a lost node outlive it."""
+
+
 class SaveError(LongCatError):
     """A checkpoint could not be written; earlier ones are untouched. Exit code 1 if it was to be the last one."""
 

@@ -87,12 +87,12 @@ def exposed_share(num_chunks: int, times: LayerTimes) -> float:
 
 def choose_chunks(times: LayerTimes, num_tokens: int) -> int:
     """The fewest chunks, of 1, 2, 4 and 8, that no larger number beats by 2 % of a layer."""
-    possible = [count for count in CANDIDATES if count <= num_tokens]
-    best = possible[0]
-    for count in possible[1:]:
-        if layer_seconds(count, times) < layer_seconds(best, times) * (1 - GAIN):
-            best = count
-    return best
+    seconds = {count: layer_seconds(count, times) for count in CANDIDATES if count <= num_tokens}
+    return min(
+        count
+        for count, own in seconds.items()
+        if all(other >= own * (1 - GAIN) for larger, other in seconds.items() if larger > count)
+    )
 
 
 def measure_chunks(

@@ -80,8 +80,7 @@ def build_session(config: Config) -> Session:
     run.resolve_dtype(config)
     chunks = run.measure_num_chunks(config, topology)
     state = run.build_state(config, topology)
-    if chunks is not None:
-        run.decide_num_chunks(chunks, state, config, None, SilentTerminal())
+    run.decide_num_chunks(chunks, state, config, None, SilentTerminal())
     samples, validator = run.build_data(config, topology)
     stepper = Stepper(state, BatchReader(samples, config, topology), config, topology)
     return Session(config, topology, state, stepper, validator)

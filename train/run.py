@@ -76,8 +76,7 @@ def train(config: Config, stop_signal: StopSignal, on_hang: Callable[[str], None
     terminal = open_terminal(config, topology)
     try:
         checkpoint = resume(state, config, topology, terminal)
-        if measured is not None:
-            decide_num_chunks(measured, state, config, checkpoint, terminal)
+        decide_num_chunks(measured, state, config, checkpoint, terminal)
         if state.counters.step < config.train.steps:
             run_steps(state, train_samples, validator, config, topology, terminal, stop_signal, measured)
         else:

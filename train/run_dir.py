@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from longcat.errors import CRASHED, ConfigError, LongCatError
+from longcat.errors import CRASHED, ConfigError, FolderInUseError, LongCatError
 from longcat.json_text import dumps
+from longcat.refusal import leave_refusal
 from train.checkpoint.compatibility import CORPORA, TOKENIZER, differences
 from train.checkpoint.failures import describe
 from train.checkpoint.manifest import list_checkpoints
@@ -78,7 +79,7 @@ def check_same_configuration(config: Config) -> None:
 
 
 def lock(folder: Path) -> IO[str]:
-    """Lock the folder while the returned file is open; raises ConfigError if another run has it."""
+    """Lock the folder while the returned file is open; raises FolderInUseError if another run has it."""
     try:
         file = (folder / LOCK).open("a")
     except OSError as error:
@@ -90,7 +91,7 @@ def lock(folder: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise ConfigError(f"{folder} is in use by a running training; choose another run.name") from error
+        raise FolderInUseError(f"{folder} is in use by a running training; choose another run.name") from error
     except OSError as error:
         print(f"note: {folder} cannot be locked ({error.strerror}): do not start a second run in it", file=sys.stderr)
     return file
@@ -250,6 +251,7 @@ def refuse(folder: Path | None, error: LongCatError) -> int:
     if not is_first_rank():
         time.sleep(FIRST_RANK_PRINTS_SECONDS)
     print(f"error: {error}", file=sys.stderr, flush=True)
+    leave_refusal(error)
     if "RANK" in os.environ and folder is not None and not (folder / CONFIG).exists():
         with contextlib.suppress(OSError, ConfigError):  # cannot be written or is in use: the error is printed above
             folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from longcat.errors import ConfigError
 PREFIX = "slurm."
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 NAME = re.compile(r"[A-Za-z_]\w*")
+LINE = re.compile(r"[a-z][a-z0-9-]*")
 # Lines that the script has anyway, and whose change would break it
 OWN_LINES = {
     "job-name": "slurm.job_name",
@@ -111,10 +112,20 @@ class SlurmOptions:
                 "slurm.container and slurm.venv both say where longcat is; give one (slurm.program names a longcat "
                 "inside the container)"
             )
+        for name in ("runtime", "mounts"):
+            if getattr(self, name) and not self.container:
+                raise ConfigError(f"slurm.{name}={getattr(self, name)} is for a container; give slurm.container too")
+        if self.measured and self.signal_seconds:
+            raise ConfigError(
+                f"slurm.signal_seconds={self.signal_seconds} and slurm.measured={self.measured} both say when Slurm "
+                f"signals; give one"
+            )
         for name in self.env:
             if not NAME.fullmatch(name):
                 raise ConfigError(f"slurm.env.{name}: an environment variable has letters, digits and _ in its name")
         for name in self.sbatch:
+            if not LINE.fullmatch(name):
+                raise ConfigError(f"slurm.sbatch.{name} is no long option of sbatch, as slurm.sbatch.reservation is")
             if name in OWN_LINES:
                 raise ConfigError(f"slurm.sbatch.{name} is a line that the script has already; use {OWN_LINES[name]}")
         for option in fields(self):

@@ -23,8 +23,8 @@ TEMPLATE = Path(__file__).with_name("job.sh")
 DEFAULT_SIGNAL_SECONDS = 300
 REACTION_SECONDS = 30  # of Slurm, the script and the end of a run: report, exit.json
 NEWEST_STEPS = 200
+PLAIN = re.compile(r"[\w./:@%+,=\[\]-]+")  # what a line #SBATCH holds without quotes
 LOG = "slurm-%j.log"
-
 
 # The first rank's node as Slurm reaches it, and a port that no other start of a job uses
 RENDEZVOUS = """\
@@ -83,6 +83,7 @@ def render(options: SlurmOptions, overrides: list[str], config: Config, path: Pa
         "max_requeues": str(options.max_requeues),
         "max_failures": str(options.max_failures),
         "environment": environment(options),
+        "resume_from": shlex.quote(config.checkpoint.resume),
         "signal_seconds": str(signal.seconds),
         "save_seconds": str(max(signal.seconds - 15, signal.seconds // 2)),
         "srun": " ".join(srun_options(options, run)),
@@ -93,17 +94,21 @@ def render(options: SlurmOptions, overrides: list[str], config: Config, path: Pa
 
 
 def sbatch_lines(options: SlurmOptions, config: Config, signal: SignalTime) -> list[str]:
-    """What follows `#SBATCH --` on each line."""
+    """What follows `#SBATCH --` on each line.
+
+    Raises:
+        ConfigError: a value that Slurm would not read as it is.
+    """
     spares = f"   # {options.nodes} train, {options.spares} stand by" if options.spares else ""
     lines = [
-        f"job-name={options.job_name or config.run.name}",
+        f"job-name={quoted(options.job_name or config.run.name, 'slurm.job_name or run.name')}",
         f"nodes={options.all_nodes}{spares}",
         "ntasks-per-node=1   # longcat train, which starts the ranks of its node",
         f"time={options.time}",
     ]
     for name in ("partition", "account", "qos"):
         if getattr(options, name):
-            lines.append(f"{name}={getattr(options, name)}")
+            lines.append(f"{name}={quoted(getattr(options, name), f'slurm.{name}')}")
     if options.gpus_per_node:
         lines.append(f"gpus-per-node={options.gpus_per_node}")
     if options.cpus_per_node:
@@ -115,14 +120,31 @@ def sbatch_lines(options: SlurmOptions, config: Config, signal: SignalTime) -> l
         f"signal=B:USR1@{signal.seconds}   # {signal.reason}",
         "requeue" if options.max_requeues else "no-requeue",
         "open-mode=append",
-        f"chdir={Path.cwd()}",
-        f"output={config.run.folder.absolute() / LOG}",
+        f"chdir={quoted(str(Path.cwd()), 'the folder in which you call longcat slurm')}",
+        f"output={quoted(log_path(config), 'run.dir or run.name')}",
     ]
     if options.spares:
         lines.append("no-kill   # the job outlives a lost node")
     if options.mail:
-        lines += [f"mail-user={options.mail}", "mail-type=END,FAIL,REQUEUE"]
-    return lines + [f"{name}={value}" if value else name for name, value in options.sbatch.items()]
+        lines += [f"mail-user={quoted(options.mail, 'slurm.mail')}", "mail-type=END,FAIL,REQUEUE"]
+    further = options.sbatch.items()
+    return lines + [f"{name}={quoted(value, f'slurm.sbatch.{name}')}" if value else name for name, value in further]
+
+
+def quoted(value: str, name: str) -> str:
+    """A value for a line `#SBATCH`, in double quotes where Slurm would end it early; ``name`` says what to change.
+
+    Raises:
+        ConfigError: it has a double quote, a backslash or a line feed.
+    """
+    if wrong := next((each for each in ('"', "\\", "\n") if each in value), None):
+        raise ConfigError(f"{name}: {value!r} has {wrong!r}, which a line #SBATCH cannot hold; choose another")
+    return value if PLAIN.fullmatch(value) else f'"{value}"'
+
+
+def log_path(config: Config) -> str:
+    """The log of all starts of a job, in which only the job's number is a pattern of Slurm's."""
+    return str(config.run.folder.absolute()).replace("%", "%%") + f"/{LOG}"
 
 
 def environment(options: SlurmOptions) -> str:
@@ -171,7 +193,7 @@ def command(options: SlurmOptions, overrides: list[str], run: Path, config: Conf
         words += ["--pwd", str(Path.cwd()), "--bind", ",".join(mounts(options, run)), options.container]
     start = shlex.join(words) + " " if words else ""
     start += " ".join(several_nodes(options, config) if options.nodes > 1 else [*program(options), "train"])
-    return " \\\n            ".join([start, *map(shlex.quote, overrides)])
+    return " \\\n            ".join([start, *map(shlex.quote, overrides), '${resume:+"$resume"}'])
 
 
 def program(options: SlurmOptions) -> list[str]:

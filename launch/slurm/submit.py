@@ -10,12 +10,13 @@ from pathlib import Path
 from launch.slurm import nodes
 from launch.slurm.options import split_slurm_options
 from launch.slurm.script import render, signal_time
-from longcat.errors import CRASHED, OK, ConfigError
+from longcat.errors import BAD_INPUT, CRASHED, OK, ConfigError
 from train.compose import compose, with_search_path
 from train.run_dir import check_not_another_run
 
 SCRIPT = "slurm.sh"
 SUBMIT = "--submit"
+NOT_REACHED = ("contact", "connect", "timed out", "communication")  # in what sbatch says of a controller that is away
 
 
 def slurm(arguments: list[str]) -> int:
@@ -45,7 +46,7 @@ def write(path: Path, text: str) -> list[str]:
     """Write the script. One that is there and differs, perhaps by a person's hand, is kept under another name."""
     notes = []
     try:
-        if path.exists() and path.read_text() != text:
+        if path.exists() and path.read_bytes() != text.encode():
             kept = next(each for n in range(1, 10**6) if not (each := path.with_name(f"{path.name}.{n}")).exists())
             path.rename(kept)
             notes = [f"{path} was there and differed; it is now {kept}"]
@@ -58,7 +59,7 @@ def write(path: Path, text: str) -> list[str]:
 
 
 def submit(path: Path) -> int:
-    """Give the script to sbatch, which prints the job's number.
+    """Give the script to sbatch, which prints the job's number; 2 where it refuses the job, 1 without a controller.
 
     Raises:
         ConfigError: no sbatch here.
@@ -69,6 +70,6 @@ def submit(path: Path) -> int:
     if done.returncode:
         reason = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
         print(f"error: sbatch refused {path}: {reason}", file=sys.stderr)
-        return CRASHED
+        return CRASHED if any(word in reason.lower() for word in NOT_REACHED) else BAD_INPUT
     print(done.stdout, end="")
     return OK

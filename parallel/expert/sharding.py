@@ -13,12 +13,14 @@ def shard_dim(shape: tuple[int, ...], shards: int) -> int | None:
     """The dimension of a stack [experts, rows, columns] to shard; None if some ranks would get experts and others none.
 
     Whole experts where they divide by ``shards``, else rows, else columns; FSDP2 cannot cut these into unequal parts.
-    Where nothing divides but there are as many experts as ranks or more, whole experts, as equally as can be.
+    Where nothing divides, whole experts if each rank gets one: FSDP2 gives every rank but the last the same number,
+    rounded up, so that 8 experts over 5 ranks would be 2, 2, 2, 2 and 0.
     """
     for dim, size in enumerate(shape):
         if size % shards == 0:
             return dim
-    return 0 if shape[0] >= shards else None
+    each = -(-shape[0] // shards)
+    return 0 if each * (shards - 1) < shape[0] else None
 
 
 def stacks(config: ModelConfig, ep: int) -> list[tuple[int, int, int]]:
@@ -42,7 +44,7 @@ def check_expert_shards(config: ModelConfig, sizes: MeshSizes) -> None:
         return
     raise ConfigError(
         f"the {config.num_experts // sizes.ep} experts of a rank's group would be sharded over {sizes.efsdp} ranks "
-        f"(parallel.fsdp × cp × tp / ep): more than there are experts, and model.hidden_size={config.hidden_size} and "
+        f"(parallel.fsdp × cp × tp / ep), some of which would get none, and model.hidden_size={config.hidden_size} and "
         f"model.expert_hidden_size={config.expert_hidden_size} cannot be cut into as many equal parts; "
         f"{_what_works(config, sizes)}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Sequence
@@ -20,13 +21,14 @@ class Site:
     rank: int
     host: str
     device: str
+    node: str | None = None  # under Slurm, its name for the host: what sbatch --exclude takes
 
     @classmethod
     def here(cls, rank: int, device: torch.device) -> Site:
         """This process's."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         number = f" {device.index}" if device.index is not None else ""
-        return cls(rank, socket.gethostname(), f"{name}{number}")
+        return cls(rank, socket.gethostname(), f"{name}{number}", os.environ.get("SLURMD_NODENAME"))
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, {self.device})"

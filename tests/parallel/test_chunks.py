@@ -14,6 +14,7 @@ CASES = {
     "short messages around long experts": (LayerTimes(2.0, 0.0, 8.0, 0.1, 0.0, 0.0), 4),
     "the same, and chunks cost nothing": (LayerTimes(2.0, 0.0, 8.0, 0.0, 0.0, 0.0), 8),
     "each chunk costs more than it hides": (LayerTimes(1.0, 2.0, 1.0, 2.0, 1.0, 1.0), 1),
+    "4 beat 1 by 3 %, but 2 by 1 %": (LayerTimes(1.83, 0.0, 0.32, 0.32, 5.64, 0.57), 2),
     "no experts to hide behind": (LayerTimes(9.0, 0.0, 0.0, 0.0, 0.0, 0.0), 1),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,29 +36,68 @@ def test_auto_has_the_bits_of_its_number_and_keeps_it(corpus: Path, tmp_path: Pa
     assert exact(tmp_path / "auto") == exact(tmp_path / "plain")
 
 
+@pytest.fixture
+def decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, list[str]]]:
+    """Decides where 2 was measured with ep 2, or nothing where it overlaps nothing; returns number and notes.
+
+    Args:
+        words: of the configuration.
+        checkpoint: `(number, ep)` of the checkpoint, if there is one.
+        described: the same of config.yaml.
+    """
+    monkeypatch.setattr("train.chunks.broadcast", lambda value: value)
+
+    def decide(
+        words: list[str], checkpoint: tuple[int, int] | None = None, described: tuple[int, int] | None = None
+    ) -> tuple[Any, list[str]]:
+        config = compose(["overlap.num_chunks=auto", "parallel.ep=2", f"run.dir={tmp_path}", "run.name=mine", *words])
+        config.run.folder.mkdir()
+        for name, of in (("state.json", checkpoint), ("config.yaml", described)):
+            if of is not None:
+                stored = {"overlap": {"num_chunks": of[0]}, "parallel": {"ep": of[1]}}
+                text = json.dumps({"configuration": stored} if name == "state.json" else stored)
+                (config.run.folder / name).write_text(text)
+        overlaps = config.parallel.ep > 1 and config.overlap.enabled
+        measured = ChunkChoice(2, LayerTimes(1.0, 0.0, 1.0, 0.0, 1.0, 1.0), 1e9, 1e9) if overlaps else None
+        if measured is None:
+            topology: Any = SimpleNamespace(sizes=SimpleNamespace(ep=config.parallel.ep))
+            assert measure_num_chunks(config, topology) is None
+        notes: list[str] = []
+        terminal = SilentTerminal()
+        terminal.note = notes.append  # type: ignore[method-assign, assignment]
+        state: Any = SimpleNamespace(models=[])
+        decide_num_chunks(measured, state, config, None if checkpoint is None else config.run.folder, terminal)
+        return config.overlap.num_chunks, notes
+
+    return decide
+
+
+BLOCKING = ["overlap.enabled=false"]
+
+
 @pytest.mark.parametrize(
-    ("deterministic", "ep", "expected"), [("true", 2, 4), ("false", 2, 2), ("true", 1, 2)], ids=["kept", "free", "ep"]
+    ("words", "checkpoint", "described", "expected", "said"),
+    [
+        ([], (4, 2), None, 4, "4 stands, as in the checkpoint, though 2 was measured now"),
+        (["train.deterministic=false"], (4, 2), (4, 2), 2, ""),
+        ([], (4, 1), None, 2, "chose 2 by measurement"),
+        (BLOCKING, (4, 2), None, 4, "4 stands, as in the checkpoint, though nothing overlaps now"),
+        (BLOCKING, None, None, 1, ""),
+        (["parallel.ep=1"], None, None, 1, ""),
+        ([], None, (8, 2), 8, "8 stands, as in the config.yaml, though 2 was measured now"),
+        ([], (4, 1), (8, 2), 8, "8 stands, as in the config.yaml"),
+        ([], (4, 2), (8, 2), 4, "4 stands, as in the checkpoint"),
+        ([], None, (8, 1), 2, "chose 2 by measurement"),
+    ],
+    ids=["kept", "free", "ep", "blocking", "new-blocking", "ep1", "no-save", "no-save-ep", "both", "other-ep"],
 )
-def test_number_of_the_checkpoint_stands(tmp_path: Path, deterministic: str, ep: int, expected: int) -> None:
-    """It was 4 under ``ep``, and now 2 is measured with ep 2."""
-    config = compose(["overlap.num_chunks=auto", "parallel.ep=2", f"train.deterministic={deterministic}"])
-    stored = {"configuration": {"overlap": {"num_chunks": 4}, "parallel": {"ep": ep}}}
-    (tmp_path / "state.json").write_text(json.dumps(stored))
-    measured = ChunkChoice(2, LayerTimes(1.0, 0.0, 1.0, 0.0, 1.0, 1.0), 1e9, 1e9)
-    notes: list[str] = []
-    terminal = SilentTerminal()
-    terminal.note = notes.append  # type: ignore[method-assign, assignment]
-    state: Any = SimpleNamespace(models=[])
-    decide_num_chunks(measured, state, config, tmp_path, terminal)
-    assert config.overlap.num_chunks == expected
-    assert any("4 stands, as in the checkpoint" in note for note in notes) == (expected == 4)
-
-
-@pytest.mark.parametrize("words", [[], ["parallel.ep=2", "overlap.enabled=false"]], ids=["ep1", "blocking"])
-def test_nothing_to_choose_is_one_chunk(words: list[str]) -> None:
-    config = compose(["overlap.num_chunks=auto", *words])
-    topology: Any = SimpleNamespace(sizes=SimpleNamespace(ep=config.parallel.ep))
-    assert measure_num_chunks(config, topology) is None and config.overlap.num_chunks == 1
+def test_number_that_a_run_has_stands(
+    decided: Any, words: list[str], checkpoint: Any, described: Any, expected: int, said: str
+) -> None:
+    """While ep is the same: of the checkpoint, or before the first one of config.yaml."""
+    number, notes = decided(words, checkpoint, described)
+    assert number == expected
+    assert len(notes) == bool(said) and said in "".join(notes)
 
 
 @pytest.mark.parametrize("value", ["2.5", "many", "true", "0", "null"])

@@ -39,12 +39,19 @@ class SaveTimer:
     def written(self) -> None:
         self.end = self.clock()
 
-    def record(self, run: Path) -> None:
-        """Append a line to the run's saves.jsonl. One that cannot be written is left out: a run can do without it."""
+    def record(self, run: Path) -> str:
+        """Append a line to the run's saves.jsonl; returns why it could not, which is empty if it could.
+
+        A run can do without the line, and the next save has one of its own.
+        """
         seconds = (self.clock() if self.end is None else self.end) - self.start
         line = dumps({"step": self.step, "save_seconds": seconds, "blocked_seconds": self.blocked_seconds})
-        with contextlib.suppress(OSError), (run / SAVES).open("a") as file:
-            file.write(line + "\n")
+        try:
+            with (run / SAVES).open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            return f"{run / SAVES} cannot be written: {error.strerror or error}"
+        return ""
 
 
 def slowest_save(run: Path) -> float | None:

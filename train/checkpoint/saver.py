@@ -89,6 +89,7 @@ class Saver:
         self.failed: SaveError | None = None  # the newest checkpoint could not be written
         self.last_save = time.monotonic()
         self.timer = SaveTimer(state.counters.step)  # of the newest save
+        self.untimed = False  # its time could not be written, and that is noted
 
     def is_overdue(self) -> bool:
         """Whether a checkpoint is due by `checkpoint.every_minutes`; always False except on the first rank."""
@@ -155,12 +156,18 @@ class Saver:
             return error
         return None
 
+    def _record_time(self) -> None:
+        problem = self.timer.record(self.config.run.folder)
+        if problem and not self.untimed:
+            self.terminal.note(f"{problem}; longcat slurm does not learn from it how long a save takes")
+        self.untimed = bool(problem)
+
     def _end(self, error: BaseException | None) -> None:
         """A full disk does not end the run: that would lose steps, and the next save may find space again."""
         self.failed = None
         if error is None:
             if self.topology.is_first:
-                self.timer.record(self.config.run.folder)
+                self._record_time()
             return
         if not isinstance(error, SaveError):
             raise error

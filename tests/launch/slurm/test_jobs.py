@@ -7,9 +7,11 @@ import signal
 import tempfile
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from launch.__main__ import main as longcat
 from tests.launch.slurm.conftest import Submit
 from tests.support.running import NARROW, exact, exit_json, train_two, wait_for_step
 from tests.support.slurm import Slurm, log_of, wait
@@ -48,12 +50,47 @@ def test_killed_rank(slurm: Slurm, submit: Submit, words: list[str], tmp_path: P
     assert "starts again in" in log and slurm.job(job)["Restarts"] == "0"
 
 
+@pytest.mark.parametrize("spares", [0, 1])
+def test_corrupt_node_is_barred(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path, spares: int) -> None:
+    """Its name comes from Slurm: several nodes are on one host here. On a spare node, else queued again without it."""
+    program = tmp_path / "program"
+    program.write_text(
+        f"""#!/bin/bash
+cd '{tmp_path}/run'
+if [ ! -f found ]; then
+    echo $SLURMD_NODENAME >found
+    echo '{{"code": 5, "finding": {{"host": "here", "node": "'$SLURMD_NODENAME'"}}}}' >exit.json
+    exit 5
+fi
+echo $SLURMD_NODENAME >second
+echo '{{"code": 0}}' >exit.json
+"""
+    )
+    program.chmod(0o755)
+    job = submit([*words, f"slurm.program={program}", f"slurm.spares={spares}"])
+    ended = slurm.wait_for_state(job, "COMPLETED")
+    first, second = ((tmp_path / "run" / name).read_text().strip() for name in ("found", "second"))
+    assert first != second and (tmp_path / "run" / "slurm.bad_nodes").read_text() == f"{first}\n", log_of(ended)
+    expected = ("0", "(null)") if spares else ("1", first)
+    assert (ended["Restarts"], ended["ExcNodeList"]) == expected, log_of(ended)
+
+
+def test_submission_that_slurm_refuses(slurm: Slurm, words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    with patch.dict(os.environ, slurm.environment):
+        assert longcat(["slurm", *words, "slurm.partition=nowhere", "--submit"]) == 2
+    assert "invalid partition specified: nowhere" in capfd.readouterr().err
+
+
 def test_wrong_configuration_ends_the_job(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path) -> None:
-    """What only a node can see: here, a corpus that is gone. One start, code 2, the reason in the log."""
-    job = submit([*words, "data.paths=[/nowhere/corpus]"])
+    """What only a node can see: here, a corpus that is gone. One start, code 2, the reason in the log.
+
+    A blank and `%` in the path of the run folder reach Slurm as they are.
+    """
+    job = submit([*words, "data.paths=[/nowhere/corpus]", f"run.dir='{tmp_path}/my runs 50% j'"])
     ended = slurm.wait_for_state(job, "FAILED")
     assert ended["ExitCode"] == "2:0" and ended["Restarts"] == "0", log_of(ended)
-    said = [line for line in log_of(ended).splitlines() if line.startswith("error: ")]
+    log = (tmp_path / "my runs 50% j" / "run" / f"slurm-{job}.log").read_text()
+    said = [line for line in log.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "/nowhere/corpus" in said[0], said
 
 

@@ -376,3 +376,13 @@ def test_each_save_is_timed(
         file.write('{"step": 5, "save_sec')
     assert slowest_save(tmp_path / "run") == max(row["save_seconds"] for row in rows), "a torn line counts for nothing"
     assert slowest_save(tmp_path) is None
+
+
+def test_times_that_cannot_be_written_are_noted_once(
+    narrow: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A folder is where saves.jsonl would be; training goes on."""
+    (tmp_path / "run" / SAVES).mkdir(parents=True)
+    assert train_here([*narrow, "train.steps=3", "checkpoint.every=1"]) == 0
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert log.count(f"{SAVES} cannot be written: Is a directory") == 1, log
