@@ -109,16 +109,15 @@ bar_node() {
 queue_again() {
     local excluded bad=${barred% }
     if [ -z "$barred" ]; then
-        scontrol requeue "$SLURM_JOB_ID"
-        return
+        scontrol requeue "$SLURM_JOB_ID" && return 0   # in a trap, return alone gives the code of what it interrupted
+        return 1
     fi
     excluded=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' | sed 's/(null)//')
     excluded="${excluded:+$excluded,}${bad// /,}"
-    trap '' TERM   # Slurm sends it to this script at once
-    scontrol requeuehold "$SLURM_JOB_ID" || return
+    scontrol requeuehold "$SLURM_JOB_ID" || return 1
     scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded" || say "cannot exclude $excluded from the next start"
     scontrol release "$SLURM_JOB_ID" || say "the job is held; let it go on with: scontrol release $SLURM_JOB_ID"
-    exit 0
+    return 0
 }
 
 # Ends this start of the job and queues it again; Slurm then starts this script anew, perhaps on other nodes
@@ -128,12 +127,8 @@ requeue() {
         exit "$2"
     fi
     say "queued again: $1"
-    trap 'exit 0' TERM   # Slurm ends this script
-    trap '' ALRM USR1 USR2
-    if queue_again; then
-        sleep 300 &
-        wait "$!"
-    fi
+    trap '' TERM ALRM USR1 USR2   # Slurm sends TERM at once to all that runs here, scontrol too
+    queue_again && exit 0
     say "cannot be queued again; start it with: sbatch $script"
     exit "$2"
 }

@@ -13,8 +13,8 @@ from pathlib import Path
 from launch.__main__ import main as longcat
 
 # Each note their words. A start of training ends as the next line of the file `ends` says; nodes in $DEAD do not
-# answer. As in Slurm 22.05, excluded nodes of a running job cannot be changed, requeue and requeuehold send TERM to the
-# script, and squeue shows a step only once srun has made it
+# answer. As in Slurm 22.05, excluded nodes of a running job cannot be changed, requeue and requeuehold send TERM to all
+# that the script runs, and squeue shows a step only once srun has made it
 PROGRAMS = {
     "srun": r"""
         if [ "${!#}" = true ]; then
@@ -50,7 +50,7 @@ PROGRAMS = {
         "show hostnames"*) printf 'n1\nn2\nn3\n' ;;
         "-o show node"*) echo "NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=n1" ;;
         "-o show job"*) echo "JobId=7 JobName=mine ReqNodeList=(null) ExcNodeList=$EXCLUDED NodeList=n[1-3]" ;;
-        requeue*) : >"$CALLS.pending"; kill -TERM "$PPID" ;;
+        requeue*) : >"$CALLS.pending"; kill -TERM $$ "$PPID"; /bin/sleep 0.2 ;;
         update*)
             [ -f "$CALLS.pending" ] || { echo "Job is no longer pending execution for job 7" >&2; exit 1; } ;;
         esac""",
@@ -111,7 +111,9 @@ class Script:
     def ends(self, process: subprocess.Popen[str]) -> tuple[int, bool, str]:
         """(exit code, whether it was queued again, output)."""
         code = process.wait(120)
-        return code, "scontrol requeue" in self.calls.read_text(), self.log.read_text()
+        queued, output = "scontrol requeue" in self.calls.read_text(), self.log.read_text()
+        assert not (queued and "cannot be queued again" in output), output
+        return code, queued, output
 
     def starts(self) -> list[str]:
         """The nodes of each start of training."""
