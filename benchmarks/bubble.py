@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.common import print_json, print_table
 from longcat.config import ModelConfig
+from longcat.documents import Documents
 from longcat.init import initialise
 from longcat.model import LongCat, Losses, ModelPart
 from parallel.config import ParallelConfig
@@ -52,7 +53,7 @@ class Batch:
     tokens: Tensor
     labels: Tensor
     valid: Tensor
-    documents: Tensor | None = None
+    documents: Documents | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.link import DEVICES, set_speed
 from longcat.config import ModelConfig
+from longcat.documents import Documents
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
 from longcat.moe import Router
@@ -184,7 +185,7 @@ class Bench:
 FORWARD = ShortcutLayer.forward
 
 
-def forward_in_sequence(self: ShortcutLayer, x: Tensor, angles: Tensor, documents: Tensor | None = None) -> Any:
+def forward_in_sequence(self: ShortcutLayer, x: Tensor, angles: Tensor, documents: Documents | None = None) -> Any:
     """The same values in the order of an ordinary MoE layer: no dense compute between its three calls."""
     attention, ffn, moe = self.self_attn, self.mlps, self.mlp
     a = x + attention[0](self.input_layernorm[0](x), angles, documents)

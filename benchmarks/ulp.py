@@ -43,10 +43,11 @@ def plain_norm(x: Tensor, gain: Tensor) -> Tensor:
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     length = query.shape[2]
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
     scores = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))
-    return torch.softmax(scores, -1) @ value
+    return (torch.softmax(scores, -1) @ value).transpose(1, 2)
 
 
 def plain_rotary(x: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ def cases() -> list[Case]:
         ]
     found += [case_experts(512, 512), case_experts(6144, 4096), case_loss(512, 8192), case_loss(768, 32768)]
     for heads, keys, values in ((8, 96, 64), (8, 192, 128)):
-        shapes = [(1, heads, 512, keys), (1, heads, 512, keys), (1, heads, 512, values)]
+        shapes = [(1, 512, heads, keys), (1, 512, heads, keys), (1, 512, heads, values)]
         scaled = lambda q, k, v: causal_attention(q, k, v, q.shape[-1] ** -0.5, None)  # noqa: E731
         found.append(Case(f"attention, {keys} / {values}", scaled, plain_attention, shapes))
     return list({case.name: case for case in found}.values())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longcat.config import ModelConfig
+from longcat.documents import Documents
 from longcat.interfaces import SequenceModule
 from longcat.modules import Linear, RMSNorm
 from longcat.ops.attention import causal_attention
@@ -30,8 +31,8 @@ class LatentAttention(SequenceModule):
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, d)
 
-    def forward(self, x: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
-        """x [B, s, D], angles [S, rotary/2] complex, documents [B, S] or None → [B, s, D].
+    def forward(self, x: Tensor, angles: Tensor, documents: Documents | None) -> Tensor:
+        """x [B, s, D], angles [S, rotary/2] complex, documents or None → [B, s, D].
 
         Ranks that share a sequence exchange the normed latents of keys and values, which are small. Each rank expands
         from them the heads whose weights it holds.
@@ -45,7 +46,7 @@ class LatentAttention(SequenceModule):
         out = self.attend(query, sequence.wait_keys(pending), angles, documents)
         return sequence.reduce(self.o_proj(out))
 
-    def attend(self, query: Tensor, latents: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, latents: Tensor, angles: Tensor, documents: Documents | None) -> Tensor:
         """query [B, q, H·C] and latents [B, S, R + rotary] → the heads' outputs [B, q, H·V]."""
         config = self.config
         nope, rope, width = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -56,11 +57,11 @@ class LatentAttention(SequenceModule):
         query_angles = torch.cat([angles[start:stop] for start, stop in ranges])
         k_rope = rotary(k_rope[:, :, None], angles).expand(-1, -1, k_nope.shape[2], -1)
         out = causal_attention(
-            torch.cat((q_nope, rotary(q_rope, query_angles)), -1).transpose(1, 2).contiguous(),
-            torch.cat((k_nope, k_rope), -1).transpose(1, 2).contiguous(),
-            value.transpose(1, 2).contiguous(),
+            torch.cat((q_nope, rotary(q_rope, query_angles)), -1),
+            torch.cat((k_nope, k_rope), -1),
+            value,
             config.softmax_scale * config.query_scale,  # α_q multiplies both parts of the query, hence the scores
             documents,
             ranges,
         )
-        return out.transpose(1, 2).flatten(2)
+        return out.flatten(2)

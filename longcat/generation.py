@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longcat.attention import LatentAttention
+from longcat.documents import Documents
 from longcat.errors import ConfigError
 from longcat.layer import MTPLayer
 from longcat.model import LongCat
@@ -88,7 +89,7 @@ class LatentCache:
         """Restore the block's own `attend`."""
         del self.attention.attend
 
-    def attend(self, query: Tensor, latents: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, latents: Tensor, angles: Tensor, documents: Documents | None) -> Tensor:
         """query [1, q, H·C] and latents [1, q, R + rotary] of the next q positions → [1, q, H·V]."""
         config = self.attention.config
         nope, rope, rank = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank

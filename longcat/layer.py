@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longcat.attention import LatentAttention
 from longcat.config import ModelConfig
+from longcat.documents import Documents
 from longcat.modules import FeedForward, Linear, RMSNorm
 from longcat.moe import MoE, RoutingStatistics
 
@@ -25,7 +26,9 @@ class ShortcutLayer(nn.Module):
         self.mlps = nn.ModuleList(FeedForward(d, config.ffn_hidden_size) for _ in range(2))
         self.mlp = MoE(config, balance_groups)
 
-    def forward(self, x: Tensor, angles: Tensor, documents: Tensor | None = None) -> tuple[Tensor, RoutingStatistics]:
+    def forward(
+        self, x: Tensor, angles: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, RoutingStatistics]:
         """x [B, s, D] → y [B, s, D] and the router's statistics.
 
         The order of these statements sets the overlap, in the forward and (reversed) in the backward: the computation
@@ -81,7 +84,7 @@ class MTPLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(d, eps)
         self.transformer_layer = DenseBlock(config)
 
-    def forward(self, hidden: Tensor, embedded: Tensor, angles: Tensor, documents: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, embedded: Tensor, angles: Tensor, documents: Documents | None) -> Tensor:
         """hidden, embedded [B, s, D] → [B, s, D], before the final norm of the MTP head."""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
         a = x + self.self_attn(self.input_layernorm(x), angles, documents)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longcat.config import ModelConfig
+from longcat.documents import Documents
 from longcat.errors import ConfigError
 from longcat.interfaces import SequenceModule, VocabularyModule, local_tensor
 from longcat.layer import MTPLayer, ShortcutLayer
@@ -92,7 +93,7 @@ class LongCat(SequenceModule, VocabularyModule):
         return [layer.mlp.router for layer in self.shortcut_layers()]
 
     def trunk(
-        self, tokens: Tensor, documents: Tensor | None, hidden: Tensor | None = None
+        self, tokens: Tensor, documents: Documents | None, hidden: Tensor | None = None
     ) -> tuple[Tensor, list[RoutingStatistics]]:
         """tokens [B, S], or the previous part's hidden states [B, s, D] → [B, s, D], and each layer's statistics."""
         x = hidden
@@ -111,7 +112,7 @@ class LongCat(SequenceModule, VocabularyModule):
         config = self.config
         return rotary_angles(positions, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling)
 
-    def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
         """tokens [B, S] → next-token logits [B, S, V], of a model in one process."""
         assert self.norm is not None and self.lm_head is not None
         z, _ = self.trunk(tokens, documents)
@@ -122,11 +123,11 @@ class LongCat(SequenceModule, VocabularyModule):
         tokens: Tensor,
         labels: Tensor,
         valid: Tensor,
-        documents: Tensor | None = None,
+        documents: Documents | None = None,
         mtp: bool = True,
         hidden: Tensor | None = None,
     ) -> Losses:
-        """Losses of tokens, labels [B, S] int64 (labels[t] = tokens[t+1]), valid [B, S] bool, documents [B, S].
+        """Losses of tokens, labels [B, S] int64 (labels[t] = tokens[t+1]), valid [B, S] bool.
 
         Every rank passes the ids of the full sequence. ``hidden`` [B, s, D] is the input of a part without embedding.
         """
@@ -162,7 +163,7 @@ class LongCat(SequenceModule, VocabularyModule):
         total, token_losses = self.vocabulary.cross_entropy(rows, weight, labels.flatten(), valid.flatten())
         return total, token_losses.view_as(labels)
 
-    def _mtp_loss(self, hidden: Tensor, labels: Tensor, valid: Tensor, documents: Tensor | None) -> Tensor:
+    def _mtp_loss(self, hidden: Tensor, labels: Tensor, valid: Tensor, documents: Documents | None) -> Tensor:
         """Σ of the MTP layers' cross-entropies; layer k (from 1) predicts the token k + 1 positions ahead.
 
         It reads the hidden states after the final norm: the report leaves this open, so it is the project's choice.
@@ -179,12 +180,12 @@ class LongCat(SequenceModule, VocabularyModule):
         return total
 
 
-def mtp_valid(valid: Tensor, documents: Tensor | None, depth: int) -> Tensor:
+def mtp_valid(valid: Tensor, documents: Documents | None, depth: int) -> Tensor:
     """Where MTP layer ``depth`` (from 1) has a label: within the sample and, with document masks, the document."""
     shifted = valid.roll(-depth, 1).clone()
     shifted[:, -depth:] = False
     if documents is not None:
-        shifted &= documents == documents.roll(-depth, 1)
+        shifted &= documents.numbers == documents.numbers.roll(-depth, 1)
     return shifted
 
 

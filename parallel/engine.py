@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longcat.documents import Documents
 from longcat.model import LongCat, Losses
 from parallel.fsdp.collectives import wait_for_reductions
 from parallel.fsdp.sharding import set_gradient_sync
@@ -30,7 +31,7 @@ class MicroBatch(Protocol):
     def valid(self) -> Tensor: ...
 
     @property
-    def documents(self) -> Tensor | None: ...
+    def documents(self) -> Documents | None: ...
 
 
 class Engine(Protocol):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longcat.documents import Documents, to_device
 from longcat.model import mtp_valid
 from parallel.elastic import virtual_ranks
 from parallel.mesh import Topology
@@ -28,7 +29,7 @@ class Batch:
     tokens: Tensor  # [B, S] int64
     labels: Tensor  # [B, S] the next token of each
     valid: Tensor  # [B, S] bool, True where the label counts
-    documents: Tensor | None  # [B, S] document numbers, with data.mask_documents
+    documents: Documents | None  # with data.mask_documents
 
 
 class BatchReader:
@@ -65,11 +66,11 @@ class BatchReader:
 
     def to_batch(self, windows: Tensor) -> Batch:
         """Windows [B, S+1] → inputs and labels."""
-        windows = windows.to(self.topology.device)
+        device, documents = self.topology.device, None
+        if self.config.data.mask_documents:  # before the copy: bounds of documents are needed on the host
+            documents = Documents.of(document_numbers(windows[:, :-1], self.samples.eod), device)
+        windows = to_device(windows, device)
         tokens, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-        documents = None
-        if self.config.data.mask_documents:
-            documents = document_numbers(tokens, self.samples.eod)
         return Batch(tokens, labels, torch.ones_like(tokens, dtype=torch.bool), documents)
 
     def divisors(self, batches: list[Batch]) -> Divisors:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.kernels import FLASH, Sizes, floors
+from longcat.documents import Documents
 from longcat.ops.attention import causal_attention
 from longcat.ops.permute import plan_permutation
 from parallel.kernels import install
@@ -87,10 +88,10 @@ def test_attention_backward_is_deterministic(masked: bool, monkeypatch: pytest.M
     from parallel.device import make_deterministic
 
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    documents = (torch.arange(2048, device="cuda") // 700)[None] if masked else None
-    shapes = ((1, 8, 2048, 192), (1, 8, 2048, 192), (1, 8, 2048, 128))
+    documents = Documents.of((torch.arange(2048) // 700)[None], torch.device("cuda")) if masked else None
+    shapes = ((1, 2048, 8, 192), (1, 2048, 8, 192), (1, 2048, 8, 128))
     inputs = [torch.randn(*shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-    upstream = torch.randn(1, 8, 2048, 128, device="cuda", dtype=torch.bfloat16)
+    upstream = torch.randn(1, 2048, 8, 128, device="cuda", dtype=torch.bfloat16)
     make_deterministic()
     try:
         out = causal_attention(*inputs, 0.07, documents)

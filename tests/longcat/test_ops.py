@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longcat.documents import Documents
 from longcat.ops.attention import causal_attention
 from longcat.ops.cross_entropy import linear_cross_entropy
 from longcat.ops.elementwise import rms_norm, rotary
@@ -103,22 +104,22 @@ def test_rotary_turns_interleaved_pairs() -> None:
 @pytest.mark.parametrize("parts", [False, True], ids=["one_pass", "blocks_of_queries"])
 def test_causal_attention(length: int, masked: bool, parts: bool) -> None:
     """The ranges leave out the first queries, some in the middle, and the last, whose keys then get no gradient."""
-    query, key, value = draw(0, 2, 3, length, 6), draw(1, 2, 3, length, 6), draw(2, 2, 3, length, 4)
-    documents = torch.randint(0, 2, (2, length)).cumsum(1) // 8 if masked else None
+    query, key, value = draw(0, 2, length, 3, 6), draw(1, 2, length, 3, 6), draw(2, 2, length, 3, 4)
+    documents = Documents.of(torch.randint(0, 2, (2, length)).cumsum(1) // 8) if masked else None
     runs = [(length // 9, length // 3 + 1), (length // 2 + 1, length - length // 7)] if parts and length > 2 else None
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     if documents is not None:
-        hidden = hidden | (documents[:, :, None] != documents[:, None, :])[:, None]
-    scores = (query @ key.transpose(-1, -2) * 0.3).masked_fill(hidden, float("-inf"))
-    reference = torch.softmax(scores, -1) @ value
+        hidden = hidden | (documents.numbers[:, :, None] != documents.numbers[:, None, :])[:, None]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    reference = (torch.softmax((q @ k.mT * 0.3).masked_fill(hidden, float("-inf")), -1) @ v).transpose(1, 2)
     held = torch.cat([torch.arange(*run) for run in runs or [(0, length)]])
-    ours, reference = causal_attention(query[:, :, held], key, value, 0.3, documents, runs), reference[:, :, held]
+    ours, reference = causal_attention(query[:, held], key, value, 0.3, documents, runs), reference[:, held]
     assert_same(ours, reference, [query, key, value])
 
 
 def test_causal_attention_recomputes_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saved or recomputed, the gradients are bitwise identical; recomputed, nothing of size S² is saved."""
-    inputs = [draw(0, 2, 3, 200, 6), draw(1, 2, 3, 200, 6), draw(2, 2, 3, 200, 4)]
+    inputs = [draw(0, 2, 200, 3, 6), draw(1, 2, 200, 3, 6), draw(2, 2, 200, 3, 4)]
     results, sizes = [], []
     for limit in (200 * 4, 200 * 4 - 1):
         monkeypatch.setattr("longcat.ops.attention.MAX_SAVED_ROW_BYTES", limit)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longcat.documents import Documents
 from longcat.ops.attention import causal_attention
 from longcat.ops.cross_entropy import _softmax_loss, linear_cross_entropy
 from longcat.ops.elementwise import rms_norm, rotary, swiglu, swiglu_backward
@@ -72,11 +73,11 @@ def operators(dtype: torch.dtype, size: int) -> dict[str, tuple[list[Tensor], ob
     rows, other = leaf(size, 48, dtype=dtype, seed=6), leaf(size, 48, dtype=dtype, seed=7)
     gain, head = leaf(48, dtype=torch.float32, seed=8), leaf(96, 48, dtype=torch.float32, seed=9)
     ends = torch.tensor([size // 3, size // 3, size - 1, size], dtype=torch.int32)
-    q, k = (leaf(2, 4, size, 24, dtype=dtype, seed=seed) for seed in (10, 11))
-    v = leaf(2, 4, size, 16, dtype=dtype, seed=12)
+    q, k = (leaf(2, size, 4, 24, dtype=dtype, seed=seed) for seed in (10, 11))
+    v = leaf(2, size, 4, 16, dtype=dtype, seed=12)
     halves = leaf(size, 24, dtype=dtype, seed=13)  # of odd vectors
     thin = leaf(4, 20, 12, dtype=torch.float32, seed=14)
-    documents = (torch.arange(size) // 7).expand(2, -1)
+    documents = Documents.of((torch.arange(size) // 7).expand(2, -1))
     angles = torch.polar(torch.ones(size, 12), torch.randn(size, 12))
     labels, valid = torch.arange(size) % 96, torch.arange(size) % 5 > 0
     return {
@@ -87,7 +88,7 @@ def operators(dtype: torch.dtype, size: int) -> dict[str, tuple[list[Tensor], ob
         "gated experts": ([rows, other, stack], lambda: grouped_gated_linear(rows, other, stack, ends)),
         "halves": ([halves, thin], lambda: grouped_gated_linear(*halves.chunk(2, -1), thin, ends)),
         "norm": ([x, gain], lambda: rms_norm(x, gain, 1e-6)),
-        "rotary": ([q], lambda: rotary(q.transpose(1, 2), angles)),
+        "rotary": ([q], lambda: rotary(q, angles)),
         "attention": ([q, k, v], lambda: causal_attention(q, k, v, 0.2, documents)),
         "cross-entropy": ([rows, head], lambda: linear_cross_entropy(rows, head, labels, valid)[0]),
     }

@@ -143,5 +143,5 @@ def test_labels_are_counted_before_the_backward() -> None:
     batches = list(reader.read(0))
     labels, mtp_labels = label_counts(batches, num_mtp_layers=1)
     assert labels == 4 * 12
-    inside = sum(int((b.documents[:, 1:] == b.documents[:, :-1]).sum()) for b in batches)
+    inside = sum(int((b.documents.numbers[:, 1:] == b.documents.numbers[:, :-1]).sum()) for b in batches)
     assert mtp_labels == inside

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from longcat.config import ModelConfig
+from longcat.documents import Documents
 from longcat.init import initialise
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat, Losses
@@ -67,14 +68,15 @@ class MicroBatch:
     tokens: Tensor
     labels: Tensor
     valid: Tensor
-    documents: Tensor | None
+    documents: Documents | None
 
 
 def micro_batch(number: int, with_documents: bool) -> MicroBatch:
     generator = torch.Generator().manual_seed(number)
     sample = torch.randint(CONFIG.vocab_size, (ROWS, LENGTH + 1), generator=generator)
     valid = torch.rand(ROWS, LENGTH, generator=generator) > 0.1
-    documents = (torch.rand(ROWS, LENGTH, generator=generator) < 0.2).cumsum(1) if with_documents else None
+    numbers = (torch.rand(ROWS, LENGTH, generator=generator) < 0.2).cumsum(1)
+    documents = Documents.of(numbers) if with_documents else None
     return MicroBatch(sample[:, :-1].contiguous(), sample[:, 1:].contiguous(), valid, documents)
 
 

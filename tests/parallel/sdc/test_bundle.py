@@ -51,7 +51,7 @@ def some_calls() -> list[Difference]:
     ends = torch.tensor([9, 20, 48, 48], dtype=torch.int32)
     plan = plan_permutation(torch.tensor([[0, 1], [2, 5], [4, 3]]).repeat(16, 1), 4, 6)
     gates = torch.rand(48, 2, generator=generator, requires_grad=True)
-    query = draw(1, 2, 48, 32)
+    query = draw(1, 48, 2, 32)
     recorder = Everything(1)
     set_observer(recorder)
     try:
@@ -78,8 +78,9 @@ def test_every_operator_is_repeated_from_its_file(tmp_path: Path) -> None:
         "embedding, forward", "embedding, backward", "rotary, forward", "rotary, backward", "router, forward",
         "router, backward", "cross-entropy, hidden gradient", "cross-entropy, weight gradient",
     }  # fmt: skip
+    on_gpus = {"fused_attention, forward", "fused_attention, backward"}
     weights = {"linear weight", "experts weight"}  # parts of the backwards that are repeated here
-    assert {one.operator for one in calls} >= set(FUNCTIONS) - deferred_or_elsewhere - weights
+    assert {one.operator for one in calls} >= set(FUNCTIONS) - deferred_or_elsewhere - weights - on_gpus
 
 
 def changed(difference: Difference, which: str) -> Difference:
