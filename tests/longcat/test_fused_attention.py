@@ -175,7 +175,8 @@ def test_calls_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """What watches for corruption runs forward and backward again, from the context's plain values."""
     monkeypatch.setattr(fused_attention, "KERNELS", {Backend.flash: FlashStandIn})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: H100)
-    query, key, value = (torch.randn(1, 32, 2, width, dtype=BF16, requires_grad=True) for width in (24, 24, 16))
+    shapes = ((16, 24), (32, 24), (32, 16))  # positions, width
+    query, key, value = (torch.randn(1, rows, 2, width, dtype=BF16, requires_grad=True) for rows, width in shapes)
     documents = Documents.of((torch.arange(32) // 9)[None])
     recomputer = Recomputer(1)
     try:
