@@ -204,6 +204,11 @@ def world_from_environment() -> tuple[int, int, int]:
     )
 
 
+def incarnation() -> str:
+    """What tells this start of all ranks from others in an agent's store, which outlives ranks and keeps their keys."""
+    return "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
+
+
 def connect(config: ParallelConfig) -> Topology:
     """Create the process group and the mesh: NCCL and gloo on GPUs, gloo alone on CPUs."""
     rank, local_rank, world_size = world_from_environment()
@@ -220,7 +225,14 @@ def connect(config: ParallelConfig) -> Topology:
     if "MASTER_ADDR" not in os.environ:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:
+        timeout = timedelta(seconds=config.timeout_seconds)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=config.timeout_seconds)
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=timeout,
+            store=dist.PrefixStore(incarnation(), store),
+            rank=rank,
+            world_size=world_size,
         )
     return make_topology(sizes, rank, world_size, device)

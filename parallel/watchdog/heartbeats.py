@@ -80,16 +80,19 @@ class Heartbeat:
 class HeartbeatStore:
     """Each rank writes its own key; a diagnosis reads all. It uses connections of its own, so training never waits.
 
+    Args:
+        incarnation: the same on all ranks of one start, and no other start's: an agent's store outlives its ranks, and
+            the diagnosis that ended earlier ones must not end these.
+
     The store is in the first host's agent under torchrun and `longcat train`, and in rank 0 where ranks were started
     without an agent: then it is lost with rank 0.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, world_size: int, incarnation: str = "0") -> None:
         self.rank, self.world_size = rank, world_size
         self.writing, self.reading = store.clone(), store.clone()  # type: ignore[attr-defined]
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an agent's store outlives its ranks
-        self.keys = [f"watch/{attempt}/{number}" for number in range(world_size)]
-        self.diagnosis_key = f"watch/{attempt}/diagnosis"
+        self.keys = [f"watch/{incarnation}/{number}" for number in range(world_size)]
+        self.diagnosis_key = f"watch/{incarnation}/diagnosis"
         self.known: dict[int, Heartbeat] = {}  # what was read last
         self.at_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
 

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ import torch.distributed as dist
 
 from longcat.errors import CRASHED
 from parallel.mesh import BACKGROUND
+from parallel.reduce import broadcast
 from parallel.torch_internals import default_store, process_groups, set_group_timeout
 from parallel.watchdog.diagnosis import Cause, Diagnosis, as_finding, diagnose, format_message, reporter
 from parallel.watchdog.errors import causes, first_sentence, is_lost_rank
@@ -277,7 +279,8 @@ def start(timeout_seconds: float, on_hang: Callable[[str], None], folder: Path) 
         return
     rank = dist.get_rank()
     record = flight_record_path(folder, rank) if torch.cuda.is_available() else None
-    store = HeartbeatStore(default_store(), rank, dist.get_world_size())
+    # Not the agent's restart count: that stays the same when nodes come or go
+    store = HeartbeatStore(default_store(), rank, dist.get_world_size(), broadcast(uuid.uuid4().hex))
     _current = Watchdog(store, timeout_seconds, on_hang, record)
     set_timeout(timeout_seconds)
     _current.start()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.support.running import NARROW, ROOT, lines
+from tests.support.running import NARROW, ROOT, free_ports, lines
 
 OWN_FILES = ("train.py", "json.py", "random.py", "torch.py", "parallel.py", "configs.py", "hydra.py")
 OWN_FOLDERS = ("longcat", "datasets", "wandb", "omegaconf")
@@ -85,12 +86,41 @@ def test_ranks_train_with_a_pythonpath_of_here(folder: Path, tmp_path: Path, sho
     assert len(lines(tmp_path / "run")) == 2
 
 
-def test_torchrun_trains_beside_own_modules(folder: Path, tmp_path: Path, short: list[str]) -> None:
-    """The documented command: `torchrun --no-python longcat-rank`."""
-    rank = program("longcat-rank", "train.__main__", tmp_path)
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
-    answer = run([*torchrun, rank, *short], folder)
+def own_package(folder: Path) -> None:
+    """A folder train/ in place of the file."""
+    (folder / "train").mkdir()
+    (folder / "train.py").rename(folder / "train" / "__init__.py")
+
+
+@pytest.mark.parametrize("safe_path", [False, True], ids=["longcat-rank", "safe path"])
+def test_torchrun_trains_beside_own_modules(
+    safe_path: bool, folder: Path, tmp_path: Path, short: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documented commands: `torchrun --no-python longcat-rank`, `PYTHONSAFEPATH=1 torchrun -m train`."""
+    own_package(folder)
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    if safe_path:
+        monkeypatch.setenv("PYTHONSAFEPATH", "1")
+        words = ["-m", "train"]
+    else:
+        words = ["--no-python", program("longcat-rank", "train.__main__", tmp_path)]
+    answer = run([*torchrun, *words, *short], folder)
     assert answer.returncode == 0, answer.stderr
+    assert len(lines(tmp_path / "run")) == 2
+
+
+@pytest.mark.long
+def test_nodes_train_beside_own_modules(folder: Path, tmp_path: Path, short: list[str]) -> None:
+    """Node runners, the store, its child and the ranks are Pythons of their own."""
+    own_package(folder)
+    (folder / "launch").mkdir()
+    (folder / "launch" / "__init__.py").write_text((folder / "json.py").read_text())
+    longcat = program("longcat", "launch.__main__", tmp_path)
+    words = [longcat, "train", *short, "run.num_processes=1", "launch.nodes=2"]
+    words.append(f"launch.rendezvous=127.0.0.1:{free_ports(1)[0]}")
+    with ThreadPoolExecutor() as pool:
+        for answer in pool.map(lambda _: run(words, folder), range(2)):
+            assert answer.returncode == 0, answer.stderr
     assert len(lines(tmp_path / "run")) == 2
 
 
