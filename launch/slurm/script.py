@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from launch.local import SAVE_SECONDS
-from launch.slurm.nodes import ranks_per_node
 from launch.slurm.options import ContainerRuntime, SlurmOptions
 from longcat.errors import ConfigError
 from longcat.search_path import ROOT
@@ -88,7 +86,7 @@ def render(options: SlurmOptions, overrides: list[str], config: Config, path: Pa
         "save_seconds": str(max(signal.seconds - 15, signal.seconds // 2)),
         "srun": " ".join(srun_options(options, run)),
         "rendezvous": RENDEZVOUS if options.nodes > 1 else "",
-        "command": command(options, overrides, run, config),
+        "command": command(options, overrides, run),
     }
     return re.sub(rf"\{{({'|'.join(values)})\}}", lambda found: values[found[1]], TEMPLATE.read_text())
 
@@ -185,14 +183,14 @@ def mounts(options: SlurmOptions, run: Path) -> list[str]:
     return own + [each if ":" in each else f"{each}:{each}" for each in options.mounts.split(",") if each]
 
 
-def command(options: SlurmOptions, overrides: list[str], run: Path, config: Config) -> str:
+def command(options: SlurmOptions, overrides: list[str], run: Path) -> str:
     """What a node runs, one key on a line; in a container, the command that enters it."""
     words = []
     if options.container_runtime is ContainerRuntime.apptainer:
         words = ["apptainer", "exec", *(["--nv"] if options.gpus_per_node else [])]
         words += ["--pwd", str(Path.cwd()), "--bind", ",".join(mounts(options, run)), options.container]
     start = shlex.join(words) + " " if words else ""
-    start += " ".join(several_nodes(options, config) if options.nodes > 1 else [*program(options), "train"])
+    start += " ".join([*program(options), "train", *several_nodes(options)])
     return " \\\n            ".join([start, *map(shlex.quote, overrides), '${resume:+"$resume"}'])
 
 
@@ -205,20 +203,9 @@ def program(options: SlurmOptions) -> list[str]:
     return [shlex.quote(sys.executable), "-P", "-m", "launch"]
 
 
-def several_nodes(options: SlurmOptions, config: Config) -> list[str]:
-    """torchrun on each node, with longcat-rank as its ranks."""
-    rendezvous = [
-        f"--nnodes={options.nodes}",
-        f"--nproc-per-node={ranks_per_node(options, config)}",
-        "--rdzv-backend=c10d",
-        '--rdzv-id="$SLURM_JOB_ID-$port"',
-        '--rdzv-endpoint="$address:$port"',
-        f"--shutdown-timeout={SAVE_SECONDS}",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1",
-    ]
-    if options.program or options.container or options.venv:
-        return ["torchrun", *rendezvous, "--no-python", "longcat-rank"]
-    return [shlex.quote(sys.executable), "-P", "-m", "torch.distributed.run", *rendezvous, "-m", "train"]
+def several_nodes(options: SlurmOptions) -> list[str]:
+    """Keys that let the nodes of a step meet."""
+    return [f"launch.nodes={options.nodes}", '"launch.rendezvous=$address:$port"'] if options.nodes > 1 else []
 
 
 def is_installed() -> bool:

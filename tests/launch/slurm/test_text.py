@@ -43,7 +43,7 @@ def test_script_is_clean_shell(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert f"#SBATCH --{option}" in lines, option
     assert "export NCCL_IB_HCA=mlx5_0,mlx5_1" in lines and "module load cuda" in lines
-    assert "apptainer exec --nv" in text and "/data:/data,/scratch:/tmp image.sif torchrun --nnodes=2 " in text
+    assert "apptainer exec --nv" in text and "/data:/data,/scratch:/tmp image.sif longcat train launch.nodes=2 " in text
     assert not re.search(r"\{[a-z_]+\}", text.replace("${", "")), "a placeholder is left"
 
 
