@@ -8,6 +8,7 @@ import os
 import signal
 import site
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,13 +55,22 @@ def run_ranks(overrides: list[str], config: Config) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if not config.launch.restarts:
         return run_elastic(overrides, config, processes)
-    from launch.supervisor.loop import supervise
+    from launch.supervisor.this_machine import supervise_here
 
-    return supervise(config, lambda codes: run_elastic(overrides, config, processes, codes))
+    return supervise_here(overrides, config, processes)
 
 
-def run_elastic(overrides: list[str], config: Config, processes: int, codes: dict[int, int] | None = None) -> int:
-    """Start ranks once under the elastic agent and return the exit code; ``codes`` gets those of ranks that failed."""
+def run_elastic(
+    overrides: list[str],
+    config: Config,
+    processes: int,
+    codes: dict[int, int] | None = None,
+    stopped: threading.Event | None = None,
+) -> int:
+    """Start ranks once under the elastic agent and return the exit code.
+
+    ``codes`` gets those of ranks that failed, the first one first. A signal that ended the agent sets ``stopped``.
+    """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -85,14 +95,17 @@ def run_elastic(overrides: list[str], config: Config, processes: int, codes: dic
         with first_signal_alone(), found_by_children():
             elastic_launch(launch, sys.executable)("-P", "-m", "train", *overrides)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        first, failure = error.get_first_failure()
         if codes is not None:
+            codes[first] = failure.exitcode
             codes.update((rank, failed.exitcode) for rank, failed in error.failures.items())
         code = failure.exitcode if failure.exitcode > 0 else CRASHED
         # A rank that had said why it ends may still crash while it ends
         is_own = code != BAD_INPUT and exit_written(config.run.folder) != before  # 2: the folder may be another run's
         return (recorded_code(config.run.folder, code) if is_own else OK) or code
     except SignalException:  # the agent has lost the ranks' codes, and exit.json may be an older run's
+        if stopped is not None:
+            stopped.set()
         same = exit_written(config.run.folder) == before
         return CRASHED if same else recorded_code(config.run.folder)
     return OK

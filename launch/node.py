@@ -339,7 +339,12 @@ class Node:
 
 
 def decide_end(config: Config, fleet: Fleet, assignment: Assignment) -> int:
-    """One start; returns the run's exit code."""
+    """One start, or several with `launch.restarts`; returns the run's exit code."""
+    if config.launch.restarts:
+        from launch.supervisor.loop import supervise
+
+        nodes, seconds = len(assignment.nodes), config.launch.join_seconds
+        return supervise(config, assignment.overrides, assignment.processes, fleet, nodes, seconds)
     before = exit_written(config.run.folder)
     outcome = run_incarnation(fleet, assignment)
     code = exit_code(outcome, config.run.folder, before)

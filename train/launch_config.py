@@ -33,6 +33,12 @@ class LaunchConfig:
     backoff_seconds: float = 5.0  # pause after the first start that brought no new step; it doubles, up to 32 times
     # with restarts: stop = exit code 4 ends the run; retry = once more from the last checkpoint, in case a device erred
     on_unhealthy: OnUnhealthy = OnUnhealthy.stop
+    # with on_unhealthy=retry: further tries, each from the checkpoint before; those that it passes over are set aside
+    max_rollback_checkpoints: int = 1
+    max_strikes: int = 3  # faults within `strike_hours` from which a node gets no ranks if the run can do without it
+    strike_hours: float = 24.0  # how long a fault counts against its node
+    # with restarts on several nodes: go on with fewer data-parallel ranks while nodes are missing
+    shrink: bool = False
     metrics_port: int = 0  # with restarts: serve /metrics for Prometheus on this port of localhost; 0 = off
 
     def validate(self) -> None:
@@ -44,14 +50,13 @@ class LaunchConfig:
         for name in ("join_seconds", "node_timeout"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"launch.{name}={getattr(self, name)} must be more than 0")
-        if self.nodes > 1 and self.restarts:
-            raise ConfigError(
-                f"launch.restarts={self.restarts} starts the ranks of one machine again and launch.nodes={self.nodes}; "
-                f"leave launch.restarts out, or let longcat slurm keep a job of several nodes alive"
-            )
-        for name in ("restarts", "backoff_seconds"):
+        for name in ("restarts", "backoff_seconds", "max_rollback_checkpoints"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"launch.{name}={getattr(self, name)} must not be negative")
+        if self.max_strikes < 1:
+            raise ConfigError(f"launch.max_strikes={self.max_strikes} must be at least 1")
+        if not self.strike_hours > 0:
+            raise ConfigError(f"launch.strike_hours={self.strike_hours} must be more than 0")
         if not 0 <= self.metrics_port <= MAX_PORT:
             raise ConfigError(f"launch.metrics_port={self.metrics_port} must be a port up to {MAX_PORT}, or 0 for off")
         if self.metrics_port and not self.restarts:

@@ -1,13 +1,16 @@
-"""What ended the ranks: one cause, from exit.json's fields and the ranks' exit codes."""
+"""What ended the ranks: one cause and the nodes to blame, from exit.json's fields, exit codes and lost nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longcat.errors import BAD_INPUT, CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY
+
+if TYPE_CHECKING:
+    from launch.fleet import Assignment, NodeReport
 
 
 class Cause(StrEnum):
@@ -19,8 +22,11 @@ class Cause(StrEnum):
     unhealthy = "unhealthy"
     corruption = "corruption"
     hang = "hang"  # a rank stopped answering, or held the others up
+    straggler = "straggler"  # a rank was slow for many steps; state is saved
     out_of_memory = "out_of_memory"
     disk_full = "disk_full"
+    node_lost = "node_lost"  # no sign of life for launch.node_timeout
+    store_lost = "store_lost"  # the store that connects the nodes
     crash = "crash"
 
 
@@ -36,47 +42,111 @@ ADVICE = {
     Cause.unhealthy: "look at the loss in report.html; lower optim.lr, or resume from an earlier checkpoint",
     Cause.corruption: "take the named machine out of the job, then start the same command again",
     Cause.hang: "look at the named rank's machine; raise parallel.timeout_seconds if it is only slow",
+    Cause.straggler: "look at the named rank's machine, and at the load of its experts in report.html",
     Cause.out_of_memory: "the same start needs the same memory: set parallel.recompute=full, lower "
     "train.micro_batch_size, or raise parallel.fsdp",
     Cause.disk_full: "free space in the run folder's file system, or lower checkpoint.keep",
+    Cause.node_lost: "look at the named machine and its network; raise launch.node_timeout if it was only busy",
+    Cause.store_lost: "look at the machine of the first node and its network",
     Cause.crash: "run.log and the output above have the traceback; if a rank got SIGKILL, look into its machine's log",
 }
+STRIKES = (Cause.crash, Cause.hang, Cause.straggler, Cause.node_lost, Cause.corruption)  # blame a node
 
 
 @dataclass(frozen=True)
 class Fault:
-    """How one start of all ranks ended: the cause, the ranks that are to blame, and what exit.json says."""
+    """How one start of all ranks ended: the cause, the ranks and nodes to blame, and what exit.json says."""
 
     cause: Cause
     code: int
     message: str
     ranks: tuple[int, ...] = ()
+    nodes: tuple[str, ...] = ()
 
 
-def find_fault(code: int, codes: Mapping[int, int], exit_json: Mapping[str, Any] | None) -> Fault:
+def find_fault(
+    assignment: Assignment,
+    reports: Sequence[NodeReport],
+    lost: Sequence[str] = (),
+    exit_json: Mapping[str, Any] | None = None,
+    store_error: str = "",
+) -> Fault:
     """Tell the cause.
 
     Args:
-        code: how the start ended as a whole.
-        codes: rank → exit code of the ranks that failed; negative for a signal.
+        lost: nodes that gave no sign of life and have not reported.
         exit_json: what this start wrote, None if nothing.
+        store_error: why the nodes can no longer be asked, if so.
     """
-    message = str((exit_json or {}).get("message", "")) or describe(codes)
-    details = exit_json or {}
-    cause = BY_CODE.get(code, Cause.crash)
-    ranks: tuple[int, ...] = ()
-    if cause == Cause.crash and details.get("cause") in (Cause.out_of_memory, Cause.disk_full):
-        cause = Cause(details["cause"])
-    elif cause == Cause.crash and isinstance(details.get("hang"), dict):
-        hang = details["hang"]
-        cause = Cause.crash if hang.get("kind") == "dead" else Cause.hang
-        ranks = tuple(entry["rank"] for entry in hang.get("ranks", ()))
-    elif cause == Cause.corruption:
-        found = details.get("finding", {}).get("ranks", ())
-        ranks = tuple(entry["rank"] for entry in found if isinstance(entry, dict) and "rank" in entry)
+    details: Mapping[str, Any] = exit_json or {}
+    code = exit_code(reports, bool(lost or store_error), details)
+    failed = {rank: own for report in reports for rank, own in report.codes.items() if own}
+    cause, ranks = BY_CODE.get(code, Cause.crash), _named(details)
+    if cause == Cause.stop and isinstance(details.get("straggler"), dict):
+        cause = Cause.straggler
+    elif cause == Cause.crash:
+        cause = _kind_of_crash(details, lost, store_error)
     if cause == Cause.crash and not ranks:
-        ranks = tuple(sorted(rank for rank, own in codes.items() if own < 0) or sorted(codes))[:1]
-    return Fault(cause, code if code > 0 or cause == Cause.done else CRASHED, message, ranks)
+        first = _first_failed(reports)
+        ranks = tuple(sorted(failed))[:1] if first is None else (first,)
+    nodes: tuple[str, ...] = ()
+    if cause == Cause.node_lost:
+        ranks, nodes = (), tuple(lost)
+    elif cause in STRIKES:
+        nodes = tuple(dict.fromkeys(assignment.nodes[rank // assignment.processes] for rank in ranks))
+        if not nodes and len(assignment.nodes) == 1:
+            nodes = assignment.nodes
+    if cause == Cause.node_lost:
+        message = f"no sign of life from {', '.join(lost)}"
+    elif cause == Cause.store_lost:
+        message = f"the store that connects the nodes is lost ({store_error})"
+    else:
+        message = str(details.get("message", "")) or describe(failed)
+    return Fault(cause, code, message, ranks, nodes)
+
+
+def exit_code(reports: Sequence[NodeReport], is_incomplete: bool, exit_json: Mapping[str, Any]) -> int:
+    """Of the run: exit.json's where this start wrote one, else that of the rank that failed first."""
+    codes = {rank: code for report in reports for rank, code in report.codes.items()}
+    try:
+        written = int(exit_json["code"])
+    except (KeyError, TypeError, ValueError):
+        written = None
+    if not is_incomplete and codes and not any(codes.values()):
+        return OK
+    first = _first_failed(reports)
+    code = codes.get(first, CRASHED) if first is not None else CRASHED
+    if code == BAD_INPUT or written is None:  # 2: exit.json may be another run's
+        return code if code > 0 else CRASHED
+    if written == OK and not any(codes.values()):
+        return OK  # a node was lost after the end
+    return written or (code if code > 0 else CRASHED)
+
+
+def _first_failed(reports: Sequence[NodeReport]) -> int | None:
+    failed = [report for report in reports if report.first_failed is not None]
+    return min(failed, key=lambda report: report.ended).first_failed if failed else None
+
+
+def _named(details: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ranks that exit.json blames."""
+    for key in ("hang", "finding", "straggler"):
+        found = details.get(key)
+        if isinstance(found, dict):
+            named = (entry["rank"] for entry in found.get("ranks", ()) if isinstance(entry, dict) and "rank" in entry)
+            return tuple(named)
+    return ()
+
+
+def _kind_of_crash(details: Mapping[str, Any], lost: Sequence[str], store_error: str) -> Cause:
+    if details.get("cause") in (Cause.out_of_memory, Cause.disk_full):
+        return Cause(details["cause"])
+    if lost:
+        return Cause.node_lost
+    if store_error:
+        return Cause.store_lost
+    hang = details.get("hang")
+    return Cause.hang if isinstance(hang, dict) and hang.get("kind") != "dead" else Cause.crash
 
 
 def describe(codes: Mapping[int, int]) -> str:

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from launch.supervisor.causes import ADVICE, Cause, Fault
+from launch.supervisor.causes import ADVICE, Cause
+from launch.supervisor.nodes import Choice, Start, choose_nodes, struck
 
 MAX_PAUSE_FACTOR = 32  # the longest pause before a start, in `launch.backoff_seconds`
 
 
 @dataclass(frozen=True)
-class Start:
-    """How one start of all ranks went."""
+class Policy:
+    """The keys of `launch` that decide."""
 
-    fault: Fault
-    before: int  # newest step that the run had reached before it
-    step: int  # newest step that the run has reached at its end
+    restarts: int  # starts in a row, after the first, that may bring no new step
+    backoff_seconds: float = 5.0  # pause after the first start without a new step; it doubles with each further one
+    retries_unhealthy: bool = False  # numbers that are not finite get a second try from the last checkpoint
+    max_rollback_checkpoints: int = 1  # further tries from checkpoints before that
+    choice: Choice = field(default_factory=Choice)
 
 
 @dataclass(frozen=True)
 class Again:
-    """Start all ranks again after a pause."""
+    """Start all ranks after a pause."""
 
     pause_seconds: float
+    reason: str
+    nodes: tuple[str, ...] = ()  # that get ranks
+    spares: tuple[str, ...] = ()  # that stand by
+    before_step: int | None = None  # from the newest valid checkpoint of a step below this; None: the newest of all
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Too few nodes can be used; the run ends with this code if none comes."""
+
+    code: int
     reason: str
 
 
@@ -35,32 +49,53 @@ class End:
     reason: str
 
 
-def decide(history: Sequence[Start], restarts: int, backoff_seconds: float, retry_unhealthy: bool) -> Again | End:
-    """What follows the last start of ``history``.
+def decide(
+    history: Sequence[Start],
+    members: Sequence[str],
+    policy: Policy,
+    now: float = 0.0,
+    checkpoints: Sequence[int] = (),
+) -> Again | Wait | End:
+    """What follows the last start of ``history``; before the first one, on which nodes it runs.
 
     Args:
-        restarts: starts in a row, after the first, that may bring no new step.
-        backoff_seconds: pause after the first start without a new step; it doubles with each further one.
-        retry_unhealthy: whether non-finite numbers get a second try from the last checkpoint.
+        members: nodes that are there, in the order of nodes.
+        now: seconds since 1970.
+        checkpoints: steps of the run's checkpoints.
     """
+    nodes, spares = choose_nodes(members, history, policy.choice, now)
+    if not history:
+        return Again(0.0, "", nodes, spares) if nodes else Wait(1, _too_few(members, history, policy, now))
     fault, fruitless = history[-1].fault, count_fruitless(history)
-    advice = ADVICE.get(fault.cause, "")
-    if fault.cause in (Cause.done, Cause.stop):
-        return End(fault.code, "")
-    if fault.cause == Cause.configuration:
+    advice, before_step = ADVICE.get(fault.cause, ""), None
+    if fault.cause in (Cause.done, Cause.stop, Cause.configuration):
         return End(fault.code, advice)
-    if fault.cause == Cause.corruption:
-        return End(fault.code, advice)  # every rank is on the machine that computes wrongly
-    if fault.cause == Cause.unhealthy and not retry_unhealthy:
-        return End(fault.code, advice)
-    if fault.cause == Cause.unhealthy and fruitless and len(history) > 1 and history[-2].fault.cause == Cause.unhealthy:
-        return End(fault.code, f"the same numbers came again from the last checkpoint; {advice}")
+    if fault.cause == Cause.corruption and not fault.nodes:
+        return End(fault.code, advice)  # no rank is named, so no node can be left out
+    if fault.cause == Cause.unhealthy:
+        tries = unhealthy_tries(history)
+        if not policy.retries_unhealthy:
+            return End(fault.code, advice)
+        if len(tries) > policy.max_rollback_checkpoints:
+            return End(fault.code, f"the same numbers came again from {_checkpoints(len(tries))}; {advice}")
+        before_step = min((start.base for start in tries), default=None)
+        if before_step is not None and not any(step < before_step for step in checkpoints):
+            return End(
+                fault.code,
+                f"the same numbers came again from {_checkpoints(len(tries))}, and no earlier one is kept "
+                f"(checkpoint.keep); {advice}",
+            )
     if fault.cause == Cause.out_of_memory and fruitless:
         return End(fault.code, advice)
-    if fruitless > restarts:
+    if fruitless > policy.restarts:
         return End(fault.code, f"{fruitless} starts in a row brought no new step; {advice}")
-    pause = 0.0 if not fruitless else backoff_seconds * min(2 ** (fruitless - 1), MAX_PAUSE_FACTOR)
-    return Again(pause, f"{fault.cause}; starts in a row without a new step: {fruitless} (launch.restarts={restarts})")
+    if not nodes:
+        if len(members) <= 1 == policy.choice.counts[0]:
+            return End(fault.code, advice)  # every rank is on the machine that computes wrongly
+        return Wait(fault.code, f"{_too_few(members, history, policy, now)}; {advice}")
+    pause = 0.0 if not fruitless else policy.backoff_seconds * min(2 ** (fruitless - 1), MAX_PAUSE_FACTOR)
+    reason = f"{fault.cause}; starts in a row without a new step: {fruitless} (launch.restarts={policy.restarts})"
+    return Again(pause, reason, nodes, spares, before_step)
 
 
 def count_fruitless(history: Sequence[Start]) -> int:
@@ -69,3 +104,22 @@ def count_fruitless(history: Sequence[Start]) -> int:
     for start in history:
         count = 0 if start.step > start.before else count + 1
     return count
+
+
+def unhealthy_tries(history: Sequence[Start]) -> list[Start]:
+    """Starts that were to get past numbers that are not finite, and found them again without a new step."""
+    group = history[max(len(history) - count_fruitless(history) - 1, 0) :]
+    return [start for start in group if start.fault.cause == Cause.unhealthy][1:]
+
+
+def _checkpoints(count: int) -> str:
+    return "the last checkpoint" if count == 1 else f"each of the last {count} checkpoints"
+
+
+def _too_few(members: Sequence[str], history: Sequence[Start], policy: Policy, now: float) -> str:
+    barred, _ = struck(history, policy.choice, now)
+    out = sorted(barred.intersection(members))
+    usable = len(members) - len(out)
+    text = f"{usable} of the {policy.choice.counts[0]} nodes that the run needs can be used"
+    text += f" ({', '.join(out)} computes wrongly)" if out else ""
+    return f"{text}; start longcat train on another node, or allow fewer with launch.shrink=true"

@@ -2,59 +2,58 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Sequence
+from contextlib import suppress
 
+from launch.fleet import Assignment, Fleet, NodeReport
 from launch.local import exit_written
 from launch.supervisor import ledger
-from launch.supervisor.causes import Cause, find_fault
-from launch.supervisor.decide import Again, End, Start, decide
+from launch.supervisor.causes import Cause, Fault, find_fault
+from launch.supervisor.decide import Again, End, Policy, Wait, decide
+from launch.supervisor.journal import Journal
+from launch.supervisor.layouts import layouts
 from launch.supervisor.ledger import Life
+from launch.supervisor.nodes import Choice, Start
 from launch.supervisor.page import GAVE_UP, page
 from launch.supervisor.progress import Progress
 from launch.supervisor.prometheus import serving
-from longcat.errors import OK, STOPPED, ConfigError
-from longcat.json_text import dumps
-from train.checkpoint.manifest import list_checkpoints
-from train.checkpoint.save_times import SAVES
+from longcat.errors import CORRUPT, OK, STOPPED, UNHEALTHY, ConfigError
+from train.checkpoint.manifest import step_of
 from train.config import Config
-from train.launch_config import JOURNAL, OnUnhealthy
+from train.launch_config import OnUnhealthy
 from train.report import write_report
-from train.run_dir import EXIT, claim_exit, forget_exit
+from train.run_dir import claim_exit, forget_exit
 from train.run_files import remove_quietly
-from train.stop import STOP_SIGNALS, is_ignored
 
-STOPPED_BETWEEN = "stopped while no ranks ran; the same command resumes from the last checkpoint"
+STOPPED_BETWEEN = "stopped while no ranks trained; the same command resumes from the last checkpoint"
 REPORT = "report.html"
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 8.0  # for ranks to say why they end, once one has failed anywhere
+SAVE_SECONDS = 3600.0  # for ranks that end because all have agreed to: they may still save
+AGREED = {STOPPED, UNHEALTHY, CORRUPT}
 
 
-def supervise(config: Config, start_ranks: Callable[[dict[int, int]], int]) -> int:
-    """Run ``start_ranks`` until it succeeds or `decide` ends the run; returns the exit code.
+def supervise(
+    config: Config,
+    overrides: Sequence[str],
+    processes: int,
+    fleet: Fleet,
+    nodes: int = 1,
+    wait_seconds: float = 0.0,
+) -> int:
+    """Start ranks on ``nodes`` nodes of the fleet until they succeed or `decide` ends the run; returns the exit code.
 
     Args:
-        start_ranks: starts all ranks, waits for their end and returns the exit code; puts those of failed ranks into
-            the given dictionary.
+        overrides: the configuration of the ranks.
+        processes: ranks of each node.
+        wait_seconds: how long to wait for nodes where too few can be used.
     """
     progress = Progress(config.run.folder / "metrics.jsonl")
-    supervisor = Supervisor(config, progress)
-    with stop_requests() as stop, serving(config.launch.metrics_port, supervisor.gauges), progress:
-        while True:
-            decision = supervisor.run_once(start_ranks)
-            if isinstance(decision, End):
-                return supervisor.finish(decision)
-            supervisor.say(f"starting again in {decision.pause_seconds:.0f} s ({decision.reason})")
-            if stop.wait(decision.pause_seconds):
-                forget_exit(config.run.folder)
-                claim_exit(config.run.folder, STOPPED, STOPPED_BETWEEN)
-                supervisor.say(STOPPED_BETWEEN)
-                return supervisor.finish(End(STOPPED, STOPPED_BETWEEN))
+    supervisor = Supervisor(config, overrides, processes, fleet, nodes, progress)
+    with serving(config.launch.metrics_port, supervisor.gauges), progress:
+        return supervisor.run(wait_seconds)
 
 
 class Supervisor:
@@ -64,69 +63,169 @@ class Supervisor:
         progress: watches the run's metrics.jsonl.
     """
 
-    def __init__(self, config: Config, progress: Progress) -> None:
-        self.config, self.progress, self.folder = config, progress, config.run.folder
+    def __init__(
+        self, config: Config, overrides: Sequence[str], processes: int, fleet: Fleet, nodes: int, progress: Progress
+    ) -> None:
+        self.config, self.overrides, self.processes, self.fleet = config, tuple(overrides), processes, fleet
+        self.nodes, self.progress, self.folder = nodes, progress, config.run.folder
+        self.journal = Journal(self.folder)
+        self.layouts = layouts(config, nodes, processes)
+        self.policy = policy_of(config, tuple(self.layouts), self.journal)
         self.history: list[Start] = []
         self.lives: list[Life] = []
+        self.members: list[str] = []
         remove_quietly(self.folder / GAVE_UP)
 
-    def run_once(self, start_ranks: Callable[[dict[int, int]], int]) -> Again | End:
-        """Start the ranks, wait for their end, and decide what follows."""
-        settings, codes = self.config.launch, dict[int, int]()
+    def run(self, wait_seconds: float = 0.0) -> int:
+        """Start, decide, wait, until the end."""
+        while True:
+            decision = self.decide()
+            if isinstance(decision, Again) and self.history:
+                self.say(f"starting again in {decision.pause_seconds:.0f} s ({decision.reason})")
+                self.pause(decision.pause_seconds)
+                decision = self.decide()  # nodes may have come or gone
+            if isinstance(decision, Wait):
+                decision = self.wait_for_nodes(decision, wait_seconds)
+            if self.is_stopped() and not isinstance(decision, End):
+                forget_exit(self.folder)
+                claim_exit(self.folder, STOPPED, STOPPED_BETWEEN)
+                self.say(STOPPED_BETWEEN)
+                return self.finish(End(STOPPED, STOPPED_BETWEEN))
+            if isinstance(decision, End):
+                return self.finish(decision)
+            assert isinstance(decision, Again)
+            self.run_once(decision)
+
+    def decide(self) -> Again | Wait | End:
+        """What follows, with the nodes that are there now."""
+        with suppress(RuntimeError, OSError):  # the store is lost: those that were there last; the start makes one
+            self.members = [node.name for node in self.fleet.nodes()]
+        return decide(self.history, self.members, self.policy, time.time(), self.journal.checkpoint_steps())
+
+    def is_stopped(self) -> bool:
+        with suppress(RuntimeError, OSError):
+            return self.fleet.stop_requested()
+        return False
+
+    def pause(self, seconds: float) -> None:
+        """Wait for so long, or until a stop is requested."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self.is_stopped():
+            time.sleep(min(left, POLL_SECONDS))
+
+    def wait_for_nodes(self, decision: Wait, seconds: float) -> Again | Wait | End:
+        """What follows when enough nodes are there, when a stop is requested, or after ``seconds``."""
+        end = time.monotonic() + seconds
+        found: Again | Wait | End = decision
+        self.say(f"waiting up to {seconds:.0f} s for nodes: {decision.reason}")
+        while isinstance(found, Wait) and not self.is_stopped():
+            if time.monotonic() > end:
+                return End(found.code, found.reason)
+            self.pause(10 * POLL_SECONDS)
+            found = self.decide()
+        return found
+
+    def run_once(self, decision: Again) -> None:
+        """Start the ranks, wait for their end, and note how it went."""
         self.progress.begin()
-        saves, before, exit_before = self._saves(), self.progress.best, exit_written(self.folder)
+        saves, before, exit_before = len(self.journal.saves()), self.progress.best, exit_written(self.folder)
         begin, number = time.time(), len(self.history) + 1
-        self._record({"event": "start", "incarnation": number, "time": begin, "step": self.progress.step})
-        code = start_ranks(codes)
+        assignment, newest = self.assignment(number, decision)
+        self.journal.record(
+            {
+                "event": "start",
+                "incarnation": number,
+                "time": begin,
+                "step": self.progress.step,
+                "on": list(decision.nodes),
+                "so_far": ledger.summary(self.lives) if self.lives else None,
+            }
+        )
+        reports, lost, error = self.watch(assignment)
         self.progress.look()
-        end = time.time()
-        fault = find_fault(code, codes, self._exit() if exit_written(self.folder) != exit_before else None)
-        finished = tuple(self.progress.finished)
-        new_saves = self._saves()[len(saves) :]
-        self.history.append(Start(fault, before, self.progress.best))
+        written = self.journal.exit() if exit_written(self.folder) != exit_before else None
+        fault = find_fault(assignment, reports, lost, written, error)
+        self.note(fault, assignment, begin, before, saves, newest)
+
+    def assignment(self, number: int, decision: Again) -> tuple[Assignment, int]:
+        """The ranks of a start, with what it changes in their configuration; the step that it can start from."""
+        extra, newest = [*self.layouts[len(decision.nodes)]], self.journal.newest_checkpoint()
+        if decision.nodes and len(decision.nodes) < self.nodes:
+            self.say(f"{len(decision.nodes)} of {self.nodes} nodes: {' '.join(extra)} (launch.shrink)")
+        if decision.before_step is not None:
+            path = self.journal.checkpoint_before(decision.before_step)
+            if path is not None:
+                self.say(f"going back to {path} (launch.max_rollback_checkpoints); newer ones are set aside")
+                extra.append(f"checkpoint.resume={path}")
+                newest = step_of(path)
+        return Assignment(number, decision.nodes, self.processes, (*self.overrides, *extra)), newest
+
+    def watch(self, assignment: Assignment) -> tuple[list[NodeReport], list[str], str]:
+        """Start the ranks and wait until each node has reported or is lost → reports, lost nodes, the store's error."""
+        number, told = assignment.incarnation, False
+        reports: list[NodeReport] = []
+        lost: list[str] = []
+        try:
+            self.fleet.start(assignment)
+            while True:
+                reports = self.fleet.reports(number)
+                there = {node.name for node in self.fleet.nodes()}
+                missing = [name for name in assignment.nodes if name not in {report.node for report in reports}]
+                lost = [name for name in missing if name not in there]
+                if len(lost) == len(missing):
+                    return reports, lost, ""
+                failed = {code for report in reports for code in report.codes.values() if code}
+                if not told and (lost or failed):
+                    self.fleet.stop_ranks(number, SAVE_SECONDS if not lost and failed <= AGREED else GRACE_SECONDS)
+                    told = True
+                time.sleep(POLL_SECONDS)
+        except (RuntimeError, OSError) as error:
+            return reports, [], str(error).partition("\n")[0] or type(error).__name__
+
+    def note(self, fault: Fault, assignment: Assignment, begin: float, before: int, saves: int, newest: int) -> None:
+        """Add a start that has ended to the history, the ledger and the journal."""
+        end, finished = time.time(), tuple(self.progress.finished)
+        new_saves = self.journal.saves()[saves:]
+        base = min(self.progress.base, newest)  # a first step may be seen only together with a second
+        self.history.append(Start(fault, before, self.progress.best, base, assignment.nodes, end))
         self.lives.append(
             Life(
                 begin,
                 end,
                 finished,
-                self.progress.base,
-                self._newest_checkpoint(),
+                base,
+                self.journal.newest_checkpoint(),
                 sum(float(save.get("blocked_seconds", 0.0)) for save in new_saves),
                 len(new_saves),
                 fault.cause not in (Cause.done, Cause.stop),
             )
         )
-        decision = decide(
-            self.history, settings.restarts, settings.backoff_seconds, settings.on_unhealthy == OnUnhealthy.retry
-        )
-        self._record(
+        self.journal.record(
             {
                 "event": "end",
-                "incarnation": number,
+                "incarnation": assignment.incarnation,
                 "time": end,
                 "cause": fault.cause,
                 "code": fault.code,
                 "ranks": list(fault.ranks),
-                "host": platform.node(),
+                "nodes": list(fault.nodes),
                 "message": fault.message,
                 "step": self.progress.step,
                 "first_step_seconds": finished[0][1] - begin if finished else None,
-                "restarts": isinstance(decision, Again),
             }
         )
-        return decision
 
     def finish(self, end: End) -> int:
         """Write the ledger, and the page if a person is needed; returns the exit code."""
-        found = ledger.summary(self.lives)
-        self._record({"event": "totals", "time": time.time(), "code": end.code, **found})
+        found = ledger.summary(self.lives) if self.lives else {}
+        self.journal.record({"event": "totals", "time": time.time(), "code": end.code, **found})
         if end.code not in (OK, STOPPED):
-            claim_exit(self.folder, end.code, self.history[-1].fault.message)
+            claim_exit(self.folder, end.code, self.history[-1].fault.message if self.history else end.reason)
             with suppress(OSError):
-                text = page(str(self.folder), platform.node(), self.history, self.lives, end)
+                text = page(str(self.folder), self.members, self.history, self.lives, end, self.policy.choice)
                 (self.folder / GAVE_UP).write_text(text)
                 self.say(f"not starting again: {end.reason}; {self.folder / GAVE_UP} says more")
-        for line in ledger.describe(found):
+        for line in ledger.describe(found) if found else ():
             self.say(line)
         with suppress(OSError, ConfigError):
             if (self.folder / REPORT).is_file():  # the ranks wrote it before these totals
@@ -143,46 +242,22 @@ class Supervisor:
             "starts": len(self.history) + 1,
             "faults": sum(life.is_fault for life in self.lives),
             "availability": ledger.summary(self.lives)["availability"] if self.lives else None,
+            "nodes": len(self.members),
         }
 
     @staticmethod
     def say(text: str) -> None:
         print(f"launch: {text}", file=sys.stderr, flush=True)
 
-    def _record(self, line: dict[str, Any]) -> None:
-        """Append to the journal. A full disk must not end what waits for space."""
-        with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / JOURNAL).open("a") as file:
-                file.write(dumps(line) + "\n")
 
-    def _exit(self) -> dict[str, Any] | None:
-        with suppress(OSError, ValueError):
-            found = json.loads((self.folder / EXIT).read_text())
-            return found if isinstance(found, dict) else None
-        return None
-
-    def _saves(self) -> list[dict[str, Any]]:
-        found = []
-        with suppress(OSError):
-            for line in (self.folder / SAVES).read_text(errors="replace").splitlines():
-                with suppress(ValueError):
-                    found.append(json.loads(line))
-        return [line for line in found if isinstance(line, dict)]
-
-    def _newest_checkpoint(self) -> int:
-        found = list_checkpoints(self.folder / "checkpoints")
-        return int(found[-1].name.rpartition("-")[2]) if found else 0
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that a stop signal sets while no ranks run; while they run, their launcher has the signals."""
-    stop = threading.Event()
-    signals = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_ignored(number)]
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def policy_of(config: Config, counts: tuple[int, ...], journal: Journal) -> Policy:
+    """The policy in the section `launch`, and the strikes of earlier commands."""
+    settings = config.launch
+    choice = Choice(counts, settings.max_strikes, settings.strike_hours * 3600, journal.strikes(settings.max_strikes))
+    return Policy(
+        settings.restarts,
+        settings.backoff_seconds,
+        settings.on_unhealthy == OnUnhealthy.retry,
+        settings.max_rollback_checkpoints,
+        choice,
+    )

@@ -1,0 +1,84 @@
+"""What the supervisor reads and writes in the run folder: launch.jsonl, saves.jsonl, exit.json, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from launch.supervisor.causes import STRIKES, Cause
+from launch.supervisor.nodes import Strike
+from longcat.json_text import dumps
+from train.checkpoint.manifest import list_checkpoints, step_of, verify
+from train.checkpoint.save_times import SAVES
+from train.launch_config import JOURNAL
+from train.run_dir import EXIT
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines that can be read."""
+    found = []
+    with suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):
+                found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
+
+
+class Journal:
+    """The files of one run folder.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Append to launch.jsonl. A full disk must not end what waits for space."""
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / JOURNAL).open("a") as file:
+                file.write(dumps(line) + "\n")
+
+    def strikes(self, max_strikes: int) -> tuple[Strike, ...]:
+        """Strikes that earlier commands recorded. A node that computed wrongly has as many as exclude it."""
+        found: list[Strike] = []
+        for line in read_lines(self.folder / JOURNAL):
+            names, when, cause = line.get("nodes"), line.get("time"), line.get("cause")
+            if line.get("event") != "end" or cause not in STRIKES or not isinstance(names, list):
+                continue
+            if not isinstance(when, int | float) or not math.isfinite(when):
+                continue
+            each = max_strikes if cause == Cause.corruption else 1
+            found += [Strike(str(name), float(when)) for name in names for _ in range(each)]
+        return tuple(found)
+
+    def exit(self) -> dict[str, Any] | None:
+        """exit.json."""
+        with suppress(OSError, ValueError):
+            found = json.loads((self.folder / EXIT).read_text())
+            return found if isinstance(found, dict) else None
+        return None
+
+    def saves(self) -> Sequence[dict[str, Any]]:
+        """Lines of saves.jsonl."""
+        return read_lines(self.folder / SAVES)
+
+    def newest_checkpoint(self) -> int:
+        """Step of the newest checkpoint, 0 without one."""
+        found = list_checkpoints(self.folder / "checkpoints")
+        return step_of(found[-1]) if found else 0
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the checkpoints, valid or not."""
+        return [step_of(path) for path in list_checkpoints(self.folder / "checkpoints")]
+
+    def checkpoint_before(self, step: int) -> Path | None:
+        """The newest valid checkpoint of a step below ``step``."""
+        earlier = [path for path in list_checkpoints(self.folder / "checkpoints") if step_of(path) < step]
+        return next((path for path in reversed(earlier) if verify(path).problem is None), None)

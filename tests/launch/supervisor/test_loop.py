@@ -1,0 +1,114 @@
+"""The loop over a fleet of several nodes, which are fakes: whom it assigns, what it writes, how it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.fleet import Assignment
+from launch.supervisor.ledger import PARTS
+from launch.supervisor.loop import supervise
+from tests.launch.supervisor.fake_fleet import Ending, FakeFleet
+from train.checkpoint.manifest import CheckpointStatus
+from train.compose import compose
+
+Run = Callable[..., tuple[int, FakeFleet, list[dict[str, Any]]]]
+CRASH_B = Ending(2, {1: -9})  # of node b's only rank
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def supervised(
+        endings: list[Ending], *words: str, names: str = "abc", nodes: int = 2
+    ) -> tuple[int, FakeFleet, list[dict[str, Any]]]:
+        base = ["launch.restarts=3", "launch.backoff_seconds=0", "train.global_batch_size=8", f"run.dir={tmp_path}"]
+        config = compose(["model=debug", "run.name=run", *base, *words])
+        rest: Iterator[Ending] = iter(endings)
+        fleet = FakeFleet(names, tmp_path / "run", lambda _: next(rest))
+        code = supervise(config, ["own=1"], 1, fleet, nodes)
+        return code, fleet, [json.loads(line) for line in (tmp_path / "run" / "launch.jsonl").read_text().splitlines()]
+
+    return supervised
+
+
+def nodes_of(fleet: FakeFleet) -> list[str]:
+    return ["".join(assignment.nodes) for assignment in fleet.started]
+
+
+def test_a_node_that_fails_every_time_is_replaced(run: Run) -> None:
+    code, fleet, journal = run([CRASH_B, CRASH_B, CRASH_B, Ending(9)])
+    assert code == 0 and nodes_of(fleet) == ["ab", "ab", "ab", "ac"]
+    ends = [line for line in journal if line["event"] == "end"]
+    assert [(line["cause"], line["nodes"]) for line in ends] == [("crash", ["b"])] * 3 + [("done", [])]
+    assert [line["on"] for line in journal if line["event"] == "start"][-1] == ["a", "c"]
+    totals = journal[-1]
+    assert sum(totals[name] for name in PARTS) == pytest.approx(totals["wall_seconds"])
+
+
+def test_strikes_outlast_a_command(run: Run) -> None:
+    run([CRASH_B, CRASH_B, Ending(1, {0: 3, 1: 3}, (3, {}))])
+    code, fleet, _ = run([CRASH_B, Ending(9)])
+    assert code == 0 and nodes_of(fleet) == ["ab", "ac"]
+
+
+def test_a_node_that_computes_wrongly_is_barred_at_once(run: Run) -> None:
+    finding = Ending(1, {0: 5, 1: 5}, (5, {"finding": {"ranks": [{"rank": 0}]}}))
+    code, fleet, _ = run([finding, Ending(9)])
+    assert code == 0 and nodes_of(fleet) == ["ab", "bc"]
+
+
+def test_a_lost_node_shrinks_the_run_until_it_is_back(run: Run) -> None:
+    endings = [Ending(3, lost=("b", "c")), Ending(3, {0: -9}, back=("b",)), Ending(9)]
+    code, fleet, _ = run(endings, "launch.shrink=true", "parallel.dp=2", "parallel.fsdp=1")
+    assert code == 0 and nodes_of(fleet) == ["ab", "a", "ab"]
+    words = [assignment.overrides for assignment in fleet.started]
+    assert words == [("own=1",), ("own=1", "parallel.dp=1", "parallel.fsdp=1", "parallel.ep=1"), ("own=1",)]
+    assert fleet.stopped == [1]
+
+
+def test_too_few_nodes_end_with_a_page(run: Run, tmp_path: Path) -> None:
+    code, fleet, _ = run([Ending(3, lost=("b",))], names="ab")
+    page = (tmp_path / "run" / "gave_up.txt").read_text()
+    assert code == 1 and nodes_of(fleet) == ["ab"]
+    assert "node_lost on b: no sign of life from b" in page and "1 of the 2 nodes that the run needs" in page
+    assert "  b: 1" in page
+
+
+def test_a_lost_store_is_made_anew(run: Run) -> None:
+    code, fleet, journal = run([Ending(2, store_error="connection refused\nat …"), Ending(9)])
+    assert code == 0 and nodes_of(fleet) == ["ab", "ab"]
+    assert [line["cause"] for line in journal if line["event"] == "end"] == ["store_lost", "done"]
+
+
+def test_numbers_that_come_again_start_from_an_older_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.supervisor.journal.verify", lambda path: CheckpointStatus(path, 0, None))
+    unhealthy = (4, dict[str, Any]())
+    endings = [
+        Ending(10, {0: -9}, saved=True),
+        Ending(10, {0: 4}, unhealthy, saved=True),
+        Ending(0, {0: 4}, unhealthy),
+        Ending(15),
+    ]
+    code, fleet, _ = run(endings, "launch.on_unhealthy=retry")
+    found = ["".join(one.overrides[1:]) for one in fleet.started]
+    older = tmp_path / "run" / "checkpoints" / "step-00000010"
+    assert (code, found) == (0, ["", "", "", f"checkpoint.resume={older}"])
+
+
+def test_a_stop_between_starts_ends_with_3(tmp_path: Path) -> None:
+    config = compose(["model=debug", "run.name=run", f"run.dir={tmp_path}", "launch.restarts=3"])
+
+    def script(assignment: Assignment) -> Ending:
+        fleet.is_stopped = True
+        return Ending(0, {0: -15})
+
+    fleet = FakeFleet("a", tmp_path / "run", script)
+    assert supervise(config, [], 1, fleet) == 3
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 3
+    assert len(fleet.started) == 1
