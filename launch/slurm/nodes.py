@@ -43,8 +43,11 @@ def check(options: SlurmOptions, config: Config) -> list[str]:
         ConfigError: layout, batch and number of ranks do not fit together.
     """
     local = ranks_per_node(options, config)
-    if options.nodes > 1:
-        check_several(options, config)
+    if options.nodes > 1 and config.launch.restarts:
+        raise ConfigError(
+            f"launch.restarts={config.launch.restarts} is for one node; with slurm.nodes={options.nodes} the script "
+            f"starts ranks again (slurm.max_failures): leave it out"
+        )
     sizes = resolve_sizes(config.parallel, options.nodes * local)
     config.validate_world(sizes.data_ranks)
     num_micro_batches = config.train.global_batch_size // config.train.micro_batch_size
@@ -52,20 +55,6 @@ def check(options: SlurmOptions, config: Config) -> list[str]:
     batch = batch_shape(config, sizes)
     check_layout(config.model, config.parallel, sizes, batch.length, batch.num_micro_batches)
     return [note(axis, sizes, local, spanned) for axis, spanned in spans(sizes, local).items() if spanned > 1]
-
-
-def check_several(options: SlurmOptions, config: Config) -> None:
-    """Raise ConfigError for what only a start on one node reads."""
-    if options.program:
-        raise ConfigError(
-            f"slurm.program={options.program} starts one node, and slurm.nodes={options.nodes} start with torchrun and "
-            f"longcat-rank; put these two on the path by slurm.setup, slurm.venv or slurm.container"
-        )
-    if config.launch.restarts:
-        raise ConfigError(
-            f"launch.restarts={config.launch.restarts} is for one node; with slurm.nodes={options.nodes} the script "
-            f"starts ranks again (slurm.max_failures): leave it out"
-        )
 
 
 def spans(sizes: MeshSizes, local: int) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -135,5 +136,7 @@ class Script:
         self.wait_for(self.starts if "REGISTERS" in environment else (self.run / "srun.pid").exists)
         process.send_signal(number)
         ended = self.ends(process)
+        with contextlib.suppress(OSError):  # of ranks that do not save
+            os.kill(int((self.run / "srun.pid").read_text()), signal.SIGKILL)
         (self.run / "srun.pid").unlink(missing_ok=True)
         return ended

@@ -48,11 +48,10 @@ def test_script_is_clean_shell(tmp_path: Path) -> None:
 
 
 def test_keys_reach_longcat_train_as_they_are(tmp_path: Path) -> None:
-    script = Script(tmp_path, ['data.paths=["a b/it\'s"]', "slurm.program=echo"])
+    script = Script(tmp_path, ['data.paths=["a b/it\'s"]', "slurm.program=echo", "slurm.nodes=2"])
     script.ends(script.start("none2"))
-    assert (
-        "echo train model=debug" in script.calls.read_text() and 'data.paths=["a b/it\'s"]' in script.calls.read_text()
-    )
+    calls = script.calls.read_text()
+    assert "echo train launch.nodes=2 launch.rendezvous=10.0.0.1:" in calls and 'data.paths=["a b/it\'s"]' in calls
 
 
 def test_container_of_pyxis(tmp_path: Path) -> None:
@@ -145,7 +144,6 @@ def test_wrong_jobs_are_refused(refused: Refused, tmp_path: Path, monkeypatch: p
     refused([*words, f"slurm.measured={tmp_path}", "slurm.signal_seconds=60"], "both say when Slurm signals")
     refused([*words, 'slurm.sbatch.comment="mine"'], "slurm.sbatch.comment")
     refused([*words, "slurm.nodes=2", "launch.restarts=3"], "launch.restarts=3 is for one node")
-    refused([*words, "slurm.nodes=2", "slurm.program=/opt/longcat"], "slurm.program=/opt/longcat")
     assert not (tmp_path / "runs").exists()
     monkeypatch.setenv("PATH", "/nowhere")
     assert longcat([*words, "--submit"]) == 2
