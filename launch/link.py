@@ -86,7 +86,7 @@ class Link:
                 self._reconnect(end)
 
     def _reconnect(self, end: float) -> None:
-        self.socket.close()
+        self.close()
         while True:
             try:
                 self.socket, self.file = self._connect()
@@ -105,6 +105,7 @@ class Link:
         self.request(set={key: value})
 
     def close(self) -> None:
+        self.file.close()  # it keeps the connection open
         self.socket.close()
 
 
