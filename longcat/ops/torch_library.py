@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 NAME = "longcat"
+PLAIN: dict[Any, Callable[..., Any]] = {}  # the plain version of each operator
 _LIBRARY = torch.library.Library(NAME, "DEF")
+PLAIN: dict[Any, Callable[..., Any]] = {}  # the plain version of each operator
 PARTIAL_SUMS = 256  # partial sums that the dot product of two rows accumulates side by side, before a tree sum
 
 
@@ -28,7 +30,9 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
     def declare(plain: Callable[..., Any]) -> Any:
         name = _LIBRARY.define(schema)
         _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
-        return getattr(getattr(torch.ops, NAME), name).default
+        declared = getattr(getattr(torch.ops, NAME), name).default
+        PLAIN[declared] = plain
+        return declared
 
     return declare
 
