@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResul
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor._utils import (
     compute_local_shape_and_global_offset as compute_local_shape_and_global_offset,
 )
@@ -231,6 +233,43 @@ def can_dump_nccl_trace() -> bool:
 def dump_nccl_trace() -> bytes:
     """NCCL's flight record of this rank; by public means torch writes it only after a time-out."""
     return cast(bytes, torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
+
+
+def start_fake_world(rank: int, world_size: int) -> None:
+    """A default process group of ranks that do not exist: collectives end at once. Only torch's tests name its store."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
+def fake_tensor_mode() -> FakeTensorMode:
+    """A mode whose tensors have shapes and no memory; the public way to it runs torch's compiler."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def around_shape_propagation(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """Call ``begin`` and ``end`` around each operator that DTensor runs only to learn the shape of a result."""
+    names = ("_propagate_tensor_meta_non_cached", "_propagate_tensor_meta")
+    plain = {name: getattr(ShardingPropagator, name) for name in names if hasattr(ShardingPropagator, name)}
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            begin()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                end()
+
+        return wrapped
+
+    for name, function in plain.items():
+        setattr(ShardingPropagator, name, wrap(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(ShardingPropagator, name, function)
 
 
 # --- tensors ------------------------------------------------------------------------------------------------------

@@ -1,83 +1,91 @@
-"""One rank's forward and backward without memory or other ranks: the project's own code on fake tensors.
-
-Process groups are torch's fake ones and tensors have shapes only, so one process stands for any rank of any number.
-Experts get evenly divided rows.
-"""
+"""One rank's forward and backward, traced without its ranks and without memory: what it would allocate, by kind."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import longcat.ops.embedding
-import longcat.ops.grouped
-import longcat.ops.permute
-import longcat.ops.rows
-import parallel.collectives.collective
-import parallel.collectives.point_to_point
-import parallel.expert.dispatchers
-import parallel.fsdp.collectives
-from launch.plan import shapes
-from launch.plan.recorder import Recorder
-from longcat.dispatch import LocalDispatcher, LocalPending
-from longcat.ops.torch_library import PLAIN
-from parallel import parallelize
-from parallel.collectives.point_to_point import Messages
-from parallel.expert.dispatchers import SplitSizes
-from parallel.fsdp.sharding import _gather_once
+import parallel.fsdp.sharding
+import parallel.parallelize
+from longcat.errors import ConfigError
+from longcat.model import LongCat
+from parallel.config import DispatcherKind, Sharding
 from parallel.mesh import MeshSizes, Topology, make_topology, resolve_sizes
+from parallel.parallelize import check_layout
+from parallel.plan.recorder import AllocationRecorder, watch_resizing
+from parallel.plan.shapes import RoutingAssumption, shapes_only
+from parallel.torch_internals import around_shape_propagation, fake_tensor_mode, start_fake_world
 from train.batches import Batch
 from train.config import Config
 from train.objective import Divisors, objective
 from train.run import batch_shape, build_state
 
-WITH_OPERATORS = (longcat.ops.rows, longcat.ops.permute, longcat.ops.embedding, parallel.expert.dispatchers)
-WITH_GATHERS = (parallel.collectives.point_to_point, parallel.collectives.collective, parallel.fsdp.collectives)
-
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes of one rank in a step, up to the end of its backward."""
+    """Bytes of one rank, as its tensors ask for them; no allocator's rounding and no cache."""
 
+    rank: int
     state: int  # weights and moments
-    peak: int
-    at_peak: dict[str, int]  # by kind
+    peak: int  # of a step's forward and backward
+    step: int  # of the peak: gradients, activations, gathered weights, rows in flight
+    cpu_seconds: float  # that the trace took
 
 
-def trace(config: Config, world: int, rank: int) -> Traced:
-    """Forward and backward of a step on one rank of ``world``. There must be no process group.
+def check_traceable(config: Config, sizes: MeshSizes) -> None:
+    """Raise ConfigError for what a trace cannot follow, with the nearest layout that it can."""
+    parallel, cure = config.parallel, "longcat plan cannot trace it yet; plan with"
+    if sizes.pp > 1:
+        raise ConfigError(f"parallel.pp={sizes.pp}: {cure} parallel.pp=1 and model.num_layers of one stage")
+    if parallel.sharding != Sharding.fsdp:
+        raise ConfigError(f"parallel.sharding={parallel.sharding}: {cure} parallel.sharding=fsdp")
+    if sizes.ep > 1 and parallel.transport != DispatcherKind.all_to_all:
+        raise ConfigError(f"parallel.transport={parallel.transport}: {cure} parallel.transport=all_to_all")
+    if config.train.elastic_bits:
+        raise ConfigError(f"train.elastic_bits={config.train.elastic_bits}: {cure} train.elastic_bits=0")
+    if parallel.compile:
+        raise ConfigError(f"parallel.compile=true: {cure} parallel.compile=false")
 
-    ``config.train.dtype`` must be decided.
+
+def trace(config: Config, world_size: int, rank: int = 0, imbalance: float = 1.0) -> Traced:
+    """Build ``rank``'s part of the run and trace a step's forward and backward.
+
+    ``imbalance`` is how many times their fair share of rows this rank's experts receive. ``train.dtype`` must be decided.
+    Uses the operators of a CPU, and this process must have no process group.
     """
-    recorder, mode = Recorder(), FakeTensorMode(allow_non_fake_inputs=True)
-    sizes = resolve_sizes(config.parallel, world)
-    with _fake_topology(sizes, world, rank) as topology, ExitStack() as stack:
-        for context in _patches(config, recorder, mode):
-            stack.enter_context(context)
+    sizes = resolve_sizes(config.parallel, world_size)
+    batch = batch_shape(config, sizes)
+    check_traceable(config, sizes)
+    check_layout(config.model, config.parallel, sizes, batch.length, batch.num_micro_batches)
+    begun = time.process_time()
+    recorder, mode = AllocationRecorder(), fake_tensor_mode()
+    assumed = RoutingAssumption(config.model.expected_ffn_experts, imbalance)
+    with (
+        _fake_topology(sizes, rank, world_size) as topology,
+        _state_without_values(recorder, mode),
+        shapes_only(assumed),
+        watch_resizing(recorder),
+        around_shape_propagation(recorder.ignore, recorder.count_again),
+    ):
         state = build_state(config, topology)
         held = recorder.now
-        shape, train = batch_shape(config, sizes), config.train
-        tokens = train.global_batch_size * train.sequence_length
+        tokens = config.train.global_batch_size * batch.length
         divisors = Divisors(tokens, tokens, tokens, 1)
+        weights = config.loss, config.balance.group_loss_weight
         with mode, recorder:
+            batches = [_batch(batch.sequences, batch.length) for _ in range(batch.num_micro_batches)]
             recorder.kind = "step"
-            batches = [_batch(shape.sequences, shape.length) for _ in range(shape.num_micro_batches)]
-            weights = config.loss, config.balance.group_loss_weight
-            state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), _has_mtp(config))
-        return Traced(held, recorder.peak, recorder.at_peak)
-
-
-def _has_mtp(config: Config) -> bool:
-    return config.model.num_mtp_layers > 0
+            with_mtp = config.model.num_mtp_layers > 0
+            state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), with_mtp)
+    at_peak = recorder.at_peak
+    return Traced(rank, held, recorder.peak, at_peak.get("step", 0), time.process_time() - begun)
 
 
 def _batch(sequences: int, length: int) -> Batch:
@@ -86,86 +94,38 @@ def _batch(sequences: int, length: int) -> Batch:
 
 
 @contextmanager
-def _fake_topology(sizes: MeshSizes, world: int, rank: int) -> Iterator[Topology]:
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+def _fake_topology(sizes: MeshSizes, rank: int, world_size: int) -> Iterator[Topology]:
+    """The mesh of ``rank``, all of whose groups are fake."""
+    start_fake_world(rank, world_size)
     new_group = dist.new_group
+
+    def fake_group(*args: Any, **kwargs: Any) -> Any:
+        return new_group(*args, **{**kwargs, "backend": "fake"})
+
     try:
-        with patch.object(dist, "new_group", lambda *args, **options: new_group(*args, **{**options, "backend": "fake"})):
-            topology = make_topology(sizes, rank, world, torch.device("cpu"))
+        with patch.object(dist, "new_group", fake_group):
+            topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
         yield topology
     finally:
         dist.destroy_process_group()
 
 
-def _patches(config: Config, recorder: Recorder, mode: FakeTensorMode) -> Iterator[Any]:
-    """Contexts in which a rank is built and run: operators in their plain versions, assumed numbers of rows."""
+@contextmanager
+def _state_without_values(recorder: AllocationRecorder, mode: Any) -> Iterator[None]:
+    """Weights and moments of fake tensors: a model's values are not drawn."""
+    store = parallel.parallelize.ShardedAdamW
 
-    def rows_of(tokens: int) -> int:
-        return round(tokens * config.model.expected_ffn_experts)
-
-    def plan(indices: Any, num_experts: int, num_routed: int, num_rows: int | None = None) -> Any:
-        known = rows_of(indices.shape[0]) if num_rows is None else num_rows
-        return PLAIN[longcat.ops.permute._plan](indices, num_experts, num_routed, known)
-
-    by_shape = {
-        longcat.ops.permute._plan: plan,
-        longcat.ops.embedding.embedding_gradient: shapes.embedding_gradient,
-    }
-    for module in WITH_OPERATORS:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, torch._ops.OpOverload) and value in PLAIN:
-                yield patch.object(module, name, by_shape.get(value, PLAIN[value]))
-    yield patch.object(longcat.ops.rows, "_sum_rows", shapes.sum_rows)
-    yield patch.object(longcat.ops.grouped, "grouped_product", shapes.grouped_product)
-    yield patch.object(longcat.ops.grouped, "grouped_sum", shapes.grouped_sum)
-    for module in WITH_GATHERS:
-        if hasattr(module, "all_gather"):
-            yield patch.object(module, "all_gather", _all_gather)
-
-    def start_dispatch(self: LocalDispatcher, chunks: Any) -> list[LocalPending]:
-        return [LocalPending(x, routing, partial(rows_of, x.shape[0])) for x, routing in chunks]
-
-    counted = SplitSizes.__init__
-
-    def remember(self: Any, routings: Any, *args: Any) -> None:
-        counted(self, routings, *args)
-        ranks = self.group.size()
-        self.assumed = [[rows_of(one.indices.shape[0]) // ranks for one in routings] for _ in range(ranks)]
-
-    yield patch.object(LocalDispatcher, "start_dispatch", start_dispatch)
-    yield patch.object(SplitSizes, "__init__", remember)
-    for name in ("sent", "received"):
-        yield patch.object(SplitSizes, name, property(lambda self: self.assumed))
-    for name in ("longcat.dispatch.padded_capacity", "parallel.expert.dispatchers.padded_capacity"):
-        yield patch(name, lambda counts, like: None)
-
-    def materialise(model: Any, model_config: Any, seed: int, device: torch.device) -> None:
+    def materialise(model: LongCat, _config: Any, _seed: int, device: torch.device) -> None:
         with mode, recorder:
             model.to_empty(device=device)
-            _gather_once(model)
+            parallel.fsdp.sharding._gather_once(model)
 
-    make_store = parallelize.ShardedAdamW
-
-    def store(*args: Any) -> Any:
+    def sharded_adamw(*args: Any) -> Any:
         with mode, recorder:
-            return make_store(*args)
+            return store(*args)
 
-    yield patch.object(parallelize, "materialise", materialise)
-    yield patch.object(parallelize, "ShardedAdamW", store)
-    from torch.distributed.pipelining.schedules import InferenceMode
-
-    def has_warmed_up(schedule: Any, stages: Any, *_: Any) -> None:
-        for stage in stages:
-            stage._inference_mode = InferenceMode.STATIC
-
-    # torch's schedules try their connections once and read the result
-    yield patch("torch.distributed.pipelining.schedules._PipelineSchedule._warmup_p2p", has_warmed_up)
-    yield recorder.hooks()
-
-
-def _all_gather(out: Any, x: Any, group: Any) -> Messages:
-    """`point_to_point.all_gather` on a CPU; fake tensors have no address to compare."""
-    own = out[group.rank()]
-    if own.untyped_storage()._cdata != x.untyped_storage()._cdata:
-        own.copy_(x)
-    return Messages("all-gather", group, [own] * group.size(), list(out))
+    with (
+        patch.object(parallel.parallelize, "materialise", materialise),
+        patch.object(parallel.parallelize, "ShardedAdamW", sharded_adamw),
+    ):
+        yield

@@ -25,7 +25,7 @@ class AllocationRecorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.kind = "state"  # of what is allocated from now on
-        self.ignores = False
+        self._ignoring = 0
         self.now, self.peak = 0, 0
         self.by_kind: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
@@ -41,7 +41,7 @@ class AllocationRecorder(TorchDispatchMode):
         return out
 
     def _see(self, tensor: Tensor) -> None:
-        if self.ignores or tensor.device.type == "meta" or tensor.layout is not torch.strided:
+        if self._ignoring or tensor.device.type == "meta" or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
@@ -51,6 +51,13 @@ class AllocationRecorder(TorchDispatchMode):
         self._live[key] = size, self.kind
         self._change(size, self.kind)
         weakref.finalize(storage, self._freed, key)
+
+    def ignore(self) -> None:
+        """Count nothing new until `count_again`; may be nested."""
+        self._ignoring += 1
+
+    def count_again(self) -> None:
+        self._ignoring -= 1
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Count a storage's size anew, if it is one of those that are counted."""
