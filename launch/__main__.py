@@ -90,6 +90,7 @@ def listing() -> str:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": verbs.train,
     "slurm": verbs.slurm,
+    "plan": verbs.plan,
     "check": verbs.check,
     "data": verbs.data,
     "report": verbs.report,

@@ -245,6 +245,29 @@ def grow(arguments: list[str]) -> int:
     return 0
 
 
+def plan(arguments: list[str]) -> int:
+    """plan key=value … [--json]    trace a rank's step without running it: memory by imbalance of routing, FLOPs
+
+    longcat plan model=small parallel.ep=2 plan.ranks=2
+    longcat plan model=flash plan.ranks=256 parallel.ep=32 parallel.cp=8 train.global_batch_size=32 plan.memory_gib=80
+
+    The keys are those of longcat train, and plan.ranks (of the run), plan.rank (the one to trace) and plan.memory_gib
+    (of a rank). Nothing is allocated: the rank's model is built, and a step's forward and backward run, on tensors
+    without memory, with the operators of a CPU and in a world of ranks that do not exist. Pipelines, DeepSpeed,
+    parallel.compile and the all-gather transport are refused.
+    """
+    from launch.plan.plan import as_json, rows
+    from launch.plan.plan import plan as make_plan
+
+    found, wanted = make_plan([argument for argument in arguments if argument != "--json"])
+    if "--json" in arguments:
+        print(as_json(found))
+        return 0
+    for name, value in rows(found, wanted):
+        print(f"{name:18} {value}")
+    return 0
+
+
 def counts(arguments: list[str]) -> int:
     """counts model=PRESET …        print parameters, active parameters and FLOPs per token; builds nothing
 
