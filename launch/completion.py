@@ -69,12 +69,12 @@ def script(shell: str) -> str:
             f'complete -c longcat -n "__fish_seen_subcommand_from {verb}" -f -a "{" ".join(names)}"'
             for verb, names in COMMANDS.items()
         )
-        return FISH.format(verbs=verbs, keyed="train check counts data", words=words, commands=commands)
+        return FISH.format(verbs=verbs, keyed="train plan check counts data", words=words, commands=commands)
     commands = "\n".join(
         f'            {verb}) words="{" ".join(names)}{" " + words if verb == "data" else ""}" ;;'
         for verb, names in COMMANDS.items()
     )
-    bash = BASH.format(verbs=verbs, keyed="train|check|counts", words=words, commands=commands)
+    bash = BASH.format(verbs=verbs, keyed="train|plan|check|counts", words=words, commands=commands)
     return bash if shell == "bash" else ZSH + bash
 
 

@@ -236,7 +236,7 @@ def dump_nccl_trace() -> bytes:
 
 
 def start_fake_world(rank: int, world_size: int) -> None:
-    """A default process group of ranks that do not exist: collectives end at once. Only torch's tests name its store."""
+    """A process group of ranks that do not exist: collectives end at once. Its store is in torch's tests alone."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)

@@ -1,4 +1,4 @@
-"""`longcat plan`: a rank's memory by kind at several imbalances of the routing, and a step's FLOPs; nothing is trained."""
+"""`longcat plan`: a rank's memory at several imbalances of the routing, and a step's FLOPs; nothing is trained."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def plan(arguments: list[str]) -> tuple[Planned, Plan]:
 
 def _check_batch(config: Config, sizes: MeshSizes) -> None:
     train = config.train
-    if train.global_batch_size % (train.micro_batch_size * sizes.data_ranks):
+    unit = train.micro_batch_size * sizes.data_ranks
+    if train.global_batch_size % unit:
         raise ConfigError(
             f"train.global_batch_size={train.global_batch_size} is no multiple of {sizes.data_ranks} data ranks × "
-            f"train.micro_batch_size={train.micro_batch_size}; use "
-            f"{-(-train.global_batch_size // (train.micro_batch_size * sizes.data_ranks)) * train.micro_batch_size * sizes.data_ranks}"
+            f"train.micro_batch_size={train.micro_batch_size}; use {-(-train.global_batch_size // unit) * unit}"
         )
 
 

@@ -57,7 +57,7 @@ def check_traceable(config: Config, sizes: MeshSizes) -> None:
 def trace(config: Config, world_size: int, rank: int = 0, imbalance: float = 1.0) -> Traced:
     """Build ``rank``'s part of the run and trace a step's forward and backward.
 
-    ``imbalance`` is how many times their fair share of rows this rank's experts receive. ``train.dtype`` must be decided.
+    ``imbalance`` is how many times their fair share of rows this rank's experts receive. ``train.dtype`` is decided.
     Uses the operators of a CPU, and this process must have no process group.
     """
     sizes = resolve_sizes(config.parallel, world_size)

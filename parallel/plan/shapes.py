@@ -1,7 +1,7 @@
 """Shape-only versions of what reads values: operators whose sizes depend on the routing, and split sizes.
 
-Each allocates what the one that it stands for allocates on a CPU, in that order, so that a trace has the same peak. The
-number of rows is an assumption: FFN selections per token, and how many times its fair share a rank receives.
+Each allocates what the one that it stands for allocates on a CPU, in that order, so that a trace has the same peak.
+The number of rows is an assumption: FFN selections per token, and how many times its fair share a rank receives.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def shapes_only(assumed: RoutingAssumption) -> Iterator[None]:
     def shares(factor: float) -> property:
         def of_ranks(self: SplitSizes) -> list[list[int]]:
             ranks = self.rows.shape[0]
-            return [[int(assumed.rows(tokens) * factor / ranks) for tokens in self.tokens] for _ in range(ranks)]  # type: ignore[attr-defined]
+            tokens: list[int] = self.tokens  # type: ignore[attr-defined]
+            return [[int(assumed.rows(of_chunk) * factor / ranks) for of_chunk in tokens] for _ in range(ranks)]
 
         return property(of_ranks)
 
