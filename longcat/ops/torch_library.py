@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 NAME = "longcat"
 PLAIN: dict[Any, Callable[..., Any]] = {}  # the plain version of each operator
 _LIBRARY = torch.library.Library(NAME, "DEF")
-PLAIN: dict[Any, Callable[..., Any]] = {}  # the plain version of each operator
 PARTIAL_SUMS = 256  # partial sums that the dot product of two rows accumulates side by side, before a tree sum
 
 

@@ -87,7 +87,7 @@ def watch_resizing(recorder: AllocationRecorder) -> Iterator[None]:
         recorder.resized(self)
         return out
 
-    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
