@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -102,7 +103,7 @@ def shapes_only(assumed: RoutingAssumption) -> Iterator[None]:
         return plain_plan(indices, num_experts, num_routed, number)
 
     def start_dispatch(self: LocalDispatcher, chunks: list[tuple[Tensor, Routing]]) -> list[LocalPending]:
-        return [LocalPending(x, routing, lambda x=x: assumed.rows(x.shape[0])) for x, routing in chunks]
+        return [LocalPending(x, routing, partial(assumed.rows, x.shape[0])) for x, routing in chunks]
 
     def shares(factor: float) -> property:
         def of_ranks(self: SplitSizes) -> list[list[int]]:
