@@ -102,7 +102,7 @@ def parallelize(
             model = LongCat(config, balance_groups, part)
         apply_tensor_parallel(model, topology)
         apply_expert_parallel(model, topology, parallel.transport)
-        _set_up(model, parallel, overlap, topology)
+        set_up(model, parallel, overlap, topology)
         # A pipeline keeps gathered weights through a step: it visits each stage many times
         reshard = parallel.reshard_after_forward and sizes.pp == 1
         apply_fsdp(model, topology, compute_dtype, reshard, hybrid=virtual is None)
@@ -125,7 +125,7 @@ def parallelize(
     return ElasticEngine(engine, virtual.turns), store
 
 
-def _set_up(model: LongCat, parallel: ParallelConfig, overlap: OverlapConfig, topology: Topology) -> None:
+def set_up(model: LongCat, parallel: ParallelConfig, overlap: OverlapConfig, topology: Topology) -> None:
     """What both sharding engines have done to a model before they take it."""
     apply_sequence_parallel(model, topology)
     apply_overlap(model, overlap, topology)
@@ -146,7 +146,7 @@ def _under_deepspeed(
     with torch.device("meta"):
         model = LongCat(config, balance_groups)
     install_dispatchers(model, topology, parallel.transport)
-    _set_up(model, parallel, overlap, topology)
+    set_up(model, parallel, overlap, topology)
     engine = ZeroEngine(model, topology, parallel, compute_dtype, make_optimizer)
     engine.initialise(seed)
     return engine, engine

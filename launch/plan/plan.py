@@ -1,4 +1,4 @@
-"""`longcat plan`: a rank's memory at several imbalances of the routing, and a step's FLOPs; nothing is trained."""
+"""`longcat plan`: the memory of ranks at several imbalances of the routing, and a step's FLOPs; nothing is trained."""
 
 from __future__ import annotations
 

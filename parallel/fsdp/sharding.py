@@ -127,10 +127,10 @@ def materialise(model: LongCat, config: ModelConfig, seed: int, device: torch.de
     for name, tensor in stored_state(model):
         local, box = local_part(tensor)
         fill(local, name, tuple(tensor.shape), box, config, seed)
-    _gather_once(model)
+    gather_late_units(model)
 
 
-def _gather_once(model: LongCat) -> None:
+def gather_late_units(model: LongCat) -> None:
     """Gather the units that may join late, the MTP layers.
 
     With deferred reduction FSDP2 reads every unit's last gathered weights, even if the unit never ran.

@@ -72,7 +72,7 @@ class StageModule(nn.Module):
         ``number`` [1] int64 stays on the CPU, so that reading it does not wait for a GPU.
         """
         first = self.model.part.embedding
-        micro_batch = int(x if number is None else number)
+        micro_batch = self.number_of(x if number is None else number)
         batch = self.micro_batches[micro_batch]
         hidden = None if first else x
         with work_span(Event(SpanKind.FORWARD, micro_batch=micro_batch + 1, layers=layers_of(self.model))):
@@ -82,6 +82,10 @@ class StageModule(nn.Module):
             return losses.hidden
         total = self.objective(losses)
         return total if self.model.part.head else AddLoss.apply(losses.hidden, total)  # type: ignore[no-any-return]
+
+    def number_of(self, micro_batch: Tensor) -> int:
+        """The micro-batch's number that came as a tensor [1]."""
+        return int(micro_batch)
 
     def take(self) -> list[Losses]:
         """The losses since the last call, in the order of the micro-batches."""

@@ -1,12 +1,13 @@
-"""Records what tensors would allocate under FakeTensorMode: bytes that live now, the peak, and their kinds then."""
+"""Records what a step would allocate, compute and send under FakeTensorMode: no value exists, no message leaves."""
 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,34 +15,126 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from parallel.plan.rates import NO_TIME, Rates
+from parallel.watchdog.events import Event, SpanKind
+from parallel.watchdog.spans import SPANS, Span
+
+PHASES = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.INPUT_GRADIENTS, SpanKind.WEIGHT_GRADIENTS)
+FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "resize_", "device"}
+
+
+class Phase(NamedTuple):
+    """A part of a step: a forward, a backward or half of one, of some layers and a micro-batch (from 1)."""
+
+    kind: str
+    layers: tuple[int, int] | None = None
+    micro_batch: int | None = None
+
+
+OUTSIDE = Phase("")
+
+
+@dataclass
+class Work:
+    """What one phase does on this rank."""
+
+    flops: float = 0.0  # of matrix products
+    seconds: float = 0.0  # of computing alone
+    before: int = 0  # bytes that live when it begins
+    peak: int = 0  # most bytes that live in it
+    after: int = 0  # bytes that live when it ends
+
+
+@dataclass
+class Traffic:
+    """What this rank sends to others in collectives or messages of one kind."""
+
+    count: int = 0
+    num_bytes: int = 0
+
 
 class AllocationRecorder(TorchDispatchMode):
-    """Counts every storage that an operator returns, from then until nothing refers to it.
+    """Counts every storage that an operator returns, from then until nothing refers to it, and what operators do.
 
     Sizes are those that tensors ask for. An allocator that rounds up, or caches what was freed, takes more. FSDP2
     frees gathered weights by resizing their storage to zero, which no operator shows: see `watch_resizing`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rates: Rates = NO_TIME) -> None:
         super().__init__()
+        self.rates = rates
         self.kind = "state"  # of what is allocated from now on
         self._ignoring = 0
         self.now, self.peak = 0, 0
         self.by_kind: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
+        self.phases: dict[Phase, Work] = {}
+        self.traffic: dict[tuple[SpanKind, Phase], Traffic] = defaultdict(Traffic)
+        self._current = self.phases[OUTSIDE] = Work()
+        self._phase = OUTSIDE
         self._live: dict[int, tuple[int, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it calls the operator on its shard, which comes here again
+        self._enter_phase()
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
-                self._see(leaf)
+        if self._ignoring:
+            return out
+        leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor)]
+        for leaf in leaves:
+            self._see(leaf)
+        if leaves and not func.is_view and func._opname not in FREE:
+            self._count(func, args, kwargs or {}, out, leaves)
         return out
 
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any, leaves: list[Tensor]) -> None:
+        from torch.utils.flop_counter import flop_registry
+
+        formula = flop_registry.get(func._overloadpacket)
+        flops = 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.count(flops, sum(one.numel() * one.element_size() for one in (*operands, *leaves)), leaves[0].dtype)
+
+    def count(self, flops: float, num_bytes: float, dtype: torch.dtype) -> None:
+        """Count the work of an operator that reads and writes ``num_bytes``."""
+        self._current.flops += flops
+        self._current.seconds += self.rates.seconds(flops, num_bytes, dtype)
+
+    def _enter_phase(self) -> None:
+        """Follow this rank's spans, which say what it does."""
+        span = SPANS.innermost
+        while span is not None and span.event.kind not in PHASES:
+            span = span.outer
+        event = None if span is None else span.event
+        phase = OUTSIDE if event is None else Phase(event.kind.value, event.layers, event.micro_batch)
+        if phase != self._phase:
+            self._current.after = self.now
+            self._phase = phase
+            if phase not in self.phases:
+                self.phases[phase] = Work(before=self.now, peak=self.now)
+            self._current = self.phases[phase]
+
+    # What `SPANS.recorder` is told
+
+    def launched(self, event: Event, num_bytes: int, work: Any) -> None:
+        self._add_traffic(event, num_bytes)
+
+    def sent(self, event: Event, num_bytes: int, peer: int) -> None:
+        self._add_traffic(event, num_bytes)
+
+    def span_ended(self, span: Span, now: float) -> None:
+        """Phases end when the next one begins."""
+
+    def _add_traffic(self, event: Event, num_bytes: int) -> None:
+        found = self.traffic[event.kind, self._phase]
+        found.count += 1
+        found.num_bytes += num_bytes
+
+    # Memory
+
     def _see(self, tensor: Tensor) -> None:
-        if self._ignoring or tensor.device.type == "meta" or tensor.layout is not torch.strided:
+        if tensor.device.type == "meta" or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
@@ -73,14 +166,15 @@ class AllocationRecorder(TorchDispatchMode):
     def _change(self, size: int, kind: str) -> None:
         self.now += size
         self.by_kind[kind] += size
+        self._current.peak = max(self._current.peak, self.now)
         if self.now > self.peak:
             self.peak, self.at_peak = self.now, dict(self.by_kind)
 
 
 @contextmanager
-def watch_resizing(recorder: AllocationRecorder) -> Iterator[None]:
-    """Tell the recorder of every `UntypedStorage.resize_`."""
-    plain = torch.UntypedStorage.resize_
+def recording(recorder: AllocationRecorder) -> Iterator[None]:
+    """Tell the recorder of every message, and of every `UntypedStorage.resize_`."""
+    plain, before = torch.UntypedStorage.resize_, SPANS.recorder
 
     def resize(self: torch.UntypedStorage, size: int) -> Any:
         out = plain(self, size)
@@ -88,7 +182,9 @@ def watch_resizing(recorder: AllocationRecorder) -> Iterator[None]:
         return out
 
     torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+    SPANS.recorder = recorder
     try:
         yield
     finally:
         torch.UntypedStorage.resize_ = plain  # type: ignore[method-assign]
+        SPANS.recorder = before

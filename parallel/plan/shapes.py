@@ -1,6 +1,8 @@
 """Shape-only versions of what reads values: operators whose sizes depend on the routing, and split sizes.
 
-Each allocates what the one that it stands for allocates on a CPU, in that order, so that a trace has the same peak.
+Each allocates what the one that it stands for allocates, in that order, so that a trace has the same peak. On a CPU
+that is exact. For a GPU there are also versions of attention and of collectives: its fused attention saves its result
+and a number for each row, and a collective of NCCL needs no tensors beside its own.
 The number of rows is an assumption: FFN selections per token, and how many times its fair share a rank receives.
 """
 
@@ -14,9 +16,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+import longcat.attention
 import longcat.dispatch
+import longcat.ops.cross_entropy
+import longcat.ops.matmul
 import parallel.collectives.collective
 import parallel.collectives.point_to_point
 import parallel.expert.dispatchers
@@ -26,6 +32,7 @@ from longcat.ops import embedding, grouped, permute, rows
 from longcat.ops.torch_library import PLAIN
 from parallel.collectives.point_to_point import Messages
 from parallel.expert.dispatchers import SplitSizes
+from parallel.plan.recorder import AllocationRecorder
 
 
 @dataclass(frozen=True)
@@ -69,16 +76,87 @@ def embedding_gradient(grad: Tensor, ids: Tensor, num_rows: int) -> Tensor:
     return out
 
 
-def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """`longcat.ops.grouped.grouped_product`."""
-    out = grouped.upcast(a, b)[0].new_empty(a.shape[0], b.shape[2])
-    return out.to(a.dtype)
+def grouped_versions(recorder: AllocationRecorder) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """`longcat.ops.grouped.grouped_product` and `grouped_sum`."""
+
+    def count(a: Tensor, b: Tensor, out: Tensor, columns: int) -> Tensor:
+        flops = 2.0 * a.shape[0] * a.shape[1] * columns
+        recorder.count(flops, sum(one.numel() * one.element_size() for one in (a, b, out)), a.dtype)
+        return out.to(a.dtype)
+
+    def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+        out = grouped.upcast(a, b)[0].new_empty(a.shape[0], b.shape[2])
+        return count(a, b, out, b.shape[2])
+
+    def grouped_sum(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+        out = grouped.upcast(a, b)[0].new_empty(ends.shape[0], a.shape[1], b.shape[1])
+        return count(a, b, out, b.shape[1])
+
+    return grouped_product, grouped_sum
 
 
-def grouped_sum(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """`longcat.ops.grouped.grouped_sum`."""
-    out = grouped.upcast(a, b)[0].new_empty(ends.shape[0], a.shape[1], b.shape[1])
-    return out.to(a.dtype)
+class Done(dist.Work):
+    """A collective that has ended; keeps its input until it is waited for, as one that runs does."""
+
+    def __init__(self, *kept: Tensor) -> None:
+        super().__init__()
+        self.kept: tuple[Tensor, ...] = kept
+
+    def wait(self, timeout: Any = None) -> bool:
+        self.kept = ()
+        return True
+
+
+def all_gather_on_gpu(out: Tensor, x: Tensor, group: Any) -> dist.Work:
+    """`parallel.collectives.point_to_point.all_gather` by one call of NCCL."""
+    return Done(x)
+
+
+def reduce_scatter_on_gpu(out: Tensor, x: Tensor, group: Any, label: str = "", branches: int = 1) -> dist.Work:
+    """`parallel.collectives.point_to_point.reduce_scatter` by one call of NCCL."""
+    return Done(x)
+
+
+def fused_attention(recorder: AllocationRecorder) -> Callable[..., Tensor]:
+    """`longcat.ops.attention.causal_attention` by a GPU's fused kernel: two products forward, five backward."""
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pairs: float) -> Tensor:
+            out = value.new_empty(*query.shape[:3], value.shape[3])
+            rows = query.new_empty(query.shape[:3], dtype=torch.float32)
+            ctx.pairs = pairs
+            ctx.save_for_backward(query, key, value, out, rows)
+            recorder.count(2 * pairs * (query.shape[3] + value.shape[3]), nbytes(query, key, value, out), query.dtype)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            query, key, value, out, rows = ctx.saved_tensors
+            products = 2 * ctx.pairs * (3 * query.shape[3] + 2 * value.shape[3])
+            recorder.count(products, 2 * nbytes(query, key, value, out), query.dtype)
+            delta = torch.empty_like(rows)
+            found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+            del delta
+            return *found, None
+
+    def causal_attention(
+        query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Tensor | None, ranges: Any = None
+    ) -> Tensor:
+        ranges = [(0, key.shape[2])] if ranges is None else ranges
+        outputs, offset = [], 0
+        for start, stop in ranges:
+            local = query[:, :, offset : offset + stop - start]
+            offset += stop - start
+            pairs = query.shape[0] * query.shape[1] * (stop - start) * (start + stop + 1) / 2
+            outputs.append(Fused.apply(local, key[:, :, :stop], value[:, :, :stop], pairs))
+        return torch.cat(outputs, 2)
+
+    return causal_attention
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(one.numel() * one.element_size() for one in tensors)
 
 
 def all_gather(out: Tensor, x: Tensor, group: Any) -> Messages:
@@ -94,7 +172,7 @@ def no_capacity(counts: Tensor, like: Tensor) -> None:
 
 
 @contextmanager
-def shapes_only(assumed: RoutingAssumption) -> Iterator[None]:
+def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu: bool) -> Iterator[None]:
     """Put the shape-only versions in place, and the plain version in place of every other operator of our own."""
     plain_plan: Callable[..., Any] = PLAIN[permute._plan]
 
@@ -138,9 +216,15 @@ def shapes_only(assumed: RoutingAssumption) -> Iterator[None]:
         put(SplitSizes, "received", shares(assumed.imbalance))
         put(longcat.dispatch, "padded_capacity", no_capacity)
         put(dispatchers, "padded_capacity", no_capacity)
-        put(grouped, "grouped_product", grouped_product)
-        put(grouped, "grouped_sum", grouped_sum)
+        for name, version in zip(("grouped_product", "grouped_sum"), grouped_versions(recorder), strict=True):
+            put(grouped, name, version)
         for module in (*gathering, dispatchers):
             if hasattr(module, "all_gather"):
-                put(module, "all_gather", all_gather)
+                put(module, "all_gather", all_gather_on_gpu if on_gpu else all_gather)
+            if on_gpu and hasattr(module, "reduce_scatter"):
+                put(module, "reduce_scatter", reduce_scatter_on_gpu)
+        if on_gpu:
+            put(longcat.attention, "causal_attention", fused_attention(recorder))
+            put(longcat.ops.matmul, "_NATIVE_BFLOAT16", True)
+            put(longcat.ops.cross_entropy, "MIN_ROWS", longcat.ops.cross_entropy.MIN_ROWS_GPU)
         yield

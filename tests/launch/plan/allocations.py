@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
-from launch.plan.trace import Traced, trace
-from parallel.mesh import connect
+import longcat.ops.grouped
+from launch.plan.trace import Scope, Traced, trace
+from parallel.mesh import Topology, connect
 from train.batches import Batch
 from train.compose import compose
+from train.config import Config
 from train.objective import Divisors, objective
 from train.run import batch_shape, build_state
+from train.state import TrainState
 
 COMMON = [
     "model=debug",
@@ -24,23 +30,24 @@ COMMON = [
 ]
 
 
-def real_peak(overrides: list[str]) -> int:
+@dataclass(frozen=True)
+class Measured:
+    """What one rank's allocator and routers did in a step."""
+
+    peak: int  # bytes
+    state: int  # bytes when the model is built
+    selections: Tensor  # [micro-batches, layers, N] FFN selections of its own tokens, by expert
+    tokens: int  # of a micro-batch, on this rank
+
+
+def measure(overrides: Sequence[str]) -> Measured:
     """Allocator bytes of this rank at their peak, from an empty process to the end of a step's update."""
     config = compose([*COMMON, *overrides])
     topology = connect(config.parallel)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         state = build_state(config, topology)
-        shape = batch_shape(config, topology.sizes)
-        torch.manual_seed(topology.data_rank)
-        batches = []
-        for _ in range(shape.num_micro_batches):
-            ids = torch.randint(config.model.vocab_size, (shape.sequences, shape.length))
-            batches.append(Batch(ids, ids.clone(), torch.ones_like(ids, dtype=torch.bool), None))
-        tokens = config.train.global_batch_size * shape.length
-        divisors = Divisors(tokens, tokens, tokens, 1)
-        weights = config.loss, config.balance.group_loss_weight
-        with_mtp = config.model.num_mtp_layers > 0
-        state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), with_mtp)
+        held = sum(box.values.nbytes for box in state.store.local_boxes())
+        losses = run_step(state, config, topology)
         state.store.gradient_squares()
         state.store.step()
     now = peak = 0
@@ -49,7 +56,39 @@ def real_peak(overrides: list[str]) -> int:
     for event in sorted(events, key=lambda event: event.start_time_ns):
         now += event.extra_fields.alloc_size
         peak = max(peak, now)
-    return peak
+    counts = torch.stack([torch.cat(parts) for parts in zip(*([one.counts for one in of] for of in losses), strict=True)])
+    sizes, shape = topology.sizes, batch_shape(config, topology.sizes)
+    tokens = shape.sequences * shape.length // (sizes.cp * sizes.tp)
+    return Measured(peak, held, counts[:, :, : config.model.num_experts], tokens)
+
+
+def run_step(state: TrainState, config: Config, topology: Topology) -> Any:
+    """Forward and backward of random tokens."""
+    shape = batch_shape(config, topology.sizes)
+    torch.manual_seed(topology.data_rank)
+    batches = []
+    for _ in range(shape.num_micro_batches):
+        ids = torch.randint(config.model.vocab_size, (shape.sequences, shape.length))
+        batches.append(Batch(ids, ids.clone(), torch.ones_like(ids, dtype=torch.bool), None))
+    tokens = config.train.global_batch_size * shape.length
+    divisors = Divisors(tokens, tokens, tokens, 1)
+    weights = config.loss, config.balance.group_loss_weight
+    with_mtp = config.model.num_mtp_layers > 0
+    return state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), with_mtp)
+
+
+def count_flops(overrides: Sequence[str]) -> tuple[float, float]:
+    """FLOPs of a real step by torch's counter, and the FFN experts of a token, on average."""
+    config = compose([*COMMON, *overrides])
+    topology = connect(config.parallel)
+    state = build_state(config, topology)
+    longcat.ops.grouped.BLOCK = 1  # else a product takes whole blocks of rows, some of them other experts'
+    with FlopCounterMode(display=False) as counter:
+        losses = run_step(state, config, topology)
+    shape = batch_shape(config, topology.sizes)
+    counts = sum(one.counts[:, : config.model.num_experts].sum().item() for part in losses for one in part)
+    tokens = shape.sequences * shape.length * shape.num_micro_batches * config.model.num_layers
+    return float(counter.get_total_flops()), counts / tokens
 
 
 def _walk(events: list[Any]) -> Iterator[Any]:
@@ -58,6 +97,27 @@ def _walk(events: list[Any]) -> Iterator[Any]:
         yield from _walk(event.children)
 
 
-def traced(overrides: list[str], ranks: int, imbalance: float = 1.0) -> Traced:
-    """What the planner says of the first rank."""
-    return trace(compose([*COMMON, *overrides]), ranks, 0, imbalance)
+def routing_of(measured: Sequence[Measured], ep: int, rank: int) -> tuple[float, float]:
+    """(FFN selections of a token, rows that the rank's experts receive over those that its tokens select), at most."""
+    group = measured[rank // ep * ep : (rank // ep + 1) * ep]
+    own = measured[rank].selections.sum(2)
+    each = measured[rank].selections.shape[2] // ep
+    experts = slice(rank % ep * each, (rank % ep + 1) * each)
+    received = torch.stack([one.selections[:, :, experts].sum(2) for one in group]).sum(0)
+    return float(own.max()) / measured[rank].tokens, float(received.max()) / float(own.max())
+
+
+def traced(overrides: Sequence[str], ranks: int, scopes: Sequence[Scope]) -> list[Traced]:
+    """What the planner says of each of ``scopes``."""
+    config = compose([*COMMON, *overrides])
+    return [trace(config, ranks, scope) for scope in scopes]
+
+
+def traced_with_routing(overrides: Sequence[str], measured: Sequence[Measured]) -> list[Traced]:
+    """What the planner says of each rank, given what its routers did."""
+    ep = compose([*COMMON, *overrides]).parallel.ep
+    scopes = []
+    for rank in range(len(measured)):
+        ffn_experts, imbalance = routing_of(measured, ep, rank)
+        scopes.append(Scope(rank=rank, ffn_experts=ffn_experts, imbalance=imbalance))
+    return traced(overrides, len(measured), scopes)
