@@ -20,6 +20,7 @@ def train(arguments: list[str]) -> int:
     longcat train experiment=quickstart
     longcat train model=small train.steps=2000 run.name=first run.num_processes=2
     longcat train -m optim.lr=1e-3,3e-3 model=debug
+    longcat train model=small plan=true                      trains nothing: prints what longcat plan prints
 
     The keys are those of the dataclasses in train/config.py; the choices of a group are the files in
     configs/<group>, and in <group> of a folder conf/ here or of --config-dir DIR. --cfg job prints the composed
@@ -28,6 +29,9 @@ def train(arguments: list[str]) -> int:
     """
     from train.compose import compose, with_search_path
 
+    if "plan=true" in arguments:
+        return plan([argument for argument in arguments if argument != "plan=true"])
+    arguments = [argument for argument in arguments if argument != "plan=false"]
     shows, arguments = split_cfg(arguments)
     multirun = any(argument in MULTIRUN for argument in arguments)
     if multirun and not shows:
@@ -246,26 +250,24 @@ def grow(arguments: list[str]) -> int:
 
 
 def plan(arguments: list[str]) -> int:
-    """plan key=value … [--json]    trace a rank's step without running it: memory by imbalance of routing, FLOPs
+    """plan key=value … [--json]    say whether a run fits, how fast it would be and what to change; trains nothing
 
     longcat plan model=small parallel.ep=2 plan.ranks=2
-    longcat plan model=flash plan.ranks=256 parallel.ep=32 parallel.cp=8 train.global_batch_size=32 plan.memory_gib=80
+    longcat plan model=flash plan.ranks=256 plan.cluster=h800 parallel.ep=32 parallel.cp=8 train.sequence_length=8192
 
-    The keys are those of longcat train, and plan.ranks (of the run), plan.rank (the one to trace) and plan.memory_gib
-    (of a rank). Nothing is allocated: the rank's model is built, and a step's forward and backward run, on tensors
-    without memory, with the operators of a CPU and in a world of ranks that do not exist. Pipelines, DeepSpeed,
-    parallel.compile and the all-gather transport are refused.
+    The keys are those of longcat train, and plan.ranks (GPUs), plan.cluster (h100, h800, h200, b200 or a YAML file),
+    plan.exact, plan.faults_per_gpu_year, plan.save_seconds and plan.restart_seconds. Nothing is allocated: the models
+    of a rank for each place in the pipeline are built, and a step's forward and backward run, on tensors without
+    memory, in a world of ranks that do not exist. Prints memory, FLOPs, messages, step time and availability.
     """
-    from launch.plan.plan import as_json, rows
     from launch.plan.plan import plan as make_plan
+    from launch.plan.plan import read
+    from launch.plan.show import as_json, table
 
-    found, wanted = make_plan([argument for argument in arguments if argument != "--json"])
-    if "--json" in arguments:
-        print(as_json(found))
-        return 0
-    for name, value in rows(found, wanted):
-        print(f"{name:18} {value}")
-    return 0
+    words = [argument for argument in arguments if argument != "--json"]
+    found = make_plan(*read(words))
+    print(as_json(found) if "--json" in arguments else "\n".join(table(found)))
+    return OK
 
 
 def counts(arguments: list[str]) -> int:

@@ -1,116 +1,272 @@
-"""`longcat plan`: the memory of ranks at several imbalances of the routing, and a step's FLOPs; nothing is trained."""
+"""`longcat plan`: whether a run fits, how fast it would be and what to change, from traces of its ranks; trains nothing."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import copy
+import math
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
 from launch.local import num_processes
 from launch.options import split_options
-from launch.plan.trace import Traced, trace
-from longcat.counts import flops_per_token, human
+from launch.plan.cluster import Cluster, find_cluster
+from launch.plan.summary import FEW, Summary, extend, peak_bytes, summarise
+from launch.plan.times import StepTimes, predict
+from launch.plan.trace import Scope, check_traceable, trace
+from longcat.counts import flops_per_token
 from longcat.errors import ConfigError
+from parallel.config import Recompute
 from parallel.device import fastest_dtype
-from parallel.memory import StateBytes, mib, state_bytes
 from parallel.mesh import MeshSizes, resolve_sizes
+from parallel.parallelize import check_layout
+from parallel.pipeline.stages import num_stages, split, stages_of
 from train.compose import compose
 from train.config import ComputeDtype, Config
+from train.run import batch_shape
 
 IMBALANCES = (1.0, 1.5, 2.0)  # rows that a rank's experts receive, over their fair share
-
-
-@dataclass
-class Plan:
-    """The options of `longcat plan`."""
-
-    ranks: int = 0  # ranks of the run; 0 = those that would start here
-    rank: int = 0  # the rank to trace
-    memory_gib: float = 0.0  # of each rank; 0 = say nothing of whether it fits
+SECONDS_A_YEAR = 365 * 86400.0
 
 
 @dataclass
 class PlanOptions:
-    plan: Plan = field(default_factory=Plan)
+    """What `longcat plan` assumes, as `plan.KEY`. The other arguments are those of `longcat train`."""
+
+    ranks: int = 0  # GPUs of the run; 0 = the processes that would start here
+    cluster: str = "h800"  # h100, h800, h200, b200, or a YAML file with the fields of launch/plan/cluster.py
+    exact: bool = False  # trace every layer instead of two and three
+    faults_per_gpu_year: float = 0.17  # that end the run; Llama 3's 54 days on 16,384 H100 had 419: 0.17
+    save_seconds: float = 4.0  # that a checkpoint stops training; the LongCat-Flash report has 2 to 4
+    restart_seconds: float = 600.0  # from a fault to the next step; the report stays below 10 minutes
+    candidates: int = 6  # of search: the layouts that are traced, after a first choice by formula
+
+
+@dataclass
+class Arguments:
+    """The options by their section."""
+
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank's tensors."""
+
+    place: int  # in the pipeline
+    state: float  # weights and moments
+    peak: dict[float, float]  # by imbalance
+
+
+@dataclass(frozen=True)
+class Availability:
+    """What faults cost, by Young's and Daly's formula."""
+
+    hours_between_faults: float
+    interval_seconds: float  # between checkpoints, that costs least
+    interval_steps: int
+    share: float  # of the time that is progress
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A change of the configuration, and what it brings."""
+
+    override: str
+    peak: float  # bytes of the fullest rank then
+    seconds: float  # of a step then
 
 
 @dataclass(frozen=True)
 class Planned:
     """What `longcat plan` prints."""
 
+    config: Config
+    options: PlanOptions
+    cluster: Cluster
     ranks: int
     sizes: MeshSizes
-    dtype: str
-    formula: StateBytes
-    traces: dict[float, Traced]  # by imbalance
-    flops: float  # of a step, all ranks
+    micro_batches: int  # of a data rank
+    memory: list[Memory]
+    flops: float  # the model's, of a step, all ranks: 6 per active parameter and token, and causal attention
+    executed: float  # what the ranks compute, with recomputation
+    times: dict[float, StepTimes]  # by imbalance
+    availability: Availability
+    knobs: list[Knob]
 
     @property
-    def peak(self) -> int:
-        return max(found.peak for found in self.traces.values())
+    def peak(self) -> float:
+        return max(one.peak[1.0] for one in self.memory)
+
+    @property
+    def needed(self) -> dict[float, float]:
+        """Bytes of the fullest rank's GPU by imbalance, with what no tensor has."""
+        return {
+            factor: self.cluster.needed(max(one.peak[factor] for one in self.memory)) for factor in self.memory[0].peak
+        }
+
+    def fits(self, factor: float = 1.0) -> bool:
+        return self.needed[factor] <= self.cluster.capacity
 
 
-def plan(arguments: list[str]) -> tuple[Planned, Plan]:
-    """Plan what ``arguments`` configure. Process groups of this process must not exist."""
+def read(arguments: list[str]) -> tuple[Config, PlanOptions]:
+    """The run and the plan's assumptions that ``arguments`` describe."""
+    options, overrides = split_options(Arguments, arguments)
+    unknown = [one for one in overrides if one.startswith("plan.")]
+    if unknown:
+        known = ", ".join(f"plan.{name}" for name in vars(options.plan))
+        raise ConfigError(f"unknown key {unknown[0].partition('=')[0]!r}; longcat plan has {known}")
+    return compose(overrides), check_options(options.plan)
+
+
+def check_options(options: PlanOptions) -> PlanOptions:
+    """Raise ConfigError for numbers that cannot be."""
+    for name, least in (("ranks", 0), ("faults_per_gpu_year", 0), ("save_seconds", 0), ("candidates", 1)):
+        if not getattr(options, name) >= least:
+            raise ConfigError(f"plan.{name}={getattr(options, name)} must be at least {least}")
+    if not options.restart_seconds >= 0:
+        raise ConfigError(f"plan.restart_seconds={options.restart_seconds} must not be negative")
+    return options
+
+
+def plan(config: Config, options: PlanOptions, with_knobs: bool = True) -> Planned:
+    """Plan a run. Process groups of this process must not exist.
+
+    Raises:
+        ConfigError: the run would be refused, or cannot be traced.
+    """
     assert not dist.is_initialized()
-    options, overrides = split_options(PlanOptions, arguments)
-    config, wanted = compose(overrides), options.plan
+    cluster = find_cluster(options.cluster)
+    config = copy.deepcopy(config)
     if config.train.dtype == ComputeDtype.auto:
-        config.train.dtype = ComputeDtype(str(fastest_dtype()).removeprefix("torch."))
-    ranks = wanted.ranks or num_processes(config)
-    sizes = resolve_sizes(config.parallel, ranks)
-    if not 0 <= wanted.rank < ranks:
-        raise ConfigError(f"plan.rank={wanted.rank} is none of the {ranks} ranks; use 0 to {ranks - 1}")
-    _check_batch(config, sizes)
-    imbalances = IMBALANCES if sizes.ep > 1 else IMBALANCES[:1]
-    traces = {factor: trace(config, ranks, wanted.rank, factor) for factor in imbalances}
+        dtype = ComputeDtype.bfloat16 if cluster.on_gpu else str(fastest_dtype()).removeprefix("torch.")
+        config.train.dtype = ComputeDtype(dtype)
+    ranks = options.ranks or num_processes(config)
+    sizes = check(config, ranks)
+    batch = batch_shape(config, sizes)
+    factors = IMBALANCES if sizes.ep > 1 else IMBALANCES[:1]
+    summaries = {factor: _summaries(config, ranks, sizes, cluster, options.exact, factor) for factor in factors}
+    times = {factor: predict(config, sizes, batch, cluster, found, factor) for factor, found in summaries.items()}
     train = config.train
-    flops = flops_per_token(config.model, train.sequence_length, mtp=True)
-    return Planned(
+    hidden = batch.sequences * batch.length // (sizes.cp * sizes.tp) * config.model.hidden_size
+    hidden_bytes = hidden * (2 if train.dtype == ComputeDtype.bfloat16 else 4)
+
+    def peak(factor: float, place: int) -> float:
+        found = summaries[factor][place]
+        return peak_bytes(found, config.parallel, sizes, place, batch.num_micro_batches, hidden_bytes)
+
+    memory = [
+        Memory(place, one.of("state"), {factor: peak(factor, place) for factor in factors})
+        for place, one in enumerate(summaries[1.0])
+    ]
+    per_rank = [
+        batch.num_micro_batches * sum(v for k, v in one.numbers.items() if k[0] == "flops" and k[1] != -1)
+        for one in summaries[1.0]
+    ]
+    flops = flops_per_token(config.model, train.sequence_length, mtp=config.model.num_mtp_layers > 0)
+    found = Planned(
+        config,
+        options,
+        cluster,
         ranks,
         sizes,
-        str(train.dtype),
-        state_bytes(config.model, sizes, config.parallel.sharding, [None]),
-        traces,
+        batch.num_micro_batches,
+        memory,
         flops * train.global_batch_size * train.sequence_length,
-    ), wanted
+        sum(per_rank) * ranks / sizes.pp,
+        times,
+        availability(options, ranks, times[1.0].seconds),
+        [],
+    )
+    return replace(found, knobs=knobs(found)) if with_knobs and not found.fits() else found
 
 
-def _check_batch(config: Config, sizes: MeshSizes) -> None:
-    train = config.train
-    unit = train.micro_batch_size * sizes.data_ranks
-    if train.global_batch_size % unit:
-        raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} is no multiple of {sizes.data_ranks} data ranks × "
-            f"train.micro_batch_size={train.micro_batch_size}; use {-(-train.global_batch_size // unit) * unit}"
+def check(config: Config, ranks: int) -> MeshSizes:
+    """The mesh's sizes; raises ConfigError for what a run or a trace would refuse."""
+    sizes = resolve_sizes(config.parallel, ranks)
+    config.validate_world(sizes.data_ranks)
+    batch = batch_shape(config, sizes)
+    check_traceable(config, sizes)
+    check_layout(config.model, config.parallel, sizes, batch.length, batch.num_micro_batches)
+    return sizes
+
+
+def _summaries(
+    config: Config, ranks: int, sizes: MeshSizes, cluster: Cluster, exact: bool, factor: float
+) -> list[Summary]:
+    """Of one rank for each place in the pipeline."""
+    found = []
+    for place in range(sizes.pp):
+        scope = Scope(
+            rank=place * (ranks // sizes.pp),
+            imbalance=factor,
+            on_gpu=cluster.on_gpu,
+            rates=cluster.rates(),
+            micro_batches=2,
         )
+        layers = layers_of_stages(config, sizes, place)
+        if exact or max(layers) <= FEW + 1:
+            found.append(summarise(trace(config, ranks, scope)))
+            continue
+        few, more = (summarise(trace(config, ranks, replace(scope, layers=count))) for count in (FEW, FEW + 1))
+        found.append(extend(few, more, layers))
+    return found
 
 
-def as_json(found: Planned) -> str:
-    """The plan for machines; bytes and FLOPs."""
-    content: dict[str, Any] = asdict(found)
-    content["traces"] = [{"imbalance": factor, **asdict(one)} for factor, one in found.traces.items()]
-    return json.dumps(content, indent=2)
+def layers_of_stages(config: Config, sizes: MeshSizes, place: int) -> list[int]:
+    """Layers of each stage of a rank."""
+    if sizes.pp == 1:
+        return [config.model.num_layers]
+    schedule = config.parallel.schedule
+    parts = split(config.model, num_stages(schedule, sizes.pp), config.train.sequence_length)
+    own = [parts[stage] for stage in stages_of(schedule, sizes.pp, place)]
+    return [part.last - part.first for part in own]
 
 
-def rows(found: Planned, wanted: Plan) -> list[tuple[str, str]]:
-    """(name, value) lines for people."""
-    axes = ", ".join(f"{name} {size}" for name, size in vars(found.sizes).items() if size > 1) or "one of each axis"
-    lines = [
-        ("ranks", f"{found.ranks} ({axes}), {found.dtype}; rank {wanted.rank} traced"),
-        ("state by formula", str(found.formula)),
-    ]
-    for factor, one in found.traces.items():
-        rest = one.peak - one.state
-        lines.append((f"peak at {factor:g}×", f"{mib(one.peak)}: state {mib(one.state)}, a step {mib(rest)}"))
-    lines.append(("FLOPs of a step", human(found.flops)))
-    if wanted.memory_gib:
-        fits = found.peak <= wanted.memory_gib * 2**30
-        lines.append(("fits", f"{'yes' if fits else 'no'}, in {wanted.memory_gib:g} GiB" + ("" if fits else _knob())))
-    return lines
+def availability(options: PlanOptions, ranks: int, step_seconds: float) -> Availability:
+    """The interval between checkpoints that loses least, and what is left of the time.
+
+    A fault costs the restart and half an interval; a checkpoint costs what it stops training.
+    """
+    rate = options.faults_per_gpu_year * ranks / SECONDS_A_YEAR  # a second
+    if not rate:
+        return Availability(math.inf, math.inf, 0, 1.0)
+    interval = max(math.sqrt(2 * options.save_seconds / rate), step_seconds)
+    steps = max(1, round(interval / step_seconds))
+    lost = options.save_seconds / interval + rate * (interval / 2 + options.restart_seconds)
+    return Availability(1 / rate / 3600, interval, steps, max(0.0, 1 - lost))
 
 
-def _knob() -> str:
-    return "; try parallel.recompute=full, a smaller train.micro_batch_size, or more parallel.fsdp"
+def knobs(found: Planned) -> list[Knob]:
+    """Changes that save memory, the fastest that fits first; those that do not fit by what they leave."""
+    tried = []
+    for override in changes(found):
+        config = copy.deepcopy(found.config)
+        key, _, value = override.partition("=")
+        section, name = key.split(".")
+        kept = getattr(getattr(config, section), name)
+        setattr(getattr(config, section), name, type(kept)(value))
+        try:
+            other = plan(config, replace(found.options, ranks=found.ranks), with_knobs=False)
+        except ConfigError:
+            continue
+        if other.peak < found.peak:
+            tried.append(
+                (not other.fits(), Knob(override, max(other.needed.values()), other.times[1.0].seconds), other)
+            )
+    tried.sort(key=lambda one: (one[0], one[1].seconds if not one[0] else one[2].peak))
+    return [Knob(one.override, other.needed[1.0], one.seconds) for _, one, other in tried[:3]]
+
+
+def changes(found: Planned) -> list[str]:
+    """Overrides to try, each a step from the configuration."""
+    config, sizes = found.config, found.sizes
+    tried = [f"parallel.recompute={one}" for one in (Recompute.selective, Recompute.full)]
+    tried = tried[list(Recompute).index(config.parallel.recompute) :]
+    if config.train.micro_batch_size > 1:
+        tried.append(f"train.micro_batch_size={config.train.micro_batch_size // 2}")
+    for axis in ("cp", "ep"):
+        size = getattr(sizes, axis) * 2
+        if axis == "ep" or config.parallel.fsdp == -1:
+            tried.append(f"parallel.{axis}={size}")
+    return tried

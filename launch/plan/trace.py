@@ -126,6 +126,8 @@ def trace(config: Config, world_size: int, scope: Scope | None = None) -> Traced
         tokens = config.train.global_batch_size * batch.length
         divisors = Divisors(tokens, tokens, tokens, 1)
         weights = config.loss, config.balance.group_loss_weight
+        for model in engine.parts:
+            recorder.follow(model.shortcut_layers())
         with mode, recorder:
             batches = [_batch(batch.sequences, batch.length) for _ in range(traced_batch.num_micro_batches)]
             recorder.kind = "step"
@@ -151,9 +153,7 @@ def _fewer(batch: BatchShape, parallel: ParallelConfig, sizes: MeshSizes, scope:
     return replace(batch, num_micro_batches=min(batch.num_micro_batches, max(scope.micro_batches, fewest)))
 
 
-def _build(
-    config: Config, topology: Topology, batch: BatchShape, recorder: AllocationRecorder, mode: Any
-) -> Any:
+def _build(config: Config, topology: Topology, batch: BatchShape, recorder: AllocationRecorder, mode: Any) -> Any:
     if config.parallel.sharding != Sharding.fsdp:
         return ZeroModel(config, topology, recorder, mode)
     with patch("train.run.batch_shape", lambda *_: batch):

@@ -6,11 +6,12 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +21,17 @@ from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import SPANS, Span
 
 PHASES = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.INPUT_GRADIENTS, SpanKind.WEIGHT_GRADIENTS)
-FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "resize_", "device"}
+FREE = {
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "resize_",
+    "device",
+}
 
 
 class Phase(NamedTuple):
@@ -32,6 +43,7 @@ class Phase(NamedTuple):
 
 
 OUTSIDE = Phase("")
+FIRST, INNER, LAST, REST = "first layer", "layers between", "last layer", "outside layers"
 
 
 @dataclass
@@ -41,8 +53,12 @@ class Work:
     flops: float = 0.0  # of matrix products
     seconds: float = 0.0  # of computing alone
     before: int = 0  # bytes that live when it begins
-    peak: int = 0  # most bytes that live in it
     after: int = 0  # bytes that live when it ends
+    peaks: dict[str, int] = field(default_factory=dict)  # most bytes that live in it, by `AllocationRecorder.position`
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values(), default=self.before)
 
 
 @dataclass
@@ -72,6 +88,7 @@ class AllocationRecorder(TorchDispatchMode):
         self.traffic: dict[tuple[SpanKind, Phase], Traffic] = defaultdict(Traffic)
         self._current = self.phases[OUTSIDE] = Work()
         self._phase = OUTSIDE
+        self.position = REST
         self._live: dict[int, tuple[int, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,8 +129,31 @@ class AllocationRecorder(TorchDispatchMode):
             self._current.after = self.now
             self._phase = phase
             if phase not in self.phases:
-                self.phases[phase] = Work(before=self.now, peak=self.now)
+                self.phases[phase] = Work(before=self.now)
             self._current = self.phases[phase]
+            self.enter(REST)
+
+    def enter(self, position: str) -> None:
+        """The model is now in this layer, or in none."""
+        self._enter_phase()
+        self.position = position
+        self._current.peaks[position] = max(self._current.peaks.get(position, 0), self.now)
+
+    def follow(self, layers: list[nn.Module]) -> None:
+        """Enter each of a model's layers with its forward and with its backward."""
+        for number, layer in enumerate(layers):
+            where = FIRST if number == 0 else LAST if number == len(layers) - 1 else INNER
+            layer.register_forward_pre_hook(partial(self._enters, where))
+            layer.register_forward_hook(partial(self._left, where))
+
+    def _enters(self, where: str, *unused: Any) -> None:
+        self.enter(where)
+
+    def _left(self, where: str, layer: nn.Module, inputs: Any, outputs: tuple[Tensor, Any]) -> None:
+        if outputs[0].requires_grad:
+            outputs[0].register_hook(partial(self._enters, where))
+        if where == LAST:
+            self.enter(REST)
 
     # What `SPANS.recorder` is told
 
@@ -166,7 +206,8 @@ class AllocationRecorder(TorchDispatchMode):
     def _change(self, size: int, kind: str) -> None:
         self.now += size
         self.by_kind[kind] += size
-        self._current.peak = max(self._current.peak, self.now)
+        peaks = self._current.peaks
+        peaks[self.position] = max(peaks.get(self.position, 0), self.now)
         if self.now > self.peak:
             self.peak, self.at_peak = self.now, dict(self.by_kind)
 

@@ -155,6 +155,24 @@ def fused_attention(recorder: AllocationRecorder) -> Callable[..., Tensor]:
     return causal_attention
 
 
+def combine_rows_on_gpu(recorder: AllocationRecorder) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`longcat.ops.rows.combine_rows` and its backward, each one Triton kernel."""
+
+    def combine_rows(rows: Tensor, gates: Tensor, row_index: Tensor, x: Tensor | None) -> Tensor:
+        out = rows.new_empty(gates.shape[0], rows.shape[1])
+        recorder.count(0.0, nbytes(rows, out, *([] if x is None else [x])), rows.dtype)
+        return out
+
+    def backward(
+        grad: Tensor, rows: Tensor, gates: Tensor, token: Tensor, selection: Tensor, index: Tensor, x: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_x = grad.new_empty(0) if x is None else torch.empty_like(x)
+        recorder.count(0.0, nbytes(grad, rows, rows, grad_x), rows.dtype)
+        return torch.empty_like(rows), torch.empty_like(gates), grad_x
+
+    return combine_rows, backward
+
+
 def nbytes(*tensors: Tensor) -> int:
     return sum(one.numel() * one.element_size() for one in tensors)
 
@@ -197,7 +215,9 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
         init(self, routings, *rest)
         self.tokens = [routing.indices.shape[0] for routing in routings]  # type: ignore[attr-defined]
 
-    instead = {permute._plan: plan, embedding.embedding_gradient: embedding_gradient}
+    instead: dict[Any, Any] = {permute._plan: plan, embedding.embedding_gradient: embedding_gradient}
+    if on_gpu:
+        instead[rows.combine_rows], instead[rows.combine_rows_backward] = combine_rows_on_gpu(recorder)
     dispatchers = parallel.expert.dispatchers
     gathering = (parallel.collectives.point_to_point, parallel.collectives.collective, parallel.fsdp.collectives)
     with ExitStack() as stack:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from launch.generate import GenerateOptions
+from launch.plan.plan import PlanOptions
 from launch.slurm.options import PREFIX, SlurmOptions
 from train.checkpoint.grow import GrowConfig
 from train.compose import compose
@@ -26,7 +27,9 @@ VERBS = {
     "generate": GenerateOptions,
     "grow": GrowConfig,
     "slurm": SlurmOptions,
+    "plan": PlanOptions,
 }
+PREFIXES = {"slurm": PREFIX, "plan": "plan."}
 HEAD = """# Configuration keys
 
 Written by `make reference` from the dataclasses; do not edit. Defaults are those of `longcat train` without arguments
@@ -44,7 +47,7 @@ def page() -> str:
         parts.append(f"## {section.name}\n\n{prose(type(part))}\n\n{table(part, f'{section.name}.')}")
     parts.append("# Options of other commands\n")
     for verb, kind in VERBS.items():
-        parts.append(f"## longcat {verb}\n\n{prose(kind)}\n\n{table(kind(), PREFIX if verb == 'slurm' else '')}")
+        parts.append(f"## longcat {verb}\n\n{prose(kind)}\n\n{table(kind(), PREFIXES.get(verb, ''))}")
     return "\n".join(parts)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from launch.__main__ import VERBS
 from launch.options import split_options
-from launch.plan.plan import PlanOptions
+from launch.plan.plan import Arguments
 from launch.slurm.options import split_slurm_options
 from longcat import errors
 from tests.house import picture, reference
@@ -115,7 +115,7 @@ def test_commands_parse(page: Path) -> None:
             _, words = split_slurm_options([word for word in words if word not in ("--submit", "…")])
             compose(words)
         elif verb == "plan":
-            compose(split_options(PlanOptions, [word for word in words if word != "--json"])[1])
+            compose(split_options(Arguments, [word for word in words if word != "--json"])[1])
         elif verb in reference.VERBS:
             _, words = split_options(reference.VERBS[verb], words)
             assert verb == "import" or not words, f"longcat {verb} has no options {words}"

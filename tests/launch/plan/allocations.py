@@ -56,7 +56,9 @@ def measure(overrides: Sequence[str]) -> Measured:
     for event in sorted(events, key=lambda event: event.start_time_ns):
         now += event.extra_fields.alloc_size
         peak = max(peak, now)
-    counts = torch.stack([torch.cat(parts) for parts in zip(*([one.counts for one in of] for of in losses), strict=True)])
+    counts = torch.stack(
+        [torch.cat(parts) for parts in zip(*([one.counts for one in of] for of in losses), strict=True)]
+    )
     sizes, shape = topology.sizes, batch_shape(config, topology.sizes)
     tokens = shape.sequences * shape.length // (sizes.cp * sizes.tp)
     return Measured(peak, held, counts[:, :, : config.model.num_experts], tokens)

@@ -28,14 +28,14 @@ def test_peak_is_the_allocators(layout: Layout) -> None:
 def test_flops_are_the_counters() -> None:
     """One rank's step, recomputation included, by torch's counter."""
     overrides = ["parallel.recompute=selective", "train.global_batch_size=2", "model.num_layers=1"]
-    ((counted, ffn_experts),) = run_ranks(count_flops, 1, overrides)
-    ((planned,),) = run_ranks(traced, 1, overrides, 1, [Scope(ffn_experts=ffn_experts)])
+    ((counted, ffn_experts),) = run_ranks(count_flops, 1, overrides, timeout=600)
+    ((planned,),) = run_ranks(traced, 1, overrides, 1, [Scope(ffn_experts=ffn_experts)], timeout=600)
     assert planned.flops == pytest.approx(counted, rel=1e-9)
 
 
 def test_imbalance_takes_memory() -> None:
     overrides = ["parallel.ep=2", "model.num_layers=1", "train.global_batch_size=4"]
-    ((even, uneven),) = run_ranks(traced, 1, overrides, 2, [Scope(), Scope(imbalance=2.0)])
+    ((even, uneven),) = run_ranks(traced, 1, overrides, 2, [Scope(), Scope(imbalance=2.0)], timeout=600)
     assert uneven.state == even.state
     assert uneven.peak > even.peak
     assert uneven.flops > even.flops
@@ -47,9 +47,7 @@ def test_parts_of_weights_laid_end_to_end() -> None:
     assert reaching_into([6, 6], 1, 2) == 6
 
 
-@pytest.mark.parametrize(
-    "override", ["parallel.sharding=zero3", "parallel.compile=true", "train.elastic_bits=2"]
-)
+@pytest.mark.parametrize("override", ["parallel.sharding=zero3", "parallel.compile=true", "train.elastic_bits=2"])
 def test_what_cannot_be_traced_is_refused(override: str) -> None:
     config = compose(["model=debug", "train.dtype=bfloat16", "train.global_batch_size=8", override])
     with pytest.raises(ConfigError, match="cannot trace it; plan with"):

@@ -1,0 +1,323 @@
+"""How long a step takes on a cluster: each rank's traced work, its messages, what overlaps, and the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from launch.plan.cluster import Cluster
+from launch.plan.links import Group, Pattern, group_of, seconds
+from launch.plan.summary import Summary, backward_kinds
+from longcat.counts import count_parameters, flops_per_token
+from parallel.chunks import LayerTimes, choose_chunks, exposed_share, layer_seconds
+from parallel.config import ExpertsAfter, Recompute, Sharding
+from parallel.expert.sharding import largest_share
+from parallel.memory import elements
+from parallel.mesh import MeshSizes
+from parallel.parallelize import BatchShape
+from parallel.watchdog.events import SpanKind
+from train.config import Config
+
+FORWARD = SpanKind.FORWARD.value
+TP_KINDS = (
+    SpanKind.SEQUENCE_ALL_GATHER,
+    SpanKind.SEQUENCE_REDUCE_SCATTER,
+    SpanKind.VOCABULARY_MAX,
+    SpanKind.VOCABULARY_SUM,
+)
+UPDATE_BYTES = 32  # of a weight: gradient, master weight and moments read, the last three written, gradient's norm
+
+
+@dataclass
+class Line:
+    """What a rank sends in a step over one mesh axis, and what it costs."""
+
+    axis: str
+    what: str
+    group: Group
+    num_bytes: float = 0.0
+    seconds: float = 0.0
+    exposed: float = 0.0  # of them, in which nothing is computed
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """A step's prediction."""
+
+    seconds: float
+    compute: float  # seconds in which the busiest rank computes
+    bubble: float  # share of the pipeline's time in which a rank waits for others, on average
+    lines: list[Line]
+    layer: LayerTimes | None  # of one shortcut layer's forward, if its experts are on several ranks
+    chunks: int  # that choose_chunks takes for it
+    exposed: dict[int, float]  # by the number of chunks: the share of a layer's forward in which nothing is computed
+    mfu: float
+    tokens_per_gpu: float  # a second
+
+
+@dataclass
+class Step:
+    """What the prediction is made of."""
+
+    config: Config
+    sizes: MeshSizes
+    batch: BatchShape
+    cluster: Cluster
+    imbalance: float = 1.0
+    lines: dict[str, Line] = field(default_factory=dict)
+
+    def send(
+        self, axis: str, what: str, pattern: Pattern, num_bytes: float, count: float, window: float, times: float
+    ) -> float:
+        """Count messages that overlap with ``window`` seconds, ``times`` a step → their exposed seconds, once."""
+        group = group_of(axis, self.sizes)
+        taken = seconds(self.cluster, group, pattern, num_bytes, count)
+        exposed = max(0.0, taken - window)
+        self.add(axis, what, num_bytes * times, taken * times, exposed * times)
+        return exposed
+
+    def add(self, axis: str, what: str, num_bytes: float, taken: float, exposed: float) -> None:
+        line = self.lines.setdefault(what, Line(axis, what, group_of(axis, self.sizes)))
+        line.num_bytes += num_bytes
+        line.seconds += taken
+        line.exposed += exposed
+
+
+def predict(
+    config: Config,
+    sizes: MeshSizes,
+    batch: BatchShape,
+    cluster: Cluster,
+    ranks: Sequence[Summary],
+    imbalance: float = 1.0,
+) -> StepTimes:
+    """A step's time from the summaries of one rank for each place in the pipeline."""
+    count = batch.num_micro_batches
+    spent: list[dict[tuple[int, str], float]] = []
+    steps = [Step(config, sizes, batch, cluster, imbalance) for _ in ranks]
+    for step, summary in zip(steps, ranks, strict=True):
+        spent.append(_phases(step, summary))
+    computed = [
+        count * sum(value for key, value in one.numbers.items() if key[0] == "seconds" and key[1] != -1)
+        for one in ranks
+    ]
+    bubble = 0.0
+    if sizes.pp == 1:
+        run = count * sum(spent[0].values())
+    else:
+        run, bubble = _pipeline(steps[0], spent, count)
+    ends = [_ends(step, summary) for step, summary in zip(steps, ranks, strict=True)]
+    total = run + max(ends)
+    busiest = max(range(len(ranks)), key=lambda place: computed[place])
+    train, layer = config.train, layer_times(steps[busiest], ranks[busiest])
+    tokens = train.global_batch_size * train.sequence_length
+    world = sizes.pp * sizes.dp * sizes.dense_shards
+    flops = flops_per_token(config.model, train.sequence_length, mtp=config.model.num_mtp_layers > 0) * tokens
+    chunks = {} if layer is None else {n: exposed_share(n, layer) for n in (1, 2, 4, 8)}
+    return StepTimes(
+        total,
+        computed[busiest],
+        bubble,
+        list(steps[busiest].lines.values()),
+        layer,
+        1 if layer is None else choose_chunks(layer, _positions(steps[0])),
+        chunks,
+        flops / (total * world * cluster.bfloat16),
+        tokens / total / world,
+    )
+
+
+def _phases(step: Step, summary: Summary) -> dict[tuple[int, str], float]:
+    """Seconds of each phase of one micro-batch with what is exposed in it, by (stage of the rank, phase)."""
+    spent = {}
+    forward_exposed: dict[int, float] = {}
+    for stage, layers in enumerate(summary.layers):
+        for kind in (FORWARD, *backward_kinds(step.config.parallel, step.sizes.pp)):
+            compute = summary.of("seconds", stage, kind)
+            exposed = 0.0
+            if kind != SpanKind.WEIGHT_GRADIENTS.value:
+                exposed += _experts(step, summary, stage, kind, layers, forward_exposed)
+                exposed += _sequence(step, summary, stage, kind, layers)
+            if step.sizes.pp == 1:
+                exposed += _gathers(step, summary, stage, kind, compute)
+            spent[stage, kind] = compute + exposed
+    return spent
+
+
+def _experts(
+    step: Step, summary: Summary, stage: int, kind: str, layers: int, forward_exposed: dict[int, float]
+) -> float:
+    """Exposed seconds of dispatch and combine in a phase."""
+    times = layer_times(step, summary, stage)
+    if times is None:
+        return 0.0
+    chunks = step.config.overlap.decided_chunks
+    once = exposed_seconds(times, chunks) if step.config.overlap.enabled else 2 * (times.message + times.per_message)
+    exposed = once
+    if kind == FORWARD:
+        forward_exposed[stage] = once
+    else:
+        ratio = summary.of("seconds", stage, kind) / max(summary.of("seconds", stage, FORWARD), 1e-12)
+        recomputes = step.config.parallel.recompute == Recompute.full
+        exposed = exposed_seconds(slower(times, max(ratio - recomputes, 0.5)), chunks) + recomputes * once
+    num_bytes = sum(
+        summary.of("bytes", stage, kind, one.value) for one in (SpanKind.EXPERT_DISPATCH, SpanKind.EXPERT_COMBINE)
+    )
+    messages = 2 * (1 + (kind != FORWARD and step.config.parallel.recompute == Recompute.full))
+    count = step.batch.num_micro_batches
+    taken = layers * messages * (times.message + chunks * times.per_message)
+    step.add("ep", "dispatch and combine", num_bytes * count, taken * count, layers * exposed * count)
+    return layers * exposed
+
+
+def exposed_seconds(times: LayerTimes, chunks: int) -> float:
+    """Seconds of a layer in which nothing is computed."""
+    return exposed_share(chunks, times) * layer_seconds(chunks, times)
+
+
+def slower(times: LayerTimes, factor: float) -> LayerTimes:
+    """The same messages beside ``factor`` times the computation."""
+    return LayerTimes(
+        times.message,
+        times.per_message,
+        times.experts * factor,
+        times.per_call * factor,
+        times.before * factor,
+        times.after * factor,
+    )
+
+
+def layer_times(step: Step, summary: Summary, stage: int = 0) -> LayerTimes | None:
+    """One layer's forward: its messages, and its parts by their FLOPs, which together take as long as they were traced.
+
+    None where experts are on one rank.
+    """
+    if step.sizes.ep == 1:
+        return None
+    model, layers = step.config.model, summary.layers[stage]
+    counts, positions = count_parameters(model), _positions(step)
+    scores = model.num_heads * (model.qk_head_dim + model.v_head_dim) * (step.batch.length + 1) / 2
+    dense, attention = 2.0 * positions * counts.dense_ffn, 2.0 * positions * (counts.attention + scores)
+    experts = 2.0 * positions * model.expected_ffn_experts * step.imbalance * counts.expert
+    rate = step.cluster.rates().bfloat16
+    head = 2.0 * positions * counts.head / rate if _has_head(step, summary, stage) else 0.0
+    traced = max(summary.of("seconds", stage, FORWARD) - head * (1 + model.num_mtp_layers), 0.0) / layers
+    scale = max(traced, (2 * dense + 2 * attention + experts) / rate) / (2 * dense + 2 * attention + experts)
+    kinds = SpanKind.EXPERT_DISPATCH.value
+    num_bytes = summary.of("bytes", stage, FORWARD, kinds) / layers * step.imbalance
+    group = group_of("ep", step.sizes)
+    fixed = seconds(step.cluster, group, Pattern.all_to_all, 0.0)
+    message = seconds(step.cluster, group, Pattern.all_to_all, num_bytes) - fixed
+    after_attention = step.config.overlap.experts_after == ExpertsAfter.attention
+    before, after = (dense + attention, dense) if after_attention else (dense, attention + dense)
+    return LayerTimes(message, fixed, experts * scale, 6 * step.cluster.call, before * scale, after * scale)
+
+
+def _has_head(step: Step, summary: Summary, stage: int) -> bool:
+    """Whether a stage has the head: those of one pipeline are all alike but for it."""
+    flops = [summary.of("flops", other, FORWARD) / max(layers, 1) for other, layers in enumerate(summary.layers)]
+    return step.sizes.pp == 1 or flops[stage] > 1.2 * min(flops)
+
+
+def _positions(step: Step) -> int:
+    """Positions of a micro-batch on a rank."""
+    return step.batch.sequences * step.batch.length // (step.sizes.cp * step.sizes.tp)
+
+
+def _sequence(step: Step, summary: Summary, stage: int, kind: str, layers: int) -> float:
+    """Exposed seconds of context and tensor parallelism in a phase: latents overlap the queries' projection."""
+    model, count = step.config.model, step.batch.num_micro_batches
+    queries = model.hidden_size * model.q_lora_rank + model.q_lora_rank * model.num_heads * model.qk_head_dim
+    window = 2.0 * _positions(step) * queries / step.cluster.rates().bfloat16 * 2 * layers
+    latents = SpanKind.ATTENTION_LATENTS.value
+    exposed = step.send(
+        "cp",
+        "attention latents",
+        Pattern.ring,
+        summary.of("bytes", stage, kind, latents),
+        summary.of("count", stage, kind, latents),
+        window,
+        count,
+    )
+    for one in TP_KINDS:
+        num_bytes, messages = (summary.of(name, stage, kind, one.value) for name in ("bytes", "count"))
+        exposed += step.send("tp", "sequence and vocabulary", Pattern.ring, num_bytes, messages, 0.0, count)
+    return exposed
+
+
+def _gathers(step: Step, summary: Summary, stage: int, kind: str, compute: float) -> float:
+    """Exposed seconds of FSDP2's all-gathers in a phase, which run beside its computation."""
+    what = SpanKind.WEIGHT_ALL_GATHER.value
+    taken = sharding_seconds(step, summary.of("bytes", stage, kind, what), summary.of("count", stage, kind, what))
+    exposed, count = max(0.0, taken - compute), step.batch.num_micro_batches
+    step.add(
+        "fsdp", "weight all-gather", summary.of("bytes", stage, kind, what) * count, taken * count, exposed * count
+    )
+    return exposed
+
+
+def sharding_seconds(step: Step, num_bytes: float, count: float) -> float:
+    """Seconds of collectives of weights or gradients: those of experts over efsdp, the others over all shards."""
+    sizes, counted = step.sizes, elements(step.config.model)
+    experts = counted.experts / sizes.ep * (1 - 1 / sizes.efsdp)
+    dense = (counted.tp_sharded / sizes.tp + counted.tp_replicated) * (1 - 1 / sizes.dense_shards)
+    share = experts / max(experts + dense, 1.0)
+    return sum(
+        seconds(step.cluster, group_of(axis, sizes), Pattern.ring, num_bytes * part, count * part)
+        for axis, part in (("efsdp", share), ("fsdp", 1 - share))
+    )
+
+
+def _ends(step: Step, summary: Summary) -> float:
+    """Seconds of a step outside its micro-batches: sums of gradients and the update; a pipeline's gathers too."""
+    config, sizes = step.config, step.sizes
+    gradients, gathers = SpanKind.GRADIENT_REDUCE_SCATTER.value, SpanKind.WEIGHT_ALL_GATHER.value
+
+    def total(name: str, what: str) -> float:
+        return sum(v for k, v in summary.numbers.items() if k[0] == name and k[-1] == what)
+
+    taken = sharding_seconds(step, total("bytes", gradients), total("count", gradients))
+    window = 0.0 if sizes.pp > 1 else summary.of("seconds", 0, SpanKind.BACKWARD.value)
+    exposed = max(0.0, taken - window)
+    step.add("fsdp", "gradient reduce-scatter", total("bytes", gradients), taken, exposed)
+    if sizes.pp > 1:
+        gathered = sharding_seconds(step, total("bytes", gathers), total("count", gathers))
+        step.add("fsdp", "weight all-gather", total("bytes", gathers), gathered, gathered)
+        exposed += gathered
+    share = shard_elements(config, sizes) / sizes.pp
+    if sizes.dp > 1:
+        num_bytes = 2 * share * 4 * (sizes.dp - 1) / sizes.dp
+        exposed += step.send("dp", "sum over replicas", Pattern.ring, num_bytes, 1.0, 0.0, 1.0)
+    if config.parallel.sharding != Sharding.fsdp:
+        num_bytes = 4 * (4 if config.parallel.sharding == Sharding.zero2 else 3) * share
+        exposed += step.send("fsdp", "ZeRO's sums and weights", Pattern.ring, num_bytes * sizes.data_ranks, 1, 0, 1)
+    return exposed + share * UPDATE_BYTES / (step.cluster.memory * step.cluster.memory_reached)
+
+
+def shard_elements(config: Config, sizes: MeshSizes) -> float:
+    """Elements of the whole model that one rank of a replica without a pipeline stores."""
+    counted = elements(config.model)
+    if config.parallel.sharding != Sharding.fsdp:
+        return counted.total / (sizes.dp * sizes.dense_shards)
+    return (counted.total - counted.experts) / sizes.dense_shards + counted.experts * largest_share(config.model, sizes)
+
+
+def _pipeline(step: Step, spent: list[dict[tuple[int, str], float]], count: int) -> tuple[float, float]:
+    """(seconds of a pipeline's micro-batches, share in which a rank waits on average)."""
+    from parallel.pipeline.simulation import Action, planned, simulate
+    from parallel.pipeline.stages import stages_of
+
+    parallel, pp = step.config.parallel, step.sizes.pp
+    own = [stages_of(parallel.schedule, pp, place) for place in range(pp)]
+    hidden = _positions(step) * step.config.model.hidden_size * (2 if step.config.train.dtype == "bfloat16" else 4)
+    transfer = seconds(step.cluster, group_of("pp", step.sizes), Pattern.neighbour, hidden)
+    names = {"F": FORWARD, "B": "backward", "I": "input_gradients", "W": "weight_gradients"}
+
+    def of(place: int, action: Action) -> float:
+        sends = transfer if action.kind != "W" else 0.0
+        return spent[place][own[place].index(action.stage), names[action.kind]] + sends
+
+    found = simulate(parallel.schedule, planned(parallel.schedule, pp, count), of)
+    sent = 2 * count * len(own[0])
+    step.add("pp", "hidden states and gradients", hidden * sent, transfer * sent, transfer * sent)
+    return found.seconds, found.bubble
