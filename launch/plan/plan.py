@@ -1,4 +1,4 @@
-"""`longcat plan`: whether a run fits, how fast it would be and what to change, from traces of its ranks; trains nothing."""
+"""`longcat plan`: whether a run fits, how fast it would be and what to change, from traces of its ranks."""
 
 from __future__ import annotations
 

@@ -83,8 +83,8 @@ def _head(found: Planned) -> list[str]:
 def _assumed(found: Planned, gpus: str) -> str:
     one = found.cluster
     return (
-        f"{one.gpus_per_node} {gpus} a node; products {one.products_reached:.0%} of {one.bfloat16 / 1e12:,.4g} TFLOP/s, "
-        f"links {one.links_reached:.0%}, memory {one.memory_reached:.0%}"
+        f"{one.gpus_per_node} {gpus} a node; products {one.products_reached:.0%} of {one.bfloat16 / 1e12:,.4g} "
+        f"TFLOP/s, links {one.links_reached:.0%}, memory {one.memory_reached:.0%}"
     )
 
 

@@ -77,6 +77,8 @@ class Step:
         return exposed
 
     def add(self, axis: str, what: str, num_bytes: float, taken: float, exposed: float) -> None:
+        if not num_bytes:
+            return
         line = self.lines.setdefault(what, Line(axis, what, group_of(axis, self.sizes)))
         line.num_bytes += num_bytes
         line.seconds += taken
