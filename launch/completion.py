@@ -10,7 +10,7 @@ from longcat.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
 FLAGS = ("--help", "--cfg", "--config-dir", "-m")
-COMMANDS = {"data": ("build",), "checkpoint": ("list", "verify"), "completion": SHELLS}
+COMMANDS = {"data": ("build",), "checkpoint": ("list", "verify"), "completion": SHELLS, "plan": ("search",)}
 
 BASH = """# longcat: completion for bash; load it with: source <(longcat completion bash)
 _longcat() {{
@@ -71,10 +71,10 @@ def script(shell: str) -> str:
         )
         return FISH.format(verbs=verbs, keyed="train plan check counts data", words=words, commands=commands)
     commands = "\n".join(
-        f'            {verb}) words="{" ".join(names)}{" " + words if verb == "data" else ""}" ;;'
+        f'            {verb}) words="{" ".join(names)}{" " + words if verb in ("data", "plan") else ""}" ;;'
         for verb, names in COMMANDS.items()
     )
-    bash = BASH.format(verbs=verbs, keyed="train|plan|check|counts", words=words, commands=commands)
+    bash = BASH.format(verbs=verbs, keyed="train|check|counts", words=words, commands=commands)
     return bash if shell == "bash" else ZSH + bash
 
 

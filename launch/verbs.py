@@ -254,6 +254,7 @@ def plan(arguments: list[str]) -> int:
 
     longcat plan model=small parallel.ep=2 plan.ranks=2
     longcat plan model=flash plan.ranks=256 plan.cluster=h800 parallel.ep=32 parallel.cp=8 train.sequence_length=8192
+    longcat plan search model=small plan.ranks=8 plan.cluster=h100      the fastest layouts that fit
 
     The keys are those of longcat train, and plan.ranks (GPUs), plan.cluster (h100, h800, h200, b200 or a YAML file),
     plan.exact, plan.faults_per_gpu_year, plan.save_seconds and plan.restart_seconds. Nothing is allocated: the models
@@ -265,6 +266,13 @@ def plan(arguments: list[str]) -> int:
     from launch.plan.show import as_json, table
 
     words = [argument for argument in arguments if argument != "--json"]
+    if words[:1] == ["search"]:
+        from launch.plan.cluster import find_cluster
+        from launch.plan.search import lines, search
+
+        config, options = read(words[1:])
+        print("\n".join(lines(search(config, options), options, find_cluster(options.cluster).capacity)))
+        return OK
     found = make_plan(*read(words))
     print(as_json(found) if "--json" in arguments else "\n".join(table(found)))
     return OK

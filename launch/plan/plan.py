@@ -129,8 +129,10 @@ def check_options(options: PlanOptions) -> PlanOptions:
     return options
 
 
-def plan(config: Config, options: PlanOptions, with_knobs: bool = True) -> Planned:
-    """Plan a run. Process groups of this process must not exist.
+def plan(
+    config: Config, options: PlanOptions, with_knobs: bool = True, factors: tuple[float, ...] = IMBALANCES
+) -> Planned:
+    """Plan a run at the imbalances ``factors``, 1 among them. Process groups of this process must not exist.
 
     Raises:
         ConfigError: the run would be refused, or cannot be traced.
@@ -144,7 +146,7 @@ def plan(config: Config, options: PlanOptions, with_knobs: bool = True) -> Plann
     ranks = options.ranks or num_processes(config)
     sizes = check(config, ranks)
     batch = batch_shape(config, sizes)
-    factors = IMBALANCES if sizes.ep > 1 else IMBALANCES[:1]
+    factors = factors if sizes.ep > 1 else (1.0,)
     summaries = {factor: _summaries(config, ranks, sizes, cluster, options.exact, factor) for factor in factors}
     times = {factor: predict(config, sizes, batch, cluster, found, factor) for factor, found in summaries.items()}
     train = config.train

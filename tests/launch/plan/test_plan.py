@@ -15,6 +15,7 @@ from launch.__main__ import main
 from launch.plan.cluster import PRESETS, find_cluster
 from launch.plan.links import Group, Pattern, seconds
 from launch.plan.plan import PlanOptions, availability, plan, read
+from launch.plan.search import layouts, lines, search
 from launch.plan.show import as_json, table
 from launch.plan.summary import peak_bytes, summarise
 from launch.plan.trace import Scope, trace
@@ -172,3 +173,38 @@ def test_wrong_plan_is_one_line(arguments: list[str], said: str, capsys: pytest.
 def test_help_names_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--help"]) == OK
     assert capsys.readouterr().out.startswith("plan key=value")
+
+
+def searched(overrides: Sequence[str]) -> tuple[list[str], list[tuple[bool, float]], int]:
+    """(the table, whether each layout on it fits with its step's seconds, refused layouts)."""
+    config, options = read([*COMMON, *overrides])
+    found = search(config, options)
+    fitting = [(one.fits(), one.times[1.0].seconds) for one in found.fitting]
+    return lines(found, options, find_cluster(options.cluster).capacity), fitting, found.refused
+
+
+def test_search_ranks_what_fits() -> None:
+    """One rank: three recomputations, of which two are traced."""
+    overrides = ["plan.ranks=1", "plan.candidates=2", "model.num_layers=2", "train.global_batch_size=2"]
+    ((shown, fitting, refused),) = run_ranks(searched, 1, overrides, timeout=LONG)
+    assert refused == 0
+    assert len(fitting) == 2 and all(fits for fits, _ in fitting)
+    assert fitting == sorted(fitting, key=lambda one: one[1])
+    assert max(map(len, shown)) <= 100
+    assert shown[-1].startswith("The fastest: parallel.pp=1 parallel.fsdp=1")
+
+
+def test_search_tries_every_axis() -> None:
+    tried = [layout.parallel for layout in layouts(compose([*COMMON]), 8)]
+    assert {one.ep for one in tried} == {1, 2, 4, 8}
+    assert {one.pp for one in tried} == {1, 2}  # debug has two layers
+    assert {one.tp for one in tried} == {one.cp for one in tried} == {1, 2, 4, 8}
+
+
+def test_search_names_what_works(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three GPUs cannot share two sequences: every layout is refused, the last with its reason."""
+    arguments = ["model=debug", "plan.ranks=3", "train.global_batch_size=2", "model.num_layers=1"]
+    assert main(["plan", "search", *arguments]) == BAD_INPUT
+    assert "layouts of 3 GPUs is possible; the last: " in capsys.readouterr().err
+    assert main(["plan", "search", "model=debug"]) == BAD_INPUT
+    assert "add plan.ranks=N" in capsys.readouterr().err
