@@ -264,11 +264,6 @@ def start_fake_world(rank: int, world_size: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
 
-def fake_tensor_mode() -> FakeTensorMode:
-    """A mode whose tensors have shapes and no memory; the public way to it runs torch's compiler."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
 @contextmanager
 def around_shape_propagation(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
     """Call ``begin`` and ``end`` around each operator that DTensor runs only to learn the shape of a result."""

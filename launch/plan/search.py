@@ -167,5 +167,5 @@ def lines(found: Found, options: PlanOptions, memory: float) -> list[str]:
     if found.fitting:
         sizes = found.fitting[0].sizes
         keys = " ".join(f"parallel.{axis}={getattr(sizes, axis)}" for axis in ("pp", "fsdp", "cp", "tp", "ep"))
-        rows += ["", f"The fastest: {keys} parallel.recompute={found.fitting[0].config.parallel.recompute}"]
+        rows += ["", f"The fastest: {keys}", f"{'':13}parallel.recompute={found.fitting[0].config.parallel.recompute}"]
     return rows

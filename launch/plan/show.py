@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from launch.plan.links import where
 from launch.plan.plan import Planned
 from longcat.counts import count_parameters, human
+from longcat.json_text import dumps
 from parallel.memory import mib
 
 RULE = "─"
@@ -45,7 +45,7 @@ def as_json(found: Planned) -> str:
         "availability": asdict(found.availability),
         "knobs": [asdict(one) for one in found.knobs],
     }
-    return json.dumps(content, indent=2)
+    return dumps(content, indent=2)
 
 
 def table(found: Planned) -> list[str]:

@@ -16,6 +16,7 @@ import parallel.parallelize
 from longcat.errors import ConfigError
 from longcat.interfaces import install
 from longcat.model import LongCat, ModelPart
+from longcat.ops.torch_internals import fake_tensor_mode
 from parallel.config import DispatcherKind, Offload, ParallelConfig, Sharding
 from parallel.deepspeed.setup import (
     BUCKET_NUMEL,
@@ -35,7 +36,6 @@ from parallel.plan.recorder import AllocationRecorder, Phase, Traffic, Work, rec
 from parallel.plan.shapes import RoutingAssumption, shapes_only
 from parallel.torch_internals import (
     around_shape_propagation,
-    fake_tensor_mode,
     start_fake_world,
     without_connection_check,
 )

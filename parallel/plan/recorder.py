@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from longcat.ops.torch_internals import TorchDispatchMode, operator_name, product_flops, storage_key, tree_leaves
 from parallel.plan.rates import NO_TIME, Rates
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import SPANS, Span
@@ -101,15 +100,12 @@ class AllocationRecorder(TorchDispatchMode):
         leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor)]
         for leaf in leaves:
             self._see(leaf)
-        if leaves and not func.is_view and func._opname not in FREE:
+        if leaves and not func.is_view and operator_name(func) not in FREE:
             self._count(func, args, kwargs or {}, out, leaves)
         return out
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, leaves: list[Tensor]) -> None:
-        from torch.utils.flop_counter import flop_registry
-
-        formula = flop_registry.get(func._overloadpacket)
-        flops = 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
+        flops = product_flops(func, args, kwargs, out)
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.count(flops, sum(one.numel() * one.element_size() for one in (*operands, *leaves)), leaves[0].dtype)
 
@@ -177,7 +173,7 @@ class AllocationRecorder(TorchDispatchMode):
         if tensor.device.type == "meta" or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_key(storage), storage.nbytes()
         if key in self._live:
             self.resized(storage)
             return
@@ -194,9 +190,9 @@ class AllocationRecorder(TorchDispatchMode):
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Count a storage's size anew, if it is one of those that are counted."""
-        if storage._cdata in self._live:
-            old, kind = self._live[storage._cdata]
-            self._live[storage._cdata] = storage.nbytes(), kind
+        if storage_key(storage) in self._live:
+            old, kind = self._live[storage_key(storage)]
+            self._live[storage_key(storage)] = storage.nbytes(), kind
             self._change(storage.nbytes() - old, kind)
 
     def _freed(self, key: int) -> None:

@@ -29,6 +29,7 @@ import parallel.expert.dispatchers
 import parallel.fsdp.collectives
 from longcat.dispatch import LocalDispatcher, LocalPending, Routing
 from longcat.ops import embedding, grouped, permute, rows
+from longcat.ops.torch_internals import storage_key
 from longcat.ops.torch_library import PLAIN
 from parallel.collectives.point_to_point import Messages
 from parallel.expert.dispatchers import SplitSizes
@@ -180,7 +181,7 @@ def nbytes(*tensors: Tensor) -> int:
 def all_gather(out: Tensor, x: Tensor, group: Any) -> Messages:
     """`parallel.collectives.point_to_point.all_gather`, which compares addresses, and fake tensors have none."""
     own = out[group.rank()]
-    if own.untyped_storage()._cdata != x.untyped_storage()._cdata:
+    if storage_key(own.untyped_storage()) != storage_key(x.untyped_storage()):
         own.copy_(x)
     return Messages("all-gather", group, [own] * group.size(), list(out))
 
@@ -228,7 +229,7 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
         put(rows, "_sum_rows", sum_rows)
         for module in (rows, permute, embedding, dispatchers):
             for name, value in list(vars(module).items()):
-                if isinstance(value, torch._ops.OpOverload) and value in PLAIN:
+                if callable(value) and value in PLAIN:
                     put(module, name, instead.get(value, PLAIN[value]))
         put(LocalDispatcher, "start_dispatch", start_dispatch)
         put(SplitSizes, "__init__", with_tokens)

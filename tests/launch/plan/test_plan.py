@@ -191,7 +191,7 @@ def test_search_ranks_what_fits() -> None:
     assert len(fitting) == 2 and all(fits for fits, _ in fitting)
     assert fitting == sorted(fitting, key=lambda one: one[1])
     assert max(map(len, shown)) <= 100
-    assert shown[-1].startswith("The fastest: parallel.pp=1 parallel.fsdp=1")
+    assert shown[-2].startswith("The fastest: parallel.pp=1 parallel.fsdp=1")
 
 
 def test_search_tries_every_axis() -> None:
