@@ -5,7 +5,8 @@ Tried on torch 2.13.0; short runs on 2.14.1.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,108 @@ def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
 def sparse_row_sums(sparse: Tensor, rows: Tensor) -> Tensor:
     """A CSR matrix [T, P] times rows [P, D], rounded once: the kernel of `torch.sparse.mm(…, "sum")`."""
     return torch.ops.aten._sparse_mm_reduce_impl(sparse, rows, "sum")[0]
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """What a fused attention kernel needs beside its operands; its mask is causal, aligned at the last positions.
+
+    With bounds, int32 [segments + 1], the operands are [rows, H, W] and each segment attends to itself alone;
+    without, they are [B, positions, H, W].
+    """
+
+    query_bounds: Tensor | None
+    key_bounds: Tensor | None
+    longest_queries: int
+    longest_keys: int
+    scale: float
+
+
+class AttentionKernel(Protocol):
+    """A fused kernel: forward returns the output, then what `backward` needs; that returns the three gradients."""
+
+    @classmethod
+    def forward(cls, query: Tensor, key: Tensor, value: Tensor, call: KernelCall) -> tuple[Tensor, ...]: ...
+
+    @classmethod
+    def backward(
+        cls, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, state: list[Tensor], call: KernelCall
+    ) -> tuple[Tensor, ...]: ...
+
+
+class FlashAttention:
+    """Flash attention; the public `varlen_attn` hides its products from FLOP counters, and SDPA aligns masks otherwise.
+
+    Its backward adds in a fixed order where `torch.use_deterministic_algorithms` asks for it.
+    """
+
+    @classmethod
+    def forward(cls, query: Tensor, key: Tensor, value: Tensor, call: KernelCall) -> tuple[Tensor, ...]:
+        bounds = call.query_bounds, call.key_bounds, call.longest_queries, call.longest_keys
+        run = torch.ops.aten._flash_attention_forward
+        out, log_sum, random, unused, _ = run(query, key, value, *bounds, 0.0, True, False, scale=call.scale)
+        return out, log_sum, random, unused
+
+    @classmethod
+    def backward(
+        cls, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, state: list[Tensor], call: KernelCall
+    ) -> tuple[Tensor, ...]:
+        log_sum, random, unused = state
+        bounds = call.query_bounds, call.key_bounds, call.longest_queries, call.longest_keys
+        operands = grad.contiguous(), query, key, value, out, log_sum
+        run = torch.ops.aten._flash_attention_backward
+        return run(*operands, *bounds, 0.0, True, random, unused, scale=call.scale)  # type: ignore[no-any-return]
+
+
+class EfficientAttention:
+    """xFormers' memory-efficient attention, the one fused kernel for float32; SDPA aligns its masks otherwise."""
+
+    CAUSAL_FROM_BOTTOM_RIGHT = 2  # its mask for queries that are the last positions of the keys
+
+    @classmethod
+    def forward(cls, query: Tensor, key: Tensor, value: Tensor, call: KernelCall) -> tuple[Tensor, ...]:
+        operands = (query, key, value) if call.query_bounds is None else (query[None], key[None], value[None])
+        out, log_sum, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward(
+            *operands,
+            None,
+            call.query_bounds,
+            call.key_bounds,
+            None if call.query_bounds is None else call.longest_queries,
+            None if call.query_bounds is None else call.longest_keys,
+            0.0,
+            cls.CAUSAL_FROM_BOTTOM_RIGHT,
+            True,
+            scale=call.scale,
+        )
+        return out if call.query_bounds is None else out[0], log_sum, seed, offset
+
+    @classmethod
+    def backward(
+        cls, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, state: list[Tensor], call: KernelCall
+    ) -> tuple[Tensor, ...]:
+        packed = call.query_bounds is not None
+        grad, query, key, value, out = (x[None] if packed else x for x in (grad, query, key, value, out))
+        log_sum, seed, offset = state
+        grads = torch.ops.aten._efficient_attention_backward(
+            grad.contiguous(),
+            query,
+            key,
+            value,
+            None,
+            out,
+            call.query_bounds,
+            call.key_bounds,
+            call.longest_queries,
+            call.longest_keys,
+            log_sum,
+            0.0,
+            seed,
+            offset,
+            cls.CAUSAL_FROM_BOTTOM_RIGHT,
+            False,
+            scale=call.scale,
+        )[:3]
+        return tuple(x[0] for x in grads) if packed else tuple(grads)
 
 
 def fake_tensor_mode() -> FakeTensorMode:
