@@ -118,40 +118,38 @@ def reduce_scatter_on_gpu(out: Tensor, x: Tensor, group: Any, label: str = "", b
     return Done(x)
 
 
-def fused_attention(recorder: AllocationRecorder) -> Callable[..., Tensor]:
-    """`longcat.ops.attention.causal_attention` by a GPU's fused kernel: two products forward, five backward."""
+def flash_attention(recorder: AllocationRecorder) -> Callable[..., Tensor]:
+    """`longcat.ops.attention.causal_attention` by flash attention: two products forward, five backward."""
 
-    class Fused(torch.autograd.Function):
+    class Flash(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pairs: float) -> Tensor:
-            out = value.new_empty(*query.shape[:3], value.shape[3])
+            width, ctx.pairs, ctx.value_width = max(key.shape[3], value.shape[3]), pairs, value.shape[3]
+            wide = value if value.shape[3] == width else value.new_empty(*value.shape[:3], width)
+            result = wide.new_empty(*query.shape[:3], width)
             rows = query.new_empty(query.shape[:3], dtype=torch.float32)
-            ctx.pairs = pairs
-            ctx.save_for_backward(query, key, value, out, rows)
-            recorder.count(2 * pairs * (query.shape[3] + value.shape[3]), nbytes(query, key, value, out), query.dtype)
+            out = result[..., : ctx.value_width].contiguous()
+            del result
+            ctx.save_for_backward(query, key, wide, out, rows)
+            recorder.count(4 * pairs * width, nbytes(query, key, wide, out), query.dtype)
             return out
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            query, key, value, out, rows = ctx.saved_tensors
-            products = 2 * ctx.pairs * (3 * query.shape[3] + 2 * value.shape[3])
-            recorder.count(products, 2 * nbytes(query, key, value, out), query.dtype)
-            delta = torch.empty_like(rows)
-            found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-            del delta
-            return *found, None
+            query, key, wide, out, _ = ctx.saved_tensors
+            recorder.count(10 * ctx.pairs * wide.shape[3], 2 * nbytes(query, key, wide, out), query.dtype)
+            padded = out.new_empty(2, *out.shape[:3], wide.shape[3])  # the result and its gradient
+            found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(wide)
+            del padded
+            return found[0], found[1], found[2][..., : ctx.value_width], None
 
     def causal_attention(
-        query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Tensor | None, ranges: Any = None
+        query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Any, ranges: Any = None
     ) -> Tensor:
-        ranges = [(0, key.shape[2])] if ranges is None else ranges
-        outputs, offset = [], 0
-        for start, stop in ranges:
-            local = query[:, :, offset : offset + stop - start]
-            offset += stop - start
-            pairs = query.shape[0] * query.shape[1] * (stop - start) * (start + stop + 1) / 2
-            outputs.append(Fused.apply(local, key[:, :, :stop], value[:, :, :stop], pairs))
-        return torch.cat(outputs, 2)
+        ranges = [(0, key.shape[1])] if ranges is None else ranges
+        each = query.shape[0] * query.shape[2]
+        pairs = sum(each * (stop - start) * (start + stop + 1) / 2 for start, stop in ranges)
+        return Flash.apply(query, key, value, pairs)
 
     return causal_attention
 
@@ -245,7 +243,7 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
             if on_gpu and hasattr(module, "reduce_scatter"):
                 put(module, "reduce_scatter", reduce_scatter_on_gpu)
         if on_gpu:
-            put(longcat.attention, "causal_attention", fused_attention(recorder))
+            put(longcat.attention, "causal_attention", flash_attention(recorder))
             put(longcat.ops.matmul, "_NATIVE_BFLOAT16", True)
             put(longcat.ops.cross_entropy, "MIN_ROWS", longcat.ops.cross_entropy.MIN_ROWS_GPU)
         yield
