@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
@@ -76,3 +79,16 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) <= MAX_PORT:
         raise ConfigError(f"launch.rendezvous={address} must be host:port, for instance node1:29500")
     return host.strip("[]"), int(port)
+
+
+def launch_metrics(folder: Path) -> dict[str, float]:
+    """`starts/…` metrics of the starts before this one, from what the supervisor has just written; empty without it."""
+    try:
+        line = json.loads((folder / JOURNAL).read_text(errors="replace").splitlines()[-1])
+        found = line["so_far"] if line["event"] == "start" else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    numbers = {key: value for key, value in found.items() if isinstance(value, int | float)}
+    return {f"starts/{key}": value for key, value in numbers.items() if math.isfinite(value)}

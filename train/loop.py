@@ -19,6 +19,7 @@ from train.checkpoint.state_hash import state_hash
 from train.config import Config
 from train.health import figures
 from train.health.response import SpikeResponse
+from train.launch_config import launch_metrics
 from train.loggers.interface import MetricsSink
 from train.profiling.profiler import Profiler
 from train.run_dir import as_mapping, describe_corpora
@@ -67,6 +68,7 @@ class Loop:
             terminal.note,
         )
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
+        self.launch_metrics = launch_metrics(config.run.folder) if config.launch.restarts and topology.is_first else {}
 
     def run(self) -> None:
         """Train to ``train.steps``.
@@ -157,6 +159,8 @@ class Loop:
         metrics["bias_range"] = float(biases.max() - biases.min())
         metrics["exposed_comm_share"] = self._exposed_share(blocked / seconds)
         metrics["memory_gib"] = peak_memory_gib(self.topology.device)
+        metrics |= self.launch_metrics  # in the first line of a start
+        self.launch_metrics = {}
 
     def _exposed_share(self, share: float) -> float:
         """Mean over ranks of the share of a step in which a rank waits for others; a collective."""

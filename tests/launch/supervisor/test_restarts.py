@@ -18,6 +18,7 @@ from tests.support.running import (
     exit_json,
     finish,
     free_ports,
+    lines,
     program,
     ranks_below,
     train_two,
@@ -52,6 +53,8 @@ def test_faults_change_no_bit(overrides: list[str], tmp_path: Path) -> None:
     assert exit_json(folder)["code"] == 0 and not (folder / "gave_up.txt").exists()
     ends = [line for line in journal(folder) if line["event"] == "end"]
     assert [(line["cause"], line["ranks"]) for line in ends] == [("crash", [1]), ("hang", [0]), ("done", [])]
+    so_far = [row for row in lines(folder) if "starts/faults" in row]
+    assert [row["starts/faults"] for row in so_far][-1] == 2
     totals = journal(folder)[-1]
     assert sum(totals[name] for name in PARTS) == pytest.approx(totals["wall_seconds"])
     assert totals["faults"] == 2
