@@ -7,11 +7,11 @@ from pathlib import Path
 from launch.local import num_processes
 from longcat.counts import describe, flops_per_token, human
 from parallel.memory import mib, state_bytes
-from parallel.mesh import resolve_sizes
+from parallel.sizes import resolve_sizes
+from train.check import check_sizes
 from train.config import Config
 from train.data.corpus import read_info
 from train.data.ids import check_ids, unused_ids
-from train.process import check_sizes
 from train.run_dir import check_not_another_run
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from launch.rendezvous import find_place
 from longcat.errors import BAD_INPUT, CRASHED, OK
 from longcat.search_path import ROOT, without_current_folder
+from parallel.environment import count_gpus
+from train.check import check
 from train.config import Config
 from train.run_dir import EXIT, recorded_code
 from train.stop import SAVE_SIGNAL, STOP_SIGNALS, is_ignored
@@ -25,9 +27,7 @@ SAVE_SECONDS = 3600  # how long ranks may take to save their state after a signa
 
 def num_processes(config: Config) -> int:
     """`run.num_processes`, where -1 is one per GPU, or one on a CPU. Never more than there are GPUs."""
-    import torch
-
-    requested, gpus = config.run.num_processes, torch.cuda.device_count()
+    requested, gpus = config.run.num_processes, count_gpus()
     if requested == -1:
         return max(1, gpus)
     return min(requested, gpus) if gpus else requested
@@ -39,8 +39,6 @@ def run_ranks(overrides: list[str], config: Config) -> int:
     One rank runs in this process; several run as `python -P -m train` under the elastic agent. `-P` leaves the current
     folder out of the search for modules, where a user's own train.py may be.
     """
-    from train.process import check, main
-
     processes = num_processes(config)
     place = find_place(config.launch, os.environ)
     if place is not None:
@@ -51,6 +49,8 @@ def run_ranks(overrides: list[str], config: Config) -> int:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     check(config, processes)  # reports a wrong configuration once, before ranks start
     if processes == 1 and not config.launch.restarts:
+        from train.process import main  # torch
+
         return main(config)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if not config.launch.restarts:

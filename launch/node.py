@@ -53,7 +53,7 @@ BEFORE_RANKS = "stopped before the ranks started; nothing was trained"
 
 def run_node(overrides: list[str], config: Config, place: Place, processes: int) -> int:
     """Train with this node's share of the ranks; returns the run's exit code, the same on every node."""
-    from train.process import check
+    from train.check import check
 
     os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # for the check of this machine's memory
     check(config, processes * place.nodes)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from longcat.interfaces import SequenceModule, VocabularyModule, local_tensor
 from longcat.layer import MTPLayer, ShortcutLayer
 from longcat.modules import Embedding, Linear, RMSNorm
 from longcat.moe import Router, RoutingStatistics
+from longcat.parts import ModelPart
 from longcat.rope import rotary_angles
 
 
@@ -38,16 +38,6 @@ class Losses(NamedTuple):
     balance_slope: Tensor  # [L, N + Z] see RoutingStatistics
     ffn_experts: Tensor  # [L, B, s] number of FFN experts of each token
     hidden: Tensor  # [B, s, D] the residual stream after the last local layer
-
-
-@dataclass(frozen=True)
-class ModelPart:
-    """A part of a model, such as a pipeline stage: layers first ... last - 1, with or without embedding and head."""
-
-    first: int
-    last: int
-    embedding: bool
-    head: bool  # final norm, head and MTP; MTP needs the embedding too, and gets a copy if `embedding` is false
 
 
 class MTP(nn.Module):

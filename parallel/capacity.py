@@ -7,16 +7,15 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
-from longcat.model import ModelPart
+from longcat.parts import ModelPart
 from parallel.config import Offload, ParallelConfig
+from parallel.environment import count_gpus
+from parallel.layout import BatchShape
 from parallel.memory import mib, state_bytes
-from parallel.mesh import MeshSizes
-from parallel.parallelize import BatchShape
 from parallel.pipeline.stages import num_stages, split, stages_of
+from parallel.sizes import MeshSizes
 
 PROCESS_BYTES = 256 << 20  # of a Python process with torch
 TOKEN_BYTES = 8 + 8 + 1  # id, label and whether it counts
@@ -69,9 +68,11 @@ def check_memory(
     Raises:
         ConfigError: the machine has less.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = count_gpus() > 0
     each = needs(model, parallel, sizes, batch, on_gpu)
     if on_gpu:
+        import torch
+
         needed = max(need.total for need in each)
         has = float(torch.cuda.get_device_properties(0).total_memory)
         where, ranks = "a GPU here", "a rank"

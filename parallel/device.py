@@ -8,13 +8,12 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from longcat.errors import ConfigError
 from longcat.ops.matmul import cpu_has_amx, cpu_multiplies_bfloat16, product
+from parallel.environment import CUBLAS_WORKSPACE, CUBLAS_WORKSPACES
 from parallel.torch_internals import set_deterministic_algorithms
 
 # The makers' data sheets, FLOP/s: dense bfloat16 by tensor cores, and float32 (torch's default is not TF32)
@@ -106,37 +105,6 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-
-
-CUBLAS_WORKSPACE, CUBLAS_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS repeats
-AUTOTUNING = (  # torch.compile then chooses kernels, and so the order of their sums, by timing them
-    "TORCHINDUCTOR_MAX_AUTOTUNE",
-    "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM",
-    "TORCHINDUCTOR_MAX_AUTOTUNE_POINTWISE",
-    "TORCHINDUCTOR_COORDINATE_DESCENT_TUNING",
-)
-
-
-def check_determinism(environment: Mapping[str, str], on_gpu: bool, compiled: bool) -> None:
-    """Refuse environment variables with which a run does not repeat bit by bit. None is changed silently.
-
-    Raises:
-        ConfigError: with the variable, its value and the cure.
-    """
-
-    def refuse(name: str, why: str, cure: str) -> ConfigError:
-        return ConfigError(f"{name}={environment[name]}: {why}; {cure}, or set train.deterministic=false")
-
-    if on_gpu and environment.get(CUBLAS_WORKSPACE, CUBLAS_WORKSPACES[0]) not in CUBLAS_WORKSPACES:
-        choices = " or ".join(CUBLAS_WORKSPACES)
-        raise refuse(CUBLAS_WORKSPACE, "cuBLAS does not repeat bit by bit with it", f"unset it or use {choices}")
-    if environment.get("OMP_DYNAMIC", "").lower() in ("true", "1"):
-        raise refuse("OMP_DYNAMIC", "the number of threads, and so the order of sums, may change", "unset it")
-    for name in AUTOTUNING:
-        if compiled and environment.get(name, "0") not in ("", "0"):
-            raise refuse(
-                name, "with parallel.compile kernels are chosen by timing, differently in each run", "unset it"
-            )
 
 
 def make_deterministic() -> None:

@@ -26,10 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from longcat.errors import ConfigError
 from longcat.model import LongCat, Losses
 from longcat.names import OTHER_PARTS, part_number
-from parallel.config import ParallelConfig, Sharding
 from parallel.engine import MicroBatch, Objective
 from parallel.fsdp.sharding import local_part
 from parallel.mesh import MeshSizes, Topology
@@ -82,45 +80,6 @@ def virtual_ranks(elastic_bits: int, sizes: MeshSizes) -> VirtualRanks | None:
     if not elastic_bits:
         return None
     return VirtualRanks(elastic_bits, sizes.data_ranks, max(1, sizes.ep // (sizes.cp * sizes.tp)))
-
-
-def check_elastic(elastic_bits: int, parallel: ParallelConfig, sizes: MeshSizes, num_micro_batches: int) -> None:
-    """Raise ConfigError where a layout cannot repeat the bits of N = ``elastic_bits`` data-parallel ranks.
-
-    ``num_micro_batches`` are those of the global batch.
-    """
-    key = f"train.elastic_bits={elastic_bits}"
-    if not elastic_bits:
-        return
-    if parallel.sharding != Sharding.fsdp:
-        raise ConfigError(
-            f"{key} needs parallel.sharding=fsdp: DeepSpeed adds gradients in an order of its own under "
-            f"{parallel.sharding}; change either"
-        )
-    if elastic_bits & (elastic_bits - 1):
-        raise ConfigError(f"{key} must be a power of two: gradients are added as a binary tree")
-    if elastic_bits % sizes.data_ranks:
-        raise ConfigError(
-            f"{key} allows 1, 2, 4, … up to {elastic_bits} data-parallel ranks, not parallel.dp×fsdp="
-            f"{sizes.data_ranks}; change either"
-        )
-    if num_micro_batches % elastic_bits:
-        raise ConfigError(
-            f"{key}: the {num_micro_batches} micro-batches of a step cannot be shared by {elastic_bits} ranks; make "
-            f"train.global_batch_size a multiple of train.micro_batch_size × {elastic_bits}, or lower "
-            f"train.elastic_bits"
-        )
-    for axis in ("pp", "cp", "tp", "ep"):
-        if getattr(parallel, axis) == -1:
-            raise ConfigError(
-                f"{key} keeps parallel.{axis} at every size, and parallel.{axis}=-1 follows the size; give a number"
-            )
-    shared = sizes.cp * sizes.tp
-    if sizes.ep % shared and shared % sizes.ep:
-        raise ConfigError(
-            f"{key} needs expert groups of whole data-parallel ranks, or several in one: parallel.ep={sizes.ep} and "
-            f"the {shared} ranks of cp×tp do not divide each other; change either"
-        )
 
 
 class TurnEngine(Protocol):

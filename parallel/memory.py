@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from longcat.config import ModelConfig
 from longcat.counts import count_parameters
-from longcat.model import ModelPart
+from longcat.parts import ModelPart
 from parallel.config import Sharding
 from parallel.expert.sharding import largest_share
-from parallel.mesh import MeshSizes
+from parallel.sizes import MeshSizes
 
 FLOAT32 = 4
 

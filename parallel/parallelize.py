@@ -2,72 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from longcat.config import ModelConfig
-from longcat.errors import ConfigError
 from longcat.model import LongCat, ModelPart
 from longcat.ops.fusion import fuse
 from parallel.config import OverlapConfig, ParallelConfig, Sharding
 from parallel.deepspeed.engine import ZeroEngine
-from parallel.deepspeed.setup import check as check_deepspeed
 from parallel.elastic import ElasticAdamW, ElasticEngine, VirtualRanks
 from parallel.engine import Engine, SequentialEngine
-from parallel.expert.placement import apply_expert_parallel, check_experts, install_dispatchers
-from parallel.expert.sharding import check_expert_shards
+from parallel.expert.placement import apply_expert_parallel, install_dispatchers
 from parallel.fsdp.collectives import install_collectives
 from parallel.fsdp.sharding import apply_fsdp, materialise
 from parallel.kernels import install
-from parallel.mesh import Axis, MeshSizes, Topology
+from parallel.layout import BatchShape
+from parallel.mesh import Axis, Topology
 from parallel.overlap import apply_overlap
-from parallel.pipeline.stages import check_micro_batches, num_stages, split, stages_of
+from parallel.pipeline.stages import num_stages, split, stages_of
 from parallel.recompute import apply_recompute
-from parallel.sequence import apply_sequence_parallel, check_length
+from parallel.sequence import apply_sequence_parallel
 from parallel.state_store import MakeOptimizer, ShardedAdamW, Store
-from parallel.tensor import apply_tensor_parallel, check_tensor
+from parallel.tensor import apply_tensor_parallel
 
 if TYPE_CHECKING:
     from parallel.pipeline.engine import PipelineEngine
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """What one data rank reads for a step."""
-
-    num_micro_batches: int
-    sequences: int  # of a micro-batch
-    length: int
-
-
-def check_layout(
-    config: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, sequence_length: int, num_micro_batches: int
-) -> None:
-    """Raise ConfigError where a model or a step cannot be sharded over a mesh of these sizes.
-
-    ``num_micro_batches`` are those of one data rank.
-    """
-    if sizes.pp > 1:
-        split(config, num_stages(parallel.schedule, sizes.pp), sequence_length)
-        check_micro_batches(parallel.schedule, sizes.pp, num_micro_batches)
-    if parallel.sharding != Sharding.fsdp:
-        check_deepspeed(parallel, sizes)
-    check_compile(parallel)
-    check_tensor(config, sizes.tp)
-    check_experts(config, sizes.ep)
-    if parallel.sharding == Sharding.fsdp:
-        check_expert_shards(config, sizes)
-    check_length(sequence_length, sizes.cp, sizes.tp)
-
-
-def check_compile(config: ParallelConfig) -> None:
-    """Raise ConfigError where compiling cannot work, with the reason."""
-    if config.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise ConfigError("parallel.compile=true needs a C++ compiler on a CPU; install g++ or set it to false")
 
 
 def parallelize(

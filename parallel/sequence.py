@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longcat.errors import ConfigError
 from longcat.interfaces import install
 from longcat.model import LongCat
 from parallel.collectives.async_collective import AsyncCollective, run_blocking, start, wait
@@ -36,16 +35,6 @@ def apply_sequence_parallel(model: LongCat, topology: Topology) -> None:
     if topology.sizes.cp * topology.sizes.tp == 1:
         return
     install(model, sequence=lambda name: ShardedSequence(topology, name or "model"))
-
-
-def check_length(length: int, cp: int, tp: int) -> None:
-    """Raise ConfigError where a sequence cannot be cut into equal chunks."""
-    chunks = (2 * cp if cp > 1 else 1) * tp
-    if length % chunks:
-        raise ConfigError(
-            f"train.sequence_length={length} does not divide into the {chunks} equal chunks of parallel.cp={cp} "
-            f"(two per rank) and parallel.tp={tp}; use a multiple of {chunks}"
-        )
 
 
 class ShardedSequence:

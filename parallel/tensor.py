@@ -17,8 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from longcat.config import ModelConfig
-from longcat.errors import ConfigError
 from longcat.interfaces import install
 from longcat.model import LongCat
 from longcat.ops.cross_entropy import linear_cross_entropy
@@ -37,13 +35,6 @@ PLAN = {  # stored name → what of the matrix [out, in] a rank holds
     r"^embed_tokens\.weight": ROWS,
     r"^lm_head\.weight": ROWS,
 }
-
-
-def check_tensor(config: ModelConfig, tp: int) -> None:
-    """Raise ConfigError where heads, columns or vocabulary cannot be shared equally."""
-    for key in ("num_heads", "ffn_hidden_size", "vocab_size"):
-        if getattr(config, key) % tp:
-            raise ConfigError(f"parallel.tp={tp} does not divide model.{key}={getattr(config, key)}; change either")
 
 
 def apply_tensor_parallel(model: LongCat, topology: Topology) -> None:

@@ -15,6 +15,8 @@ finally:
 
 from longcat.errors import ConfigError
 from longcat.lasting_streams import lasting_streams
+from parallel.sizes import world_from_environment
+from train.check import check_sizes
 from train.compose import compose, named_folder
 from train.run_dir import refuse
 
@@ -32,7 +34,11 @@ def run(overrides: list[str]) -> int:
         config = compose(overrides)
     except ConfigError as error:
         return refuse(named_folder(overrides), error)
-    from train.process import main as train
+    try:
+        check_sizes(config, world_from_environment()[2])
+    except ConfigError as error:
+        return refuse(config.run.folder, error)
+    from train.process import main as train  # torch
 
     return train(config)
 

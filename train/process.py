@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Mapping
@@ -15,19 +14,16 @@ import torch
 import torch.distributed as dist
 
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LocalCorruptionError, LongCatError
-from parallel.capacity import check_memory
-from parallel.device import check_determinism
-from parallel.elastic import check_elastic
-from parallel.mesh import resolve_sizes, world_from_environment
-from parallel.parallelize import check_layout
+from parallel.sizes import world_from_environment
 from parallel.watchdog import watchdog
 from parallel.watchdog.errors import causes
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
+from train.check import check
 from train.checkpoint.failures import is_disk_full
 from train.config import Config
-from train.run import batch_shape, train
-from train.run_dir import check_folder, claim_exit, forget_exit, lock, recorded_code, refuse
+from train.run import train
+from train.run_dir import claim_exit, forget_exit, lock, recorded_code, refuse
 from train.stop import StopSignal
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # begins what torch raises, as a RuntimeError, where memory of a host is out
@@ -118,31 +114,3 @@ def report_hang(folder: Path, message: str) -> None:
         found = watchdog.finding()
         if claim_exit(folder, CRASHED, message, {} if found is None else {"hang": found}):
             print(f"error: {message}", file=sys.stderr, flush=True)
-
-
-def check(config: Config, world_size: int) -> None:
-    """Check layout, batch sizes, memory and run folder before ranks start.
-
-    Raises:
-        ConfigError: with the key to change.
-    """
-    check_sizes(config, world_size)
-    check_folder(config)
-
-
-def check_sizes(config: Config, world_size: int) -> tuple[float, float]:
-    """Check what needs no file; returns the bytes that ranks of this machine need at least, and what it has.
-
-    Raises:
-        ConfigError: with the key to change.
-    """
-    sizes = resolve_sizes(config.parallel, world_size)
-    config.validate_world(sizes.data_ranks)
-    num_micro_batches = config.train.global_batch_size // config.train.micro_batch_size
-    check_elastic(config.train.elastic_bits, config.parallel, sizes, num_micro_batches)
-    batch = batch_shape(config, sizes)
-    check_layout(config.model, config.parallel, sizes, batch.length, batch.num_micro_batches)
-    if config.train.deterministic:
-        check_determinism(os.environ, torch.cuda.is_available(), config.parallel.compile)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return check_memory(config.model, config.parallel, sizes, batch, local_ranks)

@@ -14,8 +14,8 @@ from longcat.json_text import dumps
 from parallel.chunks import ChunkChoice
 from parallel.device import device_name, fastest_dtype, keep_freed_memory, make_deterministic, peak_flops
 from parallel.elastic import virtual_ranks
-from parallel.mesh import MeshSizes, Topology, connect
-from parallel.parallelize import BatchShape, parallelize
+from parallel.mesh import Topology, connect
+from parallel.parallelize import parallelize
 from parallel.reduce import broadcast
 from parallel.torch_internals import set_deterministic_algorithms
 from parallel.watchdog import watchdog
@@ -25,6 +25,7 @@ from parallel.watchdog.spans import work_span
 from parallel.watchdog.stream_clock import count_stream_waits
 from train.balance import build_controller
 from train.batches import BatchReader
+from train.check import batch_shape
 from train.checkpoint.find import find_on_all_ranks, is_inside, resumes_elsewhere
 from train.checkpoint.load import load
 from train.checkpoint.manifest import list_checkpoints
@@ -188,13 +189,6 @@ def build_state(config: Config, topology: Topology) -> TrainState:
     )
     biases = torch.zeros(config.model.num_layers, config.model.num_routed, device=topology.device)
     return TrainState(engine, store, build_controller(config.balance, config.model), Counters(), biases)
-
-
-def batch_shape(config: Config, sizes: MeshSizes) -> BatchShape:
-    """The batch that each data rank reads for a step, or for one of its virtual ranks (`train.elastic_bits`)."""
-    train = config.train
-    num_micro_batches = train.global_batch_size // train.micro_batch_size // (train.elastic_bits or sizes.data_ranks)
-    return BatchShape(num_micro_batches, train.micro_batch_size, train.sequence_length)
 
 
 def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Validator]:

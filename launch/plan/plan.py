@@ -18,12 +18,12 @@ from longcat.counts import flops_per_token
 from longcat.errors import ConfigError
 from parallel.config import Recompute
 from parallel.device import fastest_dtype
+from parallel.layout import check_layout
 from parallel.mesh import MeshSizes, resolve_sizes
-from parallel.parallelize import check_layout
 from parallel.pipeline.stages import num_stages, split, stages_of
+from train.check import batch_shape
 from train.compose import compose
 from train.config import ComputeDtype, Config
-from train.run import batch_shape
 
 IMBALANCES = (1.0, 1.5, 2.0)  # rows that a rank's experts receive, over their fair share
 SECONDS_A_YEAR = 365 * 86400.0

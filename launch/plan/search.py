@@ -16,8 +16,8 @@ from parallel.config import Recompute
 from parallel.memory import elements, mib
 from parallel.mesh import MeshSizes
 from parallel.pipeline.simulation import theory
+from train.check import batch_shape
 from train.config import Config
-from train.run import batch_shape
 
 SIZES = (1, 2, 4, 8)  # of cp and tp
 COMPUTED_AGAIN = {Recompute.none: 1.0, Recompute.selective: 1.1, Recompute.full: 4 / 3}

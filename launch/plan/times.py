@@ -12,9 +12,9 @@ from longcat.counts import count_parameters, flops_per_token
 from parallel.chunks import LayerTimes, choose_chunks, exposed_share, layer_seconds
 from parallel.config import ExpertsAfter, Recompute, Sharding
 from parallel.expert.sharding import largest_share
+from parallel.layout import BatchShape
 from parallel.memory import elements
 from parallel.mesh import MeshSizes
-from parallel.parallelize import BatchShape
 from parallel.watchdog.events import SpanKind
 from train.config import Config
 

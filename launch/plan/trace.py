@@ -28,8 +28,8 @@ from parallel.deepspeed.setup import (
 )
 from parallel.expert.placement import install_dispatchers
 from parallel.fsdp.sharding import gather_late_units
+from parallel.layout import BatchShape, check_layout
 from parallel.mesh import MeshSizes, Topology, make_topology, resolve_sizes
-from parallel.parallelize import BatchShape, check_layout
 from parallel.pipeline.stages import fewest_micro_batches
 from parallel.plan.rates import NO_TIME, Rates
 from parallel.plan.recorder import AllocationRecorder, Phase, Traffic, Work, recording
@@ -42,9 +42,10 @@ from parallel.torch_internals import (
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 from train.batches import Batch
+from train.check import batch_shape
 from train.config import Config
 from train.objective import Divisors, objective
-from train.run import batch_shape, build_state
+from train.run import build_state
 
 
 @dataclass(frozen=True)

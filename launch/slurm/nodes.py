@@ -6,11 +6,10 @@ from dataclasses import replace
 
 from launch.slurm.options import SlurmOptions
 from longcat.errors import ConfigError
-from parallel.elastic import check_elastic
-from parallel.mesh import MeshSizes, resolve_sizes
-from parallel.parallelize import check_layout
+from parallel.layout import check_elastic, check_layout
+from parallel.sizes import MeshSizes, resolve_sizes
+from train.check import batch_shape
 from train.config import Config
-from train.run import batch_shape
 
 TRAFFIC = {
     "tp": "every layer gathers and scatters its positions over them",

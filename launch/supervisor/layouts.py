@@ -7,8 +7,8 @@ from copy import deepcopy
 
 from longcat.errors import ConfigError
 from parallel.mesh import MeshSizes, resolve_sizes
+from train.check import check_sizes
 from train.config import Config
-from train.process import check_sizes
 
 
 def layouts(config: Config, nodes: int, processes: int) -> Mapping[int, tuple[str, ...]]:

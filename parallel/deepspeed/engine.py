@@ -19,12 +19,12 @@ from longcat.model import LongCat, Losses
 from longcat.names import OTHER_PARTS, part_number, role
 from parallel.config import Offload, ParallelConfig
 from parallel.deepspeed.flat_partitions import FlatShard, Fragment, by_fragment, fragments
+from parallel.deepspeed.options import check
 from parallel.deepspeed.setup import (
     STAGES,
     CastVocabulary,
     UnderDeepSpeed,
     allocate,
-    check,
     data_parallel_size,
     deepspeed_settings,
     first_expert,

@@ -6,7 +6,6 @@ import logging
 import os
 import warnings
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,63 +17,13 @@ from longcat.interfaces import UnshardedVocabulary
 from longcat.model import LongCat
 from longcat.moe import Experts
 from longcat.names import role
-from parallel.config import Offload, ParallelConfig, Recompute, Sharding
-from parallel.mesh import MeshSizes, Topology
+from parallel.config import Offload, ParallelConfig, Sharding
+from parallel.mesh import Topology
 
 STAGES = {Sharding.zero1: 1, Sharding.zero2: 2, Sharding.zero3: 3}
 BUCKET_NUMEL = 1 << 26  # gradients reduced at once; each bucket is a buffer of as many float32
 NVME_NUMEL = 100_000_000
 PERSISTENT_NUMEL = 10_000  # under ZeRO-3 smaller tensors stay gathered: sharding them costs more than it saves
-
-
-def check(config: ParallelConfig, sizes: MeshSizes) -> None:
-    """Refuse what DeepSpeed cannot do with this model.
-
-    Raises:
-        ConfigError: an option that does not work.
-    """
-    chosen = f"parallel.sharding={config.sharding}"
-    for name in ("pp", "tp"):
-        if getattr(sizes, name) > 1:
-            raise ConfigError(
-                f"{chosen} cannot be used with parallel.{name}={getattr(sizes, name)}; set parallel.{name}=1, or "
-                f"parallel.sharding=fsdp"
-            )
-    if config.sharding == Sharding.zero3 and sizes.ep > 1:
-        raise ConfigError(
-            f"{chosen} cannot be used with parallel.ep={sizes.ep}: DeepSpeed's ZeRO-3 has no expert parallelism; use "
-            f"parallel.sharding=zero2, or parallel.ep=1"
-        )
-    if config.sharding == Sharding.zero3 and config.recompute == Recompute.full:
-        raise ConfigError(
-            f"{chosen} cannot be used with parallel.recompute=full: ZeRO-3 has released weights that the recomputed "
-            f"layers' backward needs; use parallel.recompute=selective, or parallel.sharding=fsdp or zero2"
-        )
-    if config.offload == Offload.nvme:
-        check_nvme(config)
-
-
-def check_nvme(config: ParallelConfig) -> None:
-    """Refuse NVMe offload where it cannot work. Raises ConfigError."""
-    if config.sharding != Sharding.zero3:
-        raise ConfigError(
-            f"parallel.offload=nvme needs parallel.sharding=zero3, not {config.sharding}; use that, or "
-            f"parallel.offload=cpu"
-        )
-    folder = Path(config.offload_path)
-    if not config.offload_path or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(
-            f"parallel.offload_path={config.offload_path!r} is no folder that can be written; name one on a fast disk "
-            f"for parallel.offload=nvme"
-        )
-    quiet_import("cuda" if torch.cuda.is_available() else "cpu")
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible():
-        raise ConfigError(
-            "parallel.offload=nvme needs libaio's headers and a C++ compiler: install Debian's libaio-dev and g++, or "
-            "use parallel.offload=cpu"
-        )
 
 
 def quiet_import(device_type: str) -> Any:

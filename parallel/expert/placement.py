@@ -6,22 +6,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from longcat.config import ModelConfig
-from longcat.errors import ConfigError
 from longcat.interfaces import install
 from longcat.model import LongCat
 from parallel.config import DispatcherKind
 from parallel.expert.dispatchers import AllGatherDispatcher, AllToAllDispatcher
 from parallel.mesh import Topology
-
-
-def check_experts(config: ModelConfig, ep: int) -> None:
-    """Raise ConfigError where the experts cannot be shared equally."""
-    if config.num_experts % ep:
-        divisors = [str(size) for size in range(1, config.num_experts + 1) if config.num_experts % size == 0]
-        raise ConfigError(
-            f"parallel.ep={ep} does not divide model.num_experts={config.num_experts}; use one of {', '.join(divisors)}"
-        )
 
 
 def apply_expert_parallel(model: LongCat, topology: Topology, kind: DispatcherKind) -> None:

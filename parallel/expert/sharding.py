@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
-from parallel.mesh import MeshSizes
+from parallel.sizes import MeshSizes
 
 
 def shard_dim(shape: tuple[int, ...], shards: int) -> int | None:

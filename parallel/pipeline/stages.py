@@ -8,7 +8,7 @@ from functools import cache
 from longcat.config import ModelConfig
 from longcat.counts import flops_per_token
 from longcat.errors import ConfigError
-from longcat.model import ModelPart
+from longcat.parts import ModelPart
 from parallel.config import Schedule
 
 STAGES_PER_RANK = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}

@@ -18,9 +18,9 @@ from tests.support.distributed import run_ranks
 from tests.support.fuzz import Case, cases, is_quick
 from tests.support.running import free_ports, run_cleanly
 from train.__main__ import main as rank_main
+from train.check import check_sizes
 from train.compose import compose
 from train.config import Config
-from train.process import check_sizes
 
 COUNT, PARTS, SEED = 2000, 20, 20_261_128
 PAIRS, PAIR_PARTS = 200, 8

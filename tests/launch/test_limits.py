@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from parallel.capacity import host_memory, needs
+from parallel.layout import BatchShape
 from parallel.mesh import MeshSizes
-from parallel.parallelize import BatchShape
 from tests.support.fixtures import Refused
 from train.compose import compose
 

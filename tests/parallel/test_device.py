@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longcat.errors import ConfigError
-from parallel.device import check_determinism
+from parallel.environment import check_determinism
 
 
 @pytest.mark.parametrize(

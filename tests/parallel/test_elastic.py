@@ -15,15 +15,16 @@ from longcat.errors import ConfigError
 from longcat.moe import round_to
 from parallel.collectives.point_to_point import tree_sum
 from parallel.config import ParallelConfig
-from parallel.elastic import VirtualRanks, check_elastic, exact_squares, sum_exactly, update_tails
+from parallel.elastic import VirtualRanks, exact_squares, sum_exactly, update_tails
 from parallel.fsdp.collectives import TreeReduceScatter
+from parallel.layout import check_elastic
 from parallel.mesh import resolve_sizes
 from parallel.watchdog.events import Event, SpanKind
 from tests.support.pool import pool
+from train.check import check_sizes
 from train.checkpoint.compatibility import differences
 from train.compose import compose
 from train.optimizer import OptimConfig, make_adamw
-from train.process import check_sizes
 from train.run_dir import as_mapping
 
 

@@ -17,11 +17,11 @@ from parallel.state_store import ShardedAdamW
 from tests.support.running import RandomSamples
 from tests.support.three_steps import MODEL
 from train.batches import BatchReader
+from train.check import check_sizes
 from train.checkpoint.load import load
 from train.checkpoint.save import save
 from train.checkpoint.state_hash import state_hash
 from train.compose import compose
-from train.process import check_sizes
 from train.run import build_state
 from train.run_dir import as_mapping
 from train.step import Stepper

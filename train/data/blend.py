@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import PathFinder
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,16 +19,29 @@ from train.data.config import MixtureStage
 BLOCK = 1 << 20
 
 
+@cache
+def blending() -> Callable[..., Any]:
+    """megatron-core's `build_blending_indices`, from its compiled file alone: its package is seconds of imports."""
+    package = find_spec("megatron")
+    for folder in (package and package.submodule_search_locations) or ():
+        spec = PathFinder.find_spec("helpers_cpp", [str(Path(folder, "core", "datasets"))])
+        if spec is not None and spec.loader is not None:
+            module = module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module.build_blending_indices  # type: ignore[no-any-return]
+    from train.data.megatron import build_blending_indices  # another version keeps it elsewhere
+
+    return build_blending_indices  # type: ignore[no-any-return]
+
+
 class Blend:
     """Samples of several corpora in fixed shares, by Megatron's greedy blending."""
 
     def __init__(self, weights: list[float]) -> None:
-        from train.data.megatron import build_blending_indices
-
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
         self._corpus = np.zeros(BLOCK, dtype=np.int16)
         self._number = np.zeros(BLOCK, dtype=np.int64)
-        build_blending_indices(self._corpus, self._number, shares, len(shares), BLOCK, False)
+        blending()(self._corpus, self._number, shares, len(shares), BLOCK, False)
         self._totals = np.bincount(self._corpus, minlength=len(shares))
 
     def locate(self, index: int) -> tuple[int, int]:

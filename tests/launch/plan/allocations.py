@@ -15,10 +15,11 @@ import longcat.ops.grouped
 from launch.plan.trace import Scope, Traced, trace
 from parallel.mesh import Topology, connect
 from train.batches import Batch
+from train.check import batch_shape
 from train.compose import compose
 from train.config import Config
 from train.objective import Divisors, objective
-from train.run import batch_shape, build_state
+from train.run import build_state
 from train.state import TrainState
 
 COMMON = [

@@ -14,6 +14,7 @@ from longcat.errors import ConfigError
 from parallel.config import Offload, ParallelConfig
 from parallel.deepspeed import setup
 from parallel.deepspeed.flat_partitions import FlatShard, boxes_of_range
+from parallel.deepspeed.options import check as check_options
 from parallel.mesh import resolve_sizes
 from tests.parallel.deepspeed import file_aio
 from tests.support.comparison import STEPS, check, compare, one_process
@@ -87,7 +88,7 @@ def test_boxes_cover_a_range_in_order() -> None:
 def test_what_deepspeed_cannot_do_is_refused_with_a_cure(keys: dict[str, Any], world: int, cure: str) -> None:
     config = ParallelConfig(**keys)
     with pytest.raises(ConfigError, match=cure) as refusal:
-        setup.check(config, resolve_sizes(config, world))
+        check_options(config, resolve_sizes(config, world))
     assert refusal.value.exit_code == 2
 
 

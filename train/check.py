@@ -1,0 +1,47 @@
+"""What is refused before ranks start: layout, batch sizes, memory, run folder; without torch."""
+
+from __future__ import annotations
+
+import os
+
+from parallel.capacity import check_memory
+from parallel.environment import check_determinism, count_gpus
+from parallel.layout import BatchShape, check_elastic, check_layout
+from parallel.sizes import MeshSizes, resolve_sizes
+from train.config import Config
+from train.run_dir import check_folder
+
+
+def check(config: Config, world_size: int) -> None:
+    """Check layout, batch sizes, memory and run folder before ranks start.
+
+    Raises:
+        ConfigError: with the key to change.
+    """
+    check_sizes(config, world_size)
+    check_folder(config)
+
+
+def check_sizes(config: Config, world_size: int) -> tuple[float, float]:
+    """Check what needs no file; returns the bytes that ranks of this machine need at least, and what it has.
+
+    Raises:
+        ConfigError: with the key to change.
+    """
+    sizes = resolve_sizes(config.parallel, world_size)
+    config.validate_world(sizes.data_ranks)
+    num_micro_batches = config.train.global_batch_size // config.train.micro_batch_size
+    check_elastic(config.train.elastic_bits, config.parallel, sizes, num_micro_batches)
+    batch = batch_shape(config, sizes)
+    check_layout(config.model, config.parallel, sizes, batch.length, batch.num_micro_batches)
+    if config.train.deterministic:
+        check_determinism(os.environ, count_gpus() > 0, config.parallel.compile)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return check_memory(config.model, config.parallel, sizes, batch, local_ranks)
+
+
+def batch_shape(config: Config, sizes: MeshSizes) -> BatchShape:
+    """The batch that each data rank reads for a step, or for one of its virtual ranks (`train.elastic_bits`)."""
+    train = config.train
+    num_micro_batches = train.global_batch_size // train.micro_batch_size // (train.elastic_bits or sizes.data_ranks)
+    return BatchShape(num_micro_batches, train.micro_batch_size, train.sequence_length)
