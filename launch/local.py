@@ -93,6 +93,8 @@ def run_elastic(
     before = exit_written(config.run.folder)
     try:
         with first_signal_alone(), found_by_children():
+            if stopped is not None and stopped.is_set():  # before the handlers of `first_signal_alone` stood
+                return CRASHED
             elastic_launch(launch, sys.executable)("-P", "-m", "train", *overrides)
     except ChildFailedError as error:
         first, failure = error.get_first_failure()

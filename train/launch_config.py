@@ -12,6 +12,7 @@ from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 
 MAX_PORT = 65535
+GAVE_UP = "gave_up.txt"  # in the run folder: for a person, when restarts were given up
 JOURNAL = "launch.jsonl"  # in the run folder: a line for each start, end and end of a command, which the report shows
 
 
@@ -31,7 +32,7 @@ class LaunchConfig:
     rendezvous: str = ""
     join_seconds: float = 600.0  # how long nodes wait for each other at the start
     node_timeout: float = 30.0  # seconds without a sign of life after which a node is lost and the others end
-    # starts in a row, after the first, that may bring no new step before `longcat train` gives up; 0 = no restarts
+    # `longcat train` gives up after this many restarts in a row without a new step; 0 = no restarts
     restarts: int = 0
     backoff_seconds: float = 5.0  # pause after the first start that brought no new step; it doubles, up to 32 times
     # with restarts: stop = exit code 4 ends the run; retry = once more from the last checkpoint, in case a device erred

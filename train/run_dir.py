@@ -25,6 +25,7 @@ from train.config import Config
 from train.data.corpus import fingerprints, tokenizer_sha256
 from train.environment import software
 from train.git import git_commit
+from train.launch_config import GAVE_UP
 from train.run_files import Note, remove_quietly, write_file
 
 CONFIG, EXIT, LOCK = "config.yaml", "exit.json", ".lock"
@@ -187,13 +188,14 @@ def version(package: str) -> str:
 
 
 def forget_exit(folder: Path) -> None:
-    """Remove the exit.json of an earlier start.
+    """Remove the exit.json of an earlier start, and the page of one that gave up.
 
     Raises:
         ConfigError: it cannot be removed, so that it would speak for this start.
     """
     try:
         (folder / EXIT).unlink(missing_ok=True)
+        (folder / GAVE_UP).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
             f"{folder / EXIT} cannot be removed ({error.strerror}); remove it, or choose another run.name"

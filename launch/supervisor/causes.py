@@ -129,8 +129,11 @@ def _first_failed(reports: Sequence[NodeReport]) -> int | None:
 
 
 def _named(details: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ranks that exit.json blames."""
-    for key in ("hang", "finding", "straggler"):
+    """The ranks that exit.json blames; of a corruption's suspects the likeliest, whose rank the finding carries."""
+    finding = details.get("finding")
+    if isinstance(finding, dict):
+        return (finding["rank"],) if isinstance(finding.get("rank"), int) else ()
+    for key in ("hang", "straggler"):
         found = details.get(key)
         if isinstance(found, dict):
             named = (entry["rank"] for entry in found.get("ranks", ()) if isinstance(entry, dict) and "rank" in entry)

@@ -93,7 +93,8 @@ def decide(
         if len(members) <= 1 == policy.choice.counts[0]:
             return End(fault.code, advice)  # every rank is on the machine that computes wrongly
         return Wait(fault.code, f"{_too_few(members, history, policy, now)}; {advice}")
-    pause = 0.0 if not fruitless else policy.backoff_seconds * min(2 ** (fruitless - 1), MAX_PAUSE_FACTOR)
+    waits = fruitless or fault.cause == Cause.disk_full  # a disk is no emptier at once, whatever was trained before
+    pause = policy.backoff_seconds * min(2 ** max(fruitless - 1, 0), MAX_PAUSE_FACTOR) if waits else 0.0
     reason = f"{fault.cause}; starts in a row without a new step: {fruitless} (launch.restarts={policy.restarts})"
     return Again(pause, reason, nodes, spares, before_step)
 

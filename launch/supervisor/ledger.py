@@ -23,8 +23,8 @@ class Life:
     is_fault: bool
 
 
-def parts_of(lives: Sequence[Life]) -> dict[str, float]:
-    """Seconds by part, from the first begin to the last end.
+def parts_of(lives: Sequence[Life], until: float | None = None) -> dict[str, float]:
+    """Seconds by part, from the first begin to ``until``, by default the last end.
 
     useful: steps that a later start did not repeat. saving: training waited for checkpoints. lost: steps after the
     checkpoint from which the next start went on. detecting: from the last finished step to the end of all ranks, after
@@ -34,6 +34,8 @@ def parts_of(lives: Sequence[Life]) -> dict[str, float]:
     for life, following in zip(lives, [*lives[1:], None], strict=True):
         if following is not None:
             parts["waiting"] += following.begin - life.end
+        elif until is not None:
+            parts["waiting"] += until - life.end
         if not life.finished:
             parts["starting"] += life.end - life.begin
             continue
@@ -49,21 +51,22 @@ def parts_of(lives: Sequence[Life]) -> dict[str, float]:
     return parts
 
 
-def summary(lives: Sequence[Life]) -> dict[str, Any]:
+def summary(lives: Sequence[Life], until: float | None = None) -> dict[str, Any]:
     """The parts, availability (useful and saving over the wall clock) and what a Poisson process of faults predicts.
 
     With a mean time M between faults (of time that trains), a recovery R (detecting, waiting and starting) and T
     between checkpoints, a fault costs R + T/2, so that availability is M / (M + R + T/2), the first start apart.
     """
-    parts = parts_of(lives)
-    wall = lives[-1].end - lives[0].begin
+    parts = parts_of(lives, until)
+    wall = (lives[-1].end if until is None else until) - lives[0].begin
     faults = sum(life.is_fault for life in lives)
     trained = parts["useful"] + parts["saving"] + parts["lost"]
     found: dict[str, Any] = {"wall_seconds": wall, "starts": len(lives), "faults": faults, **parts}
     found["availability"] = (parts["useful"] + parts["saving"]) / wall if wall > 0 else 0.0
+    first_start = (lives[0].finished[0][1] if lives[0].finished else lives[0].end) - lives[0].begin
+    found["first_start_seconds"] = first_start
     if not faults:
         return found
-    first_start = (lives[0].finished[0][1] if lives[0].finished else lives[0].end) - lives[0].begin
     recovery = (parts["detecting"] + parts["starting"] - first_start + parts["waiting"]) / faults
     between = trained / faults
     saves = sum(life.saves for life in lives)

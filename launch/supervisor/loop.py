@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 from launch.fleet import Assignment, Fleet, NodeReport
 from launch.local import exit_written
@@ -16,18 +18,20 @@ from launch.supervisor.journal import Journal
 from launch.supervisor.layouts import layouts
 from launch.supervisor.ledger import Life
 from launch.supervisor.nodes import Choice, Start
-from launch.supervisor.page import GAVE_UP, page
+from launch.supervisor.page import page
 from launch.supervisor.progress import Progress
 from launch.supervisor.prometheus import serving
-from longcat.errors import CORRUPT, OK, STOPPED, UNHEALTHY, ConfigError
+from longcat.errors import CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY, ConfigError, FolderInUseError
+from train.checkpoint.find import is_inside
 from train.checkpoint.manifest import step_of
 from train.config import Config
-from train.launch_config import OnUnhealthy
+from train.launch_config import GAVE_UP, OnUnhealthy
 from train.report import write_report
-from train.run_dir import claim_exit, forget_exit
+from train.run_dir import claim_exit, forget_exit, lock
 from train.run_files import remove_quietly
 
 STOPPED_BETWEEN = "stopped while no ranks trained; the same command resumes from the last checkpoint"
+IN_USE = "the run folder is in use by ranks of another start or training"
 REPORT = "report.html"
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 8.0  # for ranks to say why they end, once one has failed anywhere
@@ -74,10 +78,16 @@ class Supervisor:
         self.history: list[Start] = []
         self.lives: list[Life] = []
         self.members: list[str] = []
-        remove_quietly(self.folder / GAVE_UP)
 
     def run(self, wait_seconds: float = 0.0) -> int:
-        """Start, decide, wait, until the end."""
+        """Start, decide, wait, until the end.
+
+        Raises:
+            FolderInUseError: another training has the run folder; nothing in it has changed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock(self.folder):
+            remove_quietly(self.folder / GAVE_UP)
         while True:
             decision = self.decide()
             if isinstance(decision, Again) and self.history:
@@ -145,20 +155,41 @@ class Supervisor:
         self.progress.look()
         written = self.journal.exit() if exit_written(self.folder) != exit_before else None
         fault = find_fault(assignment, reports, lost, written, error)
+        if fault.cause == Cause.configuration and self.is_in_use():
+            fault = replace(fault, cause=Cause.crash, code=CRASHED, message=IN_USE)
         self.note(fault, assignment, begin, before, saves, newest)
+
+    def is_in_use(self) -> bool:
+        """Whether some rank holds the run folder, of an earlier start that does not end, or of another training."""
+        try:
+            with lock(self.folder):
+                return False
+        except FolderInUseError:
+            return True
 
     def assignment(self, number: int, decision: Again) -> tuple[Assignment, int]:
         """The ranks of a start, with what it changes in their configuration; the step that it can start from."""
-        extra, newest = [*self.layouts[len(decision.nodes)]], self.journal.newest_checkpoint()
+        extra, newest = [*self.layouts[len(decision.nodes)], *self.time_left()], self.journal.newest_checkpoint()
+        resume = self.config.checkpoint.resume
+        if any(life.finished for life in self.lives) and is_own_start(self.folder, resume):
+            resume = "auto"  # the first start has followed the command; now the run goes on
         if decision.nodes and len(decision.nodes) < self.nodes:
             self.say(f"{len(decision.nodes)} of {self.nodes} nodes: {' '.join(extra)} (launch.shrink)")
         if decision.before_step is not None:
             path = self.journal.checkpoint_before(decision.before_step)
             if path is not None:
                 self.say(f"going back to {path} (launch.max_rollback_checkpoints); newer ones are set aside")
-                extra.append(f"checkpoint.resume={path}")
-                newest = step_of(path)
+                resume, newest = str(path), step_of(path)
+        if resume != self.config.checkpoint.resume:
+            extra.append(f"checkpoint.resume={resume}")
         return Assignment(number, decision.nodes, self.processes, (*self.overrides, *extra)), newest
+
+    def time_left(self) -> list[str]:
+        """What is left of `train.stop_after_seconds`, which counts from the first start."""
+        seconds = self.config.train.stop_after_seconds
+        if not seconds or not self.lives:
+            return []
+        return [f"train.stop_after_seconds={max(self.lives[0].begin + seconds - time.time(), 1.0):.0f}"]
 
     def watch(self, assignment: Assignment) -> tuple[list[NodeReport], list[str], str]:
         """Start the ranks and wait until each node has reported or is lost → reports, lost nodes, the store's error."""
@@ -217,9 +248,11 @@ class Supervisor:
 
     def finish(self, end: End) -> int:
         """Write the ledger, and the page if a person is needed; returns the exit code."""
-        found = ledger.summary(self.lives) if self.lives else {}
+        found = ledger.summary(self.lives, time.time()) if self.lives else {}
         self.journal.record({"event": "totals", "time": time.time(), "code": end.code, **found})
-        if end.code not in (OK, STOPPED):
+        if end.code not in (OK, STOPPED) and self.is_in_use():
+            self.say(f"not starting again: {end.reason}; {IN_USE}")  # what is in the folder is the other training's
+        elif end.code not in (OK, STOPPED):
             claim_exit(self.folder, end.code, self.history[-1].fault.message if self.history else end.reason)
             with suppress(OSError):
                 text = page(str(self.folder), self.members, self.history, self.lives, end, self.policy.choice)
@@ -248,6 +281,11 @@ class Supervisor:
     @staticmethod
     def say(text: str) -> None:
         print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def is_own_start(folder: Path, resume: str) -> bool:
+    """Whether `checkpoint.resume` names no start (`never`) or one inside the run's own folder: it holds once."""
+    return resume == "never" or (resume != "auto" and is_inside(Path(resume), folder))
 
 
 def policy_of(config: Config, counts: tuple[int, ...], journal: Journal) -> Policy:

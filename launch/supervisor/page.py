@@ -10,7 +10,6 @@ from launch.supervisor.decide import End
 from launch.supervisor.ledger import Life, describe, summary
 from launch.supervisor.nodes import Choice, Start, strikes_of
 
-GAVE_UP = "gave_up.txt"
 SHOWN = 20  # newest starts on the page
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 TAIL_BYTES = 1 << 17  # more than a line of metrics.jsonl
 POLL_SECONDS = 0.1
+MAX_KEPT = 20_000  # finished steps of one start
 
 
 def last_line(path: Path) -> dict[str, Any]:
@@ -70,6 +71,8 @@ class Progress:
         if self.step > before:
             self.last_step_time = self.clock()
             self.finished.append((self.step, self.last_step_time))
+            if len(self.finished) > MAX_KEPT:
+                del self.finished[1 : MAX_KEPT // 2 : 2]  # of old steps every second: a run may take months
         elif self.step < before:
             self._undo(before)
         self.best = max(self.best, self.step)

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,6 +77,14 @@ class Heartbeat:
         return f'"{self.event.text}"{axis}' + (f" during {self.phase.text}" if self.phase else "")
 
 
+@dataclass(frozen=True)
+class Announcement:
+    """Why all ranks end: for people, and for exit.json, which the first rank to end writes, whichever that is."""
+
+    message: str
+    finding: dict[str, Any]
+
+
 class HeartbeatStore:
     """Each rank writes its own key; a diagnosis reads all. It uses connections of its own, so training never waits.
 
@@ -96,7 +104,7 @@ class HeartbeatStore:
         self.known: dict[int, Heartbeat] = {}  # what was read last
         self.at_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
 
-    def publish(self, heartbeat: Heartbeat) -> str | None:
+    def publish(self, heartbeat: Heartbeat) -> Announcement | None:
         """Write this rank's heartbeat and return the diagnosis if a rank has announced one.
 
         Raises what a lost store raises.
@@ -104,11 +112,12 @@ class HeartbeatStore:
         self.writing.set(self.keys[self.rank], heartbeat.to_json())
         if not self.writing.check([self.diagnosis_key]):
             return None
-        return self.writing.get(self.diagnosis_key).decode()
+        return Announcement(**json.loads(self.writing.get(self.diagnosis_key)))
 
-    def announce(self, message: str) -> None:
+    def announce(self, announcement: Announcement) -> None:
         """Tell all ranks to end, and why."""
-        within(1.0, lambda: self.reading.set(self.diagnosis_key, message))
+        text = json.dumps(asdict(announcement))
+        within(1.0, lambda: self.reading.set(self.diagnosis_key, text))
 
     def cache_rank_0(self) -> None:
         """Keep rank 0's heartbeat where the store would be lost with it."""

@@ -33,7 +33,7 @@ from parallel.watchdog.diagnosis import Cause, Diagnosis, as_finding, diagnose, 
 from parallel.watchdog.errors import causes, first_sentence, is_lost_rank
 from parallel.watchdog.events import Event, RankState, SpanKind
 from parallel.watchdog.flight_recorder import dump_flight_record, flight_record_path
-from parallel.watchdog.heartbeats import Heartbeat, HeartbeatStore, has_ended, this_machine
+from parallel.watchdog.heartbeats import Announcement, Heartbeat, HeartbeatStore, has_ended, this_machine
 from parallel.watchdog.spans import SPANS, Group, status, wait_span
 from parallel.watchdog.timing import GROUP_FACTOR, Timing, max_wait_seconds
 from parallel.watchdog.wait_graph import encode_ranks
@@ -131,7 +131,8 @@ class Watchdog:
             if announced is not None and not self.stopped.is_set():
                 self.announced.set()
                 with self.ending:
-                    self._end(announced)
+                    self.finding = announced.finding
+                    self._end(announced.message)
 
     def _check(self) -> None:
         pause = self.timing.heartbeat / 4
@@ -225,7 +226,7 @@ class Watchdog:
         """Tell the other ranks; kill those on this machine that have stopped and cannot hear it."""
         unresponsive = diagnosis.ranks if diagnosis.cause == Cause.UNRESPONSIVE else ()
         if not (self.store.at_rank_0 and 0 in diagnosis.ranks):  # else the store's host has stopped or died
-            self.store.announce(message)
+            self.store.announce(Announcement(message, as_finding(diagnosis, heartbeats)))
         if self.store.at_rank_0 and self.store.rank == 0:
             time.sleep(1.5 * self.timing.heartbeat)  # the store ends with this process: let the others hear first
         for rank in unresponsive:
@@ -320,7 +321,7 @@ def stop() -> None:
 
 
 def finding() -> dict[str, Any] | None:
-    """What this rank's diagnosis says for machines (`as_finding`); None before one, or where another rank made it."""
+    """What this rank's diagnosis says for machines (`as_finding`); None before one."""
     return None if _current is None else _current.finding
 
 

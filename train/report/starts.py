@@ -39,7 +39,7 @@ def totals(journal: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in journal:
         if row.get("event") == "totals":
-            for name in (*PARTS, "wall_seconds", "faults"):
+            for name in (*PARTS, "wall_seconds", "faults", "first_start_seconds"):
                 value = number(row.get(name))
                 found[name] = found.get(name, 0.0) + (value if math.isfinite(value) else 0.0)
     return found
@@ -70,7 +70,7 @@ def shares(found: Mapping[str, float]) -> str:
     text = f"Availability {percent(share)} of {duration(wall)}"
     if faults:
         trained = found["useful"] + found["saving"] + found["lost"]
-        recovery = (found["detecting"] + found["starting"] + found["waiting"]) / faults
+        recovery = (found["detecting"] + found["starting"] - found["first_start_seconds"] + found["waiting"]) / faults
         text += (
             f", with {faults} {'fault' if faults == 1 else 'faults'}: one in {duration(trained / faults)} of training; "
             f"{duration(recovery)} to recover and {duration(found['lost'] / faults)} of lost steps each"

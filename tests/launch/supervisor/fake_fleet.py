@@ -54,7 +54,7 @@ class FakeFleet:
         assert not self.silent.intersection(assignment.nodes), "ranks on a node that is lost"
         ending = self.script(assignment)
         forget_exit(self.folder)
-        resumed = [word for word in assignment.overrides if word.startswith("checkpoint.resume=")]
+        resumed = [word for word in assignment.overrides if word.startswith("checkpoint.resume=/")]
         self.train(int(resumed[-1].rpartition("-")[2]) if resumed else None, ending.steps)
         if ending.saved:
             (self.folder / "checkpoints" / f"step-{self.step:08d}").mkdir(parents=True, exist_ok=True)

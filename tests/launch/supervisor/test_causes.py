@@ -8,6 +8,7 @@ import pytest
 
 from launch.fleet import Assignment, NodeReport
 from launch.supervisor.causes import Cause, find_fault
+from parallel.sdc.finding import Finding, Site
 
 NODES = Assignment(1, ("a", "b"), 2, ())
 
@@ -22,6 +23,12 @@ def reports(codes: dict[int, int], first: int | None) -> list[NodeReport]:
     return found
 
 
+def corruption() -> Any:
+    """What exit.json says of a corruption that may be rank 3's or rank 0's."""
+    sites = [Site(rank, f"host-{rank}", "cpu") for rank in range(4)]
+    return Finding("replicas", 7, "weights", (3, 0)).error(sites).details["finding"]
+
+
 @pytest.mark.parametrize(
     ("codes", "first", "written", "code", "cause", "ranks", "nodes"),
     [
@@ -30,7 +37,7 @@ def reports(codes: dict[int, int], first: int | None) -> list[NodeReport]:
         ({0: 2, 3: 2}, 0, {"code": 1}, 2, Cause.configuration, (), ()),
         ({0: 3, 1: 3, 2: 3, 3: 3}, 0, {"code": 3}, 3, Cause.stop, (), ()),
         ({1: 4, 2: 4}, 1, {"code": 4}, 4, Cause.unhealthy, (), ()),
-        ({1: 5}, 1, {"code": 5, "finding": {"ranks": [{"rank": 3, "host": "h"}]}}, 5, Cause.corruption, (3,), ("b",)),
+        ({1: 5}, 1, {"code": 5, "finding": corruption()}, 5, Cause.corruption, (3,), ("b",)),
         ({1: 5}, 1, {"code": 5, "finding": {}}, 5, Cause.corruption, (), ()),
         ({0: 1, 2: -9}, 2, None, 1, Cause.crash, (2,), ("b",)),
         ({0: -6, 2: -9}, 0, None, 1, Cause.crash, (0,), ("a",)),

@@ -58,6 +58,8 @@ def test_the_pause_doubles_and_progress_resets_it() -> None:
     pauses = [decide(failing[: count + 1], "a", Policy(99, 2.0)) for count in range(len(failing))]
     found = [decision.pause_seconds for decision in pauses if isinstance(decision, Again)]
     assert found == [0, 2, 4, 8, 16, 32, 64, 2 * MAX_PAUSE_FACTOR, 2 * MAX_PAUSE_FACTOR, 0]
+    full = decide([start(Cause.disk_full, 0, 9)], "a", Policy(99, 2.0))
+    assert isinstance(full, Again) and full.pause_seconds == 2.0  # a full disk is waited for whatever was trained
 
 
 def test_numbers_that_come_again_go_back_further() -> None:

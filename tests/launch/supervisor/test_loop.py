@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
 from launch.fleet import Assignment
+from launch.local import run_elastic
 from launch.supervisor.ledger import PARTS
 from launch.supervisor.loop import supervise
+from launch.supervisor.this_machine import ThisMachine
+from longcat.errors import FolderInUseError
 from tests.launch.supervisor.fake_fleet import Ending, FakeFleet
 from train.checkpoint.manifest import CheckpointStatus
 from train.compose import compose
+from train.run_dir import lock
 
 Run = Callable[..., tuple[int, FakeFleet, list[dict[str, Any]]]]
+WORDS = ("model=debug", "run.name=run", "launch.backoff_seconds=0")
 CRASH_B = Ending(2, {1: -9})  # of node b's only rank
 
 
@@ -56,7 +62,7 @@ def test_strikes_outlast_a_command(run: Run) -> None:
 
 
 def test_a_node_that_computes_wrongly_is_barred_at_once(run: Run) -> None:
-    finding = Ending(1, {0: 5, 1: 5}, (5, {"finding": {"ranks": [{"rank": 0}]}}))
+    finding = Ending(1, {0: 5, 1: 5}, (5, {"finding": {"rank": 0}}))
     code, fleet, _ = run([finding, Ending(9)])
     assert code == 0 and nodes_of(fleet) == ["ab", "bc"]
 
@@ -101,8 +107,61 @@ def test_numbers_that_come_again_start_from_an_older_one(
     assert (code, found) == (0, ["", "", "", f"checkpoint.resume={older}"])
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own", "never"])
+def test_checkpoint_resume_holds_once(own: bool, run: Run, tmp_path: Path) -> None:
+    """A start that dies before its first step has not followed it yet."""
+    path = tmp_path / "run" / "checkpoints" / "step-00000003"
+    path.mkdir(parents=True)
+    value = str(path) if own else "never"
+    _, fleet, _ = run([Ending(0, {0: -9}), Ending(4, {0: -9}), Ending(5)], f"checkpoint.resume={value}")
+    assert [one.overrides[1:] for one in fleet.started] == [(), (), ("checkpoint.resume=auto",)]
+
+
+def test_starts_share_the_time_limit(run: Run) -> None:
+    _, fleet, _ = run([Ending(4, {0: -9}), Ending(5)], "train.stop_after_seconds=900")
+    first, second = (one.overrides[1:] for one in fleet.started)
+    assert first == () and 800 < float(second[0].removeprefix("train.stop_after_seconds=")) <= 900
+
+
+def test_a_folder_in_use_is_left_alone(run: Run, tmp_path: Path) -> None:
+    """Before the first start nothing is written; an old rank that holds it later is waited for, not given up on."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with lock(folder), pytest.raises(FolderInUseError):
+        run([Ending(5)])
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    held = []
+
+    def hold(_: Assignment) -> Ending:
+        if not held:
+            held.append(lock(folder))
+            return Ending(0, {0: 2})
+        held[0].close()
+        return Ending(5)
+
+    config = compose(
+        ["model=debug", "run.name=run", f"run.dir={tmp_path}", "launch.restarts=3", "launch.backoff_seconds=0"]
+    )
+    assert supervise(config, [], 1, FakeFleet("a", folder, hold)) == 0
+
+
+def test_another_training_in_the_folder_keeps_its_files(tmp_path: Path) -> None:
+    folder, held = tmp_path / "run", []
+
+    def hold(_: Assignment) -> Ending:
+        held.append(lock(folder)) if not held else None
+        return Ending(0, {0: 2})
+
+    config = compose(
+        ["model=debug", "run.name=run", f"run.dir={tmp_path}", "launch.restarts=1", "launch.backoff_seconds=0"]
+    )
+    assert supervise(config, [], 1, FakeFleet("a", folder, hold)) == 1
+    held[0].close()
+    assert not (folder / "exit.json").exists() and not (folder / "gave_up.txt").exists()
+
+
 def test_a_stop_between_starts_ends_with_3(tmp_path: Path) -> None:
-    config = compose(["model=debug", "run.name=run", f"run.dir={tmp_path}", "launch.restarts=3"])
+    config = compose([*WORDS, f"run.dir={tmp_path}", "launch.restarts=3"])
 
     def script(assignment: Assignment) -> Ending:
         fleet.is_stopped = True
@@ -112,3 +171,13 @@ def test_a_stop_between_starts_ends_with_3(tmp_path: Path) -> None:
     assert supervise(config, [], 1, fleet) == 3
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 3
     assert len(fleet.started) == 1
+
+
+def test_a_stop_before_the_ranks_start_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may come between two handlers: after that of the pauses, before that of the running ranks."""
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: pytest.fail("ranks were started"))
+    stop = Event()
+    stop.set()
+    config = compose([*WORDS, f"run.dir={tmp_path}", "launch.restarts=3"])
+    fleet = ThisMachine(lambda own, codes: run_elastic([], config, 2, codes, stop), stop.is_set)
+    assert supervise(config, [], 2, fleet) == 3

@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from parallel.watchdog import watchdog
 from parallel.watchdog.diagnosis import Cause, Diagnosis
 from parallel.watchdog.errors import causes, is_lost_rank
 from parallel.watchdog.events import Event, RankState, SpanKind
-from parallel.watchdog.heartbeats import HeartbeatStore
+from parallel.watchdog.heartbeats import Announcement, HeartbeatStore
 from parallel.watchdog.spans import SPANS, begin_step, status, wait_span, work_span
 from parallel.watchdog.timing import Timing
 from parallel.watchdog.watchdog import Watchdog
@@ -257,6 +259,18 @@ def test_timeout_restarts_after_a_slow_phase() -> None:
     assert not kept._too_long(50.0, 0.0, late) and kept._too_long(58.0, 0.0, late)
     assert not kept._too_long(50.0, 3.0, late) and kept._too_long(50.0, 9.0, late)
     assert not kept._too_long(50.0, 0.0, silent), "until its last heartbeat is that old"
+
+
+def test_a_rank_that_hears_a_diagnosis_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever rank ends first writes exit.json, and machines need the ranks and hosts in it."""
+    shared, heard = torch.distributed.HashStore(), list[Any]()
+    finding = {"kind": "unresponsive", "ranks": [{"rank": 0, "host": "node-1"}]}
+    HeartbeatStore(shared, 0, 2).announce(Announcement("rank 0 has stopped", finding))
+    hearing = Watchdog(HeartbeatStore(shared, 1, 2), 10.0, lambda message: heard.append((message, hearing.finding)))
+    monkeypatch.setattr("parallel.watchdog.watchdog.exit_process", lambda _: hearing.stopped.set())
+    hearing.timing = replace(hearing.timing, heartbeat=0.01)
+    hearing._publish()
+    assert heard == [("rank 0 has stopped", finding)]
 
 
 def test_lost_connection_is_recognised_by_the_cause() -> None:
