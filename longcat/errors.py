@@ -43,6 +43,18 @@ class StopRequested(LongCatError):
     exit_code = STOPPED
 
 
+class SlowRankError(StopRequested):
+    """A rank is slow and another node can take its place; the state has been saved; exit code 3.
+
+    Args:
+        straggler: for exit.json: the ranks with their hosts.
+    """
+
+    def __init__(self, message: str, straggler: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.details = {"straggler": straggler}
+
+
 class UnhealthyError(LongCatError):
     """Training became unhealthy (NaN, infinity); exit code 4. The message names the last valid checkpoint."""
 

@@ -25,7 +25,17 @@ from train.run_dir import CONFIG, read_config
 
 # Depend on the machine and its load; every other metric is the same bits in a repeated run
 CLOCK_METRICS = frozenset(
-    {"replay_seconds", "step_seconds", "tokens_per_second", "mfu", "exposed_comm_share", "memory_gib", "availability"}
+    {
+        "replay_seconds",
+        "step_seconds",
+        "tokens_per_second",
+        "mfu",
+        "exposed_comm_share",
+        "memory_gib",
+        "availability",
+        "slowest_rank",
+        "slowest_rank_ratio",
+    }
 )
 OF_THE_START = ("environment.started", "environment.command")  # of two equal runs these differ
 BLOCK = 1 << 24  # elements of a tensor that are in memory at a time

@@ -23,6 +23,13 @@ class OnUnhealthy(StrEnum):
     retry = "retry"
 
 
+class OnStraggler(StrEnum):
+    """What follows a rank that is slower than the others for many steps."""
+
+    report = "report"
+    restart = "restart"
+
+
 @dataclass
 class LaunchConfig:
     """Start on several machines (docs/guide/machines.md) and restarts without people (docs/guide/unattended.md)."""
@@ -43,10 +50,25 @@ class LaunchConfig:
     strike_hours: float = 24.0  # how long a fault counts against its node
     # with restarts on several nodes: go on with fewer data-parallel ranks while nodes are missing
     shrink: bool = False
+    # times the median of its pipeline stage that a straggler's time outside exchanges is; 0 = no rank is one
+    straggler_factor: float = 2.0
+    straggler_steps: int = 20  # steps in a row for which it is, before it is named
+    # report = name it; restart = with a spare node, also save and start again with the spare in its node's place
+    on_straggler: OnStraggler = OnStraggler.report
     metrics_port: int = 0  # with restarts: serve /metrics for Prometheus on this port of localhost; 0 = off
 
     def validate(self) -> None:
         check_choice("launch.on_unhealthy", self.on_unhealthy, OnUnhealthy)
+        check_choice("launch.on_straggler", self.on_straggler, OnStraggler)
+        if self.straggler_factor and not self.straggler_factor > 1:
+            raise ConfigError(f"launch.straggler_factor={self.straggler_factor} must be above 1, or 0 to name none")
+        if self.straggler_steps < 1:
+            raise ConfigError(f"launch.straggler_steps={self.straggler_steps} must be at least 1")
+        if self.on_straggler == OnStraggler.restart and not (self.restarts and self.straggler_factor):
+            raise ConfigError(
+                "launch.on_straggler=restart needs launch.restarts above 0 and a launch.straggler_factor; set them, or "
+                "leave it at report"
+            )
         if self.nodes < 0:
             raise ConfigError(f"launch.nodes={self.nodes} must be 1 or more, or 0 for the nodes of a Slurm step")
         if self.rendezvous:

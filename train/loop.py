@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from longcat.errors import CorruptionError, LocalCorruptionError, LongCatError, StopRequested, UnhealthyError
+from longcat.errors import (
+    CorruptionError,
+    LocalCorruptionError,
+    LongCatError,
+    SlowRankError,
+    StopRequested,
+    UnhealthyError,
+)
 from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
 from parallel.reduce import mean_over_ranks
@@ -19,13 +26,14 @@ from train.checkpoint.state_hash import state_hash
 from train.config import Config
 from train.health import figures
 from train.health.response import SpikeResponse
-from train.launch_config import launch_metrics
+from train.launch_config import OnStraggler, launch_metrics
 from train.loggers.interface import MetricsSink
 from train.profiling.profiler import Profiler
 from train.run_dir import as_mapping, describe_corpora
 from train.state import TrainState
 from train.step import NOT_FINITE_BIASES, Stepper, StepRequests, StepResult
 from train.stop import StopSignal
+from train.stragglers import Straggler, StragglerWatch, as_finding, name_hosts, own_seconds
 from train.terminal import Display
 from train.validation import Validator
 
@@ -67,6 +75,7 @@ class Loop:
             writer.rewind,
             terminal.note,
         )
+        self.stragglers = StragglerWatch(config.launch, topology.sizes.pp)
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
         self.launch_metrics = launch_metrics(config.run.folder) if config.launch.restarts and topology.is_first else {}
 
@@ -75,6 +84,7 @@ class Loop:
 
         Raises:
             StopRequested: a signal or the time limit requested it; the state is saved.
+            SlowRankError: a rank was slow for many steps (`launch.on_straggler=restart`); the state is saved.
             SaveError: the last checkpoint could not be saved.
             UnhealthyError: the loss, a gradient or a bias is not finite, or a spike ends the run (`health.on_spike`);
                 nothing was updated, the last checkpoint is named.
@@ -97,12 +107,14 @@ class Loop:
             owed_save = False
             last = counters.step == config.train.steps
             self._finish_metrics(result, seconds, blocked)
+            slow = self._watch_ranks(result.metrics, seconds, blocked)
+            restart = bool(slow) and config.launch.on_straggler == OnStraggler.restart and not last
             if due(config.validation.every, counters.step) or (last and config.validation.every):
                 self._validate(result.metrics)
             if due(config.logging.hash_every, counters.step):
                 result.metrics["state_hash"] = state_hash(self.state, self.topology)
             self._report(result, last)
-            final = last or result.requests.stop
+            final = last or result.requests.stop or restart
             with self._advising():
                 if result.requests.wait_pending:
                     self.saver.wait_pending()
@@ -115,6 +127,8 @@ class Loop:
                     f"stopped on {self.stop_signal.reason or 'request'} after step {counters.step}; state saved, "
                     f"the same command{self._with_auto()} resumes from there"
                 )
+            if restart:
+                raise SlowRankError(f"{slow[0]}; stopped after step {counters.step}; state saved", as_finding(slow))
 
     def _step(self, owed_save: bool) -> StepResult:
         requests = StepRequests(
@@ -165,6 +179,19 @@ class Loop:
     def _exposed_share(self, share: float) -> float:
         """Mean over ranks of the share of a step in which a rank waits for others; a collective."""
         return 0.0 if self.topology.world_size == 1 else mean_over_ranks(share)
+
+    def _watch_ranks(self, metrics: dict[str, Any], seconds: float, blocked: float) -> list[Straggler]:
+        """Compare the ranks' times of a step; the stragglers that are to be named now. A collective."""
+        if self.topology.world_size == 1:
+            metrics |= {"slowest_rank": 0, "slowest_rank_ratio": 1.0}
+            return []
+        times = own_seconds(seconds, blocked, self.topology)
+        ratios = self.stragglers.ratios(times)
+        slowest = int(ratios.argmax())
+        metrics |= {"slowest_rank": slowest, "slowest_rank_ratio": float(ratios[slowest])}
+        found = name_hosts(self.stragglers.see(times), self.stragglers.steps)
+        self.response.report([one.event(self.state.counters.step) for one in found])
+        return found
 
     def _validate(self, metrics: dict[str, Any]) -> None:
         with work_span(Event(SpanKind.VALIDATION)):

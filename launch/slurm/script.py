@@ -24,11 +24,12 @@ NEWEST_STEPS = 200
 PLAIN = re.compile(r"[\w./:@%+,=\[\]-]+")  # what a line #SBATCH holds without quotes
 LOG = "slurm-%j.log"
 
-# The first rank's node as Slurm reaches it, and a port that no other start of a job uses
+# The first rank's node as Slurm reaches it, and a port that no other start of a job uses, and hardly another cluster's
 RENDEZVOUS = """\
-    local address port
+    local address port sum
     address=$(scontrol -o show node "${1%%,*}" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
-    port=$((20000 + (SLURM_JOB_ID * 64 + ${SLURM_RESTART_COUNT:-0} * 8 + num_starts) % 12000))
+    sum=$(cksum <<<"$run")
+    port=$((20000 + (${sum%% *} + SLURM_JOB_ID * 64 + ${SLURM_RESTART_COUNT:-0} * 8 + num_starts) % 12000))
 """
 
 

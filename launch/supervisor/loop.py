@@ -25,7 +25,7 @@ from longcat.errors import CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY, ConfigError
 from train.checkpoint.find import is_inside
 from train.checkpoint.manifest import step_of
 from train.config import Config
-from train.launch_config import GAVE_UP, OnUnhealthy
+from train.launch_config import GAVE_UP, OnStraggler, OnUnhealthy
 from train.report import write_report
 from train.run_dir import claim_exit, forget_exit, lock
 from train.run_files import remove_quietly
@@ -180,6 +180,8 @@ class Supervisor:
             if path is not None:
                 self.say(f"going back to {path} (launch.max_rollback_checkpoints); newer ones are set aside")
                 resume, newest = str(path), step_of(path)
+        if self.config.launch.on_straggler == OnStraggler.restart and not decision.spares:
+            extra.append(f"launch.on_straggler={OnStraggler.report}")  # no other node could take its place
         if resume != self.config.checkpoint.resume:
             extra.append(f"checkpoint.resume={resume}")
         return Assignment(number, decision.nodes, self.processes, (*self.overrides, *extra)), newest

@@ -25,6 +25,7 @@ class EventKind(StrEnum):
     small_gradient = "small_gradient"
     gradient_recovered = "gradient_recovered"
     hidden_growth = "hidden_growth"
+    straggler = "straggler"
 
 
 @dataclass(frozen=True)

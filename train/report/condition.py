@@ -136,7 +136,24 @@ def restarts(run: RunData) -> Finding | None:
     return Finding(f"{text}; availability {percent(share)} of {duration(found['wall_seconds'])}.", faults > 0)
 
 
-LOOKS: Sequence[Callable[[RunData], Finding | None]] = (restarts, spikes, experts, gradients, loads, routers, hidden)
+def stragglers(run: RunData) -> Finding | None:
+    found = [event for event in run.events or () if event["event"] == "straggler"]
+    if not found:
+        return None
+    last = str(found[-1].get("text", ""))
+    return Finding(f"{'1 straggler' if len(found) == 1 else f'{len(found)} times a straggler'}: {last}.", True)
+
+
+LOOKS: Sequence[Callable[[RunData], Finding | None]] = (
+    restarts,
+    stragglers,
+    spikes,
+    experts,
+    gradients,
+    loads,
+    routers,
+    hidden,
+)
 
 
 def _range(run: RunData, key: str, write: Callable[[float], str]) -> tuple[str, float]:

@@ -107,6 +107,14 @@ def test_numbers_that_come_again_start_from_an_older_one(
     assert (code, found) == (0, ["", "", "", f"checkpoint.resume={older}"])
 
 
+def test_a_straggler_gives_its_place_to_a_spare(run: Run) -> None:
+    slow = Ending(5, {0: 3, 1: 3}, (3, {"straggler": {"ranks": [{"rank": 0, "host": "a"}], "steps": 20}}))
+    code, fleet, journal = run([slow, Ending(9)], "launch.on_straggler=restart")
+    assert code == 0 and nodes_of(fleet) == ["ab", "bc"]
+    assert [line["cause"] for line in journal if line["event"] == "end"] == ["straggler", "done"]
+    assert [one.overrides[1:] for one in fleet.started] == [(), ("launch.on_straggler=report",)]  # a is no spare
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["own", "never"])
 def test_checkpoint_resume_holds_once(own: bool, run: Run, tmp_path: Path) -> None:
     """A start that dies before its first step has not followed it yet."""
