@@ -23,8 +23,8 @@ class Life:
     is_fault: bool
 
 
-def parts_of(lives: Sequence[Life], until: float | None = None) -> dict[str, float]:
-    """Seconds by part, from the first begin to ``until``, by default the last end.
+def parts_of(lives: Sequence[Life], now: float | None = None) -> dict[str, float]:
+    """Seconds by part, from the first begin to ``now``, by default the last end.
 
     useful: steps that a later start did not repeat. saving: training waited for checkpoints. lost: steps after the
     checkpoint from which the next start went on. detecting: from the last finished step to the end of all ranks, after
@@ -34,8 +34,8 @@ def parts_of(lives: Sequence[Life], until: float | None = None) -> dict[str, flo
     for life, following in zip(lives, [*lives[1:], None], strict=True):
         if following is not None:
             parts["waiting"] += following.begin - life.end
-        elif until is not None:
-            parts["waiting"] += until - life.end
+        elif now is not None:
+            parts["waiting"] += now - life.end
         if not life.finished:
             parts["starting"] += life.end - life.begin
             continue
@@ -51,14 +51,14 @@ def parts_of(lives: Sequence[Life], until: float | None = None) -> dict[str, flo
     return parts
 
 
-def summary(lives: Sequence[Life], until: float | None = None) -> dict[str, Any]:
+def summary(lives: Sequence[Life], now: float | None = None) -> dict[str, Any]:
     """The parts, availability (useful and saving over the wall clock) and what a Poisson process of faults predicts.
 
     With a mean time M between faults (of time that trains), a recovery R (detecting, waiting and starting) and T
     between checkpoints, a fault costs R + T/2, so that availability is M / (M + R + T/2), the first start apart.
     """
-    parts = parts_of(lives, until)
-    wall = (lives[-1].end if until is None else until) - lives[0].begin
+    parts = parts_of(lives, now)
+    wall = (lives[-1].end if now is None else now) - lives[0].begin
     faults = sum(life.is_fault for life in lives)
     trained = parts["useful"] + parts["saving"] + parts["lost"]
     found: dict[str, Any] = {"wall_seconds": wall, "starts": len(lives), "faults": faults, **parts}
