@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.fleet import Assignment, NodeReport, NodeState
 from launch.rendezvous import Place
-from launch.store import IN_USE, PROTOCOL, RANKS_PORT, READY, Identity
+from launch.store import IN_USE, PROTOCOL, READY, Identity
 from longcat.errors import ConfigError
 from longcat.json_text import dumps
 
@@ -202,10 +202,3 @@ def describe_other_run(address: str, ours: Identity, theirs: Identity) -> str:
         f"the store at {address} is that of another run: {key} is {theirs.get(key) or 'none'} there and "
         f"{ours.get(key) or 'none'} here; give each run a launch.rendezvous of its own"
     )
-
-
-def wait_for_ranks_port(link: Link) -> int:
-    """Port of the ranks' TCPStore on the store's host."""
-    while not (port := link.read(RANKS_PORT)):
-        time.sleep(0.05)
-    return int(port[RANKS_PORT])

@@ -32,11 +32,11 @@ from launch.link import (
     StoreLostError,
     meet,
     start_store,
-    wait_for_ranks_port,
 )
 from launch.local import exit_written, found_by_children
 from launch.ranks import LocalRanks
 from launch.rendezvous import Place, find_identity
+from launch.store import RANKS_PORT
 from longcat.errors import CRASHED, STOPPED, ConfigError, LongCatError
 from longcat.json_text import dumps
 from train.checkpoint.compatibility import flatten
@@ -47,6 +47,7 @@ from train.stop import SAVE_SIGNAL, STOP_SIGNALS, is_ignored
 POLL_SECONDS = 0.05
 LOOK_SECONDS = 0.5  # between signs of life
 LEAVE_SECONDS = 5.0
+PORT_SECONDS = 0.1  # between looks for the port of the ranks' store
 CONFIGURATION, AGREED, LEADER = "job/configuration", "job/agreed/", "job/leader"
 BEFORE_RANKS = "stopped before the ranks started; nothing was trained"
 
@@ -253,9 +254,11 @@ class Node:
 
     def train(self, assignment: Assignment) -> None:
         """Start this node's ranks, wait for their end, and report it."""
-        place = assignment.nodes.index(self.name)
+        place, port = assignment.nodes.index(self.name), self.ranks_port()
+        if port is None:
+            return
         ranks = LocalRanks(
-            assignment.overrides, place * assignment.processes, assignment.processes, self.environment(assignment)
+            assignment.overrides, place * assignment.processes, assignment.processes, self.environment(assignment, port)
         )
         lost: StoreLostError | None = None
         try:
@@ -268,11 +271,24 @@ class Node:
         report = NodeReport(self.name, assignment.incarnation, ranks.codes, ranks.first_failed, last, ended)
         self.link.set(f"{assignment.incarnation}/report/{self.id}", report.to_json())
 
-    def environment(self, assignment: Assignment) -> dict[str, str]:
+    def ranks_port(self) -> int | None:
+        """Port of the ranks' TCPStore on the store's host; None if the run ends first.
+
+        That store imports torch, which may take longer than a node may be silent.
+        """
+        while True:
+            values = self.look()["values"]
+            if END in values:
+                return None
+            if RANKS_PORT in values:
+                return int(values[RANKS_PORT])
+            time.sleep(PORT_SECONDS)
+
+    def environment(self, assignment: Assignment, port: int) -> dict[str, str]:
         """What torch.distributed reads. Its keys and those of the watchdog get the incarnation as a prefix."""
         return {
             "MASTER_ADDR": self.link.host,
-            "MASTER_PORT": str(wait_for_ranks_port(self.link)),
+            "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": str(True),
             "TORCHELASTIC_RESTART_COUNT": str(assignment.incarnation),
             "TORCHELASTIC_RUN_ID": hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:16],
@@ -290,6 +306,8 @@ class Node:
             now = time.monotonic()
             for number in self.signals.take():
                 ranks.signal(number)
+                if number != SAVE_SIGNAL:
+                    asked.add(STOP)
             if now > kill_at:
                 ranks.kill()
             grace = min((grace_seconds(code) for code in ranks.codes.values() if code), default=float("inf"))
@@ -315,6 +333,8 @@ class Node:
             asked.add(key)
             if key.startswith(f"{own}signal/"):
                 ranks.signal(signal.Signals(int(values[key])))
+            elif key == STOP:  # a node was told before it had ranks, and these were not there to hear it
+                ranks.signal(signal.SIGTERM)
             elif key.startswith(f"{own}stop/"):
                 kill_at = min(kill_at, time.monotonic() + float(values[key]))
         return kill_at

@@ -24,6 +24,7 @@ from launch.supervisor.prometheus import serving
 from longcat.errors import CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY, ConfigError, FolderInUseError
 from train.checkpoint.find import is_inside
 from train.checkpoint.manifest import step_of
+from train.compose import quoted
 from train.config import Config
 from train.launch_config import GAVE_UP, OnStraggler, OnUnhealthy
 from train.report import write_report
@@ -108,14 +109,11 @@ class Supervisor:
 
     def decide(self) -> Again | Wait | End:
         """What follows, with the nodes that are there now."""
-        with suppress(RuntimeError, OSError):  # the store is lost: those that were there last; the start makes one
-            self.members = [node.name for node in self.fleet.nodes()]
+        self.members = [node.name for node in self.fleet.nodes()]
         return decide(self.history, self.members, self.policy, time.time(), self.journal.checkpoint_steps())
 
     def is_stopped(self) -> bool:
-        with suppress(RuntimeError, OSError):
-            return self.fleet.stop_requested()
-        return False
+        return self.fleet.stop_requested()
 
     def pause(self, seconds: float) -> None:
         """Wait for so long, or until a stop is requested."""
@@ -136,7 +134,11 @@ class Supervisor:
         return found
 
     def run_once(self, decision: Again) -> None:
-        """Start the ranks, wait for their end, and note how it went."""
+        """Start the ranks, wait for their end, and note how it went.
+
+        Raises:
+            ConnectionError: the store that connects the nodes is lost; the journal says so.
+        """
         self.progress.begin()
         saves, before, exit_before = len(self.journal.saves()), self.progress.best, exit_written(self.folder)
         begin, number = time.time(), len(self.history) + 1
@@ -151,10 +153,16 @@ class Supervisor:
                 "so_far": ledger.summary(self.lives) if self.lives else None,
             }
         )
-        reports, lost, error = self.watch(assignment)
+        try:
+            reports, lost = self.watch(assignment)
+        except ConnectionError as error:
+            self.progress.look()
+            fault = find_fault(assignment, [], store_error=first_line(error))
+            self.note(fault, assignment, begin, before, saves, newest)
+            raise
         self.progress.look()
         written = self.journal.exit() if exit_written(self.folder) != exit_before else None
-        fault = find_fault(assignment, reports, lost, written, error)
+        fault = find_fault(assignment, reports, lost, written)
         if fault.cause == Cause.configuration and self.is_in_use():
             fault = replace(fault, cause=Cause.crash, code=CRASHED, message=IN_USE)
         self.note(fault, assignment, begin, before, saves, newest)
@@ -183,7 +191,7 @@ class Supervisor:
         if self.config.launch.on_straggler == OnStraggler.restart and not decision.spares:
             extra.append(f"launch.on_straggler={OnStraggler.report}")  # no other node could take its place
         if resume != self.config.checkpoint.resume:
-            extra.append(f"checkpoint.resume={resume}")
+            extra.append(f"checkpoint.resume={resume if resume == 'auto' else quoted(resume)}")
         return Assignment(number, decision.nodes, self.processes, (*self.overrides, *extra)), newest
 
     def time_left(self) -> list[str]:
@@ -193,27 +201,23 @@ class Supervisor:
             return []
         return [f"train.stop_after_seconds={max(self.lives[0].begin + seconds - time.time(), 1.0):.0f}"]
 
-    def watch(self, assignment: Assignment) -> tuple[list[NodeReport], list[str], str]:
-        """Start the ranks and wait until each node has reported or is lost → reports, lost nodes, the store's error."""
-        number, told = assignment.incarnation, False
-        reports: list[NodeReport] = []
-        lost: list[str] = []
-        try:
-            self.fleet.start(assignment)
-            while True:
-                reports = self.fleet.reports(number)
-                there = {node.name for node in self.fleet.nodes()}
-                missing = [name for name in assignment.nodes if name not in {report.node for report in reports}]
-                lost = [name for name in missing if name not in there]
-                if len(lost) == len(missing):
-                    return reports, lost, ""
-                failed = {code for report in reports for code in report.codes.values() if code}
-                if not told and (lost or failed):
-                    self.fleet.stop_ranks(number, SAVE_SECONDS if not lost and failed <= AGREED else GRACE_SECONDS)
-                    told = True
-                time.sleep(POLL_SECONDS)
-        except (RuntimeError, OSError) as error:
-            return reports, [], str(error).partition("\n")[0] or type(error).__name__
+    def watch(self, assignment: Assignment) -> tuple[list[NodeReport], list[str]]:
+        """Start the ranks and wait until each node has reported or is lost → the reports, and the lost nodes."""
+        number, granted = assignment.incarnation, float("inf")
+        self.fleet.start(assignment)
+        while True:
+            reports = self.fleet.reports(number)
+            there = {node.name for node in self.fleet.nodes()}
+            missing = [name for name in assignment.nodes if name not in {report.node for report in reports}]
+            lost = [name for name in missing if name not in there]
+            if len(lost) == len(missing):
+                return reports, lost
+            failed = {code for report in reports for code in report.codes.values() if code}
+            grace = SAVE_SECONDS if not lost and failed <= AGREED else GRACE_SECONDS
+            if (lost or failed) and grace < granted:  # a node may be lost while the others save
+                self.fleet.stop_ranks(number, grace)
+                granted = grace
+            time.sleep(POLL_SECONDS)
 
     def note(self, fault: Fault, assignment: Assignment, begin: float, before: int, saves: int, newest: int) -> None:
         """Add a start that has ended to the history, the ledger and the journal."""
@@ -283,6 +287,10 @@ class Supervisor:
     @staticmethod
     def say(text: str) -> None:
         print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def is_own_start(folder: Path, resume: str) -> bool:

@@ -50,7 +50,7 @@ def test_torchrun_restarts_after_a_killed_rank(overrides: list[str], tmp_path: P
     """`torchrun --max-restarts`: one store, two starts of all ranks."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-    words = [*overrides, *NARROW, "checkpoint.every=2", "train.steps=12", "logging.hash_every=0"]
+    words = [*overrides, *NARROW, "checkpoint.every=2", "train.steps=60", "logging.hash_every=0"]
     agent = subprocess.Popen(
         [*torchrun, "-m", "train", *words],
         env=environment,
@@ -63,4 +63,5 @@ def test_torchrun_restarts_after_a_killed_rank(overrides: list[str], tmp_path: P
     os.kill(ranks_below(agent.pid)[1], signal.SIGKILL)
     code, errors = finish(agent, 300)
     assert code == 0, errors
-    assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 13))
+    assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 61))
+    assert "resuming" in (tmp_path / "run" / "run.log").read_text()

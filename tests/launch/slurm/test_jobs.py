@@ -16,6 +16,7 @@ from tests.launch.slurm.conftest import Submit
 from tests.support.running import NARROW, exact, exit_json, train_two, wait_for_step
 from tests.support.slurm import Slurm, log_of, wait
 
+pytestmark = pytest.mark.alone  # Slurm calls nodes lost that answer late
 TWO = ["slurm.nodes=2"]
 
 

@@ -45,7 +45,7 @@ class FakeFleet:
 
     def nodes(self) -> list[NodeState]:
         if self.error:
-            raise RuntimeError(self.error)
+            raise ConnectionError(self.error)
         return [NodeState(name, i, 0.0) for i, name in enumerate(self.names) if name not in self.silent]
 
     def start(self, assignment: Assignment) -> None:
@@ -54,8 +54,8 @@ class FakeFleet:
         assert not self.silent.intersection(assignment.nodes), "ranks on a node that is lost"
         ending = self.script(assignment)
         forget_exit(self.folder)
-        resumed = [word for word in assignment.overrides if word.startswith("checkpoint.resume=/")]
-        self.train(int(resumed[-1].rpartition("-")[2]) if resumed else None, ending.steps)
+        resumed = [word for word in assignment.overrides if word.startswith("checkpoint.resume='/")]
+        self.train(int(resumed[-1].rpartition("-")[2].strip("'")) if resumed else None, ending.steps)
         if ending.saved:
             (self.folder / "checkpoints" / f"step-{self.step:08d}").mkdir(parents=True, exist_ok=True)
         if ending.exit is not None:
@@ -76,11 +76,13 @@ class FakeFleet:
             self.step = base
         self.step += steps
         path = self.folder / "metrics.jsonl"
-        path.write_text("".join(json.dumps({"step": step + 1}) + "\n" for step in range(self.step)))
+        whole = path.with_suffix(".new")  # as a resume does: a reader must see the old file or the new one
+        whole.write_text("".join(json.dumps({"step": step + 1}) + "\n" for step in range(self.step)))
+        whole.replace(path)
 
     def reports(self, incarnation: int) -> list[NodeReport]:
         if self.error:
-            raise RuntimeError(self.error)
+            raise ConnectionError(self.error)
         return [report for report in self.reported if report.incarnation == incarnation]
 
     def signal(self, number: int) -> None:

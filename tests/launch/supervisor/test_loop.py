@@ -13,7 +13,8 @@ import pytest
 from launch.fleet import Assignment
 from launch.local import run_elastic
 from launch.supervisor.ledger import PARTS
-from launch.supervisor.loop import supervise
+from launch.supervisor.loop import GRACE_SECONDS, SAVE_SECONDS, Supervisor, supervise
+from launch.supervisor.progress import Progress
 from launch.supervisor.this_machine import ThisMachine
 from longcat.errors import FolderInUseError
 from tests.launch.supervisor.fake_fleet import Ending, FakeFleet
@@ -84,10 +85,28 @@ def test_too_few_nodes_end_with_a_page(run: Run, tmp_path: Path) -> None:
     assert "  b: 1" in page
 
 
-def test_a_lost_store_is_made_anew(run: Run) -> None:
-    code, fleet, journal = run([Ending(2, store_error="connection refused\nat …"), Ending(9)])
-    assert code == 0 and nodes_of(fleet) == ["ab", "ab"]
-    assert [line["cause"] for line in journal if line["event"] == "end"] == ["store_lost", "done"]
+def test_a_lost_store_ends_the_decisions(run: Run, tmp_path: Path) -> None:
+    """The node runner that called ends the run; the journal has the cause."""
+    with pytest.raises(ConnectionError):
+        run([Ending(2, store_error="connection refused\nat …")])
+    journal = [json.loads(line) for line in (tmp_path / "run" / "launch.jsonl").read_text().splitlines()]
+    assert journal[-1]["cause"] == "store_lost" and "(connection refused)" in journal[-1]["message"]
+
+
+def test_a_node_lost_while_others_save_shortens_their_time(tmp_path: Path) -> None:
+    class LosesB(FakeFleet):
+        def stop_ranks(self, incarnation: int, grace_seconds: float) -> None:
+            graces.append(grace_seconds)
+            if len(graces) == 1:
+                self.silent.add("b")
+            else:
+                super().stop_ranks(incarnation, grace_seconds)
+
+    graces: list[float] = []
+    fleet = LosesB("abc", tmp_path / "run", lambda _: Ending(2, {0: 3}))
+    supervisor = Supervisor(compose([*WORDS, f"run.dir={tmp_path}"]), [], 1, fleet, 3, Progress(tmp_path / "none"))
+    reports, lost = supervisor.watch(Assignment(1, ("a", "b", "c"), 1, ()))
+    assert (graces, lost) == ([SAVE_SECONDS, GRACE_SECONDS], ["b"]) and {one.node for one in reports} >= {"a", "c"}
 
 
 def test_numbers_that_come_again_start_from_an_older_one(
@@ -104,7 +123,7 @@ def test_numbers_that_come_again_start_from_an_older_one(
     code, fleet, _ = run(endings, "launch.on_unhealthy=retry")
     found = ["".join(one.overrides[1:]) for one in fleet.started]
     older = tmp_path / "run" / "checkpoints" / "step-00000010"
-    assert (code, found) == (0, ["", "", "", f"checkpoint.resume={older}"])
+    assert (code, found) == (0, ["", "", "", f"checkpoint.resume='{older}'"])
 
 
 def test_a_straggler_gives_its_place_to_a_spare(run: Run) -> None:

@@ -45,6 +45,7 @@ def test_device_clock_is_read_once_per_outermost_wait() -> None:
     assert blocked_seconds() == 1.5 and clock.calls == ["take", "enter", "leave", "take"]
 
 
+@pytest.mark.alone
 def test_cpu_uses_the_host_clock() -> None:
     count_stream_waits(torch.device("cpu"))
     begin_step(1)

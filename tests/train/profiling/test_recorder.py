@@ -47,6 +47,7 @@ class FakeWork:
             callback(self)
 
 
+@pytest.mark.alone
 def test_outermost_waits_count_once_and_nothing_else() -> None:
     begin_step(1)
     with work_span(FORWARD):
