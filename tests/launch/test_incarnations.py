@@ -64,4 +64,4 @@ def test_torchrun_restarts_after_a_killed_rank(overrides: list[str], tmp_path: P
     code, errors = finish(agent, 300)
     assert code == 0, errors
     assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 61))
-    assert "resuming" in (tmp_path / "run" / "run.log").read_text()
+    assert "resumed from" in (tmp_path / "run" / "run.log").read_text()

@@ -99,6 +99,7 @@ def test_a_node_lost_while_others_save_shortens_their_time(tmp_path: Path) -> No
             graces.append(grace_seconds)
             if len(graces) == 1:
                 self.silent.add("b")
+                self.waiting = [one for one in self.waiting if one.node != "b"]
             else:
                 super().stop_ranks(incarnation, grace_seconds)
 
