@@ -182,13 +182,10 @@ class Loop:
 
     def _watch_ranks(self, metrics: dict[str, Any], seconds: float, blocked: float) -> list[Straggler]:
         """Compare the ranks' times of a step; the stragglers that are to be named now. A collective."""
-        if self.topology.world_size == 1:
-            metrics |= {"slowest_rank": 0, "slowest_rank_ratio": 1.0}
-            return []
         times = own_seconds(seconds, blocked, self.topology)
         ratios = self.stragglers.ratios(times)
-        slowest = int(ratios.argmax())
-        metrics |= {"slowest_rank": slowest, "slowest_rank_ratio": float(ratios[slowest])}
+        metrics["slowest_rank"] = slowest = int(ratios.argmax())
+        metrics["slowest_rank_ratio"] = float(ratios[slowest])
         found = name_hosts(self.stragglers.see(times), self.stragglers.steps)
         self.response.report([one.event(self.state.counters.step) for one in found])
         return found
