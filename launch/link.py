@@ -82,7 +82,7 @@ class Link:
                     if answer := self.file.readline():
                         return dict(json.loads(answer))
                 except (OSError, ValueError):
-                    pass
+                    pass  # the store may only be late: connect again, until the patience ends
                 self._reconnect(end)
 
     def _reconnect(self, end: float) -> None:
