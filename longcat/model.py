@@ -37,7 +37,7 @@ class Losses(NamedTuple):
     counts: Tensor  # [L, N + Z] int64 selections by the local tokens
     balance_slope: Tensor  # [L, N + Z] see RoutingStatistics
     ffn_experts: Tensor  # [L, B, s] number of FFN experts of each token
-    hidden: Tensor  # [B, s, D] the residual stream after the last local layer
+    hidden: Tensor  # [B, s, D] the residual stream after the last local layer; with the head it carries no gradient
 
 
 class MTP(nn.Module):
@@ -132,7 +132,7 @@ class LongCat(SequenceModule, VocabularyModule):
             z_loss = hidden_z(z)
             norm = torch.linalg.vector_norm(z.detach().float(), dim=-1).sum()
         return Losses(
-            lm=lm,
+            lm=lm.clone(),  # FSDP2 gathers for the backward wherever an output was made: all after the MTP layers
             mtp=mtp_loss,
             balance=torch.stack([s.balance for s in statistics]).sum(),
             hidden_z=z_loss,
@@ -141,7 +141,7 @@ class LongCat(SequenceModule, VocabularyModule):
             counts=torch.stack([s.counts for s in statistics]),
             balance_slope=torch.stack([s.balance_slope.detach() for s in statistics]),
             ffn_experts=torch.stack([s.ffn_experts for s in statistics]).view(-1, *z.shape[:2]),
-            hidden=z,
+            hidden=z if self.norm is None else z.detach(),
         )
 
     def _cross_entropy(self, normed: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

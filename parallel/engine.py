@@ -11,6 +11,7 @@ from torch import Tensor
 from longcat.documents import Documents
 from longcat.model import LongCat, Losses
 from parallel.fsdp.collectives import wait_for_reductions
+from parallel.fsdp.prefetch import prefetch_in_order
 from parallel.fsdp.sharding import set_gradient_sync
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
@@ -61,6 +62,7 @@ class SequentialEngine:
     def run_turn(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
         """As `run`; see `parallel.elastic.TurnEngine`."""
         model = self.parts[0]
+        prefetch_in_order(model, mtp)
         per_micro_batch = []
         for number, batch in enumerate(micro_batches, start=1):
             set_gradient_sync(model, last=number == len(micro_batches))
@@ -79,6 +81,7 @@ class SequentialEngine:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
         model = self.parts[0]
+        prefetch_in_order(model, mtp=False)
         return [[model(one.tokens, one.labels, one.valid, one.documents, mtp=False) for one in micro_batches]]
 
     def close(self) -> None:

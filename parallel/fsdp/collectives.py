@@ -1,7 +1,7 @@
 """FSDP2's all-gathers of weights and reduce-scatters of gradients: overlapped with compute, each in a span.
 
 On a GPU they run on FSDP2's streams. Gloo has no streams, and FSDP2 would block until each collective ends, so on a CPU
-these collectives return at once. The weights of a layer are gathered while the previous layer computes. A unit's
+these collectives return at once. The weights of a layer are gathered while the one before computes. A unit's
 reduce-scatter is waited for when the second unit after it starts its own, the last ones by `wait_for_reductions`.
 With replicas (dp > 1) FSDP2 needs each sum at once.
 """
@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from longcat.model import LongCat
 from parallel.collectives.point_to_point import all_gather, reduce_scatter, tree_sum
+from parallel.fsdp.prefetch import keep_gradients_in_flight, prefetch_in_order
 from parallel.torch_internals import (
     DefaultAllGather,
     DefaultReduceScatter,
@@ -192,17 +192,9 @@ def install_collectives(
                 set_reduce_scatter(group, TracedReduceScatter(reduction))
             if replicas is not None and replicas.size() > 1:
                 set_reduced_gradient_hook(group, ReplicaSum(reduction, replicas))
-    if device.type == "cpu":
-        _prefetch_next_layers(model)
-
-
-def _prefetch_next_layers(model: LongCat) -> None:
-    """Make the model prefetch its first layer's weights, and each layer the next one's."""
-    chain: list[nn.Module] = [model, *model.shortcut_layers()]
-    for module, following in pairwise(chain):
-        assert isinstance(module, FSDPModule)
-        following_units: list[FSDPModule] = [inner for inner in following.modules() if isinstance(inner, FSDPModule)]
-        module.set_modules_to_forward_prefetch(following_units)
+    prefetch_in_order(model, mtp=False)
+    if device.type != "cpu":
+        keep_gradients_in_flight(model)
 
 
 def wait_for_reductions(model: LongCat) -> None:

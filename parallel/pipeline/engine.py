@@ -28,6 +28,7 @@ from longcat.model import LongCat, Losses
 from parallel.config import Schedule
 from parallel.engine import MicroBatch, Objective, detached
 from parallel.fsdp import accumulation
+from parallel.fsdp.prefetch import prefetch_in_order
 from parallel.fsdp.sharding import local_part
 from parallel.mesh import Axis, Topology
 from parallel.pipeline.spans import TracedStage
@@ -149,6 +150,7 @@ class PipelineEngine:
             raise ValueError(f"{len(micro_batches)} micro-batches for a pipeline of {self.num_micro_batches}")
         for module in self.modules:
             module.micro_batches, module.objective, module.mtp = micro_batches, objective, mtp
+            prefetch_in_order(module.model, mtp)
             accumulation.begin_accumulation(module.model)
         numbers = torch.arange(self.num_micro_batches)
         first, last = (any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last"))
@@ -171,6 +173,7 @@ class PipelineEngine:
         sends: list[tuple[dist.Work, Tensor, Event, list[int]]] = []  # with tensors, kept alive until sent
         for module, number in zip(self.modules, self.stage_indices, strict=True):
             module.micro_batches, module.objective, module.mtp = micro_batches, None, False
+            prefetch_in_order(module.model, mtp=False)
             arrivals, layers = self._post_receives(number, len(micro_batches)), layers_of(module.model)
             outputs = []
             for micro_batch in range(len(micro_batches)):
