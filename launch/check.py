@@ -6,9 +6,9 @@ from pathlib import Path
 
 from launch.local import num_processes
 from longcat.counts import describe, flops_per_token, human
-from parallel.memory import mib, state_bytes
+from parallel.memory import in_a_step, mib, state_bytes
 from parallel.sizes import resolve_sizes
-from train.check import check_sizes
+from train.check import batch_shape, check_sizes
 from train.config import Config
 from train.data.corpus import read_info
 from train.data.ids import check_ids, unused_ids
@@ -25,6 +25,8 @@ def check(config: Config) -> list[tuple[str, str]]:
     needed, has = check_sizes(config, processes)
     sizes = resolve_sizes(config.parallel, processes)
     state = state_bytes(config.model, sizes, config.parallel.sharding, [None])
+    micro_batches = batch_shape(config, sizes).num_micro_batches
+    step = in_a_step(config.model, sizes, config.parallel, [None], micro_batches, train.dtype)
     tokens = train.global_batch_size * train.sequence_length
     axes = ", ".join(f"{name} {size}" for name, size in vars(sizes).items() if size > 1) or "one of each axis"
     rows = [
@@ -35,6 +37,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         ("steps", f"{train.steps}, {human(train.steps * tokens)} tokens"),
         ("ranks", f"{processes} ({axes})"),
         ("memory per rank", f"{state}, by formula" + (", before stages are divided" if sizes.pp > 1 else "")),
+        *([("in a step", step)] if step else []),
         ("memory needed", f"at least {mib(needed)} of {mib(has)}; activations inside a layer come on top"),
     ]
     check_ids(config.data.paths, config.model.vocab_size, folders=[])

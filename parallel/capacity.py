@@ -13,7 +13,7 @@ from longcat.parts import ModelPart
 from parallel.config import Offload, ParallelConfig
 from parallel.environment import count_gpus
 from parallel.layout import BatchShape
-from parallel.memory import mib, state_bytes
+from parallel.memory import mib, state_bytes, step_bytes
 from parallel.pipeline.stages import num_stages, split, stages_of
 from parallel.sizes import MeshSizes
 
@@ -27,16 +27,19 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 class Need:
     """Bytes of one rank; a lower bound."""
 
-    state: float  # weights, gradients and moments that stay in memory
+    state: float  # weights, gradients and moments that stay in memory; gradients of a step's micro-batches
+    gathered: float  # unsharded weights that are in memory together
     activations: float  # the inputs of the layers of one micro-batch, which even recompute=full keeps
     tokens: float  # of a step
 
     @property
     def total(self) -> float:
-        return self.state + self.activations + self.tokens
+        return self.state + self.gathered + self.activations + self.tokens
 
     def __str__(self) -> str:
-        return f"{mib(self.state)} of state, at least {mib(self.activations + self.tokens)} of activations and tokens"
+        beside = f"at least {mib(self.activations + self.tokens)} of activations and tokens"
+        gathered = f"{mib(self.gathered)} of gathered weights, " if self.gathered else ""
+        return f"{mib(self.state)} of state, {gathered}{beside}"
 
 
 def needs(
@@ -52,11 +55,12 @@ def needs(
     found = []
     for of_rank in parts:
         state = state_bytes(model, sizes, parallel.sharding, of_rank)
-        kept = state.weights + state.gradients + state.moments
+        step = step_bytes(model, sizes, parallel, of_rank, batch.num_micro_batches, EXCHANGED)
+        kept = state.weights + state.moments + max(state.gradients, step.accumulated_gradients)
         if parallel.offload != Offload.none:
             kept = 0.0 if on_gpu else state.gradients  # the rest may be in host memory or in files
         layers = sum(model.num_layers if part is None else part.last - part.first for part in of_rank)
-        found.append(Need(kept, positions * layers * model.hidden_size * EXCHANGED, tokens))
+        found.append(Need(kept, step.gathered_weights, positions * layers * model.hidden_size * EXCHANGED, tokens))
     return found
 
 

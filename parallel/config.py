@@ -34,6 +34,13 @@ class Offload(StrEnum):
     nvme = "nvme"
 
 
+class Accumulate(StrEnum):
+    """How gradients of a step's micro-batches are added: whole, and reduced once, or each reduced into shards."""
+
+    unsharded = "unsharded"
+    sharded = "sharded"
+
+
 class Recompute(StrEnum):
     """What the backward recomputes: nothing, attention from its latents on, or whole layers."""
 
@@ -82,6 +89,9 @@ class ParallelConfig:
     transport: DispatcherKind = DispatcherKind.all_to_all
     # false keeps gathered weights until the backward: faster, more memory. A pipeline always keeps them
     reshard_after_forward: bool = True
+    # unsharded = add the micro-batches' gradients in float32, then sum them over the ranks once a step; sharded = sum
+    # those of each micro-batch into shards: less memory, more communication. FSDP2 without pipeline only
+    accumulate: Accumulate = Accumulate.unsharded
     timeout_seconds: float = 600.0  # a rank that blocks the others for longer ends the run
 
     def validate(self) -> None:
@@ -97,6 +107,11 @@ class ParallelConfig:
         check_choice("parallel.offload", self.offload, Offload)
         check_choice("parallel.recompute", self.recompute, Recompute)
         check_choice("parallel.transport", self.transport, DispatcherKind)
+        check_choice("parallel.accumulate", self.accumulate, Accumulate)
+        if self.accumulate == Accumulate.sharded and self.sharding != Sharding.fsdp:
+            raise ConfigError(
+                f"parallel.accumulate=sharded needs parallel.sharding=fsdp, not {self.sharding}; change either"
+            )
         if self.offload != Offload.none and self.sharding == Sharding.fsdp:
             raise ConfigError(
                 f"parallel.offload={self.offload} needs parallel.sharding=zero1, zero2 or zero3; set one of them"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longcat.documents import Documents
 from longcat.model import LongCat, Losses
+from parallel.config import Accumulate
 from parallel.fsdp.collectives import wait_for_reductions
 from parallel.fsdp.prefetch import prefetch_in_order
 from parallel.fsdp.sharding import set_gradient_sync
@@ -53,8 +54,8 @@ class Engine(Protocol):
 class SequentialEngine:
     """Runs one micro-batch after the other through a model without pipeline stages."""
 
-    def __init__(self, model: LongCat) -> None:
-        self.parts = [model]
+    def __init__(self, model: LongCat, accumulate: Accumulate = Accumulate.unsharded) -> None:
+        self.parts, self.accumulate = [model], accumulate
 
     def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
         return self.run_turn(micro_batches, objective, mtp)
@@ -65,7 +66,7 @@ class SequentialEngine:
         prefetch_in_order(model, mtp)
         per_micro_batch = []
         for number, batch in enumerate(micro_batches, start=1):
-            set_gradient_sync(model, last=number == len(micro_batches))
+            set_gradient_sync(model, self.accumulate == Accumulate.sharded or number == len(micro_batches))
             with work_span(Event(SpanKind.FORWARD, micro_batch=number)):
                 losses: Losses = model(batch.tokens, batch.labels, batch.valid, batch.documents, mtp=mtp)
             with work_span(Event(SpanKind.BACKWARD, micro_batch=number)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
-from parallel.config import ParallelConfig, Sharding
+from parallel.config import Accumulate, ParallelConfig, Sharding
 from parallel.deepspeed.options import check as check_deepspeed
 from parallel.environment import count_gpus
 from parallel.expert.sharding import check_expert_shards
@@ -33,6 +33,11 @@ def check_layout(
     ``num_micro_batches`` are those of one data rank.
     """
     if sizes.pp > 1:
+        if parallel.accumulate == Accumulate.sharded:
+            raise ConfigError(
+                f"parallel.accumulate=sharded and parallel.pp={sizes.pp}: a pipeline reduces gradients once a step; "
+                f"change either"
+            )
         split(config, num_stages(parallel.schedule, sizes.pp), sequence_length)
         check_micro_batches(parallel.schedule, sizes.pp, num_micro_batches)
     if parallel.sharding != Sharding.fsdp:
@@ -89,6 +94,11 @@ def check_elastic(elastic_bits: int, parallel: ParallelConfig, sizes: MeshSizes,
         raise ConfigError(
             f"{key} needs parallel.sharding=fsdp: DeepSpeed adds gradients in an order of its own under "
             f"{parallel.sharding}; change either"
+        )
+    if parallel.accumulate == Accumulate.sharded:
+        raise ConfigError(
+            f"{key} adds the gradients of a rank's micro-batches first; set parallel.accumulate=unsharded, or "
+            f"train.elastic_bits=0"
         )
     if elastic_bits & (elastic_bits - 1):
         raise ConfigError(f"{key} must be a power of two: gradients are added as a binary tree")

@@ -74,7 +74,7 @@ def parallelize(
         models.append(model)
     make_store = ShardedAdamW if virtual is None else ElasticAdamW
     store = make_store(models, topology, make_optimizer)
-    engine: SequentialEngine | PipelineEngine = SequentialEngine(models[0])
+    engine: SequentialEngine | PipelineEngine = SequentialEngine(models[0], parallel.accumulate)
     if sizes.pp > 1:
         from parallel.pipeline.engine import PipelineEngine  # torch's pipelines import its compiler: two seconds
 

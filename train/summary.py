@@ -7,8 +7,9 @@ from typing import Any
 from longcat.counts import active_range, count_parameters, describe, flops_per_token, human
 from longcat.model import LongCat, ModelPart
 from parallel.chunks import ChunkChoice
-from parallel.memory import state_bytes
+from parallel.memory import in_a_step, state_bytes
 from parallel.mesh import Topology
+from train.check import batch_shape
 from train.config import Config
 
 
@@ -46,7 +47,10 @@ def header(
     sizes = topology.sizes
     axes = ", ".join(f"{name} {size}" for name, size in vars(sizes).items() if size > 1) or "one of each"
     stages = [layers_of(model.part) for model in parts]
-    memory = state_bytes(config.model, sizes, config.parallel.sharding, [model.part for model in parts])
+    own_parts: list[ModelPart | None] = [model.part for model in parts]
+    memory = state_bytes(config.model, sizes, config.parallel.sharding, own_parts)
+    micro_batches = batch_shape(config, sizes).num_micro_batches
+    step = in_a_step(config.model, sizes, config.parallel, own_parts, micro_batches, train.dtype)
     return [
         ("run", str(config.run.folder)),
         ("model", config.model.name),
@@ -56,6 +60,7 @@ def header(
         ("ranks", f"{topology.world_size} on {topology.device.type} ({axes})"),
         *([("pipeline", f"{config.parallel.schedule}; this rank: {' and '.join(stages)}")] if sizes.pp > 1 else []),
         ("memory per rank", f"{memory} (by formula; activations come on top)"),
+        *([("in a step", step)] if step else []),
         ("compute", f"{train.dtype}, {peak / 1e9:,.0f} GFLOP/s per rank ({peak_source})"),
         *([("chunks", f"{config.overlap.num_chunks}; {chunks}")] if chunks is not None else []),
     ]

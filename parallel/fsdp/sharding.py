@@ -102,7 +102,10 @@ def placements(topology: Topology, hybrid: bool = True) -> Callable[[nn.Paramete
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:
-    """Reduce gradients only in the ``last`` micro-batch of a step; before it they accumulate locally, in float32."""
+    """Reduce gradients only in the ``last`` micro-batch of a step; before it they accumulate locally, in float32.
+
+    Or, with ``last`` for each one, in every micro-batch; reduced gradients add up in the shards.
+    """
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)
     model.set_is_last_backward(last)

@@ -6,23 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 
 import parallel.engine
-from longcat.model import LongCat
 from parallel.fsdp.prefetch import keep_gradients_in_flight
-from parallel.mesh import make_topology
-from parallel.sizes import resolve_sizes
 from parallel.torch_internals import all_parameter_groups
 from tests.support.pool import close_pools, pool
-from tests.support.running import RandomSamples
+from tests.support.steppers import make_stepper
 from tests.support.three_steps import MODEL
-from train.batches import BatchReader
 from train.checkpoint.state_hash import state_hash
-from train.compose import compose
-from train.run import build_state
-from train.step import Stepper
 
 BASE = [*MODEL, "model.num_layers=3", "train.dtype=bfloat16"]
 LAYOUTS = {  # of one micro-batch a step, and the groups of parameters of an MTP layer and of the head
@@ -38,18 +29,10 @@ def _pools() -> Iterator[None]:
     close_pools()
 
 
-def prepared(overrides: list[str]) -> tuple[Stepper, LongCat]:
-    config = compose(overrides)
-    sizes = resolve_sizes(config.parallel, dist.get_world_size())
-    topology = make_topology(sizes, dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    state = build_state(config, topology)
-    reader = BatchReader(RandomSamples(16), config, topology)  # type: ignore[arg-type]
-    return Stepper(state, reader, config, topology), state.models[0]
-
-
 def order_of_a_step(overrides: list[str]) -> list[str]:
     """The starts of gathers and sums of the second step, by group of parameters: `gather layers.1 0`."""
-    stepper, model = prepared(overrides)
+    stepper = make_stepper(overrides)
+    model = stepper.state.models[0]
     assert stepper.step().healthy  # FSDP2 learns names and order
     starts: list[str] = []
 
@@ -107,7 +90,8 @@ def test_weights_are_gathered_ahead_of_gradients(layout: str, mtp: bool) -> None
 
 def gathers_waited(overrides: list[str]) -> int:
     """Units whose gathered weights nobody has taken, after steps with and without MTP and an evaluation."""
-    stepper, model = prepared([*overrides, "loss.mtp_start_tokens=64"])
+    stepper = make_stepper([*overrides, "loss.mtp_start_tokens=64"])
+    model = stepper.state.models[0]
     for _ in range(3):
         assert stepper.step().healthy
     batches = list(stepper.reader.read(stepper.state.counters.position))
@@ -125,7 +109,7 @@ def bits_after_steps(overrides: list[str], ahead: bool) -> str:
     try:
         if not ahead:
             parallel.engine.prefetch_in_order = lambda *_: None  # type: ignore[assignment]
-        stepper, _ = prepared(overrides)
+        stepper = make_stepper(overrides)
         for _ in range(2):
             assert stepper.step().healthy
         return state_hash(stepper.state, stepper.topology)
@@ -140,7 +124,8 @@ def test_prefetch_changes_no_bit() -> None:
 
 def waits_of_a_backward(overrides: list[str], raised: bool) -> list[tuple[str, str]]:
     """(unit whose backward ends, unit whose sum the compute stream then waits for), as on a GPU."""
-    stepper, model = prepared(overrides)
+    stepper = make_stepper(overrides)
+    model = stepper.state.models[0]
     if raised:
         keep_gradients_in_flight(model)
     units: dict[int, str] = {}  # of the inputs of sums in progress
