@@ -40,7 +40,7 @@ BY_CODE = {
 ADVICE = {
     Cause.configuration: "correct the configuration: the message names the key",
     Cause.unhealthy: "look at the loss in report.html; lower optim.lr, or resume from an earlier checkpoint",
-    Cause.corruption: "take the named machine out of the job, then start the same command again",
+    Cause.corruption: "take the named machine out of the job",
     Cause.hang: "look at the named rank's machine; raise parallel.timeout_seconds if it is only slow",
     Cause.straggler: "look at the named rank's machine, and at the load of its experts in report.html",
     Cause.out_of_memory: "the same start needs the same memory: set parallel.recompute=full, lower "
@@ -48,7 +48,17 @@ ADVICE = {
     Cause.disk_full: "free space in the run folder's file system, or lower checkpoint.keep",
     Cause.node_lost: "look at the named machine and its network; raise launch.node_timeout if it was only busy",
     Cause.store_lost: "look at the machine of the first node and its network",
-    Cause.crash: "run.log and the output above have the traceback; if a rank got SIGKILL, look into its machine's log",
+    Cause.crash: "look for the traceback in run.log and the output; if a rank got signal 9, its machine's log may "
+    "say that it ran out of memory",
+}
+WORDS = {
+    Cause.configuration: "wrong configuration",
+    Cause.unhealthy: "unhealthy numbers",
+    Cause.corruption: "silent data corruption",
+    Cause.out_of_memory: "out of memory",
+    Cause.disk_full: "full disk",
+    Cause.node_lost: "lost node",
+    Cause.store_lost: "lost store",
 }
 STRIKES = (Cause.crash, Cause.hang, Cause.straggler, Cause.node_lost, Cause.corruption)  # blame a node
 
@@ -62,6 +72,15 @@ class Fault:
     message: str
     ranks: tuple[int, ...] = ()
     nodes: tuple[str, ...] = ()
+    last_lines: str = ""  # that the rank that failed first wrote to its standard error
+
+    @property
+    def headline(self) -> str:
+        """`crash of rank 1 on b: rank 1 got signal 9`."""
+        many = "s" * (len(self.ranks) > 1)
+        ranks = f" of rank{many} {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        where = f" on {', '.join(self.nodes)}" if self.nodes and self.ranks else ""
+        return f"{WORDS.get(self.cause, self.cause)}{ranks}{where}: {self.message}"
 
 
 def find_fault(
@@ -101,8 +120,11 @@ def find_fault(
     elif cause == Cause.store_lost:
         message = f"the store that connects the nodes is lost ({store_error})"
     else:
-        message = str(details.get("message", "")) or describe(failed)
-    return Fault(cause, code, message, ranks, nodes)
+        first = _first_failed(reports)
+        own = {rank: failed[rank] for rank in (*ranks, first) if rank in failed}
+        message = str(details.get("message", "")) or describe(own or failed)
+    last = next((report.stderr for report in _failed(reports)), "")
+    return Fault(cause, code, message, ranks, nodes, last)
 
 
 def exit_code(reports: Sequence[NodeReport], is_incomplete: bool, exit_json: Mapping[str, Any]) -> int:
@@ -123,9 +145,13 @@ def exit_code(reports: Sequence[NodeReport], is_incomplete: bool, exit_json: Map
     return written or (code if code > 0 else CRASHED)
 
 
+def _failed(reports: Sequence[NodeReport]) -> list[NodeReport]:
+    """Reports of nodes with a rank that failed, the first one first."""
+    return sorted((report for report in reports if report.first_failed is not None), key=lambda report: report.ended)
+
+
 def _first_failed(reports: Sequence[NodeReport]) -> int | None:
-    failed = [report for report in reports if report.first_failed is not None]
-    return min(failed, key=lambda report: report.ended).first_failed if failed else None
+    return next((report.first_failed for report in _failed(reports)), None)
 
 
 def _named(details: Mapping[str, Any]) -> tuple[int, ...]:

@@ -39,6 +39,7 @@ class Wait:
 
     code: int
     reason: str
+    advice: str  # what a person can do
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class End:
     """The run ends with this exit code."""
 
     code: int
-    reason: str
+    reason: str  # why it is not started again, where that is not plain from the fault
+    advice: str = ""  # what a person can do
 
 
 def decide(
@@ -65,37 +67,39 @@ def decide(
     """
     nodes, spares = choose_nodes(members, history, policy.choice, now)
     if not history:
-        return Again(0.0, "", nodes, spares) if nodes else Wait(1, _too_few(members, history, policy, now))
+        return Again(0.0, "", nodes, spares) if nodes else _too_few(1, members, history, policy, now)
     fault, fruitless = history[-1].fault, count_fruitless(history)
     advice, before_step = ADVICE.get(fault.cause, ""), None
     if fault.cause in (Cause.done, Cause.stop, Cause.configuration):
-        return End(fault.code, advice)
+        return End(fault.code, "", advice)
     if fault.cause == Cause.corruption and not fault.nodes:
-        return End(fault.code, advice)  # no rank is named, so no node can be left out
+        return End(fault.code, "no rank is named, so that no node can be left out", advice)
     if fault.cause == Cause.unhealthy:
         tries = unhealthy_tries(history)
         if not policy.retries_unhealthy:
-            return End(fault.code, advice)
+            return End(fault.code, "launch.on_unhealthy=stop", advice)
         if len(tries) > policy.max_rollback_checkpoints:
-            return End(fault.code, f"the same numbers came again from {_checkpoints(len(tries))}; {advice}")
+            return End(fault.code, f"the same numbers came again from {_checkpoints(len(tries))}", advice)
         before_step = min((start.base for start in tries), default=None)
         if before_step is not None and not any(step < before_step for step in checkpoints):
             return End(
                 fault.code,
                 f"the same numbers came again from {_checkpoints(len(tries))}, and no earlier one is kept "
-                f"(checkpoint.keep); {advice}",
+                f"(checkpoint.keep)",
+                advice,
             )
     if fault.cause == Cause.out_of_memory and fruitless:
-        return End(fault.code, advice)
+        return End(fault.code, "a start without a new step ran out of memory", advice)
     if fruitless > policy.restarts:
-        return End(fault.code, f"{fruitless} starts in a row brought no new step; {advice}")
+        reason = f"{fruitless} starts in a row brought no new step (launch.restarts={policy.restarts})"
+        return End(fault.code, reason, advice)
     if not nodes:
         if len(members) <= 1 == policy.choice.counts[0]:
-            return End(fault.code, advice)  # every rank is on the machine that computes wrongly
-        return Wait(fault.code, f"{_too_few(members, history, policy, now)}; {advice}")
+            return End(fault.code, "every rank is on the machine that computes wrongly", advice)
+        return _too_few(fault.code, members, history, policy, now)
     waits = fruitless or fault.cause == Cause.disk_full  # a disk is no emptier at once, whatever was trained before
     pause = policy.backoff_seconds * min(2 ** max(fruitless - 1, 0), MAX_PAUSE_FACTOR) if waits else 0.0
-    reason = f"{fault.cause}; starts in a row without a new step: {fruitless} (launch.restarts={policy.restarts})"
+    reason = f"{fruitless} of launch.restarts={policy.restarts} in a row without a new step" if fruitless else ""
     return Again(pause, reason, nodes, spares, before_step)
 
 
@@ -117,10 +121,11 @@ def _checkpoints(count: int) -> str:
     return "the last checkpoint" if count == 1 else f"each of the last {count} checkpoints"
 
 
-def _too_few(members: Sequence[str], history: Sequence[Start], policy: Policy, now: float) -> str:
+def _too_few(code: int, members: Sequence[str], history: Sequence[Start], policy: Policy, now: float) -> Wait:
     barred, _ = struck(history, policy.choice, now)
-    out = sorted(barred.intersection(members))
-    usable = len(members) - len(out)
-    text = f"{usable} of the {policy.choice.counts[0]} nodes that the run needs can be used"
-    text += f" ({', '.join(out)} computes wrongly)" if out else ""
-    return f"{text}; start longcat train on another node, or allow fewer with launch.shrink=true"
+    out, counts = sorted(barred.intersection(members)), policy.choice.counts
+    reason = f"{len(members) - len(out)} of the {counts[0]} nodes that the run needs can be used"
+    if out:
+        reason += f" ({', '.join(out)} compute{'s' * (len(out) == 1)} wrongly)"
+    smaller = "" if len(counts) > 1 else ", or allow fewer with launch.shrink=true"
+    return Wait(code, reason, f"start longcat train on another node{smaller}")

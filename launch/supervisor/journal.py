@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +13,14 @@ from typing import Any
 from launch.supervisor.causes import STRIKES, Cause
 from launch.supervisor.nodes import Strike
 from longcat.json_text import dumps
+from train.checkpoint.failures import is_disk_full
 from train.checkpoint.manifest import list_checkpoints, step_of, verify
 from train.checkpoint.save_times import SAVES
 from train.launch_config import JOURNAL
 from train.run_dir import EXIT
+from train.run_files import LineFile, Note, remove_quietly
+
+PROBE_BYTES = 1 << 16
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -33,17 +38,42 @@ class Journal:
 
     Args:
         folder: the run's.
+        note: is told when launch.jsonl cannot be written, and when it can again.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, note: Note) -> None:
+        self.folder, self.note = folder, note
+        self.file: LineFile | None = None
 
     def record(self, line: dict[str, Any]) -> None:
-        """Append to launch.jsonl. A full disk must not end what waits for space."""
-        with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / JOURNAL).open("a") as file:
-                file.write(dumps(line) + "\n")
+        """Append to launch.jsonl. On a full disk lines wait in memory for space."""
+        if self.file is None:
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = LineFile(self.folder / JOURNAL, self.note)
+        self.file.write(dumps(line))
+
+    def flush(self) -> None:
+        """Try lines again that wait for space."""
+        if self.file is not None and self.file.pending:
+            self.file.flush()
+
+    def close(self) -> None:
+        """Say how many lines found no space."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def is_disk_full(self) -> bool:
+        """Whether the run folder has no space for the few bytes of an exit.json."""
+        path = self.folder / f".space-{os.getpid()}"
+        try:
+            path.write_bytes(bytes(PROBE_BYTES))
+        except OSError as error:
+            return is_disk_full(error)
+        finally:
+            remove_quietly(path)
+        return False
 
     def strikes(self, max_strikes: int) -> tuple[Strike, ...]:
         """Strikes that earlier commands recorded. A node that computed wrongly has as many as exclude it."""
@@ -55,7 +85,8 @@ class Journal:
             if not isinstance(when, int | float) or not math.isfinite(when):
                 continue
             each = max_strikes if cause == Cause.corruption else 1
-            found += [Strike(str(name), float(when)) for name in names for _ in range(each)]
+            fruitless = line.get("first_step_seconds") is None
+            found += [Strike(str(name), float(when), False, fruitless) for name in names for _ in range(each)]
         return tuple(found)
 
     def exit(self) -> dict[str, Any] | None:

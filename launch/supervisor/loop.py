@@ -32,9 +32,11 @@ from train.run_dir import claim_exit, forget_exit, lock
 from train.run_files import remove_quietly
 
 STOPPED_BETWEEN = "stopped while no ranks trained; the same command resumes from the last checkpoint"
+NO_SPACE = "no space is left in the run folder's file system, so no rank could write why it ended"
 IN_USE = "the run folder is in use by ranks of another start or training"
 REPORT = "report.html"
 POLL_SECONDS = 0.05
+MESSAGE_CHARACTERS = 240
 GRACE_SECONDS = 8.0  # for ranks to say why they end, once one has failed anywhere
 SAVE_SECONDS = 3600.0  # for ranks that end because all have agreed to: they may still save
 AGREED = {STOPPED, UNHEALTHY, CORRUPT}
@@ -73,7 +75,7 @@ class Supervisor:
     ) -> None:
         self.config, self.overrides, self.processes, self.fleet = config, tuple(overrides), processes, fleet
         self.nodes, self.progress, self.folder = nodes, progress, config.run.folder
-        self.journal = Journal(self.folder)
+        self.journal = Journal(self.folder, self.say)
         self.layouts = layouts(config, nodes, processes)
         self.policy = policy_of(config, tuple(self.layouts), self.journal)
         self.history: list[Start] = []
@@ -92,7 +94,7 @@ class Supervisor:
         while True:
             decision = self.decide()
             if isinstance(decision, Again) and self.history:
-                self.say(f"starting again in {decision.pause_seconds:.0f} s ({decision.reason})")
+                self.announce(decision)
                 self.pause(decision.pause_seconds)
                 decision = self.decide()  # nodes may have come or gone
             if isinstance(decision, Wait):
@@ -112,6 +114,18 @@ class Supervisor:
         self.members = [node.name for node in self.fleet.nodes()]
         return decide(self.history, self.members, self.policy, time.time(), self.journal.checkpoint_steps())
 
+    def announce(self, decision: Again) -> None:
+        """Say what ended the last start, and what follows."""
+        last, life = self.history[-1], self.lives[-1]
+        on = f" on {', '.join(decision.nodes)}" if self.nodes > 1 else ""
+        when = f" in {decision.pause_seconds:.1f} s" if decision.pause_seconds else ""
+        reason = f" ({decision.reason})" if decision.reason else ""
+        self.say(
+            f"start {len(self.history)} ended after {life.end - life.begin:.1f} s at step {self.progress.step}: "
+            f"{shortened(last.fault.headline)}"
+        )
+        self.say(f"start {len(self.history) + 1} follows{when}{on}; newest checkpoint: step {life.kept}{reason}")
+
     def is_stopped(self) -> bool:
         return self.fleet.stop_requested()
 
@@ -119,16 +133,17 @@ class Supervisor:
         """Wait for so long, or until a stop is requested."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0 and not self.is_stopped():
+            self.journal.flush()
             time.sleep(min(left, POLL_SECONDS))
 
     def wait_for_nodes(self, decision: Wait, seconds: float) -> Again | Wait | End:
         """What follows when enough nodes are there, when a stop is requested, or after ``seconds``."""
         end = time.monotonic() + seconds
         found: Again | Wait | End = decision
-        self.say(f"waiting up to {seconds:.0f} s for nodes: {decision.reason}")
+        self.say(f"waiting up to {seconds:.0f} s for nodes: {decision.reason}; {decision.advice}")
         while isinstance(found, Wait) and not self.is_stopped():
             if time.monotonic() > end:
-                return End(found.code, found.reason)
+                return End(found.code, found.reason, found.advice)
             self.pause(10 * POLL_SECONDS)
             found = self.decide()
         return found
@@ -165,6 +180,8 @@ class Supervisor:
         fault = find_fault(assignment, reports, lost, written)
         if fault.cause == Cause.configuration and self.is_in_use():
             fault = replace(fault, cause=Cause.crash, code=CRASHED, message=IN_USE)
+        if fault.cause == Cause.crash and written is None and self.journal.is_disk_full():
+            fault = replace(fault, cause=Cause.disk_full, message=NO_SPACE, ranks=(), nodes=())  # nor for exit.json
         self.note(fault, assignment, begin, before, saves, newest)
 
     def is_in_use(self) -> bool:
@@ -217,13 +234,14 @@ class Supervisor:
             if (lost or failed) and grace < granted:  # a node may be lost while the others save
                 self.fleet.stop_ranks(number, grace)
                 granted = grace
+            self.journal.flush()
             time.sleep(POLL_SECONDS)
 
     def note(self, fault: Fault, assignment: Assignment, begin: float, before: int, saves: int, newest: int) -> None:
         """Add a start that has ended to the history, the ledger and the journal."""
         end, finished = time.time(), tuple(self.progress.finished)
         new_saves = self.journal.saves()[saves:]
-        base = min(self.progress.base, newest)  # a first step may be seen only together with a second
+        base = min(self.progress.base, newest)  # a start without a step does not show where it began
         self.history.append(Start(fault, before, self.progress.best, base, assignment.nodes, end))
         self.lives.append(
             Life(
@@ -256,19 +274,22 @@ class Supervisor:
         """Write the ledger, and the page if a person is needed; returns the exit code."""
         found = ledger.summary(self.lives, time.time()) if self.lives else {}
         self.journal.record({"event": "totals", "time": time.time(), "code": end.code, **found})
+        why = "; ".join(part for part in (end.reason, end.advice) if part)
         if end.code not in (OK, STOPPED) and self.is_in_use():
-            self.say(f"not starting again: {end.reason}; {IN_USE}")  # what is in the folder is the other training's
+            self.say(f"not starting again: {why}; {IN_USE}")  # what is in the folder is the other training's
         elif end.code not in (OK, STOPPED):
             claim_exit(self.folder, end.code, self.history[-1].fault.message if self.history else end.reason)
             with suppress(OSError):
-                text = page(str(self.folder), self.members, self.history, self.lives, end, self.policy.choice)
+                command, choice = self.overrides, self.policy.choice
+                text = page(str(self.folder), command, self.members, self.history, self.lives, end, choice)
                 (self.folder / GAVE_UP).write_text(text)
-                self.say(f"not starting again: {end.reason}; {self.folder / GAVE_UP} says more")
+                self.say(f"not starting again: {why}; {self.folder / GAVE_UP} says more")
         for line in ledger.describe(found) if found else ():
             self.say(line)
         with suppress(OSError, ConfigError):
             if (self.folder / REPORT).is_file():  # the ranks wrote it before these totals
                 write_report(self.folder)
+        self.journal.close()
         return end.code
 
     def gauges(self) -> dict[str, float | None]:
@@ -287,6 +308,12 @@ class Supervisor:
     @staticmethod
     def say(text: str) -> None:
         print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def shortened(text: str) -> str:
+    """For the terminal, where ranks have printed their messages whole."""
+    line = " ".join(text.split())
+    return line if len(line) <= MESSAGE_CHARACTERS else f"{line[:MESSAGE_CHARACTERS]} …"
 
 
 def first_line(error: Exception) -> str:

@@ -2,40 +2,103 @@
 
 from __future__ import annotations
 
+import shlex
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from launch.supervisor.causes import ADVICE, Fault
 from launch.supervisor.decide import End
 from launch.supervisor.ledger import Life, describe, summary
-from launch.supervisor.nodes import Choice, Start, strikes_of
+from launch.supervisor.nodes import Choice, Start, strikes_of, struck
 
-SHOWN = 20  # newest starts on the page
+SHOWN = 20  # newest starts on the page, and nodes
+WIDTH = 110
 
 
 def page(
-    run: str, members: Sequence[str], history: Sequence[Start], lives: Sequence[Life], end: End, choice: Choice
+    run: str,
+    command: Sequence[str],
+    members: Sequence[str],
+    history: Sequence[Start],
+    lives: Sequence[Life],
+    end: End,
+    choice: Choice,
 ) -> str:
-    """The page: what happened, what to do, each start with its time, step, cause and ranks, and the ledger."""
-    on = ", ".join(members) if len(members) <= SHOWN else f"{len(members)} nodes"
-    happened = f"{history[-1].fault.cause}: {history[-1].fault.message}" if history else "no ranks were started"
-    lines = [
-        f"Run {run} on {on} is not started again (exit code {end.code}).",
-        "",
-        f"What happened: {happened}",
-        f"What to do:    {end.reason}",
-        f"               The same command resumes from step {lives[-1].kept if lives else 0} once that is done.",
-        "",
-        f"Starts ({len(history)}; the newest {min(len(history), SHOWN)}):",
-    ]
+    """The page: what happened, what to do, each start with its time, steps, cause and ranks, nodes, and the ledger."""
+    last = history[-1].fault if history else None
+    lines = [f"The run {run} has ended with exit code {end.code}. longcat train does not start it again.", ""]
+    lines += ["What happened", *_wrapped(_capital(last.headline if last else "no ranks were started"))]
+    lines += _wrapped(_capital(end.reason)) if end.reason else []
+    if lives:
+        lines += [f"  The run got to step {history[-1].step}; its newest checkpoint is that of step {lives[-1].kept}."]
+    lines += ["", "What to do", *_to_do(command, last, lives, end, several=choice.counts[0] > 1)]
+    lines += _last_lines(last) if last else []
+    if history:
+        lines += ["", f"Starts ({_of(len(history))})", *_starts(history, lives)]
+    if choice.counts[0] > 1:
+        lines += ["", f"Nodes (there now: {', '.join(members[:SHOWN]) or 'none'}{', …' * (len(members) > SHOWN)})"]
+        lines += _nodes(history, choice, lives[-1].end if lives else 0.0)
+    if lives:
+        lines += ["", "Where the time went", *_indented(describe(summary(lives)))]
+    return "\n".join([*lines, "", "run.log, report.html and launch.jsonl in the run folder say more.", ""])
+
+
+def _to_do(command: Sequence[str], last: Fault | None, lives: Sequence[Life], end: End, several: bool) -> list[str]:
+    """Numbered steps; the last one is the command."""
+    found = [part for part in dict.fromkeys((end.advice, ADVICE.get(last.cause, "") if last else "")) if part]
+    again = "Then start the same command again" + (", on every node" if several else "")
+    found.append(f"{again}; it goes on from step {lives[-1].kept}:" if lives and lives[-1].kept else f"{again}:")
+    lines = [line for number, part in enumerate(found, 1) for line in _wrapped(_capital(part), f"  {number}. ")]
+    return [*lines, f"     {shlex.join(['longcat', 'train', *command])}"]
+
+
+def _last_lines(fault: Fault) -> list[str]:
+    kept = [line for line in fault.last_lines.splitlines() if line.strip()][-SHOWN:]
+    return ["", "What the rank that failed first wrote last", *(f"  | {line[:400]}" for line in kept)] if kept else []
+
+
+def _starts(history: Sequence[Start], lives: Sequence[Life]) -> list[str]:
+    lines = []
     for number, (start, life) in list(enumerate(zip(history, lives, strict=True), 1))[-SHOWN:]:
-        ranks = f", ranks {', '.join(map(str, start.fault.ranks))}" if start.fault.ranks else ""
-        nodes = f" on {', '.join(start.fault.nodes)}" if start.fault.nodes and len(start.nodes) > 1 else ""
         when = datetime.fromtimestamp(life.end, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        lines.append(f"  {number}. {when}  step {start.step}  {start.fault.cause}{ranks}{nodes}: {start.fault.message}")
+        steps = f"steps {life.base + 1} to {life.finished[-1][0]}" if life.finished else "no step"
+        head = f"  {number:>3}. to {when}, {life.end - life.begin:.1f} s, {steps}: "
+        lines += _wrapped(start.fault.headline, head, " " * 7)
+    return lines
+
+
+def _nodes(history: Sequence[Start], choice: Choice, now: float) -> list[str]:
     counts = Counter(strike.node for strike in strikes_of(history, choice.earlier))
-    if any(len(start.nodes) > 1 for start in history):
-        lines += ["", f"Faults by node (excluded from {choice.max_strikes} on; launch.max_strikes):"]
-        lines += [f"  {name}: {count}" for name, count in counts.most_common(SHOWN)]
-    time_lines = describe(summary(lives)) if lives else []
-    return "\n".join([*lines, "", "Where the time went:", *(f"  {line}" for line in time_lines), ""])
+    barred, excluded = struck(history, choice, now)
+    lines = []
+    for name, count in counts.most_common(SHOWN):
+        text = f"  {name}: {count} fault{'s' * (count != 1)}"
+        if name in barred:
+            text += "; computes wrongly, gets no ranks"
+        elif name in excluded:
+            hours = choice.window_seconds / 3600
+            text += f"; excluded where others can be used (launch.max_strikes={choice.max_strikes} in {hours:g} h)"
+        lines.append(text)
+    return lines or ["  no faults"]
+
+
+def _of(count: int) -> str:
+    return str(count) if count <= SHOWN else f"{count}; the newest {SHOWN}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [line for text in lines for line in _wrapped(text)]
+
+
+def _wrapped(text: str, first: str = "  ", rest: str = "") -> list[str]:
+    found = textwrap.wrap(
+        " ".join(text.split()), WIDTH, initial_indent=first, subsequent_indent=rest or " " * len(first),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return found or [first.rstrip()]

@@ -120,6 +120,18 @@ def test_strikes_of_earlier_commands_count_but_do_not_bar() -> None:
     assert choose_nodes("a", [], choice, now=1) == (("a",), ())
 
 
+def test_of_excluded_nodes_one_that_fails_every_time_comes_last() -> None:
+    """Node c failed each of its starts before a step, a and b some time after one."""
+    choice = Choice((2,), max_strikes=1)
+    history = [start(Cause.crash, 0, 9, on="ab", blamed="b"), start(Cause.crash, 9, 15, on="ab", blamed="b")]
+    history += [start(Cause.crash, 15, 19, on="ab", blamed="a"), start(Cause.crash, 19, 19, on="ac", blamed="c")]
+    assert choose_nodes("abc", history, choice, now=1) == (("a", "b"), ())
+    earlier = Choice(
+        (2,), 1, earlier=(Strike("a", 1.0), Strike("b", 1.0), Strike("b", 1.0), Strike("c", 1.0, False, True))
+    )
+    assert choose_nodes("abc", [], earlier, now=1) == (("a", "b"), ())
+
+
 def test_too_few_nodes_are_waited_for() -> None:
     lost = [start(Cause.node_lost, 0, 9, on="ab", blamed="a")]
     decision = decide(lost, "b", Policy(2, choice=Choice((2,))))

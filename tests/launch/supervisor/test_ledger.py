@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import urllib.request
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.supervisor.journal import Journal, read_lines
 from launch.supervisor.ledger import PARTS, Life, parts_of, summary
 from launch.supervisor.progress import Progress
 from launch.supervisor.prometheus import serving
@@ -80,6 +83,65 @@ def test_progress_knows_steps_and_resumes(tmp_path: Path) -> None:
     write(range(1, 4))
     write(range(1, 3))  # a rollback
     assert (progress.base, progress.best, progress.finished) == (1, 3, [(2, 4.0)])
+
+
+def test_progress_tells_repeated_steps_from_old_ones(tmp_path: Path) -> None:
+    """A resume that has written as many steps as were there, or more, before anybody looks."""
+    path, now = tmp_path / "metrics.jsonl", [0.0]
+
+    def write(steps: range, seconds: float) -> None:
+        now[0] += 10
+        kept = path.read_text().splitlines(keepends=True)[: steps[0] - 1] if path.exists() else []
+        path.write_text("".join(kept + [json.dumps({"step": step, "step_seconds": seconds}) + "\n" for step in steps]))
+        progress.look()
+
+    progress = Progress(path, lambda: now[0])
+    write(range(1, 6), 1.0)
+    assert progress.finished == [(1, 6.0), (2, 7.0), (3, 8.0), (4, 9.0), (5, 10.0)]
+    for last in (4, 5, 8):  # before the old newest step, at it, behind it
+        progress.begin()
+        write(range(3, last + 1), 0.5 + last)
+        assert (progress.base, progress.step, progress.best) == (2, last, max(last, 5))
+        assert [step for step, _ in progress.finished] == list(range(3, last + 1))
+        write(range(3, 6), 1.0)  # a rollback within a start, or its end
+    again = Progress(path, lambda: now[0])
+    assert (again.base, again.best, again.finished, again.last_step_time) == (5, 5, [], None)
+    path.write_text("")
+    again.look()
+    assert (again.step, again.base, again.newest) == (0, 0, {"step": 0})
+
+
+def test_progress_of_a_file_too_long_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.supervisor.progress.WINDOW_BYTES", 200)
+    path = tmp_path / "metrics.jsonl"
+
+    def write(steps: range, loss: float) -> None:
+        path.write_text("".join(json.dumps({"step": step, "loss": loss}) + "\n" for step in steps))
+
+    write(range(1, 50), 1.5)
+    progress = Progress(path)
+    assert (progress.step, progress.base) == (49, 49)
+    write(range(1, 31), 2.5)
+    progress.look()
+    assert (progress.step, progress.base, [step for step, _ in progress.finished]) == (30, 29, [30])
+
+
+def test_journal_keeps_lines_for_which_the_disk_has_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    journal, write = Journal(tmp_path / "run", notes.append), os.write
+    journal.record({"event": "start"})
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    journal.record({"event": "end"})
+    monkeypatch.setattr(os, "write", write)
+    assert read_lines(tmp_path / "run" / "launch.jsonl") == [{"event": "start"}]
+    journal.flush()
+    journal.close()
+    assert read_lines(tmp_path / "run" / "launch.jsonl") == [{"event": "start"}, {"event": "end"}]
+    assert len(notes) == 2 and "cannot be written" in notes[0]
 
 
 def test_prometheus_reads_the_gauges() -> None:
