@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from longcat.ops.matmul import cpu_has_amx, cpu_multiplies_bfloat16, product
-from parallel.environment import CUBLAS_WORKSPACE, CUBLAS_WORKSPACES
+from parallel.environment import prepare_environment
 from parallel.torch_internals import set_deterministic_algorithms
 
 # The makers' data sheets, FLOP/s: dense bfloat16 by tensor cores, and float32 (torch's default is not TF32)
@@ -113,6 +113,6 @@ def make_deterministic() -> None:
     On a GPU attention's backward then does not split keys among programs that add by atomics, torch never uses cuDNN's
     attention, and it requires a cuBLAS workspace setting, which must be set before the first product.
     """
-    os.environ.setdefault(CUBLAS_WORKSPACE, CUBLAS_WORKSPACES[0])
+    prepare_environment(os.environ, deterministic=True)
     set_deterministic_algorithms(True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (a property of the module)

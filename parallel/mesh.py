@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longcat.errors import ConfigError
 from parallel.config import ParallelConfig
+from parallel.environment import raise_descriptor_limit
+from parallel.groups import bound_device, mesh_groups_of_members
 from parallel.sizes import Axis, MeshSizes, resolve_sizes, world_from_environment
 from parallel.torch_internals import flatten_mesh, unflatten_mesh
 
@@ -73,13 +75,14 @@ class Topology:
 
 
 def make_topology(sizes: MeshSizes, rank: int, world_size: int, device: torch.device) -> Topology:
-    """Create the mesh and the meshes derived from it. A collective of all ranks."""
+    """Create the mesh and the meshes derived from it, on GPUs with NCCL alone. A collective of all ranks."""
     lengths = tuple(getattr(sizes, axis.value) for axis in Axis)
-    mesh = init_device_mesh(device.type, lengths, mesh_dim_names=tuple(axis.value for axis in Axis))
-    dense = flatten_mesh(mesh[Axis.FSDP, Axis.CP], "fsdp_cp")
-    replicated = flatten_mesh(mesh[Axis.FSDP, Axis.CP, Axis.TP], "fsdp_cp_tp")
-    experts = unflatten_mesh(replicated, 0, (sizes.efsdp, sizes.ep), ("efsdp", "ep"))
-    shared = flatten_mesh(mesh[Axis.CP, Axis.TP], "cp_tp")
+    with mesh_groups_of_members("nccl" if device.type == "cuda" else None):
+        mesh = init_device_mesh(device.type, lengths, mesh_dim_names=tuple(axis.value for axis in Axis))
+        dense = flatten_mesh(mesh[Axis.FSDP, Axis.CP], "fsdp_cp")
+        replicated = flatten_mesh(mesh[Axis.FSDP, Axis.CP, Axis.TP], "fsdp_cp_tp")
+        experts = unflatten_mesh(replicated, 0, (sizes.efsdp, sizes.ep), ("efsdp", "ep"))
+        shared = flatten_mesh(mesh[Axis.CP, Axis.TP], "cp_tp")
     return Topology(
         mesh=mesh,
         dense=dense,
@@ -105,6 +108,12 @@ def _separate_group(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
     options = None
     if mesh.device_type == "cuda":
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if options is not None and bound_device() is not None:
+        # All ranks must split a communicator together; both kinds of groups are ranks in a row
+        every = torch.arange(dist.get_world_size()).view(-1, mesh.size()).tolist()
+        split = dist.split_group(split_ranks=every, pg_options=options, group_desc=what, backend="cuda:nccl")
+        assert split is not None
+        return split
     return dist.new_group(
         mesh.mesh.flatten().tolist(),
         backend="gloo" if options is None else "nccl",
@@ -125,6 +134,22 @@ def background_group(timeout_seconds: float) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc=BACKGROUND)
 
 
+def own_gpu(local_rank: int, visible: int) -> torch.device:
+    """The GPU of a process that sees ``visible`` of them: its own alone, or those of all processes of its machine.
+
+    Raises:
+        ConfigError: it sees several, but none for this process.
+    """
+    if visible == 1:  # a launcher has hidden the others
+        return torch.device("cuda", 0)
+    if local_rank >= visible:
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: this process sees {visible}; start fewer processes on the "
+            f"machine, or let each see one GPU (CUDA_VISIBLE_DEVICES)"
+        )
+    return torch.device("cuda", local_rank)
+
+
 def incarnation() -> str:
     """What tells this start of all ranks from others in an agent's store, which outlives ranks and keeps their keys."""
     return "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
@@ -135,12 +160,8 @@ def connect(config: ParallelConfig) -> Topology:
     rank, local_rank, world_size = world_from_environment()
     sizes = resolve_sizes(config, world_size)
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; start fewer "
-            f"processes on it"
-        )
+    device = own_gpu(local_rank, torch.cuda.device_count()) if cuda else torch.device("cpu")
+    raise_descriptor_limit(sizes, world_size, cuda, os.environ)
     if cuda:
         torch.cuda.set_device(device)
     if "MASTER_ADDR" not in os.environ:

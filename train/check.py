@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from parallel.capacity import check_memory
-from parallel.environment import check_determinism, count_gpus
+from parallel.environment import check_determinism, check_streams, count_gpus, prepare_environment
 from parallel.layout import BatchShape, check_elastic, check_layout
 from parallel.sizes import MeshSizes, resolve_sizes
 from train.config import Config
@@ -28,6 +28,7 @@ def check_sizes(config: Config, world_size: int) -> tuple[float, float]:
     Raises:
         ConfigError: with the key to change.
     """
+    prepare_environment(os.environ, config.train.deterministic)  # before the first question to CUDA
     sizes = resolve_sizes(config.parallel, world_size)
     config.validate_world(sizes.data_ranks)
     num_micro_batches = config.train.global_batch_size // config.train.micro_batch_size
@@ -36,6 +37,7 @@ def check_sizes(config: Config, world_size: int) -> tuple[float, float]:
     check_layout(config.model, config.parallel, sizes, batch.length, batch.num_micro_batches)
     if config.train.deterministic:
         check_determinism(os.environ, count_gpus() > 0, config.parallel.compile)
+    check_streams(os.environ, count_gpus() > 0, config.overlap.experts_stream)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return check_memory(config.model, config.parallel, sizes, batch, local_ranks)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from longcat.counts import active_range, count_parameters, describe, flops_per_token, human
 from longcat.model import LongCat, ModelPart
 from parallel.chunks import ChunkChoice
+from parallel.environment import describe_environment
 from parallel.memory import in_a_step, state_bytes
 from parallel.mesh import Topology
 from train.check import batch_shape
@@ -51,6 +53,7 @@ def header(
     memory = state_bytes(config.model, sizes, config.parallel.sharding, own_parts)
     micro_batches = batch_shape(config, sizes).num_micro_batches
     step = in_a_step(config.model, sizes, config.parallel, own_parts, micro_batches, train.dtype)
+    environment = describe_environment(os.environ) if topology.device.type == "cuda" else ""
     return [
         ("run", str(config.run.folder)),
         ("model", config.model.name),
@@ -62,5 +65,6 @@ def header(
         ("memory per rank", f"{memory} (by formula; activations come on top)"),
         *([("in a step", step)] if step else []),
         ("compute", f"{train.dtype}, {peak / 1e9:,.0f} GFLOP/s per rank ({peak_source})"),
+        *([("environment", environment)] if environment else []),
         *([("chunks", f"{config.overlap.num_chunks}; {chunks}")] if chunks is not None else []),
     ]

@@ -1,0 +1,46 @@
+"""How a mesh makes its process groups: by their members alone, on GPUs with NCCL alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import device_mesh
+
+
+@contextmanager
+def mesh_groups_of_members(backend: str | None) -> Iterator[None]:
+    """Meshes made inside create a group by its members alone, with one backend of the default group's.
+
+    A mesh has every rank call `new_group` for every group of every axis, 8,192 times for an axis of one rank, and gives
+    each a gloo full mesh too where the default group has gloo. No public argument changes either.
+
+    Args:
+        backend: such as `nccl`; None for the default group's.
+    """
+    plain_new, plain_split = device_mesh.new_group, device_mesh.split_group
+
+    def new_group(ranks: list[int], **options: Any) -> Any:
+        if dist.get_rank() not in ranks:
+            return dist.GroupMember.NON_GROUP_MEMBER
+        chosen = {**options, "backend": options.get("backend") or backend, "use_local_synchronization": True}
+        return plain_new(ranks=ranks, **chosen)
+
+    def split_group(**options: Any) -> Any:
+        return plain_split(**{**options, "backend": None if backend is None else f"cuda:{backend}"})
+
+    setattr(device_mesh, "new_group", new_group)  # noqa: B010 (no attributes for mypy)
+    setattr(device_mesh, "split_group", split_group)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(device_mesh, "new_group", plain_new)  # noqa: B010
+        setattr(device_mesh, "split_group", plain_split)  # noqa: B010
+
+
+def bound_device() -> torch.device | None:
+    """The GPU that the default group is bound to by `device_id`; torch then splits NCCL's communicator for new ones."""
+    return getattr(dist.group.WORLD, "bound_device_id", None)
