@@ -55,6 +55,18 @@ class SlowRankError(StopRequested):
         self.details = {"straggler": straggler}
 
 
+class MissingRanksError(LongCatError):
+    """Ranks did not come to the start, so that the others cannot form groups; exit code 1.
+
+    Args:
+        hang: for exit.json: their numbers.
+    """
+
+    def __init__(self, message: str, hang: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.details = {"hang": hang}
+
+
 class UnhealthyError(LongCatError):
     """Training became unhealthy (NaN, infinity); exit code 4. The message names the last valid checkpoint."""
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longcat.errors import ConfigError
+from longcat.errors import ConfigError, MissingRanksError
 from parallel.config import ParallelConfig
 from parallel.environment import raise_descriptor_limit
 from parallel.groups import bound_device, mesh_groups_of_members
@@ -155,8 +155,26 @@ def incarnation() -> str:
     return "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
 
 
+HERE = "here/"  # + rank: it is about to form groups
+
+
+def missing_keys(store: dist.Store, keys: list[str]) -> list[str]:
+    """Those of ``keys`` that the store does not have, by few requests where few are missing."""
+    if not keys or store.check(keys):
+        return []
+    if len(keys) == 1:
+        return keys
+    half = len(keys) // 2
+    return missing_keys(store, keys[:half]) + missing_keys(store, keys[half:])
+
+
 def connect(config: ParallelConfig) -> Topology:
-    """Create the process group and the mesh: NCCL and gloo on GPUs, gloo alone on CPUs."""
+    """Create the process group and the mesh: NCCL and gloo on GPUs, gloo alone on CPUs.
+
+    Raises:
+        ConfigError: this rank has no GPU.
+        MissingRanksError: other ranks did not come in time.
+    """
     rank, local_rank, world_size = world_from_environment()
     sizes = resolve_sizes(config, world_size)
     cuda = torch.cuda.is_available()
@@ -170,11 +188,19 @@ def connect(config: ParallelConfig) -> Topology:
         timeout = timedelta(seconds=config.timeout_seconds)
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=timeout,
-            store=dist.PrefixStore(incarnation(), store),
-            rank=rank,
-            world_size=world_size,
-        )
+        own = dist.PrefixStore(incarnation(), store)
+        own.set(f"{HERE}{rank}", "")
+        try:
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=timeout, store=own, rank=rank, world_size=world_size)
+        except dist.DistError as error:
+            missing = missing_keys(own, [f"{HERE}{number}" for number in range(world_size)])
+            if not missing:
+                raise
+            ranks = [int(key.removeprefix(HERE)) for key in missing]
+            raise MissingRanksError(
+                f"rank {', '.join(map(str, ranks[:8]))}{', …' * (len(ranks) > 8)} of {world_size} did not start within "
+                f"{config.timeout_seconds:g} s (parallel.timeout_seconds); look at its machine",
+                {"kind": "missing", "ranks": [{"rank": number} for number in ranks]},
+            ) from error
     return make_topology(sizes, rank, world_size, device)
