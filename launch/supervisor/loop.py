@@ -155,6 +155,8 @@ class Supervisor:
             ConnectionError: the store that connects the nodes is lost; the journal says so.
         """
         self.progress.begin()
+        if self.history:
+            self.forget_exit()
         saves, before, exit_before = len(self.journal.saves()), self.progress.best, exit_written(self.folder)
         begin, number = time.time(), len(self.history) + 1
         assignment, newest = self.assignment(number, decision)
@@ -183,6 +185,11 @@ class Supervisor:
         if fault.cause == Cause.crash and written is None and self.journal.is_disk_full():
             fault = replace(fault, cause=Cause.disk_full, message=NO_SPACE, ranks=(), nodes=())  # nor for exit.json
         self.note(fault, assignment, begin, before, saves, newest)
+
+    def forget_exit(self) -> None:
+        """Remove the last start's exit.json: the first rank may be lost before it does, and others would read it."""
+        with suppress(FolderInUseError), lock(self.folder):
+            forget_exit(self.folder)
 
     def is_in_use(self) -> bool:
         """Whether some rank holds the run folder, of an earlier start that does not end, or of another training."""

@@ -25,7 +25,7 @@ from tests.support.running import ROOT, free_ports, ranks_below
 from train.checkpoint.manifest import list_checkpoints
 
 PLANTED = ROOT / "tests" / "support" / "planted"
-PATIENCE = 600.0  # seconds for anything to happen: the machine may be busy
+PATIENCE = 1200.0  # seconds for anything to happen: the machine may be busy
 SLOW_STOPPED, SLOW_RUNNING = 0.25, 0.05  # seconds of a slow rank's cycle
 
 

@@ -56,6 +56,20 @@ def test_a_node_that_fails_every_time_is_replaced(run: Run) -> None:
     assert sum(totals[name] for name in PARTS) == pytest.approx(totals["wall_seconds"])
 
 
+def test_no_start_reads_the_end_of_the_last_one(tmp_path: Path) -> None:
+    """Rank 0 removes exit.json when it begins; it may be lost before."""
+
+    class LosesRank0(FakeFleet):
+        def start(self, assignment: Assignment) -> None:
+            assert not (self.folder / "exit.json").exists()
+            super().start(assignment)
+
+    endings = iter([Ending(3, {0: 4}, (4, {})), Ending(3, {1: -9}), Ending(9)])
+    words = ["launch.restarts=2", "launch.on_unhealthy=retry", "train.global_batch_size=8", f"run.dir={tmp_path}"]
+    fleet = LosesRank0("ab", tmp_path / "run", lambda _: next(endings))
+    assert supervise(compose([*WORDS, *words]), [], 1, fleet, 2) == 0
+
+
 def test_strikes_outlast_a_command(run: Run) -> None:
     run([CRASH_B, CRASH_B, Ending(1, {0: 3, 1: 3}, (3, {}))])
     code, fleet, _ = run([CRASH_B, Ending(9)])

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch.supervisor.ledger import PARTS, describe
-from tests.support.running import NARROW, exact, exit_json, train_two
-from tests.support.soak import CAUSES, Cluster, Soak, draw, small_disk
+from tests.support.running import NARROW, exact, exit_json, finish, program, train_two
+from tests.support.soak import CAUSES, PATIENCE, Cluster, Soak, draw, small_disk
 from tests.support.soak_table import write
 from train.checkpoint.manifest import list_checkpoints
 
@@ -78,7 +78,7 @@ def test_four_faults_change_no_bit(overrides: list[str], tmp_path: Path) -> None
 @pytest.mark.long
 def test_a_soak_of_thirty_faults_changes_no_bit(overrides: list[str], tmp_path: Path) -> None:
     """Of all kinds, at random moments; a node that fails every time is among the spares."""
-    words = [*overrides, *RUN, "train.steps=900"]
+    words = [*overrides, *RUN, "train.steps=450"]
     with cluster(words, tmp_path, 30) as (nodes, is_small):
         soak = Soak(nodes, SEED)
         kinds = [kind for kind in CAUSES if is_small or kind != "disk full"]
@@ -91,7 +91,9 @@ def test_a_soak_of_thirty_faults_changes_no_bit(overrides: list[str], tmp_path: 
         planned.insert(0, planned.pop(planned.index("kill -9")))  # the first start knew of no spare for a slow rank
         for kind in planned:
             print(soak.plant(kind), flush=True)
-        assert train_two([*words, "run.name=undisturbed"]) == [0]
+        assert set(nodes.finish().values()) == {0}, nodes.log()
+        undisturbed = [*words, "run.num_processes=2", "run.name=undisturbed"]
+        assert finish(program("launch", "train", *undisturbed), PATIENCE)[0] == 0
         check_end(nodes, soak, tmp_path / "undisturbed")
         ends = [line for line in nodes.journal() if line["event"] == "end"]
         failed = [line["incarnation"] for line in ends if "bad" in line["nodes"]]
