@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from parallel.torch_internals import default_store
 from parallel.watchdog import watchdog
 from tests.support.distributed import run_ranks
 from tests.support.running import NARROW, ROOT, finish, lines, ranks_below, wait_for_step
+from train.checkpoint.manifest import list_checkpoints
 
 
 def start_after_a_diagnosis(folder: Path) -> tuple[int, list[str]]:
@@ -60,6 +62,9 @@ def test_torchrun_restarts_after_a_killed_rank(overrides: list[str], tmp_path: P
         start_new_session=True,
     )
     wait_for_step(tmp_path / "run", 3, agent)
+    while not list(list_checkpoints(tmp_path / "run" / "checkpoints")):  # it is written beside the steps
+        assert agent.poll() is None
+        time.sleep(0.02)
     os.kill(ranks_below(agent.pid)[1], signal.SIGKILL)
     code, errors = finish(agent, 300)
     assert code == 0, errors
