@@ -53,7 +53,7 @@ def measure_rank(args: argparse.Namespace) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = DEVICES[args.rank]
     found: dict[str, list[dict[str, float]]] = {}
     exchanges: list[float] = []
-    exchange, total = step_module.sum_in_one_collective, step_module.sum_over_ranks
+    exchange, pending = step_module.sum_in_one_collective, step_module.PendingSum
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*tensors: Tensor) -> Any:
@@ -68,7 +68,14 @@ def measure_rank(args: argparse.Namespace) -> None:
     def own_sums(numbers: Tensor, *parts: Tensor) -> list[Tensor]:
         return [numbers.double(), *(part.double() for part in parts)]
 
-    variants = {"as it is": (timed(exchange), timed(total)), "without": (own_sums, lambda values: values)}
+    class OwnSums:
+        def __init__(self, *parts: Tensor) -> None:
+            self.parts = [part.double() for part in parts]
+
+        def wait(self) -> list[Tensor]:
+            return self.parts
+
+    variants = {"as it is": (timed(exchange), pending), "without": (own_sums, OwnSums)}
     for schedule in SCHEDULES:
         stepper = build(args, schedule)
         for mbit in args.mbit:
@@ -78,7 +85,7 @@ def measure_rank(args: argparse.Namespace) -> None:
             for number in range(args.rounds + 1):
                 row: dict[str, float] = {}
                 for name, functions in variants.items():
-                    step_module.sum_in_one_collective, step_module.sum_over_ranks = functions  # type: ignore[assignment]
+                    step_module.sum_in_one_collective, step_module.PendingSum = functions  # type: ignore[assignment]
                     exchanges.clear()
                     dist.barrier()
                     start = time.perf_counter()

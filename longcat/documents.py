@@ -88,6 +88,6 @@ class Documents:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, by a copy that no one waits for."""
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longcat.documents import to_device
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
 
@@ -67,17 +68,36 @@ def sum_scalars(values: list[float]) -> list[float]:
 
 
 def sum_in_one_collective(numbers: Tensor, *parts: Tensor) -> list[Tensor]:
-    """Sum ``numbers`` [n] and float64 tensors over all ranks in one collective; shapes as they came.
+    """Sum ``numbers`` [n] and other tensors over all ranks in one collective → float64 on the host, shapes as given.
 
     The update depends on the numbers, so they are added in the order of ranks. Each rank sends them in its own
-    row, where all others send zeros: they arrive unchanged, whatever order the reduction takes.
+    row, where all others send zeros: they arrive unchanged, whatever order the reduction takes. The collective runs on
+    the device of the numbers, by its backend, and the host reads the result in one copy.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    rows = torch.zeros(world_size, numbers.numel(), dtype=torch.float64)
-    rows[rank] = numbers.double().cpu()
-    flat = sum_over_ranks(torch.cat([rows.flatten(), *(part.double().cpu().flatten() for part in parts)]))
-    summed = flat.split([rows.numel(), *(part.numel() for part in parts)])
+    rank, world_size, device = dist.get_rank(), dist.get_world_size(), numbers.device
+    rows = torch.zeros(world_size, numbers.numel(), dtype=torch.float64, device=device)
+    rows[rank] = numbers.double()
+    flat = sum_over_ranks(torch.cat([rows.flatten(), *(to_device(part.double(), device).flatten() for part in parts)]))
+    summed = flat.cpu().split([rows.numel(), *(part.numel() for part in parts)])
     total = torch.zeros(numbers.numel(), dtype=torch.float64)
     for row in summed[0].view(world_size, -1):
         total += row
     return [total, *(one.view(part.shape) for one, part in zip(summed[1:], parts, strict=True))]
+
+
+class PendingSum:
+    """The sum of tensors over all ranks, in float64, that has begun: nothing waits for it before `wait`."""
+
+    def __init__(self, *parts: Tensor) -> None:
+        device = parts[0].device
+        self._shapes = [part.shape for part in parts]
+        self._flat = torch.cat([to_device(part.double(), device).flatten() for part in parts])
+        self._work = dist.all_reduce(self._flat, async_op=True) if dist.get_world_size() > 1 else None
+
+    def wait(self) -> list[Tensor]:
+        """The sums on the host, in one copy."""
+        if self._work is not None:
+            with wait_span(Event(SpanKind.SUM)):
+                self._work.wait()
+        summed = self._flat.cpu().split([shape.numel() for shape in self._shapes])
+        return [one.view(shape) for one, shape in zip(summed, self._shapes, strict=True)]

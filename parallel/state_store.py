@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from longcat.documents import to_device
 from longcat.model import LongCat
 from longcat.names import OTHER_PARTS, Box, part_number, role
 from parallel.fsdp.sharding import local_part
@@ -94,6 +95,9 @@ class ShardedAdamW:
     def __init__(self, models: Sequence[LongCat], topology: Topology, make_optimizer: MakeOptimizer) -> None:
         self.counts_here = topology.holds_first_replica
         self.num_layers = models[0].config.num_layers
+        self._members: tuple[list[int], Tensor] | None = (
+            None  # of `_sum_by_part`, as long as the gradients are the same
+        )
         # Listed once: while a module is gathered, FSDP2 has unsharded parameters under the same names
         self.parameters = [pair for model in models for pair in model.named_parameters()]
         # MTP's second embedding, on the last pipeline stage; `copies` if the first one is on another rank
@@ -126,14 +130,24 @@ class ShardedAdamW:
 
     def gradient_squares(self) -> Tensor:
         """Summed tensor by tensor in a fixed order; replicas count once."""
-        squares = torch.zeros(1 + self.num_layers + len(OTHER_PARTS), dtype=torch.float64)
+        num_parts = self.num_layers + len(OTHER_PARTS)
         grads = list(self.gradients())
         if not grads or not self.counts_here:
-            return squares
+            return torch.zeros(1 + num_parts, dtype=torch.float64)
         of_tensors = torch.stack(foreach_norms([grad.values for grad in grads])).double().square()
-        parts = torch.tensor([part_number(grad.name, self.num_layers) for grad in grads])
+        parts = [part_number(grad.name, self.num_layers) for grad in grads]
+        if of_tensors.device.type != "cpu":
+            return torch.cat((of_tensors.sum()[None], self._sum_by_part(of_tensors, parts, num_parts)))
+        squares = torch.zeros(1 + num_parts, dtype=torch.float64)
         squares[0] = of_tensors.sum()
-        return squares.index_add_(0, 1 + parts, of_tensors.cpu())
+        return squares.index_add_(0, 1 + torch.tensor(parts), of_tensors)
+
+    def _sum_by_part(self, of_tensors: Tensor, parts: list[int], num_parts: int) -> Tensor:
+        """Sums of the values of each part, in a fixed order, without a copy to the host or atomic additions."""
+        if self._members is None or self._members[0] != parts:
+            rows = members_by_part(parts, num_parts)
+            self._members = parts, to_device(rows, of_tensors.device)
+        return torch.cat((of_tensors, of_tensors.new_zeros(1)))[self._members[1]].sum(1)
 
     def measured_bytes(self) -> StateBytes:
         weights = [local_part(parameter)[0] for _, parameter in self.parameters]
@@ -175,6 +189,15 @@ class ShardedAdamW:
     def _state(self, parameter: nn.Parameter) -> list[Tensor]:
         state = self.optimizer.state[parameter]
         return [parameter.detach(), *(state[kind] for kind in MOMENTS), state["step"]]
+
+
+def members_by_part(parts: list[int], num_parts: int) -> Tensor:
+    """The part of each of n values → the values' numbers in rows, one a part [P, most], filled up with n."""
+    members: list[list[int]] = [[] for _ in range(num_parts)]
+    for number, part in enumerate(parts):
+        members[part].append(number)
+    most = max(map(len, members))
+    return torch.tensor([row + [len(parts)] * (most - len(row)) for row in members])
 
 
 def local_box(kind: str, name: str, tensor: Tensor) -> LocalBox:

@@ -20,6 +20,7 @@ from train.config import Config
 from train.data.samples import TokenSamples
 from train.health.ranges import SampleRanges
 from train.objective import Divisors
+from train.read_ahead import ReadAhead
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Batch:
     labels: Tensor  # [B, S] the next token of each
     valid: Tensor  # [B, S] bool, True where the label counts
     documents: Documents | None  # with data.mask_documents
+    # of the language model and of all MTP layers, counted before the copy to the device; None: count when asked
+    num_labels: tuple[int, int] | None = None
 
 
 class BatchReader:
@@ -45,6 +48,7 @@ class BatchReader:
         self.size = config.train.micro_batch_size
         self.num_micro_batches = config.train.global_batch_size // self.size
         self.left_out = SampleRanges()  # samples that are passed over; positions count the others
+        self.ahead = ReadAhead(lambda number: self.samples[number])
 
     def numbers(self, data_rank: int) -> list[int]:
         """The numbers of a data rank's micro-batches in the global batch."""
@@ -55,23 +59,44 @@ class BatchReader:
         return list(range(data_rank * share, (data_rank + 1) * share))
 
     def read(self, first_sample: int, data_rank: int | None = None) -> Iterator[Batch]:
-        """The micro-batches of a data rank, by default this one, of the global batch ``first_sample`` ..., in order."""
-        for number in self.numbers(self.topology.data_rank if data_rank is None else data_rank):
-            yield self.micro_batch(first_sample + number * self.size)
+        """The micro-batches of a data rank, by default this one, of the global batch ``first_sample`` ..., in order.
+
+        The next global batch's samples of this rank are then read ahead.
+        """
+        numbers = self.numbers(self.topology.data_rank if data_rank is None else data_rank)
+        places = self._places(first_sample, numbers)
+        if data_rank is not None:  # a neighbour's; what was read ahead stays
+            windows = [self.samples[place] for place in places]
+        else:
+            windows = self.ahead.take(places)
+            self.ahead.ask(self._places(first_sample + self.config.train.global_batch_size, numbers))
+        for first in range(0, len(windows), self.size):
+            yield self.to_batch(torch.from_numpy(np.stack(windows[first : first + self.size])))
 
     def micro_batch(self, first_sample: int) -> Batch:
         """The samples at the positions ``first_sample`` ... ``first_sample + micro_batch_size - 1``."""
-        windows = np.stack([self.samples[self.left_out.place(first_sample + row)] for row in range(self.size)])
-        return self.to_batch(torch.from_numpy(windows))
+        windows = self.ahead.take(self._places(first_sample, [0]))
+        return self.to_batch(torch.from_numpy(np.stack(windows)))
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self.ahead.close()
+
+    def _places(self, first_sample: int, micro_batches: list[int]) -> list[int]:
+        """The numbers of the samples of some micro-batches of the global batch ``first_sample`` ...."""
+        positions = (first_sample + number * self.size + row for number in micro_batches for row in range(self.size))
+        return [self.left_out.place(position) for position in positions]
 
     def to_batch(self, windows: Tensor) -> Batch:
         """Windows [B, S+1] → inputs and labels."""
-        device, documents = self.topology.device, None
+        device, documents, of_documents = self.topology.device, None, None
         if self.config.data.mask_documents:  # before the copy: bounds of documents are needed on the host
-            documents = Documents.of(document_numbers(windows[:, :-1], self.samples.eod), device)
+            of_documents = document_numbers(windows[:, :-1], self.samples.eod)
+            documents = Documents.of(of_documents, device)
+        num_labels = count_labels(windows[:, 1:].shape, of_documents, self.config.model.num_mtp_layers)
         windows = to_device(windows, device)
         tokens, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-        return Batch(tokens, labels, torch.ones_like(tokens, dtype=torch.bool), documents)
+        return Batch(tokens, labels, torch.ones_like(tokens, dtype=torch.bool), documents, num_labels)
 
     def divisors(self, batches: list[Batch]) -> Divisors:
         """The divisors of this step's sums; a collective."""
@@ -91,12 +116,26 @@ def document_numbers(tokens: Tensor, eod: int) -> Tensor:
     return ends.cumsum(1) - ends
 
 
+def count_labels(shape: torch.Size, of_documents: Tensor | None, num_mtp_layers: int) -> tuple[int, int]:
+    """Labels of the language model and of the MTP layers in a micro-batch [B, S] of full windows, on the host."""
+    rows, length = shape
+    further = 0
+    for depth in range(1, num_mtp_layers + 1):
+        if of_documents is None:
+            further += rows * max(length - depth, 0)
+        elif depth < length:  # a document number never falls: equal ones are in one document
+            further += int((of_documents[:, depth:] == of_documents[:, :-depth]).sum())
+    return rows * length, further
+
+
 def label_counts(batches: list[Batch], num_mtp_layers: int) -> list[float]:
     """[labels of the language model, labels of the MTP layers] in ``batches``."""
-    main = sum(int(batch.valid.sum()) for batch in batches)
-    further = sum(
-        int(mtp_valid(batch.valid, batch.documents, depth).sum())
-        for batch in batches
-        for depth in range(1, num_mtp_layers + 1)
-    )
+    main = further = 0
+    for batch in batches:
+        if batch.num_labels is not None:
+            main, further = main + batch.num_labels[0], further + batch.num_labels[1]
+            continue
+        main += int(batch.valid.sum())
+        for depth in range(1, num_mtp_layers + 1):
+            further += int(mtp_valid(batch.valid, batch.documents, depth).sum())
     return [float(main), float(further)]

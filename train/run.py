@@ -117,8 +117,10 @@ def run_steps(
     started = time.perf_counter()
     try:
         loop.run()
+        stepper.reader.close()
         finish(state, train_samples, validator, config, topology, terminal)
     finally:
+        stepper.reader.close()
         loop.saver.close()
         loop.response.close()
         state.engine.close()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from longcat.documents import to_device
 from longcat.model import LongCat
 from longcat.moe import Router
 from parallel.engine import Engine
@@ -56,8 +57,11 @@ class TrainState:
     def set_biases(self, biases: Tensor) -> None:
         """Set the selection biases [L, N+Z] on every rank: sharding does not manage buffers."""
         self.biases.copy_(biases)
+        on_device: Tensor | None = None  # one copy for all layers
         for number, router in self.routers():
-            router.e_score_correction_bias.copy_(self.biases[number])
+            if on_device is None:
+                on_device = to_device(self.biases, router.e_score_correction_bias.device)
+            router.e_score_correction_bias.copy_(on_device[number])
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of the state that every rank has in full: biases and the controller's state."""

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from longcat.counts import flops_per_token
+from longcat.documents import to_device
 from longcat.model import Losses
 from longcat.moe import round_to
 from longcat.names import OTHER_PARTS
 from longcat.ops.calls import unobserved
 from parallel.elastic import sum_exactly
 from parallel.mesh import Axis, Topology
-from parallel.reduce import sum_in_one_collective, sum_over_ranks
+from parallel.reduce import PendingSum, sum_in_one_collective
 from parallel.sdc.replay import Traced, traced
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import begin_step, work_span
@@ -38,7 +39,7 @@ from train.state import TrainState
 
 @dataclass
 class StepSums:
-    """Sums over this rank's micro-batches. The sum over all ranks counts each micro-batch once."""
+    """Sums over this rank's micro-batches, on its device. The sum over all ranks counts each micro-batch once."""
 
     sums: Tensor  # [5] float64: lm, mtp, balance, hidden z, hidden norm
     counts: Tensor  # [L, N + Z] int64
@@ -111,18 +112,16 @@ class Stepper:
 
         with work_span(Event(SpanKind.GRADIENT_NORM)):
             squares = self.state.store.gradient_squares()
+            device = self.topology.device
+            squares = to_device(squares, device)
             wanted = torch.tensor([float(request) for request in astuple(requests)], dtype=torch.float64)
-            scalars, gradients, directions, part_squares, checks = sum_in_one_collective(
-                torch.cat((squares[:1], local.sums, wanted)),
-                self._probability_gradients(local),
-                self._directions(),
-                squares[1:],
-                self.guard.numbers(),
-            )
+            numbers = torch.cat((squares[:1], to_device(local.sums, device), to_device(wanted, device)))
+            # Integers below 2^53, and zeros but for one rank's: they are exact in float64
+            scalars, counts, checks = sum_in_one_collective(numbers, local.counts, self.guard.numbers())
             self.guard.judge(checks)
-            counts = sum_over_ranks(local.counts)
-        if self.elastic:
-            gradients[1] = self._weigh_balance(gradients[1])
+            counts = counts.long()
+            # Nothing before the update needs these: they are summed meanwhile
+            statistics = PendingSum(self._probability_gradients(local), self._directions(), squares[1:])
         global_square, *sums = scalars[: -wanted.numel()].tolist()
         norm = math.sqrt(global_square)
         problem = (
@@ -146,6 +145,9 @@ class Stepper:
         if not problem and (spike is None or spike.updates):
             with work_span(Event(SpanKind.OPTIMIZER)):
                 self._update(norm, factor, biases)
+        gradients, directions, part_squares = statistics.wait()
+        if self.elastic:
+            gradients[1] = self._weigh_balance(gradients[1])
         self.guard.end_step()
         counters.step += 1
         counters.samples += config.train.global_batch_size
@@ -208,9 +210,11 @@ class Stepper:
         if self.guard.replay_every:
             theirs = self._replay(1)
             self.guard.judge_replay(self._replay(0), theirs)
-        losses, squares = zip(self._first_sums, self._run_again(*self._inputs), strict=True)
-        self.guard.judge_repetition(*losses, own_sums=not self.elastic)
-        self.guard.judge_repetition(*squares, own_sums=False)  # of gradients that are summed over ranks
+        (losses, squares), (losses_again, squares_again) = self._first_sums, self._run_again(*self._inputs)
+        self.guard.judge_repetition(losses.cpu(), losses_again.cpu(), own_sums=not self.elastic)
+        self.guard.judge_repetition(
+            squares.cpu(), squares_again.cpu(), own_sums=False
+        )  # of gradients that are summed over ranks
 
     def _starts_mtp(self) -> bool:
         """Whether this step is the first with MTP, whose gradient adds to the norm."""
@@ -235,24 +239,27 @@ class Stepper:
         """
         counts_labels = float(self.topology.coordinate(Axis.TP) == 0)
         counts_balance = counts_labels * float(self.topology.coordinate(Axis.CP) == 0)
-        shape = self.state.biases.shape
+        shape, device = self.state.biases.shape, self.topology.device
         float_type = torch.float64 if self.elastic else torch.float32
-        balance_gradient = torch.zeros(shape, dtype=float_type)
-        total = StepSums(torch.zeros(5, dtype=torch.float64), torch.zeros(shape, dtype=torch.int64), balance_gradient)
-        weights = torch.tensor([counts_labels, counts_labels, 1.0, 1.0, 1.0], dtype=torch.float64)
+        total = StepSums(
+            torch.zeros(5, dtype=torch.float64, device=device),
+            torch.zeros(shape, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=float_type, device=device),
+        )
+        weights = to_device(torch.tensor([counts_labels] * 2 + [1.0] * 3, dtype=torch.float64), device)
         by_micro_batch = []
         for model, losses in zip(self.state.models, losses_by_part, strict=True):
             layers = slice(model.part.first, model.part.last)
             rows = [(one.lm, one.mtp, one.balance, one.hidden_z, one.hidden_norm) for one in losses]
             by_micro_batch.append(torch.stack([torch.stack([x.double() for x in row]) for row in rows]))
-            total.sums += by_micro_batch[-1].sum(0).cpu() * weights
-            total.counts[layers] += torch.stack([one.counts for one in losses]).sum(0).cpu()
+            total.sums += by_micro_batch[-1].sum(0) * weights
+            total.counts[layers] += torch.stack([one.counts for one in losses]).sum(0)
             slopes = torch.stack([one.balance_slope for one in losses])
             slopes = round_to(slopes, BALANCE_UNIT) if self.elastic else slopes
-            total.balance_gradient[layers] += slopes.sum(0).cpu()
+            total.balance_gradient[layers] += slopes.sum(0)
         total.balance_gradient *= counts_balance
         if self.elastic:
-            total.sums = sum_exactly(torch.cat(by_micro_batch).cpu() * weights)
+            total.sums = sum_exactly((torch.cat(by_micro_batch) * weights).cpu())
         return total
 
     def _update(self, norm: float, factor: float, biases: Tensor) -> None:
@@ -273,10 +280,10 @@ class Stepper:
     def _directions(self) -> Tensor:
         """This rank's part of the sums of each router's rows, scaled to length 1: [L, D]; each router counts once."""
         model = self.config.model
-        sums = torch.zeros(model.num_layers, model.hidden_size, dtype=torch.float64)
+        sums = torch.zeros(model.num_layers, model.hidden_size, dtype=torch.float64, device=self.topology.device)
         for number, router in self.state.routers():
             assert router.direction is not None
-            sums[number] = router.direction.cpu() * float(self.topology.holds_first_shards)
+            sums[number] = router.direction * float(self.topology.holds_first_shards)
         return sums
 
     def _probability_gradients(self, local: StepSums) -> Tensor:
@@ -287,7 +294,7 @@ class Stepper:
         task = torch.zeros_like(local.balance_gradient)
         for number, router in self.state.routers():
             assert router.gate_slope is not None
-            task[number] = router.gate_slope.cpu()
+            task[number] = router.gate_slope
         balance = local.balance_gradient if self.elastic else self._weigh_balance(local.balance_gradient)
         return torch.stack((task, balance))
 

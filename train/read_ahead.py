@@ -1,0 +1,49 @@
+"""Samples of the next step, read by a thread while this one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+Windows = list[np.ndarray]  # int64 [S + 1] each
+
+
+class ReadAhead:
+    """Reads samples in one thread, which alone calls ``read``: corpora keep what they have read, without a lock."""
+
+    def __init__(self, read: Callable[[int], np.ndarray]) -> None:
+        self._read = read
+        self._thread: ThreadPoolExecutor | None = None
+        self._asked: tuple[tuple[int, ...], Future[Windows]] | None = None
+
+    def ask(self, numbers: Sequence[int]) -> None:
+        """Read these samples; the ones asked for before are given up."""
+        self.forget()
+        self._asked = tuple(numbers), self._submit(tuple(numbers))
+
+    def take(self, numbers: Sequence[int]) -> Windows:
+        """These samples: those asked for, if they are the same ones, else read now. Raises what ``read`` raises."""
+        asked, self._asked = self._asked, None
+        if asked is not None and asked[0] == tuple(numbers) and asked[1].exception() is None:
+            return asked[1].result()
+        return self._submit(tuple(numbers)).result()
+
+    def forget(self) -> None:
+        """Give up what was asked for."""
+        if self._asked is not None:
+            self._asked[1].cancel()
+        self._asked = None
+
+    def close(self) -> None:
+        """End the thread; the next call starts one again."""
+        self.forget()
+        if self._thread is not None:
+            self._thread.shutdown()
+        self._thread = None
+
+    def _submit(self, numbers: tuple[int, ...]) -> Future[Windows]:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        return self._thread.submit(lambda: [self._read(number) for number in numbers])
