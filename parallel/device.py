@@ -18,13 +18,31 @@ from parallel.torch_internals import set_deterministic_algorithms
 
 # The makers' data sheets, FLOP/s: dense bfloat16 by tensor cores, and float32 (torch's default is not TF32)
 GPU_PEAKS = {
+    "GB300": (2.5e15, 80e12),
+    "GB200": (2.5e15, 80e12),
+    "B300": (2.25e15, 75e12),
     "B200": (2.25e15, 75e12),
+    "GH200": (989e12, 67e12),
+    "H200 NVL": (835e12, 60e12),
     "H200": (989e12, 67e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100 PCIe": (756e12, 51e12),
     "H100": (989e12, 67e12),
+    "H800 PCIe": (756e12, 51e12),
     "H800": (989e12, 67e12),
+    "H20": (148e12, 44e12),
     "A100": (312e12, 19.5e12),
     "A800": (312e12, 19.5e12),
 }
+
+
+def peaks_of(name: str) -> tuple[str, tuple[float, float]] | None:
+    """The GPU of `GPU_PEAKS` that a device's name, such as `NVIDIA H100 80GB HBM3`, means; the longest that fits."""
+    words = name.replace("-", " ").split()
+    for model in sorted(GPU_PEAKS, key=len, reverse=True):
+        if all(word in words for word in model.split()):
+            return model, GPU_PEAKS[model]
+    return None
 
 
 def fastest_dtype() -> torch.dtype:
@@ -36,10 +54,10 @@ def fastest_dtype() -> torch.dtype:
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> tuple[float, str]:
     """FLOP/s of one rank for MFU, and where the figure comes from: a data sheet, or a measured GEMM."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for model, (bfloat16, float32) in GPU_PEAKS.items():
-            if model in name:
-                return (bfloat16 if dtype is torch.bfloat16 else float32), f"{model} data sheet"
+        found = peaks_of(torch.cuda.get_device_name(device))
+        if found is not None:
+            model, (bfloat16, float32) = found
+            return (bfloat16 if dtype is torch.bfloat16 else float32), f"{model} data sheet"
     size = 8192 if device.type == "cuda" else 1024
     return measured_gemm_rate(device, dtype, seconds, size), f"measured {size}³ GEMM"
 
@@ -60,9 +78,14 @@ def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float,
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: resident set on a CPU, allocated on a GPU."""
+    """Peak memory of this process: resident set on a CPU; on a GPU what torch reserved since the last call.
+
+    Reserved memory is what other programs cannot have, and what runs out.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        peak = torch.cuda.max_memory_reserved(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longcat.documents import to_device
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import wait_span
+from parallel.watchdog.spans import device_span, wait_span
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -67,6 +67,14 @@ def sum_scalars(values: list[float]) -> list[float]:
     return summed
 
 
+def to_host(values: Tensor) -> Tensor:
+    """A tensor's values on the host, when the device has come so far; the watchdog sees the wait."""
+    if values.device.type == "cpu":
+        return values.cpu()
+    with device_span():
+        return values.cpu()
+
+
 def sum_in_one_collective(numbers: Tensor, *parts: Tensor) -> list[Tensor]:
     """Sum ``numbers`` [n] and other tensors over all ranks in one collective → float64 on the host, shapes as given.
 
@@ -78,7 +86,7 @@ def sum_in_one_collective(numbers: Tensor, *parts: Tensor) -> list[Tensor]:
     rows = torch.zeros(world_size, numbers.numel(), dtype=torch.float64, device=device)
     rows[rank] = numbers.double()
     flat = sum_over_ranks(torch.cat([rows.flatten(), *(to_device(part.double(), device).flatten() for part in parts)]))
-    summed = flat.cpu().split([rows.numel(), *(part.numel() for part in parts)])
+    summed = to_host(flat).split([rows.numel(), *(part.numel() for part in parts)])
     total = torch.zeros(numbers.numel(), dtype=torch.float64)
     for row in summed[0].view(world_size, -1):
         total += row
@@ -99,5 +107,5 @@ class PendingSum:
         if self._work is not None:
             with wait_span(Event(SpanKind.SUM)):
                 self._work.wait()
-        summed = self._flat.cpu().split([shape.numel() for shape in self._shapes])
+        summed = to_host(self._flat).split([shape.numel() for shape in self._shapes])
         return [one.view(shape) for one, shape in zip(summed, self._shapes, strict=True)]

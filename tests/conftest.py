@@ -22,6 +22,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.gpus import hide_gpus
+
 # Programs that tests start inherit this: under `nohup` they would ignore the signal that some tests send
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -30,11 +32,16 @@ settings.register_profile("project", deadline=None, derandomize=True, max_exampl
 settings.load_profile("project")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the first question to CUDA."""
+    hide_gpus(os.environ, config.option.markexpr)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests that need a GPU where there is none, with the reason."""
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device; torch sees none")
+    skip = pytest.mark.skip(reason="needs a CUDA device; torch sees none, or -m gpu was not given")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)

@@ -9,7 +9,7 @@ With replicas (dp > 1) FSDP2 needs each sum at once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -34,7 +34,7 @@ from parallel.torch_internals import (
     set_reduced_gradient_hook,
 )
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import record_launch, wait_span
+from parallel.watchdog.spans import record_launch, stream_wait, wait_span
 
 
 class TracedCollective(dist.Work):
@@ -195,6 +195,27 @@ def install_collectives(
     prefetch_in_order(model, mtp=False)
     if device.type != "cpu":
         keep_gradients_in_flight(model)
+        count_stream_waits(model)
+
+
+def count_stream_waits(model: LongCat) -> None:
+    """Count where FSDP2 makes the compute stream wait: for gathered weights, and for sums at the end of a backward.
+
+    The copies out of the gathered buffers are in it too.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in parameter_groups_of(module):
+                group.wait_for_unshard = _counted(group.wait_for_unshard)
+                group.finalize_backward = _counted(group.finalize_backward)
+
+
+def _counted(wait: Callable[[], None]) -> Callable[[], None]:
+    def counted() -> None:
+        with stream_wait():
+            wait()
+
+    return counted
 
 
 def wait_for_reductions(model: LongCat) -> None:

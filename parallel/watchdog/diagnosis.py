@@ -10,7 +10,8 @@ from typing import Any
 
 from parallel.watchdog.events import RankState
 from parallel.watchdog.heartbeats import Heartbeat
-from parallel.watchdog.wait_graph import wait_ends, wait_path
+from parallel.watchdog.progress import find_behind, stuck_group
+from parallel.watchdog.wait_graph import decode_ranks, wait_ends, wait_path
 
 IF_SLOW = "raise parallel.timeout_seconds if it is only slow"
 IF_KILLED = "if the kernel killed it for lack of memory, its machine's log says so"
@@ -45,8 +46,9 @@ def diagnose(
 ) -> Diagnosis | None:
     """Decide from the heartbeats which ranks hold the others up; None where no rank waits and none is lost.
 
-    In this order: a process that has ended, a rank whose heartbeats have stopped, a rank that works at the end of the
-    chain of waits that begins here, ranks that wait for each other in different collectives.
+    In this order: a process that has ended, a rank whose heartbeats have stopped, on GPUs a rank that has not issued a
+    collective that others' devices wait for, a rank that works at the end of the chain of waits that begins here, ranks
+    that wait for each other in different collectives.
 
     Args:
         unresponsive: ranks that published no heartbeat during the observation.
@@ -60,11 +62,42 @@ def diagnose(
     waiting = [rank for rank, heartbeat in heartbeats.items() if heartbeat.is_waiting]
     if not waiting:
         return None
+    on_device = diagnose_device(this_rank, waiting, heartbeats)
+    if on_device is not None:
+        return on_device
     start = this_rank if this_rank in waiting else max(waiting, key=lambda rank: heartbeats[rank].idle_seconds)
     ends = wait_ends(start, heartbeats)
     if heartbeats[ends[0][0]].is_waiting:
         return diagnose_cycle(start, ends[0], heartbeats)
     return diagnose_working(start, [rank for (rank,) in ends], heartbeats)
+
+
+def diagnose_device(this_rank: int, waiting: list[int], heartbeats: Mapping[int, Heartbeat]) -> Diagnosis | None:
+    """Which ranks have not issued the collective that other ranks' devices wait for; None if the counts do not say.
+
+    The span that a rank waits in may be another group's: the host runs ahead of the device.
+    """
+    progress = {rank: heartbeat.groups for rank, heartbeat in heartbeats.items() if heartbeat.groups}
+    for start in sorted(waiting, key=lambda rank: (rank != this_rank, rank)):
+        found = find_behind(start, progress)
+        if found is None:
+            continue
+        ranks = sorted(found.ranks, key=lambda rank: (heartbeats[rank].step, heartbeats[rank].sequence, rank))
+        straggler, number = heartbeats[ranks[0]], found.group.completed + 1
+        reason = (
+            f"{rank_text(straggler)} has not issued collective {number} of the group {found.group.name}, which "
+            f"{list_ranks(found.waiting)} {'waits' if len(found.waiting) == 1 else 'wait'} for on the device "
+            f"(for {straggler.idle_seconds:.0f} s at {straggler.location})"
+        )
+        return Diagnosis(Cause.STRAGGLER, tuple(ranks), reason)
+    stuck = stuck_group(progress)
+    if stuck is None:
+        return None
+    reason = (
+        f"all ranks of the group {stuck.name} ({list_ranks(decode_ranks(stuck.ranks))}) have issued its collective "
+        f"{stuck.completed + 1}, and no device has completed it: check the network between them, and their GPUs"
+    )
+    return Diagnosis(Cause.UNKNOWN, (), reason)
 
 
 def _order_of_loss(heartbeat: Heartbeat) -> tuple[bool, float]:

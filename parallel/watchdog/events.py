@@ -69,6 +69,7 @@ class SpanKind(StrEnum):
     BROADCAST = "broadcast", Track.GRADIENTS, "", "broadcast from rank 0"
     ALL_GATHER_OBJECT = "all_gather_object", Track.GRADIENTS, "", "all-gather of objects"
     OUTCOME = "outcome", Track.GRADIENTS  # whether what is named in `of` succeeded on every rank
+    DEVICE = "device", Track.COMPUTE, "", "what is queued on the device"
     END_OF_RUN = "end_of_run", Track.GRADIENTS, "", "end of the run"
     NEW_GROUP = "new_group", Track.GRADIENTS, "", "new process group for checkpoints"
     CHECKPOINT_WRITE_ALL = "checkpoint_write_all", Track.GRADIENTS, "", "write of the checkpoint by all ranks"

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from parallel.watchdog.events import Event, RankState
+from parallel.watchdog.progress import GroupProgress
 
 Result = TypeVar("Result")
 
@@ -36,6 +37,7 @@ class Heartbeat:
     slow_seconds_ago: float  # since a slow span (writing a checkpoint) ended; 0 in one, infinite before the first
     machine: str
     pid: int
+    groups: tuple[GroupProgress, ...] = ()  # what the device has done, on a GPU
 
     def to_json(self) -> str:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -46,7 +48,8 @@ class Heartbeat:
         values: dict[str, Any] = json.loads(text)
         for key in ("event", "phase", "last_wait"):
             values[key] = None if values[key] is None else Event.parse(values[key])
-        return Heartbeat(**values | {"state": RankState(values["state"])})
+        groups = tuple(GroupProgress(*group) for group in values.get("groups", ()))
+        return Heartbeat(**values | {"state": RankState(values["state"]), "groups": groups})
 
     @property
     def is_waiting(self) -> bool:

@@ -8,13 +8,14 @@ watchdog's threads read a state that is at most one change old.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
-from parallel.watchdog.events import Event, RankState
+from parallel.watchdog.events import Event, RankState, SpanKind
 
 WAITING, WORKING = RankState.WAITING, RankState.WORKING
 Group = dist.ProcessGroup | Iterable[int] | None  # the ranks of a collective; None is all
@@ -45,6 +46,13 @@ class StreamClock(Protocol):
         """Seconds since the last call. Synchronizes with the device."""
 
 
+class Progress(Protocol):
+    """Counts what the host has issued for the device, by process group."""
+
+    def issued(self, group: dist.ProcessGroup) -> None:
+        """The wait for a collective is queued."""
+
+
 class SpanStack:
     """This process's open spans and the counters that they keep. Spans are opened by one thread."""
 
@@ -55,6 +63,7 @@ class SpanStack:
         "last_change",
         "last_wait",
         "outermost_wait",
+        "progress",
         "recorder",
         "sequence",
         "slow_ended",
@@ -65,6 +74,7 @@ class SpanStack:
     def __init__(self) -> None:
         self.recorder: Recorder | None = None
         self.stream_clock: StreamClock | None = None  # on a GPU
+        self.progress: Progress | None = None  # on a GPU
         self.clear()
 
     def clear(self) -> None:
@@ -109,6 +119,8 @@ class Span:
         SPANS.innermost = self.outer
         if self.state is WAITING:
             SPANS.last_wait = self.event
+            if SPANS.progress is not None and error is None and isinstance(self.group, dist.ProcessGroup):
+                SPANS.progress.issued(self.group)
         SPANS.last_change = now = monotonic()
         if self.slow:
             SPANS.slow_ended = now
@@ -141,13 +153,34 @@ def work_span(event: Event, slow: bool = False) -> Span:
     return Span(event, WORKING, None, slow)
 
 
+@contextmanager
+def stream_wait() -> Iterator[None]:
+    """Around what makes the compute stream wait for other ranks outside of wait spans; `blocked_seconds` counts it."""
+    clock = SPANS.stream_clock
+    if clock is None or SPANS.outermost_wait is not None:
+        yield
+        return
+    SPANS.outermost_wait = Span(Event(SpanKind.DEVICE), WAITING)  # so that spans inside do not count again
+    clock.enter()
+    try:
+        yield
+    finally:
+        clock.leave()
+        SPANS.outermost_wait = None
+
+
+def device_span() -> Span:
+    """Around a wait of the host for numbers of the device: behind what is queued there may be other ranks."""
+    return Span(Event(SpanKind.DEVICE), WAITING)
+
+
 def begin_step(number: int) -> None:
     """Spans from here on belong to this step."""
     SPANS.step = number
     SPANS.failed = None  # a run that continues has handled the error
     SPANS.outermost_wait, SPANS.blocked_seconds = None, 0.0
     if SPANS.stream_clock is not None:
-        SPANS.stream_clock.take()
+        _device_seconds(SPANS.stream_clock)
     SPANS.last_change = monotonic()
 
 
@@ -156,7 +189,16 @@ def blocked_seconds() -> float:
 
     On a CPU the time inside outermost wait spans, on a GPU the time that its compute stream waited.
     """
-    return SPANS.blocked_seconds if SPANS.stream_clock is None else SPANS.stream_clock.take()
+    return SPANS.blocked_seconds if SPANS.stream_clock is None else _device_seconds(SPANS.stream_clock)
+
+
+def _device_seconds(clock: StreamClock) -> float:
+    SPANS.stream_clock = None  # the span is no wait of the stream
+    try:
+        with device_span():
+            return clock.take()
+    finally:
+        SPANS.stream_clock = clock
 
 
 def record_launch(event: Event, num_bytes: int, work: Any) -> None:

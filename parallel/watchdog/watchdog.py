@@ -34,6 +34,7 @@ from parallel.watchdog.errors import causes, first_sentence, is_lost_rank
 from parallel.watchdog.events import Event, RankState, SpanKind
 from parallel.watchdog.flight_recorder import dump_flight_record, flight_record_path
 from parallel.watchdog.heartbeats import Announcement, Heartbeat, HeartbeatStore, has_ended, this_machine
+from parallel.watchdog.progress import DeviceProgress, cuda_progress
 from parallel.watchdog.spans import SPANS, Group, status, wait_span
 from parallel.watchdog.timing import GROUP_FACTOR, Timing, max_wait_seconds
 from parallel.watchdog.wait_graph import encode_ranks
@@ -97,6 +98,7 @@ class Watchdog:
             slow_seconds_ago=now.slow_seconds_ago,
             machine=self.machine,
             pid=os.getpid(),
+            groups=SPANS.progress.now() if isinstance(SPANS.progress, DeviceProgress) else (),
         )
 
     def explain(self, error: BaseException) -> str | None:
@@ -276,6 +278,7 @@ def start(timeout_seconds: float, on_hang: Callable[[str], None], folder: Path) 
     global _current
     stop()
     SPANS.clear()
+    SPANS.progress = cuda_progress() if torch.cuda.is_available() else None
     if dist.get_world_size() == 1:
         return
     rank = dist.get_rank()

@@ -11,6 +11,7 @@ import torch
 
 from longcat.errors import ConfigError
 from parallel import environment
+from parallel.device import GPU_PEAKS, peak_memory_gib, peaks_of
 from parallel.environment import (
     check_determinism,
     check_streams,
@@ -22,6 +23,7 @@ from parallel.environment import (
 )
 from parallel.mesh import own_gpu
 from parallel.sizes import MeshSizes
+from tests.support.gpus import hide_gpus
 
 
 @pytest.mark.parametrize(
@@ -134,3 +136,44 @@ def test_open_files_are_enough_for_gloo(monkeypatch: pytest.MonkeyPatch) -> None
     asked = limits(monkeypatch, 1024, 1024)
     raise_descriptor_limit(large, 8192, True, {"TORCH_GLOO_LAZY_INIT": "1"})
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA B300 SXM6 AC", "B300"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-PCIE-40GB", "A100"),
+        ("NVIDIA A800-SXM4-80GB", "A800"),
+    ],
+)
+def test_device_names_have_their_own_peaks(name: str, model: str) -> None:
+    assert peaks_of(name) == (model, GPU_PEAKS[model])
+
+
+def test_unknown_devices_are_measured() -> None:
+    assert peaks_of("NVIDIA RTX 4000") is None
+
+
+def test_memory_is_of_the_time_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = [3 << 30]
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: peaks[-1])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peaks.append(1 << 30))
+    assert [peak_memory_gib(torch.device("cuda", 0)) for _ in range(2)] == [3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("marks", "hidden"),
+    [("", True), ("not long", True), ("not gpu", True), ("gpu", False), ("gpu and not long", False)],
+)
+def test_gpus_are_hidden_from_tests_of_cpus(marks: str, hidden: bool) -> None:
+    environment: dict[str, str] = {}
+    hide_gpus(environment, marks)
+    assert environment == ({"CUDA_VISIBLE_DEVICES": ""} if hidden else {})

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 import parallel.engine
+from parallel.fsdp.collectives import count_stream_waits
 from parallel.fsdp.prefetch import keep_gradients_in_flight
 from parallel.torch_internals import all_parameter_groups
+from parallel.watchdog.spans import SPANS
 from tests.support.pool import close_pools, pool
 from tests.support.steppers import make_stepper
 from tests.support.three_steps import MODEL
@@ -162,3 +164,58 @@ def test_a_router_does_not_stop_the_compute() -> None:
         assert waits
         assert just_sent not in waits
         assert ("layers.0.mlp.router", "layers.2") in waits  # a whole layer later
+
+
+class Clock:
+    """Counts the waits of a compute stream, in place of a GPU's clock."""
+
+    def __init__(self) -> None:
+        self.depth = self.waits = 0
+
+    def enter(self) -> None:
+        assert self.depth == 0, "a wait is counted twice"
+        self.depth += 1
+        self.waits += 1
+
+    def leave(self) -> None:
+        self.depth -= 1
+
+    def take(self) -> float:
+        return 0.0
+
+
+def counted_waits(overrides: list[str]) -> tuple[int, int]:
+    """Waits of a step that the clock counts, and those for gathered weights among them."""
+    stepper = make_stepper(overrides)
+    model = stepper.state.models[0]
+    count_stream_waits(model)
+    assert stepper.step().healthy
+    gathers = [0]
+
+    def watch(group: Any) -> None:
+        wait = group.wait_for_unshard
+
+        def counted() -> None:
+            before = clock.waits
+            wait()
+            gathers[0] += clock.waits - before
+
+        group.wait_for_unshard = counted
+
+    for group in all_parameter_groups(model):
+        watch(group)
+    SPANS.stream_clock = clock = Clock()
+    try:
+        assert stepper.step().healthy
+    finally:
+        SPANS.stream_clock = None
+    assert clock.depth == 0
+    return clock.waits, gathers[0]
+
+
+def test_waits_of_fsdp_are_exposed_communication() -> None:
+    """For weights in forward and backward, and for sums at the end, each once."""
+    groups = 3 * 3 + 1 + 1  # a layer's groups and router; the MTP layer, the rest
+    for waits, gathers in pool(2).run(counted_waits, LAYOUTS["ep2"][0]):
+        assert gathers >= 2 * groups - 1  # the rest stays gathered
+        assert waits >= gathers + groups

@@ -1,0 +1,148 @@
+"""What the device has done: for each process group, how many waits the host has issued and how many are completed.
+
+On a GPU the host runs ahead: it leaves the wait for a collective as soon as that is queued, and stops at the next
+number that it needs, perhaps in another group's wait. Which rank has not issued a collective that others wait for is
+then in no span; it is in these counts, which all ranks of a group make in the same order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from parallel.watchdog.wait_graph import decode_ranks, encode_ranks
+
+KEPT = 64  # marks of a group before the host looks which are completed
+
+
+class Mark(Protocol):
+    """A place in the device's queue."""
+
+    def query(self) -> bool:
+        """Whether the device has come past it. Does not wait."""
+
+
+class GroupProgress(NamedTuple):
+    """Of one process group on one rank."""
+
+    name: str
+    ranks: str  # as `encode_ranks` writes them
+    issued: int
+    completed: int
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Equal on all members."""
+        return self.name, self.ranks
+
+
+class _Counts:
+    def __init__(self, name: str, ranks: str) -> None:
+        self.name, self.ranks = name, ranks
+        self.issued = self.completed = 0
+        self.marks: deque[Mark] = deque()
+
+    def look(self) -> None:
+        """Called by two threads: a mark is counted by the one that takes it."""
+        while self.marks and self.marks[0].query():
+            try:
+                self.marks.popleft()
+            except IndexError:
+                return
+            self.completed += 1
+
+
+class DeviceProgress:
+    """Counts of this rank. ``mark`` makes a mark behind what is queued now."""
+
+    def __init__(self, mark: Callable[[], Mark]) -> None:
+        self._mark = mark
+        self._groups: dict[dist.ProcessGroup, _Counts] = {}
+
+    def issued(self, group: dist.ProcessGroup) -> None:
+        """The host has queued the wait for a collective of this group."""
+        counts = self._groups.get(group)
+        if counts is None:
+            ranks = encode_ranks(dist.get_process_group_ranks(group))
+            counts = self._groups[group] = _Counts(group.group_desc, ranks)
+        counts.issued += 1
+        counts.marks.append(self._mark())
+        if len(counts.marks) > KEPT:
+            counts.look()
+
+    def now(self) -> tuple[GroupProgress, ...]:
+        """Called by the watchdog's thread."""
+        for counts in (found := list(self._groups.values())):
+            counts.look()
+        return tuple(GroupProgress(one.name, one.ranks, one.issued, one.issued - len(one.marks)) for one in found)
+
+
+def cuda_progress() -> DeviceProgress:
+    """Marks are events on the stream that the host uses."""
+
+    def mark() -> Mark:
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    return DeviceProgress(mark)
+
+
+class Behind(NamedTuple):
+    """Ranks that have not issued what others' devices wait for."""
+
+    ranks: tuple[int, ...]  # the end of the chain
+    group: GroupProgress  # of a rank that waits for them
+    waiting: tuple[int, ...]
+
+
+def find_behind(start: int, progress: Mapping[int, tuple[GroupProgress, ...]]) -> Behind | None:
+    """Follow ``start``, whose device waits, to ranks that have not issued the collective and wait for none themselves.
+
+    None if no group of ``start`` lacks a rank, or the chain leads back.
+    """
+    seen, rank, found = {start}, start, None
+    while True:
+        step = _lacking(rank, progress)
+        if step is None:
+            return found
+        found = step
+        further = [one for one in step.ranks if one not in seen and _lacking(one, progress) is not None]
+        if not further or any(_lacking(one, progress) is None for one in step.ranks):
+            own = tuple(one for one in step.ranks if _lacking(one, progress) is None)
+            return step._replace(ranks=own) if own else None
+        rank = further[0]
+        seen.add(rank)
+
+
+def _lacking(rank: int, progress: Mapping[int, tuple[GroupProgress, ...]]) -> Behind | None:
+    """The group in which this rank's device waits for the furthest behind, with those that have issued less."""
+    best: Behind | None = None
+    for own in progress.get(rank, ()):
+        if own.completed >= own.issued:
+            continue
+        issued = {}
+        for other in decode_ranks(own.ranks) & progress.keys():
+            theirs = next((one for one in progress[other] if one.group == own.group), None)
+            issued[other] = 0 if theirs is None else theirs.issued
+        behind = tuple(sorted(other for other, count in issued.items() if count <= own.completed))
+        if behind and (best is None or len(behind) < len(best.ranks)):
+            waiting = tuple(sorted(other for other, count in issued.items() if count > own.completed))
+            best = Behind(behind, own, waiting)
+    return best
+
+
+def stuck_group(progress: Mapping[int, tuple[GroupProgress, ...]]) -> GroupProgress | None:
+    """A group whose members have all issued a collective that none of them has completed."""
+    for counts in progress.values():
+        for own in counts:
+            members = decode_ranks(own.ranks) & progress.keys()
+            theirs = [one for rank in members for one in progress[rank] if one.group == own.group]
+            least = min(one.issued for one in theirs)
+            if len(theirs) == len(members) and all(one.completed < least for one in theirs):
+                return own
+    return None
