@@ -90,8 +90,9 @@ def printed(meeting: Path) -> str:
     return "\n".join(log.read_text()[-3000:] for log in sorted(meeting.glob("*.log")))
 
 
-# The second layer's weights are in flight while the first computes; the MTP layer's are the next to start
-NEXT = r'"weight all-gather, mtp\.layers\.0[.a-z]*" \(fsdp\) during forward of micro-batch 1'
+# The MTP layer's weights are in flight while the last layer computes; those of its backward are the next to start. A
+# rank that ends early may not have sent what was in flight
+NEXT = r'"weight all-gather, mtp\.layers\.0[.a-z]*" \(fsdp\) during (forward|backward) of micro-batch 1'
 
 
 DEAD = "has died"
