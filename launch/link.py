@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -13,15 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from launch.fleet import Assignment, NodeReport, NodeState
-from launch.rendezvous import Place
-from launch.store import IN_USE, PROTOCOL, READY, Identity
+from launch.store import PROTOCOL, Identity
 from longcat.errors import ConfigError
 from longcat.json_text import dumps
 
 HELLO_SECONDS = 5.0
 REQUEST_SECONDS = 10.0
 RETRY_SECONDS = 0.5
-END, STOP, ASSIGNMENT = "job/end", "job/stop", "job/assignment"
+# Every node reads what is below job/ twice a second, so that is short and does not grow with their number
+END, STOP, INCARNATION, ASSIGNMENT = "job/end", "job/stop", "job/incarnation", "assignment"
 
 
 class StoreLostError(ConnectionError):
@@ -36,7 +34,7 @@ class Link:
     """Requests to the store, one at a time, from any thread. A broken connection is made anew for ``patience`` seconds.
 
     Raises:
-        OSError: nobody listens there.
+        OSError: nobody listens there; TimeoutError: nothing answers.
         OtherProgramError: another program does.
         ConfigError: another run's store does.
     """
@@ -44,7 +42,10 @@ class Link:
     def __init__(self, host: str, port: int, identity: Identity, patience: float) -> None:
         self.host, self.port, self.identity, self.patience = host, port, identity, patience
         self.lock = threading.Lock()
+        self.has_ended = False
+        self.store: str | None = None  # which of several that may have had this address in turn
         self.socket, self.file = self._connect()
+        self.own_address = str(self.socket.getsockname()[0])
 
     @property
     def address(self) -> str:
@@ -57,6 +58,10 @@ class Link:
             file = connection.makefile("rb")
             hello = json.loads(file.readline(1 << 20))
             theirs = hello["identity"] if hello["longcat"] == PROTOCOL else None
+            store = str(hello["store"])
+        except TimeoutError:
+            connection.close()
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             connection.close()
             raise OtherProgramError from error
@@ -65,6 +70,10 @@ class Link:
             if theirs is None:
                 raise OtherProgramError
             raise ConfigError(describe_other_run(self.address, self.identity, theirs))
+        if self.store not in (None, store):
+            connection.close()
+            raise StoreLostError(f"the store of the run at {self.address} is another one now")
+        self.store = store
         connection.settimeout(REQUEST_SECONDS)
         return connection, file
 
@@ -77,6 +86,8 @@ class Link:
         line, end = dumps(request).encode() + b"\n", time.monotonic() + self.patience
         with self.lock:
             while True:
+                if self.has_ended:
+                    raise StoreLostError(f"this node has left the store of the run at {self.address}")
                 try:
                     self.socket.sendall(line)
                     if answer := self.file.readline():
@@ -91,9 +102,11 @@ class Link:
             try:
                 self.socket, self.file = self._connect()
                 return
+            except StoreLostError:
+                raise
             except (OSError, OtherProgramError, ConfigError) as error:
                 # Refused: that machine lives and the store's process does not
-                if isinstance(error, ConnectionRefusedError) or time.monotonic() > end:
+                if isinstance(error, ConnectionRefusedError) or self.has_ended or time.monotonic() > end:
                     raise StoreLostError(f"the store of the run at {self.address} is lost") from error
                 time.sleep(RETRY_SECONDS)
 
@@ -104,6 +117,11 @@ class Link:
     def set(self, key: str, value: str) -> None:
         self.request(set={key: value})
 
+    def end(self) -> None:
+        """Close the connection for good, for other threads too."""
+        self.has_ended = True
+        self.close()
+
     def close(self) -> None:
         self.file.close()  # it keeps the connection open
         self.socket.close()
@@ -112,8 +130,8 @@ class Link:
 class StoreFleet:
     """`launch.fleet.Fleet` by values in the store, which node runners read and write."""
 
-    def __init__(self, link: Link, node_timeout: float) -> None:
-        self.link, self.node_timeout = link, node_timeout
+    def __init__(self, link: Link, node_timeout: float, before_start: Callable[[], None] = lambda: None) -> None:
+        self.link, self.node_timeout, self.before_start = link, node_timeout, before_start
 
     def nodes(self) -> list[NodeState]:
         answer = self.link.request(nodes=True, read=[ASSIGNMENT])
@@ -126,73 +144,22 @@ class StoreFleet:
         ]
 
     def start(self, assignment: Assignment) -> None:
-        self.link.set(ASSIGNMENT, assignment.to_json())
+        self.before_start()
+        self.link.request(set={ASSIGNMENT: assignment.to_json(), INCARNATION: str(assignment.incarnation)})
 
     def reports(self, incarnation: int) -> list[NodeReport]:
         return [NodeReport.parse(text) for _, text in sorted(self.link.read(f"{incarnation}/report/").items())]
 
     def signal(self, number: int) -> None:
-        text = self.link.read(ASSIGNMENT).get(ASSIGNMENT)
-        if text:
-            self.link.set(f"{Assignment.parse(text).incarnation}/control/signal/{uuid.uuid4().hex}", str(int(number)))
+        incarnation = self.link.read(INCARNATION).get(INCARNATION)
+        if incarnation:
+            self.link.set(f"{incarnation}/control/signal/{uuid.uuid4().hex}", str(int(number)))
 
     def stop_ranks(self, incarnation: int, grace_seconds: float) -> None:
-        self.link.set(f"{incarnation}/control/stop/{uuid.uuid4().hex}", repr(grace_seconds))
+        self.link.set(f"{incarnation}/control/stop/{grace_seconds!r}", repr(grace_seconds))
 
     def stop_requested(self) -> bool:
         return bool(self.link.read(STOP))
-
-
-def meet(place: Place, identity: Identity, deadline: float, patience: float, stopped: Callable[[], bool]) -> Link:
-    """Connect to the first node's store, which may not have started yet.
-
-    Args:
-        deadline: of `time.monotonic`.
-
-    Raises:
-        ConfigError: nobody is at the address, another program or another run is.
-        InterruptedError: ``stopped`` became true.
-    """
-    while True:
-        try:
-            return Link(place.host, place.port, identity, patience)
-        except OtherProgramError as error:
-            raise ConfigError(
-                f"launch.rendezvous: another program than longcat train answers at {place.host}:{place.port}; "
-                f"give a free port of the first node, the same on every node"
-            ) from error
-        except OSError as error:
-            if stopped():
-                raise InterruptedError from error
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"no first node of this run at {place.host}:{place.port} (launch.join_seconds); start longcat "
-                    f"train on it with the same launch.rendezvous, or correct the address"
-                ) from error
-            time.sleep(RETRY_SECONDS)
-
-
-def start_store(port: int, idle_seconds: float, identity: Identity) -> subprocess.Popen[str] | None:
-    """Start the store's process; None if the port is taken, perhaps by the first of several nodes on this machine.
-
-    Raises:
-        ConfigError: this machine cannot listen on the port.
-    """
-    words = [sys.executable, "-P", "-m", "launch.store", str(port), str(idle_seconds), dumps(identity)]
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True, text=True
-    )
-    assert process.stdout is not None
-    answer = process.stdout.readline().strip()
-    if answer == READY:
-        return process
-    process.wait()
-    if answer == IN_USE:
-        return None
-    raise ConfigError(
-        f"the store of this run cannot listen on port {port}: {answer}; "
-        f"give another port in launch.rendezvous=HOST:PORT, on every node"
-    )
 
 
 def describe_other_run(address: str, ours: Identity, theirs: Identity) -> str:

@@ -10,13 +10,10 @@ import sys
 import threading
 import time
 import traceback
-import uuid
 from contextlib import suppress
-from types import FrameType
 from typing import Any
 
 from launch.fleet import (
-    GRACE_SECONDS,
     Assignment,
     Fleet,
     NodeReport,
@@ -27,29 +24,29 @@ from launch.fleet import (
 from launch.link import (
     ASSIGNMENT,
     END,
+    INCARNATION,
     STOP,
+    Link,
     StoreFleet,
     StoreLostError,
-    meet,
-    start_store,
 )
 from launch.local import exit_written, found_by_children
+from launch.member import BEFORE_RANKS, POLL_SECONDS, Member
 from launch.ranks import LocalRanks
-from launch.rendezvous import Place, find_identity
+from launch.rendezvous import Place
+from launch.signals import Signals
 from launch.store import RANKS_PORT
+from launch.supervisor.recall import Earlier
 from longcat.errors import CRASHED, STOPPED, ConfigError, LongCatError
 from longcat.json_text import dumps
-from train.checkpoint.compatibility import flatten
 from train.config import Config
-from train.run_dir import as_mapping, claim_exit, recorded_code
-from train.stop import SAVE_SIGNAL, STOP_SIGNALS, is_ignored
+from train.loggers.jsonl import METRICS
+from train.run_dir import claim_exit, recorded_code
+from train.stop import SAVE_SIGNAL
 
-POLL_SECONDS = 0.05
 LOOK_SECONDS = 0.5  # between signs of life
-LEAVE_SECONDS = 5.0
+LOST_SECONDS = 2.0  # for ranks to end by themselves when the store, and theirs with it, is lost
 PORT_SECONDS = 0.1  # between looks for the port of the ranks' store
-CONFIGURATION, AGREED, LEADER = "job/configuration", "job/agreed/", "job/leader"
-BEFORE_RANKS = "stopped before the ranks started; nothing was trained"
 
 
 def run_node(overrides: list[str], config: Config, place: Place, processes: int) -> int:
@@ -67,139 +64,88 @@ def run_node(overrides: list[str], config: Config, place: Place, processes: int)
             return STOPPED
 
 
-class Signals:
-    """The first stop signal and each request to save, until the ranks get them; later stop signals are ignored."""
-
-    def __init__(self) -> None:
-        self.stop: signal.Signals | None = None
-        self.waiting: list[signal.Signals] = []
-
-    def __enter__(self) -> Signals:
-        numbers = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_ignored(number)]
-        self.before = {number: signal.signal(number, self._note) for number in (*numbers, SAVE_SIGNAL)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():  # more signals must not change the exit code while the process ends
-            signal.signal(number, handler if self.stop is None else signal.SIG_IGN)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == SAVE_SIGNAL:
-            self.waiting.append(SAVE_SIGNAL)
-        elif self.stop is None:
-            self.stop = signal.Signals(number)
-            self.waiting.append(self.stop)
-
-    def is_stopped(self) -> bool:
-        return self.stop is not None
-
-    def take(self) -> list[signal.Signals]:
-        waiting, self.waiting = self.waiting, []
-        return waiting
-
-
-class Node:
+class Node(Member):
     """This node's part in the run: it does what assignments say, and on the first node a thread decides on them."""
 
     def __init__(self, overrides: list[str], config: Config, place: Place, processes: int, signals: Signals) -> None:
-        self.overrides, self.config, self.place, self.processes = tuple(overrides), config, place, processes
-        self.signals, self.settings = signals, config.launch
-        self.identity = find_identity(config.run.folder, os.environ)
+        super().__init__(config, place, processes, signals)
+        self.overrides = tuple(overrides)
         self.exit_before = exit_written(config.run.folder)
-        self.incarnation = 0
-        self.control: dict[str, float] = {}  # requests to end ranks → when they are due
+        self.decider: threading.Thread | None = None
+        self.metrics_size, self.fruitless = -1, 0
 
     def run(self) -> int:
         """Join, train, and end with the run's exit code."""
-        deadline, timeout = time.monotonic() + self.settings.join_seconds, self.settings.node_timeout
-        server = start_store(self.place.port, 2 * timeout, self.identity) if self.place.may_be_first else None
+        expected = self.place.nodes
         try:
-            self.link = meet(self.place, self.identity, deadline, timeout, self.signals.is_stopped)
-            names = self.join(server is not None, deadline)
-            if server is not None:
-                self.link.set(LEADER, str(self.id))
-                first = Assignment(1, tuple(names[: self.place.nodes]), self.processes, self.overrides)
-                threading.Thread(target=self.decide, args=[first], daemon=True, name="decide").start()
-            code = self.follow()
-            with suppress(StoreLostError):
-                self.leave(server is not None)
-            return code
+            self.deadline = time.monotonic() + self.settings.join_seconds
+            self.meeting.begin(self.deadline)
+            while True:
+                try:
+                    return self.take_part(expected)
+                except StoreLostError as error:
+                    if not self.settings.restarts:
+                        raise
+                    was_first = self.meeting.is_first
+                    code = self.meet_again(error)
+                if code is not None:
+                    return code
+                expected = max(self.members - (self.meeting.is_first and not was_first), 1)
         except StoreLostError as error:
             return self.end_alone(str(error))
         finally:
-            if server is not None:
-                server.kill()
-                server.wait()
+            self.meeting.close()
 
-    def join(self, is_first: bool, deadline: float) -> list[str]:
-        """Wait for all nodes; returns their names in the order of node ranks.
+    def take_part(self, expected: int) -> int:
+        """Join and follow; on the first node, decide once ``expected`` nodes are there. Returns the run's exit code.
 
         Raises:
-            ConfigError: one is missing, there are too many, or they were not started alike.
+            StoreLostError: the store, or the first node, is lost.
         """
-        wanted = 0 if is_first else self.place.id
-        token, nodes = uuid.uuid4().hex, self.place.nodes
-        self.id = self.link.request(join={"token": token, "name": self.place.name, "wanted": wanted})["id"]
-        if self.id >= nodes and not self.settings.restarts:
-            self.link.request(leave=self.id)
-            raise ConfigError(
-                f"launch.nodes={nodes} nodes have joined the run at {self.link.address} already; raise launch.nodes on "
-                f"all of them, or do not start it here (a run that has just been killed is gone in a minute)"
-            )
-        self.check_agreement()
-        while True:
-            answer = self.look()
-            self.name = next(name for number, name, _ in answer["nodes"] if number == self.id)
-            names = [name for number, name, _ in answer["nodes"] if f"{AGREED}{number}" in answer["values"]]
-            if END in answer["values"]:
-                raise ConfigError(json.loads(answer["values"][END])["message"])
-            if len(names) >= nodes or ASSIGNMENT in answer["values"]:
-                return names
-            if self.signals.is_stopped():
-                self.link.request(leave=self.id)
-                raise InterruptedError
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"{len(names)} of launch.nodes={nodes} nodes came to {self.link.address} within "
-                    f"{self.settings.join_seconds:g} s (launch.join_seconds): {', '.join(names)}; "
-                    f"start longcat train on {self.missing(names)} as well"
-                )
-            time.sleep(0.1)
+        self.join()
+        if self.meeting.is_first:
+            names = self.wait_for_nodes(expected)
+            arguments = (self.link, names[: self.place.nodes])
+            self.decider = threading.Thread(target=self.decide, args=arguments, daemon=True, name="decide")
+            self.decider.start()
+        code = self.follow()
+        with suppress(StoreLostError):
+            self.leave(self.meeting.is_first)
+        return code
 
-    def missing(self, names: list[str]) -> str:
-        """The hosts that did not come, where Slurm tells all, else how many."""
-        missing = [host for host in self.place.hosts if host not in names]
-        return ", ".join(missing) or f"{self.place.nodes - len(names)} more"
+    def meet_again(self, error: StoreLostError) -> int | None:
+        """With `launch.restarts`, after the loss of the store or of the first node; this node's ranks have ended.
 
-    def check_agreement(self) -> None:
-        """Compare this node's configuration with that of the first to come.
+        Returns:
+            The run's exit code if it has ended.
 
         Raises:
-            ConfigError: with a key that differs; before ranks have started, on every node.
+            StoreLostError: so many losses in a row without a new step are too many.
         """
-        ours: dict[str, Any] = flatten(as_mapping(self.config))
-        ours |= {"launch.nodes": self.place.nodes, "run.num_processes": self.processes}
-        text = dumps({"node": self.place.name, "keys": ours}, default=str)
-        answer = self.link.request(claim={CONFIGURATION: text}, read=["job/"])["values"]
-        first, here = json.loads(answer[CONFIGURATION]), json.loads(text)["keys"]
-        theirs = first["keys"]
-        for key in sorted(here.keys() | theirs.keys()):
-            if here.get(key) != theirs.get(key):
-                message = (
-                    f"{key} is {theirs.get(key)} on node {first['node']} and {here.get(key)} on node "
-                    f"{self.place.name}; start longcat train with the same words and files on every node"
-                )
-                if ASSIGNMENT not in answer:
-                    self.link.request(claim={END: dumps({"code": ConfigError.exit_code, "message": message})})
-                self.link.request(leave=self.id)
-                raise ConfigError(message)
-        self.link.set(f"{AGREED}{self.id}", self.place.name)
+        with suppress(OSError):
+            size = (self.config.run.folder / METRICS).stat().st_size
+            self.fruitless = self.fruitless + 1 if size == self.metrics_size else 0
+            self.metrics_size = size
+        if self.fruitless > self.settings.restarts:
+            raise error
+        print(f"launch: {self.name}: {error}; the nodes meet again", file=sys.stderr, flush=True)
+        turn = 0 if self.meeting.is_first else 1 + (self.id or 0)
+        self.deadline = time.monotonic() + self.settings.join_seconds
+        self.earlier = Earlier(self.began, self.first_name)
+        self.link.end()
+        if self.decider is not None:
+            self.decider.join()  # it must not write into the run folder beside another's
+            self.decider = None
+        code = self.meeting.again(turn, self.deadline)
+        self.incarnation = 0
+        return code
 
-    def decide(self, first: Assignment) -> None:
+    def decide(self, link: Link, nodes: list[str]) -> None:
         """In a thread of the first node: decide on starts, and at last on how all nodes end."""
-        link = self.link
+        first = Assignment(1, tuple(nodes), self.processes, self.overrides)
+        fleet = StoreFleet(link, self.settings.node_timeout, self.meeting.check)
         try:
-            end = {"code": decide_end(self.config, StoreFleet(link, self.settings.node_timeout), first)}
+            end = {"code": decide_end(self.config, fleet, first, self.place.nodes, self.earlier)}
         except StoreLostError:
             return  # this node's main thread notices, too
         except LongCatError as error:
@@ -208,21 +154,23 @@ class Node:
         except BaseException:
             traceback.print_exc()
             end = {"code": CRASHED}
-        with suppress(StoreLostError):
-            link.request(claim={END: dumps({"message": "", **end})})
+        if self.meeting.end(end["code"]):
+            with suppress(StoreLostError):
+                link.request(claim={END: dumps({"message": "", **end})})
 
     def follow(self) -> int:
         """Do what each assignment says until the run ends; returns its exit code.
 
         Raises:
             StoreLostError: the store, or the first node, is lost.
+            ConfigError, InterruptedError: the run ends before ranks have started.
         """
         while True:
-            values = self.look()["values"]
+            values = self.look()
             if END in values:
-                return int(json.loads(values[END])["code"])
-            assignment = Assignment.parse(values[ASSIGNMENT]) if ASSIGNMENT in values else None
-            if assignment is not None and assignment.incarnation > self.incarnation:
+                return self.end_as_all(json.loads(values[END]))
+            if int(values.get(INCARNATION, "0")) > self.incarnation:
+                assignment = Assignment.parse(self.link.read(ASSIGNMENT)[ASSIGNMENT])
                 self.incarnation, self.exit_before = assignment.incarnation, exit_written(self.config.run.folder)
                 if self.name in assignment.nodes:
                     self.train(assignment)
@@ -231,20 +179,13 @@ class Node:
                 self.pass_to_others(number)
             time.sleep(POLL_SECONDS if self.incarnation == 0 else LOOK_SECONDS)
 
-    def look(self) -> dict[str, Any]:
-        """Give a sign of life; read what is asked of this node, and who lives.
-
-        Raises:
-            StoreLostError: the store, or the first node, is lost.
-        """
-        answer = self.link.request(beat=self.id, nodes=True, read=["job/", f"{self.incarnation}/control/"])
-        leader = answer["values"].get(LEADER)
-        living = {number for number, _, silent in answer["nodes"] if silent <= self.settings.node_timeout}
-        if leader is not None and int(leader) not in living and END not in answer["values"]:
-            raise StoreLostError(
-                f"the first node gave no sign of life for {self.settings.node_timeout:g} s (launch.node_timeout)"
-            )
-        return answer
+    def end_as_all(self, end: dict[str, Any]) -> int:
+        """The exit code. A message comes where nodes end before ranks have started."""
+        if end["message"]:
+            with suppress(StoreLostError):
+                self.leave(False)
+            raise InterruptedError if end["code"] == STOPPED else ConfigError(end["message"])
+        return int(end["code"])
 
     def pass_to_others(self, number: signal.Signals) -> None:
         """A signal to a node that has no ranks is meant for the run."""
@@ -277,7 +218,7 @@ class Node:
         That store imports torch, which may take longer than a node may be silent.
         """
         while True:
-            values = self.look()["values"]
+            values = self.look()
             if END in values:
                 return None
             if RANKS_PORT in values:
@@ -320,9 +261,9 @@ class Node:
                     if self.signals.is_stopped() and not noted_stop:
                         noted_stop = True
                         self.link.set(STOP, "stop")
-                    kill_at = min(kill_at, self.obey(ranks, self.look()["values"], asked))
+                    kill_at = min(kill_at, self.obey(ranks, self.look(), asked))
                 except StoreLostError as error:
-                    lost, kill_at = error, min(kill_at, now + GRACE_SECONDS)
+                    lost, kill_at = error, min(kill_at, now + LOST_SECONDS)
             time.sleep(POLL_SECONDS)
         return lost
 
@@ -348,23 +289,14 @@ class Node:
             print(f"error: {reason}", file=sys.stderr, flush=True)
         return CRASHED
 
-    def leave(self, is_first: bool) -> None:
-        """Say goodbye; the first node, whose store ends next, waits for the others'."""
-        self.link.request(leave=self.id)
-        end = time.monotonic() + LEAVE_SECONDS
-        while is_first and time.monotonic() < end:
-            if all(silent > LEAVE_SECONDS for _, _, silent in self.link.request(nodes=True)["nodes"]):
-                return
-            time.sleep(POLL_SECONDS)
 
-
-def decide_end(config: Config, fleet: Fleet, assignment: Assignment) -> int:
+def decide_end(config: Config, fleet: Fleet, assignment: Assignment, nodes: int, earlier: Earlier | None = None) -> int:
     """One start, or several with `launch.restarts`; returns the run's exit code."""
     if config.launch.restarts:
         from launch.supervisor.loop import supervise
 
-        nodes, seconds = len(assignment.nodes), config.launch.join_seconds
-        return supervise(config, assignment.overrides, assignment.processes, fleet, nodes, seconds)
+        seconds = config.launch.join_seconds
+        return supervise(config, assignment.overrides, assignment.processes, fleet, nodes, seconds, earlier)
     before = exit_written(config.run.folder)
     outcome = run_incarnation(fleet, assignment)
     code = exit_code(outcome, config.run.folder, before)

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from contextlib import suppress
 from typing import Any
 
@@ -23,7 +24,8 @@ PROTOCOL = "longcat 1"
 READY, IN_USE = "ready", "in use"
 RANKS_PORT, FOR_RANKS = "job/ranks", "ranks"
 HELLO_SECONDS = 10.0
-CHECK_SECONDS = 1.0
+CHECK_SECONDS = 0.2
+COUNT_SECONDS = 1.0  # between counts of the nodes
 DEPARTED_SECONDS = 5.0  # of silence after which a newcomer of the same name is the same node, started again
 MAX_LINE = 1 << 24
 Identity = dict[str, str]
@@ -32,12 +34,17 @@ Identity = dict[str, str]
 class Membership:
     """Names, ids and signs of life of node runners, and the values that they share. One thread uses it."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout  # seconds of silence after which a node does not count
         self.values: dict[str, str] = {}
         self.ids: dict[str, int] = {}  # token of a node runner → id
         self.names: dict[int, str] = {}
         self.beats: dict[int, float] = {}
         self.last_sign = time.monotonic()
+        self.first: dict[str, Any] | None = None  # who decides: id, host and pid
+        self.has_ended = False
+        self.started = time.monotonic()
+        self.counted, self.members = 0.0, 0
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Carry out a request. Each may come twice: a runner that lost its connection asks again."""
@@ -47,9 +54,16 @@ class Membership:
             self.values.setdefault(key, value)
         answer: dict[str, Any] = {}
         if "join" in request:
-            answer["id"] = self._join(**request["join"])
+            answer["id"] = number = self._join(**request["join"])
+            answer["name"] = self.names[number]
+            if "first" in request:
+                self.first = {"id": number, **request["first"]}
         if "beat" in request:
             self.beats[request["beat"]] = self.last_sign = time.monotonic()
+        if "beat" in request or "about" in request:
+            answer |= self._about()
+        if "end" in request:
+            self.has_ended = True
         if "leave" in request:
             self.beats.pop(request["leave"], None)
         if "read" in request:
@@ -59,6 +73,15 @@ class Membership:
             now = time.monotonic()
             answer["nodes"] = [[number, self.names[number], now - beat] for number, beat in sorted(self.beats.items())]
         return answer
+
+    def _about(self) -> dict[str, Any]:
+        """The first node, its silence, and how many nodes live; of the same size however many there are."""
+        now = time.monotonic()
+        if now - self.counted > COUNT_SECONDS:
+            self.counted = now
+            self.members = sum(now - beat <= self.timeout for beat in self.beats.values())
+        silent = None if self.first is None else now - self.beats.get(self.first["id"], self.started)
+        return {"first": self.first, "first_silent": silent, "members": self.members}
 
     def _join(self, token: str, name: str, wanted: int | None) -> int:
         if token in self.ids:
@@ -77,8 +100,8 @@ class Membership:
 class Server:
     """Answers node runners of one run; tells those of another who it is."""
 
-    def __init__(self, identity: Identity) -> None:
-        self.identity, self.membership = identity, Membership()
+    def __init__(self, identity: Identity, timeout: float) -> None:
+        self.identity, self.membership, self.name = identity, Membership(timeout), uuid.uuid4().hex
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection: a greeting with the run's identity, then requests."""
@@ -86,7 +109,7 @@ class Server:
             first = await asyncio.wait_for(reader.readline(), HELLO_SECONDS)
             hello = json.loads(first)
             known = isinstance(hello, dict) and hello.get("longcat") == PROTOCOL
-            self._write(writer, {"longcat": PROTOCOL, "identity": self.identity})
+            self._write(writer, {"longcat": PROTOCOL, "identity": self.identity, "store": self.name})
             while known and hello["identity"] == self.identity and (line := await reader.readline()):
                 self._write(writer, self.membership.answer(json.loads(line)))
                 await writer.drain()
@@ -101,11 +124,11 @@ class Server:
 
 
 async def main(port: int, idle_seconds: float, identity: Identity) -> int:
-    """Serve until no node has given a sign of life for ``idle_seconds``, or until SIGKILL.
+    """Serve until no node has given a sign of life for ``idle_seconds``, until one asks for the end, or SIGKILL.
 
     Prints `ready`, or `in use` if the port belongs to another process.
     """
-    server = Server(identity)
+    server = Server(identity, idle_seconds / 2)
     try:
         listening = await asyncio.start_server(server.serve, port=port, limit=MAX_LINE)
     except OSError as error:
@@ -123,8 +146,11 @@ async def main(port: int, idle_seconds: float, identity: Identity) -> int:
     if not found:
         return 1  # its output says why
     server.membership.values[RANKS_PORT] = found
-    while time.monotonic() - server.membership.last_sign < idle_seconds:
+    members = server.membership
+    while time.monotonic() - members.last_sign < idle_seconds and not members.has_ended:
         await asyncio.sleep(CHECK_SECONDS)
+        if ranks_store.returncode is not None:
+            return 1  # without it no ranks can start; the nodes start both anew
     listening.close()
     return 0
 

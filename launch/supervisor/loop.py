@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -14,19 +15,20 @@ from launch.local import exit_written
 from launch.supervisor import ledger
 from launch.supervisor.causes import Cause, Fault, find_fault
 from launch.supervisor.decide import Again, End, Policy, Wait, decide
-from launch.supervisor.journal import Journal
+from launch.supervisor.journal import Journal, read_lines
 from launch.supervisor.layouts import layouts
 from launch.supervisor.ledger import Life
 from launch.supervisor.nodes import Choice, Start
 from launch.supervisor.page import page
 from launch.supervisor.progress import Progress
 from launch.supervisor.prometheus import serving
+from launch.supervisor.recall import Earlier, lost_first_node, recall, thinned
 from longcat.errors import CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY, ConfigError, FolderInUseError
 from train.checkpoint.find import is_inside
 from train.checkpoint.manifest import step_of
 from train.compose import quoted
 from train.config import Config
-from train.launch_config import GAVE_UP, OnStraggler, OnUnhealthy
+from train.launch_config import GAVE_UP, JOURNAL, OnStraggler, OnUnhealthy
 from train.report import write_report
 from train.run_dir import claim_exit, forget_exit, lock
 from train.run_files import remove_quietly
@@ -49,6 +51,7 @@ def supervise(
     fleet: Fleet,
     nodes: int = 1,
     wait_seconds: float = 0.0,
+    earlier: Earlier | None = None,
 ) -> int:
     """Start ranks on ``nodes`` nodes of the fleet until they succeed or `decide` ends the run; returns the exit code.
 
@@ -56,9 +59,12 @@ def supervise(
         overrides: the configuration of the ranks.
         processes: ranks of each node.
         wait_seconds: how long to wait for nodes where too few can be used.
+        earlier: the decisions of another first node that this one goes on from.
     """
     progress = Progress(config.run.folder / "metrics.jsonl")
     supervisor = Supervisor(config, overrides, processes, fleet, nodes, progress)
+    if earlier is not None:
+        supervisor.recall(earlier)
     with serving(config.launch.metrics_port, supervisor.gauges), progress:
         return supervisor.run(wait_seconds)
 
@@ -82,6 +88,18 @@ class Supervisor:
         self.lives: list[Life] = []
         self.members: list[str] = []
 
+    def recall(self, earlier: Earlier) -> None:
+        """Go on from the starts that another first node decided on."""
+        self.members = [node.name for node in self.fleet.nodes()]
+        journal, fault = read_lines(self.folder / JOURNAL), lost_first_node(earlier, self.members)
+        metrics, now = self.progress.path, time.time()
+        with suppress(OSError):
+            now = metrics.stat().st_mtime
+        self.history, self.lives = recall(journal, earlier.since, fault, now, read_lines(metrics))
+        self.policy = policy_of(self.config, tuple(self.layouts), self.journal, earlier.since)
+        if self.history and self.history[-1].fault is fault:
+            self.record_end(len(self.history), self.history[-1], self.lives[-1])
+
     def run(self, wait_seconds: float = 0.0) -> int:
         """Start, decide, wait, until the end.
 
@@ -89,8 +107,9 @@ class Supervisor:
             FolderInUseError: another training has the run folder; nothing in it has changed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with lock(self.folder):
-            remove_quietly(self.folder / GAVE_UP)
+        if not self.history:
+            with lock(self.folder):
+                remove_quietly(self.folder / GAVE_UP)
         while True:
             decision = self.decide()
             if isinstance(decision, Again) and self.history:
@@ -166,6 +185,8 @@ class Supervisor:
                 "incarnation": number,
                 "time": begin,
                 "step": self.progress.step,
+                "before": before,
+                "newest": min(self.progress.step, newest),
                 "on": list(decision.nodes),
                 "so_far": ledger.summary(self.lives) if self.lives else None,
             }
@@ -249,31 +270,42 @@ class Supervisor:
         end, finished = time.time(), tuple(self.progress.finished)
         new_saves = self.journal.saves()[saves:]
         base = min(self.progress.base, newest)  # a start without a step does not show where it began
-        self.history.append(Start(fault, before, self.progress.best, base, assignment.nodes, end))
-        self.lives.append(
-            Life(
-                begin,
-                end,
-                finished,
-                base,
-                self.journal.newest_checkpoint(),
-                sum(float(save.get("blocked_seconds", 0.0)) for save in new_saves),
-                len(new_saves),
-                fault.cause not in (Cause.done, Cause.stop),
-            )
+        start = Start(fault, before, self.progress.best, base, assignment.nodes, end)
+        life = Life(
+            begin,
+            end,
+            finished,
+            base,
+            self.journal.newest_checkpoint(),
+            sum(float(save.get("blocked_seconds", 0.0)) for save in new_saves),
+            len(new_saves),
+            fault.cause not in (Cause.done, Cause.stop),
         )
+        self.history.append(start)
+        self.lives.append(life)
+        self.record_end(assignment.incarnation, start, life)
+
+    def record_end(self, incarnation: int, start: Start, life: Life) -> None:
+        """Note in the journal what `recall` reads."""
+        fault, finished = start.fault, life.finished
         self.journal.record(
             {
                 "event": "end",
-                "incarnation": assignment.incarnation,
-                "time": end,
+                "incarnation": incarnation,
+                "time": life.end,
                 "cause": fault.cause,
                 "code": fault.code,
                 "ranks": list(fault.ranks),
                 "nodes": list(fault.nodes),
                 "message": fault.message,
                 "step": self.progress.step,
-                "first_step_seconds": finished[0][1] - begin if finished else None,
+                "best": start.step,
+                "base": life.base,
+                "kept": life.kept,
+                "blocked_seconds": life.blocked_seconds,
+                "saves": life.saves,
+                "finished": thinned(finished, [*self.journal.checkpoint_steps(), life.kept]),
+                "first_step_seconds": finished[0][1] - life.begin if finished else None,
             }
         )
 
@@ -332,10 +364,11 @@ def is_own_start(folder: Path, resume: str) -> bool:
     return resume == "never" or (resume != "auto" and is_inside(Path(resume), folder))
 
 
-def policy_of(config: Config, counts: tuple[int, ...], journal: Journal) -> Policy:
-    """The policy in the section `launch`, and the strikes of earlier commands."""
+def policy_of(config: Config, counts: tuple[int, ...], journal: Journal, until: float = math.inf) -> Policy:
+    """The policy in the section `launch`, and the strikes of earlier commands, those before ``until``."""
     settings = config.launch
-    choice = Choice(counts, settings.max_strikes, settings.strike_hours * 3600, journal.strikes(settings.max_strikes))
+    strikes = journal.strikes(settings.max_strikes, until)
+    choice = Choice(counts, settings.max_strikes, settings.strike_hours * 3600, strikes)
     return Policy(
         settings.restarts,
         settings.backoff_seconds,

@@ -16,10 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+import launch.meeting
 from launch.__main__ import main
-from launch.link import Link, start_store
-from launch.node import Node, Signals
+from launch.link import Link
+from launch.meeting import start_store
+from launch.node import Node
 from launch.rendezvous import Place, expand_hosts, find_identity, find_place
+from launch.signals import Signals
 from longcat.errors import ConfigError
 from longcat.search_path import ROOT
 from tests.support.running import NARROW, exact, exit_json, finish, free_ports, ranks_below, train_two, wait_for_step
@@ -153,17 +156,18 @@ def test_nobody_there(overrides: list[str]) -> None:
     assert "192.0.2.1:29500" in errors
 
 
-def join_here(words: list[str]) -> int:
+def join_here(words: list[str], signals: Signals | None = None) -> int:
     """A node runner in this process, for runs that end before ranks start."""
     config = compose(words)
     place = find_place(config.launch, os.environ)
     assert place is not None
-    return Node(words, config, place, 1, Signals()).run()
+    return Node(words, config, place, 1, signals or Signals()).run()
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 400 Bad Request\r\n\r\n", None], ids=["closes", "http", "silent"])
-def test_port_of_another_program(answer: bytes | None, overrides: list[str]) -> None:
+def test_port_of_another_program(answer: bytes | None, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It may close the connection, answer in its own way, or never; nobody waits for launch.join_seconds."""
+    monkeypatch.setattr(launch.meeting, "SILENT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other, ExitStack() as kept:
 
         def serve() -> None:
@@ -179,9 +183,26 @@ def test_port_of_another_program(answer: bytes | None, overrides: list[str]) -> 
         threading.Thread(target=serve, daemon=True).start()
         address = f"127.0.0.1:{other.getsockname()[1]}"
         words = [*overrides, *SHORT, "launch.join_seconds=1000", "launch.nodes=2", f"launch.rendezvous={address}"]
-        with pytest.raises(ConfigError, match=f"another program than longcat train answers at {address}"):
+        says = f"nothing answers at {address}" if answer is None else f"another program .* answers at {address}"
+        with pytest.raises(ConfigError, match=says):
             join_here(words)
         other.shutdown(socket.SHUT_RDWR)
+
+
+def test_stop_while_nodes_come_ends_all(overrides: list[str]) -> None:
+    """The one that gets no signal, first node or not, hears of it."""
+    for stopped in (0, 1):
+        words = [*overrides, *SHORT, "launch.nodes=3", f"launch.rendezvous=127.0.0.1:{free_ports(1)[0]}"]
+        with ThreadPoolExecutor() as pool:
+            signals = [Signals(), Signals()]
+            first = pool.submit(join_here, words, signals[0])
+            wait_for_store(words[-1])
+            second = pool.submit(join_here, words, signals[1])
+            wait_for_members(words, 2)
+            signals[stopped]._note(signal.SIGTERM, None)
+            for future in (first, second):
+                with pytest.raises(InterruptedError):
+                    future.result()
 
 
 def test_missing_node(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +252,16 @@ def test_one_node_too_many(overrides: list[str]) -> None:
         link.close()
         store.kill()
         store.wait()
+
+
+def wait_for_members(words: list[str], count: int) -> None:
+    config = compose(words)
+    link = Link(*split_address(config.launch.rendezvous), find_identity(config.run.folder, os.environ), 60)
+    end = time.monotonic() + 120
+    while len(link.request(nodes=True)["nodes"]) < count:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    link.close()
 
 
 def wait_for_store(address: str) -> None:

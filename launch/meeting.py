@@ -1,0 +1,266 @@
+"""Where the nodes of a run meet: at the first node's store, and at another's when that store or node is lost."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from launch.claims import Claim, Claims
+from launch.link import Link, OtherProgramError, StoreLostError
+from launch.rendezvous import Place
+from launch.store import DEPARTED_SECONDS, IN_USE, READY, Identity
+from longcat.errors import ConfigError
+from longcat.json_text import dumps
+
+RETRY_SECONDS = 0.5
+SILENT_SECONDS = 30.0  # for which what listens at the address may be a store that is only slow
+ALIVE_SECONDS = 2.0  # of silence: the first node gives a sign of life every half second
+CHECK_SECONDS = 2.0  # between the first node's looks for a claim above its own
+TURN_SECONDS = 2.0  # between the attempts of the nodes to become the first one
+LAST_TURN = 30
+
+
+class Meeting:
+    """A node runner's way to the others.
+
+    With `claims`, whoever starts a store claims the next number in the run folder, and the highest claim holds: nodes
+    that have lost their store or their first node meet there, and a first node whose claim is not the highest gives up.
+
+    Args:
+        claims: of the run folder; None where the loss of the store ends the run.
+        timeout: seconds without an answer or a sign of life after which a store or a node is lost.
+    """
+
+    link: Link
+
+    def __init__(
+        self, place: Place, identity: Identity, claims: Claims | None, timeout: float, stopped: Callable[[], bool]
+    ) -> None:
+        self.place, self.identity, self.claims, self.timeout, self.stopped = place, identity, claims, timeout, stopped
+        self.server: subprocess.Popen[str] | None = None
+        self.number = 0  # of the claim of the store that this node is connected to
+        self.checked = 0.0
+        self.silent_since: float | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the store is this node's."""
+        return self.server is not None
+
+    def begin(self, deadline: float) -> None:
+        """Connect to the first node's store, which may not have started yet, or start it where this is the first node.
+
+        Args:
+            deadline: of `time.monotonic`.
+
+        Raises:
+            ConfigError: nobody is at the address, another program or another run is.
+            InterruptedError: a stop signal came first.
+        """
+        place = self.place
+        while True:
+            claim = self.claims.newest() if self.claims is not None else None
+            if claim is not None and claim.code is None and self._connect_to_claim(claim):
+                return
+            if place.may_be_first and self._serve(place.host, [place.port]):
+                return
+            error = self._connect_to_place()
+            if error is None:
+                return
+            if self.stopped():
+                raise InterruptedError
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"no first node of this run at {place.host}:{place.port} (launch.join_seconds); start longcat "
+                    f"train on it with the same launch.rendezvous, or correct the address"
+                ) from error
+            time.sleep(RETRY_SECONDS)
+
+    def again(self, turn: int, deadline: float) -> int | None:
+        """After a loss: connect to the store of a higher claim, or start one when it is this node's turn to.
+
+        The caller has ended its ranks.
+
+        Args:
+            turn: 0 for the node that is to try at once.
+            deadline: of `time.monotonic`.
+
+        Returns:
+            The run's exit code if it has ended meanwhile.
+
+        Raises:
+            StoreLostError: neither succeeded.
+        """
+        assert self.claims is not None
+        own_address = self.place.host if self.is_first else self.link.own_address
+        self.close()
+        now = time.monotonic()
+        due, give_up = now + TURN_SECONDS * min(turn, LAST_TURN), now + self.timeout
+        while True:
+            now, claim = time.monotonic(), self.claims.newest()
+            if claim is not None and claim.number > self.number:
+                if claim.code is not None:
+                    return claim.code
+                if self._connect_to_claim(claim):
+                    return None
+                if now > give_up:  # that node is lost, too
+                    self.number, due = claim.number, now + TURN_SECONDS * min(turn, LAST_TURN)
+            else:
+                give_up = now + self.timeout
+                if now >= due and self._serve(own_address, [self.place.port, free_port(), free_port()]):
+                    return None
+            if now > deadline:
+                raise StoreLostError("no node has taken the place of the first one (launch.join_seconds)")
+            time.sleep(RETRY_SECONDS)
+
+    def check(self) -> None:
+        """On the first node, now and then and before each start: whether it still is.
+
+        Raises:
+            StoreLostError: another node has claimed to be.
+        """
+        self.checked = time.monotonic()
+        if self.is_first and self.claims is not None and self.claims.highest() > self.number:
+            raise StoreLostError("another node has become the first one")
+
+    def check_sometimes(self) -> None:
+        if time.monotonic() - self.checked > CHECK_SECONDS:
+            self.check()
+
+    def end(self, code: int) -> bool:
+        """On the first node: the run has ended with this code. False if another node has become the first one."""
+        if self.claims is None:
+            return True
+        return self.claims.take(Claim(self.number + 1, self.place.name, self.link.host, 0, code))
+
+    def close(self) -> None:
+        """End the connection, and the store if it is this node's."""
+        if hasattr(self, "link"):
+            self.link.end()
+        if self.server is not None:
+            self.server.kill()
+            self.server.wait()
+            self.server = None
+
+    def _serve(self, host: str, ports: list[int]) -> bool:
+        """Start a store on the first free port and claim it."""
+        for port in ports:
+            self.server = start_store(port, 2 * self.timeout, self.identity)
+            if self.server is not None:
+                break
+        else:
+            return False
+        try:
+            self.link = Link(host, port, self.identity, self.timeout)
+        except (OSError, OtherProgramError):
+            self.close()
+            return False
+        if self.claims is not None:
+            highest = self.claims.highest()
+            if not self.claims.take(Claim(highest + 1, self.place.name, host, port)):
+                self.close()
+                return False
+            self.number = highest + 1
+        return True
+
+    def _connect_to_claim(self, claim: Claim) -> bool:
+        try:
+            link = Link(claim.host, claim.port, self.identity, self.timeout)
+        except (OSError, OtherProgramError, ConfigError):  # the node is lost, or the claim that of an earlier run
+            return False
+        return self._is_led(link)
+
+    def _connect_to_place(self) -> OSError | None:
+        """Connect to `launch.rendezvous`; returns why it cannot be done yet.
+
+        Raises:
+            ConfigError: another program, or another run, is there.
+        """
+        place = self.place
+        try:
+            link = Link(place.host, place.port, self.identity, self.timeout)
+            self.silent_since = None
+        except TimeoutError as error:
+            self.silent_since = self.silent_since or time.monotonic()
+            if time.monotonic() - self.silent_since < SILENT_SECONDS:
+                return error
+            raise ConfigError(
+                f"launch.rendezvous: nothing answers at {place.host}:{place.port} within {SILENT_SECONDS:g} s: another "
+                f"program than longcat train, or a machine that is too slow; give a free port of the first node"
+            ) from error
+        except OtherProgramError as error:
+            raise ConfigError(
+                f"launch.rendezvous: another program than longcat train answers at {place.host}:{place.port}; "
+                f"give a free port of the first node, the same on every node"
+            ) from error
+        except OSError as error:
+            return error
+        return None if self._is_led(link) else OSError("its first node gives no sign of life")
+
+    def _is_led(self, link: Link) -> bool:
+        """Keep a connection whose store's first node lives, or has yet to come.
+
+        A store lives on for a while without its first node. A new start must not join it, and ends it where it finds
+        that the first node's process on this machine has ended.
+        """
+        try:
+            about = link.request(about=True)
+            first = about["first"]
+            if first is None or about["first_silent"] <= ALIVE_SECONDS:
+                self.number = 0 if first is None else first["claim"]
+                self.link = link
+                return True
+            is_here = first["host"] == socket.gethostname()
+            if about["first_silent"] > DEPARTED_SECONDS and is_here and not is_process(first["pid"]):
+                link.request(end=True)
+        except StoreLostError:
+            pass
+        link.end()
+        return False
+
+
+def describe_self(claim: int) -> dict[str, str | int]:
+    """What a store knows of its first node's process."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "claim": claim}
+
+
+def is_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def start_store(port: int, idle_seconds: float, identity: Identity) -> subprocess.Popen[str] | None:
+    """Start the store's process; None if the port is taken, perhaps by the first of several nodes on this machine.
+
+    Raises:
+        ConfigError: this machine cannot listen on the port.
+    """
+    words = [sys.executable, "-P", "-m", "launch.store", str(port), str(idle_seconds), dumps(identity)]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True, text=True
+    )
+    assert process.stdout is not None
+    answer = process.stdout.readline().strip()
+    if answer == READY:
+        return process
+    process.wait()
+    if answer == IN_USE:
+        return None
+    raise ConfigError(
+        f"the store of this run cannot listen on port {port}: {answer}; "
+        f"give another port in launch.rendezvous=HOST:PORT, on every node"
+    )

@@ -1,0 +1,39 @@
+"""Stop signals and requests to save that reach a node runner, until its ranks get them."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from train.stop import SAVE_SIGNAL, STOP_SIGNALS, is_ignored
+
+
+class Signals:
+    """The first stop signal and each request to save, until the ranks get them; later stop signals are ignored."""
+
+    def __init__(self) -> None:
+        self.stop: signal.Signals | None = None
+        self.waiting: list[signal.Signals] = []
+
+    def __enter__(self) -> Signals:
+        numbers = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_ignored(number)]
+        self.before = {number: signal.signal(number, self._note) for number in (*numbers, SAVE_SIGNAL)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():  # more signals must not change the exit code while the process ends
+            signal.signal(number, handler if self.stop is None else signal.SIG_IGN)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == SAVE_SIGNAL:
+            self.waiting.append(SAVE_SIGNAL)
+        elif self.stop is None:
+            self.stop = signal.Signals(number)
+            self.waiting.append(self.stop)
+
+    def is_stopped(self) -> bool:
+        return self.stop is not None
+
+    def take(self) -> list[signal.Signals]:
+        waiting, self.waiting = self.waiting, []
+        return waiting

@@ -1,0 +1,141 @@
+"""Who is the first node: claims in the run folder, a first node that was replaced, stores left of killed runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import launch.meeting
+from launch.claims import Claim, Claims
+from launch.fleet import Assignment
+from launch.link import Link, StoreFleet, StoreLostError
+from launch.meeting import Meeting, describe_self, start_store
+from launch.rendezvous import Place
+from tests.support.running import free_ports
+
+IDENTITY = {"run folder": "/run"}
+
+
+@pytest.fixture
+def place() -> Place:
+    return Place(2, "a", "127.0.0.1", free_ports(1)[0], None)
+
+
+@pytest.fixture
+def claims(tmp_path: Path) -> Claims:
+    return Claims(tmp_path / "run")
+
+
+def begun(place: Place, claims: Claims | None, timeout: float = 5.0) -> Meeting:
+    meeting = Meeting(place, IDENTITY, claims, timeout, lambda: False)
+    meeting.begin(time.monotonic() + 120)
+    return meeting
+
+
+def test_one_of_many_takes_a_number(claims: Claims) -> None:
+    assert (claims.highest(), claims.newest()) == (0, None)
+    for number in (1, 2, 3):
+        with ThreadPoolExecutor(8) as pool:
+            taken = list(pool.map(lambda node: claims.take(Claim(number, str(node), "host", 1)), range(8)))  # noqa: B023
+        assert sum(taken) == 1
+        assert claims.newest() == Claim(number, str(taken.index(True)), "host", 1)
+    assert not claims.take(Claim(2, "late", "host", 1))
+    assert sorted(os.listdir(claims.folder)) == ["launch.store-2.json", "launch.store-3.json"]
+
+
+def test_replaced_first_node_starts_nothing(place: Place, claims: Claims) -> None:
+    """However late it is told: the claim is read before each start, and its end is not that of the run."""
+    with closing(begun(place, claims)) as meeting:
+        fleet = StoreFleet(meeting.link, 5.0, meeting.check)
+        fleet.start(Assignment(1, ("a",), 1, ()))
+        assert claims.take(Claim(meeting.number + 1, "b", "127.0.0.1", 1))
+        with pytest.raises(StoreLostError, match="another node"):
+            fleet.start(Assignment(2, ("a",), 1, ()))
+        assert meeting.link.read("job/incarnation") == {"job/incarnation": "1"}
+        assert not meeting.end(0)
+
+
+def test_nodes_meet_at_the_highest_claim(place: Place, claims: Claims) -> None:
+    """Two that have lost the store: one starts another, and both are connected to it. The end is a claim, too."""
+    first = begun(place, claims)
+    other = begun(place, claims)
+    assert first.is_first and not other.is_first
+    assert first.server is not None
+    first.server.kill()
+    with ThreadPoolExecutor() as pool:
+        codes = list(pool.map(lambda each: each[1].again(each[0], time.monotonic() + 120), enumerate([first, other])))
+    assert codes == [None, None]
+    assert first.is_first != other.is_first
+    assert first.link.address == other.link.address
+    winner, follower = (first, other) if first.is_first else (other, first)
+    assert winner.number == 2
+    follower.number = 2
+    assert winner.end(7)
+    winner.close()
+    assert follower.again(0, time.monotonic() + 120) == 7
+    follower.close()
+
+
+@pytest.fixture
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture
+def left(place: Place, dead_pid: int) -> Iterator[Link]:
+    """The store of a run whose first node was killed."""
+    store = start_store(place.port, 120.0, IDENTITY)
+    assert store is not None
+    link = Link(place.host, place.port, IDENTITY, 5.0)
+    link.request(join={"token": "x", "name": "a", "wanted": 0}, first=describe_self(0) | {"pid": dead_pid})
+    yield link
+    link.close()
+    store.kill()
+    store.wait()
+
+
+def test_new_start_ends_a_store_that_is_left(place: Place, left: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.meeting, "ALIVE_SECONDS", -1.0)
+    monkeypatch.setattr(launch.meeting, "DEPARTED_SECONDS", 0.5)
+    with closing(begun(place, None)) as meeting:
+        assert meeting.is_first
+        assert meeting.link.request(about=True)["first"] is None
+    with pytest.raises(StoreLostError):
+        left.read("job/")
+
+
+def test_new_store_at_an_old_address_is_noticed(place: Place) -> None:
+    meeting = begun(place, None)
+    link = Link(place.host, place.port, IDENTITY, 5.0)
+    meeting.close()
+    store = start_store(place.port, 120.0, IDENTITY)
+    assert store is not None
+    with pytest.raises(StoreLostError, match="another one"):
+        link.read("job/")
+    link.close()
+    store.kill()
+    store.wait()
+
+
+def test_what_a_node_reads_does_not_grow(place: Place) -> None:
+    """The answer to a sign of life has the same size with 300 nodes as with ten."""
+    sizes = []
+    with closing(begun(place, None, 600.0)) as meeting:
+        for count in (10, 300):
+            for number in range(count):
+                meeting.link.request(join={"token": str(number), "name": f"n{number}", "wanted": number})
+            time.sleep(1.1)
+            answer = meeting.link.request(beat=1, read=["job/", "1/control/"])
+            assert answer["members"] == count
+            sizes.append(len(str({**answer, "members": 0})))
+    assert abs(sizes[0] - sizes[1]) < 8
