@@ -330,7 +330,7 @@ def set_deterministic_algorithms(enabled: bool) -> None:
 
 def optimize_without_compiler() -> None:
     """Let AdamW run as it is. torch imports its compiler to hide the methods from it, or to tell it of them."""
-    _never_compiled(*(getattr(torch.optim.Optimizer, name) for name in OPTIMIZER_METHODS))
+    never_compiled(*(getattr(torch.optim.Optimizer, name) for name in OPTIMIZER_METHODS))
     step: Any = torch.optim.AdamW.step
     if step.__code__.co_qualname == "_use_grad_for_differentiable.<locals>._use_grad":
         setattr(torch.optim.AdamW, "step", torch.no_grad()(step.__wrapped__))  # noqa: B010 (no method for mypy)
@@ -339,7 +339,7 @@ def optimize_without_compiler() -> None:
 def shard_without_compiler() -> None:
     """The same for DTensors and for what FSDP2 runs before and after each unit: those hide themselves at every call."""
     _import_compiler_settings()
-    _never_compiled(DTensor.__init__, FakeTensorMode.__torch_dispatch__)
+    never_compiled(DTensor.__init__, FakeTensorMode.__torch_dispatch__)
     for kind, names in FSDP_HOOKS.items():
         for name in names:
             hook = getattr(kind, name, None)
@@ -370,7 +370,7 @@ def _import_compiler_settings() -> None:
     setattr(torch, "_dynamo", package)  # noqa: B010 (as an import would)
 
 
-def _never_compiled(*functions: Any) -> None:
+def never_compiled(*functions: Any) -> None:
     """Mark functions as hidden from the compiler. Nothing here compiles them or what calls them (`Fusible`)."""
     for function in functions:
         plain = getattr(function, "__wrapped__", None)

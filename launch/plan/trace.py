@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed import device_mesh
 
 import parallel.parallelize
 from longcat.errors import ConfigError
@@ -36,6 +37,7 @@ from parallel.plan.recorder import AllocationRecorder, Phase, Traffic, Work, rec
 from parallel.plan.shapes import RoutingAssumption, shapes_only
 from parallel.torch_internals import (
     around_shape_propagation,
+    shard_without_compiler,
     start_fake_world,
     without_connection_check,
 )
@@ -110,6 +112,7 @@ def trace(config: Config, world_size: int, scope: Scope | None = None) -> Traced
         layers = min(scope.layers, config.model.num_layers)
         config = replace(config, model=replace(config.model, num_layers=layers))
     begun = time.process_time()
+    shard_without_compiler()  # before the first fake tensor, whose mode would import torch's compiler
     recorder, mode = AllocationRecorder(scope.rates), fake_tensor_mode()
     ffn_experts = config.model.expected_ffn_experts if scope.ffn_experts is None else scope.ffn_experts
     with ExitStack() as stack:
@@ -236,15 +239,17 @@ def _batch(sequences: int, length: int) -> Batch:
 
 @contextmanager
 def _fake_topology(sizes: MeshSizes, rank: int, world_size: int) -> Iterator[Topology]:
-    """The mesh of ``rank``, all of whose groups are fake."""
+    """The mesh of ``rank``, all of whose groups are fake. Groups of other ranks alone are not made."""
     start_fake_world(rank, world_size)
     new_group = dist.new_group
 
-    def fake_group(*args: Any, **kwargs: Any) -> Any:
-        return new_group(*args, **{**kwargs, "backend": "fake"})
+    def fake_group(ranks: list[int], *args: Any, **kwargs: Any) -> Any:
+        if rank not in ranks:
+            return dist.GroupMember.NON_GROUP_MEMBER
+        return new_group(ranks, *args, **{**kwargs, "backend": "fake"})
 
     try:
-        with patch.object(dist, "new_group", fake_group):
+        with patch.object(dist, "new_group", fake_group), patch.object(device_mesh, "new_group", fake_group):
             topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
         yield topology
     finally:
