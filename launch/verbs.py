@@ -261,7 +261,7 @@ def plan(arguments: list[str]) -> int:
     of a rank for each place in the pipeline are built, and a step's forward and backward run, on tensors without
     memory, in a world of ranks that do not exist. Prints memory, FLOPs, messages, step time and availability.
     """
-    from launch.plan.plan import plan as make_plan
+    from launch.plan.nearest import fitting_near, plan_or_nearest
     from launch.plan.plan import read
     from launch.plan.show import as_json, table
 
@@ -271,10 +271,13 @@ def plan(arguments: list[str]) -> int:
         from launch.plan.search import lines, search
 
         config, options = read(words[1:])
-        print("\n".join(lines(search(config, options), options, find_cluster(options.cluster).capacity)))
+        found, cluster = search(config, options), find_cluster(options.cluster)
+        print("\n".join(lines(found, options, cluster.capacity)))
+        if found.refusal or not found.fitting:
+            print(fitting_near(config, options, cluster) or "No layout near it fits, nor on 16 times as many GPUs.")
         return OK
-    found = make_plan(*read(words))
-    print(as_json(found) if "--json" in arguments else "\n".join(table(found)))
+    planned = plan_or_nearest(*read(words))
+    print(as_json(planned) if "--json" in arguments else "\n".join(table(planned)))
     return OK
 
 

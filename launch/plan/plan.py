@@ -11,16 +11,16 @@ import torch.distributed as dist
 from launch.local import num_processes
 from launch.options import split_options
 from launch.plan.cluster import Cluster, find_cluster
-from launch.plan.summary import FEW, Summary, extend, peak_bytes, summarise
+from launch.plan.ranks import summaries
+from launch.plan.summary import peak_bytes
 from launch.plan.times import StepTimes, predict
-from launch.plan.trace import Scope, check_traceable, trace
+from launch.plan.trace import check_traceable
 from longcat.counts import flops_per_token
 from longcat.errors import ConfigError
 from parallel.config import Recompute
 from parallel.device import fastest_dtype
 from parallel.layout import check_layout
 from parallel.mesh import MeshSizes, resolve_sizes
-from parallel.pipeline.stages import num_stages, split, stages_of
 from train.check import batch_shape
 from train.compose import compose
 from train.config import ComputeDtype, Config
@@ -147,23 +147,23 @@ def plan(
     sizes = check(config, ranks)
     batch = batch_shape(config, sizes)
     factors = factors if sizes.ep > 1 else (1.0,)
-    summaries = {factor: _summaries(config, ranks, sizes, cluster, options.exact, factor) for factor in factors}
-    times = {factor: predict(config, sizes, batch, cluster, found, factor) for factor, found in summaries.items()}
+    found_by = summaries(config, ranks, sizes, cluster, options.exact, factors)
+    times = {factor: predict(config, sizes, batch, cluster, found, factor) for factor, found in found_by.items()}
     train = config.train
     hidden = batch.sequences * batch.length // (sizes.cp * sizes.tp) * config.model.hidden_size
     hidden_bytes = hidden * (2 if train.dtype == ComputeDtype.bfloat16 else 4)
 
     def peak(factor: float, place: int) -> float:
-        found = summaries[factor][place]
+        found = found_by[factor][place]
         return peak_bytes(found, config.parallel, sizes, place, batch.num_micro_batches, hidden_bytes)
 
     memory = [
         Memory(place, one.of("state"), {factor: peak(factor, place) for factor in factors})
-        for place, one in enumerate(summaries[1.0])
+        for place, one in enumerate(found_by[1.0])
     ]
     per_rank = [
         batch.num_micro_batches * sum(v for k, v in one.numbers.items() if k[0] == "flops" and k[1] != -1)
-        for one in summaries[1.0]
+        for one in found_by[1.0]
     ]
     flops = flops_per_token(config.model, train.sequence_length, mtp=config.model.num_mtp_layers > 0)
     found = Planned(
@@ -193,38 +193,6 @@ def check(config: Config, ranks: int) -> MeshSizes:
     return sizes
 
 
-def _summaries(
-    config: Config, ranks: int, sizes: MeshSizes, cluster: Cluster, exact: bool, factor: float
-) -> list[Summary]:
-    """Of one rank for each place in the pipeline."""
-    found = []
-    for place in range(sizes.pp):
-        scope = Scope(
-            rank=place * (ranks // sizes.pp),
-            imbalance=factor,
-            on_gpu=cluster.on_gpu,
-            rates=cluster.rates(),
-            micro_batches=2,
-        )
-        layers = layers_of_stages(config, sizes, place)
-        if exact or max(layers) <= FEW + 1:
-            found.append(summarise(trace(config, ranks, scope)))
-            continue
-        few, more = (summarise(trace(config, ranks, replace(scope, layers=count))) for count in (FEW, FEW + 1))
-        found.append(extend(few, more, layers))
-    return found
-
-
-def layers_of_stages(config: Config, sizes: MeshSizes, place: int) -> list[int]:
-    """Layers of each stage of a rank."""
-    if sizes.pp == 1:
-        return [config.model.num_layers]
-    schedule = config.parallel.schedule
-    parts = split(config.model, num_stages(schedule, sizes.pp), config.train.sequence_length)
-    own = [parts[stage] for stage in stages_of(schedule, sizes.pp, place)]
-    return [part.last - part.first for part in own]
-
-
 def availability(options: PlanOptions, ranks: int, step_seconds: float) -> Availability:
     """The interval between checkpoints that loses least, and what is left of the time.
 
@@ -249,15 +217,13 @@ def knobs(found: Planned) -> list[Knob]:
         kept = getattr(getattr(config, section), name)
         setattr(getattr(config, section), name, type(kept)(value))
         try:
-            other = plan(config, replace(found.options, ranks=found.ranks), with_knobs=False)
+            other = plan(config, replace(found.options, ranks=found.ranks), with_knobs=False, factors=(1.0,))
         except ConfigError:
             continue
         if other.peak < found.peak:
-            tried.append(
-                (not other.fits(), Knob(override, max(other.needed.values()), other.times[1.0].seconds), other)
-            )
-    tried.sort(key=lambda one: (one[0], one[1].seconds if not one[0] else one[2].peak))
-    return [Knob(one.override, other.needed[1.0], one.seconds) for _, one, other in tried[:3]]
+            tried.append((not other.fits(), Knob(override, other.needed[1.0], other.times[1.0].seconds)))
+    tried.sort(key=lambda one: (one[0], one[1].peak if one[0] else one[1].seconds))
+    return [knob for _, knob in tried[:3]]
 
 
 def changes(found: Planned) -> list[str]:

@@ -63,7 +63,11 @@ def search(config: Config, options: PlanOptions) -> Found:
         except ConfigError as error:
             refused, why = refused + 1, error
     if not candidates:
-        raise ConfigError(f"none of {refused} layouts of {options.ranks} GPUs is possible; the last: {why}")
+        from launch.plan.nearest import accepted_near
+
+        works = accepted_near(config, options.ranks)
+        nearest = f"; the nearest layout that works: {works}" if works else ""
+        raise ConfigError(f"none of {refused} layouts of {options.ranks} GPUs is possible; the last: {why}{nearest}")
     possible = [one for one in candidates if least_bytes(one) <= cluster.capacity]
     possible.sort(key=lambda one: one.seconds)
     traced: list[Planned] = []

@@ -33,13 +33,14 @@ class Summary:
     numbers: Numbers
     layers: tuple[int, ...]
     micro_batches: int
+    place: int = 0  # in the pipeline, of the rank that was traced
 
     def of(self, *key: str | int) -> float:
         return self.numbers.get(key, 0.0)
 
 
-def summarise(traced: Traced) -> Summary:
-    """The numbers of a trace."""
+def summarise(traced: Traced, place: int = 0) -> Summary:
+    """The numbers of a trace of the pipeline's rank ``place``."""
     stages = sorted({phase.layers for phase in traced.phases if phase.layers is not None})
     numbers: defaultdict[tuple[str | int, ...], float] = defaultdict(float)
     numbers["state",] = traced.state
@@ -67,7 +68,7 @@ def summarise(traced: Traced) -> Summary:
         if phase == OUTSIDE or phase.micro_batch == last:
             numbers["bytes", _stage(phase, stages), phase.kind, kind.value] += traffic.num_bytes
             numbers["count", _stage(phase, stages), phase.kind, kind.value] += traffic.count
-    return Summary(dict(numbers), traced.layers, last)
+    return Summary(dict(numbers), traced.layers, last, place)
 
 
 def _stage(phase: Phase, stages: list[tuple[int, int]]) -> int:
@@ -85,7 +86,14 @@ def extend(few: Summary, more: Summary, layers: Sequence[int]) -> Summary:
     beyond = [layers[i] - more.layers[i] for i in added]
     times = sum(beyond) / max(len(beyond), 1)
     numbers = {key: value + times * (value - few.numbers.get(key, value)) for key, value in more.numbers.items()}
-    return Summary(numbers, tuple(layers), more.micro_batches)
+    return Summary(numbers, tuple(layers), more.micro_batches, more.place)
+
+
+def between(low: Summary, high: Summary, share: float) -> Summary:
+    """Numbers that are ``share`` of the way from ``low`` to ``high``."""
+    keys = low.numbers.keys() | high.numbers.keys()
+    numbers = {key: low.of(*key) + share * (high.of(*key) - low.of(*key)) for key in keys}
+    return Summary(numbers, low.layers, low.micro_batches, low.place)
 
 
 def peak_bytes(
@@ -97,7 +105,7 @@ def peak_bytes(
     its schedule: each adds what it was traced to add.
     """
     peaks = [value for key, value in summary.numbers.items() if key[0] == "peak"]
-    if sizes.pp == 1 or micro_batches == summary.micro_batches:
+    if sizes.pp == 1 or (micro_batches == summary.micro_batches and place == summary.place):
         return max(peaks)
     from parallel.pipeline.simulation import planned  # imports torch's compiler
 

@@ -116,7 +116,7 @@ def trace(config: Config, world_size: int, scope: Scope | None = None) -> Traced
     recorder, mode = AllocationRecorder(scope.rates), fake_tensor_mode()
     ffn_experts = config.model.expected_ffn_experts if scope.ffn_experts is None else scope.ffn_experts
     with ExitStack() as stack:
-        topology = stack.enter_context(_fake_topology(sizes, scope.rank, world_size))
+        topology = stack.enter_context(fake_topology(sizes, scope.rank, world_size))
         for context in (
             _state_without_values(recorder, mode),
             shapes_only(RoutingAssumption(ffn_experts, scope.imbalance), recorder, scope.on_gpu),
@@ -238,7 +238,7 @@ def _batch(sequences: int, length: int) -> Batch:
 
 
 @contextmanager
-def _fake_topology(sizes: MeshSizes, rank: int, world_size: int) -> Iterator[Topology]:
+def fake_topology(sizes: MeshSizes, rank: int, world_size: int) -> Iterator[Topology]:
     """The mesh of ``rank``, all of whose groups are fake. Groups of other ranks alone are not made."""
     start_fake_world(rank, world_size)
     new_group = dist.new_group

@@ -60,7 +60,7 @@ def followed(overrides: Sequence[str], ranks: int) -> list[tuple[float, float]]:
     count = config.train.global_batch_size // config.train.micro_batch_size
     found = []
     for rank in range(ranks):
-        few = summarise(trace(config, ranks, Scope(rank=rank, micro_batches=2)))
+        few = summarise(trace(config, ranks, Scope(rank=rank, micro_batches=2)), rank)
         whole = trace(config, ranks, Scope(rank=rank))
         found.append((peak_bytes(few, config.parallel, sizes, rank, count, hidden_bytes), float(whole.peak)))
     return found
@@ -170,6 +170,13 @@ def test_wrong_plan_is_one_line(arguments: list[str], said: str, capsys: pytest.
     assert said in error and error.count("\n") == 1
 
 
+def test_refused_layout_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "model=debug", "plan.ranks=8", "parallel.ep=3", "train.global_batch_size=8"]) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert "parallel.ep=3 does not divide" in error and error.count("\n") == 1
+    assert "the nearest layout that works: parallel.pp=1 parallel.cp=1 parallel.tp=1 parallel.ep=" in error
+
+
 def test_help_names_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--help"]) == OK
     assert capsys.readouterr().out.startswith("plan key=value")
@@ -205,6 +212,8 @@ def test_search_names_what_works(capsys: pytest.CaptureFixture[str]) -> None:
     """Three GPUs cannot share two sequences: every layout is refused, the last with its reason."""
     arguments = ["model=debug", "plan.ranks=3", "train.global_batch_size=2", "model.num_layers=1"]
     assert main(["plan", "search", *arguments]) == BAD_INPUT
-    assert "layouts of 3 GPUs is possible; the last: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "layouts of 3 GPUs is possible; the last: " in error
+    assert "the nearest layout that works: plan.ranks=2 parallel.pp=1" in error
     assert main(["plan", "search", "model=debug"]) == BAD_INPUT
     assert "add plan.ranks=N" in capsys.readouterr().err
