@@ -1,0 +1,162 @@
+"""Runs what the claims ask for, a process a core, until nothing is left or time is up; stopped runs resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.evidence.claims import Claim
+from benchmarks.evidence.jobs import Job
+from benchmarks.evidence.measures import MEASURES, Interval, Verdict, interval, judge
+from longcat.errors import OK, STOPPED, UNHEALTHY, LongCatError
+
+OVERALL = 0.95  # confidence of a claim's intervals over both looks at the data
+FINAL = "final_loss"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def level(claim: Claim) -> float:
+    """Confidence of one look: with a second look at more seeds, each takes half of the error (Bonferroni)."""
+    return OVERALL if claim.least == claim.most else 1 - (1 - OVERALL) / 2
+
+
+def best_value(claim: Claim, arm: str) -> float | None:
+    """The tuned key's value with the lowest final loss of this arm; None while its runs are missing."""
+    assert claim.tuning is not None
+    losses = {}
+    for value in claim.tuning.values:
+        result = Job(claim, claim.arms[arm], claim.tuning.seed, value).result
+        if result is None:
+            return None
+        losses[value] = MEASURES[FINAL].of(result)
+    return min(losses, key=lambda value: losses[value])
+
+
+def judged_job(claim: Claim, arm: str, seed: int) -> Job | None:
+    """The run of an arm with one seed; None while the arm's tuned value is not known."""
+    if claim.tuning is None:
+        return Job(claim, claim.arms[arm], seed)
+    value = best_value(claim, arm)
+    return None if value is None else Job(claim, claim.arms[arm], seed, value)
+
+
+def differences(claim: Claim, first: str, second: str, measure: str, seeds: int) -> list[float]:
+    """First arm minus second, for each of the first ``seeds`` seeds of which both runs are there."""
+    found = []
+    for seed in range(1, seeds + 1):
+        jobs = [judged_job(claim, arm, seed) for arm in (first, second)]
+        results = [job.result for job in jobs if job]
+        if len(results) == 2 and results[0] and results[1]:
+            numbers = [MEASURES[measure].of(result) for result in results if result]
+            found.append(0.0 if numbers[0] == numbers[1] else numbers[0] - numbers[1])
+    return found
+
+
+def look(claim: Claim, seeds: int) -> list[tuple[Interval, str]]:
+    """Interval and verdict of each comparison after ``seeds`` seeds; RUNNING where runs are missing."""
+    found = []
+    for one in claim.comparisons:
+        numbers = differences(claim, one.first, one.second, one.measure, seeds)
+        bounds = interval(numbers, level(claim))
+        found.append((bounds, judge(one, bounds) if len(numbers) == seeds else Verdict.RUNNING))
+    return found
+
+
+def seeds_wanted(claim: Claim) -> int:
+    """`least` seeds; `most` where the first look leaves a comparison undecided."""
+    undecided = any(verdict == Verdict.NOT_SHOWN for _, verdict in look(claim, claim.least))
+    return claim.most if undecided else claim.least
+
+
+def wanted(claim: Claim) -> list[tuple[int, Job]]:
+    """(round, run) of everything that the claim asks for as far as it is known; round 0 tunes, round n is seed n."""
+    rounds: list[tuple[int, Job]] = []
+    if claim.tuning:
+        for arm in claim.arms.values():
+            rounds += [(0, Job(claim, arm, claim.tuning.seed, value)) for value in claim.tuning.values]
+    for seed in range(1, seeds_wanted(claim) + 1):
+        jobs = (judged_job(claim, arm, seed) for arm in claim.arms)
+        rounds += [(seed, job) for job in jobs if job]
+    return rounds
+
+
+def queue(claims: list[Claim]) -> list[Job]:
+    """Runs without a result, each once: first seeds of all claims before second ones."""
+    found: dict[str, Job] = {}
+    for _, job in sorted(((turn, job) for claim in claims for turn, job in wanted(claim)), key=lambda pair: pair[0]):
+        if job.result is None:
+            found.setdefault(job.key, job)
+    return list(found.values())
+
+
+@dataclass
+class Runner:
+    """Processes that train, at most ``workers`` at a time, until ``end`` (time.monotonic)."""
+
+    claims: list[Claim]
+    workers: int
+    end: float
+    running: dict[str, tuple[Job, subprocess.Popen[bytes]]] = field(default_factory=dict)
+    stopping: bool = False
+    failed: list[str] = field(default_factory=list)
+
+    def run(self) -> int:
+        """Returns 0 when every wanted run has a result, 3 when stopped, 1 when a run failed."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: self.stop())
+        while True:
+            self.collect()
+            left = [job for job in queue(self.claims) if job.key not in self.running and job.label not in self.failed]
+            ready = [job for job in left if job.source is None or job.source.result is not None]
+            if self.end - time.monotonic() < 1:
+                self.stop()
+            while ready and len(self.running) < self.workers and not self.stopping:
+                self.start(ready.pop(0))
+            if not self.running:
+                if self.failed:
+                    return 1
+                return STOPPED if self.stopping and left else OK
+            time.sleep(1.0)
+
+    def start(self, job: Job) -> None:
+        print(f"{time.strftime('%H:%M')} {job.key} {job.label}", flush=True)
+        job.prepare()
+        job.folder.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "benchmarks.evidence.train_arm", *job.command(self.end - time.monotonic())]
+        with (job.folder / "output.txt").open("ab") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        self.running[job.key] = job, process
+
+    def collect(self) -> None:
+        """Store the results of runs that have ended."""
+        for key, (job, process) in list(self.running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self.running[key]
+            if code in (OK, UNHEALTHY):
+                job.store(code)
+            elif code != STOPPED and not (self.stopping and code == -signal.SIGTERM):
+                self.failed.append(job.label)
+                print(f"error: {job.label} ended with code {code}; see {job.folder}/output.txt", file=sys.stderr)
+
+    def stop(self) -> None:
+        """Ask every run to save and stop, once."""
+        if not self.stopping:
+            self.stopping = True
+            for _, process in self.running.values():
+                process.terminate()  # before its handler is set this ends it, and nothing is lost
+
+
+def run(claims: list[Claim], workers: int, hours: float) -> int:
+    try:
+        return Runner(claims, workers, time.monotonic() + hours * 3600).run()
+    except LongCatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code

@@ -1,0 +1,15 @@
+"""One run of an arm in a process of its own: python -m benchmarks.evidence.train_arm VARIANT key=value …"""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks.evidence.variants import VARIANTS
+from train.compose import compose
+from train.process import main
+
+if __name__ == "__main__":
+    variant, *overrides = sys.argv[1:]
+    if variant != "-":
+        VARIANTS[variant]()
+    raise SystemExit(main(compose(overrides)))
