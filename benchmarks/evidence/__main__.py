@@ -2,6 +2,7 @@
 
     python -m benchmarks.evidence run --workers 2 --hours 8    starts or resumes; results go to docs/evidence/runs
     python -m benchmarks.evidence status                       runs done and left, and their time
+    python -m benchmarks.evidence draw                         docs/evidence.md and its pictures
 
 A claim is registered by its file in docs/evidence/claims, which is committed before its first run.
 """
@@ -13,6 +14,7 @@ import sys
 
 from benchmarks.common import print_table
 from benchmarks.evidence.claims import Claim, load
+from benchmarks.evidence.page import draw
 from benchmarks.evidence.run import look, run, seeds_wanted, wanted
 from longcat.errors import OK, LongCatError
 
@@ -32,7 +34,7 @@ def status(claims: list[Claim]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "status"))
+    parser.add_argument("action", choices=("run", "status", "draw"))
     parser.add_argument("claims", nargs="*", help="names of claims; none = all")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--hours", type=float, default=1e6, help="save and stop after this long")
@@ -44,7 +46,7 @@ def main() -> int:
         claims = [known[name] for name in arguments.claims or known]
         if arguments.action == "run":
             return run(claims, arguments.workers, arguments.hours)
-        return status(claims)
+        return status(claims) if arguments.action == "status" else draw(list(known.values()))
     except LongCatError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -109,9 +109,11 @@ class Runner:
         """Returns 0 when every wanted run has a result, 3 when stopped, 1 when a run failed."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: self.stop())
+        waiting = queue(self.claims)
         while True:
-            self.collect()
-            left = [job for job in queue(self.claims) if job.key not in self.running and job.label not in self.failed]
+            if self.collect():
+                waiting = queue(self.claims)
+            left = [job for job in waiting if job.key not in self.running and job.label not in self.failed]
             ready = [job for job in left if job.source is None or job.source.result is not None]
             if self.end - time.monotonic() < 1:
                 self.stop()
@@ -133,8 +135,9 @@ class Runner:
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         self.running[job.key] = job, process
 
-    def collect(self) -> None:
-        """Store the results of runs that have ended."""
+    def collect(self) -> bool:
+        """Store the results of runs that have ended; whether there were any."""
+        before = len(self.running)
         for key, (job, process) in list(self.running.items()):
             code = process.poll()
             if code is None:
@@ -145,6 +148,7 @@ class Runner:
             elif code != STOPPED and not (self.stopping and code == -signal.SIGTERM):
                 self.failed.append(job.label)
                 print(f"error: {job.label} ended with code {code}; see {job.folder}/output.txt", file=sys.stderr)
+        return len(self.running) < before
 
     def stop(self) -> None:
         """Ask every run to save and stop, once."""

@@ -96,9 +96,7 @@ def test_links_and_anchors_resolve(page: Path) -> None:
 def test_named_files_and_modules_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     paths = set(re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w/.-]*\w", text))
-    paths |= {
-        f"{module.replace('.', '/')}.py" for module in re.findall(r"python -m ((?:benchmarks|tests)\.[a-z_.]+)", text)
-    }
+    paths |= {module.replace(".", "/") for module in re.findall(r"python -m ((?:benchmarks|tests)\.[a-z_.]+)", text)}
     names = {path.name for path in FILES}
     missing = {path for path in paths if not (ROOT / path).exists() and not (ROOT / f"{path}.py").exists()}
     missing |= {name for name in re.findall(r"`(\w+\.py)`", text) if name not in names}

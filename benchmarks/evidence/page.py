@@ -1,0 +1,158 @@
+"""docs/evidence.md: for each claim a verdict in words, a figure, a table, the command and the time that it took."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from benchmarks.evidence.claims import FOLDER, Claim, Comparison, Expectation
+from benchmarks.evidence.jobs import RESULTS
+from benchmarks.evidence.measures import MEASURES, Interval, Verdict
+from benchmarks.evidence.picture import draw_claim
+from benchmarks.evidence.run import OVERALL, best_value, level, look, seeds_wanted, wanted
+from longcat.errors import ConfigError
+
+PAGE = Path("docs/evidence.md")
+FEW = 4  # comparisons that are also told in sentences; more are a table alone
+HEAD = """# Evidence
+
+The technical report's claims about its model, tried again at a size that any machine can train: one experiment for each
+claim of its evidence. Every claim was **registered before its first run**: a file of
+[evidence/claims](evidence/claims) names the arms, what is equal between them, the measure, the number of seeds and what
+counts as shown. Arms share seed, data order and the initial values of all tensors whose shapes agree, so what is judged
+is the difference between two runs of one seed. A claim that this size does not show is reported so, with the size of
+effect that would have been seen.
+
+- *Shown*: the whole interval lies on the expected side of zero (or, for "equal", inside the margin). *Refuted*: it lies
+  wholly on the other side. *Not shown*: neither. A claim is shown where all of its comparisons are.
+- Intervals hold with {overall} over both looks at the data: the first after the smaller number of seeds, the second,
+  only where the first decides nothing, after the larger.
+- `python -m benchmarks.evidence run --workers 2` makes all runs again, one thread each, and resumes when it was
+  stopped. Each run leaves a small file in the folder evidence/runs. `python -m benchmarks.evidence draw` writes
+  this page. Up to now the runs took {hours} hours of one processor core; {left} of {all} are left.
+
+The model has 2.35M parameters and sees 2 million tokens of Python source
+([evidence.yaml]({experiment})). Effects at this size need not be those of large models.
+
+## Verdicts
+
+{verdicts}
+"""
+
+
+def draw(claims: list[Claim]) -> int:
+    """Write the page and a picture for each claim that has results."""
+    jobs = {job.key: job for claim in claims for _, job in wanted(claim)}
+    results = [job.result for job in jobs.values() if job.result]
+    corpora = {result.corpus for result in results}
+    if len(corpora) > 1:
+        raise ConfigError(
+            f"{RESULTS} has results on {len(corpora)} corpora, which cannot be compared; keep those of one"
+        )
+    rows = [f"| [{claim.title}](#{anchor(claim.title)}) | {claim.report} | {verdict_of(claim)} |" for claim in claims]
+    head = HEAD.format(
+        overall=f"{OVERALL:.0%}".replace("%", " %"),
+        hours=f"{sum(result.seconds for result in results) / 3600:.1f}",
+        left=len(jobs) - len(results),
+        all=len(jobs),
+        experiment="../configs/experiment/evidence.yaml",
+        verdicts="\n".join(["| claim | in the report | here |", "|---|---|---|", *rows]),
+    )
+    PAGE.write_text("\n".join([head, *(section(claim) for claim in claims)]), encoding="utf-8")
+    return 0
+
+
+def anchor(title: str) -> str:
+    """The name that GitHub gives to a heading."""
+    kept = "".join(letter for letter in title.lower() if letter.isalnum() or letter in " -")
+    return kept.replace(" ", "-")
+
+
+def verdict_of(claim: Claim) -> str:
+    """One word for a claim: shown where all comparisons are, refuted where one is, running where runs are missing."""
+    verdicts = {verdict for _, verdict in look(claim, seeds_wanted(claim))}
+    for one in (Verdict.RUNNING, Verdict.REFUTED, Verdict.NOT_SHOWN, Verdict.SHOWN):
+        if one in verdicts:
+            return one
+    return Verdict.OPEN
+
+
+def section(claim: Claim) -> str:
+    """The claim's part of the page."""
+    seeds = seeds_wanted(claim)
+    found = look(claim, seeds)
+    jobs = {job.key: job for _, job in wanted(claim)}
+    results = [job.result for job in jobs.values() if job.result]
+    lines = [f"## {claim.title}", ""]
+    lines += [
+        f"**{verdict_of(claim).capitalize()}.** In the report: {claim.report}. Equal here: {claim.equal}".strip(),
+        "",
+    ]
+    for comparison, (bounds, verdict) in zip(claim.comparisons, found, strict=True):
+        if verdict != Verdict.RUNNING and len(claim.comparisons) <= FEW:
+            lines.append(f"- {sentence(claim, comparison, bounds, verdict)}")
+    if claim.notes:
+        lines += [*([""] if lines[-1] else []), claim.notes.strip()]
+    picture = Path("docs/images/evidence") / f"{claim.name}.png"
+    if draw_claim(claim, seeds, picture):
+        lines += ["", f"![{claim.title}: losses and paired differences]({picture.relative_to('docs')})"]
+    lines += ["", *table(claim, found), "", "Arms:", ""]
+    for arm in claim.arms.values():
+        tuned = best_value(claim, arm.name) if claim.tuning else None
+        rate = f"; {claim.tuning.key} {tuned:g}" if claim.tuning and tuned is not None else ""
+        lines.append(f"- `{arm.name}`: {arm.what}{rate}")
+    hours = sum(result.seconds for result in results) / 3600
+    lines += [
+        "",
+        f"[Registered]({FOLDER.name}/claims/{claim.name}.yaml); {len(results)} of {len(jobs)} runs, {hours:.1f} hours "
+        f"of one core (claims share runs of the same configuration). "
+        f"`python -m benchmarks.evidence run {claim.name}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def table(claim: Claim, found: list[tuple[Interval, str]]) -> list[str]:
+    """One row for each comparison."""
+    lines = ["| difference | measure | expected | mean | interval | seeds | verdict |", "|---|---|---|---|---|---|---|"]
+    for comparison, (bounds, verdict) in zip(claim.comparisons, found, strict=True):
+        measure = MEASURES[comparison.measure]
+        unit = f", {measure.unit}" if measure.unit else ""
+        expected = {
+            Expectation.below: "below 0",
+            Expectation.above: "above 0",
+            Expectation.equal: f"within ±{comparison.margin:g}",
+            Expectation.open: "",
+        }[comparison.expect]
+        span = "" if math.isnan(bounds.low) else f"{number(bounds.low)} to {number(bounds.high)}"
+        average = "" if math.isnan(bounds.mean) else number(bounds.mean)
+        lines.append(
+            f"| {comparison.first} − {comparison.second} | {measure.title}{unit} | {expected} | {average} | {span} | "
+            f"{bounds.seeds} | {verdict} |"
+        )
+    return lines
+
+
+def sentence(claim: Claim, comparison: Comparison, bounds: Interval, verdict: str) -> str:
+    """The comparison's outcome in words."""
+    measure = MEASURES[comparison.measure]
+    if math.isnan(bounds.low):
+        return (
+            f"{verdict}: runs of `{comparison.first}` or `{comparison.second}` ended with numbers that are not finite."
+        )
+    side = "below" if bounds.mean < 0 else "above"
+    unit = f" {measure.unit}" if measure.unit else ""
+    text = (
+        f"`{comparison.first}` ends {number(abs(bounds.mean), sign=False)}{unit} {side} `{comparison.second}` in "
+        f"{measure.title}, ± {number(bounds.half_width, sign=False)} ({level(claim) * 100:g} % interval, "
+        f"{bounds.seeds} seeds): {verdict}."
+    )
+    if verdict == Verdict.NOT_SHOWN:
+        text += f" A difference of {number(bounds.half_width, sign=False)} would have been told from none."
+    return text
+
+
+def number(value: float, sign: bool = True) -> str:
+    """Three decimals, or three digits for small ones, with a real minus."""
+    digits = 3 if abs(value) >= 0.01 or value == 0 else 4
+    return (f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}").replace("-", "−")

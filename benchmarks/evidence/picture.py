@@ -1,0 +1,88 @@
+"""The picture of one claim: each arm's validation loss over training, and the paired differences with intervals."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.claims import Claim, Expectation
+from benchmarks.evidence.jobs import COLUMNS
+from benchmarks.evidence.measures import MEASURES, interval
+from benchmarks.evidence.run import differences, judged_job, level
+from benchmarks.growth_picture import INK, SOFT, STYLE, few_colours
+from train.report.theme import PALETTE_LIGHT
+
+TINT = "#e9eef5"  # the margin within which a difference counts as none
+
+
+def draw_claim(claim: Claim, seeds: int, target: Path) -> bool:
+    """Draw the claim into a PNG; False where it has no comparison with two seeds yet."""
+    measures = list(dict.fromkeys(one.measure for one in claim.comparisons))
+    numbers = {one: differences(claim, one.first, one.second, one.measure, seeds) for one in claim.comparisons}
+    finite = {one: [each for each in found if math.isfinite(each)] for one, found in numbers.items()}
+    if not any(len(found) > 1 for found in finite.values()):
+        return False
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = max(sum(one.measure == name for one in claim.comparisons) for name in measures)
+    size = (3.2 + 3.0 * len(measures), 2.2 + 0.3 * rows)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 1 + len(measures), figsize=size, layout="constrained")
+        curves(axes[0], claim, seeds)
+        pairs: list[tuple[str, str]] = []
+        for axis, name in zip(axes[1:], measures, strict=True):
+            chosen = [one for one in claim.comparisons if one.measure == name]
+            differences_chart(axis, claim, [(one, finite[one]) for one in chosen], name)
+            if pairs == [(one.first, one.second) for one in chosen]:
+                axis.set_yticklabels([])  # as in the chart to its left
+            pairs = [(one.first, one.second) for one in chosen]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=130)
+        plt.close(figure)
+    few_colours(target)
+    return True
+
+
+def curves(axis: Any, claim: Claim, seeds: int) -> None:
+    """Mean validation loss of each compared arm over counted FLOPs."""
+    compared = list(dict.fromkeys(arm for one in claim.comparisons for arm in (one.second, one.first)))
+    for number, arm in enumerate(compared):
+        points: dict[int, list[tuple[float, float]]] = {}
+        for seed in range(1, seeds + 1):
+            job = judged_job(claim, arm, seed)
+            for row in job.result.curve if job and job.result else []:
+                step, flops, loss = row[0], row[COLUMNS.index("flops")], row[COLUMNS.index("val_loss")]
+                if step is not None and flops is not None and loss is not None:
+                    points.setdefault(int(step), []).append((flops / 1e12, loss))
+        means = [tuple(sum(part) / len(part) for part in zip(*each, strict=True)) for each in points.values()]
+        if means:
+            x, y = zip(*means, strict=True)
+            axis.plot(x, y, color=PALETTE_LIGHT[number % len(PALETTE_LIGHT)], label=arm, marker="o", markersize=3)
+    axis.set_title("Validation loss,\nmean over seeds")
+    axis.set_xlabel("TFLOPs of training")
+    axis.set_ylabel("nats per token")
+    axis.legend(fontsize=7)
+
+
+def differences_chart(axis: Any, claim: Claim, rows: list[tuple[Any, list[float]]], measure: str) -> None:
+    """A dot for each seed, and the interval of the mean."""
+    margin = max((one.margin for one, _ in rows if one.expect == Expectation.equal), default=0.0)
+    if margin:
+        axis.axvspan(-margin, margin, color=TINT, zorder=0)
+    axis.axvline(0, color=SOFT, linewidth=1)
+    for place, (_, found) in enumerate(rows):
+        axis.plot(found, [place] * len(found), "o", color=PALETTE_LIGHT[0], alpha=0.5, markersize=4)
+        bounds = interval(found, level(claim))
+        if not math.isnan(bounds.low):
+            axis.plot([bounds.low, bounds.high], [place, place], color=INK, linewidth=2)
+            axis.plot([bounds.mean], [place], "D", color=INK, markersize=5)
+    axis.set_yticks(range(len(rows)), [f"{one.first} − {one.second}" for one, _ in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.grid(axis="y", visible=False)
+    axis.set_title(textwrap.fill(f"Difference in {MEASURES[measure].title}", 28))
+    axis.set_xlabel(MEASURES[measure].unit)

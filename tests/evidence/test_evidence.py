@@ -1,0 +1,138 @@
+"""Registered claims, their verdicts, and the models that only experiments have."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.evidence import jobs, run
+from benchmarks.evidence.claims import Claim, Comparison, Expectation, load
+from benchmarks.evidence.measures import MEASURES, Interval, Verdict, interval, judge, t_quantile
+from benchmarks.evidence.variants import VARIANTS
+from longcat.config import ModelConfig
+from longcat.init import initialise
+from longcat.layer import ShortcutLayer
+from longcat.model import LongCat
+from train.compose import compose
+
+CLAIMS = load()
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_every_arm_is_a_valid_run(claim: Claim) -> None:
+    for arm in claim.arms.values():
+        value = claim.tuning.values[0] if claim.tuning else None
+        jobs.Job(claim, arm, 1, value).config.validate()
+        assert not arm.variant or arm.variant in VARIANTS
+    assert all(one.measure in MEASURES for one in claim.comparisons)
+
+
+def test_equal_runs_are_made_once() -> None:
+    """Three claims compare with the same model: they ask for one run of it."""
+    arms = [("identity_experts", "identity"), ("shortcut", "shortcut"), ("scale_correction", "corrected")]
+    keys = {jobs.Job(CLAIMS[claim], CLAIMS[claim].arms[arm], 3, 6e-3).key for claim, arm in arms}
+    assert len(keys) == 1
+    assert jobs.Job(CLAIMS["shortcut"], CLAIMS["shortcut"].arms["none"], 3, 6e-3).key not in keys
+    grown = CLAIMS["growth"].arms["grown"]
+    assert jobs.Job(CLAIMS["growth"], grown, 1).key != jobs.Job(CLAIMS["growth"], grown, 2).key
+
+
+def test_grown_run_costs_what_full_depth_costs() -> None:
+    from longcat.counts import flops_per_token
+
+    claim = CLAIMS["growth"]
+    full, half, grown = (jobs.Job(claim, claim.arms[name], 1).config for name in ("full", "half", "grown"))
+    step = {one: flops_per_token(config.model, 256) for one, config in (("full", full), ("half", half))}
+    spent = half.train.steps * step["half"] + (grown.train.steps - half.train.steps) * step["full"]
+    assert abs(spent - full.train.steps * step["full"]) < step["full"]
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "known"),
+    [(0.975, 1, 12.706), (0.975, 3, 3.182), (0.975, 9, 2.262), (0.9875, 3, 4.177), (0.95, 30, 1.697)],
+)
+def test_t_quantiles_are_those_of_tables(probability: float, freedom: int, known: float) -> None:
+    assert t_quantile(probability, freedom) == pytest.approx(known, abs=2e-3)
+
+
+def test_interval_of_paired_differences() -> None:
+    found = interval([0.1, 0.2, 0.3, 0.4], 0.95)
+    half = 3.1824 * math.sqrt(0.05 / 3) / 2
+    assert (found.low, found.high) == (pytest.approx(0.25 - half, abs=1e-4), pytest.approx(0.25 + half, abs=1e-4))
+    assert math.isnan(interval([0.1], 0.95).low)
+
+
+@pytest.mark.parametrize(
+    ("expect", "low", "high", "verdict"),
+    [
+        (Expectation.below, -0.3, -0.1, Verdict.SHOWN),
+        (Expectation.below, -0.3, 0.1, Verdict.NOT_SHOWN),
+        (Expectation.below, 0.1, 0.3, Verdict.REFUTED),
+        (Expectation.above, 0.1, 0.3, Verdict.SHOWN),
+        (Expectation.above, -0.3, -0.1, Verdict.REFUTED),
+        (Expectation.equal, -0.04, 0.03, Verdict.SHOWN),
+        (Expectation.equal, -0.04, 0.06, Verdict.NOT_SHOWN),
+        (Expectation.equal, 0.06, 0.09, Verdict.REFUTED),
+        (Expectation.open, 0.06, 0.09, Verdict.OPEN),
+        (Expectation.below, math.nan, math.nan, Verdict.NOT_SHOWN),
+    ],
+)
+def test_verdict_is_the_registered_rule(expect: Expectation, low: float, high: float, verdict: str) -> None:
+    comparison = Comparison("a", "b", "final_loss", expect, 0.05)
+    assert judge(comparison, Interval((low + high) / 2, low, high, 4)) == verdict
+
+
+def test_runs_that_did_not_survive_decide() -> None:
+    below = Comparison("a", "b", "final_loss", Expectation.below)
+    nan = math.nan
+    assert judge(below, Interval(-math.inf, nan, nan, 4)) == Verdict.SHOWN
+    assert judge(below, Interval(math.inf, nan, nan, 4)) == Verdict.REFUTED
+    assert judge(below, Interval(-math.inf, nan, nan, 1)) == Verdict.NOT_SHOWN
+
+
+def test_more_seeds_only_while_undecided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first look decides a clear difference; an unclear one asks for the larger number of seeds."""
+    claim = CLAIMS["shortcut"]
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+
+    def finish(gap: list[float]) -> None:
+        jobs.stored.cache_clear()
+        for _ in range(2):  # the tuning runs, then the judged ones
+            for job in run.queue([claim]):
+                loss = 3.0 + (gap[job.seed - 1] if job.arm.name == "shortcut" and job.seed < 100 else 0.0)
+                result = jobs.Result(job.key, 0, job.overrides, "", job.seed, "", "", "", 1.0, [[500, 1, 1.0, loss]])
+                (tmp_path / f"{job.key}.json").write_text(json.dumps(vars(result)))
+            jobs.stored.cache_clear()
+
+    finish([0.001, 0.002, -0.001, 0.0])
+    assert run.seeds_wanted(claim) == claim.least and not run.queue([claim])
+    for path in tmp_path.iterdir():
+        path.unlink()
+    finish([0.03, -0.02, 0.01, -0.03, *[0.0] * 6])
+    assert run.seeds_wanted(claim) == claim.most
+    assert {job.seed for job in run.queue([claim])} == set(range(claim.least + 1, claim.most + 1))
+    jobs.stored.cache_clear()
+
+
+def hidden(config: ModelConfig) -> torch.Tensor:
+    """Logits of a small model with weights of seed 0."""
+    model = LongCat(config)
+    initialise(model, config, 0)
+    tokens = torch.arange(16).view(1, 16)
+    return model.logits(tokens).detach()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_changes_the_output_of_equal_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(["model=debug", "model.num_mtp_layers=0", "model.vocab_size=64"]).model
+    monkeypatch.setattr(ShortcutLayer, "forward", ShortcutLayer.forward)  # both are put back after the test
+    for scale in ("query_scale", "latent_scale"):
+        monkeypatch.setattr(ModelConfig, scale, vars(ModelConfig)[scale])
+    before = hidden(config)
+    assert torch.equal(before, hidden(config))
+    VARIANTS[name]()
+    assert not torch.allclose(before, hidden(config), atol=1e-4)
