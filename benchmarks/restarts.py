@@ -49,7 +49,7 @@ def measure_fault(soak: Soak, kind: str) -> tuple[float, float]:
     cluster.wait("steps", lambda: len(cluster.rows() - before) > 7)
     incarnation, ranks = soak.newest("start"), cluster.ranks()
     rank = soak.chance.choice(sorted(ranks))
-    if kind == "node lost" and ranks[rank][1] == "a":
+    if kind == "node lost" and ranks[rank][1] == cluster.first:
         rank = 1 - rank
     pid, node = ranks[rank]
     planted = time.time()

@@ -94,14 +94,19 @@ class Cluster:
     def wait_for_members(self) -> None:
         """Until all nodes that were started have joined."""
         link = Link("127.0.0.1", self.port, find_identity(self.folder, {}), PATIENCE)
-        wanted = len(self.nodes.keys() - self.dead)
-        self.wait("all nodes", lambda: len(link.request(nodes=True)["nodes"]) >= wanted)
+        wanted = self.nodes.keys() - self.dead
+        self.wait("all nodes", lambda: wanted <= {name for _, name, _ in link.request(nodes=True)["nodes"]})
         link.close()
 
     def journal(self) -> list[dict[str, Any]]:
         with suppress(FileNotFoundError):
             return [json.loads(line) for line in (self.folder / "launch.jsonl").read_text().splitlines()]
         return []
+
+    @property
+    def first(self) -> str:
+        """The node that holds the store and decides."""
+        return str(self.journal()[0]["on"][0])
 
     def rows(self) -> set[bytes]:
         """The complete lines of metrics.jsonl."""
@@ -169,7 +174,7 @@ class Soak:
         if is_over() or len(ranks) < 2:  # a node that fails every time was given ranks
             return self.plant(kind)
         rank = self.chance.choice(sorted(ranks))
-        if kind == "node lost" and ranks[rank][1] == next(iter(cluster.nodes)):
+        if kind == "node lost" and ranks[rank][1] == cluster.first:
             rank = 1 - rank
         pid, node = ranks[rank]
         at, step = time.time(), cluster.step()
@@ -182,6 +187,10 @@ class Soak:
 
     def newest(self, event: str) -> int:
         return max((line["incarnation"] for line in self.cluster.journal() if line["event"] == event), default=0)
+
+    def sizes(self) -> list[int]:
+        """Nodes of each start."""
+        return [len(line["on"]) for line in self.cluster.journal() if line["event"] == "start"]
 
     def ended(self, incarnation: int) -> Callable[[], bool]:
         return lambda: self.newest("end") >= incarnation

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,3 +102,42 @@ def test_a_soak_of_thirty_faults_changes_no_bit(overrides: list[str], tmp_path: 
         assert 3 <= len(failed) <= 6, failed  # excluded after three; then only if all others are
         assert list_checkpoints(nodes.folder / "checkpoints")
         write(soak.planted, nodes.journal(), nodes.folder)
+
+
+@pytest.mark.long
+def test_a_lost_node_shrinks_the_run_and_a_new_one_grows_it(overrides: list[str], tmp_path: Path) -> None:
+    """With train.elastic_bits the bits are those of the undisturbed run at every size."""
+    words = [*overrides, *RUN, "train.steps=60", "train.elastic_bits=2"]
+    with cluster([*words, "launch.shrink=true"], tmp_path, 30) as (nodes, _):
+        nodes.wait("steps", lambda: nodes.step() > 6)
+        nodes.lose(next(name for name in nodes.nodes if name != nodes.first))
+        sizes = Soak(nodes, SEED).sizes
+        nodes.wait("a start on one node", lambda: sizes() == [2, 1])
+        known = nodes.rows()
+        nodes.wait("its steps", lambda: len(nodes.rows() - known) > 7)
+        nodes.start("c")
+        nodes.wait_for_members()
+        os.kill(nodes.ranks()[0][0], signal.SIGKILL)
+        assert set(nodes.finish().values()) == {0}, nodes.log()
+        assert sizes() == [2, 1, 2]
+        causes = [(line["cause"], len(line["nodes"])) for line in nodes.journal() if line["event"] == "end"]
+        assert causes == [("node_lost", 1), ("crash", 1), ("done", 0)]
+        assert train_two([*words, "run.name=undisturbed"]) == [0]
+        assert exact(nodes.folder) == exact(tmp_path / "undisturbed")
+
+
+@pytest.mark.long
+def test_numbers_that_come_again_go_back_a_checkpoint(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in step 12, from step 0 and again from checkpoint 10; from checkpoint 5 the run gets past it."""
+    words = [*overrides, *RUN, "train.steps=30"]
+    monkeypatch.setenv("PLANTED_NAN", "12,5")
+    with cluster([*words, "checkpoint.keep=9"], tmp_path, 60) as (nodes, _):
+        assert set(nodes.finish().values()) == {0}, nodes.log()
+        causes = [line["cause"] for line in nodes.journal() if line["event"] == "end"]
+        assert causes == ["unhealthy", "unhealthy", "done"]
+        kept = {path.name for path in (nodes.folder / "checkpoints").iterdir()}
+        assert "step-00000010.abandoned" in kept and "step-00000010" in kept
+        assert train_two([*words, "run.name=undisturbed"]) == [0]
+        assert exact(nodes.folder) == exact(tmp_path / "undisturbed")

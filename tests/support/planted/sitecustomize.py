@@ -2,7 +2,8 @@
 
 A rank looks for the file `$PLANTED_FAULTS/rank-<rank>` before each step, removes it and does what it says: `nan` fills
 every gradient of that step with NaN, `weight` or `moment` flips bits of a tensor at rest. With `PLANTED_CRASH=1` in a
-node's environment each of its ranks fails before its first step.
+node's environment each of its ranks fails before its first step; `PLANTED_NAN=12,5` is NaN in step 12 of each start but
+those from step 5, as if the state that leads there were unsound after step 5.
 """
 
 from __future__ import annotations
@@ -41,16 +42,21 @@ class AfterImport(MetaPathFinder, Loader):
 
 def plant(module: ModuleType) -> None:
     """Let each step look for a fault first."""
+    at, sound = map(int, os.environ.get("PLANTED_NAN", "0,0").split(","))
     plain, asked = module.Stepper.step, Path(os.environ["PLANTED_FAULTS"]) / f"rank-{os.environ['RANK']}"
 
     def step(self: Any, *arguments: Any) -> Any:
         if os.environ.get("PLANTED_CRASH"):
             raise RuntimeError("this node fails every time")
-        try:
-            kind = asked.read_text()
-        except FileNotFoundError:
-            return plain(self, *arguments)
-        asked.unlink()
+        began = vars(self).setdefault("began", self.state.counters.step)
+        if began != sound and self.state.counters.step + 1 == at:
+            kind = "nan"
+        else:
+            try:
+                kind = asked.read_text()
+            except FileNotFoundError:
+                return plain(self, *arguments)
+            asked.unlink()
         from longcat.faults import install_hook
 
         install_hook(hook(kind))
