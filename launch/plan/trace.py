@@ -112,7 +112,7 @@ def trace(config: Config, world_size: int, scope: Scope | None = None) -> Traced
         layers = min(scope.layers, config.model.num_layers)
         config = replace(config, model=replace(config.model, num_layers=layers))
     begun = time.process_time()
-    shard_without_compiler()  # before the first fake tensor, whose mode would import torch's compiler
+    shard_without_compiler()  # hides the fake mode from torch's compiler; converting real tensors still imports it
     recorder, mode = AllocationRecorder(scope.rates), fake_tensor_mode()
     ffn_experts = config.model.expected_ffn_experts if scope.ffn_experts is None else scope.ffn_experts
     with ExitStack() as stack:
