@@ -98,6 +98,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "replay": verbs.replay,
     "checkpoint": verbs.checkpoint,
     "grow": verbs.grow,
+    "transfer": verbs.transfer,
     "counts": verbs.counts,
     "export": verbs.export,
     "import": verbs.import_,

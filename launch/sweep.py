@@ -8,19 +8,22 @@ import os
 import socket
 import sys
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.json_text import dumps
+from train.checkpoint.compatibility import flatten
 from train.checkpoint.files import PARTIAL, write_synced
 from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, compose_tree, from_tree, one_line, quoted, register
+from train.config import Config
 from train.loggers.jsonl import METRICS, rows
-from train.run_dir import EXIT
+from train.run_dir import EXIT, read_config
 
 MULTIRUN = "multirun.yaml"  # Hydra writes it before it checks the values
+SECTIONS = tuple(section.name for section in fields(Config))
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,25 @@ def report(folder: Path, failure: str) -> int:
         print(f"error: the launcher ended the sweep: {failure}; its logs are in {folder}", file=sys.stderr)
     code = next((result.code for result in found if result.code), OK)
     return code or (CRASHED if failure else OK)
+
+
+def best_run(folder: Path) -> Path | None:
+    """The sweep's run with the lowest final loss, averaged over runs that differ in their seed alone; None if none."""
+    losses: dict[str, dict[Path, float]] = {}
+    for result in results(folder):
+        run = Path(result.run)
+        if result.code == OK and math.isfinite(loss := final_loss(run)):
+            losses.setdefault(without_seed(run), {})[run] = loss
+    if not losses:
+        return None
+    best = min(losses.values(), key=lambda runs: sum(runs.values()) / len(runs))
+    return min(best, key=lambda run: best[run])
+
+
+def without_seed(run: Path) -> str:
+    """A run's configuration but for its seed and its name."""
+    flat = flatten({section: values for section, values in read_config(run).items() if section in SECTIONS})
+    return dumps({key: value for key, value in sorted(flat.items()) if key not in ("train.seed", "run.name")})
 
 
 def this_process() -> str:

@@ -249,6 +249,35 @@ def grow(arguments: list[str]) -> int:
     return 0
 
 
+def transfer(arguments: list[str]) -> int:
+    """transfer proxy=RUN model=…   carry the rates and initial scales of a narrow run to a wider model
+
+    longcat transfer proxy=runs/narrow model=flash
+    longcat transfer proxy=runs/rates-sweep model=flash target=conf/experiment/wide.yaml parallel.ep=32
+
+    proxy is a finished run, or a sweep's folder for its best run (lowest loss, averaged over seeds). Writes
+    conf/experiment/MODEL-from-RUN.yaml, or target=DIR/experiment/NAME.yaml: a configuration for
+    `longcat train experiment=NAME` in which each value says where it comes from. Table 1 of the report carries rates
+    over widths alone: other differences are refused, unless transfer.allow=depth,sparsity,batch,shape,vocabulary
+    names them. Other arguments are keys of the target.
+    """
+    from launch.options import split_options
+    from train.compose import OWN_FOLDER
+    from train.transfer import TransferConfig
+    from train.transfer import transfer as write
+
+    options, overrides = split_options(TransferConfig, arguments)
+    if options.proxy and not (Path(options.proxy) / "config.yaml").is_file():
+        from launch.sweep import best_run
+
+        options.proxy = str(best_run(Path(options.proxy)) or options.proxy)
+    path, width = write(options, overrides)
+    folder = "" if str(path.parent.parent) == OWN_FOLDER else f" --config-dir {path.parent.parent}"
+    print(f"{path}: {options.proxy} carried to s = {width:g} times its width")
+    print(f"train it with longcat train experiment={path.stem}{folder}")
+    return 0
+
+
 def plan(arguments: list[str]) -> int:
     """plan key=value … [--json]    say whether a run fits, how fast it would be and what to change; trains nothing
 

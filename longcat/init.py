@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from longcat.config import ModelConfig
-from longcat.names import Box, pieces, role, stored_state, writes_to_residual
+from longcat.names import Box, pieces, stored_state
+from longcat.roles import RULES, Initial, role, writes_to_residual
 
 BLOCK_ELEMENTS = 1 << 16  # a block has as many whole rows as fit into this, and at least one
 
@@ -28,10 +29,10 @@ def fill(
     local: Tensor, stored_name: str, shape: tuple[int, ...], box: Box | None, config: ModelConfig, seed: int
 ) -> None:
     """Fill the local part ``box`` (None = all) of the stored tensor of global ``shape``, in place."""
-    kind = role(stored_name)
-    if not local.is_floating_point() or stored_name.endswith("bias"):
+    initial = RULES[role(stored_name)].initial
+    if not local.is_floating_point() or initial is Initial.zeros:
         local.zero_()
-    elif kind == "norm":
+    elif initial is Initial.ones:
         local.fill_(1.0)
     else:
         std = standard_deviation(stored_name, config)
@@ -42,11 +43,10 @@ def fill(
 
 def standard_deviation(stored_name: str, config: ModelConfig) -> float:
     """A matrix's initial std: smaller for the last matrix of each block, so that noise does not grow with depth."""
-    if role(stored_name) == "embedding":
-        return config.embedding_std
+    std = float(getattr(config, RULES[role(stored_name)].initial.value))
     if writes_to_residual(stored_name):
-        return config.hidden_std / math.sqrt(4 * config.num_layers)  # 2 attention and 2 FFN blocks per layer
-    return config.hidden_std
+        return std / math.sqrt(4 * config.num_layers)  # 2 attention and 2 FFN blocks per layer
+    return std
 
 
 def normal_box(seed: int, name: str, shape: tuple[int, ...], box: Box) -> Tensor:

@@ -86,19 +86,6 @@ def logical_tensors(model: nn.Module, grads: bool = False) -> Iterator[tuple[str
             yield piece.name, stored[piece.index]
 
 
-def role(stored_name: str) -> str:
-    """The parameter's role: embedding, head, router, norm, expert or hidden (everything else)."""
-    if stored_name.startswith("embed_tokens."):
-        return "embedding"
-    if stored_name.startswith("lm_head."):
-        return "head"
-    if "norm" in stored_name:
-        return "norm"
-    if ".router." in stored_name:
-        return "router"
-    return "expert" if ".experts." in stored_name else "hidden"
-
-
 # Parts of the model beside its layers, by which gradient norms are reported; the final norm is part of the head
 OTHER_PARTS = ("embedding", "head", "mtp")
 
@@ -110,8 +97,3 @@ def part_number(stored_name: str, num_layers: int) -> int:
         return int(rest.partition(".")[0])
     part = {"embed_tokens": "embedding", "mtp": "mtp"}.get(first, "head")
     return num_layers + OTHER_PARTS.index(part)
-
-
-def writes_to_residual(stored_name: str) -> bool:
-    """Whether a matrix is the last of a block, whose output is added to the residual stream."""
-    return stored_name.endswith(("o_proj.weight", "down_proj.weight", "experts.down"))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from longcat.documents import to_device
 from longcat.model import LongCat
-from longcat.names import OTHER_PARTS, Box, part_number, role
+from longcat.names import OTHER_PARTS, Box, part_number
+from longcat.roles import role
 from parallel.fsdp.sharding import local_part
 from parallel.memory import StateBytes
 from parallel.mesh import Topology
@@ -107,7 +108,7 @@ class ShardedAdamW:
         self.copies = [pair for pair in self.parameters if id(pair[1]) in seconds and pair[0] not in names]
         by_role: dict[str, list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.parameters:
-            by_role[role(name)].append(parameter)
+            by_role[role(name).value].append(parameter)
         self.optimizer = make_optimizer([{"params": members, "role": kind} for kind, members in by_role.items()])
         for _, parameter in self.parameters:
             self.optimizer.state[parameter] = {

@@ -6,20 +6,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from longcat.errors import ConfigError
+from longcat.roles import RULES
 
 if TYPE_CHECKING:  # the configuration is read without torch
     import torch
 
-DECAYED_ROLES = (
-    "hidden",
-    "expert",
-    "head",
-)  # unpublished: matrices decay, gains, router and embedding do not
-
 
 @dataclass
 class RateScales:
-    """Factors of `optim.lr` by role of a parameter (section 7 divides hidden and head by the width ratio)."""
+    """Factors of `optim.lr` by role of a parameter (longcat/roles.py); `longcat transfer` sets them."""
 
     embedding: float = 1.0  # the embedding
     hidden: float = 1.0  # attention and dense FFN matrices
@@ -64,7 +59,7 @@ def make_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim
     optimize_without_compiler()
     for group in groups:
         group["lr"] = config.lr * getattr(config.lr_scale, group["role"])
-        group["weight_decay"] = config.weight_decay if group["role"] in DECAYED_ROLES else 0.0
+        group["weight_decay"] = config.weight_decay if RULES[group["role"]].decays else 0.0
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from longcat.init import fill
 from longcat.interfaces import install
 from longcat.model import LongCat, Losses
-from longcat.names import OTHER_PARTS, part_number, role
+from longcat.names import OTHER_PARTS, part_number
+from longcat.roles import role
 from parallel.config import Offload, ParallelConfig
 from parallel.deepspeed.flat_partitions import FlatShard, Fragment, by_fragment, fragments
 from parallel.deepspeed.options import check

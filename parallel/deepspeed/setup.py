@@ -16,7 +16,7 @@ from longcat.init import fill
 from longcat.interfaces import UnshardedVocabulary
 from longcat.model import LongCat
 from longcat.moe import Experts
-from longcat.names import role
+from longcat.roles import role
 from parallel.config import Offload, ParallelConfig, Sharding
 from parallel.mesh import Topology
 
@@ -141,7 +141,7 @@ def parameter_groups(model: LongCat, ep: int) -> list[dict[str, Any]]:
     """One group per role, MTP's separate: while MTP is off its moments and steps must not change."""
     members: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for name, weight in model.named_parameters():
-        members[role(name), name.startswith("mtp.")].append(weight)
+        members[role(name).value, name.startswith("mtp.")].append(weight)
     groups = []
     for (kind, mtp), weights in members.items():
         group = {"params": weights, "role": kind, "mtp": mtp, "name": f"{kind}{'-mtp' * mtp}"}

@@ -14,8 +14,9 @@ from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from longcat.generation import Decoder, Sampler, SamplingParams, generate
 from longcat.model import LongCat
-from longcat.names import role, stored_state
+from longcat.names import stored_state
 from longcat.ops.attention import QUERY_BLOCK
+from longcat.roles import role
 from tests.longcat.peers import BASE, our_model, plain_peer, randomise
 
 TOLERANCE = 2e-5  # of the largest logit

@@ -7,7 +7,8 @@ import torch
 
 from longcat.init import BLOCK_ELEMENTS, fill, initialise, normal_box
 from longcat.model import LongCat
-from longcat.names import logical_tensors, pieces, role, stored_state
+from longcat.names import logical_tensors, pieces, stored_state
+from longcat.roles import role
 from train.compose import compose
 
 CONFIG = compose(["model=debug"]).model
