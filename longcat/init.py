@@ -43,7 +43,8 @@ def fill(
 
 def standard_deviation(stored_name: str, config: ModelConfig) -> float:
     """A matrix's initial std: smaller for the last matrix of each block, so that noise does not grow with depth."""
-    std = float(getattr(config, RULES[role(stored_name)].initial.value))
+    stds = {Initial.embedding_std: config.embedding_std, Initial.hidden_std: config.hidden_std}
+    std = stds[RULES[role(stored_name)].initial]
     if writes_to_residual(stored_name):
         return std / math.sqrt(4 * config.num_layers)  # 2 attention and 2 FFN blocks per layer
     return std

@@ -219,8 +219,8 @@ def header(proxy: Path, stored: dict[str, Any], full: Config, width: float, allo
     old, new = stored["model"], full.model
     lines = [
         f"{new.name} with the hyperparameters of {proxy} ({old['name']}), written by `longcat transfer`.",
-        f"s = {new.hidden_size} / {old['hidden_size']} = {width:g}. Table 1 of the report: initial variance and learning rate",
-        "of hidden matrices and head ÷ s, those of the embedding unchanged. What it leaves open:",
+        f"s = {new.hidden_size} / {old['hidden_size']} = {width:g}. Table 1 of the report: initial variance and",
+        "learning rate of hidden matrices and head ÷ s, those of the embedding unchanged. What it leaves open:",
         "docs/decisions/2026-11-29-transfer.md. Each value says where it comes from; keys that are not here have their",
         "defaults: layout, micro-batches, checkpoints and logging are the target's own.",
     ]

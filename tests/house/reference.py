@@ -19,6 +19,7 @@ from train.checkpoint.grow import GrowConfig
 from train.compose import compose
 from train.huggingface.export import ExportOptions
 from train.huggingface.import_folder import ImportOptions
+from train.transfer import TransferConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "keys.md"
 VERBS = {
@@ -26,6 +27,7 @@ VERBS = {
     "import": ImportOptions,
     "generate": GenerateOptions,
     "grow": GrowConfig,
+    "transfer": TransferConfig,
     "slurm": SlurmOptions,
     "plan": PlanOptions,
 }

@@ -116,10 +116,10 @@ def test_commands_parse(page: Path) -> None:
             compose(split_options(Arguments, [word for word in words if word not in ("--json", "search")])[1])
         elif verb in reference.VERBS:
             _, words = split_options(reference.VERBS[verb], words)
-            assert verb == "import" or not words, f"longcat {verb} has no options {words}"
+            assert verb in ("import", "transfer") or not words, f"longcat {verb} has no options {words}"
         if verb == "train" and "-m" in words:
             check_keys([word for word in words if word != "-m"], sweep=True)
-        elif verb in ("train", "check", "data", "counts", "import"):
+        elif verb in ("train", "check", "data", "counts", "import", "transfer"):
             compose([word for word in words if (verb, word) != ("train", "plan=true")])
 
 
