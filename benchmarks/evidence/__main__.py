@@ -13,6 +13,7 @@ import argparse
 import sys
 
 from benchmarks.common import print_table
+from benchmarks.evidence import widths
 from benchmarks.evidence.claims import Claim, load
 from benchmarks.evidence.page import draw
 from benchmarks.evidence.run import look, run, seeds_wanted, wanted
@@ -26,7 +27,7 @@ def status(claims: list[Claim]) -> int:
         jobs = {job.key: job for _, job in wanted(claim)}
         results = [job.result for job in jobs.values() if job.result]
         hours = sum(result.seconds for result in results) / 3600
-        verdicts = ", ".join(verdict for _, verdict in look(claim, seeds_wanted(claim)))
+        verdicts = ", ".join(verdict for _, verdict in look(claim, seeds_wanted(claim))) or widths.verdict()
         rows.append([claim.name, f"{len(results)} of {len(jobs)}", f"{hours:.1f}", verdicts])
     print_table("evidence", ["claim", "runs", "hours of one core", "comparisons"], rows)
     return OK
@@ -40,13 +41,13 @@ def main() -> int:
     parser.add_argument("--hours", type=float, default=1e6, help="save and stop after this long")
     arguments = parser.parse_args()
     try:
-        known = load()
+        known = load() | {widths.NAME: widths.load().claim}
         if unknown := set(arguments.claims) - set(known):
             parser.error(f"unknown claims {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         claims = [known[name] for name in arguments.claims or known]
         if arguments.action == "run":
             return run(claims, arguments.workers, arguments.hours)
-        return status(claims) if arguments.action == "status" else draw(list(known.values()))
+        return status(claims) if arguments.action == "status" else draw(list(load().values()))
     except LongCatError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -42,6 +42,7 @@ class Arm:
     overrides: tuple[str, ...] = ()
     variant: str = ""  # a function of benchmarks/evidence/variants.py that changes the model
     grown: Growth | None = None
+    turn: int = 0  # rounds that its runs come later than others of the same seed
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from benchmarks.evidence import widths
 from benchmarks.evidence.claims import FOLDER, Claim, Comparison, Expectation
 from benchmarks.evidence.jobs import RESULTS
 from benchmarks.evidence.measures import MEASURES, Interval, Verdict
-from benchmarks.evidence.picture import draw_claim
+from benchmarks.evidence.picture import draw_claim, draw_widths
 from benchmarks.evidence.run import OVERALL, best_value, level, look, seeds_wanted, wanted
 from longcat.errors import ConfigError
 
@@ -42,7 +43,9 @@ The model has 2.35M parameters and sees 2 million tokens of Python source
 
 def draw(claims: list[Claim]) -> int:
     """Write the page and a picture for each claim that has results."""
-    jobs = {job.key: job for claim in claims for _, job in wanted(claim)}
+    sweep = widths.load().claim
+    drawn = draw_widths(widths.load(), Path(f"docs/images/evidence/{widths.NAME}.png"))
+    jobs = {job.key: job for claim in [*claims, sweep] for _, job in wanted(claim)}
     results = [job.result for job in jobs.values() if job.result]
     corpora = {result.corpus for result in results}
     if len(corpora) > 1:
@@ -50,6 +53,7 @@ def draw(claims: list[Claim]) -> int:
             f"{RESULTS} has results on {len(corpora)} corpora, which cannot be compared; keep those of one"
         )
     rows = [f"| [{claim.title}](#{anchor(claim.title)}) | {claim.report} | {verdict_of(claim)} |" for claim in claims]
+    rows.append(f"| [{sweep.title}](#{anchor(sweep.title)}) | {sweep.report} | {widths.verdict()} |")
     head = HEAD.format(
         overall=f"{OVERALL:.0%}".replace("%", " %"),
         hours=f"{sum(result.seconds for result in results) / 3600:.1f}",
@@ -58,7 +62,7 @@ def draw(claims: list[Claim]) -> int:
         experiment="../configs/experiment/evidence.yaml",
         verdicts="\n".join(["| claim | in the report | here |", "|---|---|---|", *rows]),
     )
-    PAGE.write_text("\n".join([head, *(section(claim) for claim in claims)]), encoding="utf-8")
+    PAGE.write_text("\n".join([head, *(section(claim) for claim in claims), *widths.section(drawn)]), encoding="utf-8")
     return 0
 
 

@@ -11,6 +11,7 @@ from benchmarks.evidence.claims import Claim, Expectation
 from benchmarks.evidence.jobs import COLUMNS
 from benchmarks.evidence.measures import MEASURES, interval
 from benchmarks.evidence.run import differences, judged_job, level
+from benchmarks.evidence.widths import PARAMETERISATIONS, TABLE, Sweep
 from benchmarks.growth_picture import INK, SOFT, STYLE, few_colours
 from train.report.theme import PALETTE_LIGHT
 
@@ -86,3 +87,40 @@ def differences_chart(axis: Any, claim: Claim, rows: list[tuple[Any, list[float]
     axis.grid(axis="y", visible=False)
     axis.set_title(textwrap.fill(f"Difference in {MEASURES[measure].title}", 28))
     axis.set_xlabel(MEASURES[measure].unit)
+
+
+def draw_widths(sweep: Sweep, target: Path) -> bool:
+    """Loss over rate, a line for each width, without and with Table 1; False before three rates of a width are done."""
+    lines = {
+        (kind, width): {rate: loss for rate, loss in sweep.losses(kind, width).items() if math.isfinite(loss)}
+        for kind in PARAMETERISATIONS
+        for width in sweep.widths
+    }
+    if all(len(losses) < 3 for losses in lines.values()):
+        return False
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), sharey=True, layout="constrained")
+        for axis, (kind, title) in zip(axes, PARAMETERISATIONS.items(), strict=True):
+            for number, width in enumerate(sweep.widths):
+                losses = lines[kind, width]
+                colour = PALETTE_LIGHT[number]
+                axis.plot(list(losses), list(losses.values()), "o-", color=colour, label=str(width), markersize=3)
+                best = sweep.best(kind, width)
+                if best:
+                    axis.plot([best], [losses[best]], "D", color=colour, markersize=7)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sweep.rates, [f"{rate:g}" for rate in sweep.rates], rotation=45)
+            axis.set_title(textwrap.fill(title[0].upper() + title[1:], 40))
+            axis.set_xlabel("learning rate at the proxy's width" if kind == TABLE else "learning rate")
+        axes[0].set_ylabel("validation loss, nats per token")
+        axes[0].legend(title="width")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=130)
+        plt.close(figure)
+    few_colours(target)
+    return True

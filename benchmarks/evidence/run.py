@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.evidence.claims import Claim
 from benchmarks.evidence.jobs import Job
 from benchmarks.evidence.measures import MEASURES, Interval, Verdict, interval, judge
+from benchmarks.evidence.widths import register_forecast
 from longcat.errors import OK, STOPPED, UNHEALTHY, LongCatError
 
 OVERALL = 0.95  # confidence of a claim's intervals over both looks at the data
@@ -81,7 +82,7 @@ def wanted(claim: Claim) -> list[tuple[int, Job]]:
             rounds += [(0, Job(claim, arm, claim.tuning.seed, value)) for value in claim.tuning.values]
     for seed in range(1, seeds_wanted(claim) + 1):
         jobs = (judged_job(claim, arm, seed) for arm in claim.arms)
-        rounds += [(seed, job) for job in jobs if job]
+        rounds += [(seed + job.arm.turn, job) for job in jobs if job]
     return rounds
 
 
@@ -112,6 +113,7 @@ class Runner:
         waiting = queue(self.claims)
         while True:
             if self.collect():
+                register_forecast()
                 waiting = queue(self.claims)
             left = [job for job in waiting if job.key not in self.running and job.label not in self.failed]
             ready = [job for job in left if job.source is None or job.source.result is not None]

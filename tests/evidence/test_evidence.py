@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.evidence import jobs, run
+from benchmarks.evidence import jobs, run, widths
 from benchmarks.evidence.claims import Claim, Comparison, Expectation, load
 from benchmarks.evidence.measures import MEASURES, Interval, Verdict, interval, judge, t_quantile
 from benchmarks.evidence.variants import VARIANTS
@@ -136,3 +137,67 @@ def test_variant_changes_the_output_of_equal_weights(name: str, monkeypatch: pyt
     assert torch.equal(before, hidden(config))
     VARIANTS[name]()
     assert not torch.allclose(before, hidden(config), atol=1e-4)
+
+
+def finish_grid(folder: Path, loss: Callable[[str, int, float], float]) -> None:
+    """Store a result for each run of the grid of widths."""
+    sweep = widths.load()
+    for kind in widths.PARAMETERISATIONS:
+        for width in sweep.widths:
+            for rate in sweep.rates:
+                for job in sweep.jobs(kind, width, rate):
+                    row: list[float | None] = [400, 1, 1.0, loss(kind, width, rate)]
+                    result = jobs.Result(job.key, 0, job.overrides, "", job.seed, "", "", "", 1.0, [row])
+                    (folder / f"{job.key}.json").write_text(json.dumps(vars(result)))
+    jobs.stored.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("plain_steps", "table_steps", "verdict"),
+    [(3, 0, Verdict.SHOWN), (3, 1, Verdict.SHOWN), (1, 0, Verdict.NOT_SHOWN), (3, 2, Verdict.REFUTED)],
+)
+def test_transfer_is_judged_by_the_registered_rule(
+    plain_steps: int, table_steps: int, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best rate moves down with the width by so many steps of the grid; the loss falls by a power law."""
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+    sweep = widths.load()
+
+    def loss(kind: str, width: int, rate: float) -> float:
+        down = {widths.PLAIN: plain_steps, widths.TABLE: table_steps}[kind] * math.log(width / 32, 8)
+        best = 1.6e-2 / 2 ** round(down)
+        return 40 * sweep.active(width) ** -0.2 * (1 + 0.002 * abs(math.log2(rate / best)))
+
+    finish_grid(tmp_path, loss)
+    assert widths.verdict() == verdict
+    assert widths.load().best(widths.PLAIN, sweep.widest) == pytest.approx(1.6e-2 / 2**plain_steps)
+    if table_steps == 0:
+        found = widths.forecast()
+        assert found is not None
+        assert found["exponent"] == pytest.approx(0.2, abs=1e-6)
+        assert found["loss"] == pytest.approx(40 * sweep.active(sweep.widest) ** -0.2)
+        assert sweep.regret(widths.TABLE, sweep.widest) == 0
+    jobs.stored.cache_clear()
+
+
+def test_both_parameterisations_are_one_at_the_proxy() -> None:
+    sweep = widths.load()
+    kinds = list(widths.PARAMETERISATIONS)
+    for width in sweep.widths:
+        keys = {sweep.jobs(kind, width, sweep.rates[0])[0].key for kind in kinds}
+        assert len(keys) == (1 if width == sweep.proxy else 2)
+
+
+def test_widest_model_runs_after_its_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs of narrower widths, of every seed, come before the widest one's."""
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+    order = [job.config.model.hidden_size for job in run.queue([widths.load().claim])]
+    first = order.index(widths.load().widest)
+    assert set(order[first:]) == {widths.load().widest}
+
+
+def test_runs_of_other_seeds_are_composed_alike() -> None:
+    """Seed and rate are set on a composed configuration; the result is what composing them gives."""
+    job = jobs.Job(CLAIMS["shortcut"], CLAIMS["shortcut"].arms["shortcut"], 7, 3e-3)
+    assert job.config == compose(job.overrides)
+    assert (job.config.train.seed, job.config.optim.lr) == (7, 3e-3)
