@@ -82,7 +82,7 @@ def build_session(config: Config) -> Session:
     state = run.build_state(config, topology)
     run.decide_num_chunks(chunks, state, config, None, SilentTerminal())
     samples, validator = run.build_data(config, topology)
-    stepper = Stepper(state, BatchReader(samples, config, topology), config, topology)
+    stepper = Stepper(state, BatchReader(samples, config, topology, reads_ahead=True), config, topology)
     return Session(config, topology, state, stepper, validator)
 
 
@@ -153,6 +153,7 @@ class Session:
 
     def close(self) -> None:
         """Release the model's resources and leave the process group."""
+        self._stepper.reader.close()
         self.state.engine.close()
         if dist.is_initialized():
             dist.destroy_process_group()

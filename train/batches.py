@@ -38,16 +38,18 @@ class Batch:
 class BatchReader:
     """Divides a global batch into micro-batches; data-parallel rank r reads the r-th contiguous share of them.
 
-    With `train.elastic_bits` it reads those of its virtual ranks.
+    With `train.elastic_bits` it reads those of its virtual ranks. ``reads_ahead``: a thread reads the next global batch
+    while this one is trained on, until `close`.
     """
 
-    def __init__(self, samples: TokenSamples, config: Config, topology: Topology) -> None:
+    def __init__(self, samples: TokenSamples, config: Config, topology: Topology, *, reads_ahead: bool = False) -> None:
         self.samples = samples
         self.config = config
         self.topology = topology
         self.size = config.train.micro_batch_size
         self.num_micro_batches = config.train.global_batch_size // self.size
         self.left_out = SampleRanges()  # samples that are passed over; positions count the others
+        self.reads_ahead = reads_ahead
         self.ahead = ReadAhead(lambda number: self.samples[number])
 
     def numbers(self, data_rank: int) -> list[int]:
@@ -61,22 +63,16 @@ class BatchReader:
     def read(self, first_sample: int, data_rank: int | None = None) -> Iterator[Batch]:
         """The micro-batches of a data rank, by default this one, of the global batch ``first_sample`` ..., in order.
 
-        The next global batch's samples of this rank are then read ahead.
+        With ``reads_ahead`` the next global batch's samples of this rank are then read ahead.
         """
         numbers = self.numbers(self.topology.data_rank if data_rank is None else data_rank)
         places = self._places(first_sample, numbers)
-        if data_rank is not None:  # a neighbour's; what was read ahead stays
-            windows = [self.samples[place] for place in places]
-        else:
-            windows = self.ahead.take(places)
+        is_own = data_rank is None  # else a neighbour's, and what was read ahead stays
+        windows = self.ahead.take(places) if is_own else self.ahead.read(places)
+        if is_own and self.reads_ahead:
             self.ahead.ask(self._places(first_sample + self.config.train.global_batch_size, numbers))
         for first in range(0, len(windows), self.size):
             yield self.to_batch(torch.from_numpy(np.stack(windows[first : first + self.size])))
-
-    def micro_batch(self, first_sample: int) -> Batch:
-        """The samples at the positions ``first_sample`` ... ``first_sample + micro_batch_size - 1``."""
-        windows = self.ahead.take(self._places(first_sample, [0]))
-        return self.to_batch(torch.from_numpy(np.stack(windows)))
 
     def close(self) -> None:
         """End the thread that reads ahead."""

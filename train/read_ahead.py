@@ -11,7 +11,10 @@ Windows = list[np.ndarray]  # int64 [S + 1] each
 
 
 class ReadAhead:
-    """Reads samples in one thread, which alone calls ``read``: corpora keep what they have read, without a lock."""
+    """Reads samples in one thread, which alone calls ``read``: corpora keep what they have read, without a lock.
+
+    Until the first ``ask`` there is no thread, and samples are read where they are taken.
+    """
 
     def __init__(self, read: Callable[[int], np.ndarray]) -> None:
         self._read = read
@@ -28,7 +31,13 @@ class ReadAhead:
         asked, self._asked = self._asked, None
         if asked is not None and asked[0] == tuple(numbers) and asked[1].exception() is None:
             return asked[1].result()
-        return self._submit(tuple(numbers)).result()
+        return self.read(numbers)
+
+    def read(self, numbers: Sequence[int]) -> Windows:
+        """Other samples, now; what was asked for stays."""
+        if self._thread is None:
+            return self._windows(tuple(numbers))
+        return self._thread.submit(self._windows, tuple(numbers)).result()
 
     def forget(self) -> None:
         """Give up what was asked for."""
@@ -46,4 +55,7 @@ class ReadAhead:
     def _submit(self, numbers: tuple[int, ...]) -> Future[Windows]:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        return self._thread.submit(lambda: [self._read(number) for number in numbers])
+        return self._thread.submit(self._windows, numbers)
+
+    def _windows(self, numbers: tuple[int, ...]) -> Windows:
+        return [self._read(number) for number in numbers]

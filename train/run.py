@@ -110,7 +110,7 @@ def run_steps(
         if unused is not None:
             terminal.note(unused)
         logger = open_loggers(config, state.counters.step, terminal.note)
-    stepper = Stepper(state, BatchReader(train_samples, config, topology), config, topology)
+    stepper = Stepper(state, BatchReader(train_samples, config, topology, reads_ahead=True), config, topology)
     if stepper.guard.note:
         terminal.note(stepper.guard.note)
     loop = Loop(state, stepper, validator, config, topology, peak, logger, terminal, stop_signal)

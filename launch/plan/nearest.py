@@ -88,7 +88,3 @@ def _candidates(
             continue
         if wanted(one):
             yield one
-
-
-def _with_ranks(options: PlanOptions, ranks: int) -> PlanOptions:
-    return PlanOptions(**{**vars(options), "ranks": ranks})

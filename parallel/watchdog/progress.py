@@ -7,6 +7,7 @@ then in no span; it is in these counts, which all ranks of a group make in the s
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
@@ -43,17 +44,15 @@ class GroupProgress(NamedTuple):
 class _Counts:
     def __init__(self, name: str, ranks: str) -> None:
         self.name, self.ranks = name, ranks
-        self.issued = self.completed = 0
+        self.issued = 0
         self.marks: deque[Mark] = deque()
+        self._lock = threading.Lock()
 
     def look(self) -> None:
-        """Called by two threads: a mark is counted by the one that takes it."""
-        while self.marks and self.marks[0].query():
-            try:
+        """Count what is completed; called by the training thread and by the watchdog's."""
+        with self._lock:
+            while self.marks and self.marks[0].query():
                 self.marks.popleft()
-            except IndexError:
-                return
-            self.completed += 1
 
 
 class DeviceProgress:

@@ -32,6 +32,26 @@ def test_reads_while_the_caller_computes() -> None:
     assert len(threads) == 1 and threads != {threading.current_thread().name}
 
 
+def test_other_samples_leave_what_was_asked_for() -> None:
+    """A replay reads a neighbour's samples: in the same thread, since corpora have no lock."""
+    threads, read = set(), []
+
+    def note(number: int) -> np.ndarray:
+        threads.add(threading.current_thread().name)
+        read.append(number)
+        return np.full(3, number)
+
+    ahead = ReadAhead(note)
+    assert [int(window[0]) for window in ahead.read([3])] == [3]
+    assert threads == {threading.current_thread().name}, "there is a thread although nothing was asked for"
+    threads.clear()
+    ahead.ask([4])
+    assert [int(window[0]) for window in ahead.read([8])] == [8]
+    assert [int(window[0]) for window in ahead.take([4])] == [4]
+    ahead.close()
+    assert read == [3, 4, 8] and len(threads) == 1 and threads != {threading.current_thread().name}
+
+
 def test_an_error_ahead_is_raised_when_it_is_needed() -> None:
     def read(number: int) -> np.ndarray:
         if number == 7:
