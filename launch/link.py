@@ -101,6 +101,9 @@ class Link:
         while True:
             try:
                 self.socket, self.file = self._connect()
+                if self.has_ended:  # by another thread, meanwhile
+                    self.close()
+                    raise StoreLostError(f"this node has left the store of the run at {self.address}")
                 return
             except StoreLostError:
                 raise
@@ -164,8 +167,12 @@ class StoreFleet:
 
 def describe_other_run(address: str, ours: Identity, theirs: Identity) -> str:
     """What tells two runs at one address apart, in a line."""
-    key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
     return (
-        f"the store at {address} is that of another run: {key} is {theirs.get(key) or 'none'} there and "
-        f"{ours.get(key) or 'none'} here; give each run a launch.rendezvous of its own"
+        f"the store at {address} is that of another run: {difference(ours, theirs)}; give each run a "
+        f"launch.rendezvous of its own"
     )
+
+
+def difference(ours: Identity, theirs: Identity) -> str:
+    key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+    return f"{key} is {theirs.get(key) or 'none'} there and {ours.get(key) or 'none'} here"

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
-from launch.claims import Claim, Claims
-from launch.link import Link, OtherProgramError, StoreLostError
+from launch.claims import Claim, ClaimError, Claims
+from launch.link import Link, OtherProgramError, StoreLostError, difference
 from launch.rendezvous import Place
 from launch.store import DEPARTED_SECONDS, IN_USE, READY, Identity
 from longcat.errors import ConfigError
@@ -20,6 +21,7 @@ RETRY_SECONDS = 0.5
 SILENT_SECONDS = 30.0  # for which what listens at the address may be a store that is only slow
 ALIVE_SECONDS = 2.0  # of silence: the first node gives a sign of life every half second
 CHECK_SECONDS = 2.0  # between the first node's looks for a claim above its own
+RENEWALS = 4  # of the lease within the time after which it is old
 TURN_SECONDS = 2.0  # between the attempts of the nodes to become the first one
 LAST_TURN = 30
 
@@ -29,6 +31,7 @@ class Meeting:
 
     With `claims`, whoever starts a store claims the next number in the run folder, and the highest claim holds: nodes
     that have lost their store or their first node meet there, and a first node whose claim is not the highest gives up.
+    No node claims the next number while the first one's lease is renewed.
 
     Args:
         claims: of the run folder; None where the loss of the store ends the run.
@@ -43,7 +46,9 @@ class Meeting:
         self.place, self.identity, self.claims, self.timeout, self.stopped = place, identity, claims, timeout, stopped
         self.server: subprocess.Popen[str] | None = None
         self.number = 0  # of the claim of the store that this node is connected to
-        self.checked = 0.0
+        self.own = self.end_number = 0  # of this node's claims: of its store, of the run's end
+        self.checked = self.renewed = 0.0
+        self.seen: dict[int, float] = {}  # other runs' claims → when their leases had been renewed at the first look
         self.silent_since: float | None = None
 
     @property
@@ -58,15 +63,21 @@ class Meeting:
             deadline: of `time.monotonic`.
 
         Raises:
-            ConfigError: nobody is at the address, another program or another run is.
+            ConfigError: nobody is at the address, another program or another run is, or another has the run folder.
+            ClaimError: the run folder cannot be read or written.
             InterruptedError: a stop signal came first.
         """
         place = self.place
         while True:
             claim = self.claims.newest() if self.claims is not None else None
-            if claim is not None and claim.code is None and self._connect_to_claim(claim):
-                return
-            if place.may_be_first and self._serve(place.host, [place.port]):
+            if claim is not None and claim.code is None:
+                self._refuse_other_run(claim, time.monotonic() > deadline)
+                if claim.identity == self.identity and self._connect_to_claim(claim):
+                    return
+            above = claim.number if claim is not None else self._highest()
+            has_ended = claim is not None and claim.code is not None
+            is_free = self.claims is None or has_ended or not self._is_held(claim, above)
+            if place.may_be_first and is_free and self._serve(place.host, [place.port], above):
                 return
             error = self._connect_to_place()
             if error is None:
@@ -81,7 +92,9 @@ class Meeting:
             time.sleep(RETRY_SECONDS)
 
     def again(self, turn: int, deadline: float) -> int | None:
-        """After a loss: connect to the store of a higher claim, or start one when it is this node's turn to.
+        """After a loss: connect to the store of the highest claim, or start one when it is this node's turn to.
+
+        Its turn comes when the lease of the highest claim is old, or is this node's own.
 
         The caller has ended its ranks.
 
@@ -94,60 +107,117 @@ class Meeting:
 
         Raises:
             StoreLostError: neither succeeded.
+            ConfigError: another run has taken the run folder.
         """
         assert self.claims is not None
-        own_address = self.place.host if self.is_first else self.link.own_address
+        own, own_address = self.own, self.link.host if self.is_first else self.link.own_address
         self.close()
-        now = time.monotonic()
-        due, give_up = now + TURN_SECONDS * min(turn, LAST_TURN), now + self.timeout
+        due: float | None = None
+        problem = "no node has taken the place of the first one (launch.join_seconds)"
         while True:
-            now, claim = time.monotonic(), self.claims.newest()
-            if claim is not None and claim.number > self.number:
-                if claim.code is not None:
-                    return claim.code
-                if self._connect_to_claim(claim):
+            try:
+                claim = self.claims.newest()
+                if claim is not None and claim.number > self.number:
+                    if claim.identity != self.identity:
+                        raise ConfigError(self._describe_other_run(claim))
+                    if claim.code is not None:
+                        return claim.code
+                is_open = claim is not None and claim.code is None and claim.number != own
+                if claim is not None and is_open and self._connect_to_claim(claim):
+                    return None  # perhaps to the same store: only the way to it was lost
+                above = claim.number if claim is not None else self.claims.highest()
+                if self._is_held(claim, above):
+                    due = None
+                elif due is None:
+                    due = time.monotonic() + TURN_SECONDS * min(turn, LAST_TURN)
+                ports = [self.place.port, free_port(), free_port()]
+                if due is not None and time.monotonic() >= due and self._serve(own_address, ports, above):
                     return None
-                if now > give_up:  # that node is lost, too
-                    self.number, due = claim.number, now + TURN_SECONDS * min(turn, LAST_TURN)
-            else:
-                give_up = now + self.timeout
-                if now >= due and self._serve(own_address, [self.place.port, free_port(), free_port()]):
-                    return None
-            if now > deadline:
-                raise StoreLostError("no node has taken the place of the first one (launch.join_seconds)")
+            except ClaimError as error:  # perhaps not for long
+                problem = str(error)
+            if time.monotonic() > deadline:
+                raise StoreLostError(problem)
             time.sleep(RETRY_SECONDS)
 
     def check(self) -> None:
-        """On the first node, now and then and before each start: whether it still is.
+        """On the first node, now and then: whether it still is, as far as the run folder can be read now.
 
         Raises:
             StoreLostError: another node has claimed to be.
         """
+        with suppress(ClaimError):
+            self._check()
+
+    def check_before_start(self) -> None:
+        """On the first node: `check`, which waits for a run folder that cannot be read.
+
+        Raises:
+            StoreLostError: another node has claimed to be.
+            ClaimError: the run folder cannot be read for `timeout` seconds.
+        """
+        give_up = time.monotonic() + self.timeout
+        while True:
+            try:
+                return self._check()
+            except ClaimError:
+                if time.monotonic() > give_up:
+                    raise
+            time.sleep(RETRY_SECONDS)
+
+    def _check(self) -> None:
         self.checked = time.monotonic()
-        if self.is_first and self.claims is not None and self.claims.highest() > self.number:
-            raise StoreLostError("another node has become the first one")
+        if self.is_first and self.claims is not None:
+            highest = self.claims.highest()
+            if highest > self.own and highest != self.end_number:
+                raise StoreLostError("another node has become the first one")
 
     def check_sometimes(self) -> None:
-        if time.monotonic() - self.checked > CHECK_SECONDS:
+        """On the first node, often: renew the lease and `check` when it is time to."""
+        now = time.monotonic()
+        if self.is_first and self.claims is not None and now - self.renewed > self.timeout / RENEWALS:
+            self.renewed = now
+            self.claims.renew(self.own)
+        if now - self.checked > CHECK_SECONDS:
             self.check()
 
     def end(self, code: int) -> bool:
-        """On the first node: the run has ended with this code. False if another node has become the first one."""
+        """On the first node: the run has ended with this code. False if another node has become the first one.
+
+        Raises:
+            ClaimError: it cannot be written; a node that finds no store any more does not learn the code.
+        """
         if self.claims is None:
             return True
-        return self.claims.take(Claim(self.number + 1, self.place.name, self.link.host, 0, code))
+        self.end_number = self.own + 1  # before it is there: another thread looks for higher claims
+        is_taken = self.claims.take(Claim(self.end_number, self.place.name, self.link.host, 0, self.identity, code))
+        if not is_taken:
+            self.end_number = 0
+        return is_taken
+
+    def is_others(self) -> bool:
+        """Whether another node leads the run, or has ended it, so that this one must not write how it ended."""
+        if self.claims is None:
+            return False
+        try:
+            claim = self.claims.newest()
+            return claim is not None and claim.number != self.own and (claim.code is not None or self._is_held(claim))
+        except ClaimError:
+            return False
 
     def close(self) -> None:
         """End the connection, and the store if it is this node's."""
         if hasattr(self, "link"):
             self.link.end()
+        if self.own and self.claims is not None:
+            self.claims.release(self.own)
+            self.own = 0
         if self.server is not None:
             self.server.kill()
             self.server.wait()
             self.server = None
 
-    def _serve(self, host: str, ports: list[int]) -> bool:
-        """Start a store on the first free port and claim it."""
+    def _serve(self, host: str, ports: list[int], above: int) -> bool:
+        """Start a store on the first free port and claim it with the number after ``above``."""
         for port in ports:
             self.server = start_store(port, 2 * self.timeout, self.identity)
             if self.server is not None:
@@ -156,23 +226,60 @@ class Meeting:
             return False
         try:
             self.link = Link(host, port, self.identity, self.timeout)
+            if self.claims is not None:
+                claim = Claim(above + 1, self.place.name, host, port, self.identity)
+                if not self.claims.take(claim):
+                    self.close()
+                    return False
+                self.own = self.number = claim.number
+                self.renewed = time.monotonic()
         except (OSError, OtherProgramError):
             self.close()
             return False
-        if self.claims is not None:
-            highest = self.claims.highest()
-            if not self.claims.take(Claim(highest + 1, self.place.name, host, port)):
-                self.close()
-                return False
-            self.number = highest + 1
+        except ClaimError:
+            self.close()
+            raise
         return True
+
+    def _highest(self) -> int:
+        return self.claims.highest() if self.claims is not None else 0
+
+    def _is_held(self, claim: Claim | None, number: int = 0) -> bool:
+        """Whether the node that made the highest claim may still be the first one.
+
+        Args:
+            number: of the claim where its file cannot be read.
+        """
+        assert self.claims is not None
+        if claim is not None and claim.machine == socket.gethostname() and not is_process(claim.pid):
+            return False
+        return self.claims.seconds_since_renewal(claim.number if claim is not None else number) <= self.timeout
+
+    def _refuse_other_run(self, claim: Claim, is_late: bool) -> None:
+        """Raise ConfigError if an open claim is that of another run, such as another Slurm job, that lives.
+
+        It does if it renews its lease while this node looks on: that of a killed one may not be old yet.
+        """
+        assert self.claims is not None
+        if claim.identity == self.identity or not self._is_held(claim):
+            return
+        renewed = self.claims.renewed_at(claim.number)
+        if renewed > self.seen.setdefault(claim.number, renewed) or is_late:
+            raise ConfigError(self._describe_other_run(claim))
+
+    def _describe_other_run(self, claim: Claim) -> str:
+        assert self.claims is not None
+        return (
+            f"{self.claims.folder} is in use by another run, which {claim.node} ({claim.host}:{claim.port}) leads: "
+            f"{difference(self.identity, claim.identity)}; end that run first, or choose another run.name"
+        )
 
     def _connect_to_claim(self, claim: Claim) -> bool:
         try:
             link = Link(claim.host, claim.port, self.identity, self.timeout)
         except (OSError, OtherProgramError, ConfigError):  # the node is lost, or the claim that of an earlier run
             return False
-        return self._is_led(link)
+        return self._is_led(link, claim.number)
 
     def _connect_to_place(self) -> OSError | None:
         """Connect to `launch.rendezvous`; returns why it cannot be done yet.
@@ -199,19 +306,22 @@ class Meeting:
             ) from error
         except OSError as error:
             return error
-        return None if self._is_led(link) else OSError("its first node gives no sign of life")
+        return None if self._is_led(link, self._highest()) else OSError("its first node gives no sign of life")
 
-    def _is_led(self, link: Link) -> bool:
+    def _is_led(self, link: Link, number: int) -> bool:
         """Keep a connection whose store's first node lives, or has yet to come.
 
         A store lives on for a while without its first node. A new start must not join it, and ends it where it finds
         that the first node's process on this machine has ended.
+
+        Args:
+            number: of the store's claim where its first node has yet to come.
         """
         try:
             about = link.request(about=True)
             first = about["first"]
             if first is None or about["first_silent"] <= ALIVE_SECONDS:
-                self.number = 0 if first is None else first["claim"]
+                self.number = number if first is None else first["claim"]
                 self.link = link
                 return True
             is_here = first["host"] == socket.gethostname()

@@ -13,6 +13,7 @@ import traceback
 from contextlib import suppress
 from typing import Any
 
+from launch.claims import ClaimError
 from launch.fleet import (
     Assignment,
     Fleet,
@@ -36,7 +37,7 @@ from launch.ranks import LocalRanks
 from launch.rendezvous import Place
 from launch.signals import Signals
 from launch.store import RANKS_PORT
-from launch.supervisor.recall import Earlier
+from launch.supervisor.recall import Earlier, Leader
 from longcat.errors import CRASHED, STOPPED, ConfigError, LongCatError
 from longcat.json_text import dumps
 from train.config import Config
@@ -73,6 +74,7 @@ class Node(Member):
         self.exit_before = exit_written(config.run.folder)
         self.decider: threading.Thread | None = None
         self.metrics_size, self.fruitless = -1, 0
+        self.unreported: NodeReport | None = None  # of ranks that ended when the way to the store was lost
 
     def run(self) -> int:
         """Join, train, and end with the run's exit code."""
@@ -103,6 +105,8 @@ class Node(Member):
             StoreLostError: the store, or the first node, is lost.
         """
         self.join()
+        if self.unreported is not None:  # the first node may still wait for it
+            self.report(self.unreported)
         if self.meeting.is_first:
             names = self.wait_for_nodes(expected)
             arguments = (self.link, names[: self.place.nodes])
@@ -122,10 +126,12 @@ class Node(Member):
         Raises:
             StoreLostError: so many losses in a row without a new step are too many.
         """
-        with suppress(OSError):
+        try:
             size = (self.config.run.folder / METRICS).stat().st_size
-            self.fruitless = self.fruitless + 1 if size == self.metrics_size else 0
-            self.metrics_size = size
+        except OSError:  # before the first step there is none
+            size = max(self.metrics_size, 0)
+        self.fruitless = self.fruitless + 1 if size == self.metrics_size else 0
+        self.metrics_size = size
         if self.fruitless > self.settings.restarts:
             raise error
         print(f"launch: {self.name}: {error}; the nodes meet again", file=sys.stderr, flush=True)
@@ -136,16 +142,19 @@ class Node(Member):
         if self.decider is not None:
             self.decider.join()  # it must not write into the run folder beside another's
             self.decider = None
+        before = self.link.store
         code = self.meeting.again(turn, self.deadline)
-        self.incarnation = 0
+        if code is None and self.link.store != before:
+            self.incarnation, self.unreported = 0, None
         return code
 
     def decide(self, link: Link, nodes: list[str]) -> None:
         """In a thread of the first node: decide on starts, and at last on how all nodes end."""
         first = Assignment(1, tuple(nodes), self.processes, self.overrides)
-        fleet = StoreFleet(link, self.settings.node_timeout, self.meeting.check)
+        fleet = StoreFleet(link, self.settings.node_timeout, self.meeting.check_before_start)
+        leader = Leader(self.meeting.number, self.meeting.check, self.earlier)
         try:
-            end = {"code": decide_end(self.config, fleet, first, self.place.nodes, self.earlier)}
+            end = {"code": decide_end(self.config, fleet, first, self.place.nodes, leader)}
         except StoreLostError:
             return  # this node's main thread notices, too
         except LongCatError as error:
@@ -154,9 +163,13 @@ class Node(Member):
         except BaseException:
             traceback.print_exc()
             end = {"code": CRASHED}
-        if self.meeting.end(end["code"]):
-            with suppress(StoreLostError):
-                link.request(claim={END: dumps({"message": "", **end})})
+        try:
+            if not self.meeting.end(end["code"]):
+                return
+        except ClaimError as error:  # the others still learn the end from the store
+            print(f"launch: {error}", file=sys.stderr, flush=True)
+        with suppress(StoreLostError):
+            link.request(claim={END: dumps({"message": "", **end})})
 
     def follow(self) -> int:
         """Do what each assignment says until the run ends; returns its exit code.
@@ -166,17 +179,21 @@ class Node(Member):
             ConfigError, InterruptedError: the run ends before ranks have started.
         """
         while True:
+            decides = self.decider is None or self.decider.is_alive()  # before the look: it publishes the end last
             values = self.look()
             if END in values:
                 return self.end_as_all(json.loads(values[END]))
+            if not decides and self.settings.restarts:
+                raise StoreLostError("this node, the first one, could not go on deciding")
             if int(values.get(INCARNATION, "0")) > self.incarnation:
                 assignment = Assignment.parse(self.link.read(ASSIGNMENT)[ASSIGNMENT])
                 self.incarnation, self.exit_before = assignment.incarnation, exit_written(self.config.run.folder)
                 if self.name in assignment.nodes:
                     self.train(assignment)
                     continue
-            for number in self.signals.take():
-                self.pass_to_others(number)
+            while self.signals.waiting:  # a signal that could not be passed on waits for the next store
+                self.pass_to_others(self.signals.waiting[0])
+                self.signals.waiting.pop(0)
             time.sleep(POLL_SECONDS if self.incarnation == 0 else LOOK_SECONDS)
 
     def end_as_all(self, end: dict[str, Any]) -> int:
@@ -206,11 +223,15 @@ class Node(Member):
             lost = self.wait(ranks)
         finally:
             ranks.kill()
+        last, ended = ranks.last_lines(ranks.first_failed), ranks.failed_at or time.time()
+        self.unreported = NodeReport(self.name, assignment.incarnation, ranks.codes, ranks.first_failed, last, ended)
         if lost is not None:
             raise lost
-        last, ended = ranks.last_lines(ranks.first_failed), ranks.failed_at or time.time()
-        report = NodeReport(self.name, assignment.incarnation, ranks.codes, ranks.first_failed, last, ended)
-        self.link.set(f"{assignment.incarnation}/report/{self.id}", report.to_json())
+        self.report(self.unreported)
+
+    def report(self, report: NodeReport) -> None:
+        self.link.set(f"{report.incarnation}/report/{self.id}", report.to_json())
+        self.unreported = None
 
     def ranks_port(self) -> int | None:
         """Port of the ranks' TCPStore on the store's host; None if the run ends first.
@@ -283,6 +304,9 @@ class Node(Member):
     def end_alone(self, reason: str) -> int:
         """The exit code where the nodes cannot agree on one any more."""
         folder = self.config.run.folder
+        if self.meeting.is_others():
+            print(f"error: {reason}; the run goes on without this node", file=sys.stderr, flush=True)
+            return CRASHED
         if exit_written(folder) not in (None, self.exit_before):
             return recorded_code(folder)
         if claim_exit(folder, CRASHED, reason):
@@ -290,13 +314,13 @@ class Node(Member):
         return CRASHED
 
 
-def decide_end(config: Config, fleet: Fleet, assignment: Assignment, nodes: int, earlier: Earlier | None = None) -> int:
+def decide_end(config: Config, fleet: Fleet, assignment: Assignment, nodes: int, leader: Leader | None = None) -> int:
     """One start, or several with `launch.restarts`; returns the run's exit code."""
     if config.launch.restarts:
         from launch.supervisor.loop import supervise
 
         seconds = config.launch.join_seconds
-        return supervise(config, assignment.overrides, assignment.processes, fleet, nodes, seconds, earlier)
+        return supervise(config, assignment.overrides, assignment.processes, fleet, nodes, seconds, leader)
     before = exit_written(config.run.folder)
     outcome = run_incarnation(fleet, assignment)
     code = exit_code(outcome, config.run.folder, before)

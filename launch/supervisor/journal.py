@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,16 @@ class Journal:
     Args:
         folder: the run's.
         note: is told when launch.jsonl cannot be written, and when it can again.
+        check: called before each write; raises ConnectionError where another node decides now.
     """
 
-    def __init__(self, folder: Path, note: Note) -> None:
-        self.folder, self.note = folder, note
+    def __init__(self, folder: Path, note: Note, check: Callable[[], None] = lambda: None) -> None:
+        self.folder, self.note, self.check = folder, note, check
         self.file: LineFile | None = None
 
     def record(self, line: dict[str, Any]) -> None:
         """Append to launch.jsonl. On a full disk lines wait in memory for space."""
+        self.check()
         if self.file is None:
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,6 +58,7 @@ class Journal:
     def flush(self) -> None:
         """Try lines again that wait for space."""
         if self.file is not None and self.file.pending:
+            self.check()
             self.file.flush()
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from launch.supervisor.nodes import Choice, Start
 from launch.supervisor.page import page
 from launch.supervisor.progress import Progress
 from launch.supervisor.prometheus import serving
-from launch.supervisor.recall import Earlier, lost_first_node, recall, thinned
+from launch.supervisor.recall import Earlier, Leader, lost_first_node, recall, starts_of, thinned
 from longcat.errors import CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY, ConfigError, FolderInUseError
 from train.checkpoint.find import is_inside
 from train.checkpoint.manifest import step_of
@@ -51,7 +51,7 @@ def supervise(
     fleet: Fleet,
     nodes: int = 1,
     wait_seconds: float = 0.0,
-    earlier: Earlier | None = None,
+    leader: Leader | None = None,
 ) -> int:
     """Start ranks on ``nodes`` nodes of the fleet until they succeed or `decide` ends the run; returns the exit code.
 
@@ -59,12 +59,12 @@ def supervise(
         overrides: the configuration of the ranks.
         processes: ranks of each node.
         wait_seconds: how long to wait for nodes where too few can be used.
-        earlier: the decisions of another first node that this one goes on from.
+        leader: this node's part as the first of several.
     """
     progress = Progress(config.run.folder / "metrics.jsonl")
-    supervisor = Supervisor(config, overrides, processes, fleet, nodes, progress)
-    if earlier is not None:
-        supervisor.recall(earlier)
+    supervisor = Supervisor(config, overrides, processes, fleet, nodes, progress, leader)
+    if leader is not None and leader.earlier is not None:
+        supervisor.recall(leader.earlier)
     with serving(config.launch.metrics_port, supervisor.gauges), progress:
         return supervisor.run(wait_seconds)
 
@@ -74,14 +74,23 @@ class Supervisor:
 
     Args:
         progress: watches the run's metrics.jsonl.
+        leader: this node's part as the first of several.
     """
 
     def __init__(
-        self, config: Config, overrides: Sequence[str], processes: int, fleet: Fleet, nodes: int, progress: Progress
+        self,
+        config: Config,
+        overrides: Sequence[str],
+        processes: int,
+        fleet: Fleet,
+        nodes: int,
+        progress: Progress,
+        leader: Leader | None = None,
     ) -> None:
         self.config, self.overrides, self.processes, self.fleet = config, tuple(overrides), processes, fleet
         self.nodes, self.progress, self.folder = nodes, progress, config.run.folder
-        self.journal = Journal(self.folder, self.say)
+        self.claim = leader.claim if leader is not None else 0
+        self.journal = Journal(self.folder, self.say, *([leader.check] if leader is not None else []))
         self.layouts = layouts(config, nodes, processes)
         self.policy = policy_of(config, tuple(self.layouts), self.journal)
         self.history: list[Start] = []
@@ -98,7 +107,8 @@ class Supervisor:
         self.history, self.lives = recall(journal, earlier.since, fault, now, read_lines(metrics))
         self.policy = policy_of(self.config, tuple(self.layouts), self.journal, earlier.since)
         if self.history and self.history[-1].fault is fault:
-            self.record_end(len(self.history), self.history[-1], self.lives[-1])
+            line = starts_of(journal, earlier.since)[-1]
+            self.record_end(line["claim"], line["incarnation"], self.history[-1], self.lives[-1])
 
     def run(self, wait_seconds: float = 0.0) -> int:
         """Start, decide, wait, until the end.
@@ -182,6 +192,7 @@ class Supervisor:
         self.journal.record(
             {
                 "event": "start",
+                "claim": self.claim,
                 "incarnation": number,
                 "time": begin,
                 "step": self.progress.step,
@@ -283,14 +294,15 @@ class Supervisor:
         )
         self.history.append(start)
         self.lives.append(life)
-        self.record_end(assignment.incarnation, start, life)
+        self.record_end(self.claim, assignment.incarnation, start, life)
 
-    def record_end(self, incarnation: int, start: Start, life: Life) -> None:
+    def record_end(self, claim: int, incarnation: int, start: Start, life: Life) -> None:
         """Note in the journal what `recall` reads."""
         fault, finished = start.fault, life.finished
         self.journal.record(
             {
                 "event": "end",
+                "claim": claim,
                 "incarnation": incarnation,
                 "time": life.end,
                 "cause": fault.cause,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,25 @@ class Earlier:
     first_node: str  # who made the last one
 
 
+@dataclass(frozen=True)
+class Leader:
+    """The first node of several, which decides."""
+
+    claim: int  # number of its claim on the run (`launch.claims`)
+    check: Callable[[], None]  # raises ConnectionError once another node has become the first one
+    earlier: Earlier | None = None
+
+
+def starts_of(journal: Sequence[dict[str, Any]], since: float) -> list[dict[str, Any]]:
+    """The starts since ``since``, without what a first node noted after the first line of the one that replaced it."""
+    found, newest = [], 0
+    for line in journal:
+        if line.get("event") == "start" and float(line["time"]) >= since and int(line["claim"]) >= newest:
+            found.append(line)
+            newest = int(line["claim"])
+    return found
+
+
 def recall(
     journal: Sequence[dict[str, Any]], since: float, unfinished: Fault, now: float, rows: Sequence[dict[str, Any]]
 ) -> tuple[list[Start], list[Life]]:
@@ -28,17 +47,19 @@ def recall(
     Args:
         journal: lines of launch.jsonl.
         unfinished: what ended a start that has no end in the journal: whoever was to note it is lost.
-        now: its end.
+        now: when metrics.jsonl was last written, which is its end if it came to write there.
         rows: lines of metrics.jsonl, from which its steps follow.
     """
     history: list[Start] = []
     lives: list[Life] = []
-    lines = [line for line in journal if line.get("event") in ("start", "end") and float(line["time"]) >= since]
-    for index, line in enumerate(lines):
-        if line["event"] != "start":
-            continue
-        following = lines[index + 1] if index + 1 < len(lines) else None
-        end = following if following is not None and following["event"] == "end" else None
+    ends: dict[tuple[int, int], dict[str, Any]] = {}
+    for line in journal:
+        if line.get("event") == "end" and float(line["time"]) >= since:
+            ends.setdefault((int(line["claim"]), int(line["incarnation"])), line)
+    starts = starts_of(journal, since)
+    for index, line in enumerate(starts):
+        end = ends.get((int(line["claim"]), int(line["incarnation"])))
+        following = starts[index + 1] if index + 1 < len(starts) else None
         on, begin, before = tuple(line["on"]), float(line["time"]), int(line["before"])
         if end is not None:
             cause, code, message = Cause(end["cause"]), int(end["code"]), str(end["message"])
@@ -49,9 +70,9 @@ def recall(
             is_fault = cause not in (Cause.done, Cause.stop)
             lives.append(Life(begin, float(end["time"]), finished, int(end["base"]), kept, blocked, saves, is_fault))
             continue
-        until = float(following["time"]) if following is not None else now
+        until = max(begin, float(following["time"]) if following is not None else now)
         base = int(line["newest"])
-        finished = steps_of(rows, base, begin, until) if following is None else ()
+        finished = steps_of(rows, base, begin, until) if following is None and now > begin else ()
         best = max([before, *(step for step, _ in finished)])
         history.append(Start(unfinished, before, best, base, on, until))
         lives.append(Life(begin, until, finished, base, base, 0.0, 0, True))

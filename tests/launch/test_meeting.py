@@ -44,19 +44,19 @@ def test_one_of_many_takes_a_number(claims: Claims) -> None:
     assert (claims.highest(), claims.newest()) == (0, None)
     for number in (1, 2, 3):
         with ThreadPoolExecutor(8) as pool:
-            taken = list(pool.map(lambda node: claims.take(Claim(number, str(node), "host", 1)), range(8)))  # noqa: B023
+            taken = list(pool.map(lambda node: claims.take(Claim(number, str(node), "host", 1, IDENTITY)), range(8)))  # noqa: B023
         assert sum(taken) == 1
-        assert claims.newest() == Claim(number, str(taken.index(True)), "host", 1)
-    assert not claims.take(Claim(2, "late", "host", 1))
+        assert claims.newest() == Claim(number, str(taken.index(True)), "host", 1, IDENTITY)
+    assert not claims.take(Claim(2, "late", "host", 1, IDENTITY))
     assert sorted(os.listdir(claims.folder)) == ["launch.store-2.json", "launch.store-3.json"]
 
 
 def test_replaced_first_node_starts_nothing(place: Place, claims: Claims) -> None:
     """However late it is told: the claim is read before each start, and its end is not that of the run."""
     with closing(begun(place, claims)) as meeting:
-        fleet = StoreFleet(meeting.link, 5.0, meeting.check)
+        fleet = StoreFleet(meeting.link, 5.0, meeting.check_before_start)
         fleet.start(Assignment(1, ("a",), 1, ()))
-        assert claims.take(Claim(meeting.number + 1, "b", "127.0.0.1", 1))
+        assert claims.take(Claim(meeting.number + 1, "b", "127.0.0.1", 1, IDENTITY))
         with pytest.raises(StoreLostError, match="another node"):
             fleet.start(Assignment(2, ("a",), 1, ()))
         assert meeting.link.read("job/incarnation") == {"job/incarnation": "1"}
