@@ -24,25 +24,21 @@ from launch.node import Node
 from launch.rendezvous import Place, expand_hosts, find_identity, find_place
 from launch.signals import Signals
 from longcat.errors import ConfigError
-from longcat.search_path import ROOT
-from tests.support.running import NARROW, exact, exit_json, finish, free_ports, ranks_below, train_two, wait_for_step
+from tests.support.running import (
+    NARROW,
+    exact,
+    exit_json,
+    finish,
+    free_ports,
+    node,
+    ranks_below,
+    train_two,
+    wait_for_step,
+)
 from train.compose import compose
 from train.launch_config import LaunchConfig, split_address
 
 SHORT = [*NARROW, "launch.join_seconds=120", "launch.node_timeout=60", "run.num_processes=1"]
-
-
-def node(name: str, words: list[str]) -> subprocess.Popen[str]:
-    path = os.pathsep.join([*filter(None, [os.environ.get("SLOW")]), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "LONGCAT_NODE": name}
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch", "train", *words],
-        env={**environment, "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def two_nodes(words: list[str]) -> list[subprocess.Popen[str]]:

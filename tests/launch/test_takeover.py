@@ -16,8 +16,7 @@ import pytest
 
 from launch.claims import Claims
 from launch.supervisor.ledger import PARTS
-from tests.launch.test_nodes import node
-from tests.support.running import NARROW, exact, exit_json, finish, free_ports, lines, train_two
+from tests.support.running import NARROW, exact, exit_json, finish, free_ports, lines, node, train_two
 
 STEPS = 60
 SUPERVISED = ["launch.restarts=3", "launch.backoff_seconds=0.1", "launch.node_timeout=10", "launch.join_seconds=300"]

@@ -214,3 +214,17 @@ def trained_state(overrides: list[str], steps: int) -> tuple[TrainState, Topolog
     for _ in range(steps):
         assert stepper.step().healthy
     return state, topology, config
+
+
+def node(name: str, words: list[str]) -> subprocess.Popen[str]:
+    """A node runner of this name; SLOW in the environment is a folder whose sitecustomize.py its processes load."""
+    path = os.pathsep.join([*filter(None, [os.environ.get("SLOW")]), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "LONGCAT_NODE": name}
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch", "train", *words],
+        env={**environment, "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
