@@ -23,10 +23,10 @@ from launch.signals import Signals
 from launch.supervisor.journal import Journal
 from launch.supervisor.recall import recall
 from longcat.errors import ConfigError
-from tests.launch.test_meeting import IDENTITY, begun
-from tests.launch.test_meeting import claims as claims
-from tests.launch.test_meeting import dead_pid as dead_pid
-from tests.launch.test_meeting import place as place
+from tests.support.meetings import IDENTITY, begun
+from tests.support.meetings import claims as claims
+from tests.support.meetings import dead_pid as dead_pid
+from tests.support.meetings import place as place
 from tests.support.running import free_ports
 from train.compose import compose
 from train.stop import SAVE_SIGNAL

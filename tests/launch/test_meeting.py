@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
@@ -17,27 +14,12 @@ import launch.meeting
 from launch.claims import Claim, Claims
 from launch.fleet import Assignment
 from launch.link import Link, StoreFleet, StoreLostError
-from launch.meeting import Meeting, describe_self, start_store
+from launch.meeting import describe_self, start_store
 from launch.rendezvous import Place
-from tests.support.running import free_ports
-
-IDENTITY = {"run folder": "/run"}
-
-
-@pytest.fixture
-def place() -> Place:
-    return Place(2, "a", "127.0.0.1", free_ports(1)[0], None)
-
-
-@pytest.fixture
-def claims(tmp_path: Path) -> Claims:
-    return Claims(tmp_path / "run")
-
-
-def begun(place: Place, claims: Claims | None, timeout: float = 5.0) -> Meeting:
-    meeting = Meeting(place, IDENTITY, claims, timeout, lambda: False)
-    meeting.begin(time.monotonic() + 120)
-    return meeting
+from tests.support.meetings import IDENTITY, begun
+from tests.support.meetings import claims as claims
+from tests.support.meetings import dead_pid as dead_pid
+from tests.support.meetings import place as place
 
 
 def test_one_of_many_takes_a_number(claims: Claims) -> None:
@@ -82,13 +64,6 @@ def test_nodes_meet_at_the_highest_claim(place: Place, claims: Claims) -> None:
     winner.close()
     assert follower.again(0, time.monotonic() + 120) == 7
     follower.close()
-
-
-@pytest.fixture
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 @pytest.fixture
