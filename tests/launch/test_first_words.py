@@ -136,7 +136,7 @@ def test_own_experiments_are_found_outside_the_checkout(words: list[str], steps:
 
 def test_wrong_own_experiments_are_refused(own: Path, refused: Refused) -> None:
     refused(["train", "--config-dir", "nowhere"], "--config-dir nowhere is no folder")
-    refused(["train", "experiment=yours"], "'experiment/yours'", "use mine, quickstart")
+    refused(["train", "experiment=yours"], "'experiment/yours'", "use evidence, mine, quickstart")
     (own / "conf" / "experiment" / "loose.yaml").write_text("train: {steps: 5}\n")
     refused(["train", "experiment=loose"], "# @package _global_")
     (own / "conf" / "experiment" / "typo.yaml").write_text("# @package _global_\ntrain: {stpes: 5}\n")
@@ -206,7 +206,7 @@ def script_for(shell: str) -> str:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes_verbs_keys_and_choices(own: Path) -> None:
     assert complete("longcat ", own) == {*VERBS, "--help", "--version"}
-    assert complete("longcat tr", own) == {"train"}
+    assert complete("longcat tra", own) == {"train", "transfer"}
     assert complete("longcat train optim.lr", own) >= {"optim.lr=", "optim.lr_scale.router="}
     assert complete("longcat train model=", own) >= {"model=debug", "model=flash"}
     assert complete("longcat train model=debug parallel.sch", own) == {

@@ -15,6 +15,7 @@ from train.checkpoint.manifest import STATE, list_checkpoints
 from train.compose import compose
 from train.data.build import build
 from train.data.samples import TokenSamples
+from train.read_ahead import ReadAhead
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,7 @@ def test_new_data_starts_at_its_first_sample(
         return window
 
     monkeypatch.setattr(TokenSamples, "__getitem__", remember)
+    monkeypatch.setattr(ReadAhead, "ask", lambda self, numbers: None)  # what is noted is what is trained on
     longer = [*branch, "train.sequence_length=64", f"data.paths=[{other}]", "data.from_start=true"]
     config = compose(longer)
     fresh = TokenSamples(
