@@ -212,7 +212,7 @@ def test_bash_completes_verbs_keys_and_choices(own: Path) -> None:
     assert complete("longcat train model=debug parallel.sch", own) == {
         f"parallel.schedule={name}" for name in ("zbv", "1f1b", "interleaved", "dualpipev")
     }
-    experiments = {f"experiment={name}" for name in ("quickstart", "report_chunks", "mine")}
+    experiments = {f"experiment={name}" for name in ("evidence", "quickstart", "report_chunks", "mine")}
     assert complete("longcat train experiment=", own) == experiments
     assert complete("longcat checkpoint ", own) == {"list", "verify"}
     assert "build" in complete("longcat data ", own)
