@@ -328,7 +328,7 @@ class Meeting:
             if about["first_silent"] > DEPARTED_SECONDS and is_here and not is_process(first["pid"]):
                 link.request(end=True)
         except StoreLostError:
-            pass
+            pass  # it ended meanwhile: there is nothing to join
         link.end()
         return False
 
@@ -344,7 +344,7 @@ def is_process(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
+        pass  # it is another user's: it lives
     return True
 
 
