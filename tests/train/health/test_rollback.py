@@ -71,9 +71,9 @@ def test_rollback_leaves_the_stretch_out(
     init = BatchReader.__init__
     place = SampleRanges([(20, 32)]).place
 
-    def without(self: BatchReader, samples: Any, *rest: Any) -> None:
-        init(self, samples, *rest)
-        self.samples = type("Rest", (), {"__getitem__": lambda _, index: samples[place(index)], "eod": samples.eod})()
+    def without(self: BatchReader, samples: Any, *rest: Any, **options: Any) -> None:
+        rest_of_them = type("Rest", (), {"__getitem__": lambda _, index: samples[place(index)], "eod": samples.eod})()
+        init(self, rest_of_them, *rest, **options)
 
     monkeypatch.undo()
     monkeypatch.setattr(BatchReader, "__init__", without)
