@@ -14,6 +14,7 @@ from longcat.interfaces import SequenceModule
 from longcat.modules import Linear, RMSNorm
 from longcat.ops.attention import causal_attention
 from longcat.ops.elementwise import rotary
+from longcat.ops.recomputed import Value, recomputable
 
 
 class LatentAttention(SequenceModule):
@@ -42,7 +43,8 @@ class LatentAttention(SequenceModule):
         # α_kv scales the latent; the shared rotary key is not scaled
         latent = self.kv_a_layernorm(latent) * config.latent_scale
         pending = sequence.start_keys(torch.cat((latent, k_rope), -1))  # overlaps with the queries
-        query = self.q_b_proj(sequence.gather(self.q_a_layernorm(self.q_a_proj(x))))
+        query_latent = recomputable(Value.norms, self.q_a_layernorm, self.q_a_proj(x))
+        query = recomputable(Value.expansion, self.q_b_proj, sequence.gather(query_latent))
         out = self.attend(query, sequence.wait_keys(pending), angles, documents)
         return sequence.reduce(self.o_proj(out))
 
@@ -52,16 +54,28 @@ class LatentAttention(SequenceModule):
         nope, rope, width = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         ranges = self.sequence.ranges(latents.shape[1])
         latent, k_rope = latents.split((config.kv_lora_rank, rope), -1)
-        k_nope, value = self.kv_b_proj(latent).unflatten(-1, (-1, nope + width)).split((nope, width), -1)
-        q_nope, q_rope = query.unflatten(-1, (-1, nope + rope)).split((nope, rope), -1)
+        expanded = recomputable(Value.expansion, self.kv_b_proj, latent)
+        k_nope, value = expanded.unflatten(-1, (-1, nope + width)).split((nope, width), -1)
         query_angles = torch.cat([angles[start:stop] for start, stop in ranges])
-        k_rope = rotary(k_rope[:, :, None], angles).expand(-1, -1, k_nope.shape[2], -1)
+        query = query.unflatten(-1, (-1, nope + rope))
         out = causal_attention(
-            torch.cat((q_nope, rotary(q_rope, query_angles)), -1),
-            torch.cat((k_nope, k_rope), -1),
+            recomputable(Value.expansion, _rotated_query, query, query_angles, nope),
+            recomputable(Value.expansion, _rotated_key, k_nope, k_rope, angles),
             value,
             config.softmax_scale * config.query_scale,  # α_q multiplies both parts of the query, hence the scores
             documents,
             ranges,
         )
         return out.flatten(2)
+
+
+def _rotated_query(query: Tensor, angles: Tensor, nope: int) -> Tensor:
+    """query [B, q, H, nope + rotary] with its last columns rotated."""
+    q_nope, q_rope = query.tensor_split((nope,), -1)
+    return torch.cat((q_nope, rotary(q_rope, angles)), -1)
+
+
+def _rotated_key(k_nope: Tensor, k_rope: Tensor, angles: Tensor) -> Tensor:
+    """k_nope [B, S, H, nope] and the rotary key of all heads [B, S, rotary] → [B, S, H, nope + rotary]."""
+    rotated = rotary(k_rope[:, :, None], angles).expand(-1, -1, k_nope.shape[2], -1)
+    return torch.cat((k_nope, rotated), -1)

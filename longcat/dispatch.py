@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longcat.ops.grouped import padded_capacity
 from longcat.ops.permute import Permutation, combine, permute, plan_permutation
+from longcat.ops.recomputed import Value, recomputable
 
 
 class Routing(NamedTuple):
@@ -88,7 +89,7 @@ class LocalDispatcher:
             plan = plan_permutation(routing.indices, routing.num_experts, routing.num_routed, pending.num_rows())
             capacity = padded_capacity(plan.counts[: routing.num_experts], pending.x)
             plan = plan if capacity is None else plan.pad_to_capacity(capacity, routing.num_experts)
-            pending.plan, pending.rows = plan, permute(pending.x, plan)
+            pending.plan, pending.rows = plan, recomputable(Value.expert_input, permute, pending.x, plan)
 
     def wait_dispatch(self, pending: LocalPending) -> tuple[Tensor, Tensor]:
         self.send_rows(pending)

@@ -12,6 +12,7 @@ from longcat.config import ModelConfig
 from longcat.documents import Documents
 from longcat.modules import FeedForward, Linear, RMSNorm
 from longcat.moe import MoE, RoutingStatistics
+from longcat.ops.recomputed import Value, recomputable
 
 
 class ShortcutLayer(nn.Module):
@@ -36,17 +37,17 @@ class ShortcutLayer(nn.Module):
         and the second FFN overlap combine; after attention 1, more computation overlaps dispatch and less combine.
         """
         attention, ffn, moe = self.self_attn, self.mlps, self.mlp
-        a = x + attention[0](self.input_layernorm[0](x), angles, documents)
-        u = self.post_attention_layernorm[0](a)
+        a = x + attention[0](recomputable(Value.norms, self.input_layernorm[0], x), angles, documents)
+        u = recomputable(Value.norms, self.post_attention_layernorm[0], a)
         pending = moe.dispatch(u.flatten(0, 1))  # dispatch starts ...
         b = a + ffn[0](u)
         moe.send_rows(pending)  # (here at the latest, where the host runs ahead of the device)
         if not moe.after_attention:
             pending = moe.compute(pending)  # ... ends, and combine starts
-        c = b + attention[1](self.input_layernorm[1](b), angles, documents)
+        c = b + attention[1](recomputable(Value.norms, self.input_layernorm[1], b), angles, documents)
         if moe.after_attention:
             pending = moe.compute(pending)
-        y = c + ffn[1](self.post_attention_layernorm[1](c))
+        y = c + ffn[1](recomputable(Value.norms, self.post_attention_layernorm[1], c))
         m, statistics = moe.combine(pending)
         return y + m.view_as(y), statistics
 
@@ -86,6 +87,9 @@ class MTPLayer(nn.Module):
 
     def forward(self, hidden: Tensor, embedded: Tensor, angles: Tensor, documents: Documents | None) -> Tensor:
         """hidden, embedded [B, s, D] → [B, s, D], before the final norm of the MTP head."""
-        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
-        a = x + self.self_attn(self.input_layernorm(x), angles, documents)
-        return a + self.transformer_layer.mlp(self.post_attention_layernorm(a))
+        x = self.eh_proj(recomputable(Value.norms, self._normed, embedded, hidden))
+        a = x + self.self_attn(recomputable(Value.norms, self.input_layernorm, x), angles, documents)
+        return a + self.transformer_layer.mlp(recomputable(Value.norms, self.post_attention_layernorm, a))
+
+    def _normed(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        return torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longcat.interfaces import SequenceModule, VocabularyModule, WeightGradModule, local_tensor
 from longcat.ops.elementwise import rms_norm
 from longcat.ops.matmul import StoreWeightGrad, gated_linear, linear
+from longcat.ops.recomputed import Value, recomputable
 
 
 def grad_store(module: WeightGradModule, name: str) -> StoreWeightGrad | None:
@@ -75,4 +76,5 @@ class FeedForward(SequenceModule):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, s, D] → [B, s, D]."""
         x = self.sequence.gather(x)
-        return self.sequence.reduce(self.down_proj(self.gate_proj(x), self.up_proj(x)))
+        gate, up = recomputable(Value.ffn_gate, self.gate_proj, x), recomputable(Value.ffn_up, self.up_proj, x)
+        return self.sequence.reduce(self.down_proj(gate, up))

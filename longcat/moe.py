@@ -24,6 +24,7 @@ from longcat.interfaces import DispatcherModule, SequenceModule, WeightGradModul
 from longcat.modules import Linear, grad_store
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
 from longcat.ops.matmul import fp32_linear
+from longcat.ops.recomputed import Value, recomputable
 
 
 class RoutingStatistics(NamedTuple):
@@ -88,7 +89,15 @@ class Experts(WeightGradModule):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [P, D] sorted by expert, counts [E] → [P, D]."""
         ends = counts.cumsum(0).to(torch.int32)
-        gate, up = grouped_linear(rows, local_tensor(self.gate_up), ends, grad_store(self, "gate_up")).chunk(2, -1)
+        gate, up = recomputable(Value.expert_hidden, self.project, rows, ends).chunk(2, -1)
+        return recomputable(Value.expert_output, self.project_back, gate, up, ends)  # type: ignore[no-any-return]
+
+    def project(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows [P, D], ``ends`` [E] the row after each expert's last → gate and up [P, 2F]."""
+        return grouped_linear(rows, local_tensor(self.gate_up), ends, grad_store(self, "gate_up"))
+
+    def project_back(self, gate: Tensor, up: Tensor, ends: Tensor) -> Tensor:
+        """gate and up [P, F] → [P, D]."""
         return grouped_gated_linear(gate, up, local_tensor(self.down), ends, grad_store(self, "down"))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from longcat.config_choices import check_choice
 from longcat.config_limits import check_at_most
 from longcat.errors import ConfigError
+from longcat.ops.recomputed import Value
 
 MAX_TIMEOUT = 100_000_000.0  # seconds; gloo counts a multiple of it in nanoseconds
 MAX_CHUNKS = 1024
@@ -42,11 +43,20 @@ class Accumulate(StrEnum):
 
 
 class Recompute(StrEnum):
-    """What the backward recomputes: nothing, attention from its latents on, or whole layers."""
+    """What the backward recomputes: nothing, a list of values, or whole layers; each keeps less than the one before."""
 
     none = "none"
+    light = "light"
     selective = "selective"
     full = "full"
+
+
+VALUES: dict[Recompute, tuple[Value, ...]] = {
+    Recompute.none: (),
+    Recompute.light: (Value.norms, Value.expert_input),
+    Recompute.selective: (Value.norms, Value.expansion, Value.expert_input, Value.expert_output),
+    Recompute.full: (),  # whole layers instead
+}  # what each preset computes again
 
 
 class DispatcherKind(StrEnum):
@@ -82,8 +92,12 @@ class ParallelConfig:
     # (zero3 only)
     offload: Offload = Offload.none
     offload_path: str = ""  # folder on a fast disk for offload=nvme
-    # none; selective = recompute attention from its latents on in the backward; full = recompute whole layers
+    # what the backward computes again: none; light = norms and the experts' input; selective = also queries, keys and
+    # values from their latents, and the experts' output; full = whole layers
     recompute: Recompute = Recompute.none
+    # recompute=selective only: the values to compute again, in place of its own: norms, expansion, attention, ffn_gate,
+    # ffn_up, expert_input, expert_hidden, expert_output; the experts' input and output only with ep=1
+    recompute_list: list[Value] = field(default_factory=list)
     compile: bool = False  # fuse norms, SwiGLU, softmax and cross-entropy with torch.compile
     # dispatcher of tokens to experts: all_to_all, or all_gather (with reduce-scatter back)
     transport: DispatcherKind = DispatcherKind.all_to_all
@@ -106,6 +120,7 @@ class ParallelConfig:
         check_choice("parallel.sharding", self.sharding, Sharding)
         check_choice("parallel.offload", self.offload, Offload)
         check_choice("parallel.recompute", self.recompute, Recompute)
+        self._validate_values()
         check_choice("parallel.transport", self.transport, DispatcherKind)
         check_choice("parallel.accumulate", self.accumulate, Accumulate)
         if self.accumulate == Accumulate.sharded and self.sharding != Sharding.fsdp:
@@ -119,6 +134,28 @@ class ParallelConfig:
         if not self.timeout_seconds >= 1:
             raise ConfigError(f"parallel.timeout_seconds={self.timeout_seconds} must be at least 1 second")
         check_at_most("parallel.timeout_seconds", self.timeout_seconds, MAX_TIMEOUT, "that is 3 years")
+
+    def _validate_values(self) -> None:
+        for value in self.recompute_list:
+            check_choice("parallel.recompute_list", value, Value)
+        if self.recompute_list and self.recompute != Recompute.selective:
+            raise ConfigError(
+                f"parallel.recompute_list needs parallel.recompute=selective, not {self.recompute}; set that, or drop "
+                f"the list"
+            )
+        if Value.expert_output in self.recompute_list and self.sharding == Sharding.zero3:
+            raise ConfigError(
+                "parallel.recompute_list has expert_output, which parallel.sharding=zero3 cannot compute again: it has "
+                "released the experts' weights; drop it, or use parallel.sharding=fsdp or zero2"
+            )
+
+    @property
+    def recomputed_values(self) -> tuple[Value, ...]:
+        """The values that the backward computes again; none under full, which repeats whole layers."""
+        values = tuple(self.recompute_list) or VALUES[self.recompute]
+        if self.sharding == Sharding.zero3:
+            return tuple(value for value in values if value != Value.expert_output)
+        return values
 
 
 @dataclass

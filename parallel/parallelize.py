@@ -89,7 +89,7 @@ def set_up(model: LongCat, parallel: ParallelConfig, overlap: OverlapConfig, top
     """What both sharding engines have done to a model before they take it."""
     apply_sequence_parallel(model, topology)
     apply_overlap(model, overlap, topology)
-    apply_recompute(model, parallel.recompute)
+    apply_recompute(model, parallel)
     fuse(parallel.compile)
 
 

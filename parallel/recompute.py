@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longcat.attention import LatentAttention
 from longcat.layer import MTPLayer, ShortcutLayer
 from longcat.model import LongCat
+from longcat.ops.recomputed import Value, recomputing
 from parallel.collectives.async_collective import wait_for_all
-from parallel.config import Recompute
+from parallel.config import ParallelConfig, Recompute
 
 
-def apply_recompute(model: LongCat, how: Recompute) -> None:
-    """Recompute nothing (`none`), attention from its latents on (`selective`) or whole layers (`full`), in place.
+def apply_recompute(model: LongCat, config: ParallelConfig) -> None:
+    """Let a model's layers recompute as configured, in place: the values of a list, or (`full`) whole layers.
 
-    Queries, keys and values of all heads are many times their latents, so `selective` gives up most of attention's
-    memory for the cost of expanding and attending once more. A layer's statistics are returned by its first
-    forward; what the second one counts goes nowhere.
+    A layer's statistics are returned by its first forward; what the second one counts goes nowhere.
     """
     for module in model.modules():
-        if how == Recompute.selective and isinstance(module, LatentAttention):
-            checkpoint_method(module, "attend")
-        elif how == Recompute.full and isinstance(module, ShortcutLayer | MTPLayer):
-            checkpoint_method(module, "forward")
+        if isinstance(module, ShortcutLayer | MTPLayer):
+            recompute_layer(module, config)
+
+
+def recompute_layer(layer: ShortcutLayer | MTPLayer, config: ParallelConfig) -> None:
+    """`apply_recompute` for one layer."""
+    if config.recompute == Recompute.full:
+        checkpoint_method(layer, "forward")
+    elif config.recomputed_values:
+        recompute_values(layer, config.recomputed_values)
+
+
+def recompute_values(layer: nn.Module, values: Collection[Value]) -> None:
+    """Let the backward of a layer compute ``values`` again."""
+    plain = layer.forward
+
+    def forward(*arguments: Any) -> Any:
+        with recomputing(values):
+            return plain(*arguments)
+
+    layer.forward = forward  # type: ignore[method-assign]
 
 
 def checkpoint_method(module: nn.Module, method: str) -> None:

@@ -229,8 +229,8 @@ def knobs(found: Planned) -> list[Knob]:
 def changes(found: Planned) -> list[str]:
     """Overrides to try, each a step from the configuration."""
     config, sizes = found.config, found.sizes
-    tried = [f"parallel.recompute={one}" for one in (Recompute.selective, Recompute.full)]
-    tried = tried[list(Recompute).index(config.parallel.recompute) :]
+    presets = list(Recompute)
+    tried = [f"parallel.recompute={one}" for one in presets[presets.index(config.parallel.recompute) + 1 :]]
     if config.train.micro_batch_size > 1:
         tried.append(f"train.micro_batch_size={config.train.micro_batch_size // 2}")
     for axis in ("cp", "ep"):

@@ -24,6 +24,7 @@ from longcat.ops.fused_attention import fused_attention
 from longcat.ops.fusion import Fusible, add_to
 from longcat.ops.matmul import product, raw_product
 from longcat.ops.permuted import along
+from longcat.ops.recomputed import Value, recomputable
 from longcat.ops.torch_internals import softmax_backward
 
 QUERY_BLOCK = 128  # queries in a block: smaller blocks waste less work above the diagonal
@@ -47,11 +48,15 @@ def causal_attention(
     ranges = [(0, key.shape[1])] if ranges is None else ranges
     if query.device.type != "cpu":
         return fused_attention(query, key, value, scale, documents, ranges)
-    heads_first = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
+    heads_first = [recomputable(Value.expansion, _heads_first, x) for x in (query, key, value)]
     numbers = None if documents is None else documents.numbers
     firsts = None if documents is None else _first_keys(documents, ranges, key.shape[1])
     out = _BlockedAttention.apply(*heads_first, scale, numbers, ranges, firsts)
     return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous()
 
 
 def _first_keys(documents: Documents, ranges: Ranges, num_keys: int) -> list[int]:
@@ -127,13 +132,22 @@ class _BlockedAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.ranges, ctx.firsts, ctx.shape = scale, ranges, firsts, query.shape[:2]
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-        saved = []
-        # In memory [B, q, H, V], the layout that the next product reads
-        out = value.new_empty(ctx.shape[0], query.shape[1], ctx.shape[1], value.shape[2]).transpose(1, 2)
-        for local, start, stop, first in _blocks(ranges, key.shape[1], firsts):
-            probabilities = _probabilities(ctx, query[:, local], key, start, stop, first, documents)
-            out[:, :, local] = product(probabilities, value[:, first:stop]).unflatten(0, ctx.shape)
-            saved.append(probabilities if key.shape[1] * key.element_size() <= MAX_SAVED_ROW_BYTES else None)
+        shape, blocks = ctx.shape, list(_blocks(ranges, key.shape[1], firsts))
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> tuple[Tensor, ...]:
+            """→ the result, and the probabilities of each block if they are saved."""
+            saved = []
+            # In memory [B, q, H, V], the layout that the next product reads
+            out = value.new_empty(shape[0], query.shape[1], shape[1], value.shape[2]).transpose(1, 2)
+            for local, start, stop, first in blocks:
+                mask = _mask(start, stop, first, documents)
+                probabilities = _probabilities(query[:, local], key[:, first:stop], mask, shape, scale)
+                out[:, :, local] = product(probabilities, value[:, first:stop]).unflatten(0, shape)
+                if key.shape[1] * key.element_size() <= MAX_SAVED_ROW_BYTES:
+                    saved.append(probabilities)
+            return out, *saved
+
+        out, *saved = recomputable(Value.attention, attend, query, key, value, documents)
         ctx.save_for_backward(query, key, value, documents, *saved)
         return passed(Place.activation, "attention", out)
 
@@ -146,10 +160,13 @@ class _BlockedAttention(torch.autograd.Function):
         grad_key = torch.zeros_like(key, dtype=torch.float32)
         grad_value = torch.zeros_like(value, dtype=torch.float32)
         blocks = _blocks(ctx.ranges, key.shape[1], ctx.firsts)
-        for (local, start, stop, first), probabilities in zip(blocks, saved, strict=True):
+        for number, (local, start, stop, first) in enumerate(blocks):
             grad = grad_out[:, local]
-            if probabilities is None:
-                probabilities = _probabilities(ctx, query[:, local], key, start, stop, first, documents)
+            if saved:
+                probabilities = saved[number]
+            else:
+                mask = _mask(start, stop, first, documents)
+                probabilities = _probabilities(query[:, local], key[:, first:stop], mask, ctx.shape, ctx.scale)
             add_to(grad_value[:, first:stop], product(probabilities.mT, grad))
             grad_scores = _scores_gradient(raw_product(grad, value[:, first:stop].mT), probabilities, ctx.scale)
             grad_query[:, local] = product(grad_scores, key[:, first:stop])
@@ -160,9 +177,6 @@ class _BlockedAttention(torch.autograd.Function):
         return *(x.unflatten(0, ctx.shape) for x in grads_in), None, None, None, None
 
 
-def _probabilities(
-    ctx: Any, query: Tensor, key: Tensor, start: int, stop: int, first: int, documents: Tensor | None
-) -> Tensor:
-    """Probabilities [B·H, rows, stop - first] of the queries ``start`` … ``stop`` over the keys from ``first`` on."""
-    scores = raw_product(query, key[:, first:stop].mT).unflatten(0, ctx.shape)
-    return _softmax(scores, _mask(start, stop, first, documents), ctx.scale, query.dtype).flatten(0, 1)
+def _probabilities(query: Tensor, key: Tensor, mask: Tensor, shape: tuple[int, int], scale: float) -> Tensor:
+    """Probabilities [B·H, rows, keys] of a block's queries over the keys that its mask is for; ``shape`` is (B, H)."""
+    return _softmax(raw_product(query, key.mT).unflatten(0, shape), mask, scale, query.dtype).flatten(0, 1)

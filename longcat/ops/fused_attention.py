@@ -19,6 +19,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from longcat.documents import Documents
 from longcat.faults import Place, passed, passed_all
 from longcat.ops.calls import observed
+from longcat.ops.recomputed import Value, recomputable
 from longcat.ops.torch_internals import AttentionKernel, EfficientAttention, FlashAttention, KernelCall
 
 FLASH_MAX_WIDTH = 256
@@ -120,18 +121,24 @@ class _FusedAttention(torch.autograd.Function):
         ctx.scale, ctx.backend, ctx.ranges, ctx.shapes = scale, backend, ranges, shapes
         ctx.widths = key.shape[-1], value.shape[-1]
         width = _kernel_width(backend, ctx.widths)
-        query, key, value = _widen(query, width), _widen(key, width), _widen(value, width)
-        outputs, states = [], []
-        for call, (local, stop, firsts) in _calls(ctx, bounds):
-            out, *state = KERNELS[backend].forward(
-                _pack(query[:, local], firsts),
-                _pack_keys(key, stop, firsts),
-                _pack_keys(value, stop, firsts),
-                call,
-            )
-            outputs.append(_unpack(out, query.shape[0], firsts)[..., : ctx.widths[1]])
-            states += state
-        out = outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, 1)
+        query, key, value = (recomputable(Value.expansion, _widen, x, width) for x in (query, key, value))
+        calls, value_width = _calls(ctx, bounds), ctx.widths[1]
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+            """→ the result, and what the kernels need for the backward."""
+            outputs, states = [], []
+            for call, (local, stop, firsts) in calls:
+                out, *state = KERNELS[backend].forward(
+                    _pack(query[:, local], firsts),
+                    _pack_keys(key, stop, firsts),
+                    _pack_keys(value, stop, firsts),
+                    call,
+                )
+                outputs.append(_unpack(out, query.shape[0], firsts)[..., :value_width])
+                states += state
+            return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, 1), *states
+
+        out, *states = recomputable(Value.attention, attend, query, key, value)
         ctx.num_bounds, ctx.num_states = len(bounds), len(states) // len(ranges)
         ctx.save_for_backward(query, key, value, out, *bounds, *states)
         return passed(Place.activation, "attention", out)

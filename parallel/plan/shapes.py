@@ -29,6 +29,7 @@ import parallel.expert.dispatchers
 import parallel.fsdp.collectives
 from longcat.dispatch import LocalDispatcher, LocalPending, Routing
 from longcat.ops import embedding, grouped, permute, rows
+from longcat.ops.recomputed import Value, recomputable
 from longcat.ops.torch_internals import storage_key
 from longcat.ops.torch_library import PLAIN
 from parallel.collectives.point_to_point import Messages
@@ -125,13 +126,21 @@ def flash_attention(recorder: AllocationRecorder) -> Callable[..., Tensor]:
         @staticmethod
         def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pairs: float) -> Tensor:
             width, ctx.pairs, ctx.value_width = max(key.shape[3], value.shape[3]), pairs, value.shape[3]
-            wide = value if value.shape[3] == width else value.new_empty(*value.shape[:3], width)
-            result = wide.new_empty(*query.shape[:3], width)
-            rows = query.new_empty(query.shape[:3], dtype=torch.float32)
-            out = result[..., : ctx.value_width].contiguous()
-            del result
+            value_width = ctx.value_width
+
+            def widen(value: Tensor) -> Tensor:
+                return value if value_width == width else value.new_empty(*value.shape[:3], width)
+
+            def attend(query: Tensor, key: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+                result = wide.new_empty(*query.shape[:3], width)
+                rows = query.new_empty(query.shape[:3], dtype=torch.float32)
+                out = result[..., :value_width].contiguous()
+                recorder.count(4 * pairs * width, nbytes(query, key, wide, out), query.dtype)
+                return out, rows
+
+            wide = recomputable(Value.expansion, widen, value)
+            out, rows = recomputable(Value.attention, attend, query, key, wide)
             ctx.save_for_backward(query, key, wide, out, rows)
-            recorder.count(4 * pairs * width, nbytes(query, key, wide, out), query.dtype)
             return out
 
         @staticmethod
