@@ -50,7 +50,7 @@ class _Recipe:
 
     def compute(self) -> list[Tensor]:
         """The outputs: those at hand if they were made on this stream, else new ones."""
-        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        stream = current_stream()
         if not self.values or stream != self.stream:
             with torch.no_grad():
                 self.values = _listed(self.function(*(_unpack(one) for one in self.inputs)))
@@ -90,21 +90,17 @@ def recomputable(value: Value, function: Callable[..., Any], *inputs: Any) -> An
     The function must give the same bits each time, change nothing, and read no tensors but ``inputs`` and weights.
     """
     out = function(*inputs)
-    if value in _chosen:
-        remember(function, inputs, out)
-    return out
-
-
-def remember(function: Callable[..., Any], inputs: tuple[Any, ...], out: Any) -> None:
-    """Let ``function(*inputs)`` stand for its result ``out`` where autograd saves that."""
+    if value not in _chosen:
+        return out
     recipe = _Recipe(function, inputs)
     kept = {storage_key(one.untyped_storage()) for one in inputs if isinstance(one, Tensor)}
     for number, output in enumerate(_listed(out)):
         storage = output.untyped_storage()
         key = storage_key(storage)
         if key not in kept:  # no view of an input
-            gone = partial(_forget, key, recipe)
-            _outputs[key] = _Output(weakref.ref(storage, gone), recipe, number, output.dtype)
+            forget = partial(_forget, key, recipe)
+            _outputs[key] = _Output(weakref.ref(storage, forget), recipe, number, output.dtype)
+    return out
 
 
 def _forget(key: int, recipe: _Recipe, _: Any) -> None:
@@ -126,11 +122,6 @@ def recomputing(values: Collection[Value]) -> Iterator[None]:
         _outputs.clear()
 
 
-def is_chosen(value: Value) -> bool:
-    """Whether ``value`` is to be computed again."""
-    return value in _chosen
-
-
 def _pack(tensor: Tensor) -> Tensor | _Recomputed:
     if tensor.layout is not torch.strided:
         return tensor
@@ -139,7 +130,7 @@ def _pack(tensor: Tensor) -> Tensor | _Recomputed:
     if found is None or found.storage() is not storage or found.dtype != tensor.dtype:
         return tensor
     found.recipe.add_user()
-    return _Recomputed(found.recipe, found.number, tensor.size(), tensor.stride(), tensor.storage_offset())
+    return _Recomputed(found.recipe, found.number, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
 def _unpack(packed: Any) -> Any:
@@ -147,6 +138,11 @@ def _unpack(packed: Any) -> Any:
         return packed
     output = packed.recipe.compute()[packed.output]
     return output.as_strided(packed.size, packed.stride, packed.offset)
+
+
+def current_stream() -> Any:
+    """The stream on which work is queued; None on a CPU."""
+    return torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
 
 def _listed(out: Any) -> list[Tensor]:

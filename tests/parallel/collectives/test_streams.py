@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -15,19 +16,21 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+import longcat.ops.recomputed
 from longcat.config import ModelConfig
 from longcat.dispatch import LocalDispatcher
 from longcat.interfaces import UnshardedSequence
 from longcat.layer import ShortcutLayer
+from longcat.ops.recomputed import Value
 from longcat.rope import rotary_angles
 from parallel.collectives.async_collective import AsyncCollective, start, wait, wait_for_all
 from parallel.collectives.collective import AllGather, Collective
 from parallel.collectives.streams import SideStreamContext
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, Recompute
 from parallel.expert.dispatchers import AllGatherDispatcher, AllToAllDispatcher
 from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gradients
-from parallel.recompute import checkpoint_method
+from parallel.recompute import checkpoint_method, recompute_layer
 from parallel.watchdog.events import Event, SpanKind
 from tests.parallel.collectives.fake_streams import RecordedCuda, Recorder, Site
 from tests.support.distributed import run_ranks
@@ -49,6 +52,8 @@ CONFIG = ModelConfig(
     top_k=3,
 )
 
+EVERY_VALUE = ParallelConfig(recompute=Recompute.selective, recompute_list=list(Value))
+
 
 class Case(NamedTuple):
     """How two layers are run."""
@@ -62,6 +67,7 @@ class Case(NamedTuple):
     in_flight: int = 1  # micro-batches whose backwards follow all forwards, as in a pipeline
     local: bool = False  # all experts on this rank
     balanced: bool = True  # the loss holds the balance loss
+    values: bool = False  # the backward computes every value again that it can
 
 
 CASES = [
@@ -80,6 +86,7 @@ CASES += [
 CASES += [Case(recomputed=recomputed, deferred=True, in_flight=2) for recomputed in (False, True)]
 CASES += [Case(recomputed=recomputed, local=True) for recomputed in (False, True)]
 CASES += [Case(recomputed=True, balanced=False)]
+CASES += [Case(values=True), Case(values=True, local=True), Case(values=True, experts_stream=True, deferred=True)]
 MUTATED = [case for case in CASES if case.chunks == 2 and not case.after_attention]
 
 
@@ -166,9 +173,11 @@ def watched(case: Case, without: Site | None = None) -> tuple[Recorder, list[Ten
         moe.sequence = layer.self_attn[0].sequence = layer.self_attn[1].sequence = sequence
         if case.recomputed:
             checkpoint_method(layer, "forward")
+        if case.values:
+            recompute_layer(layer, EVERY_VALUE)
     if case.deferred:
         defer_weight_gradients(stack, queue)
-    with recorder:
+    with recorder, mock.patch.object(longcat.ops.recomputed, "current_stream", lambda: recorder.current):
         found = compute(list(stack), recorder, case.in_flight, case.balanced)  # type: ignore[arg-type]
         queue.take()()
         recorder.check_freed()
