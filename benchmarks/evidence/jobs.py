@@ -21,7 +21,7 @@ from train.run_dir import describe_corpora
 
 RESULTS = FOLDER / "runs"
 WITHOUT_EFFECT = ("run", "logging", "launch", "profile", "checkpoint")  # sections that change no number of a run
-WINDOW = 50  # steps that one row of a result's curve covers
+WINDOW = 25  # steps that one row of a result's curve covers
 COLUMNS = (
     "step", "tokens", "flops", "val_loss", "loss", "grad_norm", "hidden_norm_max", "ffn_experts", "ffn_experts_std",
     "load_max_over_mean",
@@ -30,7 +30,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run left: its exit code and one row per 50 steps, FLOPs and tokens from the first step on."""
+    """What a finished run left: its exit code and one row per `WINDOW` steps, FLOPs and tokens from the first step on."""
 
     key: str
     code: int

@@ -32,7 +32,7 @@ effect that would have been seen.
   stopped. Each run leaves a small file in the folder evidence/runs. `python -m benchmarks.evidence draw` writes
   this page. Up to now the runs took {hours} hours of one processor core; {left} of {all} are left.
 
-The model has 2.35M parameters and sees 2 million tokens of Python source
+The model has 2.35M parameters and sees 1 million tokens of Python source
 ([evidence.yaml]({experiment})). Effects at this size need not be those of large models.
 
 ## Verdicts
