@@ -56,12 +56,9 @@ class TrainState:
 
     def set_biases(self, biases: Tensor) -> None:
         """Set the selection biases [L, N+Z] on every rank: sharding does not manage buffers."""
-        self.biases.copy_(biases)
-        on_device: Tensor | None = None  # one copy for all layers
+        self.biases.copy_(to_device(biases, self.biases.device))
         for number, router in self.routers():
-            if on_device is None:
-                on_device = to_device(self.biases, router.e_score_correction_bias.device)
-            router.e_score_correction_bias.copy_(on_device[number])
+            router.e_score_correction_bias.copy_(self.biases[number])
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of the state that every rank has in full: biases and the controller's state."""

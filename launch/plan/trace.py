@@ -49,6 +49,8 @@ from train.config import Config
 from train.objective import Divisors, objective
 from train.run import build_state
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -118,11 +120,11 @@ def trace(config: Config, world_size: int, scope: Scope | None = None) -> Traced
     with ExitStack() as stack:
         topology = stack.enter_context(fake_topology(sizes, scope.rank, world_size))
         for context in (
-            _state_without_values(recorder, mode),
+            state_without_values(mode, recorder),
             shapes_only(RoutingAssumption(ffn_experts, scope.imbalance), recorder, scope.on_gpu),
             recording(recorder),
             around_shape_propagation(recorder.ignore, recorder.count_again),
-            _stages_without_values(scope.layers) if sizes.pp > 1 else nullcontext(),
+            stages_without_values(scope.layers) if sizes.pp > 1 else nullcontext(),
         ):
             stack.enter_context(context)
         state = _build(config, topology, traced_batch, recorder, mode)  # with moments, which the engine does not keep
@@ -238,7 +240,7 @@ def _batch(sequences: int, length: int) -> Batch:
 
 
 @contextmanager
-def fake_topology(sizes: MeshSizes, rank: int, world_size: int) -> Iterator[Topology]:
+def fake_topology(sizes: MeshSizes, rank: int, world_size: int, device: torch.device = CPU) -> Iterator[Topology]:
     """The mesh of ``rank``, all of whose groups are fake. Groups of other ranks alone are not made."""
     start_fake_world(rank, world_size)
     new_group = dist.new_group
@@ -250,14 +252,14 @@ def fake_topology(sizes: MeshSizes, rank: int, world_size: int) -> Iterator[Topo
 
     try:
         with patch.object(dist, "new_group", fake_group), patch.object(device_mesh, "new_group", fake_group):
-            topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
+            topology = make_topology(sizes, rank, world_size, device)
         yield topology
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def _stages_without_values(layers: int | None) -> Iterator[None]:
+def stages_without_values(layers: int | None) -> Iterator[None]:
     """Stages of at most ``layers`` layers, from their first on, that count micro-batches instead of reading numbers."""
     from parallel.pipeline.engine import StageModule  # imports torch's compiler
 
@@ -279,17 +281,24 @@ def _stages_without_values(layers: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _state_without_values(recorder: AllocationRecorder, mode: Any) -> Iterator[None]:
-    """Weights and moments of fake tensors: a model's values are not drawn."""
+def state_without_values(*modes: Any) -> Iterator[None]:
+    """Weights and moments of fake tensors, made under these modes: a model's values are not drawn."""
     store = parallel.parallelize.ShardedAdamW
 
+    @contextmanager
+    def under_modes() -> Iterator[None]:
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            yield
+
     def materialise(model: LongCat, _config: Any, _seed: int, device: torch.device) -> None:
-        with mode, recorder:
+        with under_modes():
             model.to_empty(device=device)
             gather_late_units(model)
 
     def sharded_adamw(*args: Any) -> Any:
-        with mode, recorder:
+        with under_modes():
             return store(*args)
 
     with (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -198,19 +198,24 @@ def no_capacity(counts: Tensor, like: Tensor) -> None:
 
 
 @contextmanager
-def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu: bool) -> Iterator[None]:
-    """Put the shape-only versions in place, and the plain version in place of every other operator of our own."""
-    plain_plan: Callable[..., Any] = PLAIN[permute._plan]
+def shapes_of_routing(assumed: RoutingAssumption) -> Iterator[None]:
+    """Put assumed numbers of rows in place of those that routers decide and a host reads; a GPU's copies remain."""
 
-    def plan(indices: Tensor, num_experts: int, num_routed: int, num_rows: int | None = None) -> Any:
-        number = assumed.rows(indices.shape[0]) if num_rows is None else num_rows
-        return plain_plan(indices, num_experts, num_routed, number)
+    plain = LocalDispatcher.start_dispatch
 
     def start_dispatch(self: LocalDispatcher, chunks: list[tuple[Tensor, Routing]]) -> list[LocalPending]:
-        return [LocalPending(x, routing, partial(assumed.rows, x.shape[0])) for x, routing in chunks]
+        if not chunks[0][0].is_cuda:
+            return [LocalPending(x, routing, partial(assumed.rows, x.shape[0])) for x, routing in chunks]
+        return [replace(one, num_rows=partial(instead_of, one)) for one in plain(self, chunks)]
+
+    def instead_of(pending: LocalPending) -> int:
+        pending.num_rows()  # waits for the copy
+        return assumed.rows(pending.x.shape[0])
 
     def shares(factor: float) -> property:
         def of_ranks(self: SplitSizes) -> list[list[int]]:
+            if self.streams.is_async_host:
+                _ = self._arrived
             ranks = self.rows.shape[0]
             tokens: list[int] = self.tokens  # type: ignore[attr-defined]
             return [[int(assumed.rows(of_chunk) * factor / ranks) for of_chunk in tokens] for _ in range(ranks)]
@@ -223,6 +228,26 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
         init(self, routings, *rest)
         self.tokens = [routing.indices.shape[0] for routing in routings]  # type: ignore[attr-defined]
 
+    with (
+        patch.object(LocalDispatcher, "start_dispatch", start_dispatch),
+        patch.object(SplitSizes, "__init__", with_tokens),
+        patch.object(SplitSizes, "sent", shares(1.0)),
+        patch.object(SplitSizes, "received", shares(assumed.imbalance)),
+        patch.object(longcat.dispatch, "padded_capacity", no_capacity),
+        patch.object(parallel.expert.dispatchers, "padded_capacity", no_capacity),
+    ):
+        yield
+
+
+@contextmanager
+def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu: bool) -> Iterator[None]:
+    """Put the shape-only versions in place, and the plain version in place of every other operator of our own."""
+    plain_plan: Callable[..., Any] = PLAIN[permute._plan]
+
+    def plan(indices: Tensor, num_experts: int, num_routed: int, num_rows: int | None = None) -> Any:
+        number = assumed.rows(indices.shape[0]) if num_rows is None else num_rows
+        return plain_plan(indices, num_experts, num_routed, number)
+
     instead: dict[Any, Any] = {permute._plan: plan, embedding.embedding_gradient: embedding_gradient}
     if on_gpu:
         instead[rows.combine_rows], instead[rows.combine_rows_backward] = combine_rows_on_gpu(recorder)
@@ -233,17 +258,12 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
         def put(where: Any, name: str, what: Any) -> None:
             stack.enter_context(patch.object(where, name, what))
 
+        stack.enter_context(shapes_of_routing(assumed))
         put(rows, "_sum_rows", sum_rows)
         for module in (rows, permute, embedding, dispatchers):
             for name, value in list(vars(module).items()):
                 if callable(value) and value in PLAIN:
                     put(module, name, instead.get(value, PLAIN[value]))
-        put(LocalDispatcher, "start_dispatch", start_dispatch)
-        put(SplitSizes, "__init__", with_tokens)
-        put(SplitSizes, "sent", shares(1.0))
-        put(SplitSizes, "received", shares(assumed.imbalance))
-        put(longcat.dispatch, "padded_capacity", no_capacity)
-        put(dispatchers, "padded_capacity", no_capacity)
         for name, version in zip(("grouped_product", "grouped_sum"), grouped_versions(recorder), strict=True):
             put(grouped, name, version)
         for module in (*gathering, dispatchers):

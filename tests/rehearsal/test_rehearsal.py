@@ -1,0 +1,146 @@
+"""A whole step on fake CUDA tensors: where its tensors are, what the host waits for, which collectives it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.rehearsal.kernels import without_cuda_kernel
+from tests.rehearsal.run import Found, differences, first_difference, rehearsals
+
+STEP = ["train.dtype=bfloat16", "train.micro_batch_size=1", "run.name=rehearsal", "sdc.every=0"]
+TINY = ["model=tiny", *STEP]
+FLASH = ["model=flash", *STEP]
+SINGLE = {"overrides": [*TINY, "model.num_layers=2", "train.global_batch_size=2", "data.mask_documents=true"]}
+EIGHT = {
+    "overrides": [*TINY, "model.num_layers=1", "train.global_batch_size=4", "parallel.tp=2", "parallel.ep=4"],
+    "world_size": 8,
+    "ranks": [0, 1, 2, 3],  # they share an expert group, and by twos a tensor-parallel one
+}
+LARGE = {
+    "overrides": [*FLASH, "model.num_layers=1", "train.global_batch_size=512", "parallel.tp=4", "parallel.ep=64"],
+    "world_size": 2048,
+    "ranks": [76, 77],
+    "length": 4096,
+}
+COPIES_OF_A_STEP = {"to in reduce.py:to_host": 2}
+SIZES = "copy in streams.py:to_host"  # of rows that a layer sends: one copy for each micro-batch
+WAIT = "event in streams.py:wait"
+
+
+def check(found: Found, layers_and_micro_batches: int) -> None:
+    """One copy for each layer and micro-batch, two for the step, and nothing that a GPU would refuse or wait for."""
+    assert found["copies"] == {SIZES: layers_and_micro_batches, **COPIES_OF_A_STEP}
+    assert found["waits"] == {WAIT: layers_and_micro_batches}
+    for name in ("pageable", "refused", "no_kernel", "misplaced"):
+        assert found[name] == {}, name
+    assert without_cuda_kernel(found["operators"]) == set()
+
+
+def of_kind(found: Found, operator: str, ranks: list[int]) -> list[str]:
+    """The collectives of one kind in all groups of these ranks."""
+    members = " of " + ",".join(map(str, ranks))
+    return [
+        one
+        for key, all_of in found["collectives"].items()
+        if key.endswith(members)
+        for one in all_of
+        if operator in one
+    ]
+
+
+@pytest.fixture(scope="module")
+def quick() -> list[dict[int, Found]]:
+    return rehearsals([SINGLE, EIGHT, LARGE])
+
+
+def test_one_gpu(quick: list[dict[int, Found]]) -> None:
+    """A tiny model's step with document masks: flash attention, grouped products and fused AdamW run on the device."""
+    found = quick[0][0]
+    check(found, 2 * 2)
+    expected = {"aten::_flash_attention_forward", "aten::_grouped_mm", "longcat::plan", "aten::_fused_adamw_"}
+    assert expected <= found["operators"].keys()
+    assert not found["collectives"] and not found["messages"]
+
+
+def test_eight_gpus_start_the_same_collectives(quick: list[dict[int, Found]]) -> None:
+    found = quick[1]
+    for one in found.values():
+        check(one, 1)
+    assert differences(found) == []
+    # Sizes of rows; dispatch and combine, forward and backward
+    assert len(of_kind(found[3], "alltoall", [0, 1, 2, 3])) == 1 + 4
+    # Two sums a step over all ranks, which no other collective of their kind joins
+    assert [one.split("[")[0] for one in of_kind(found[3], "allreduce_", list(range(8)))] == ["allreduce_ float64"] * 2
+
+
+def test_flash_layer_among_2048_gpus(quick: list[dict[int, Found]]) -> None:
+    found = quick[2]
+    for one in found.values():
+        check(one, 1)
+    assert differences(found) == []
+    assert len(of_kind(found[77], "alltoall", list(range(64, 128)))) == 1 + 4
+    assert len(of_kind(found[77], "allreduce_ float64", list(range(2048)))) == 2
+
+
+def test_differences_are_found() -> None:
+    """Another order in one group, a collective that a rank leaves out, and messages that do not meet."""
+    alike: Found = {"collectives": {"0 of 0,1": ["a", "b"]}, "messages": {"0>1": ["x"]}}
+    assert differences({0: alike, 1: alike}) == []
+    swapped: Found = {"collectives": {"0 of 0,1": ["b", "a"]}, "messages": {"0>1": ["x"]}}
+    assert differences({0: alike, 1: swapped}) == ["collectives 0 of 0,1: number 0 is {0: 'a', 1: 'b'}"]
+    silent: Found = {"collectives": {"0 of 0,1": ["a"]}, "messages": {}}
+    assert len(differences({0: alike, 1: silent})) == 2
+    assert first_difference({0: ["a", "b"], 1: ["a"]}) == "number 1 is {0: 'b', 1: 'nothing'}"
+
+
+def test_operators_without_a_kernel_are_found() -> None:
+    names = ["aten::mkldnn_linear", "aten::add.Tensor", "aten::_grouped_mm", "aten::sum.dim_IntList"]
+    assert without_cuda_kernel(names) == {"aten::mkldnn_linear"}
+
+
+BATCH = "train.global_batch_size=16"
+LAYOUTS: dict[str, list[str]] = {
+    "cp2_tp2_ep8": ["parallel.cp=2", "parallel.tp=2", "parallel.ep=8"],
+    "cp2_documents": ["parallel.cp=2", "data.mask_documents=true"],
+    "all_gather": ["parallel.ep=8", "parallel.transport=all_gather"],
+    "dp2_ep2": ["parallel.dp=2", "parallel.ep=2"],
+    "pp2_ep2": ["parallel.pp=2", "parallel.ep=2"],
+    "pp2_1f1b_tp2": ["parallel.pp=2", "parallel.tp=2", "parallel.schedule=1f1b"],
+    "chunks": ["parallel.ep=8", "overlap.num_chunks=2", "overlap.experts_stream=true"],
+    "selective": ["parallel.ep=2", "parallel.recompute=selective"],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_eight_gpus(layout: str) -> None:
+    overrides = [*TINY, "model.num_layers=4", BATCH, *LAYOUTS[layout]]
+    job: dict[str, Any] = {"overrides": overrides, "world_size": 8, "ranks": list(range(8)), "length": 64}
+    (found,) = rehearsals([job], timeout=3000)
+    assert differences(found) == []
+    for one in found.values():
+        check(one, one["copies"][SIZES])  # a pipeline's ranks have different numbers of layers
+
+
+@pytest.mark.long
+def test_whole_flash_step() -> None:
+    """28 layers and MTP, pipelined over 8 stages of 256 GPUs: the first, an inner and the last stage."""
+    overrides = [*FLASH, "train.global_batch_size=1024", "parallel.pp=8", "parallel.tp=4", "parallel.ep=64"]
+    job = {"overrides": overrides, "world_size": 2048, "ranks": [0, 256, 1792], "length": 8192}
+    alone = {"overrides": [*FLASH, "train.global_batch_size=1"], "length": 8192}
+    found, single = rehearsals([job, alone], timeout=6000)
+    assert differences(found) == []
+    for one in found.values():
+        check(one, one["copies"][SIZES])
+    check(single[0], 28)
+
+
+@pytest.mark.long
+def test_checks_for_corruption_wait_a_few_times() -> None:
+    """With `sdc.every`: digests come in one copy each time, not one for each tensor."""
+    overrides = ["model=debug", *STEP, "sdc.every=1", "train.global_batch_size=8", "parallel.ep=2"]
+    (found,) = rehearsals([{"overrides": overrides, "world_size": 8, "ranks": [3]}])
+    print(found[3]["copies"])
+    assert sum(found[3]["copies"].values()) < 40
