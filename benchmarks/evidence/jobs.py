@@ -30,7 +30,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run left: its exit code, and a row per `WINDOW` steps; FLOPs and tokens from the first step on."""
+    """What a finished run left: its exit code, and a row per `WINDOW` steps, FLOPs and tokens from the first step."""
 
     key: str
     code: int
