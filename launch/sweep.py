@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import traceback
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,13 @@ from typing import Any
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.json_text import dumps
 from train.checkpoint.compatibility import flatten
-from train.checkpoint.files import PARTIAL, write_synced
 from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, compose_tree, from_tree, one_line, quoted, register
 from train.config import Config
 from train.loggers.jsonl import METRICS, rows
 from train.run_dir import EXIT, read_config
+from train.sweep_results import MULTIRUN, Result, results, write_result
 
-MULTIRUN = "multirun.yaml"  # Hydra writes it before it checks the values
 SECTIONS = tuple(section.name for section in fields(Config))
-
-
-@dataclass(frozen=True)
-class Result:
-    """How one run of a sweep ended; a JSON file of the sweep's folder, since a launcher may run it elsewhere."""
-
-    run: str  # the run's folder
-    code: int
-    message: str
-    process: str  # where the error was printed
 
 
 def run_sweep(overrides: list[str]) -> int:
@@ -118,17 +107,15 @@ def run_job(tree: Any, folder: Path, search: list[str]) -> float:
         return math.inf
     hydra = HydraConfig.get()
     name = f"{tree.run.name}-{hydra.job.num}"
-    task = [str(override) for override in hydra.overrides.task]
-    task = [override for override in task if not override.startswith("run.name=")] + [f"run.name={name}", *search]
+    given = [str(override) for override in hydra.overrides.task if not str(override).startswith("run.name=")]
+    task = [*given, f"run.name={name}", *search]
     tree.run.name = name
     run = Path(tree.run.dir) / name
+    write_result(folder, hydra.job.num, Result(str(run), None, "", this_process(), given))
     code, message = train(tree, task)
     if code and not message:
         message = ended(run)
-    result = Result(str(run), code, message, this_process())
-    partial = folder / f".{hydra.job.num}.json{PARTIAL}"  # other jobs may read the results at any time
-    write_synced(partial, dumps(asdict(result)))
-    partial.replace(folder / f"{hydra.job.num}.json")
+    write_result(folder, hydra.job.num, Result(str(run), code, message, this_process(), given))
     return math.inf if code else final_loss(run)
 
 
@@ -161,25 +148,11 @@ def ended(run: Path) -> str:
         return f"no {EXIT} in {run}"
 
 
-def results(folder: Path) -> list[Result]:
-    """The results that the sweep has so far, in the order of its runs."""
-    paths = [path for path in folder.glob("*.json") if path.stem.isdecimal()]
-    return [read_result(path) for path in sorted(paths, key=lambda path: int(path.stem))]
-
-
-def read_result(path: Path) -> Result:
-    """The result in a file; a failed one where it cannot be read."""
-    try:
-        return Result(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        return Result(str(path), CRASHED, f"the result of this run cannot be read ({error})", process="")
-
-
 def report(folder: Path, failure: str) -> int:
     """Print what other processes have not printed here; returns the sweep's exit code."""
     found = results(folder)
     for result in found:
-        if result.code and result.process != this_process():
+        if result.failed and result.process != this_process():
             print(f"error: {Path(result.run).name}: {result.message} (exit code {result.code})", file=sys.stderr)
     if failure:
         print(f"error: the launcher ended the sweep: {failure}; its logs are in {folder}", file=sys.stderr)
@@ -191,7 +164,7 @@ def best_run(folder: Path) -> Path | None:
     """The sweep's run with the lowest final loss, averaged over runs that differ in their seed alone; None if none."""
     losses: dict[str, dict[Path, float]] = {}
     for result in results(folder):
-        run = Path(result.run)
+        run = result.folder(folder)
         if result.code == OK and math.isfinite(loss := final_loss(run)):
             losses.setdefault(without_seed(run), {})[run] = loss
     if not losses:

@@ -143,18 +143,20 @@ def data(arguments: list[str]) -> int:
 
 
 def report(arguments: list[str]) -> int:
-    """report RUN [RUN …]           write report.html for a run folder, or a comparison of several
+    """report RUN [RUN …]           write report.html for a run or a sweep, or a comparison of several runs
 
     longcat report runs/quickstart
+    longcat report runs/rates-sweep a sweep's folder, finished or not: one table and one picture
     longcat report runs/a runs/b    writes comparison.html beside the first
     """
-    from train.report import write_comparison, write_report
+    from train.report import write_comparison, write_report, write_sweep_report
+    from train.sweep_results import is_sweep
 
     if not arguments:
         raise ConfigError("longcat report needs a run folder, for instance runs/quickstart")
     folders = [Path(argument) for argument in arguments]
     if len(folders) == 1:
-        print(write_report(folders[0]))
+        print(write_sweep_report(folders[0]) if is_sweep(folders[0]) else write_report(folders[0]))
     else:
         print(write_comparison(folders, folders[0].parent / "comparison.html"))
     return 0

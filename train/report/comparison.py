@@ -67,7 +67,7 @@ def write_comparison(run_dirs: list[Path], target: Path) -> Path:
         raise ConfigError(f"{target} is a folder; give the name of the .html file to write")
     target.parent.mkdir(parents=True, exist_ok=True)
     judged_by, runs = in_order([read_run(Path(run_dir)) for run_dir in run_dirs], target)
-    page, differing = Page(Axes([one.run for one in runs])), Differences([one.run for one in runs])
+    page, differing = Page(Axes([one.run for one in runs])), Differences.of_runs([one.run for one in runs])
     lead = f"<p class=lead>{escape(verdict(runs, judged_by))}</p>"
     body = f"<header><p class=kind>Comparison</p><h1>{len(runs)} runs</h1>{lead}</header>"
     drawn = draw(page, curves(runs))

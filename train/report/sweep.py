@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -21,7 +21,8 @@ from train.report.scale import Scale, extent, line_across, linear_scale, numbers
 NOT_SETTINGS = ("run", "environment", "derived", CORPORA, TOKENIZER)
 SEED = "train.seed"  # runs that differ in it alone are repetitions of one point
 MAX_CHARTS, MAX_CHOICES, MAX_LINES = 6, 12, 8
-PIXELS = 240
+PIXELS, WIDE_PIXELS = 240, 360
+RATE = "optim.lr"
 LOG_FROM = 8.0  # largest over smallest value of a setting, from which its axis is logarithmic
 TICK_GAP = 0.14  # of the width, between two numbers
 
@@ -42,15 +43,23 @@ def letter(index: int) -> str:
 
 
 class Differences:
-    """The settings that differ between runs, without names and folders of the runs."""
+    """The settings that differ between runs.
 
-    def __init__(self, runs: Sequence[RunData]) -> None:
-        trees = [{key: value for key, value in run.config.items() if key not in NOT_SETTINGS} for run in runs]
+    Args:
+        trees: the settings of each run, nested or with dotted keys.
+    """
+
+    def __init__(self, trees: Sequence[Mapping[str, Any]]) -> None:
         self.flat = [flatten(tree) for tree in trees]
         self.settings = self.of(trees)
 
+    @classmethod
+    def of_runs(cls, runs: Sequence[RunData]) -> Differences:
+        """Those of the configurations, without names and folders of the runs."""
+        return cls([{key: value for key, value in run.config.items() if key not in NOT_SETTINGS} for run in runs])
+
     @staticmethod
-    def of(trees: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    def of(trees: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
         """{dotted key: its value in each tree, as text} of the keys that are not the same in all."""
         flat = [flatten(tree) for tree in trees]
         keys = dict.fromkeys(key for one in flat for key in one)
@@ -75,11 +84,22 @@ def sweep_charts(runs: list[Contestant], differing: Differences, judged_by: str)
     return f"<div class=grid>{figures}</div>" if figures else ""
 
 
+def sweep_chart(runs: list[Contestant], differing: Differences, judged_by: str) -> str:
+    """Return one wide picture: the final loss over the swept rate, or else over the number with the most values."""
+    keys = [key for key in differing.settings if key != SEED and differing.numbers(key) is not None]
+    if not keys:
+        return sweep_charts(runs, differing, judged_by)
+    key = max(keys, key=lambda key: (key.startswith(RATE), len(set(differing.settings[key]))))
+    figure = _chart(runs, differing, key, judged_by, is_alone=True)
+    return f"<div class=grid>{figure}</div>" if figure else ""
+
+
 def _can_draw(differing: Differences, key: str) -> bool:
     return differing.numbers(key) is not None or len(set(differing.settings[key])) <= MAX_CHOICES
 
 
-def _chart(runs: list[Contestant], differing: Differences, key: str, judged_by: str) -> str:
+def _chart(runs: list[Contestant], differing: Differences, key: str, judged_by: str, is_alone: bool = False) -> str:
+    """The picture over one setting; one that is alone on its page takes its width and names each line's lowest."""
     texts, numbers = differing.settings[key], differing.numbers(key)
     choices = sorted(set(texts)) if numbers is None else []
     x = np.array([float(choices.index(text)) for text in texts] if numbers is None else numbers)
@@ -90,21 +110,24 @@ def _chart(runs: list[Contestant], differing: Differences, key: str, judged_by: 
     across, up = _across(x[kept], numbers is None), _up(losses[kept])
     groups = _groups(differing, key, kept)
     colours = {index: number % 8 for number, members in enumerate(groups.values()) for index in members}
-    lines, labels = _lines(groups, x, losses, across, up) if len(groups) <= MAX_LINES else ("", [])
+    pixels = WIDE_PIXELS if is_alone else PIXELS
+    lines, labels, lowest = _lines(groups, x, losses, across, up) if len(groups) <= MAX_LINES else ("", [], [])
     indices: list[int] = np.flatnonzero(kept).tolist()
     dots = "".join(_dot(runs[i], key, texts[i], float(x[i]), across, up, colours.get(i, 0)) for i in indices)
     best = indices[int(losses[kept].argmin())]
     sentence = f"Final {judged_by} of each run; the lowest is {losses[best]:.3f} at {texts[best]} ({letter(best)})."
     if labels:
-        sentence += f" A line for each {' · '.join(other for other, _ in next(iter(groups)))}."
+        sentence += f" A line for each {' · '.join(other for other, _ in next(iter(groups)))}"
+        sentence += f"; lowest at {', '.join(lowest)}." if is_alone else "."
     grid = f'<path class="grid" d="{"".join(line_across(up, tick) for tick in up.ticks())}"/>'
     numbers_below = _choices(choices, across) if numbers is None else _ticks(sorted(set(x[kept].tolist())), across)
     kind = "log axis" if across.log else ""
     return (
-        f'<figure class="chart sweep"><figcaption><h3>{escape(key)}</h3><b class=value>{escape(texts[best])}</b>'
-        f'<p>{escape(sentence)}</p></figcaption><div class="frame{" labelled" if labels else ""}" style=--h:{PIXELS}px>'
+        f'<figure class="chart sweep{" wide" if is_alone else ""}"><figcaption><h3>{escape(key)}</h3>'
+        f"<b class=value>{escape(texts[best])}</b>"
+        f'<p>{escape(sentence)}</p></figcaption><div class="frame{" labelled" if labels else ""}" style=--h:{pixels}px>'
         f"<div class=up>{numbers_up(up)}</div><div class=plot>{svg(grid + lines, sentence)}{dots}</div>"
-        f"<div class=across>{numbers_below}</div><div class=ends>{place_labels(labels, up, PIXELS)}</div>"
+        f"<div class=across>{numbers_below}</div><div class=ends>{place_labels(labels, up, pixels)}</div>"
         f"<p class=axis>{escape(key)}{f', {kind}' if kind else ''}</p></div></figure>"
     )
 
@@ -133,7 +156,15 @@ def _groups(
     for index in np.flatnonzero(kept):
         others = ((other, values[index]) for other, values in differing.settings.items() if other not in (key, SEED))
         groups[tuple(others)].append(int(index))
-    return dict(sorted(groups.items()))
+    return dict(sorted(groups.items(), key=lambda group: [_in_order(value) for _, value in group[0]]))
+
+
+def _in_order(text: str) -> tuple[bool, float, str]:
+    """Sorts numbers by size, before words."""
+    try:
+        return False, float(text.replace(",", "")), text
+    except ValueError:
+        return True, 0.0, text
 
 
 def _lines(
@@ -142,9 +173,9 @@ def _lines(
     losses: np.ndarray[Any, Any],
     across: Scale,
     up: Scale,
-) -> tuple[str, list[Label]]:
-    """A line for each group through the mean loss at each value, and its name."""
-    drawing, labels = "", []
+) -> tuple[str, list[Label], list[str]]:
+    """A line for each group through the mean loss at each value, its name, and where its mean is lowest."""
+    drawing, labels, lowest = "", [], []
     for number, (others, members) in enumerate(groups.items()):
         at = sorted({float(x[index]) for index in members})
         means = [float(np.mean([losses[index] for index in members if x[index] == value])) for value in at]
@@ -155,7 +186,8 @@ def _lines(
         if len(groups) > 1:
             text = " · ".join(value for _, value in others)
             labels.append(Label(text, means[-1], f"class=c{number % 8}"))
-    return drawing, labels
+            lowest.append(f"{exact(at[means.index(min(means))])} ({text})")
+    return drawing, labels, lowest
 
 
 def _dot(one: Contestant, key: str, text: str, x: float, across: Scale, up: Scale, colour: int) -> str:

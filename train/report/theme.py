@@ -171,7 +171,7 @@ overflow-wrap:anywhere;tab-size:4;margin:16px 0 0;padding:16px;border:1px solid 
 max-height:640px;overflow-y:auto}
 .tokens span{padding:2px 0}.tokens span:hover{outline:1px solid var(--ink)}
 .tokens .nl::before{content:"\\21b5";opacity:.45}
-p.legend{color:var(--soft);font-size:14px}
+p.legend{color:var(--soft);font-size:14px;overflow-wrap:anywhere}
 details{border-top:1px solid var(--line)}details:last-of-type{border-bottom:1px solid var(--line)}
 summary{cursor:pointer;padding:12px 0;font-weight:600}
 .settings{columns:2;column-gap:56px;padding-bottom:20px}

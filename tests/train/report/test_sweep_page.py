@@ -1,0 +1,101 @@
+"""A sweep's page: one sorted table and one picture, of failed and unfinished runs too."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main as longcat
+from tests.support.fabricate_run import fabricate
+from tests.support.fixtures import Refused
+from tests.train.report.html_page import ends, read
+from train.sweep_results import Result, write_result
+
+WIDTHS, RATES = (64, 128, 256, 512), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+REFUSED, DIVERGED, RUNNING = 5, 23, 22
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 runs, 4 widths and 6 rates: one refused, one diverged, one still running."""
+    root = tmp_path_factory.mktemp("runs")
+    folder = root / "rates-sweep"
+    folder.mkdir()
+    for number, (width, rate) in enumerate(itertools.product(WIDTHS, RATES)):
+        code, message = {
+            REFUSED: (2, "model.top_k=99 exceeds <6>"),
+            DIVERGED: (4, "step 40: the loss is not finite"),
+            RUNNING: (None, ""),
+        }.get(number, (0, ""))
+        steps = {DIVERGED: 40, RUNNING: 120}.get(number, 300)
+        if number != REFUSED:
+            settings = {"optim.lr": rate, "model.hidden_size": width, "train.steps": 300}
+            floor = 2.4 - width / 1000 + 20 * abs(rate - 2e-3)
+            where = root / f"rates-{number}"
+            fabricate(where, steps, seed=7, settings=settings, extras=False, routing_rows=0, floor=floor)
+        overrides = ["model=debug", f"model.hidden_size={width}", f"optim.lr={rate:g}"]
+        write_result(folder, number, Result(f"elsewhere/rates-{number}", code, message, "", overrides))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(sweep: Path) -> str:
+    assert longcat(["report", str(sweep)]) == 0
+    return (sweep / "report.html").read_text()
+
+
+def rows(html: str) -> list[list[str]]:
+    found = re.findall(r"<tr data-run.*?</tr>", html.replace("<wbr>", ""))
+    return [[re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td.*?</td>", row)] for row in found]
+
+
+def test_one_table_with_what_differs_alone(html: str, sweep: Path) -> None:
+    page, _ = read(sweep / "report.html")[1], html
+    assert html.count("<table>") == html.count('class="chart sweep') == 1
+    heads = re.findall(r"<th>(.*?)</th>", html.replace("<wbr>", ""))
+    assert heads == ["run", "validation loss", "model.hidden_size", "optim.lr", "state"]
+    found = rows(html)
+    assert len(found) == 24 and all(row[4] == "" for row in found[:21])
+    losses = [float(row[1]) for row in found[:21]]
+    assert losses == sorted(losses) and found[0][2:4] == ["512", "0.002"]
+    assert "24 runs, 2 failed, 1 not ended." in page.text and "debug" not in page.text
+
+
+def test_failed_and_unfinished_runs_come_last(html: str, sweep: Path) -> None:
+    page = read(sweep / "report.html")[1]
+    assert [(row[0][1:], row[4]) for row in rows(html)[21:]] == [
+        ("rates-22", "step 120 of 300"),
+        ("rates-23", "failed, step 40 of 300"),
+        ("rates-5", "failed"),
+    ]
+    assert rows(html)[-1][2:4] == ["64", "0.016"], "a refused run has no config.yaml, and has its settings"
+    assert "rates-5 (exit code 2): model.top_k=99 exceeds <6>" in page.text
+    assert "rates-23 (exit code 4): step 40: the loss is not finite" in page.text
+
+
+def test_a_line_for_each_width_over_the_rates(html: str) -> None:
+    assert "optim.lr, log axis" in html and html.count('class="curve c') == 4
+    assert html.count('class="dot') == 21
+    assert {name for name, _ in ends(html)} == {"64", "128", "256", "512"}
+    assert "lowest at 0.002 (64), 0.002 (128), 0.002 (256), 0.002 (512)." in html
+
+
+def test_the_lowest_is_a_mean_over_seeds(tmp_path: Path) -> None:
+    folder = tmp_path / "s-sweep"
+    folder.mkdir()
+    for number, (rate, seed, floor) in enumerate(((1e-3, 0, 2.0), (1e-3, 1, 2.1), (2e-3, 0, 1.9), (2e-3, 1, 2.9))):
+        fabricate(tmp_path / f"s-{number}", 60, seed=3, extras=False, routing_rows=0, floor=floor)
+        words = [f"optim.lr={rate:g}", f"train.seed={seed}"]
+        write_result(folder, number, Result(str(tmp_path / f"s-{number}"), 0, "done", "", words))
+    assert longcat(["report", str(folder)]) == 0
+    text = read(folder / "report.html")[1].text
+    assert re.search(r"Lowest mean validation loss of 2 seeds: [\d.]+ at optim\.lr=0\.001\.", text)
+
+
+def test_a_sweep_without_runs_is_refused(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "s-sweep").mkdir()
+    (tmp_path / "s-sweep" / "multirun.yaml").write_text("")
+    refused(["report", str(tmp_path / "s-sweep")], "has no run yet")

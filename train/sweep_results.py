@@ -1,0 +1,77 @@
+"""The files of a sweep's folder: how each of its runs ended, or that it has begun."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from longcat.errors import CRASHED, OK
+from longcat.json_text import dumps
+from train.checkpoint.files import PARTIAL, write_synced
+
+MULTIRUN = "multirun.yaml"  # Hydra writes it before it checks the values
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one run of a sweep ended; a JSON file of the sweep's folder, since a launcher may run it elsewhere."""
+
+    run: str  # the run's folder
+    code: int | None  # the exit code; None from the start of the run to its end
+    message: str
+    process: str  # where the error was printed
+    overrides: list[str] = field(default_factory=list)  # key=value of this run; the same keys in all runs of a sweep
+
+    @property
+    def failed(self) -> bool:
+        return self.code not in (None, OK)
+
+    def folder(self, sweep: Path) -> Path:
+        """The run's folder; beside the sweep's where the two have moved, or are seen from another folder."""
+        path = Path(self.run)
+        beside = sweep.parent / path.name
+        return beside if not path.is_dir() and beside.is_dir() else path
+
+    def settings(self) -> dict[str, int | float | str]:
+        """{key: value} of the overrides, numbers as such."""
+        pairs = (override.lstrip("+").partition("=") for override in self.overrides)
+        return {key: _value(text) for key, _, text in pairs}
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text.strip("'\"")
+
+
+def results(folder: Path) -> list[Result]:
+    """The results that the sweep has so far, in the order of its runs."""
+    return [read_result(path) for _, path in sorted(_numbered(folder))]
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    return [(int(path.stem), path) for path in folder.glob("*.json") if path.stem.isdecimal()]
+
+
+def read_result(path: Path) -> Result:
+    """The result in a file; a failed one where it cannot be read."""
+    try:
+        return Result(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        return Result(str(path), CRASHED, f"the result of this run cannot be read ({error})", process="")
+
+
+def write_result(folder: Path, number: int, result: Result) -> None:
+    """Write the result of run ``number`` as a whole: other jobs may read it at any time."""
+    partial = folder / f".{number}.json{PARTIAL}"
+    write_synced(partial, dumps(asdict(result)))
+    partial.replace(folder / f"{number}.json")
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether this is a sweep's folder."""
+    return (folder / MULTIRUN).is_file() or bool(_numbered(folder))
