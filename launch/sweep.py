@@ -13,14 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launch.sweep_folder import forget_failures, note_finished, open_folder, remove_if_unused
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.json_text import dumps
 from train.checkpoint.compatibility import flatten
-from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, compose_tree, from_tree, one_line, quoted, register
+from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, from_tree, one_line, quoted, register
 from train.config import Config
 from train.loggers.jsonl import METRICS, rows
-from train.run_dir import EXIT, read_config
-from train.sweep_results import MULTIRUN, Result, results, write_result
+from train.run_dir import EXIT, lock, read_config
+from train.sweep_results import Result, results, write_result
 
 SECTIONS = tuple(section.name for section in fields(Config))
 
@@ -30,15 +31,30 @@ def run_sweep(overrides: list[str]) -> int:
 
     An unknown key, a wrong type or a value that is no choice of its key is refused before the first job. The sweep
     continues after a job that its own check refuses or that fails; a stopped job ends it. Hydra's multirun.yaml, a
-    launcher's logs and a result per run are in a folder of this sweep alone.
+    launcher's logs and a result per run are in a folder of this sweep alone. The same overrides go on in that folder
+    until all runs have ended with 0; runs that have are not started again.
+    """
+    register()
+    check_keys(overrides, sweep=True)
+    folder = open_folder(overrides)
+    with lock(folder):
+        forget_failures(folder)
+        code = report(folder, run_jobs(overrides, folder))
+        if code == OK:
+            note_finished(folder, overrides, True)
+    return code
+
+
+def run_jobs(overrides: list[str], folder: Path) -> str:
+    """Run all jobs of the sweep; returns how a launcher failed, or an empty string.
+
+    Raises:
+        ConfigError: Hydra refuses the overrides.
     """
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    register()
-    check_keys(overrides, sweep=True)
-    folder = make_folder(overrides)
     search = [override for override in overrides if override.startswith(SEARCH_PATH)]
     arguments = sys.argv
     sys.argv = [
@@ -59,51 +75,15 @@ def run_sweep(overrides: list[str]) -> int:
     finally:
         sys.argv = arguments
         remove_if_unused(folder, failure)
-    return report(folder, failure)
-
-
-def make_folder(overrides: list[str]) -> Path:
-    """Make the folder of this sweep: `<run.dir>/<run.name>-sweep`, with a number if there is one already."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    try:
-        parsed = OverridesParser.create().parse_overrides([as_hydra_reads(each) for each in overrides])
-        run = compose_tree([each.input_line or "" for each in parsed if not each.is_sweep_override()]).run
-        name, parent = str(run.name), Path(str(run.dir))
-    except Exception as error:
-        raise ConfigError(one_line(error)) from error
-    number = 1
-    while True:
-        folder = parent / (f"{name}-sweep" if number == 1 else f"{name}-sweep-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not parent.is_dir():
-                raise ConfigError(f"run.dir={parent} is no folder; choose another run.dir") from None
-            number += 1
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir={parent}: cannot write in it ({error.strerror}); choose another run.dir"
-            ) from error
-
-
-def remove_if_unused(folder: Path, failure: str) -> None:
-    """Remove the folder of a sweep that was refused before its first run, and a parent that it was the first in."""
-    if not failure and not results(folder):
-        (folder / MULTIRUN).unlink(missing_ok=True)
-    for path in (folder, folder.parent):
-        try:
-            path.rmdir()
-        except OSError:  # not empty
-            return
+    return failure
 
 
 def run_job(tree: Any, folder: Path, search: list[str]) -> float:
     """One run of the sweep, perhaps in a process of a launcher; returns what a sweeper minimises."""
     from hydra.core.hydra_config import HydraConfig
 
-    if any(result.code == STOPPED for result in results(folder)):
+    found = results(folder)
+    if any(result.code == STOPPED for result in found):
         return math.inf
     hydra = HydraConfig.get()
     name = f"{tree.run.name}-{hydra.job.num}"
@@ -111,6 +91,8 @@ def run_job(tree: Any, folder: Path, search: list[str]) -> float:
     task = [*given, f"run.name={name}", *search]
     tree.run.name = name
     run = Path(tree.run.dir) / name
+    if any(done.code == OK and done.run == str(run) and done.overrides == given for done in found) and run.is_dir():
+        return final_loss(run)  # the sweep goes on after it was stopped
     write_result(folder, hydra.job.num, Result(str(run), None, "", this_process(), given))
     code, message = train(tree, task)
     if code and not message:

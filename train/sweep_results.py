@@ -50,10 +50,11 @@ def _value(text: str) -> int | float | str:
 
 def results(folder: Path) -> list[Result]:
     """The results that the sweep has so far, in the order of its runs."""
-    return [read_result(path) for _, path in sorted(_numbered(folder))]
+    return [read_result(path) for _, path in sorted(numbered(folder))]
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """(number of the run, file of its result) of those that have begun."""
     return [(int(path.stem), path) for path in folder.glob("*.json") if path.stem.isdecimal()]
 
 
@@ -74,4 +75,4 @@ def write_result(folder: Path, number: int, result: Result) -> None:
 
 def is_sweep(folder: Path) -> bool:
     """Whether this is a sweep's folder."""
-    return (folder / MULTIRUN).is_file() or bool(_numbered(folder))
+    return (folder / MULTIRUN).is_file() or bool(numbered(folder))

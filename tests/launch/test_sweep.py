@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from launch.__main__ import main as longcat
-from launch.sweep import Result, report, results, run_sweep
+from launch.sweep import report, results, run_sweep
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, lines, run_cleanly
+from train.run_dir import lock
 
 
 @pytest.fixture
@@ -26,10 +27,9 @@ def sweep(words: list[str]) -> int:
     return run_cleanly(lambda: longcat(["train", "-m", *words]))
 
 
-def recorded(folder: Path) -> list[tuple[str, int]]:
+def recorded(folder: Path) -> list[tuple[str, int | None]]:
     """(name of the run, exit code) of each result in a sweep's folder."""
-    found = [Result(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
-    return [(Path(result.run).name, result.code) for result in found]
+    return [(Path(result.run).name, result.code) for result in results(folder)]
 
 
 def test_each_sweep_has_a_folder_of_its_own(short: list[str], tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_results_appear_as_a_whole(short: list[str], tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "replace", replace)
     assert sweep([*short, "model.top_k=99,98"]) == 2
     assert [whole[name]["code"] for name in ("0.json", "1.json")] == [2, 2]
-    assert sorted(path.name for path in (tmp_path / "swept-sweep").glob("*json*")) == ["0.json", "1.json"]
+    assert sorted(path.name for path in (tmp_path / "swept-sweep").glob("*json*")) == ["0.json", "1.json", "sweep.json"]
 
 
 def test_a_refused_sweep_leaves_no_folder(refused: Refused, tmp_path: Path) -> None:
@@ -120,3 +120,70 @@ def test_a_refused_sweep_leaves_no_folder(refused: Refused, tmp_path: Path) -> N
     assert not (tmp_path / "runs").exists()
     (tmp_path / "file").write_text("mine")
     refused(["train", "-m", f"run.dir={tmp_path / 'file'}", "optim.lr=1,2"], "run.dir=", "choose another run.dir")
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, int], list[str]]:
+    """Runs without training: the exit code of each by its name (0 if it has none), and the names that were started."""
+    codes: dict[str, int] = {}
+    started: list[str] = []
+
+    def train(tree: Any, overrides: list[str]) -> tuple[int, str]:
+        started.append(tree.run.name)
+        folder = Path(tree.run.dir) / tree.run.name
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")
+        code = codes.get(tree.run.name, 0)
+        if code < 0:
+            raise KeyboardInterrupt
+        return code, "said"
+
+    monkeypatch.setattr("launch.sweep.train", train)
+    return codes, started
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(
+    faked: tuple[dict[str, int], list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes, started = faked
+    words = ["train", "-m", f"run.dir={tmp_path}", "run.name=swept", "optim.lr=1,2,3,4"]
+    codes |= {"swept-1": 4, "swept-2": 3}
+    assert longcat(words) == 4
+    assert started == ["swept-0", "swept-1", "swept-2"], "a stopped run ends the sweep"
+    started.clear()
+    codes.clear()
+    assert longcat([*words, "hydra/launcher=basic"]) == 0
+    assert started == ["swept-1", "swept-2", "swept-3"], "a run that ended with 0 is not started again"
+    assert "going on, 1 of its runs done" in capfd.readouterr().err
+    assert recorded(tmp_path / "swept-sweep") == [(f"swept-{number}", 0) for number in range(4)]
+    assert not (tmp_path / "swept-sweep-2").exists()
+    assert longcat(words) == 0
+    assert len(recorded(tmp_path / "swept-sweep-2")) == 4, "a finished sweep gets the next number"
+
+
+def test_a_killed_sweep_goes_on_and_another_gets_a_number(
+    faked: tuple[dict[str, int], list[str]], tmp_path: Path
+) -> None:
+    codes, started = faked
+    words = ["train", "-m", f"run.dir={tmp_path}", "run.name=swept"]
+    codes["swept-1"] = -1
+    with pytest.raises(KeyboardInterrupt):
+        longcat([*words, "optim.lr=1,2,3"])
+    assert recorded(tmp_path / "swept-sweep") == [("swept-0", 0), ("swept-1", None)]
+    codes.clear()
+    assert longcat([*words, "optim.lr=1,2"]) == 0
+    assert len(recorded(tmp_path / "swept-sweep-2")) == 2
+    started.clear()
+    assert longcat([*words, "optim.lr=1,2,3"]) == 0
+    assert started == ["swept-1", "swept-2"] and len(recorded(tmp_path / "swept-sweep")) == 3
+
+
+def test_two_starts_of_a_sweep_at_once(
+    faked: tuple[dict[str, int], list[str]], refused: Refused, tmp_path: Path
+) -> None:
+    codes, _ = faked
+    words = ["train", "-m", f"run.dir={tmp_path}", "run.name=swept", "optim.lr=1,2"]
+    codes["swept-0"] = 3
+    assert longcat(words) == 3
+    with lock(tmp_path / "swept-sweep"):
+        refused(words, "is in use by a running training")
