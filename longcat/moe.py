@@ -25,6 +25,7 @@ from longcat.modules import Linear, grad_store
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
 from longcat.ops.matmul import fp32_linear
 from longcat.ops.recomputed import Value, recomputable
+from longcat.ops.selections import count_selections, selected_gates
 
 
 class RoutingStatistics(NamedTuple):
@@ -64,7 +65,7 @@ class Router(nn.Module):
         if self.gate_slope is not None and probabilities.requires_grad:
             gating = probabilities.view_as(probabilities)
             gating.register_hook(self._add_to_slope)
-        return probabilities, indices, gating.gather(1, indices) * self.config.routed_scaling_factor
+        return probabilities, indices, selected_gates(gating, indices) * self.config.routed_scaling_factor
 
     def _add_to_slope(self, grad: Tensor) -> None:
         if self.gate_slope is not None:
@@ -133,8 +134,7 @@ class MoE(SequenceModule, DispatcherModule):
         probabilities, indices, gates = self.router(u)
         parts = zip(*(tensor.tensor_split(self.num_chunks) for tensor in (u, indices, gates)), strict=True)
         chunks = self.dispatcher.start_dispatch([(x, Routing(index, gate, *sizes)) for x, index, gate in parts])
-        counts = torch.zeros(self.config.num_routed, dtype=torch.int64, device=u.device)
-        counts.scatter_add_(0, indices.flatten(), torch.ones_like(indices.flatten()))  # integers: any order
+        counts = count_selections(indices, self.config.num_routed)
         return PendingMoE(chunks, probabilities, indices, counts, self.sequence.start_count(counts))
 
     def send_rows(self, pending: PendingMoE) -> None:

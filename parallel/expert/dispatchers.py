@@ -34,6 +34,7 @@ from longcat.ops.permute import (
     unpermute,
 )
 from longcat.ops.rows import combine_rows_backward, gather_rows
+from longcat.ops.selections import count_selections
 from parallel.collectives.async_collective import (
     AsyncCollective,
     Reorder,
@@ -61,7 +62,7 @@ class SplitSizes:
     def __init__(self, routings: list[Routing], group: dist.ProcessGroup, streams: StreamContext, layer: int) -> None:
         self.group, self.streams, self.event = group, streams, Event(SpanKind.EXPERT_COUNTS, layer)
         with streams.on_side_stream():
-            counts = torch.stack([_count(routing) for routing in routings])
+            counts = torch.stack([count_selections(one.indices, one.num_routed)[: one.num_experts] for one in routings])
             by_rank = counts.view(len(routings), dist.get_world_size(group), -1).transpose(0, 1)  # [n, C, E]
             self.rows = by_rank.sum(2)  # [n, C] to each rank
             self.outgoing = torch.cat((by_rank, ~self.rows[:, :, None]), 2)  # [n, C, E + 1]
@@ -105,13 +106,6 @@ class SplitSizes:
         return rows
 
 
-def _count(routing: Routing) -> Tensor:
-    """Selections of each FFN expert, [N] int64."""
-    flat = routing.indices.reshape(-1)
-    counts = torch.zeros(routing.num_routed, dtype=torch.int64, device=flat.device)
-    return counts.scatter_add_(0, flat, torch.ones_like(flat))[: routing.num_experts]
-
-
 class ReceiveOrder:
     """The order in which a chunk's rows arrive, and the order of the experts that compute them.
 
@@ -133,17 +127,19 @@ class ReceiveOrder:
     @cached_property
     def order(self) -> tuple[Tensor, Tensor]:
         """From (rank, expert) to (expert, rank): [P], or [E · C] with -1 for a padding row; and back, [P]."""
-        num_ranks, num_experts = self.received.shape
-        expert = torch.arange(num_experts, device=self.received.device).repeat(num_ranks)
-        expert = expert.repeat_interleave(self.received.flatten(), output_size=self.num_rows)
-        order = torch.sort(expert, stable=True).indices
-        position = torch.arange(self.num_rows, device=order.device)
+        by_rank, by_expert = self.received, self.received.t()
+        theirs, ours = _firsts(by_rank), _firsts(by_expert)  # [n, E], [E, n] the first row of each pair, either way
+        order, inverse = self._moved(theirs.t() - ours, by_expert), self._moved(ours.t() - theirs, by_rank)
         if self.capacity is not None:
             position = padded_positions(self.received.sum(0), self.capacity)
-        inverse = torch.empty_like(order).scatter_(0, order, position)
-        if self.capacity is not None:
-            order = order.new_full((num_experts * self.capacity,), -1).index_copy_(0, position, order)
+            order = order.new_full((by_expert.shape[0] * self.capacity,), -1).index_copy_(0, position, order)
+            inverse = position[inverse]
         return order, inverse
+
+    def _moved(self, by: Tensor, counts: Tensor) -> Tensor:
+        """For each row its own number plus the shift ``by`` of its block; ``counts`` are the blocks' rows."""
+        shift = by.flatten().repeat_interleave(counts.flatten(), output_size=self.num_rows)
+        return shift.add_(torch.arange(self.num_rows, device=shift.device))
 
     def reorder(self, to_experts: bool) -> Reorder:
         """Received rows to the order of the experts, or the experts' results back to the order of arrival."""
@@ -151,6 +147,12 @@ class ReceiveOrder:
         forward, backward = (to_theirs, in_order) if to_experts else (in_order, to_theirs)
         first, second = (0, 1) if to_experts else (1, 0)
         return Reorder(lambda rows: forward(rows, self.order[first]), backward, lambda: (self.order[second],))
+
+
+def _firsts(counts: Tensor) -> Tensor:
+    """Sizes of blocks that follow each other, row by row → the first element of each."""
+    flat = counts.flatten()
+    return (flat.cumsum(0) - flat).view(counts.shape)
 
 
 def in_order(rows: Tensor, order: Tensor) -> Tensor:

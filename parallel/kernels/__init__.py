@@ -24,6 +24,8 @@ def install(device: torch.device) -> bool:
         library = torch.library.Library(NAME, "IMPL")
         for launch in (
             permute.plan,
+            permute.count_selections,
+            permute.spread_gates,
             rows.gather_rows,
             rows.sum_rows,
             rows.combine_rows,

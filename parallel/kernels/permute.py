@@ -17,6 +17,7 @@ from parallel.kernels.common import power_of_two
 
 BLOCK = 128  # selections of a program
 EXPERTS = 64  # experts that a program counts at once
+SPREAD = 1024  # experts whose gradients a program writes
 SCAN = 1024  # blocks that a program scans at once
 
 
@@ -65,6 +66,48 @@ def row_index_kernel(
     tl.store(token + row, (flat // top_k).to(tl.int64), mask=is_ffn)
 
 
+@triton.jit
+def spread_kernel(grad, indices, out, num_routed, K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), out.dtype.element_ty)
+    for choice in tl.static_range(K):
+        chosen = tl.load(indices + token * K + choice)
+        total += tl.where(expert == chosen, tl.load(grad + token * K + choice), 0.0)
+    tl.store(out + token * num_routed + expert, total, mask=expert < num_routed)
+
+
+def spread_gates(grad: Tensor, indices: Tensor, num_routed: int) -> Tensor:
+    """grad, indices [T, K] → [T, N + Z], zero where a token has not selected an expert."""
+    num_tokens, top_k = indices.shape
+    out = grad.new_empty(num_tokens, num_routed)
+    if num_tokens:
+        block = min(SPREAD, power_of_two(num_routed))
+        grid = num_tokens, triton.cdiv(num_routed, block)
+        spread_kernel[grid](grad, indices.contiguous(), out, num_routed, K=top_k, BLOCK=block)
+    return out
+
+
+def _histogram(indices: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
+    """indices [T, K] → selections of each expert before each block [N + Z, G] int32, and in all [N + Z] int64."""
+    num_blocks = triton.cdiv(indices.numel(), BLOCK)
+    histogram = torch.empty(num_routed, num_blocks, dtype=torch.int32, device=indices.device)
+    counts = torch.empty(num_routed, dtype=torch.int64, device=indices.device)
+    experts = min(EXPERTS, power_of_two(num_routed))
+    histogram_kernel[(num_blocks,)](
+        indices, histogram, indices.numel(), num_routed, num_blocks, BLOCK=BLOCK, EXPERTS=experts
+    )
+    scan_kernel[(num_routed,)](histogram, counts, num_blocks, SCAN=min(SCAN, power_of_two(num_blocks)))
+    return histogram, counts
+
+
+def count_selections(indices: Tensor, num_routed: int) -> Tensor:
+    """indices [T, K] → selections of each expert [N + Z] int64."""
+    if not indices.numel():
+        return torch.zeros(num_routed, dtype=torch.int64, device=indices.device)
+    return _histogram(indices.contiguous(), num_routed)[1]
+
+
 def plan(
     indices: Tensor, num_experts: int, num_routed: int, num_rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,10 +121,7 @@ def plan(
     capacity = size if num_rows is None else num_rows
     token, selection, row_index = indices.new_empty(capacity), indices.new_empty(capacity), torch.empty_like(indices)
     if size:
-        histogram = torch.empty(num_routed, num_blocks, dtype=torch.int32, device=indices.device)
-        experts = min(EXPERTS, power_of_two(num_routed))
-        histogram_kernel[(num_blocks,)](indices, histogram, size, num_routed, num_blocks, BLOCK=BLOCK, EXPERTS=experts)
-        scan_kernel[(num_routed,)](histogram, counts, num_blocks, SCAN=min(SCAN, power_of_two(num_blocks)))
+        histogram, counts = _histogram(indices, num_routed)
         row_index_kernel[(num_blocks,)](
             indices, histogram, counts.cumsum(0), counts, token, selection, row_index,
             size, num_blocks, num_experts, indices.shape[1], BLOCK=BLOCK,

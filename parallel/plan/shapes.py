@@ -21,6 +21,7 @@ from torch import Tensor
 
 import longcat.attention
 import longcat.dispatch
+import longcat.moe
 import longcat.ops.cross_entropy
 import longcat.ops.matmul
 import parallel.collectives.collective
@@ -28,7 +29,7 @@ import parallel.collectives.point_to_point
 import parallel.expert.dispatchers
 import parallel.fsdp.collectives
 from longcat.dispatch import LocalDispatcher, LocalPending, Routing
-from longcat.ops import embedding, grouped, permute, rows
+from longcat.ops import embedding, grouped, permute, rows, selections
 from longcat.ops.recomputed import Value, recomputable
 from longcat.ops.torch_internals import storage_key
 from longcat.ops.torch_library import PLAIN
@@ -260,7 +261,7 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
 
         stack.enter_context(shapes_of_routing(assumed))
         put(rows, "_sum_rows", sum_rows)
-        for module in (rows, permute, embedding, dispatchers):
+        for module in (rows, permute, selections, embedding, longcat.moe, dispatchers):
             for name, value in list(vars(module).items()):
                 if callable(value) and value in PLAIN:
                     put(module, name, instead.get(value, PLAIN[value]))

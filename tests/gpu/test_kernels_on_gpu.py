@@ -23,6 +23,7 @@ from tests.support.kernel_cases import (
     check_embedding,
     check_gather,
     check_plan,
+    check_selections,
     check_sum,
 )
 
@@ -58,7 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_equal_plain_versions_bitwise(shape: str, dtype: torch.dtype) -> None:
     routing = case(dtype, **SHAPES[shape])
-    for check in (check_plan, check_gather, check_sum):
+    for check in (check_plan, check_selections, check_gather, check_sum):
         check(routing)
     check_combine(routing, True)
     check_combine(routing, False)

@@ -75,6 +75,17 @@ def check_plan(case: Case) -> None:
         assert_bits(mine, expected)
 
 
+def check_selections(case: Case) -> None:
+    from longcat.ops import selections
+    from parallel.kernels.permute import count_selections, spread_gates
+
+    num_routed, indices = case.experts + case.zero, case.indices.to(case.device)
+    assert_bits(count_selections(indices, num_routed), selections.count_selections(case.indices, num_routed))
+    grad = case.draw(*indices.shape, dtype=torch.float32)
+    plain = selections.spread_gates(grad.cpu(), case.indices, num_routed)
+    assert_bits(spread_gates(grad, indices, num_routed), plain)
+
+
 def check_gather(case: Case) -> None:
     from parallel.kernels.rows import gather_rows
 

@@ -19,6 +19,7 @@ from tests.support.kernel_cases import (
     check_embedding,
     check_gather,
     check_plan,
+    check_selections,
     check_sum,
 )
 
@@ -53,6 +54,15 @@ SEVERAL_BLOCKS = Case(tokens=70, experts=5, zero=3, top_k=6, width=3, dtype=torc
 @settings(max_examples=share_of(30))
 def test_plan(case: Case) -> None:
     check_plan(case)
+
+
+@given(case=cases)
+@example(case=ALL_IDENTITY)
+@example(case=NO_TOKENS)
+@example(case=SEVERAL_BLOCKS)
+@settings(max_examples=share_of(15))
+def test_selections(case: Case) -> None:
+    check_selections(case)
 
 
 @given(case=cases)

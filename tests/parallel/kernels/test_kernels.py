@@ -36,7 +36,7 @@ def test_kernels_equal_plain_versions_bitwise(share: float) -> None:
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, timeout=300, check=False
     )
     assert answer.returncode == 0, answer.stdout[-6000:]
-    assert re.search(r"\b6 passed", answer.stdout), answer.stdout
+    assert re.search(r"\b7 passed", answer.stdout), answer.stdout
 
 
 def compilations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -66,6 +66,8 @@ def compilations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
         found[f"embedding_runs-{dtype}"] = table.run_kernel, run, constants
     histogram = {"indices": "*i64", "histogram": "*i32", "size": "i32", "num_routed": "i32", "num_blocks": "i32"}
     found["histogram"] = permute.histogram_kernel, histogram, {"BLOCK": permute.BLOCK, "EXPERTS": permute.EXPERTS}
+    spread = {"grad": "*fp32", "indices": "*i64", "out": "*fp32", "num_routed": "i32"}
+    found["spread"] = permute.spread_kernel, spread, {"K": 12, "BLOCK": permute.SPREAD}
     scan = {"histogram": "*i32", "counts": "*i64", "num_blocks": "i32"}
     found["scan"] = permute.scan_kernel, scan, {"SCAN": 512}
     row_index = {"indices": "*i64", "histogram": "*i32"}
