@@ -97,7 +97,9 @@ class VocabularySharding(Protocol):
     def lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """Token ids [...] → this rank's partial rows [..., D]; the sum over ranks is the embedding."""
 
-    def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def cross_entropy(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor, run_again: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """As `linear_cross_entropy`, with ``weight`` the local rows; the result is the same on every rank."""
 
 
@@ -107,8 +109,10 @@ class UnshardedVocabulary:
     def lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
         return embedding(tokens, weight)
 
-    def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_cross_entropy(hidden, weight, labels, valid)
+    def cross_entropy(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor, run_again: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy(hidden, weight, labels, valid, run_again=run_again)
 
 
 class WeightGradStore(Protocol):

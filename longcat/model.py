@@ -17,6 +17,7 @@ from longcat.interfaces import SequenceModule, VocabularyModule, local_tensor
 from longcat.layer import MTPLayer, ShortcutLayer
 from longcat.modules import Embedding, Linear, RMSNorm
 from longcat.moe import Router, RoutingStatistics
+from longcat.ops.cross_entropy import runs_again
 from longcat.parts import ModelPart
 from longcat.rope import rotary_angles
 
@@ -126,8 +127,9 @@ class LongCat(SequenceModule, VocabularyModule):
         lm, mtp_loss, z_loss, norm, token_losses = zero, zero, zero, zero, zero
         if self.norm is not None:
             normed = self.norm(z)
-            lm, token_losses = self._cross_entropy(normed, labels, valid)
-            if mtp and self.mtp is not None:
+            with_mtp = mtp and self.mtp is not None
+            lm, token_losses = self._cross_entropy(normed, labels, valid, is_last=not with_mtp)
+            if with_mtp:
                 mtp_loss = self._mtp_loss(normed, labels, valid, documents)
             z_loss = hidden_z(z)
             norm = torch.linalg.vector_norm(z.detach().float(), dim=-1).sum()
@@ -144,13 +146,18 @@ class LongCat(SequenceModule, VocabularyModule):
             hidden=z if self.norm is None else z.detach(),
         )
 
-    def _cross_entropy(self, normed: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """normed [B, s, D], labels, valid [B, S] → the sum of the losses at the q positions, and each loss [B, q]."""
+    def _cross_entropy(self, normed: Tensor, labels: Tensor, valid: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+        """normed [B, s, D], labels, valid [B, S] → the sum of the losses at the q positions, and each loss [B, q].
+
+        ``is_last``: no other loss of the head follows.
+        """
         assert self.lm_head is not None
         labels, valid = self.sequence.select(labels), self.sequence.select(valid)
         rows = self.sequence.gather(normed).flatten(0, 1)
         weight = local_tensor(self.lm_head.weight)
-        total, token_losses = self.vocabulary.cross_entropy(rows, weight, labels.flatten(), valid.flatten())
+        total, token_losses = self.vocabulary.cross_entropy(
+            rows, weight, labels.flatten(), valid.flatten(), run_again=not is_last and runs_again(rows.device.type)
+        )
         return total, token_losses.view_as(labels)
 
     def _mtp_loss(self, hidden: Tensor, labels: Tensor, valid: Tensor, documents: Documents | None) -> Tensor:
@@ -165,7 +172,8 @@ class LongCat(SequenceModule, VocabularyModule):
         for depth, layer in enumerate(self.mtp.layers, start=1):
             hidden = self.mtp.norm(layer(hidden, self.embed_tokens(next_tokens), angles, documents))
             next_tokens = next_tokens.roll(-1, 1)  # before sharding: a shard lacks its neighbour's first token
-            loss, _ = self._cross_entropy(hidden, next_tokens, mtp_valid(valid, documents, depth))
+            is_last = depth == len(self.mtp.layers)
+            loss, _ = self._cross_entropy(hidden, next_tokens, mtp_valid(valid, documents, depth), is_last)
             total = total + loss
         return total
 

@@ -22,8 +22,8 @@ from longcat.config import ModelConfig
 from longcat.dispatch import LocalDispatcher, Routing
 from longcat.interfaces import DispatcherModule, SequenceModule, WeightGradModule, local_tensor
 from longcat.modules import Linear, grad_store
+from longcat.ops.fp32_linear import fp32_linear
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
-from longcat.ops.matmul import fp32_linear
 from longcat.ops.recomputed import Value, recomputable
 from longcat.ops.selections import count_selections, selected_gates
 

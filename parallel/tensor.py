@@ -21,7 +21,7 @@ from longcat.interfaces import install
 from longcat.model import LongCat
 from longcat.ops.cross_entropy import linear_cross_entropy
 from longcat.ops.embedding import embedding
-from longcat.ops.matmul import raw_product
+from longcat.ops.matmul import logits_product
 from parallel.mesh import Axis, Topology
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
@@ -66,9 +66,11 @@ class ShardedVocabulary:
         is_local = (row >= 0) & (row < weight.shape[0])
         return embedding(torch.where(is_local, row, weight.shape[0]), weight, allow_out_of_range=True)
 
-    def cross_entropy(self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def cross_entropy(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor, run_again: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """As `linear_cross_entropy`; the gradient of ``hidden`` is a partial sum over the group."""
-        return linear_cross_entropy(hidden, weight, labels, valid, self._chunk_loss)
+        return linear_cross_entropy(hidden, weight, labels, valid, self._chunk_loss, run_again)
 
     def _chunk_loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [T, D], labels and valid [T] → losses [T], and the gradient of this rank's logits [T, v].
@@ -76,7 +78,7 @@ class ShardedVocabulary:
         The maximum, the sum of exponentials and the label's logit are reduced over the group.
         """
         labels, mask = labels[:, None], valid[:, None].float()
-        logits = raw_product(hidden, weight.t()).float()
+        logits = logits_product(hidden, weight.t()).float()
         maximum = logits.amax(1, keepdim=True)
         with wait_span(Event(SpanKind.VOCABULARY_MAX), self.group):
             dist.all_reduce(maximum, dist.ReduceOp.MAX, group=self.group)

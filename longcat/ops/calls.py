@@ -41,6 +41,11 @@ def set_observer(observer: Observer | None) -> None:
     _observer = observer
 
 
+def is_observed() -> bool:
+    """Whether calls may run again: they then change no operand."""
+    return _observer is not None
+
+
 @contextmanager
 def unobserved() -> Iterator[None]:
     """Operators that are called meanwhile, by an observer that runs one again, are not observed."""

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat.faults import Place, passed, passed_all
+from longcat.faults import Place, passed
 from longcat.ops.calls import named, observed
 from longcat.ops.elementwise import swiglu, swiglu_backward
-from longcat.ops.permuted import matmul
+from longcat.ops.permuted import matmul, mm_float32
 from longcat.ops.torch_internals import cpu_has_amx_tiles, cpu_has_avx512_bf16
 
 StoreWeightGrad = Callable[[Callable[[], Tensor]], None]  # stores the computation of a weight's gradient, for later
@@ -58,6 +58,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def raw_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the dtype of this processor's GEMM, for a caller that upcasts the result to float32 next."""
     return matmul(*upcast(a, b))
+
+
+def writes_float32(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether products of ``dtype`` come in float32, unrounded, and can be added to float32: cuBLAS does that."""
+    return device_type != "cpu" and dtype in (torch.bfloat16, torch.float16)
+
+
+def logits_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for matrices: in float32 where the product can be written so, else as `raw_product`."""
+    if writes_float32(a.device.type, a.dtype):
+        return mm_float32(a, b)
+    return raw_product(a, b)
 
 
 def input_of(inputs: Sequence[Tensor]) -> Tensor:
@@ -140,23 +152,3 @@ def linear(x: Tensor, weight: Tensor, store: StoreWeightGrad | None = None) -> T
 def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, store: StoreWeightGrad | None = None) -> Tensor:
     """`linear` of x = silu(gate) · up [..., I], which autograd does not save."""
     return _Linear.apply(detach_if_deferred(weight, store, gate, up), store, gate, up)
-
-
-@observed("router")
-class _Fp32Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return passed(Place.activation, "router", matmul(x.float(), weight.t()))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad_x = matmul(grads[0], weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_w = matmul(grads[0].t(), x.float()) if ctx.needs_input_grad[1] else None
-        return passed_all(Place.gradient, "router", (grad_x, grad_w))
-
-
-def fp32_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, I] in any dtype, weight [O, I] float32 → [T, O] float32; no upcast copy of x outlives the product."""
-    return _Fp32Linear.apply(x, weight)

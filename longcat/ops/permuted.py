@@ -82,6 +82,20 @@ def elementwise(function: Callable[..., Any], *operands: Tensor) -> Any:
     return along(-2, lambda *rows: along(-1, function, *rows), *operands)
 
 
+def mm_float32(a: Tensor, b: Tensor, total: Tensor | None = None, in_place: bool = False) -> Tensor:
+    """a @ b (+ ``total``, perhaps in place) of bfloat16 or float16 matrices in float32, unrounded: a GPU's product."""
+    if _permuting:
+        parts = (rolled(a, 0), rolled(b, 1), None if total is None else rolled(rolled(total, 0), 1))
+        return rolled(rolled(_mm_float32(*parts), 1, back=True), 0, back=True)
+    return passed(Place.product, "product", _mm_float32(a, b, total, in_place))
+
+
+def _mm_float32(a: Tensor, b: Tensor, total: Tensor | None = None, in_place: bool = False) -> Tensor:
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total if in_place else None)
+
+
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b, into ``out`` if given; while permuting, of rolled rows of a, columns of b, and matrices of a batch."""
     rows, columns = can_roll(a, b) if _permuting else (False, False)

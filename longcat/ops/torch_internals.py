@@ -164,4 +164,5 @@ def product_flops(operator: Any, args: Any, kwargs: Any, out: Any) -> float:
     from torch.utils.flop_counter import flop_registry
 
     formula = flop_registry.get(operator._overloadpacket)
+    args = [one for one in args if not isinstance(one, torch.dtype)]  # the formula of addmm would take it for a shape
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))

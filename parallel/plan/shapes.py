@@ -21,6 +21,7 @@ from torch import Tensor
 
 import longcat.attention
 import longcat.dispatch
+import longcat.model
 import longcat.moe
 import longcat.ops.cross_entropy
 import longcat.ops.matmul
@@ -276,4 +277,7 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
             put(longcat.attention, "causal_attention", flash_attention(recorder))
             put(longcat.ops.matmul, "_NATIVE_BFLOAT16", True)
             put(longcat.ops.cross_entropy, "MIN_ROWS", longcat.ops.cross_entropy.MIN_ROWS_GPU)
+            put(longcat.model, "runs_again", lambda _: True)
+            for module in (longcat.ops.matmul, longcat.ops.cross_entropy):
+                put(module, "writes_float32", lambda _, dtype: dtype in (torch.bfloat16, torch.float16))
         yield

@@ -12,8 +12,9 @@ from longcat.documents import Documents
 from longcat.ops.attention import causal_attention
 from longcat.ops.cross_entropy import _softmax_loss, linear_cross_entropy
 from longcat.ops.elementwise import rms_norm, rotary, swiglu, swiglu_backward
+from longcat.ops.fp32_linear import fp32_linear
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
-from longcat.ops.matmul import fp32_linear, gated_linear, linear, product
+from longcat.ops.matmul import gated_linear, linear, product
 from longcat.ops.permuted import can_roll, distance, permuting, rolled
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -25,8 +25,9 @@ from longcat.ops.attention import causal_attention
 from longcat.ops.cross_entropy import linear_cross_entropy
 from longcat.ops.elementwise import rms_norm
 from longcat.ops.embedding import embedding
+from longcat.ops.fp32_linear import fp32_linear
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
-from longcat.ops.matmul import fp32_linear, gated_linear, linear
+from longcat.ops.matmul import gated_linear, linear
 from longcat.ops.permute import combine, permute, plan_permutation
 from tests.repeatability import unordered
 
@@ -183,7 +184,7 @@ PLANTS = [
     Plant("attention_long", longcat.ops.attention, "product", unordered.product),
     Plant("cross_entropy", longcat.ops.cross_entropy, "_hidden_gradient", unordered.product),
     Plant("cross_entropy", longcat.ops.cross_entropy, "_weight_gradient", unordered.product),
-    Plant("cross_entropy", longcat.ops.cross_entropy, "raw_product", unordered.product),
+    Plant("cross_entropy", longcat.ops.cross_entropy, "logits_product", unordered.product),
     Plant("cross_entropy", Tensor, "sum", unordered.rows_sum),
 ]
 
