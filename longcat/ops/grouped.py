@@ -1,9 +1,9 @@
 """Grouped GEMM: every expert's rows times that expert's matrix, in one call.
 
-A GPU has a kernel for it (`grouped_mm`). On a CPU this is one GEMM per expert, and the CPU's library generates code
-for every new shape: half a millisecond and half a MiB for each number of rows that an expert ever gets. So the GEMMs
-here take whole blocks of rows. A product over rows also computes some rows of the next experts, whose own GEMMs then
-overwrite them; a sum over rows is padded with zeros.
+A GPU has a kernel for it: torch's `grouped_mm`, or one of this project where that is a loop. On a CPU this is one GEMM
+per expert, and the CPU's library generates code for every new shape: half a millisecond and half a MiB for each number
+of rows that an expert ever gets. So the GEMMs here take whole blocks of rows. A product over rows also computes some
+rows of the next experts, whose own GEMMs then overwrite them; a sum over rows is padded with zeros.
 
 On a processor with AMX a call of that library costs as much as multiplying some ten rows. Experts with equally many
 rows are one batched call; `padded_capacity` says where padding rows are worth it.
@@ -32,6 +32,7 @@ from longcat.ops.matmul import (
     upcast,
 )
 from longcat.ops.permuted import along, is_permuting, matmul, rolled
+from longcat.ops.torch_library import operator
 
 BLOCK = 16  # rows; the GEMMs' shapes are multiples of it
 _CALL_OVERHEAD_MATTERS = cpu_has_amx()
@@ -67,16 +68,48 @@ def _block_ranges(ends: Tensor, total: int) -> Iterator[tuple[int, int, int, int
         start = end
 
 
+def torch_groups(capability: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether torch has a grouped kernel for it; else it copies the ends to the host and loops over the experts.
+
+    torch 2.13 has one for bfloat16 on Hopper and datacenter Blackwell.
+    """
+    return dtype is torch.bfloat16 and capability[0] in (9, 10)
+
+
+@operator("grouped_rows(Tensor a, Tensor b, Tensor ends) -> Tensor")
+def grouped_rows(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_product` on a GPU for which torch has no grouped kernel; this plain version loops."""
+    return grouped_mm(a, b, offs=ends)
+
+
+@operator("grouped_sums(Tensor a, Tensor b, Tensor ends) -> Tensor")
+def grouped_sums(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_sum` likewise."""
+    return grouped_mm(a.t(), b, offs=ends)
+
+
+def _rows_on_gpu(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    if torch_groups(torch.cuda.get_device_capability(a.device), a.dtype):
+        return grouped_mm(a, b, offs=ends)
+    return grouped_rows(a, b, ends)  # type: ignore[no-any-return]
+
+
+def _sums_on_gpu(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    if torch_groups(torch.cuda.get_device_capability(a.device), a.dtype):
+        return grouped_mm(a.t(), b, offs=ends)
+    return grouped_sums(a, b, ends)  # type: ignore[no-any-return]
+
+
 def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Rows a [P, I] times their expert's b [E, I, O] → [P, O]; ``ends`` [E] int32: the row after each expert's last.
 
     Accumulates in float32 and rounds once.
     """
-    a_upcast, b_upcast = upcast(a, b)
     if a.device.type != "cpu":
         if is_permuting():
-            return along(-1, lambda matrices: grouped_mm(a_upcast, matrices, offs=ends), b_upcast).to(a.dtype)
-        return grouped_mm(a_upcast, b_upcast, offs=ends).to(a.dtype)
+            return along(-1, lambda matrices: _rows_on_gpu(a, matrices, ends), b)  # type: ignore[no-any-return]
+        return _rows_on_gpu(a, b, ends)
+    a_upcast, b_upcast = upcast(a, b)
     if batch := _batches(ends, a_upcast):
         return matmul(batch[0], b_upcast).flatten(0, 1).to(a.dtype)
     out = a_upcast.new_empty(a.shape[0], b.shape[2])
@@ -90,12 +123,12 @@ def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 def grouped_sum(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Σ over each expert's rows of a [P, O] ⊗ b [P, I] → [E, O, I]; zeros for an expert without rows."""
-    a_upcast, b_upcast = upcast(a, b)
     if a.device.type != "cpu":
         if is_permuting():
-            out = grouped_mm(rolled(a_upcast.t(), 0), rolled(b_upcast, 1), offs=ends).to(a.dtype)
+            out = _sums_on_gpu(rolled(a, 1), rolled(b, 1), ends)
             return rolled(rolled(out, 1, back=True), 2, back=True)
-        return grouped_mm(a_upcast.t(), b_upcast, offs=ends).to(a.dtype)
+        return _sums_on_gpu(a, b, ends)
+    a_upcast, b_upcast = upcast(a, b)
     if batch := _batches(ends, a_upcast, b_upcast):
         return matmul(batch[0].transpose(1, 2), batch[1]).to(a.dtype)
     out = a_upcast.new_empty(ends.shape[0], a.shape[1], b.shape[1])

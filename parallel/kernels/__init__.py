@@ -17,7 +17,7 @@ def install(device: torch.device) -> bool:
         return False
     if not _installed:
         try:
-            from parallel.kernels import embedding, permute, rows
+            from parallel.kernels import embedding, grouped, permute, rows
         except ImportError as error:
             logging.getLogger(__name__).warning("no Triton kernels (%s); plain torch operators run instead", error)
             return False
@@ -31,6 +31,8 @@ def install(device: torch.device) -> bool:
             rows.combine_rows,
             rows.combine_rows_backward,
             embedding.embedding_gradient,
+            grouped.grouped_rows,
+            grouped.grouped_sums,
         ):
             library.impl(launch.__name__, launch, "CUDA")
         _installed.append(library)

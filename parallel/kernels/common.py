@@ -28,6 +28,15 @@ def rounded(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def factor(values):
+    """An operand of a product: Triton's interpreter multiplies the bits of bfloat16 numbers, unless they are upcast."""
+    if tl.bfloat16 == values.dtype and _INTERPRETED:
+        return values.to(tl.float32)
+    else:
+        return values
+
+
+@triton.jit
 def tree_sum(values, ROWS: tl.constexpr, STEPS: tl.constexpr):
     """values [ROWS, 2^STEPS] → [ROWS]: add the second half of the columns to the first until one is left."""
     for step in tl.static_range(STEPS):

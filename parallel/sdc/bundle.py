@@ -15,8 +15,11 @@ import longcat.ops.attention
 import longcat.ops.cross_entropy
 import longcat.ops.elementwise
 import longcat.ops.embedding
+import longcat.ops.fp32_linear
 import longcat.ops.grouped
-import longcat.ops.matmul  # noqa: F401 (each names its operators)
+import longcat.ops.matmul
+import longcat.ops.permute
+import longcat.ops.selections  # noqa: F401 (each names its operators)
 from longcat.errors import ConfigError
 from longcat.ops.calls import FUNCTIONS
 from parallel.sdc.recompute import Difference, compared, repetition

@@ -22,6 +22,7 @@ from tests.support.kernel_cases import (
     check_combine,
     check_embedding,
     check_gather,
+    check_grouped,
     check_plan,
     check_selections,
     check_sum,
@@ -63,6 +64,7 @@ def test_kernels_equal_plain_versions_bitwise(shape: str, dtype: torch.dtype) ->
         check(routing)
     check_combine(routing, True)
     check_combine(routing, False)
+    check_grouped(routing, 256)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])

@@ -120,6 +120,28 @@ def check_combine(case: Case, identity: bool) -> None:
         assert_bits(mine, wanted)
 
 
+def check_grouped(case: Case, outputs: int) -> None:
+    """Against products in float64: the order of a GEMM's sums is no contract, so not by bits."""
+    from parallel.kernels.grouped import grouped_rows, grouped_sums
+
+    counts = case.plan.counts[: case.experts]
+    ends = counts.cumsum(0).to(torch.int32)
+    rows = case.draw(case.plan.token.shape[0], case.width)
+    weight = case.draw(case.experts, outputs, case.width)
+    grad = case.draw(rows.shape[0], outputs)
+    tolerance = 1e-5 if case.dtype is torch.float32 else 2**-8
+    parts = [part.double() for part in rows.split(counts.tolist())]
+    grads = [part.double() for part in grad.split(counts.tolist())]
+    wanted = torch.cat([part @ one.double().t() for part, one in zip(parts, weight, strict=True)])
+    sums = torch.stack([of_grad.t() @ part for of_grad, part in zip(grads, parts, strict=True)])
+    for found, exact in (
+        (grouped_rows(rows, weight.transpose(1, 2), ends), wanted),
+        (grouped_sums(grad, rows, ends), sums),
+    ):
+        assert found.shape == exact.shape and found.dtype is case.dtype
+        assert torch.linalg.vector_norm(found - exact) <= tolerance * torch.linalg.vector_norm(exact)
+
+
 def check_embedding(places: int, num_rows: int, width: int, dtype: torch.dtype, seed: int, device: str = "cpu") -> None:
     """Ids of which low ones are frequent, and some are out of range."""
     from parallel.kernels.embedding import embedding_gradient

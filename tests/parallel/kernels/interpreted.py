@@ -18,6 +18,7 @@ from tests.support.kernel_cases import (
     check_combine,
     check_embedding,
     check_gather,
+    check_grouped,
     check_plan,
     check_selections,
     check_sum,
@@ -105,6 +106,15 @@ def test_combine_and_its_backward(case: Case, identity: bool) -> None:
 @settings(max_examples=share_of(25))
 def test_embedding_gradient(places: int, num_rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
     check_embedding(places, num_rows, width, dtype, seed)
+
+
+@given(case=cases, outputs=st.sampled_from([1, 24, 130]))
+@example(case=ALL_IDENTITY, outputs=24)
+@example(case=EMPTY_EXPERTS, outputs=130)
+@example(case=NO_TOKENS, outputs=8)
+@settings(max_examples=share_of(15))
+def test_grouped_products(case: Case, outputs: int) -> None:
+    check_grouped(case, outputs)
 
 
 def test_negative_zeros_and_infinities() -> None:
