@@ -100,8 +100,6 @@ class Recorder(TorchDispatchMode):
             self.found.refused[f"{name} in {caller()}"] += 1
         if func.namespace != "aten" and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
             self.found.no_kernel[name] += 1
-        if func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
-            return self._loop_over_experts(*args[:3])
         if func is aten._efficient_attention_backward.default:  # its meta function takes other arguments than it
             return (*map(torch.empty_like, args[1:4]), args[1].new_empty(0))
         if func.namespace == "longcat":
@@ -111,13 +109,6 @@ class Recorder(TorchDispatchMode):
         if _copies_to_device(func, args, kwargs) and not kwargs.get("non_blocking", _third(func, args)):
             self.found.pageable[caller()] += 1
         return func(*args, **kwargs)
-
-    def _loop_over_experts(self, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-        """What torch does for other types than bfloat16, whose shapes its meta function refuses to tell."""
-        self.found.waits[f"_grouped_mm in {caller()}"] += 1
-        return (
-            a.new_empty(a.shape[0], b.shape[2]) if b.dim() == 3 else a.new_empty(ends.shape[0], a.shape[0], b.shape[1])
-        )
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
         """The answer to an operator that brings values to the host, or None."""
@@ -191,6 +182,10 @@ def _indexes_by_mask(func: Any, args: Any) -> bool:
 
 # Results of the operators that have a Triton kernel, without running one
 SHAPES: dict[str, Callable[..., Any]] = {
+    "longcat::count_selections": lambda indices, num_routed: indices.new_empty(num_routed),
+    "longcat::spread_gates": lambda grad, indices, num_routed: grad.new_empty(grad.shape[0], num_routed),
+    "longcat::grouped_rows": lambda a, b, ends: a.new_empty(a.shape[0], b.shape[2]),
+    "longcat::grouped_sums": lambda a, b, ends: a.new_empty(ends.shape[0], a.shape[1], b.shape[1]),
     "longcat::gather_rows": lambda source, index: source.new_empty(index.shape[0], source.shape[1]),
     "longcat::sum_rows": lambda rows, index: rows.new_empty(index.shape[0], rows.shape[1]),
     "longcat::combine_rows": lambda rows, gates, index, x: rows.new_empty(gates.shape[0], rows.shape[1]),
