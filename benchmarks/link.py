@@ -22,8 +22,10 @@ def _run(*words: str) -> None:
 
 
 @contextmanager
-def shaped_link() -> Iterator[None]:
-    """Make the namespaces and the link between them, and remove them at the end. `set_speed` sets its speed.
+def shaped_link(mbit: float = 1000.0) -> Iterator[None]:
+    """Make the namespaces and a link of ``mbit`` Mbit/s between them, and remove them at the end.
+
+    `set_speed` changes its speed.
 
     Raises:
         ConfigError: this user is not root, or a program is missing.
@@ -41,7 +43,7 @@ def shaped_link() -> Iterator[None]:
             _run(*inside, "address", "add", f"{address}/24", "dev", device)
             _run(*inside, "link", "set", device, "up")
             _run(*inside, "link", "set", "lo", "up")
-            _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", device, "root", *_bucket(1000))
+            _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", device, "root", *_bucket(mbit))
         yield
     finally:
         _remove()

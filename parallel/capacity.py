@@ -25,16 +25,27 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one rank; a lower bound."""
+    """Bytes of one rank; a lower bound.
 
-    state: float  # weights, gradients and moments that stay in memory; gradients of a step's micro-batches
+    The backward of the only micro-batch frees a layer's activations while it adds its gradients. With several, the
+    gradients of one are there when the next one's activations are.
+    """
+
+    held: float  # weights and moments
+    gradients: float  # of the shards, or what micro-batches accumulate
     gathered: float  # unsharded weights that are in memory together
     activations: float  # the inputs of the layers of one micro-batch, which even recompute=full keeps
     tokens: float  # of a step
+    several: bool  # micro-batches
+
+    @property
+    def state(self) -> float:
+        return self.held + self.gradients
 
     @property
     def total(self) -> float:
-        return self.state + self.gathered + self.activations + self.tokens
+        both = self.gradients + self.activations if self.several else max(self.gradients, self.activations)
+        return self.held + both + self.gathered + self.tokens
 
     def __str__(self) -> str:
         beside = f"at least {mib(self.activations + self.tokens)} of activations and tokens"
@@ -56,11 +67,13 @@ def needs(
     for of_rank in parts:
         state = state_bytes(model, sizes, parallel.sharding, of_rank)
         step = step_bytes(model, sizes, parallel, of_rank, batch.num_micro_batches, EXCHANGED)
-        kept = state.weights + state.moments + max(state.gradients, step.accumulated_gradients)
-        if parallel.offload != Offload.none:
-            kept = 0.0 if on_gpu else state.gradients  # the rest may be in host memory or in files
+        held, gradients = state.weights + state.moments, max(state.gradients, step.accumulated_gradients)
+        if parallel.offload != Offload.none:  # the rest may be in host memory or in files
+            held, gradients = 0.0, 0.0 if on_gpu else state.gradients
         layers = sum(model.num_layers if part is None else part.last - part.first for part in of_rank)
-        found.append(Need(kept, step.gathered_weights, positions * layers * model.hidden_size * EXCHANGED, tokens))
+        activations = positions * layers * model.hidden_size * EXCHANGED
+        several = batch.num_micro_batches > 1
+        found.append(Need(held, gradients, step.gathered_weights, activations, tokens, several))
     return found
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch.distributed as dist
 
 from longcat.errors import UnhealthyError
+from parallel.chunks import ChunkChoice
+from parallel.config import AUTO
 from parallel.device import keep_freed_memory, make_deterministic
 from parallel.mesh import Topology, connect, world_from_environment
 from parallel.torch_internals import set_deterministic_algorithms
@@ -78,22 +80,31 @@ def build_session(config: Config) -> Session:
     if topology.device.type == "cpu":
         keep_freed_memory()
     run.resolve_dtype(config)
-    chunks = run.measure_num_chunks(config, topology)
+    automatic_chunks = config.overlap.num_chunks == AUTO
+    measured = run.measure_num_chunks(config, topology)
     state = run.build_state(config, topology)
-    run.decide_num_chunks(chunks, state, config, None, SilentTerminal())
+    run.decide_num_chunks(measured, state, config, None, SilentTerminal())
     samples, validator = run.build_data(config, topology)
     stepper = Stepper(state, BatchReader(samples, config, topology, reads_ahead=True), config, topology)
-    return Session(config, topology, state, stepper, validator)
+    return Session(config, topology, state, stepper, validator, measured, automatic_chunks)
 
 
 class Session:
     """A model in training. ``state.models`` are this rank's modules, ``state.counters`` steps, samples and tokens."""
 
     def __init__(
-        self, config: Config, topology: Topology, state: TrainState, stepper: Stepper, validator: Validator
+        self,
+        config: Config,
+        topology: Topology,
+        state: TrainState,
+        stepper: Stepper,
+        validator: Validator,
+        measured_chunks: ChunkChoice | None = None,
+        automatic_chunks: bool = False,
     ) -> None:
         self.config, self.topology, self.state = config, topology, state
         self._stepper, self._validator = stepper, validator
+        self._measured_chunks, self._automatic_chunks = measured_chunks, automatic_chunks
 
     @property
     def checkpoints(self) -> Path:
@@ -138,12 +149,17 @@ class Session:
     def resume(self, checkpoint: Path | None = None) -> Path | None:
         """Load ``checkpoint``, or the newest valid one of this run; returns what was loaded, None if there is none.
 
+        A deterministic run with ``overlap.num_chunks=auto`` goes on with the checkpoint's number of chunks.
+
         Raises:
             ConfigError: the checkpoint is damaged or of another model or data.
         """
         path, _ = find_on_all_ranks(self.checkpoints, str(checkpoint or "auto"), self.topology)
         if path is not None:
             own = is_inside(path, self.checkpoints)
+            if self._automatic_chunks:
+                self.config.overlap.num_chunks = AUTO
+                run.decide_num_chunks(self._measured_chunks, self.state, self.config, path, SilentTerminal())
             load(self.state, path, self._description(), self.config.data.from_start, own)
         return path
 

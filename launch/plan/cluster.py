@@ -7,6 +7,7 @@ from pathlib import Path
 
 from longcat.config_choices import unknown_choice
 from longcat.errors import ConfigError
+from parallel.device import GPU_PEAKS
 from parallel.plan.rates import Rates
 
 
@@ -34,6 +35,7 @@ class Cluster:
     reserved_gib: float = 4.0
     fragmented: float = 0.04  # share of the tensors' bytes that the allocator loses to rounding and gaps
     on_gpu: bool = True
+    cores: int = 0  # of a node, which its ranks' computation and messages share; 0 = each rank has a device of its own
 
     def rates(self) -> Rates:
         """What a rank's computation reaches."""
@@ -54,16 +56,23 @@ class Cluster:
         return self.memory_gib * 2**30
 
 
-# NVIDIA's data sheets: dense bfloat16 and float32 (torch's default is not TF32), HBM; NVLink is given there for both
-# directions together (H100 900 GB/s, H800 400, B200 1,800); memory as nvidia-smi shows it. Network: one 400 Gb/s NIC a
-# GPU, as in DGX H100 and in most reports of H800 clusters; B200: 400 Gb/s too (DGX B200)
-H100 = Cluster("h100", 8, 79.6, 989e12, 67e12, 3.35e12, 450e9, 50e9)
+# NVIDIA's data sheets: HBM, and NVLink, which is given there for both directions together (H100 900 GB/s, H800 400,
+# B200 1,800); memory as nvidia-smi shows it. Network: one 400 Gb/s NIC a GPU, as in DGX H100 and in most reports of
+# H800 clusters; B200: 400 Gb/s too (DGX B200). Products: `GPU_PEAKS`, from which a run's MFU is counted too
+def _preset(gpu: str, memory_gib: float, memory: float, inside: float) -> Cluster:
+    bfloat16, float32 = GPU_PEAKS[gpu]
+    return Cluster(gpu.lower(), 8, memory_gib, bfloat16, float32, memory, inside, network=50e9)
+
+
 PRESETS = {
-    "h100": H100,
-    "h800": replace(H100, name="h800", inside=200e9),
-    "h200": replace(H100, name="h200", memory_gib=140.4, memory=4.8e12),
-    "b200": replace(H100, name="b200", memory_gib=179.1, bfloat16=2.25e15, float32=75e12, memory=8e12, inside=900e9),
+    "h100": _preset("H100", memory_gib=79.6, memory=3.35e12, inside=450e9),
+    "h800": _preset("H800", memory_gib=79.6, memory=3.35e12, inside=200e9),
+    "h200": _preset("H200", memory_gib=140.4, memory=4.8e12, inside=450e9),
+    "b200": _preset("B200", memory_gib=179.1, memory=8e12, inside=900e9),
 }
+
+
+MAY_BE_ZERO = ("call", "reserved_gib", "fragmented", "inside_latency", "network_latency", "cores")
 
 
 def find_cluster(name: str) -> Cluster:
@@ -116,7 +125,7 @@ def _number(path: Path, name: str, value: object) -> float | int:
         number = float(value)  # type: ignore[arg-type]  # YAML reads 50e9 as text
     except (TypeError, ValueError):
         number = -1.0
-    least = 0.0 if name in ("call", "reserved_gib", "fragmented", "inside_latency", "network_latency") else 1e-9
+    least = 0.0 if name in MAY_BE_ZERO else 1e-9
     if not least <= number < float("inf"):
         raise ConfigError(f"{name}={value} in plan.cluster={path} must be a positive number")
-    return int(number) if name == "gpus_per_node" else number
+    return int(number) if name in ("gpus_per_node", "cores") else number

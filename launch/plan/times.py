@@ -38,6 +38,7 @@ class Line:
     num_bytes: float = 0.0
     seconds: float = 0.0
     exposed: float = 0.0  # of them, in which nothing is computed
+    work: float = 0.0  # seconds of a processor core that copies them, where ranks share cores
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Step:
         line.num_bytes += num_bytes
         line.seconds += taken
         line.exposed += exposed
+        inside = line.group.inside(self.cluster) == line.group.size
+        line.work += taken if inside else num_bytes / (self.cluster.inside * self.cluster.links_reached)
 
 
 def predict(
@@ -109,7 +112,7 @@ def predict(
     else:
         run, bubble = _pipeline(steps[0], spent, count)
     ends = [_ends(step, summary) for step, summary in zip(steps, ranks, strict=True)]
-    total = run + max(ends)
+    total = max(run + max(ends), _shared_cores(steps, computed))
     busiest = max(range(len(ranks)), key=lambda place: computed[place])
     train, layer = config.train, layer_times(steps[busiest], ranks[busiest])
     tokens = train.global_batch_size * train.sequence_length
@@ -127,6 +130,24 @@ def predict(
         flops / (total * world * cluster.bfloat16),
         tokens / total / world,
     )
+
+
+def _shared_cores(steps: Sequence[Step], computed: Sequence[float]) -> float:
+    """Seconds in which the cores of the fullest node do all that its ranks compute and send; 0 where none are shared.
+
+    What a rank waits for, another one on its core may use.
+    """
+    cluster, sizes = steps[0].cluster, steps[0].sizes
+    if not cluster.cores:
+        return 0.0
+    work = [
+        own + sum(line.work for line in step.lines.values()) + _update_seconds(step)
+        for step, own in zip(steps, computed, strict=True)
+    ]
+    each = sizes.dp * sizes.dense_shards
+    ranks = range(sizes.pp * each)
+    nodes = (ranks[first : first + cluster.gpus_per_node] for first in ranks[:: cluster.gpus_per_node])
+    return max(sum(work[rank // each] for rank in node) for node in nodes) / cluster.cores
 
 
 def _phases(step: Step, summary: Summary) -> dict[tuple[int, str], float]:
@@ -293,7 +314,13 @@ def _ends(step: Step, summary: Summary) -> float:
     if config.parallel.sharding != Sharding.fsdp:
         num_bytes = 4 * (4 if config.parallel.sharding == Sharding.zero2 else 3) * share
         exposed += step.send("fsdp", "ZeRO's sums and weights", Pattern.ring, num_bytes * sizes.data_ranks, 1, 0, 1)
-    return exposed + share * UPDATE_BYTES / (step.cluster.memory * step.cluster.memory_reached)
+    return exposed + _update_seconds(step)
+
+
+def _update_seconds(step: Step) -> float:
+    """Seconds of the optimizer on a rank, which reads and writes all that it has."""
+    share = shard_elements(step.config, step.sizes) / step.sizes.pp
+    return share * UPDATE_BYTES / (step.cluster.memory * step.cluster.memory_reached)
 
 
 def shard_elements(config: Config, sizes: MeshSizes) -> float:

@@ -35,3 +35,15 @@ def test_session_steps_equal_the_command_line_s(overrides: list[str], tmp_path: 
 def test_impossible_layout_is_refused_before_ranks_meet(overrides: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"parallel\.ep"):
         build_session(compose(*overrides, "parallel.ep=2"))
+
+
+def test_resumed_session_keeps_the_checkpoint_s_chunks(overrides: list[str]) -> None:
+    """Its bits depend on the number, so `auto` must not choose another one."""
+    with build_session(compose(*overrides, "overlap.num_chunks=2")) as session:
+        session.step()
+        saved = session.save()
+    automatic = compose(*overrides, "overlap.num_chunks=auto", "run.name=other")
+    with build_session(automatic) as session:
+        assert automatic.overlap.num_chunks == 1, "nothing overlaps in one process"
+        assert session.resume(saved) == saved
+        assert automatic.overlap.num_chunks == 2
