@@ -26,6 +26,7 @@ from train.compose import compose
 from train.config import ComputeDtype, Config
 
 IMBALANCES = (1.0, 1.5, 2.0)  # rows that a rank's experts receive, over their fair share
+ENOUGH = 2  # changes that fit
 SECONDS_A_YEAR = 365 * 86400.0
 
 
@@ -208,9 +209,14 @@ def availability(options: PlanOptions, ranks: int, step_seconds: float) -> Avail
 
 
 def knobs(found: Planned) -> list[Knob]:
-    """Changes that save memory, the fastest that fits first; those that do not fit by what they leave."""
-    tried = []
+    """Changes that save memory, the fastest that fits first; those that do not fit by what they leave.
+
+    Each costs two traces, so no more are tried once two fit.
+    """
+    tried: list[tuple[bool, Knob]] = []
     for override in changes(found):
+        if sum(not too_large for too_large, _ in tried) >= ENOUGH:
+            break
         config = copy.deepcopy(found.config)
         key, _, value = override.partition("=")
         section, name = key.split(".")

@@ -27,7 +27,7 @@ class Summary:
     ("state",) bytes of weights and moments; ("start",) those and the step's buffers; ("peak", …) bytes at points of the
     step; ("before" or "after", stage, phase, which) bytes around the phase of the first or the last micro-batch that
     was traced; ("flops" or "seconds", stage, phase) of one micro-batch; ("bytes" or "count", stage, phase, kind) of
-    messages. A stage is its number among the rank's own; stage -1 is what is outside phases, of a whole step.
+    messages; ("step bytes" or "step count", kind) of all that was traced. A stage is its number among the rank's own; stage -1 is what is outside phases, of a whole step.
     """
 
     numbers: Numbers
@@ -65,6 +65,9 @@ def summarise(traced: Traced, place: int = 0) -> Summary:
         if phase.micro_batch == last:
             numbers["flops", stage, phase.kind], numbers["seconds", stage, phase.kind] = work.flops, work.seconds
     for (kind, phase), traffic in traced.traffic.items():
+        if kind == SpanKind.WEIGHT_ALL_GATHER:  # a pipeline's stages gather with their first micro-batch and keep all
+            numbers["step bytes", kind.value] += traffic.num_bytes
+            numbers["step count", kind.value] += traffic.count
         if phase == OUTSIDE or phase.micro_batch == last:
             numbers["bytes", _stage(phase, stages), phase.kind, kind.value] += traffic.num_bytes
             numbers["count", _stage(phase, stages), phase.kind, kind.value] += traffic.count

@@ -118,7 +118,7 @@ def predict(
     tokens = train.global_batch_size * train.sequence_length
     world = sizes.pp * sizes.dp * sizes.dense_shards
     flops = flops_per_token(config.model, train.sequence_length, mtp=config.model.num_mtp_layers > 0) * tokens
-    chunks = {} if layer is None else {n: exposed_share(n, layer) for n in (1, 2, 4, 8)}
+    chunks = {} if layer is None else {n: max(0.0, exposed_share(n, layer)) for n in (1, 2, 4, 8)}
     return StepTimes(
         total,
         computed[busiest],
@@ -304,8 +304,9 @@ def _ends(step: Step, summary: Summary) -> float:
     exposed = max(0.0, taken - window)
     step.add("fsdp", "gradient reduce-scatter", total("bytes", gradients), taken, exposed)
     if sizes.pp > 1:
-        gathered = sharding_seconds(step, total("bytes", gathers), total("count", gathers))
-        step.add("fsdp", "weight all-gather", total("bytes", gathers), gathered, gathered)
+        num_bytes = summary.of("step bytes", gathers)
+        gathered = sharding_seconds(step, num_bytes, summary.of("step count", gathers))
+        step.add("fsdp", "weight all-gather", num_bytes, gathered, gathered)
         exposed += gathered
     share = shard_elements(config, sizes) / sizes.pp
     if sizes.dp > 1:
