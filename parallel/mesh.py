@@ -44,10 +44,10 @@ class Topology:
         return self.rank == 0
 
     def coordinate(self, axis: Axis) -> int:
-        return self.mesh[axis.value].get_local_rank()
+        return self.mesh.get_local_rank(axis.value)  # a slice of the mesh would list its ranks again
 
     def group(self, axis: Axis) -> dist.ProcessGroup:
-        return self.mesh[axis.value].get_group()
+        return self.mesh.get_group(axis.value)
 
     @property
     def data_ranks(self) -> int:

@@ -27,7 +27,8 @@ class Summary:
     ("state",) bytes of weights and moments; ("start",) those and the step's buffers; ("peak", …) bytes at points of the
     step; ("before" or "after", stage, phase, which) bytes around the phase of the first or the last micro-batch that
     was traced; ("flops" or "seconds", stage, phase) of one micro-batch; ("bytes" or "count", stage, phase, kind) of
-    messages; ("step bytes" or "step count", kind) of all that was traced. A stage is its number among the rank's own; stage -1 is what is outside phases, of a whole step.
+    messages; ("step bytes" or "step count", kind) of all that was traced. A stage is its number among the rank's own;
+    stage -1 is what is outside phases, of a whole step.
     """
 
     numbers: Numbers

@@ -80,6 +80,7 @@ def placements(topology: Topology, hybrid: bool = True) -> Callable[[nn.Paramete
     """The mesh and dimension over which FSDP2 shards a parameter; the mesh depends on how it is already split."""
     known: dict[str, FSDPMeshInfo] = {}
     units = topology.replicated.get_group().group_name
+    expert_shards = topology.experts["efsdp"]
 
     def on(mesh: DeviceMesh, dim: int) -> Shard | ShardPlacementResult:
         name = mesh.get_group().group_name
@@ -95,7 +96,7 @@ def placements(topology: Topology, hybrid: bool = True) -> Callable[[nn.Paramete
         if parameter.ndim == 3:  # a stack of experts
             dim = shard_dim(tuple(local.shape), topology.sizes.efsdp)
             assert dim is not None, "check_expert_shards refuses the layout"
-            return on(topology.experts["efsdp"] if local is not parameter else topology.replicated, dim)
+            return on(expert_shards if local is not parameter else topology.replicated, dim)
         return on(topology.dense if local is not parameter else topology.replicated, 0)
 
     return placement_of

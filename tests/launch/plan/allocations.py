@@ -57,12 +57,21 @@ def measure(overrides: Sequence[str]) -> Measured:
     for event in sorted(events, key=lambda event: event.start_time_ns):
         now += event.extra_fields.alloc_size
         peak = max(peak, now)
+    return Measured(peak, held, selections(losses, config), tokens_of(config, topology))
+
+
+def selections(losses: Any, config: Config) -> Tensor:
+    """[micro-batches, layers, N] FFN selections of a rank's own tokens."""
     counts = torch.stack(
         [torch.cat(parts) for parts in zip(*([one.counts for one in of] for of in losses), strict=True)]
     )
+    return counts[:, :, : config.model.num_experts]
+
+
+def tokens_of(config: Config, topology: Topology) -> int:
+    """Tokens of a micro-batch on a rank."""
     sizes, shape = topology.sizes, batch_shape(config, topology.sizes)
-    tokens = shape.sequences * shape.length // (sizes.cp * sizes.tp)
-    return Measured(peak, held, counts[:, :, : config.model.num_experts], tokens)
+    return shape.sequences * shape.length // (sizes.cp * sizes.tp)
 
 
 def run_step(state: TrainState, config: Config, topology: Topology) -> Any:
@@ -80,18 +89,34 @@ def run_step(state: TrainState, config: Config, topology: Topology) -> Any:
     return state.engine.run(batches, lambda losses: objective(losses, divisors, *weights), with_mtp)
 
 
-def count_flops(overrides: Sequence[str]) -> tuple[float, float]:
-    """FLOPs of a real step by torch's counter, and the FFN experts of a token, on average."""
+@dataclass(frozen=True)
+class Counted:
+    """One rank's step by torch's counter."""
+
+    flops: float
+    selections: Tensor  # as of `Measured`
+    tokens: int
+
+
+def count_flops(overrides: Sequence[str]) -> Counted:
+    """FLOPs of this rank's step."""
     config = compose([*COMMON, *overrides])
     topology = connect(config.parallel)
     state = build_state(config, topology)
     longcat.ops.grouped.BLOCK = 1  # else a product takes whole blocks of rows, some of them other experts'
     with FlopCounterMode(display=False) as counter:
         losses = run_step(state, config, topology)
-    shape = batch_shape(config, topology.sizes)
-    counts = sum(one.counts[:, : config.model.num_experts].sum().item() for part in losses for one in part)
-    tokens = shape.sequences * shape.length * shape.num_micro_batches * config.model.num_layers
-    return float(counter.get_total_flops()), counts / tokens
+    return Counted(float(counter.get_total_flops()), selections(losses, config), tokens_of(config, topology))
+
+
+def mean_routing(counted: Sequence[Counted], ep: int, rank: int) -> Scope:
+    """What the planner is to assume of a rank's routers so that all its experts' rows together are those counted."""
+    group = counted[rank // ep * ep : (rank // ep + 1) * ep]
+    own, each = counted[rank].selections, counted[rank].selections.shape[2] // ep
+    experts = slice(rank % ep * each, (rank % ep + 1) * each)
+    received = sum(float(one.selections[:, :, experts].sum()) for one in group)
+    sent = float(own.sum())
+    return Scope(rank, received / sent, sent / own.shape[0] / own.shape[1] / counted[rank].tokens)
 
 
 def _walk(events: list[Any]) -> Iterator[Any]:

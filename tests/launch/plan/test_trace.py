@@ -6,7 +6,7 @@ import pytest
 
 from launch.plan.trace import Scope, reaching_into, trace
 from longcat.errors import ConfigError
-from tests.launch.plan.allocations import count_flops, traced
+from tests.launch.plan.allocations import COMMON, count_flops, mean_routing, traced
 from tests.launch.plan.layouts import LAYOUTS, QUICK, Layout
 from tests.launch.plan.peaks import compare
 from tests.support.distributed import run_ranks
@@ -23,12 +23,34 @@ def test_peak_is_the_allocators(layout: Layout) -> None:
     assert found.agrees, found
 
 
-def test_flops_are_the_counters() -> None:
-    """One rank's step, recomputation included, by torch's counter."""
-    overrides = ["parallel.recompute=selective", "train.global_batch_size=2", "model.num_layers=1"]
-    ((counted, ffn_experts),) = run_ranks(count_flops, 1, overrides, timeout=600)
-    ((planned,),) = run_ranks(traced, 1, overrides, 1, [Scope(ffn_experts=ffn_experts)], timeout=600)
-    assert planned.flops == pytest.approx(counted, rel=1e-9)
+SPLIT = ("model.num_layers=1", "train.global_batch_size=4")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(1, ("parallel.recompute=selective", "train.global_batch_size=2", "model.num_layers=1")),
+        *(
+            pytest.param(layout, marks=pytest.mark.long)
+            for layout in (
+                Layout(2, ("parallel.ep=2", *SPLIT)),
+                Layout(2, ("parallel.tp=2", "parallel.ep=2", *SPLIT)),
+                Layout(2, ("parallel.cp=2", "parallel.ep=2", "parallel.recompute=full", *SPLIT)),
+                Layout(2, ("parallel.pp=2", "parallel.schedule=1f1b", "model.num_layers=2")),
+                Layout(4, ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=zbv", "model.num_layers=4")),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_flops_are_the_counters(layout: Layout) -> None:
+    """Each rank's step, recomputation included, by torch's counter; experts' rows are whole numbers of each."""
+    counted = run_ranks(count_flops, layout.ranks, layout.overrides, timeout=600)
+    ep = compose([*COMMON, *layout.overrides]).parallel.ep
+    scopes = [mean_routing(counted, ep, rank) for rank in range(layout.ranks)]
+    (planned,) = run_ranks(traced, 1, layout.overrides, layout.ranks, scopes, timeout=600)
+    within = 1e-9 if layout.ranks == 1 else 2e-3
+    assert [one.flops for one in planned] == pytest.approx([one.flops for one in counted], rel=within)
 
 
 def test_imbalance_takes_memory() -> None:
