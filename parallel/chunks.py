@@ -26,11 +26,12 @@ CANDIDATES = (1, 2, 4, 8)
 SMALL = 8  # a second measurement takes this part of the rows, which tells fixed cost from rate
 GAIN = 0.02  # more chunks must save this share of a layer: predictions are no better
 REPEATS = 3
+BACKWARD = 2.0  # computing of a backward over that of a forward: gradients of inputs and of weights
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Seconds of one layer's forward on the slowest rank, all tokens of a micro-batch."""
+    """Seconds of one layer's forward or backward on the slowest rank, all tokens of a micro-batch."""
 
     message: float  # sending all rows to their experts; sending the results back takes as long
     per_message: float  # what each message costs beside its size
@@ -63,7 +64,7 @@ class ChunkChoice:
 
 
 def layer_seconds(num_chunks: int, times: LayerTimes) -> float:
-    """A layer's forward, from the start of dispatch to the end of combine, as `MoE` runs it.
+    """A layer's forward, from the start of dispatch to the end of combine, as `MoE` runs it; or its backward.
 
     The chunks' messages follow each other on the link; experts take a chunk when it has come and the chunk before is
     done; its results travel while the next one is computed.
@@ -79,15 +80,36 @@ def layer_seconds(num_chunks: int, times: LayerTimes) -> float:
     return max(computed + times.after, sent_back)
 
 
-def exposed_share(num_chunks: int, times: LayerTimes) -> float:
-    """The share of a layer's forward in which nothing is computed."""
+def backward_of(times: LayerTimes, factor: float = BACKWARD) -> LayerTimes:
+    """The backward of a forward: gradients of the results travel first, and what was computed last comes first.
+
+    The messages are as long as the forward's; computing takes ``factor`` times as long.
+    """
+    experts, per_call = times.experts * factor, times.per_call * factor
+    before, after = times.after * factor, times.before * factor
+    return LayerTimes(times.message, times.per_message, experts, per_call, before, after)
+
+
+def waiting_seconds(num_chunks: int, times: LayerTimes) -> float:
+    """The seconds of a forward or backward in which nothing is computed."""
     busy = times.before + times.experts + num_chunks * times.per_call + times.after
-    return 1 - busy / layer_seconds(num_chunks, times)
+    return max(0.0, layer_seconds(num_chunks, times) - busy)
+
+
+def both_seconds(num_chunks: int, times: LayerTimes) -> float:
+    """A layer's forward and backward."""
+    return layer_seconds(num_chunks, times) + layer_seconds(num_chunks, backward_of(times))
+
+
+def exposed_share(num_chunks: int, times: LayerTimes) -> float:
+    """The share of a layer's forward and backward in which nothing is computed."""
+    waiting = waiting_seconds(num_chunks, times) + waiting_seconds(num_chunks, backward_of(times))
+    return waiting / both_seconds(num_chunks, times)
 
 
 def choose_chunks(times: LayerTimes, num_tokens: int) -> int:
-    """The fewest chunks, of 1, 2, 4 and 8, that no larger number beats by 2 % of a layer."""
-    seconds = {count: layer_seconds(count, times) for count in CANDIDATES if count <= num_tokens}
+    """The fewest chunks, of 1, 2, 4 and 8, that no larger number beats by 2 % of a layer's forward and backward."""
+    seconds = {count: both_seconds(count, times) for count in CANDIDATES if count <= num_tokens}
     return min(
         count
         for count, own in seconds.items()

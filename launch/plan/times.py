@@ -9,7 +9,7 @@ from launch.plan.cluster import Cluster
 from launch.plan.links import Group, Pattern, group_of, seconds
 from launch.plan.summary import Summary, backward_kinds
 from longcat.counts import count_parameters, flops_per_token
-from parallel.chunks import LayerTimes, choose_chunks, exposed_share, layer_seconds
+from parallel.chunks import LayerTimes, backward_of, choose_chunks, exposed_share, waiting_seconds
 from parallel.config import ExpertsAfter, Recompute, Sharding
 from parallel.expert.sharding import largest_share
 from parallel.layout import BatchShape
@@ -51,7 +51,7 @@ class StepTimes:
     lines: list[Line]
     layer: LayerTimes | None  # of one shortcut layer's forward, if its experts are on several ranks
     chunks: int  # that choose_chunks takes for it
-    exposed: dict[int, float]  # by the number of chunks: the share of a layer's forward in which nothing is computed
+    exposed: dict[int, float]  # by the number of chunks: the share of a layer in which nothing is computed
     mfu: float
     tokens_per_gpu: float  # a second
 
@@ -118,7 +118,7 @@ def predict(
     tokens = train.global_batch_size * train.sequence_length
     world = sizes.pp * sizes.dp * sizes.dense_shards
     flops = flops_per_token(config.model, train.sequence_length, mtp=config.model.num_mtp_layers > 0) * tokens
-    chunks = {} if layer is None else {n: max(0.0, exposed_share(n, layer)) for n in (1, 2, 4, 8)}
+    chunks = {} if layer is None else {n: exposed_share(n, layer) for n in (1, 2, 4, 8)}
     return StepTimes(
         total,
         computed[busiest],
@@ -175,14 +175,16 @@ def _experts(
     if times is None:
         return 0.0
     chunks = step.config.overlap.decided_chunks
-    once = exposed_seconds(times, chunks) if step.config.overlap.enabled else 2 * (times.message + times.per_message)
+    once = waiting_seconds(chunks, times) if step.config.overlap.enabled else 2 * (times.message + times.per_message)
     exposed = once
     if kind == FORWARD:
         forward_exposed[stage] = once
     else:
         ratio = summary.of("seconds", stage, kind) / max(summary.of("seconds", stage, FORWARD), 1e-12)
         recomputes = step.config.parallel.recompute == Recompute.full
-        exposed = exposed_seconds(slower(times, max(ratio - recomputes, 0.5)), chunks) + recomputes * once
+        backward = backward_of(times, max(ratio - recomputes, 0.5))
+        exposed = recomputes * once
+        exposed += waiting_seconds(chunks, backward) if step.config.overlap.enabled else once
     num_bytes = sum(
         summary.of("bytes", stage, kind, one.value) for one in (SpanKind.EXPERT_DISPATCH, SpanKind.EXPERT_COMBINE)
     )
@@ -191,23 +193,6 @@ def _experts(
     taken = layers * messages * (times.message + chunks * times.per_message)
     step.add("ep", "dispatch and combine", num_bytes * count, taken * count, layers * exposed * count)
     return layers * exposed
-
-
-def exposed_seconds(times: LayerTimes, chunks: int) -> float:
-    """Seconds of a layer in which nothing is computed."""
-    return exposed_share(chunks, times) * layer_seconds(chunks, times)
-
-
-def slower(times: LayerTimes, factor: float) -> LayerTimes:
-    """The same messages beside ``factor`` times the computation."""
-    return LayerTimes(
-        times.message,
-        times.per_message,
-        times.experts * factor,
-        times.per_call * factor,
-        times.before * factor,
-        times.after * factor,
-    )
 
 
 def layer_times(step: Step, summary: Summary, stage: int = 0) -> LayerTimes | None:

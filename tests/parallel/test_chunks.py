@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from parallel.chunks import LayerTimes, choose_chunks, exposed_share, layer_seconds, line
+from parallel.chunks import (
+    LayerTimes,
+    backward_of,
+    both_seconds,
+    choose_chunks,
+    exposed_share,
+    layer_seconds,
+    line,
+    waiting_seconds,
+)
 
 #            message, per message, experts, per call, before, after → chunks
 CASES = {
@@ -14,7 +23,8 @@ CASES = {
     "short messages around long experts": (LayerTimes(2.0, 0.0, 8.0, 0.1, 0.0, 0.0), 4),
     "the same, and chunks cost nothing": (LayerTimes(2.0, 0.0, 8.0, 0.0, 0.0, 0.0), 8),
     "each chunk costs more than it hides": (LayerTimes(1.0, 2.0, 1.0, 2.0, 1.0, 1.0), 1),
-    "4 beat 1 by 3 %, but 2 by 1 %": (LayerTimes(1.83, 0.0, 0.32, 0.32, 5.64, 0.57), 2),
+    "2 beat 1 by 4 %, 4 beat 2 by 1 %": (LayerTimes(4.6, 0.0, 0.4, 0.15, 3.1, 0.7), 2),
+    "the backward loses what the forward gains": (LayerTimes(1.83, 0.0, 0.32, 0.32, 5.64, 0.57), 1),
     "no experts to hide behind": (LayerTimes(9.0, 0.0, 0.0, 0.0, 0.0, 0.0), 1),
 }
 
@@ -23,8 +33,8 @@ CASES = {
 def test_choice_by_the_times_of_a_layer(name: str) -> None:
     times, expected = CASES[name]
     assert choose_chunks(times, num_tokens=1024) == expected
-    best = min(layer_seconds(count, times) for count in (1, 2, 4, 8))
-    assert layer_seconds(expected, times) <= best / 0.95, "far from the best prediction"
+    best = min(both_seconds(count, times) for count in (1, 2, 4, 8))
+    assert both_seconds(expected, times) <= best / 0.95, "far from the best prediction"
 
 
 def test_no_more_chunks_than_tokens() -> None:
@@ -36,7 +46,19 @@ def test_layer_of_two_chunks_by_hand() -> None:
     times = LayerTimes(message=4.0, per_message=0.0, experts=2.0, per_call=0.0, before=1.0, after=1.0)
     assert layer_seconds(1, times) == 10.0
     assert layer_seconds(2, times) == 8.0
-    assert exposed_share(2, times) == pytest.approx(0.5)
+    assert waiting_seconds(2, times) == pytest.approx(4.0)
+
+
+def test_backward_of_two_chunks_by_hand() -> None:
+    """Gradients at 2 and 4, what ran last until 6; experts 6 to 8 and 8 to 10; their gradients 8 to 10 and 10 to 12."""
+    times = LayerTimes(message=4.0, per_message=0.0, experts=2.0, per_call=0.0, before=1.0, after=3.0)
+    assert backward_of(times) == LayerTimes(
+        message=4.0, per_message=0.0, experts=4.0, per_call=0.0, before=6.0, after=2.0
+    )
+    assert layer_seconds(2, backward_of(times)) == 12.0
+    assert layer_seconds(2, times) == 8.0  # the forward: experts 2 to 3 and 4 to 5, results 4 to 6 and 6 to 8; 5 + 3
+    assert both_seconds(2, times) == 20.0
+    assert exposed_share(2, times) == pytest.approx((8 - 6 + 12 - 12) / 20)
 
 
 def test_fixed_cost_and_rate_from_two_measurements() -> None:
