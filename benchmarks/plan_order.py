@@ -213,8 +213,8 @@ def compare(shaped: bool, rounds: int) -> dict[str, Any]:
         loopback = calibrate(folder, False)
         with around:
             over_link = calibrate(folder, True) if shaped else None
+            predicted = [predict(one, clusters(loopback, over_link, one.ranks), folder) for one in LAYOUTS]
             measured = measure(shaped, rounds, folder)
-        predicted = [predict(one, clusters(loopback, over_link, one.ranks), folder) for one in LAYOUTS]
     rows = [
         {"layout": str(layout), "predicted_seconds": plan, "measured_seconds": clock}
         for layout, plan, clock in zip(LAYOUTS, predicted, measured, strict=True)

@@ -38,7 +38,7 @@ def peaks(overrides: Sequence[str], exact: bool) -> tuple[list[float], float, fl
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["parallel.recompute=full", "model.num_layers=7", "train.global_batch_size=2"],
+        ["parallel.recompute=full", "model.num_layers=5", "train.global_batch_size=2"],
         pytest.param(["model.num_layers=9"], marks=pytest.mark.long),
         pytest.param(["parallel.ep=2", "plan.ranks=2", "model.num_layers=8"], marks=pytest.mark.long),
     ],

@@ -35,7 +35,10 @@ LONG_MODEL = ["model.num_layers=200", "train.sequence_length=7168", "train.micro
     [
         # As many bytes of layer inputs as of gradients, which take their place in the backward
         [*LONG_MODEL, "train.global_batch_size=1", "parallel.recompute=full"],
-        ["plan.ranks=2", "parallel.ep=2", "parallel.recompute=full", "train.micro_batch_size=1"],
+        pytest.param(
+            ["plan.ranks=2", "parallel.ep=2", "parallel.recompute=full", "train.micro_batch_size=1"],
+            marks=pytest.mark.long,
+        ),
         pytest.param([*LONG_MODEL, "train.global_batch_size=4", "parallel.recompute=full"], marks=pytest.mark.long),
         pytest.param(["plan.ranks=2", "parallel.pp=2", "model.num_layers=4"], marks=pytest.mark.long),
         pytest.param(["plan.ranks=2", "parallel.sharding=zero2", "parallel.recompute=full"], marks=pytest.mark.long),
@@ -48,20 +51,26 @@ def test_no_layout_needs_less_than_its_bound(overrides: list[str]) -> None:
         assert 0 < least <= peak
 
 
-def nearest_that_fits(cluster: str) -> tuple[str, bool]:
+def nearest_that_fits(overrides: Sequence[str], cluster: str) -> tuple[str, bool]:
     """(the sentence, whether a plan of the layout that it names fits)."""
-    config, options = read([*COMMON, "model.num_layers=1", "plan.ranks=1", f"plan.cluster={cluster}"])
+    arguments = [*COMMON, *overrides, "plan.ranks=1", f"plan.cluster={cluster}"]
+    config, options = read(arguments)
     sentence = fitting_near(config, options, find_cluster(cluster))
     named = [word for word in sentence.split() if "=" in word]
-    again = plan(*read([*COMMON, "model.num_layers=1", "plan.ranks=1", f"plan.cluster={cluster}", *named]))
-    return sentence, again.fits()
+    return sentence, plan(*read([*arguments, *named]), factors=(1.0,)).fits()
 
 
-@pytest.mark.parametrize(("mib", "said"), [(38, "parallel.recompute="), (26, "plan.ranks=2 parallel.pp=1")])
-def test_nearest_that_fits(mib: int, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "mib", "said"),
+    [
+        (["model.num_layers=1"], 35, "plan.ranks=2 parallel.pp=1"),
+        pytest.param(["train.micro_batch_size=8"], 70, "parallel.recompute=full", marks=pytest.mark.long),
+    ],
+)
+def test_nearest_that_fits(overrides: list[str], mib: int, said: str, tmp_path: Path) -> None:
     """Another recomputation where that is enough, else more GPUs."""
     path = tmp_path / "small.yaml"
     path.write_text(f"like: h800\nmemory_gib: {mib / 1024}\nreserved_gib: 0\nfragmented: 0\n")
-    ((sentence, fits),) = run_ranks(nearest_that_fits, 1, str(path), timeout=LIMIT)
+    ((sentence, fits),) = run_ranks(nearest_that_fits, 1, overrides, str(path), timeout=LIMIT)
     assert sentence.startswith("The nearest that fits: ") and said in sentence
     assert fits
