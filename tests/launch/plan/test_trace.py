@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 from launch.plan.trace import Scope, reaching_into, trace
 from longcat.errors import ConfigError
+from longcat.ops.torch_internals import fake_tensor_mode
 from tests.launch.plan.allocations import COMMON, count_flops, mean_routing, traced
 from tests.launch.plan.layouts import LAYOUTS, QUICK, Layout
 from tests.launch.plan.peaks import compare
@@ -72,3 +76,25 @@ def test_what_cannot_be_traced_is_refused(override: str) -> None:
     config = compose(["model=debug", "train.dtype=bfloat16", "train.global_batch_size=8", override])
     with pytest.raises(ConfigError, match="cannot trace it; plan with"):
         trace(config, 2)
+
+
+def shapes(mode: Any) -> list[tuple[Any, ...]]:
+    """What tells the results of some operators apart, each of them twice."""
+    with mode:
+        a, z = torch.empty(8, 4), torch.empty(4, 3, dtype=torch.complex64)
+        found = [
+            result
+            for _ in range(2)
+            for result in (
+                *(z.clone(), z.conj().clone(), z.conj() * z, z.imag, z.imag.clone()),
+                *(a.clone(), a.t().clone(), a[1:].clone(), a.t(), a[1:], a.bfloat16().clone()),
+                *(a + 1, a.int() + 1, a.int() + 1.0, a.sum(0), a.sum(0, keepdim=True), torch.softmax(a, 1)),
+            )
+        ]
+    return [(x.shape, x.stride(), x.dtype, x.storage_offset(), x.is_conj(), x.is_neg()) for x in found]
+
+
+def test_quick_look_up_gives_torchs_shapes() -> None:
+    quick = fake_tensor_mode()
+    plain = type(quick).__mro__[1](allow_non_fake_inputs=True)
+    assert shapes(quick) == shapes(plain)
