@@ -31,11 +31,13 @@ from launch.plan.cluster import Cluster, find_cluster
 from longcat.errors import ConfigError
 
 COMMON = (
-    "model=tiny",
+    "model=debug",
+    "model.num_layers=4",
     "train.sequence_length=256",
     "train.global_batch_size=8",
     "train.micro_batch_size=2",
     "schedule.warmup_steps=0",
+    "sdc.every=0",
 )
 WORKERS = 4  # processes: the most ranks of a layout
 MBIT = 400.0  # of the shaped link
@@ -121,7 +123,7 @@ def train(layout: Layout) -> list[float]:
     topology = connect(config.parallel)
     resolve_dtype(config)
     state = build_state(config, topology)
-    samples: Any = RandomSamples(config.model.vocab_size, config.train.sequence_length)
+    samples: Any = RandomSamples(config.train.sequence_length, config.model.vocab_size)
     stepper = Stepper(state, BatchReader(samples, config, topology), config, topology)
     seconds = []
     for _ in range(1 + STEPS):
