@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -87,13 +88,13 @@ def rank_of(worker: int, layout: Layout) -> int | None:
 
 
 def serve(worker: int, rounds: int, folder: Path) -> None:
-    """A process: trains each layout in which it is a rank, in turn, and writes the seconds of its steps."""
-    import torch
+    """A process: trains each layout in which it is a rank, in turn, and writes the seconds of its steps.
 
-    from parallel.device import keep_freed_memory
+    Each in a process of its own, which shares the imported modules: groups of one layout must not meet those of the next.
+    """
+    import train.step  # noqa: F401  (imports torch once)
 
-    torch.set_num_threads(1)
-    keep_freed_memory()
+    context = multiprocessing.get_context("fork")
     found: list[list[float]] = [[] for _ in LAYOUTS]
     for number in range(rounds * len(LAYOUTS)):
         layout = LAYOUTS[number % len(LAYOUTS)]
@@ -101,17 +102,27 @@ def serve(worker: int, rounds: int, folder: Path) -> None:
         if rank is not None:
             sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": layout.ranks, "MASTER_PORT": PORT + number}
             os.environ |= {name: str(value) for name, value in sizes.items()}
-            found[number % len(LAYOUTS)] += train(layout)
+            answers = context.SimpleQueue()
+            rank_process = context.Process(target=answer, args=(layout, answers))
+            rank_process.start()
+            found[number % len(LAYOUTS)] += answers.get()
+            rank_process.join()
         Path(folder, f"{worker}.done.{number}").touch()
         while not all(Path(folder, f"{other}.done.{number}").exists() for other in range(WORKERS)):
             time.sleep(0.02)  # a process that a layout leaves out must not start the next one
     Path(folder, f"{worker}.json").write_text(json.dumps(found))
 
 
-def train(layout: Layout) -> list[float]:
+def answer(layout: Layout, answers: Any) -> None:
+    answers.put(train_layout(layout))
+
+
+def train_layout(layout: Layout) -> list[float]:
     """Seconds of this rank's steps."""
+    import torch
     import torch.distributed as dist
 
+    from parallel.device import keep_freed_memory
     from parallel.mesh import connect
     from tests.support.running import RandomSamples
     from train.batches import BatchReader
@@ -119,6 +130,8 @@ def train(layout: Layout) -> list[float]:
     from train.run import build_state, resolve_dtype
     from train.step import Stepper
 
+    torch.set_num_threads(1)
+    keep_freed_memory()
     config = compose([*COMMON, *layout.overrides])
     topology = connect(config.parallel)
     resolve_dtype(config)

@@ -119,7 +119,8 @@ def _call_seconds(device: torch.device) -> float:
 
 def _best(action: Callable[[], object], device: torch.device) -> float:
     """The shortest of some runs, about a second's worth."""
-    found, end = [], time.perf_counter() + SECONDS
+    found: list[float] = []
+    end = time.perf_counter() + SECONDS
     while len(found) < 4 or time.perf_counter() < end:
         start = time.perf_counter()
         action()
