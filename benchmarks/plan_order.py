@@ -90,7 +90,7 @@ def rank_of(worker: int, layout: Layout) -> int | None:
 def serve(worker: int, rounds: int, folder: Path) -> None:
     """A process: trains each layout in which it is a rank, in turn, and writes the seconds of its steps.
 
-    Each in a process of its own, which shares the imported modules: groups of one layout must not meet those of the next.
+    Each in a process of its own with the modules imported here: groups of one layout must not meet those of the next.
     """
     import train.step  # noqa: F401  (imports torch once)
 
@@ -102,19 +102,20 @@ def serve(worker: int, rounds: int, folder: Path) -> None:
         if rank is not None:
             sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": layout.ranks, "MASTER_PORT": PORT + number}
             os.environ |= {name: str(value) for name, value in sizes.items()}
-            answers = context.SimpleQueue()
-            rank_process = context.Process(target=answer, args=(layout, answers))
-            rank_process.start()
-            found[number % len(LAYOUTS)] += answers.get()
-            rank_process.join()
+            receiving, sending = context.Pipe(duplex=False)
+            process = context.Process(target=answer, args=(layout, sending))
+            process.start()
+            sending.close()  # so that the end of a rank that fails is seen here
+            found[number % len(LAYOUTS)] += receiving.recv()
+            process.join()
         Path(folder, f"{worker}.done.{number}").touch()
         while not all(Path(folder, f"{other}.done.{number}").exists() for other in range(WORKERS)):
             time.sleep(0.02)  # a process that a layout leaves out must not start the next one
     Path(folder, f"{worker}.json").write_text(json.dumps(found))
 
 
-def answer(layout: Layout, answers: Any) -> None:
-    answers.put(train_layout(layout))
+def answer(layout: Layout, sending: Any) -> None:
+    sending.send(train_layout(layout))
 
 
 def train_layout(layout: Layout) -> list[float]:
