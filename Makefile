@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-gpu test-long parity reference check bench clean
+.PHONY: help install train test gpu test-gpu test-long parity reference check bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,7 +48,11 @@ train: install  ## build the default corpus and train the default model on 2 loc
 test: install  ## run the tests that take seconds; TESTS=path selects some
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-test-gpu: install  ## run the GPU tests: kernels bitwise equal to their plain versions, times against the memory floor
+# GPU_PARTS="attention training" selects some
+gpu: install  ## show what a first GPU should show, in ten minutes; writes gpu_results.md to docs
+	@$(BIN)/python -m benchmarks.gpu $(GPU_PARTS)
+
+test-gpu: install  ## run the GPU tests, which make gpu has too: kernels bitwise equal to their plain versions
 	@$(BIN)/python -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
 
 # mlx-lm, a client of exports, in an environment of its own; without it (no network, no wheel) its tests are skipped

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Rounds, alternate, gemm_gflops, pairwise_ratios, preset, print_json, print_table
+from benchmarks.common import Rounds, alternate, device, gemm_gflops, pairwise_ratios, preset, print_json, print_table
 from benchmarks.moe_peers import deepspeed_layer, torchtitan_layer
 from longcat.config import ModelConfig
 from longcat.init import fill
@@ -50,7 +50,7 @@ class Tokens:
         self.draw()
 
     def draw(self) -> None:
-        x, grad = (torch.randn(self.shape, generator=self.generator).to(self.dtype) for _ in range(2))
+        x, grad = (torch.randn(self.shape, generator=self.generator).to(device(), self.dtype) for _ in range(2))
         self.x, self.grad = x.requires_grad_(), grad
 
 
@@ -94,7 +94,7 @@ def our_layer(config: ModelConfig, dtype: torch.dtype) -> MoE:
     for name, tensor in stored_state(moe):
         fill(tensor.detach(), f"layers.0.mlp.{name}", tuple(tensor.shape), None, config, seed=0)
     bias = moe.router.e_score_correction_bias
-    moe.to(dtype).router.e_score_correction_bias = bias
+    moe.to(device(), dtype).router.e_score_correction_bias = bias.to(device())
     return moe
 
 

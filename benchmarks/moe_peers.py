@@ -48,6 +48,7 @@ def torchtitan_layer(config: ModelConfig, ours: MoE) -> nn.Module:
         ),
     ).build()
     layer.router.gate = Float32Gate(width, num, bias=False)
+    layer.to(ours.experts.down.device)
     experts = layer.routed_experts.inner_experts
     gate, up = ours.experts.gate_up.detach().chunk(2, 1)
     with torch.no_grad():
@@ -102,6 +103,7 @@ def deepspeed_layer(config: ModelConfig, ours: MoE, capacity_factor: float | Non
         top2_2nd_expert_sampling=False,
     )
     layer.set_deepspeed_parallelism()
+    layer.to(ours.experts.down.device)
     with torch.no_grad():
         layer.deepspeed_moe.gate.wg.to(dtype).weight.copy_(ours.router.classifier.weight)
         for number, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):

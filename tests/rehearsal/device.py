@@ -63,7 +63,7 @@ def calls_of_cuda(synchronized: Callable[[str], None]) -> Iterator[None]:
         def synchronize(self) -> None:
             synchronized("event")
 
-    instead = {
+    instead: dict[str, Any] = {
         "Stream": Stream,
         "Event": Event,
         "current_stream": lambda device=None: torch.accelerator.current_stream("cuda:0"),
