@@ -20,6 +20,7 @@ from train.checkpoint.compatibility import flatten
 from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, from_tree, one_line, quoted, register
 from train.config import Config
 from train.loggers.jsonl import METRICS, rows
+from train.pruning import SWEEP_FOLDER
 from train.run_dir import EXIT, lock, read_config
 from train.sweep_results import Result, results, write_result
 
@@ -94,10 +95,14 @@ def run_job(tree: Any, folder: Path, search: list[str]) -> float:
     if any(done.code == OK and done.run == str(run) and done.overrides == given for done in found) and run.is_dir():
         return final_loss(run)  # the sweep goes on after it was stopped
     write_result(folder, hydra.job.num, Result(str(run), None, "", this_process(), given))
-    code, message = train(tree, task)
-    if code and not message:
-        message = ended(run)
-    write_result(folder, hydra.job.num, Result(str(run), code, message, this_process(), given))
+    os.environ[SWEEP_FOLDER] = str(folder.resolve())
+    try:
+        code, message = train(tree, task)
+    finally:
+        del os.environ[SWEEP_FOLDER]
+    said, early = ended(run)
+    result = Result(str(run), code, message or said, this_process(), given, early and code == OK)
+    write_result(folder, hydra.job.num, result)
     return math.inf if code else final_loss(run)
 
 
@@ -122,12 +127,13 @@ def train(tree: Any, overrides: list[str]) -> tuple[int, str]:
     return code, message
 
 
-def ended(run: Path) -> str:
-    """The message of a run's exit.json."""
+def ended(run: Path) -> tuple[str, bool]:
+    """The message of a run's exit.json, and whether the run was hopeless."""
     try:
-        return str(json.loads((run / EXIT).read_text())["message"])
-    except (OSError, ValueError, KeyError):
-        return f"no {EXIT} in {run}"
+        said = json.loads((run / EXIT).read_text())
+        return str(said["message"]), "stopped_early" in said
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"no {EXIT} in {run}", False
 
 
 def report(folder: Path, failure: str) -> int:
@@ -143,11 +149,14 @@ def report(folder: Path, failure: str) -> int:
 
 
 def best_run(folder: Path) -> Path | None:
-    """The sweep's run with the lowest final loss, averaged over runs that differ in their seed alone; None if none."""
+    """The sweep's run with the lowest final loss, averaged over runs that differ in their seed alone; None if none.
+
+    Only runs that reached their last step count.
+    """
     losses: dict[str, dict[Path, float]] = {}
     for result in results(folder):
         run = result.folder(folder)
-        if result.code == OK and math.isfinite(loss := final_loss(run)):
+        if result.reached_end and math.isfinite(loss := final_loss(run)):
             losses.setdefault(without_seed(run), {})[run] = loss
     if not losses:
         return None

@@ -21,6 +21,7 @@ from train.launch_config import LaunchConfig
 from train.objective import LossConfig
 from train.optimizer import OptimConfig
 from train.profiling.config import ProfileConfig
+from train.pruning import PruningConfig
 from train.schedule import ScheduleConfig
 from train.sdc.config import SdcConfig
 
@@ -204,6 +205,7 @@ class Config:
     health: HealthConfig = field(default_factory=HealthConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     sdc: SdcConfig = field(default_factory=SdcConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     run: RunConfig = field(default_factory=RunConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
@@ -222,6 +224,11 @@ class Config:
             raise ConfigError(
                 "health.on_spike=rollback goes back to checkpoints and checkpoint.every=0 writes none; set it, or use "
                 "health.on_spike=skip"
+            )
+        if self.pruning.percentile and not self.validation.every:
+            raise ConfigError(
+                f"pruning.percentile={self.pruning.percentile} goes by the validation loss and validation.every=0 "
+                f"measures none; set either"
             )
         self.profile.validate_steps(self.train.steps)
         train = self.train

@@ -17,7 +17,7 @@ from longcat.errors import (
 )
 from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
-from parallel.reduce import mean_over_ranks
+from parallel.reduce import broadcast, mean_over_ranks
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import blocked_seconds, work_span
 from train.checkpoint.find import last_valid
@@ -29,6 +29,7 @@ from train.health.response import SpikeResponse
 from train.launch_config import OnStraggler, launch_metrics
 from train.loggers.interface import MetricsSink
 from train.profiling.profiler import Profiler
+from train.pruning import Pruner, StoppedEarly
 from train.run_dir import as_mapping, describe_corpora
 from train.state import TrainState
 from train.step import NOT_FINITE_BIASES, Stepper, StepRequests, StepResult
@@ -76,6 +77,7 @@ class Loop:
             terminal.note,
         )
         self.stragglers = StragglerWatch(config.launch, topology.sizes.pp)
+        self.pruner = Pruner(config)
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
         self.launch_metrics = launch_metrics(config.run.folder) if config.launch.restarts and topology.is_first else {}
 
@@ -85,6 +87,7 @@ class Loop:
         Raises:
             StopRequested: a signal or the time limit requested it; the state is saved.
             SlowRankError: a rank was slow for many steps (`launch.on_straggler=restart`); the state is saved.
+            StoppedEarly: a run of a sweep is hopeless (`pruning.percentile`); the state is saved.
             SaveError: the last checkpoint could not be saved.
             UnhealthyError: the loss, a gradient or a bias is not finite, or a spike ends the run (`health.on_spike`);
                 nothing was updated, the last checkpoint is named.
@@ -111,10 +114,11 @@ class Loop:
             restart = bool(slow) and config.launch.on_straggler == OnStraggler.restart and not last
             if due(config.validation.every, counters.step) or (last and config.validation.every):
                 self._validate(result.metrics)
+            hopeless = "" if last else self._judge(result.metrics)
             if due(config.logging.hash_every, counters.step):
                 result.metrics["state_hash"] = state_hash(self.state, self.topology)
             self._report(result, last)
-            final = last or result.requests.stop or restart
+            final = last or result.requests.stop or restart or bool(hopeless)
             with self._advising():
                 if result.requests.wait_pending:
                     self.saver.wait_pending()
@@ -127,6 +131,9 @@ class Loop:
                     f"stopped on {self.stop_signal.reason or 'request'} after step {counters.step}; state saved, "
                     f"the same command{self._with_auto()} resumes from there"
                 )
+            if hopeless:
+                self.terminal.note(str(error := StoppedEarly(counters.step, hopeless)))
+                raise error
             if restart:
                 raise SlowRankError(f"{slow[0]}; stopped after step {counters.step}; state saved", as_finding(slow))
 
@@ -195,6 +202,14 @@ class Loop:
             measured = self.validator.measure(self.state)
         metrics["val_loss"] = measured.loss
         metrics["val_bits_per_byte"] = measured.bits_per_byte
+
+    def _judge(self, metrics: dict[str, Any]) -> str:
+        """After a validation: why this run of a sweep ends here, by the first rank; empty if it goes on."""
+        if not self.config.pruning.percentile or "val_loss" not in metrics:
+            return ""
+        step = self.state.counters.step
+        reason = self.pruner.judge(step, metrics["val_loss"]) if self.topology.is_first else ""
+        return str(broadcast(reason))
 
     def _report(self, result: StepResult, last: bool) -> None:
         step = self.state.counters.step

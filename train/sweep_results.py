@@ -22,6 +22,11 @@ class Result:
     message: str
     process: str  # where the error was printed
     overrides: list[str] = field(default_factory=list)  # key=value of this run; the same keys in all runs of a sweep
+    stopped_early: bool = False  # a hopeless run (`pruning.percentile`)
+
+    @property
+    def reached_end(self) -> bool:
+        return self.code == OK and not self.stopped_early
 
     @property
     def failed(self) -> bool:

@@ -118,11 +118,12 @@ def finished_run(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"proxy={folder} has no {CONFIG}; name the folder of a run, for instance runs/quickstart")
     try:
-        code = json.loads((folder / EXIT).read_text())["code"]
+        said = json.loads((folder / EXIT).read_text())
+        code, is_early = said["code"], "stopped_early" in said
     except (OSError, ValueError, KeyError, TypeError):
-        code = None
-    if code != OK:
-        ended = "has not ended" if code is None else f"ended with exit code {code}"
+        code, is_early = None, False
+    if code != OK or is_early:
+        ended = "has not ended" if code is None else "was stopped early" if is_early else f"ended with exit code {code}"
         raise ConfigError(f"proxy={folder} {ended}; finish the run, or name a run that ended with 0")
     stored = read_config(folder)
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ import yaml
 
 from launch.__main__ import main as longcat
 from launch.sweep import report, results, run_sweep
+from launch.sweep_folder import note_finished
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, lines, run_cleanly
+from train.pruning import SWEEP_FOLDER
 from train.run_dir import lock
 
 
@@ -120,6 +124,41 @@ def test_a_refused_sweep_leaves_no_folder(refused: Refused, tmp_path: Path) -> N
     assert not (tmp_path / "runs").exists()
     (tmp_path / "file").write_text("mine")
     refused(["train", "-m", f"run.dir={tmp_path / 'file'}", "optim.lr=1,2"], "run.dir=", "choose another run.dir")
+
+
+def test_a_hopeless_run_ends_early(short: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second rate trains nothing: its loss at step 2 is above that of the first run."""
+    words = ["train.steps=4", "validation.every=2", "pruning.percentile=50", "pruning.min_runs=1"]
+    assert sweep([*short, *words, "optim.lr=1e-2,1e-12"]) == 0
+    whole, early = results(tmp_path / "swept-sweep")
+    assert (whole.reached_end, whole.message) == (True, "done") and len(lines(tmp_path / "swept-0")) == 4
+    assert early.stopped_early and early.code == 0 and len(lines(tmp_path / "swept-1")) == 2
+    assert early.message.startswith("stopped early at step 2: validation loss ")
+    assert early.message in capfd.readouterr().out
+    assert (tmp_path / "swept-1" / "checkpoints" / "step-00000002").is_dir()
+    assert SWEEP_FOLDER not in os.environ
+    assert longcat(["report", str(tmp_path / "swept-sweep")]) == 0
+    assert "stopped early, step 2 of 4" in (tmp_path / "swept-sweep" / "report.html").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [["run.num_processes=2"], ["hydra/launcher=submitit_local"]])
+def test_a_hopeless_run_in_other_processes_ends_early(short: list[str], tmp_path: Path, more: list[str]) -> None:
+    """Two ranks, and a launcher's process, into which a sweep that was stopped goes on: there runs start together."""
+    words = [*short, "train.steps=4", "validation.every=2", "pruning.percentile=50", "pruning.min_runs=1"]
+    if "submitit" in more[0]:
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs hydra-submitit-launcher")
+        words += ["optim.lr=1e-2,1e-12", "checkpoint.resume=auto"]
+        assert sweep(words) == 0
+        shutil.rmtree(tmp_path / "swept-1")
+        (tmp_path / "swept-sweep" / "1.json").unlink()
+        note_finished(tmp_path / "swept-sweep", words, False)
+        assert sweep([*words, *more, f"hydra.launcher.submitit_folder={tmp_path}/logs"]) == 0
+    else:
+        assert sweep([*words, *more, "optim.lr=1e-2,1e-12"]) == 0
+    assert not (tmp_path / "swept-sweep-2").exists()
+    assert [result.stopped_early for result in results(tmp_path / "swept-sweep")] == [False, True]
+    assert [len(lines(tmp_path / f"swept-{number}")) for number in (0, 1)] == [4, 2]
 
 
 @pytest.fixture

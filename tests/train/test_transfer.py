@@ -200,6 +200,7 @@ def test_other_differences_are_refused_unless_allowed(kind: str, refused: Refuse
         (["proxy=runs/proxy", *sizes(2), "optim.lrr=1"], "unknown key 'optim.lrr'"),
         (["proxy=runs/stopped", *sizes(2)], "proxy=runs/stopped ended with exit code 3"),
         (["proxy=runs/running", *sizes(2)], "proxy=runs/running has not ended"),
+        (["proxy=runs/early", *sizes(2)], "proxy=runs/early was stopped early"),
     ],
 )
 def test_wrong_input_is_one_line(words: list[str], part: str, refused: Refused) -> None:
@@ -207,6 +208,8 @@ def test_wrong_input_is_one_line(words: list[str], part: str, refused: Refused) 
     finished(Path("runs/stopped"), sizes(1), code=3)
     finished(Path("runs/running"), sizes(1))
     Path("runs/running", EXIT).unlink()
+    finished(Path("runs/early"), sizes(1))
+    Path("runs/early", EXIT).write_text(dumps({"code": 0, "message": "stopped", "stopped_early": {"step": 1}}))
     refused(["transfer", *words], part)
     assert not list(Path().glob("conf/experiment/*"))
 

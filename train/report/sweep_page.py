@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from longcat.errors import OK, ConfigError
+from longcat.errors import ConfigError
 from train.report.comparison import PALETTE, in_order, scrolled
 from train.report.numbers import DASH, fixed
 from train.report.page import footer, write_page
@@ -80,13 +80,13 @@ def _ranked(found: list[Result], runs: list[RunData], target: Path) -> tuple[str
 
 def _state(result: Result, run: RunData) -> str:
     """What keeps a run out of the ranking: it failed, or has not reached its last step. Empty otherwise."""
-    if result.code == OK:
+    if result.reached_end:
         return ""
     if result.failed and not run.columns:
         return "failed"
     wanted, last = run.number("train.steps"), int(run.last("step")) if run.columns else 0
     text = f"step {last:,}" + (f" of {wanted:,.0f}" if wanted else "")
-    return f"failed, {text}" if result.failed else text
+    return f"{'failed, ' * result.failed}{'stopped early, ' * result.stopped_early}{text}"
 
 
 def _differences(entries: list[Entry]) -> Differences:
@@ -96,9 +96,11 @@ def _differences(entries: list[Entry]) -> Differences:
 def _counts(entries: list[Entry]) -> str:
     """How many runs there are, and how many did not reach their last step."""
     failed = sum(entry.result.failed for entry in entries)
+    early = sum(entry.result.stopped_early for entry in entries)
     open_ = sum(entry.result.code is None for entry in entries)
     parts = [f"{len(entries)} run{'s' * (len(entries) > 1)}"]
     parts += [f"{failed} failed"] if failed else []
+    parts += [f"{early} stopped early"] if early else []
     parts += [f"{open_} not ended"] if open_ else []
     return f"{', '.join(parts)}."
 

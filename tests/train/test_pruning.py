@@ -1,0 +1,106 @@
+"""Hopeless runs: which finished runs of a sweep count, and when a run is behind them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longcat.counts import count_parameters
+from longcat.json_text import dumps
+from tests.support.fixtures import Refused
+from train.compose import compose
+from train.config import Config
+from train.pruning import SWEEP_FOLDER, Pruner
+from train.run_dir import as_mapping
+from train.sweep_results import Result, write_result
+
+WORDS = ["model=debug", "pruning.percentile=50", "pruning.min_runs=3", "run.name=s-9"]
+
+
+class Sweep:
+    """A sweep's folder with finished runs that have one validation, at step 100."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.folder = root, root / "s-sweep"
+        self.folder.mkdir()
+
+    def add(self, number: int, loss: float, *words: str, code: int | None = 0, early: bool = False) -> None:
+        run = self.root / f"s-{number}"
+        run.mkdir()
+        config = compose([*WORDS, f"run.dir={self.root}", f"run.name={run.name}", *words])
+        derived = {"derived": {"parameters": count_parameters(config.model).total}}
+        (run / "config.yaml").write_text(dumps(as_mapping(config) | derived))
+        rows = [{"step": 99, "loss": 1.0}, {"step": 100, "loss": 1.0, "val_loss": loss}]
+        (run / "metrics.jsonl").write_text("".join(dumps(row) + "\n" for row in rows))
+        write_result(self.folder, number, Result(str(run), code, "done", "", [], early))
+
+    def config(self, *words: str) -> Config:
+        return compose([*WORDS, f"run.dir={self.root}", *words])
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    made = Sweep(tmp_path)
+    monkeypatch.setenv(SWEEP_FOLDER, str(made.folder))
+    for number, loss in enumerate((2.0, 2.1, 2.6)):
+        made.add(number, loss, f"optim.lr={10.0**-number}")
+    return made
+
+
+def test_a_run_above_the_median_ends(sweep: Sweep) -> None:
+    pruner = Pruner(sweep.config())
+    assert pruner.judge(100, 2.1) == ""
+    said = pruner.judge(100, 2.11)
+    assert said.startswith("validation loss 2.1100 is above 2.1000, percentile 50 of the 3 finished runs of ")
+    assert pruner.judge(100, float("nan"))
+    assert Pruner(sweep.config("pruning.percentile=75")).judge(100, 2.34) == ""
+    assert Pruner(sweep.config("pruning.percentile=75")).judge(100, 2.36)
+
+
+def test_it_waits_for_enough_runs_and_steps(sweep: Sweep) -> None:
+    assert Pruner(sweep.config("pruning.min_runs=4")).judge(100, 9.0) == ""
+    assert Pruner(sweep.config("pruning.min_steps=101")).judge(100, 9.0) == ""
+    assert Pruner(sweep.config()).judge(50, 9.0) == "", "no finished run was validated at step 50"
+    assert Pruner(sweep.config("pruning.min_steps=100")).judge(100, 9.0)
+
+
+def test_a_run_that_finishes_meanwhile_counts(sweep: Sweep) -> None:
+    pruner = Pruner(sweep.config("pruning.min_runs=4"))
+    assert pruner.judge(100, 9.0) == ""
+    sweep.add(3, 2.2)
+    assert pruner.judge(100, 9.0)
+
+
+def test_only_finished_runs_of_the_same_size_count(sweep: Sweep) -> None:
+    sweep.add(3, 0.1, code=None)
+    sweep.add(4, 0.1, code=4)
+    sweep.add(5, 0.1, early=True)
+    sweep.add(6, 0.1, "model.hidden_size=512")
+    sweep.add(7, 0.1, "validation.batches=1")
+    sweep.add(8, 0.1, "data.paths=[elsewhere]")
+    sweep.add(9, 0.1)  # the run itself, in an earlier start
+    (sweep.root / "s-10").mkdir()
+    write_result(sweep.folder, 10, Result(str(sweep.root / "s-10"), 0, "done", ""))
+    assert Pruner(sweep.config()).judge(100, 2.1) == ""
+    assert "of the 3 finished runs" in Pruner(sweep.config()).judge(100, 2.2)
+
+
+def test_without_a_sweep_or_a_percentile_nothing_ends(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Pruner(sweep.config("pruning.percentile=0")).judge(100, 9.0) == ""
+    monkeypatch.delenv(SWEEP_FOLDER)
+    assert Pruner(sweep.config()).judge(100, 9.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["pruning.percentile=100"], "must be below 100"),
+        (["pruning.percentile=-1"], "must be below 100"),
+        (["pruning.min_runs=0"], "at least 1"),
+        (["pruning.min_steps=-1"], "must not be negative"),
+        (["pruning.percentile=50", "validation.every=0"], "validation.every=0 measures none"),
+    ],
+)
+def test_wrong_values_are_one_line(words: list[str], part: str, refused: Refused) -> None:
+    refused(["train", *words], part)

@@ -1,0 +1,117 @@
+"""Ends hopeless runs of a sweep: those whose validation loss is far behind that of the finished runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longcat.errors import OK, ConfigError, LongCatError
+
+if TYPE_CHECKING:
+    from train.config import Config
+
+SWEEP_FOLDER = "LONGCAT_SWEEP_FOLDER"  # environment of a sweep's runs, and so of their ranks
+COMPARED = (  # keys of config.yaml that decide what a validation loss at a step means
+    "derived.parameters",
+    "data.paths",
+    "train.sequence_length",
+    "train.global_batch_size",
+    "validation.batches",
+)
+
+
+@dataclass
+class PruningConfig:
+    """Early end of hopeless runs of a sweep, by the percentile rule of Optuna's pruners (docs/guide/sweeps.md)."""
+
+    # end a run whose validation loss is above this percentile of the finished runs' at the same step; 50 = median,
+    # 0 = off. Only runs of as many parameters, the same corpora and batches are compared
+    percentile: float = 0.0
+    min_runs: int = 5  # finished runs to compare with, from which on runs end early
+    min_steps: int = 0  # steps that every run makes
+
+    def validate(self) -> None:
+        if not 0 <= self.percentile < 100:
+            raise ConfigError(f"pruning.percentile={self.percentile} must be below 100, or 0 for off")
+        if self.min_runs < 1:
+            raise ConfigError(f"pruning.min_runs={self.min_runs} must be at least 1")
+        if self.min_steps < 0:
+            raise ConfigError(f"pruning.min_steps={self.min_steps} must not be negative")
+
+
+class StoppedEarly(LongCatError):
+    """A run of a sweep was hopeless; its state is saved. Exit code 0: the sweep has what it needs of the run."""
+
+    exit_code = OK
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"stopped early at step {step}: {reason}")
+        self.details = {"stopped_early": {"step": step}}
+
+
+class Pruner:
+    """Compares a run with the finished ones of its sweep. Without a sweep it judges nothing."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        sweep = os.environ.get(SWEEP_FOLDER) if config.pruning.percentile else None
+        self.sweep = None if sweep is None else Path(sweep)
+        self._curves: dict[Path, dict[int, float]] = {}  # of finished runs: {step: validation loss}
+
+    def judge(self, step: int, loss: float) -> str:
+        """Why the run ends at ``step`` with validation ``loss`` (nats per token); empty if it goes on."""
+        import numpy as np
+
+        settings = self.config.pruning
+        if self.sweep is None or step < settings.min_steps:
+            return ""
+        found = [curve[step] for curve in self._finished(self.sweep) if step in curve]
+        if len(found) < settings.min_runs:
+            return ""
+        limit = float(np.percentile(found, settings.percentile))
+        if loss <= limit:
+            return ""
+        return (
+            f"validation loss {loss:.4f} is above {limit:.4f}, percentile {settings.percentile:g} of the {len(found)} "
+            f"finished runs of {self.sweep} at this step (pruning.percentile)"
+        )
+
+    def _finished(self, sweep: Path) -> list[dict[int, float]]:
+        """The validation losses of each comparable run that reached its last step."""
+        from train.sweep_results import results
+
+        own = self.config.run.folder.resolve()
+        for result in results(sweep):
+            folder = result.folder(sweep).resolve()
+            if result.reached_end and folder != own and folder not in self._curves:
+                self._curves[folder] = _losses(folder) if self._is_comparable(folder) else {}
+        return list(self._curves.values())
+
+    def _is_comparable(self, folder: Path) -> bool:
+        """Whether the run has as many parameters, and validates on the same sequences at the same tokens."""
+        from longcat.counts import count_parameters
+        from train.run_dir import as_mapping, read_config
+
+        try:
+            stored = read_config(folder)
+        except ConfigError:
+            return False
+        mine = as_mapping(self.config) | {"derived": {"parameters": count_parameters(self.config.model).total}}
+        return all(_value(stored, key) == _value(mine, key) for key in COMPARED)
+
+
+def _value(tree: object, dotted: str) -> object:
+    for part in dotted.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    """{step: validation loss} of a run, the finite ones."""
+    from train.loggers.jsonl import METRICS, rows
+
+    found = {row["step"]: float(row["val_loss"]) for row in rows(folder / METRICS) if row.get("val_loss") is not None}
+    return {step: loss for step, loss in found.items() if math.isfinite(loss)}
