@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Protocol
 
 from launch.local import exit_written
 from launch.supervisor.causes import describe
+from launch.supervisor.recall import Leader
 from longcat.errors import BAD_INPUT, CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY
 from longcat.json_text import dumps
-from train.run_dir import recorded_code
+from train.config import Config
+from train.run_dir import claim_exit, recorded_code
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 8.0  # for ranks to say why they end, once one has failed anywhere
@@ -149,3 +152,18 @@ def exit_code(outcome: Outcome, folder: Path, exit_before: tuple[int, int] | Non
 def grace_seconds(code: int) -> float:
     """How long other ranks may go on after one has ended with this code."""
     return SAVE_SECONDS if code in AGREED else 1.0 if code == BAD_INPUT else GRACE_SECONDS
+
+
+def decide_end(config: Config, fleet: Fleet, assignment: Assignment, nodes: int, leader: Leader | None = None) -> int:
+    """One start, or several with `launch.restarts`; returns the run's exit code."""
+    if config.launch.restarts:
+        from launch.supervisor.loop import supervise
+
+        seconds = config.launch.join_seconds
+        return supervise(config, assignment.overrides, assignment.processes, fleet, nodes, seconds, leader)
+    before = exit_written(config.run.folder)
+    outcome = run_incarnation(fleet, assignment)
+    code = exit_code(outcome, config.run.folder, before)
+    if code == CRASHED and claim_exit(config.run.folder, CRASHED, outcome.message):
+        print(f"error: {outcome.message}", file=sys.stderr, flush=True)
+    return code

@@ -16,11 +16,8 @@ from typing import Any
 from launch.claims import ClaimError
 from launch.fleet import (
     Assignment,
-    Fleet,
     NodeReport,
-    exit_code,
-    grace_seconds,
-    run_incarnation,
+    decide_end,
 )
 from launch.link import (
     ASSIGNMENT,
@@ -57,7 +54,7 @@ def run_node(overrides: list[str], config: Config, place: Place, processes: int)
     os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # for the check of this machine's memory
     check(config, processes * place.nodes)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    with Signals() as signals, found_by_children():
+    with Signals(ends_process=True) as signals, found_by_children():
         try:
             return Node(overrides, config, place, processes, signals).run()
         except InterruptedError:
@@ -262,17 +259,15 @@ class Node(Member):
 
     def wait(self, ranks: LocalRanks) -> StoreLostError | None:
         """Until all local ranks have ended; ends them a while after a failure anywhere, or without a store."""
-        fleet, asked, kill_at, lost = StoreFleet(self.link, self.settings.node_timeout), set[str](), float("inf"), None
-        looked, published, noted_stop = 0.0, float("inf"), False
+        fleet, asked = StoreFleet(self.link, self.settings.node_timeout), set[str]()
+        looked, published, noted_stop, lost = 0.0, float("inf"), False, None
         while not ranks.poll():
             now = time.monotonic()
             for number in self.signals.take():
                 ranks.signal(number)
                 if number != SAVE_SIGNAL:
                     asked.add(STOP)
-            if now > kill_at:
-                ranks.kill()
-            grace = min((grace_seconds(code) for code in ranks.codes.values() if code), default=float("inf"))
+            grace = ranks.grace_seconds
             if lost is None and (now - looked > LOOK_SECONDS or grace < published):
                 looked = now
                 try:
@@ -282,15 +277,16 @@ class Node(Member):
                     if self.signals.is_stopped() and not noted_stop:
                         noted_stop = True
                         self.link.set(STOP, "stop")
-                    kill_at = min(kill_at, self.obey(ranks, self.look(), asked))
+                    self.obey(ranks, self.look(), asked)
                 except StoreLostError as error:
-                    lost, kill_at = error, min(kill_at, now + LOST_SECONDS)
+                    lost = error
+                    ranks.end_within(LOST_SECONDS)
             time.sleep(POLL_SECONDS)
         return lost
 
-    def obey(self, ranks: LocalRanks, values: dict[str, str], asked: set[str]) -> float:
-        """Carry out new requests of the first node; returns when ranks that still run must be killed."""
-        kill_at, own = float("inf"), f"{self.incarnation}/control/"
+    def obey(self, ranks: LocalRanks, values: dict[str, str], asked: set[str]) -> None:
+        """Carry out new requests of the first node."""
+        own = f"{self.incarnation}/control/"
         for key in values.keys() - asked:
             asked.add(key)
             if key.startswith(f"{own}signal/"):
@@ -298,8 +294,7 @@ class Node(Member):
             elif key == STOP:  # a node was told before it had ranks, and these were not there to hear it
                 ranks.signal(signal.SIGTERM)
             elif key.startswith(f"{own}stop/"):
-                kill_at = min(kill_at, time.monotonic() + float(values[key]))
-        return kill_at
+                ranks.end_within(float(values[key]))
 
     def end_alone(self, reason: str) -> int:
         """The exit code where the nodes cannot agree on one any more."""
@@ -312,18 +307,3 @@ class Node(Member):
         if claim_exit(folder, CRASHED, reason):
             print(f"error: {reason}", file=sys.stderr, flush=True)
         return CRASHED
-
-
-def decide_end(config: Config, fleet: Fleet, assignment: Assignment, nodes: int, leader: Leader | None = None) -> int:
-    """One start, or several with `launch.restarts`; returns the run's exit code."""
-    if config.launch.restarts:
-        from launch.supervisor.loop import supervise
-
-        seconds = config.launch.join_seconds
-        return supervise(config, assignment.overrides, assignment.processes, fleet, nodes, seconds, leader)
-    before = exit_written(config.run.folder)
-    outcome = run_incarnation(fleet, assignment)
-    code = exit_code(outcome, config.run.folder, before)
-    if code == CRASHED and claim_exit(config.run.folder, CRASHED, outcome.message):
-        print(f"error: {outcome.message}", file=sys.stderr, flush=True)
-    return code

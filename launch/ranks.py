@@ -12,11 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO
 
-from launch.local import handles
+from launch.fleet import GRACE_SECONDS, grace_seconds
+from train.stop import REQUESTS
 
 LAST_LINES = 40
+STARTING_SECONDS = 1.0  # for ranks that start to end by themselves after a crash of another
 PR_SET_PDEATHSIG = 1
 
 
@@ -36,11 +39,14 @@ class LocalRanks:
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.unsent: dict[int, list[signal.Signals]] = {}
         self.readers: list[threading.Thread] = []
+        self.kill_at = self.kill_starting_at = float("inf")  # of time.monotonic
         libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
-        def end_with_parent() -> None:
+        def prepare_rank() -> None:
+            """In the new process: it ends with its parent, and signals wait until it has handlers for them."""
             if libc is not None:
                 libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
 
         for local in range(count):
             rank = first + local
@@ -51,7 +57,7 @@ class LocalRanks:
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,  # a terminal's signals come through this process alone
-                preexec_fn=end_with_parent,
+                preexec_fn=prepare_rank,
             )
             self.processes[rank], self.unsent[rank] = process, []
             self.lines[rank] = deque(maxlen=LAST_LINES)
@@ -62,7 +68,10 @@ class LocalRanks:
             self.readers.append(reader)
 
     def poll(self) -> bool:
-        """Note ends and send what waits; returns whether all have ended."""
+        """Note ends, send what waits, kill what has had its time; returns whether all have ended."""
+        now = time.monotonic()
+        if now > self.kill_at:
+            self.kill()
         for rank, process in self.processes.items():
             if rank in self.codes:
                 continue
@@ -72,6 +81,8 @@ class LocalRanks:
                 if code and self.first_failed is None:
                     self.first_failed, self.failed_at = rank, time.time()
                 continue
+            if now > self.kill_starting_at and not handles(process.pid, signal.SIGTERM):
+                process.kill()
             for number in [number for number in self.unsent[rank] if handles(process.pid, number)]:
                 self.unsent[rank].remove(number)
                 process.send_signal(number)
@@ -81,6 +92,21 @@ class LocalRanks:
         """Send a signal to each rank that runs, as soon as it has a handler: without one it would only die."""
         for waiting in self.unsent.values():
             waiting.append(number)
+
+    @property
+    def grace_seconds(self) -> float:
+        """How long the others may go on after the failures so far; infinite without one."""
+        return min((grace_seconds(code) for code in self.codes.values() if code), default=float("inf"))
+
+    def end_within(self, seconds: float) -> None:
+        """Kill ranks that still run so many seconds from now, or from an earlier call with fewer.
+
+        After a crash those that have not met the others yet, which have no handlers, have a second: they would wait
+        for ranks that are gone.
+        """
+        self.kill_at = min(self.kill_at, time.monotonic() + seconds)
+        if seconds <= GRACE_SECONDS:
+            self.kill_starting_at = min(self.kill_starting_at, time.monotonic() + min(seconds, STARTING_SECONDS))
 
     def kill(self) -> None:
         """End what still runs, without saving."""
@@ -102,3 +128,13 @@ def pass_through(source: IO[bytes], kept: deque[bytes]) -> None:
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
+
+
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal (Linux)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)

@@ -1,4 +1,4 @@
-"""Stop signals and requests to save that reach a node runner, until its ranks get them."""
+"""Stop signals and requests to save that reach whoever starts ranks, until the ranks get them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from train.stop import SAVE_SIGNAL, STOP_SIGNALS, is_ignored
 
 
 class Signals:
-    """The first stop signal and each request to save, until the ranks get them; later stop signals are ignored."""
+    """The first stop signal and each request to save, until the ranks get them; later stop signals are ignored.
 
-    def __init__(self) -> None:
+    Args:
+        ends_process: the process ends after this context; signals after a stop must not change its exit code.
+    """
+
+    def __init__(self, ends_process: bool = False) -> None:
+        self.ends_process = ends_process
         self.stop: signal.Signals | None = None
         self.waiting: list[signal.Signals] = []
 
@@ -21,8 +26,8 @@ class Signals:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():  # more signals must not change the exit code while the process ends
-            signal.signal(number, handler if self.stop is None else signal.SIG_IGN)
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_IGN if self.ends_process and self.is_stopped() else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == SAVE_SIGNAL:

@@ -1,7 +1,7 @@
 """`python -m launch.store`: where the nodes of a run meet, in a process that outlives ranks and node runners.
 
 It serves node runners by lines of JSON. The ranks' TCPStore is in a child process, whose port is under `job/ranks`:
-importing torch would keep node runners waiting for seconds.
+importing torch takes seconds. Its socket listens before, so ranks can start at once.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import errno
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 import uuid
-from contextlib import suppress
 from typing import Any
 
 from longcat.json_text import dumps
@@ -28,6 +29,7 @@ CHECK_SECONDS = 0.2
 COUNT_SECONDS = 1.0  # between counts of the nodes
 DEPARTED_SECONDS = 5.0  # of silence after which a newcomer of the same name is the same node, started again
 MAX_LINE = 1 << 24
+BACKLOG = 4096  # ranks that may wait for their store to come up; the system may allow fewer
 Identity = dict[str, str]
 
 
@@ -137,32 +139,68 @@ async def main(port: int, idle_seconds: float, identity: Identity) -> int:
     print(READY, flush=True)
     sys.stdout.close()
     os.close(1)  # whoever reads this process's output must not wait for its end
-    words = [sys.executable, "-P", "-m", "launch.store", FOR_RANKS]
-    ranks_store = await asyncio.create_subprocess_exec(
-        *words, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-    )
-    assert ranks_store.stdout is not None
-    found = (await ranks_store.stdout.readline()).decode().strip()
-    if not found:
-        return 1  # its output says why
-    server.membership.values[RANKS_PORT] = found
-    members = server.membership
-    while time.monotonic() - members.last_sign < idle_seconds and not members.has_ended:
-        await asyncio.sleep(CHECK_SECONDS)
-        if ranks_store.returncode is not None:
-            return 1  # without it no ranks can start; the nodes start both anew
+    with RanksStore() as ranks_store:
+        server.membership.values[RANKS_PORT] = str(ranks_store.port)
+        await until_idle(server.membership, ranks_store, idle_seconds)
     listening.close()
     return 0
 
 
-def serve_ranks() -> int:
+async def until_idle(members: Membership, ranks_store: RanksStore, idle_seconds: float) -> None:
+    """Return when no node has given a sign of life for so long, one asks for the end, or the ranks' store has ended.
+
+    Without it no ranks can start; the nodes start both anew.
+    """
+    while time.monotonic() - members.last_sign < idle_seconds and not members.has_ended:
+        await asyncio.sleep(CHECK_SECONDS)
+        if ranks_store.has_ended():
+            return
+
+
+class RanksStore:
+    """A TCPStore for ranks, in a process of its own that ends with this one.
+
+    Ranks may connect to `port` from now on: they wait until that process has imported torch.
+
+    Args:
+        host: address to listen on; all of this machine's by default.
+    """
+
+    def __init__(self, host: str = "") -> None:
+        with listen(host) as listening:
+            self.port = int(listening.getsockname()[1])
+            found = [str(listening.fileno()), str(self.port)]
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "launch.store", FOR_RANKS, *found],
+                stdin=subprocess.PIPE,
+                pass_fds=[listening.fileno()],
+            )
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def __enter__(self) -> RanksStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def listen(host: str) -> socket.socket:
+    """A listening socket on a free port."""
+    if not host and socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+    return socket.create_server((host, 0), backlog=BACKLOG)
+
+
+def serve_ranks(listening: int, port: int) -> int:
     """Hold the ranks' store until standard input ends, that is as long as the parent process lives."""
     from torch.distributed import TCPStore
 
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    with suppress(BrokenPipeError):
-        print(store.port, flush=True)
+    store = TCPStore("localhost", port, is_master=True, wait_for_workers=False, master_listen_fd=listening)
     sys.stdin.read()
+    del store
     return 0
 
 
@@ -170,5 +208,5 @@ if __name__ == "__main__":
     for number in STOP_SIGNALS:  # Slurm and a terminal signal every process of the job
         signal.signal(number, signal.SIG_IGN)
     if sys.argv[1] == FOR_RANKS:
-        sys.exit(serve_ranks())
+        sys.exit(serve_ranks(int(sys.argv[2]), int(sys.argv[3])))
     sys.exit(asyncio.run(main(int(sys.argv[1]), float(sys.argv[2]), json.loads(sys.argv[3]))))

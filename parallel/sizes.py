@@ -81,7 +81,7 @@ def resolve_sizes(config: ParallelConfig, world_size: int) -> MeshSizes:
 
 
 def world_from_environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size) as torchrun and the elastic agent set them; one process without them."""
+    """(rank, local rank, world size) as torchrun and longcat train set them; one process without them."""
     return (
         int(os.environ.get("RANK", "0")),
         int(os.environ.get("LOCAL_RANK", "0")),

@@ -86,7 +86,7 @@ def outcome(config: Config, stop_signal: StopSignal) -> tuple[int, str, Mapping[
         return error.exit_code, str(error), error.details  # perhaps on this rank only: do not wait for the others
     except LongCatError as error:
         code, message, details = error.exit_code, str(error), error.details or failure_details(error)
-    # Every rank gets here. The agent ends the others when the first exits, so none may still be writing.
+    # Every rank gets here. The launcher may end the others when the first exits, so none may still be writing.
     with watchdog.slow_timeout(), wait_span(Event(SpanKind.END_OF_RUN)):
         dist.barrier()
     return code, message, details

@@ -245,10 +245,10 @@ def recorded_code(folder: Path, otherwise: int = CRASHED) -> int:
 
 
 def refuse(folder: Path | None, error: LongCatError) -> int:
-    """Print why a run does not start and return the exit code; under an agent, which hides it, write exit.json too.
+    """Print why a run does not start and return the exit code; under torchrun, which hides it, write exit.json too.
 
     A folder that has a run, or is in use, does not change. All ranks find the same error: the first one prints it,
-    while the others wait for the agent to end them.
+    while the others wait for the launcher to end them.
     """
     if not is_first_rank():
         time.sleep(FIRST_RANK_PRINTS_SECONDS)

@@ -12,10 +12,14 @@ from typing import Any
 # terminal
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 SAVE_SIGNAL = signal.SIGUSR2  # save and train on
+REQUESTS = (*STOP_SIGNALS, SAVE_SIGNAL)
 
 
 class StopSignal:
-    """True after a stop signal or the time limit. Leaving its context restores the signal handlers."""
+    """True after a stop signal or the time limit. Leaving its context restores the signal handlers.
+
+    A node runner starts ranks with these signals blocked; one that came before its handler takes effect here.
+    """
 
     def __init__(self, after_seconds: float) -> None:
         self.reason: str | None = None
@@ -28,6 +32,7 @@ class StopSignal:
         for number in STOP_SIGNALS:
             if not (number == signal.SIGHUP and is_ignored(number)):
                 self._before[number] = signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def take_save_request(self) -> bool:
         """Whether a signal has requested a checkpoint since the last call."""
@@ -36,6 +41,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self._before[SAVE_SIGNAL] = signal.signal(SAVE_SIGNAL, self._on_save_signal)  # its default ends the process
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [SAVE_SIGNAL])
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -44,8 +50,8 @@ class StopSignal:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.reason is not None and number == signal.SIGINT and "RANK" not in os.environ:
-            # A second Ctrl-C: do not wait for the step to end. Under an agent one Ctrl-C arrives twice, from the
-            # terminal and from the agent.
+            # A second Ctrl-C: do not wait for the step to end. Under torchrun one Ctrl-C arrives twice, from the
+            # terminal and from its agent.
             signal.default_int_handler(number, frame)
         self.reason = signal.Signals(number).name
 

@@ -218,7 +218,7 @@ class Watchdog:
         dead = self._dead(heartbeats)
         unresponsive = {0} if self.store.at_rank_0 and self.store.rank != 0 and not dead else set()
         found = diagnose(self.store.rank, heartbeats, unresponsive, dead, time.time()) if unresponsive | dead else None
-        host = "rank 0" if self.store.at_rank_0 else "the agent of the first host"
+        host = "rank 0" if self.store.at_rank_0 else "the launcher on the first host"
         lost = f"{host}, which holds the heartbeat store, does not answer"
         if found is None:
             return heartbeats, Diagnosis(Cause.UNRESPONSIVE, (), lost, "check that its machine is alive")
@@ -234,7 +234,7 @@ class Watchdog:
         for rank in unresponsive:
             if rank in heartbeats and heartbeats[rank].machine == self.machine:
                 with contextlib.suppress(OSError):
-                    os.kill(heartbeats[rank].pid, signal.SIGKILL)  # an agent would wait half a minute for it
+                    os.kill(heartbeats[rank].pid, signal.SIGKILL)  # torchrun would wait half a minute for it
 
     def _end(self, message: str, announce: Callable[[], None] = lambda: None) -> None:
         """Report the message and end this process."""

@@ -39,6 +39,7 @@ def start_after_a_diagnosis(folder: Path) -> tuple[int, list[str]]:
     assert current.store.publish(current.heartbeat()) is None, "the former diagnosis is read"
     assert not set(own) & set(current.store.keys)
     watchdog.stop()
+    dist.barrier()  # the store is in rank 0
     dist.destroy_process_group()
     return len(own), said
 

@@ -17,6 +17,7 @@ import pytest
 from launch.claims import Claims
 from launch.supervisor.ledger import PARTS
 from tests.support.running import NARROW, exact, exit_json, finish, free_ports, lines, node, train_two
+from tests.support.soak import kill_tree
 
 STEPS = 60
 SUPERVISED = ["launch.restarts=3", "launch.backoff_seconds=0.1", "launch.node_timeout=10", "launch.join_seconds=300"]
@@ -66,15 +67,6 @@ def newest_step(folder: Path) -> int:
     return 0
 
 
-def kill_all(runner: subprocess.Popen[str]) -> None:
-    """A whole node: runner, ranks and store."""
-    everything = [psutil.Process(runner.pid), *psutil.Process(runner.pid).children(recursive=True)]
-    for process in everything:
-        process.suspend()
-    for process in everything:
-        process.kill()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks end with their parent on Linux")
 def test_run_outlives_its_store_and_its_first_node(overrides: list[str], tmp_path: Path) -> None:
     """kill -9 of the store alone; then of everything on the first node, whose place a spare takes."""
@@ -86,7 +78,7 @@ def test_run_outlives_its_store_and_its_first_node(overrides: list[str], tmp_pat
     wait_for(nodes, folder, 2, 12)
     claim = Claims(folder).newest()
     assert claim is not None and claim.number == 2
-    kill_all(nodes[claim.node])
+    kill_tree(nodes[claim.node].pid)
     ends = {name: finish(process, 400) for name, process in nodes.items()}
     assert [name for name, (code, _) in ends.items() if code] == [claim.node], ends
     found = journal(folder)

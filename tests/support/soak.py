@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from launch.claims import Claims
 from launch.link import Link
 from launch.rendezvous import find_identity
 from tests.support.running import ROOT, free_ports, ranks_below
@@ -87,9 +88,15 @@ class Cluster:
         return found
 
     def lose(self, name: str) -> None:
-        """A node is gone: its runner and, with it, its ranks."""
-        self.nodes[name].kill()
+        """A node is gone: its runner, its ranks, and its store if it has one."""
         self.dead.add(name)
+        kill_tree(self.nodes[name].pid)
+
+    def store(self) -> psutil.Process:
+        """The process in which the nodes meet, on the first of them."""
+        found = [each for each in psutil.Process(self.nodes[self.first].pid).children() if is_store(each)]
+        assert found, self.log()
+        return found[0]
 
     def wait_for_members(self) -> None:
         """Until all nodes that were started have joined."""
@@ -106,7 +113,9 @@ class Cluster:
     @property
     def first(self) -> str:
         """The node that holds the store and decides."""
-        return str(self.journal()[0]["on"][0])
+        claim = Claims(self.folder).newest()
+        assert claim is not None
+        return claim.node
 
     def rows(self) -> set[bytes]:
         """The complete lines of metrics.jsonl."""
@@ -119,8 +128,10 @@ class Cluster:
         return max((int(json.loads(row)["step"]) for row in self.rows()), default=0)
 
     def log(self) -> str:
-        """The end of the first node's output."""
-        return (self.scratch / f"{next(iter(self.nodes))}.log").read_text(errors="replace")[-6000:]
+        """The end of the output of the node that decides."""
+        claim = Claims(self.folder).newest()
+        name = next(iter(self.nodes)) if claim is None else claim.node
+        return (self.scratch / f"{name}.log").read_text(errors="replace")[-6000:]
 
     def wait(self, what: str, is_so: Callable[[], bool], may_end: bool = False) -> None:
         """Wait for an event; fails if a node ends before that was not killed."""
@@ -177,6 +188,8 @@ class Soak:
         if kind == "node lost" and ranks[rank][1] == cluster.first:
             rank = 1 - rank
         pid, node = ranks[rank]
+        if kind == "first node lost":
+            node = cluster.first
         at, step = time.time(), cluster.step()
         PLANT[kind](self, rank, pid, node, is_over)
         cluster.wait(f"the end of start {incarnation} ({kind}, rank {rank})", is_over)
@@ -258,6 +271,30 @@ def lose_node(soak: Soak, rank: int, pid: int, node: str, is_over: Callable[[], 
     soak.cluster.lose(node)
 
 
+def kill_store(soak: Soak, rank: int, pid: int, node: str, is_over: Callable[[], bool]) -> None:
+    soak.cluster.store().kill()
+
+
+def lose_first_node(soak: Soak, rank: int, pid: int, node: str, is_over: Callable[[], bool]) -> None:
+    """The node that decides is gone for good, and the store with it; it need not have ranks."""
+    soak.cluster.lose(soak.cluster.first)
+
+
+def is_store(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return "launch.store" in process.cmdline()
+    return False
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all below it, as if at one moment."""
+    everything = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for act in (psutil.Process.suspend, psutil.Process.kill):
+        for process in everything:
+            with suppress(psutil.NoSuchProcess):
+                act(process)
+
+
 PLANT: dict[str, Callable[[Soak, int, int, str, Callable[[], bool]], None]] = {
     "kill -9": kill,
     "hang": hang,
@@ -267,6 +304,8 @@ PLANT: dict[str, Callable[[Soak, int, int, str, Callable[[], bool]], None]] = {
     "disk full": fill_disk,
     "slow rank": slow_down,
     "node lost": lose_node,
+    "store killed": kill_store,
+    "first node lost": lose_first_node,
 }
 CAUSES = {  # what the supervisor may take them for
     "kill -9": {"crash"},
@@ -277,9 +316,11 @@ CAUSES = {  # what the supervisor may take them for
     "disk full": {"disk_full", "crash"},  # the space may be back before anybody looks
     "slow rank": {"straggler"},
     "node lost": {"node_lost"},
+    "store killed": {"store_lost"},
+    "first node lost": {"node_lost"},
 }
 EARLY = ("kill -9", "hang", "node lost")  # may also come while ranks start
-TAKES_A_NODE = ("bit flip", "node lost")
+TAKES_A_NODE = ("bit flip", "node lost", "first node lost")
 
 
 def draw(chance: random.Random, count: int, each: int, kinds: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 
 from launch import local
 from launch.__main__ import main as longcat
-from launch.local import run_elastic
+from launch.this_machine import run_here
 from tests.support.running import (
     NARROW,
     exact,
@@ -77,10 +77,10 @@ def test_signal_saves_and_the_same_command_resumes(
     assert exact(tmp_path / "run") == uninterrupted(corpus, words)
 
 
-def through_the_agent(
+def through_the_launcher(
     overrides: list[str], capfd: pytest.CaptureFixture[str], meanwhile: Callable[[], None] | None = None
 ) -> tuple[int, str]:
-    """`longcat train` with two ranks, its agent in this process; the exit code and standard error."""
+    """`longcat train` with two ranks, started by this process; the exit code and standard error."""
     other = threading.Thread(target=meanwhile or (lambda: None))
     other.start()
     code = run_cleanly(lambda: longcat(["train", *overrides, "run.num_processes=2"]))
@@ -89,7 +89,7 @@ def through_the_agent(
 
 
 @pytest.mark.parametrize(
-    "number,to_agent,to_ranks",
+    "number,to_launcher,to_ranks",
     [
         (signal.SIGTERM, True, []),
         (signal.SIGINT, True, [0, 1]),
@@ -97,11 +97,11 @@ def through_the_agent(
         (signal.SIGUSR1, True, [0, 1]),
         (signal.SIGHUP, True, []),
     ],
-    ids=["sigterm_to_the_agent", "ctrl_c_to_all", "sigterm_to_one_rank", "usr1_to_all", "hup_to_the_agent"],
+    ids=["sigterm_to_the_launcher", "ctrl_c_to_all", "sigterm_to_one_rank", "usr1_to_all", "hup_to_the_launcher"],
 )
 def test_signal_saves_with_two_processes(
     number: signal.Signals,
-    to_agent: bool,
+    to_launcher: bool,
     to_ranks: list[int],
     overrides: list[str],
     tmp_path: Path,
@@ -112,10 +112,10 @@ def test_signal_saves_with_two_processes(
 
     def send() -> None:
         wait_for_step(folder, 2)
-        for pid in [ranks_below(os.getpid())[rank] for rank in to_ranks] + [os.getpid()] * to_agent:
+        for pid in [ranks_below(os.getpid())[rank] for rank in to_ranks] + [os.getpid()] * to_launcher:
             os.kill(pid, number)
 
-    code, errors = through_the_agent([*overrides, *NARROW, ENDLESS], capfd, send)
+    code, errors = through_the_launcher([*overrides, *NARROW, ENDLESS], capfd, send)
     assert code == 3, errors
     step = stopped_at(folder, errors, "request" if "request" in errors else number.name)
     assert exact(folder).keys() == set(range(1, step + 1))
@@ -131,7 +131,7 @@ def test_save_signal_saves_and_the_run_goes_on(
     assert names == ["step-00000003", "step-00000006"]
 
 
-def test_agent_passes_the_save_signal_on(
+def test_launcher_passes_the_save_signal_on(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """While the ranks start it ends nothing; later they save, and the run goes on until it is stopped."""
@@ -150,7 +150,7 @@ def test_agent_passes_the_save_signal_on(
         saved.extend(path.name for path in list_checkpoints(checkpoints))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    code, errors = through_the_agent([*overrides, *NARROW, ENDLESS], capfd, send)
+    code, errors = through_the_launcher([*overrides, *NARROW, ENDLESS], capfd, send)
     assert code == 3, errors
     assert len(saved) == 1
     assert stopped_at(tmp_path / "run", errors, "request" if "request" in errors else "SIGTERM") > int(saved[0][5:])
@@ -178,10 +178,10 @@ def test_hup_stays_ignored_under_nohup(
     assert len(lines(tmp_path / "run")) == 12
 
 
-def test_agent_waits_for_the_save_despite_more_signals(
+def test_launcher_waits_for_the_save_despite_more_signals(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Three signals while a rank is suspended: the agent waits for it and ends with the code of a clean stop."""
+    """Three signals while a rank is suspended: the launcher waits for it and ends with the code of a clean stop."""
 
     def send() -> None:
         wait_for_step(tmp_path / "run", 2)
@@ -192,9 +192,26 @@ def test_agent_waits_for_the_save_despite_more_signals(
             time.sleep(0.5)
         os.kill(slow, signal.SIGCONT)
 
-    code, errors = through_the_agent([*overrides, *NARROW, ENDLESS], capfd, send)
+    code, errors = through_the_launcher([*overrides, *NARROW, ENDLESS], capfd, send)
     assert code == 3, errors
     stopped_at(tmp_path / "run", errors, "SIGTERM")
+
+
+@pytest.mark.parametrize("to_ranks", [False, True], ids=["to_the_launcher", "to_the_ranks"])
+def test_a_signal_before_ranks_have_handlers_is_not_lost(
+    to_ranks: bool, overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As Slurm sends it to every process of a job that has just started: one step is trained and saved."""
+
+    def send() -> None:
+        while len(ranks_below(os.getpid())) < 2:
+            time.sleep(0.001)
+        for pid in ranks_below(os.getpid()) if to_ranks else [os.getpid()]:
+            os.kill(pid, signal.SIGTERM)
+
+    code, errors = through_the_launcher([*overrides, *NARROW, ENDLESS], capfd, send)
+    assert code == 3, errors
+    assert stopped_at(tmp_path / "run", errors, "request" if "request" in errors else "SIGTERM") == 1
 
 
 def test_a_killed_rank_is_a_crash(overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +222,7 @@ def test_a_killed_rank_is_a_crash(overrides: list[str], tmp_path: Path, capfd: p
         wait_for_step(folder, 2)
         os.kill(ranks_below(os.getpid())[1], signal.SIGKILL)
 
-    code, errors = through_the_agent([*overrides, *NARROW, ENDLESS], capfd, kill)
+    code, errors = through_the_launcher([*overrides, *NARROW, ENDLESS], capfd, kill)
     assert code == 1, errors
     assert exit_json(folder)["code"] == 1
     assert errors.count("rank 1 (process") == 1 and "has died" in errors and "Traceback" not in errors
@@ -216,22 +233,23 @@ def test_a_killed_rank_is_a_crash(overrides: list[str], tmp_path: Path, capfd: p
     [
         ("import sys; sys.exit(2)", 2),
         ("import sys; sys.exit(3)", 3),
-        ("import os, sys, time; os.environ['RANK'] == '1' and sys.exit(4) or time.sleep(60)", 4),
+        ("import os, sys, time; os.environ['RANK'] == '1' and sys.exit(2) or time.sleep(60)", 2),
         ("import os, time; os.environ['RANK'] == '1' and os.abort() or time.sleep(60)", 1),
         ("raise ValueError", 1),
         ("", 0),
     ],
-    ids=["2", "3", "4_by_one_rank", "abort_of_one_rank", "exception", "done"],
+    ids=["2", "3", "2_by_one_rank", "abort_of_one_rank", "exception", "done"],
 )
-def test_agent_forwards_signals(
+def test_first_failing_rank_decides_the_code(
     script: str, code: int, overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The agent ends with the exit code of the first rank that fails."""
+    """The others, which have not met yet, are ended."""
     (tmp_path / "train.py").write_text(script)
     config = compose([*overrides, "run.num_processes=2"])
     monkeypatch.setattr(local, "ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert run_cleanly(lambda: run_elastic([], config, 2)) == code
+    with local.found_by_children():
+        assert run_cleanly(lambda: run_here([], config, 2)) == code
 
 
 def test_a_crash_leaves_its_reason(overrides: list[str], tmp_path: Path) -> None:

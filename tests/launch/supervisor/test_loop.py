@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
 
 from launch.fleet import Assignment
-from launch.local import run_elastic
 from launch.supervisor.ledger import PARTS
 from launch.supervisor.loop import GRACE_SECONDS, SAVE_SECONDS, Supervisor, supervise
 from launch.supervisor.progress import Progress
-from launch.supervisor.this_machine import ThisMachine
 from longcat.errors import FolderInUseError
 from tests.launch.supervisor.fake_fleet import Ending, FakeFleet
 from train.checkpoint.manifest import CheckpointStatus
@@ -213,13 +210,3 @@ def test_a_stop_between_starts_ends_with_3(tmp_path: Path) -> None:
     assert supervise(config, [], 1, fleet) == 3
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 3
     assert len(fleet.started) == 1
-
-
-def test_a_stop_before_the_ranks_start_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal may come between two handlers: after that of the pauses, before that of the running ranks."""
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: pytest.fail("ranks were started"))
-    stop = Event()
-    stop.set()
-    config = compose([*WORDS, f"run.dir={tmp_path}", "launch.restarts=3"])
-    fleet = ThisMachine(lambda own, codes: run_elastic([], config, 2, codes, stop), stop.is_set)
-    assert supervise(config, [], 2, fleet) == 3

@@ -87,7 +87,7 @@ def test_a_soak_of_thirty_faults_changes_no_bit(overrides: list[str], tmp_path: 
         planned = draw(random.Random(SEED), 30, 3, kinds)
         nodes.wait("a step", lambda: nodes.step() > 0)
         nodes.start("bad", PLANTED_CRASH="1")
-        for name in "cdefghij":
+        for name in "cdefghijklm":
             nodes.start(name)
         nodes.wait_for_members()
         planned.insert(0, planned.pop(planned.index("kill -9")))  # the first start knew of no spare for a slow rank

@@ -202,12 +202,12 @@ def test_slow_disk_ends_no_run_before_the_slow_timeout(
 
 
 @pytest.mark.alone
-def test_agent_ends_soon_after_a_rank_stops(
+def test_launcher_ends_soon_after_a_rank_stops(
     overrides: list[str],  # noqa: F811
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """`longcat train` on two ranks, one suspended: the agent does not wait for the hour that saving may take."""
+    """`longcat train` on two ranks, one suspended: the launcher does not wait for the hour that saving may take."""
     folder, stopped = tmp_path / "run", []
 
     def stop() -> None:
