@@ -151,7 +151,7 @@ def own_gpu(local_rank: int, visible: int) -> torch.device:
 
 
 def incarnation() -> str:
-    """What tells this start of all ranks from others in a launcher's store, which outlives ranks and keeps their keys."""
+    """What tells this start of all ranks from others in a launcher's store, which outlives ranks and keeps keys."""
     return "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
 
 

@@ -12,6 +12,7 @@ set -u
 script={script}
 run={run}   # the run folder: checkpoints, exit.json, this job's log
 num_nodes={num_nodes}   # nodes that train; further ones of the job stand by
+most_nodes={most_nodes}   # that longcat train runs on; with launch.restarts spare nodes join and wait
 max_requeues={max_requeues}   # times that the job is queued again, time limits included
 max_failures={max_failures}   # starts in a row without a new checkpoint
 resume_from={resume_from}   # checkpoint.resume; it counts once, then training goes on from its newest checkpoint
@@ -66,8 +67,8 @@ note_resume() {
     fi
     [ "$before" = "$(identity "$run/config.yaml")" ] || resume=checkpoint.resume=auto
 }
-# Sets nodes to the first $num_nodes of the job that answer and are not barred, separated by commas; to nothing if there
-# are fewer, or when a signal comes. All are asked at the same time
+# Sets nodes to the first $most_nodes of the job that answer and are not barred, separated by commas; to nothing if
+# fewer than $num_nodes do, or when a signal comes. All are asked at the same time
 barred=""
 [ -f "$bad_nodes" ] && barred=$(tr -s '\n' ' ' <"$bad_nodes")
 find_nodes() {
@@ -83,7 +84,7 @@ find_nodes() {
         [ -z "$asked" ] || return   # a signal ends wait
     done
     if [ "${#found[@]}" -ge "$num_nodes" ]; then
-        nodes=$(IFS=,; echo "${found[*]:0:num_nodes}")
+        nodes=$(IFS=,; echo "${found[*]:0:most_nodes}")
     fi
 }
 
@@ -159,14 +160,18 @@ trap 'ask TERM' TERM
 trap '[ -z "$asked" ] || tell_ranks' USR2
 trap 'requeue "the ranks had not saved {save_seconds} s after USR1; raise slurm.signal_seconds" 1' ALRM
 
-# --- Trains on the nodes "$1" until srun ends; `code` is then the run's exit code, or empty where nothing tells it
+# --- Trains on the nodes "$1" until srun ends; `code` is then the run's exit code, or empty where nothing tells it.
+# gave_up is set where longcat train says that a person has to act (launch.restarts)
+gave_up=""
 train() {
-    local exit_before config_before srun
+    local exit_before config_before gave_up_before srun count
+    count=$(tr ',' '\n' <<<"$1" | wc -l)
     exit_before=$(identity "$run/exit.json")
+    gave_up_before=$(identity "$run/gave_up.txt")
     config_before=$(identity "$run/config.yaml")
     # Ranks that refuse the configuration write the reason here, since exit.json may be another run's
     export LONGCAT_REFUSAL="$run/slurm.refusal-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$num_starts"
-{rendezvous}    srun --job-name="longcat-$num_starts" --nodelist="$1" --nodes="$num_nodes" --ntasks="$num_nodes" {srun} \
+{rendezvous}    srun --job-name="longcat-$num_starts" --nodelist="$1" --nodes="$count" --ntasks="$count" {srun} \
         {command} &
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do   # a signal ends wait, but not srun
@@ -185,6 +190,7 @@ train() {
         code=3   # ended before a first step: the checkpoints are all there is
     fi
     rm -f "$LONGCAT_REFUSAL"
+    [ "$(identity "$run/gave_up.txt")" = "$gave_up_before" ] || gave_up=yes
     say "training ended: exit code ${code:-unknown}, signal ${asked:-none}, srun $srun_code"
 }
 
@@ -194,6 +200,7 @@ while :; do
     [ "$asked" = TERM ] && say "stopped while no ranks ran" && exit 3
     [ "$asked" = USR1 ] && requeue "the time limit came while no ranks ran" 3
     [ -n "$nodes" ] || requeue "fewer than $num_nodes nodes answer and are not barred" 1
+    [ -n "$gave_up" ] && say "longcat train gave up after launch.restarts; read $run/gave_up.txt" && exit "${code:-1}"
     note_start "$nodes"
     train "$nodes"
     [ "$code" = 5 ] && bar_node
@@ -206,6 +213,8 @@ while :; do
     if [ -z "$code" ] && [ "$srun_code" = 2 ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ] && [ "$num_starts" = 1 ]; then
         exit 2   # the program refused what it was given, or another training has the run folder: the reason is above
     fi
+    [ -n "$gave_up" ] && [ "$code" != 5 ] && continue   # the nodes that are left decide
+    gave_up=""
     pause=$((5 << failures))   # ranks of a lost node may live on for a while and hold the run folder
     say "starts again in $pause s"
     sleep "$pause" &

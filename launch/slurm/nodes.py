@@ -42,11 +42,6 @@ def check(options: SlurmOptions, config: Config) -> list[str]:
         ConfigError: layout, batch and number of ranks do not fit together.
     """
     local = ranks_per_node(options, config)
-    if options.nodes > 1 and config.launch.restarts:
-        raise ConfigError(
-            f"launch.restarts={config.launch.restarts} is for one node; with slurm.nodes={options.nodes} the script "
-            f"starts ranks again (slurm.max_failures): leave it out"
-        )
     sizes = resolve_sizes(config.parallel, options.nodes * local)
     config.validate_world(sizes.data_ranks)
     num_micro_batches = config.train.global_batch_size // config.train.micro_batch_size

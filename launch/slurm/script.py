@@ -79,13 +79,14 @@ def render(options: SlurmOptions, overrides: list[str], config: Config, path: Pa
         "sbatch": "\n".join(f"#SBATCH --{line}" for line in sbatch_lines(options, config, signal)),
         "run": shlex.quote(str(run)),
         "num_nodes": str(options.nodes),
+        "most_nodes": str(options.all_nodes if config.launch.restarts else options.nodes),
         "max_requeues": str(options.max_requeues),
         "max_failures": str(options.max_failures),
         "environment": environment(options),
         "resume_from": shlex.quote(config.checkpoint.resume),
         "signal_seconds": str(signal.seconds),
         "save_seconds": str(max(signal.seconds - 15, signal.seconds // 2)),
-        "srun": " ".join(srun_options(options, run)),
+        "srun": " ".join(srun_options(options, run, outlives_nodes(options, config))),
         "rendezvous": RENDEZVOUS if options.nodes > 1 else "",
         "command": command(options, overrides, run),
     }
@@ -122,7 +123,7 @@ def sbatch_lines(options: SlurmOptions, config: Config, signal: SignalTime) -> l
         f"chdir={quoted(str(Path.cwd()), 'the folder in which you call longcat slurm')}",
         f"output={quoted(log_path(config), 'run.dir or run.name')}",
     ]
-    if options.spares:
+    if outlives_nodes(options, config):
         lines.append("no-kill   # the job outlives a lost node")
     if options.mail:
         lines += [f"mail-user={quoted(options.mail, 'slurm.mail')}", "mail-type=END,FAIL,REQUEUE"]
@@ -158,7 +159,12 @@ def environment(options: SlurmOptions) -> str:
     return "\n".join(lines) + "\n"
 
 
-def srun_options(options: SlurmOptions, run: Path) -> list[str]:
+def outlives_nodes(options: SlurmOptions, config: Config) -> bool:
+    """Whether training goes on, on other nodes or on fewer, when one is lost."""
+    return bool(options.spares or (config.launch.restarts and config.launch.shrink))
+
+
+def srun_options(options: SlurmOptions, run: Path, outlives_nodes: bool) -> list[str]:
     """Options of the one srun."""
     words = ["--ntasks-per-node=1", "--cpu-bind=none"]
     if options.cpus_per_node:
@@ -167,7 +173,7 @@ def srun_options(options: SlurmOptions, run: Path) -> list[str]:
     words.append("--overlap")
     # A rank that fails must not end the ranks that still save: longcat train decides what ends when
     words.append("--kill-on-bad-exit=0")
-    if options.spares:
+    if outlives_nodes:
         words.append("--no-kill")
     if options.container_runtime is ContainerRuntime.pyxis:
         words += [

@@ -92,8 +92,8 @@ class HeartbeatStore:
     """Each rank writes its own key; a diagnosis reads all. It uses connections of its own, so training never waits.
 
     Args:
-        incarnation: the same on all ranks of one start, and no other start's: a launcher's store outlives its ranks, and
-            the diagnosis that ended earlier ones must not end these.
+        incarnation: the same on all ranks of one start, and no other start's: a launcher's store outlives its ranks,
+            and the diagnosis that ended earlier ones must not end these.
 
     The store is in torchrun's first agent, or in a process that `longcat train` starts; in rank 0 where ranks were
     started by something else: then it is lost with rank 0.

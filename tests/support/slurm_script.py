@@ -42,6 +42,8 @@ PROGRAMS = {
             while :; do read -rt 0.02 <> <(:); done ;;
         none*) exit "${end#none}" ;;
         begun*) echo "$name" >"$RUN/config.yaml.new"; mv "$RUN/config.yaml.new" "$RUN/config.yaml"; exit 137 ;;
+        gave*) echo "what to do" >"$RUN/gave_up.new"; mv "$RUN/gave_up.new" "$RUN/gave_up.txt"
+            printf '%s' '{"code": 1}' >"$RUN/exit.json"; exit 143 ;;
         refused*) echo refused >"$LONGCAT_REFUSAL"; exit 1 ;;
         *) printf '%s' "$end" >"$RUN/exit.json"; exit 143 ;;
         esac""",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tempfile
@@ -99,6 +100,25 @@ def test_wrong_configuration_ends_the_job(slurm: Slurm, submit: Submit, words: l
 def test_undisturbed_job(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path) -> None:
     log = ends_as_undisturbed(slurm, submit([*words, *TWO]), words, tmp_path, starts=1)
     assert "(fsdp 2)" in log
+
+
+@pytest.mark.long
+def test_restarts_inside_the_job(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path) -> None:
+    """With launch.restarts a killed rank and a lost node cost no start of the script; the spare node has joined."""
+    words = [*words, "train.steps=60"]
+    restarts = ["launch.restarts=3", "launch.backoff_seconds=0.5", "launch.node_timeout=20"]
+    job = submit([*words, *TWO, *restarts, "slurm.spares=1"])
+    wait_for_step(tmp_path / "run", 12)
+    os.kill(slurm.training(job)[1], signal.SIGKILL)
+    wait_for_step(tmp_path / "run", 25)
+    node = slurm.nodes_of(job)[1]
+    try:
+        slurm.lose_node(node)
+        log = ends_as_undisturbed(slurm, job, words, tmp_path, starts=1)
+    finally:
+        slurm.restore(node)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "launch.jsonl").read_text().splitlines()]
+    assert [line["cause"] for line in lines if line["event"] == "end"] == ["crash", "node_lost", "done"], log
 
 
 @pytest.mark.long

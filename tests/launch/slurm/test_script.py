@@ -98,6 +98,17 @@ def test_a_node_that_answers_takes_the_place(script: Script) -> None:
     assert script.starts() == ["n1,n3", "n1,n3"]
 
 
+def test_spare_nodes_join_where_longcat_restarts(tmp_path: Path) -> None:
+    """What it has given up a person has to mend: the script starts nothing again."""
+    script = Script(tmp_path, ["slurm.nodes=2", "slurm.spares=1", "launch.restarts=3"])
+    assert script.ends(script.start("none1", DONE))[:2] == (0, False) and script.starts() == ["n1,n2,n3"] * 2
+    assert "--nodes=3 --ntasks=3" in script.calls.read_text() and "launch.nodes=2" in script.path.read_text()
+    code, queued, output = script.ends(script.start("gave", DONE))
+    assert (code, queued) == (1, False) and "gave_up.txt" in output and script.starts() == ["n1,n2,n3"]
+    (script.run / "slurm.starts").unlink()
+    assert script.ends(script.start("none1", DONE, DEAD="n2"))[:2] == (0, False) and script.starts() == ["n1,n3"] * 2
+
+
 def test_too_few_nodes_are_left_to_slurm(script: Script) -> None:
     """Another allocation has nodes that answer."""
     code, queued, output = script.ends(script.start(DONE, DEAD="n2 n3"))

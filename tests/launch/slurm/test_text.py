@@ -143,7 +143,6 @@ def test_wrong_jobs_are_refused(refused: Refused, tmp_path: Path, monkeypatch: p
     refused([*words, f"slurm.measured={tmp_path}"], "slurm.measured")
     refused([*words, f"slurm.measured={tmp_path}", "slurm.signal_seconds=60"], "both say when Slurm signals")
     refused([*words, 'slurm.sbatch.comment="mine"'], "slurm.sbatch.comment")
-    refused([*words, "slurm.nodes=2", "launch.restarts=3"], "launch.restarts=3 is for one node")
     assert not (tmp_path / "runs").exists()
     monkeypatch.setenv("PATH", "/nowhere")
     assert longcat([*words, "--submit"]) == 2
