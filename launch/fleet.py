@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,10 +13,10 @@ from typing import Protocol
 from launch.local import exit_written
 from launch.supervisor.causes import describe
 from launch.supervisor.recall import Leader
-from longcat.errors import BAD_INPUT, CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY
+from longcat.errors import BAD_INPUT, CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY, ConfigError, FolderInUseError
 from longcat.json_text import dumps
 from train.config import Config
-from train.run_dir import claim_exit, recorded_code
+from train.run_dir import claim_exit, forget_exit, lock, recorded_code
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 8.0  # for ranks to say why they end, once one has failed anywhere
@@ -113,7 +114,14 @@ class Outcome:
         """For an end of which no rank has said why."""
         if self.lost:
             return f"node {', '.join(self.lost)} gave no sign of life (launch.node_timeout)"
-        return describe(self.failed)
+        first = self.first_failure
+        return describe({} if first is None else {first: self.codes[first]})
+
+    @property
+    def first_failure(self) -> int | None:
+        """The rank that failed first: others may have been killed because of it."""
+        failed = [report for report in self.reports if report.first_failed is not None]
+        return min(failed, key=lambda report: report.ended).first_failed if failed else None
 
 
 def run_incarnation(fleet: Fleet, assignment: Assignment) -> Outcome:
@@ -140,9 +148,8 @@ def exit_code(outcome: Outcome, folder: Path, exit_before: tuple[int, int] | Non
     """
     if not outcome.lost and not outcome.failed:
         return OK
-    failed = sorted((each for each in outcome.reports if each.first_failed is not None), key=lambda each: each.ended)
-    first = failed[0].codes[failed[0].first_failed or 0] if failed else CRASHED
-    code = first if first > 0 else CRASHED
+    first = outcome.first_failure
+    code = CRASHED if first is None or outcome.codes[first] < 0 else outcome.codes[first]
     # 2: the folder may be another run's
     if code == BAD_INPUT or exit_written(folder) in (None, exit_before):
         return code
@@ -164,6 +171,9 @@ def decide_end(config: Config, fleet: Fleet, assignment: Assignment, nodes: int,
     before = exit_written(config.run.folder)
     outcome = run_incarnation(fleet, assignment)
     code = exit_code(outcome, config.run.folder, before)
-    if code == CRASHED and claim_exit(config.run.folder, CRASHED, outcome.message):
+    if code == CRASHED and exit_written(config.run.folder) in (None, before):
         print(f"error: {outcome.message}", file=sys.stderr, flush=True)
+        with suppress(FolderInUseError, ConfigError), lock(config.run.folder):  # else it is another training's
+            forget_exit(config.run.folder)
+            claim_exit(config.run.folder, CRASHED, outcome.message)
     return code

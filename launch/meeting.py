@@ -13,6 +13,7 @@ from contextlib import suppress
 from launch.claims import Claim, ClaimError, Claims
 from launch.link import Link, OtherProgramError, StoreLostError, difference
 from launch.rendezvous import Place
+from launch.signals import blocked_requests
 from launch.store import DEPARTED_SECONDS, IN_USE, READY, Identity
 from longcat.errors import ConfigError
 from longcat.json_text import dumps
@@ -360,9 +361,10 @@ def start_store(port: int, idle_seconds: float, identity: Identity) -> subproces
         ConfigError: this machine cannot listen on the port.
     """
     words = [sys.executable, "-P", "-m", "launch.store", str(port), str(idle_seconds), dumps(identity)]
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True, text=True
-    )
+    with blocked_requests():
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True, text=True
+        )
     assert process.stdout is not None
     answer = process.stdout.readline().strip()
     if answer == READY:

@@ -253,6 +253,7 @@ class Node(Member):
             "TORCHELASTIC_RUN_ID": hashlib.sha256(dumps(self.identity).encode()).hexdigest()[:16],
             "WORLD_SIZE": str(assignment.processes * len(assignment.nodes)),
             "LOCAL_WORLD_SIZE": str(assignment.processes),
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),  # as torchrun
             "GROUP_RANK": str(assignment.nodes.index(self.name)),
             "GROUP_WORLD_SIZE": str(len(assignment.nodes)),
         }

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import IO
 
 from launch.fleet import GRACE_SECONDS, grace_seconds
-from train.stop import REQUESTS
+from launch.signals import blocked_requests
+from train.stop import STOP_SIGNALS
 
 LAST_LINES = 40
 STARTING_SECONDS = 1.0  # for ranks that start to end by themselves after a crash of another
+STOPPED_STARTING_SECONDS = 120.0  # for ranks that start to meet after a stop signal; then it saves their first step
+READ_BYTES = 1 << 16
 PR_SET_PDEATHSIG = 1
 
 
@@ -42,25 +45,28 @@ class LocalRanks:
         self.kill_at = self.kill_starting_at = float("inf")  # of time.monotonic
         libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
-        def prepare_rank() -> None:
-            """In the new process: it ends with its parent, and signals wait until it has handlers for them."""
+        def end_with_parent() -> None:
             if libc is not None:
                 libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
 
-        for local in range(count):
-            rank = first + local
-            own = {**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(local)}
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "train", *overrides],
-                env=own,
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # a terminal's signals come through this process alone
-                preexec_fn=prepare_rank,
-            )
-            self.processes[rank], self.unsent[rank] = process, []
-            self.lines[rank] = deque(maxlen=LAST_LINES)
+        try:
+            with blocked_requests():  # until the rank has handlers for them
+                for local in range(count):
+                    rank = first + local
+                    own = {**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(local)}
+                    process = subprocess.Popen(
+                        [sys.executable, "-P", "-m", "train", *overrides],
+                        env=own,
+                        stdin=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,
+                        start_new_session=True,  # a terminal's signals come through this process alone
+                        preexec_fn=end_with_parent,
+                    )
+                    self.processes[rank], self.unsent[rank] = process, []
+                    self.lines[rank] = deque(maxlen=LAST_LINES)
+        except BaseException:
+            self.kill()
+            raise
         for rank, process in self.processes.items():  # after the last fork
             assert process.stderr is not None
             reader = threading.Thread(target=pass_through, args=(process.stderr, self.lines[rank]), daemon=True)
@@ -92,6 +98,8 @@ class LocalRanks:
         """Send a signal to each rank that runs, as soon as it has a handler: without one it would only die."""
         for waiting in self.unsent.values():
             waiting.append(number)
+        if number in STOP_SIGNALS:
+            self._kill_starting(STOPPED_STARTING_SECONDS)
 
     @property
     def grace_seconds(self) -> float:
@@ -106,7 +114,11 @@ class LocalRanks:
         """
         self.kill_at = min(self.kill_at, time.monotonic() + seconds)
         if seconds <= GRACE_SECONDS:
-            self.kill_starting_at = min(self.kill_starting_at, time.monotonic() + min(seconds, STARTING_SECONDS))
+            self._kill_starting(min(seconds, STARTING_SECONDS))
+
+    def _kill_starting(self, seconds: float) -> None:
+        """Kill ranks that have no handlers so many seconds from now: they have nothing to save."""
+        self.kill_starting_at = min(self.kill_starting_at, time.monotonic() + seconds)
 
     def kill(self) -> None:
         """End what still runs, without saving."""
@@ -116,25 +128,29 @@ class LocalRanks:
 
     def last_lines(self, rank: int | None) -> str:
         """What a rank wrote to stderr last."""
+        end = time.monotonic() + 1.0  # something that a rank has started may keep its stderr open
         for reader in self.readers:
-            reader.join(1.0)
+            reader.join(max(end - time.monotonic(), 0.0))
         return "" if rank is None else b"".join(self.lines[rank]).decode(errors="replace")
 
 
 def pass_through(source: IO[bytes], kept: deque[bytes]) -> None:
     """Copy a rank's stderr to this process's, and keep its last lines."""
-    for line in source:
+    for line in iter(lambda: source.readline(READ_BYTES), b""):
         kept.append(line)
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()
+            if hasattr(sys.stderr, "buffer"):
+                sys.stderr.buffer.write(line)
+                sys.stderr.buffer.flush()
+            else:  # a notebook's
+                sys.stderr.write(line.decode(errors="replace"))
 
 
 def handles(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal (Linux)."""
+    """Whether a process has a handler for a signal; True where the system does not tell (it is not Linux)."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return False
-    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (number - 1) & 1)
+        return not Path("/proc/self/status").exists()
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "")
+    return not caught or bool(int(caught, 16) >> (number - 1) & 1)

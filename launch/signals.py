@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-from train.stop import SAVE_SIGNAL, STOP_SIGNALS, is_ignored
+from train.stop import REQUESTS, SAVE_SIGNAL, STOP_SIGNALS, is_ignored
 
 
 class Signals:
@@ -42,3 +44,13 @@ class Signals:
     def take(self) -> list[signal.Signals]:
         waiting, self.waiting = self.waiting, []
         return waiting
+
+
+@contextmanager
+def blocked_requests() -> Iterator[None]:
+    """Processes that are started inside have these signals blocked from their first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -18,8 +17,10 @@ import time
 import uuid
 from typing import Any
 
+from launch.signals import blocked_requests
 from longcat.json_text import dumps
-from train.stop import STOP_SIGNALS
+from longcat.lasting_streams import to_null_device
+from train.stop import REQUESTS
 
 PROTOCOL = "longcat 1"
 READY, IN_USE = "ready", "in use"
@@ -138,7 +139,7 @@ async def main(port: int, idle_seconds: float, identity: Identity) -> int:
         return 1
     print(READY, flush=True)
     sys.stdout.close()
-    os.close(1)  # whoever reads this process's output must not wait for its end
+    to_null_device(1)  # whoever reads this process's output must not wait for its end
     with RanksStore() as ranks_store:
         server.membership.values[RANKS_PORT] = str(ranks_store.port)
         await until_idle(server.membership, ranks_store, idle_seconds)
@@ -170,11 +171,13 @@ class RanksStore:
         with listen(host) as listening:
             self.port = int(listening.getsockname()[1])
             found = [str(listening.fileno()), str(self.port)]
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "launch.store", FOR_RANKS, *found],
-                stdin=subprocess.PIPE,
-                pass_fds=[listening.fileno()],
-            )
+            with blocked_requests():
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "launch.store", FOR_RANKS, *found],
+                    stdin=subprocess.PIPE,
+                    pass_fds=[listening.fileno()],
+                    start_new_session=True,
+                )
 
     def has_ended(self) -> bool:
         return self.process.poll() is not None
@@ -198,14 +201,14 @@ def serve_ranks(listening: int, port: int) -> int:
     """Hold the ranks' store until standard input ends, that is as long as the parent process lives."""
     from torch.distributed import TCPStore
 
-    store = TCPStore("localhost", port, is_master=True, wait_for_workers=False, master_listen_fd=listening)
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening)
     sys.stdin.read()
     del store
     return 0
 
 
 if __name__ == "__main__":
-    for number in STOP_SIGNALS:  # Slurm and a terminal signal every process of the job
+    for number in REQUESTS:  # Slurm and a terminal signal every process of the job
         signal.signal(number, signal.SIG_IGN)
     if sys.argv[1] == FOR_RANKS:
         sys.exit(serve_ranks(int(sys.argv[2]), int(sys.argv[3])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from contextlib import ExitStack
 
@@ -45,7 +46,8 @@ class ThisMachine:
                 for number in self.signals.take():
                     ranks.signal(number)
                 ranks.end_within(ranks.grace_seconds)
-                if store.has_ended():
+                if store.has_ended() and ranks.first_failed is None and ranks.kill_at == float("inf"):
+                    print("launch: the process of the ranks' store has ended", file=sys.stderr, flush=True)
                     ranks.end_within(GRACE_SECONDS)
                 time.sleep(POLL_SECONDS)
         last, ended = ranks.last_lines(ranks.first_failed), ranks.failed_at or time.time()
@@ -75,6 +77,9 @@ def environment(assignment: Assignment, port: int) -> dict[str, str]:
         "TORCHELASTIC_RUN_ID": f"longcat-{os.getpid()}",
         "WORLD_SIZE": str(assignment.processes),
         "LOCAL_WORLD_SIZE": str(assignment.processes),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get(
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"
+        ),  # as torchrun sets it
         "GROUP_RANK": "0",
         "GROUP_WORLD_SIZE": "1",
     }

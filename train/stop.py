@@ -26,6 +26,7 @@ class StopSignal:
         self.save_requested = False
         self.deadline = time.monotonic() + after_seconds if after_seconds else None
         self._before: dict[signal.Signals, Any] = {}
+        self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
     def listen(self) -> None:
         """From now on a stop signal is a request and does not end the process."""
@@ -47,6 +48,7 @@ class StopSignal:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.reason is not None and number == signal.SIGINT and "RANK" not in os.environ:

@@ -101,9 +101,24 @@ bar_node() {
         say "silent data corruption, but $run/exit.json names no node of this job"
         return
     fi
-    say "never again on $node: silent data corruption; it is in $bad_nodes"
-    barred+="$node "
-    echo "$node" >>"$bad_nodes"
+    bar "$node"
+}
+
+# Bars the nodes that longcat train has left out since line "$1" of launch.jsonl, because they compute wrongly
+bar_recorded() {
+    local node
+    [ -f "$run/launch.jsonl" ] || return 0
+    for node in $(tail -n "+$(($1 + 1))" "$run/launch.jsonl" |
+        sed -n 's/.*"event": "end".*"cause": "corruption".*"nodes": \[\([^]]*\)\].*/\1/p' | tr -d '",'); do
+        ! scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qxF "$node" || bar "$node"
+    done
+}
+
+bar() {
+    [[ " $barred" == *" $1 "* ]] && return
+    say "never again on $1: silent data corruption; it is in $bad_nodes"
+    barred+="$1 "
+    echo "$1" >>"$bad_nodes"
 }
 
 # Gives the job back to Slurm's queue. Nodes can be excluded from a job only while it waits, so it is held meanwhile
@@ -164,10 +179,12 @@ trap 'requeue "the ranks had not saved {save_seconds} s after USR1; raise slurm.
 # gave_up is set where longcat train says that a person has to act (launch.restarts)
 gave_up=""
 train() {
-    local exit_before config_before gave_up_before srun count
+    local exit_before config_before gave_up_after gave_up_before journal_before srun count
     count=$(tr ',' '\n' <<<"$1" | wc -l)
     exit_before=$(identity "$run/exit.json")
     gave_up_before=$(identity "$run/gave_up.txt")
+    journal_before=0
+    [ -f "$run/launch.jsonl" ] && journal_before=$(wc -l <"$run/launch.jsonl")
     config_before=$(identity "$run/config.yaml")
     # Ranks that refuse the configuration write the reason here, since exit.json may be another run's
     export LONGCAT_REFUSAL="$run/slurm.refusal-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$num_starts"
@@ -190,13 +207,19 @@ train() {
         code=3   # ended before a first step: the checkpoints are all there is
     fi
     rm -f "$LONGCAT_REFUSAL"
-    [ "$(identity "$run/gave_up.txt")" = "$gave_up_before" ] || gave_up=yes
+    gave_up_after=$(identity "$run/gave_up.txt")
+    if [ -n "$gave_up_after" ] && [ "$gave_up_after" != "$gave_up_before" ]; then
+        # nothing but this script can start a node's part again that has ended
+        tail -n 1 "$run/launch.jsonl" | grep -q '"too_few_nodes": true' || gave_up=yes
+    fi
+    bar_recorded "$journal_before"
     say "training ended: exit code ${code:-unknown}, signal ${asked:-none}, srun $srun_code"
 }
 
 # --- Start, and start again on nodes that answer. exit.json says how training ended; srun's code mixes nodes and signals
 while :; do
     [ -n "$asked" ] || find_nodes
+    [ -n "$gave_up" ] && [ -n "$asked" ] && exit "${code:-1}"
     [ "$asked" = TERM ] && say "stopped while no ranks ran" && exit 3
     [ "$asked" = USR1 ] && requeue "the time limit came while no ranks ran" 3
     [ -n "$nodes" ] || requeue "fewer than $num_nodes nodes answer and are not barred" 1

@@ -79,7 +79,7 @@ def render(options: SlurmOptions, overrides: list[str], config: Config, path: Pa
         "sbatch": "\n".join(f"#SBATCH --{line}" for line in sbatch_lines(options, config, signal)),
         "run": shlex.quote(str(run)),
         "num_nodes": str(options.nodes),
-        "most_nodes": str(options.all_nodes if config.launch.restarts else options.nodes),
+        "most_nodes": str(options.all_nodes if restarts_inside(options, config) else options.nodes),
         "max_requeues": str(options.max_requeues),
         "max_failures": str(options.max_failures),
         "environment": environment(options),
@@ -161,7 +161,12 @@ def environment(options: SlurmOptions) -> str:
 
 def outlives_nodes(options: SlurmOptions, config: Config) -> bool:
     """Whether training goes on, on other nodes or on fewer, when one is lost."""
-    return bool(options.spares or (config.launch.restarts and config.launch.shrink))
+    return bool(options.spares or (restarts_inside(options, config) and config.launch.shrink))
+
+
+def restarts_inside(options: SlurmOptions, config: Config) -> bool:
+    """Whether `longcat train` runs on spare nodes too, and starts ranks on them again."""
+    return options.nodes > 1 and config.launch.restarts > 0
 
 
 def srun_options(options: SlurmOptions, run: Path, outlives_nodes: bool) -> list[str]:

@@ -49,6 +49,7 @@ class End:
     code: int
     reason: str  # why it is not started again, where that is not plain from the fault
     advice: str = ""  # what a person can do
+    too_few_nodes: bool = False  # none came in time
 
 
 def decide(

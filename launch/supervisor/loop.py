@@ -172,7 +172,7 @@ class Supervisor:
         self.say(f"waiting up to {seconds:.0f} s for nodes: {decision.reason}; {decision.advice}")
         while isinstance(found, Wait) and not self.is_stopped():
             if time.monotonic() > end:
-                return End(found.code, found.reason, found.advice)
+                return End(found.code, found.reason, found.advice, too_few_nodes=True)
             self.pause(10 * POLL_SECONDS)
             found = self.decide()
         return found
@@ -324,7 +324,9 @@ class Supervisor:
     def finish(self, end: End) -> int:
         """Write the ledger, and the page if a person is needed; returns the exit code."""
         found = ledger.summary(self.lives, time.time()) if self.lives else {}
-        self.journal.record({"event": "totals", "time": time.time(), "code": end.code, **found})
+        self.journal.record(
+            {"event": "totals", "time": time.time(), "code": end.code, "too_few_nodes": end.too_few_nodes, **found}
+        )
         why = "; ".join(part for part in (end.reason, end.advice) if part)
         if end.code not in (OK, STOPPED) and self.is_in_use():
             self.say(f"not starting again: {why}; {IN_USE}")  # what is in the folder is the other training's

@@ -44,6 +44,8 @@ PROGRAMS = {
         begun*) echo "$name" >"$RUN/config.yaml.new"; mv "$RUN/config.yaml.new" "$RUN/config.yaml"; exit 137 ;;
         gave*) echo "what to do" >"$RUN/gave_up.new"; mv "$RUN/gave_up.new" "$RUN/gave_up.txt"
             printf '%s' '{"code": 1}' >"$RUN/exit.json"; exit 143 ;;
+        forgets*) rm -f "$RUN/gave_up.txt"; exit 137 ;;
+        journal*) printf '%s\n' "${end#journal}" >>"$RUN/launch.jsonl"; exit 137 ;;
         refused*) echo refused >"$LONGCAT_REFUSAL"; exit 1 ;;
         *) printf '%s' "$end" >"$RUN/exit.json"; exit 143 ;;
         esac""",

@@ -106,7 +106,17 @@ def test_spare_nodes_join_where_longcat_restarts(tmp_path: Path) -> None:
     code, queued, output = script.ends(script.start("gave", DONE))
     assert (code, queued) == (1, False) and "gave_up.txt" in output and script.starts() == ["n1,n2,n3"]
     (script.run / "slurm.starts").unlink()
-    assert script.ends(script.start("none1", DONE, DEAD="n2"))[:2] == (0, False) and script.starts() == ["n1,n3"] * 2
+    assert script.ends(script.start("forgets", DONE, DEAD="n2"))[:2] == (0, False), "gave_up.txt was removed"
+    assert script.starts() == ["n1,n3"] * 2
+    line = '{"event": "end", "cause": "corruption", "code": 5, "nodes": ["n2"], "message": "n1"}'
+    (script.run / "slurm.starts").unlink()
+    assert script.ends(script.start(f"journal{line}", DONE))[:2] == (0, False) and script.starts()[-1] == "n1,n3"
+    assert (script.run / "slurm.bad_nodes").read_text() == "n2\n"
+
+
+def test_only_several_nodes_restart_inside(tmp_path: Path) -> None:
+    script = Script(tmp_path, ["slurm.spares=1", "launch.restarts=3"])
+    assert script.ends(script.start("none1", DONE))[:2] == (0, False) and script.starts() == ["n1"] * 2
 
 
 def test_too_few_nodes_are_left_to_slurm(script: Script) -> None:
