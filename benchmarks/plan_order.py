@@ -1,7 +1,7 @@
 """Do `longcat plan` and the clock put layouts in the same order? Ten layouts, planned and timed on this machine.
 
-    sudo .venv/bin/python -m benchmarks.plan_order --out order.json
-    .venv/bin/python -m benchmarks.plan_order --links loopback       # without root
+    .venv/bin/python -m benchmarks.plan_order
+    sudo .venv/bin/python -m benchmarks.plan_order --links loopback shaped --out order.json
 
 First `launch/plan/calibrate.py` measures this machine on two ranks. Then each of `LAYOUTS`, which were written down
 before any was timed, is planned with these figures, and its ranks train. Rounds go through all layouts, so that a slow
@@ -73,7 +73,7 @@ LAYOUTS = (
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--links", nargs="*", default=["loopback", "shaped"], choices=["loopback", "shaped"])
+    parser.add_argument("--links", nargs="*", default=["loopback"], choices=["loopback", "shaped"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
