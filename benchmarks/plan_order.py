@@ -5,7 +5,8 @@
 
 First `launch/plan/calibrate.py` measures this machine on two ranks. Then each of `LAYOUTS`, which were written down
 before any was timed, is planned with these figures, and its ranks train. Rounds go through all layouts, so that a slow
-minute slows all of them; the median step counts. On the shaped link, ranks of the first half are in one network
+minute slows all of them; the median step counts. So do the processor seconds of all ranks together, which other programs
+on the machine change less. On the shaped link, ranks of the first half are in one network
 namespace and the others in a second one (`benchmarks/link.py`). The result is Spearman's rank correlation.
 """
 
@@ -95,7 +96,7 @@ def serve(worker: int, rounds: int, folder: Path) -> None:
     import train.step  # noqa: F401  (imports torch once)
 
     context = multiprocessing.get_context("fork")
-    found: list[list[float]] = [[] for _ in LAYOUTS]
+    found: list[list[tuple[float, float]]] = [[] for _ in LAYOUTS]
     for number in range(rounds * len(LAYOUTS)):
         layout = LAYOUTS[number % len(LAYOUTS)]
         rank = rank_of(worker, layout)
@@ -118,8 +119,8 @@ def answer(layout: Layout, sending: Any) -> None:
     sending.send(train_layout(layout))
 
 
-def train_layout(layout: Layout) -> list[float]:
-    """Seconds of this rank's steps."""
+def train_layout(layout: Layout) -> list[tuple[float, float]]:
+    """(seconds, processor seconds) of this rank's steps."""
     import torch
     import torch.distributed as dist
 
@@ -142,10 +143,10 @@ def train_layout(layout: Layout) -> list[float]:
     seconds = []
     for _ in range(1 + STEPS):
         dist.barrier()
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         if not stepper.step().healthy:
             raise SystemExit(f"{layout}: a step was not finite, so its time is invalid")
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.perf_counter() - start, time.process_time() - worked))
     state.engine.close()
     dist.barrier()
     dist.destroy_process_group()
@@ -198,15 +199,17 @@ def predict(layout: Layout, cluster: Cluster, folder: Path) -> float:
     return plan(config, options, with_knobs=False, factors=(1.0,)).times[1.0].seconds
 
 
-def measure(shaped: bool, rounds: int, folder: Path) -> list[float]:
-    """Median seconds of a step of each layout; a step ends when its last rank does."""
+def measure(shaped: bool, rounds: int, folder: Path) -> list[tuple[float, float]]:
+    """(seconds, processor seconds of all ranks) of each layout's median step; a step ends when its last rank does."""
     command = [sys.executable, "-m", "benchmarks.plan_order", "--folder", str(folder), "--rounds", str(rounds)]
     wait([start([*command, "--worker", str(one)], one, WORKERS, shaped, {}) for one in range(WORKERS)])
     by_worker = [json.loads(Path(folder, f"{one}.json").read_text()) for one in range(WORKERS)]
     found = []
     for number, layout in enumerate(LAYOUTS):
         having = [one[number] for worker, one in enumerate(by_worker) if rank_of(worker, layout) is not None]
-        found.append(statistics.median(max(step) for step in zip(*having, strict=True)))
+        steps = list(zip(*having, strict=True))
+        seconds = statistics.median(max(wall for wall, _ in step) for step in steps)
+        found.append((seconds, statistics.median(sum(worked for _, worked in step) for step in steps)))
     return found
 
 
@@ -232,11 +235,13 @@ def compare(shaped: bool, rounds: int) -> dict[str, Any]:
             predicted = [predict(one, clusters(loopback, over_link, one.ranks), folder) for one in LAYOUTS]
             measured = measure(shaped, rounds, folder)
     rows = [
-        {"layout": str(layout), "predicted_seconds": plan, "measured_seconds": clock}
-        for layout, plan, clock in zip(LAYOUTS, predicted, measured, strict=True)
+        {"layout": str(layout), "predicted_seconds": plan, "measured_seconds": clock, "processor_seconds": worked}
+        for layout, plan, (clock, worked) in zip(LAYOUTS, predicted, measured, strict=True)
     ]
     machine = {"node": asdict(loopback), "link": None if over_link is None else asdict(over_link)}
-    return {"correlation": spearman(predicted, measured), "layouts": rows, "machine": machine}
+    by_clock, by_work = (spearman(predicted, values) for values in zip(*measured, strict=True))
+    load = os.getloadavg()[1]
+    return {"correlation": by_clock, "of_work": by_work, "load": load, "layouts": rows, "machine": machine}
 
 
 def main() -> None:
@@ -251,11 +256,14 @@ def main() -> None:
         except ConfigError as error:
             raise SystemExit(str(error)) from None
         rows = [
-            [row["layout"], f"{row['predicted_seconds']:.2f}", f"{row['measured_seconds']:.2f}"]
+            [
+                row["layout"],
+                *(f"{row[name]:.2f}" for name in ("predicted_seconds", "measured_seconds", "processor_seconds")),
+            ]
             for row in sorted(one["layouts"], key=lambda row: row["measured_seconds"])
         ]
-        title = f"{link}{f', {MBIT:.0f} Mbit/s' * (link == 'shaped')}: rank correlation {one['correlation']:.3f}"
-        print_table(f"{title} (wanted {WANTED})", ["layout", "planned, s", "measured, s"], rows)
+        title = f"{link}{f', {MBIT:.0f} Mbit/s' * (link == 'shaped')}: rank correlation {one['correlation']:.3f}, of work {one['of_work']:.3f}"
+        print_table(f"{title} (wanted {WANTED})", ["layout", "planned, s", "measured, s", "CPU s"], rows)
     print_json("plan_order", {"common": COMMON, "mbit": MBIT, "rounds": args.rounds, **found})
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
