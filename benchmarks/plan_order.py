@@ -5,9 +5,9 @@
 
 First `launch/plan/calibrate.py` measures this machine on two ranks. Then each of `LAYOUTS`, which were written down
 before any was timed, is planned with these figures, and its ranks train. Rounds go through all layouts, so that a slow
-minute slows all of them; the median step counts. So do the processor seconds of all ranks together, which other programs
-on the machine change less. On the shaped link, ranks of the first half are in one network
-namespace and the others in a second one (`benchmarks/link.py`). The result is Spearman's rank correlation.
+minute slows all of them; the median step counts. Beside it stand the processor seconds of all ranks together, which
+other programs on the machine change less. On the shaped link, ranks of the first half are in one network namespace and
+the others in a second one (`benchmarks/link.py`). The result is Spearman's rank correlation.
 """
 
 from __future__ import annotations
@@ -262,7 +262,8 @@ def main() -> None:
             ]
             for row in sorted(one["layouts"], key=lambda row: row["measured_seconds"])
         ]
-        title = f"{link}{f', {MBIT:.0f} Mbit/s' * (link == 'shaped')}: rank correlation {one['correlation']:.3f}, of work {one['of_work']:.3f}"
+        correlations = f"{one['correlation']:.3f}, of work {one['of_work']:.3f}"
+        title = f"{link}{f', {MBIT:.0f} Mbit/s' * (link == 'shaped')}: rank correlation {correlations}"
         print_table(f"{title} (wanted {WANTED})", ["layout", "planned, s", "measured, s", "CPU s"], rows)
     print_json("plan_order", {"common": COMMON, "mbit": MBIT, "rounds": args.rounds, **found})
     if args.out is not None:
