@@ -24,11 +24,11 @@ Numbers = dict[tuple[str | int, ...], float]
 class Summary:
     """One rank's numbers, by what they count.
 
-    ("state",) bytes of weights and moments; ("start",) those and the step's buffers; ("peak", …) bytes at points of the
-    step; ("before" or "after", stage, phase, which) bytes around the phase of the first or the last micro-batch that
-    was traced; ("flops" or "seconds", stage, phase) of one micro-batch; ("bytes" or "count", stage, phase, kind) of
-    messages; ("step bytes" or "step count", kind) of all that was traced. A stage is its number among the rank's own;
-    stage -1 is what is outside phases, of a whole step.
+    ("state",) bytes of weights and moments; ("start",) those and the step's buffers; ("end",) the most after the last
+    phase; ("peak", …) bytes at points of the step; ("before" or "after", stage, phase, which) bytes around the phase of
+    the first or the last micro-batch that was traced; ("flops" or "seconds", stage, phase) of one micro-batch; ("bytes"
+    or "count", stage, phase, kind) of messages; ("step bytes" or "step count", kind) of all that was traced. A stage is
+    its number among the rank's own; stage -1 is what is outside phases, of a whole step.
     """
 
     numbers: Numbers
@@ -46,6 +46,7 @@ def summarise(traced: Traced, place: int = 0) -> Summary:
     numbers: defaultdict[tuple[str | int, ...], float] = defaultdict(float)
     numbers["state",] = traced.state
     first = next((work for phase, work in traced.phases.items() if phase != OUTSIDE), None)
+    numbers["end",] = traced.end
     numbers["start",] = traced.state if first is None else first.before
     last = traced.num_micro_batches
     for phase, work in traced.phases.items():
@@ -127,8 +128,7 @@ def peak_bytes(
         top = max(v for k, v in summary.numbers.items() if k[:4] == ("peak", stage, kind, which))
         highest = max(highest, now + top - before)
         now += summary.of("after", stage, kind, which) - before
-    outside = summary.of("peak", -1, "", 0, "all")
-    return max(highest, outside)
+    return max(highest, summary.of("end"))  # between phases the traced rank may have had more micro-batches under way
 
 
 def _last_stage(parallel: ParallelConfig, pp: int) -> int:

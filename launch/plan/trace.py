@@ -72,6 +72,7 @@ class Traced:
     scope: Scope
     state: int  # weights and moments
     peak: int  # of a step's forward and backward
+    end: int  # of what follows a step's last phase, when no micro-batch is under way
     step: int  # of the peak: gradients, activations, gathered weights, rows in flight
     num_micro_batches: int  # traced
     layers: tuple[int, ...]  # traced, of each stage of the rank
@@ -143,6 +144,7 @@ def trace(config: Config, world_size: int, scope: Scope | None = None) -> Traced
         scope,
         held,
         recorder.peak,
+        recorder.end,
         recorder.at_peak.get("step", 0),
         traced_batch.num_micro_batches,
         tuple(model.part.last - model.part.first for model in engine.parts),

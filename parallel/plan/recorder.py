@@ -82,6 +82,7 @@ class AllocationRecorder(TorchDispatchMode):
         self.kind = "state"  # of what is allocated from now on
         self._ignoring = 0
         self.now, self.peak = 0, 0
+        self.end = 0  # most bytes since the last phase began or ended: when a step has ended, of its end
         self.by_kind: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
         self.phases: dict[Phase, Work] = {}
@@ -110,7 +111,9 @@ class AllocationRecorder(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any, leaves: list[Tensor]) -> None:
         flops = product_flops(func, args, kwargs, out)
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self.count(flops, sum(one.numel() * one.element_size() for one in (*operands, *leaves)), leaves[0].dtype)
+        # A product of bfloat16 may return or add to float32: what it multiplies decides its rate
+        dtype = min(operands, key=Tensor.element_size).dtype if flops else leaves[0].dtype
+        self.count(flops, sum(one.numel() * one.element_size() for one in (*operands, *leaves)), dtype)
 
     def count(self, flops: float, num_bytes: float, dtype: torch.dtype) -> None:
         """Count the work of an operator that reads and writes ``num_bytes``."""
@@ -126,7 +129,7 @@ class AllocationRecorder(TorchDispatchMode):
         phase = OUTSIDE if event is None else Phase(event.kind.value, event.layers, event.micro_batch)
         if phase != self._phase:
             self._current.after = self.now
-            self._phase = phase
+            self._phase, self.end = phase, self.now
             if phase not in self.phases:
                 self.phases[phase] = Work(before=self.now)
             self._current = self.phases[phase]
@@ -205,6 +208,7 @@ class AllocationRecorder(TorchDispatchMode):
     def _change(self, size: int, kind: str) -> None:
         self.now += size
         self.by_kind[kind] += size
+        self.end = max(self.end, self.now)
         peaks = self._current.peaks
         peaks[self.position] = max(peaks.get(self.position, 0), self.now)
         if self.now > self.peak:

@@ -72,7 +72,7 @@ def test_schedules_are_followed(schedule: str) -> None:
     overrides = ["parallel.pp=2", f"parallel.schedule={schedule}", "model.num_layers=4", "train.global_batch_size=16"]
     (found,) = run_ranks(followed, 1, overrides, 2, timeout=LONG)
     for followed_peak, whole in found:
-        assert followed_peak == pytest.approx(whole, rel=0.02)
+        assert 0.98 * whole <= followed_peak <= 1.05 * whole
 
 
 def planned(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

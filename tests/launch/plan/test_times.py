@@ -40,7 +40,7 @@ def test_pipeline_gathers_once_a_step() -> None:
     first, last = (Phase("forward", (0, 2), number) for number in (1, 2))
     traffic = {(SpanKind.WEIGHT_ALL_GATHER, first): Traffic(3, 300), (SpanKind.EXPERT_DISPATCH, last): Traffic(1, 10)}
     phases = {phase: Work() for phase in (OUTSIDE, first, last)}
-    found = summarise(Traced(Scope(), 0, 0, 0, 2, (2,), phases, traffic, 0.0))
+    found = summarise(Traced(Scope(), 0, 0, 0, 0, 2, (2,), phases, traffic, 0.0))
     gathers = SpanKind.WEIGHT_ALL_GATHER.value
     assert (found.of("step bytes", gathers), found.of("step count", gathers)) == (300, 3)
     assert found.of("bytes", 0, "forward", gathers) == 0
