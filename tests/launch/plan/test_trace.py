@@ -10,6 +10,8 @@ import torch
 from launch.plan.trace import Scope, reaching_into, trace
 from longcat.errors import ConfigError
 from longcat.ops.torch_internals import fake_tensor_mode
+from parallel.plan.rates import Rates
+from parallel.plan.recorder import OUTSIDE, AllocationRecorder
 from tests.launch.plan.allocations import COMMON, count_flops, mean_routing, traced
 from tests.launch.plan.layouts import LAYOUTS, QUICK, Layout
 from tests.launch.plan.peaks import compare
@@ -98,3 +100,12 @@ def test_quick_look_up_gives_torchs_shapes() -> None:
     quick = fake_tensor_mode()
     plain = type(quick).__mro__[1](allow_non_fake_inputs=True)
     assert shapes(quick) == shapes(plain)
+
+
+def test_rate_of_a_product_is_that_of_what_it_multiplies() -> None:
+    """bfloat16 operands, added up and returned in float32."""
+    recorder = AllocationRecorder(Rates(bfloat16=1e6, float32=1.0, memory=float("inf")))
+    with fake_tensor_mode(), recorder:
+        a, b = (torch.empty(10, 10, dtype=torch.bfloat16) for _ in range(2))
+        torch.mm(a, b, out_dtype=torch.float32)
+    assert recorder.phases[OUTSIDE].seconds == pytest.approx(2000 / 1e6)
