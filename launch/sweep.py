@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import socket
 import sys
 import traceback
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.sweep_folder import forget_failures, note_finished, open_folder, remove_if_unused
+from launch.sweep_folder import STOPPED_MARK, note_finished, open_folder, remove_if_unused, resume
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.json_text import dumps
 from train.checkpoint.compatibility import flatten
@@ -22,7 +23,7 @@ from train.config import Config
 from train.loggers.jsonl import METRICS, rows
 from train.pruning import SWEEP_FOLDER
 from train.run_dir import EXIT, lock, read_config
-from train.sweep_results import Result, results, write_result
+from train.sweep_results import Result, read_result, result_file, results, write_result
 
 SECTIONS = tuple(section.name for section in fields(Config))
 
@@ -37,10 +38,15 @@ def run_sweep(overrides: list[str]) -> int:
     """
     register()
     check_keys(overrides, sweep=True)
-    folder = open_folder(overrides)
+    folder, made = open_folder(overrides)
     with lock(folder):
-        forget_failures(folder)
-        code = report(folder, run_jobs(overrides, folder))
+        resume(folder)
+        try:
+            failure = run_jobs(overrides, folder)
+        except ConfigError:
+            remove_if_unused(made)
+            raise
+        code = report(folder, failure)
         if code == OK:
             note_finished(folder, overrides, True)
     return code
@@ -75,7 +81,6 @@ def run_jobs(overrides: list[str], folder: Path) -> str:
         failure = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     finally:
         sys.argv = arguments
-        remove_if_unused(folder, failure)
     return failure
 
 
@@ -83,18 +88,19 @@ def run_job(tree: Any, folder: Path, search: list[str]) -> float:
     """One run of the sweep, perhaps in a process of a launcher; returns what a sweeper minimises."""
     from hydra.core.hydra_config import HydraConfig
 
-    found = results(folder)
-    if any(result.code == STOPPED for result in found):
+    if (folder / STOPPED_MARK).exists():
         return math.inf
     hydra = HydraConfig.get()
-    name = f"{tree.run.name}-{hydra.job.num}"
+    number = int(hydra.job.num)
     given = [str(override) for override in hydra.overrides.task if not str(override).startswith("run.name=")]
-    task = [*given, f"run.name={name}", *search]
-    tree.run.name = name
-    run = Path(tree.run.dir) / name
-    if any(done.code == OK and done.run == str(run) and done.overrides == given for done in found) and run.is_dir():
+    path = result_file(folder, number)
+    earlier = read_result(path) if path.is_file() else None
+    run = run_folder(Path(tree.run.dir), f"{tree.run.name}-{number}", given, earlier)
+    if earlier and earlier.code == OK and earlier.overrides == given and run.is_dir():
         return final_loss(run)  # the sweep goes on after it was stopped
-    write_result(folder, hydra.job.num, Result(str(run), None, "", this_process(), given))
+    tree.run.name = run.name
+    task = [*given, f"run.name={run.name}", *search]
+    write_result(folder, number, Result(str(run), None, "", this_process(), given))
     os.environ[SWEEP_FOLDER] = str(folder.resolve())
     try:
         code, message = train(tree, task)
@@ -102,8 +108,30 @@ def run_job(tree: Any, folder: Path, search: list[str]) -> float:
         del os.environ[SWEEP_FOLDER]
     said, early = ended(run)
     result = Result(str(run), code, message or said, this_process(), given, early and code == OK)
-    write_result(folder, hydra.job.num, result)
+    write_result(folder, number, result)
+    if code == STOPPED:
+        (folder / STOPPED_MARK).touch()
     return math.inf if code else final_loss(run)
+
+
+def run_folder(parent: Path, name: str, overrides: list[str], earlier: Result | None) -> Path:
+    """The folder of a run: `<parent>/<name>`, or that of the ``earlier`` start of the sweep.
+
+    A sweeper that draws its values may have drawn others then: the run must not go on from their weights, and has a
+    folder of its own.
+    """
+    if earlier is None or not earlier.overrides:  # its result could not be read
+        return parent / name
+    if earlier.overrides == overrides:
+        return parent / Path(earlier.run).name
+    names = itertools.chain([name], (f"{name}-{again}" for again in itertools.count(2)))
+    run = next(parent / each for each in names if not (parent / each).exists())
+    print(
+        f"note: {name} was {' '.join(earlier.overrides)} in an earlier start and is now {' '.join(overrides)}, "
+        f"in {run}",
+        file=sys.stderr,
+    )
+    return run
 
 
 def train(tree: Any, overrides: list[str]) -> tuple[int, str]:
@@ -137,8 +165,14 @@ def ended(run: Path) -> tuple[str, bool]:
 
 
 def report(folder: Path, failure: str) -> int:
-    """Print what other processes have not printed here; returns the sweep's exit code."""
-    found = results(folder)
+    """Print what other processes have not printed here; returns the sweep's exit code.
+
+    A run without an end has failed: its process was killed, or its launcher has lost it.
+    """
+    found = [
+        replace(result, code=CRASHED, message="has not ended", process="") if result.code is None else result
+        for result in results(folder)
+    ]
     for result in found:
         if result.failed and result.process != this_process():
             print(f"error: {Path(result.run).name}: {result.message} (exit code {result.code})", file=sys.stderr)

@@ -3,42 +3,62 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from longcat.errors import OK, ConfigError
+from launch.rendezvous import slurm_nodes
+from longcat.errors import OK, ConfigError, FolderInUseError
 from longcat.json_text import dumps
 from train.checkpoint.files import PARTIAL, write_synced
 from train.compose import as_hydra_reads, compose_tree, one_line
-from train.run_dir import LOCK
+from train.run_dir import LOCK, lock
 from train.sweep_results import MULTIRUN, numbered, read_result, results
 
 SWEEP = "sweep.json"  # the command's overrides, and whether all of its runs have ended with 0
+STOPPED_MARK = "stopped"  # a run of this start was stopped: no further one begins
 LAUNCHER = ("hydra/launcher", "hydra.launcher.")  # where the runs go may change while the sweep is not finished
 
 
-def open_folder(overrides: list[str]) -> Path:
+def open_folder(overrides: list[str]) -> tuple[Path, list[Path]]:
     """The folder of the sweep of ``overrides``: `<run.dir>/<run.name>-sweep`, with a number if there is one already.
 
-    A sweep of the same overrides that has not finished goes on in its folder.
+    A sweep of the same overrides that has not finished goes on in its folder. Returns also the folders that this start
+    has made, innermost first.
     """
     parent, name = _place(overrides)
-    folder = _unfinished(parent, name, overrides)
-    if folder is None:
-        folder = _make_folder(parent, name)
-        note_finished(folder, overrides, False)
-    return folder
+    existing = _numbered_folders(parent, name)
+    for _, folder in sorted(existing.items(), reverse=True):
+        stored = _read(folder / SWEEP)
+        if stored.get("finished") is False and _same(stored.get("overrides"), overrides):
+            return folder, []
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
+    folder = _make_folder(parent, name, max(existing, default=0) + 1)
+    note_finished(folder, overrides, False)
+    return folder, [folder, *missing]
 
 
-def forget_failures(folder: Path) -> None:
-    """Remove the results of runs that are to start again: all but those that ended with 0."""
-    found = results(folder)
-    for _, path in numbered(folder):
-        if read_result(path).code != OK:
-            path.unlink()
+def resume(folder: Path) -> None:
+    """Let the runs of an earlier start begin again, but for those that ended with 0, and say how many those are.
+
+    Raises:
+        FolderInUseError: one of them still trains, since a launcher's jobs outlive the command that gave them to it.
+    """
+    found = {number: read_result(path) for number, path in numbered(folder)}
+    for number, result in sorted(found.items()):
+        run = result.folder(folder)
+        if result.code is None and run.is_dir():
+            try:
+                lock(run).close()
+            except FolderInUseError as error:
+                raise FolderInUseError(
+                    f"run {number} of {folder} still trains, in {run}; wait for it or end its job, then start again"
+                ) from error
+    (folder / STOPPED_MARK).unlink(missing_ok=True)
     if found:
-        done = sum(result.code == OK for result in found)
+        done = sum(result.code == OK for result in found.values())
         print(f"{folder} has not finished: going on, {done} of its runs done", file=sys.stderr)
 
 
@@ -49,12 +69,13 @@ def note_finished(folder: Path, overrides: list[str], finished: bool) -> None:
     partial.replace(folder / SWEEP)
 
 
-def remove_if_unused(folder: Path, failure: str) -> None:
-    """Remove the folder of a sweep that was refused before its first run, and a parent that it was the first in."""
-    if not failure and not results(folder):
-        for name in (MULTIRUN, SWEEP, LOCK):
-            (folder / name).unlink(missing_ok=True)
-    for path in (folder, folder.parent):
+def remove_if_unused(made: list[Path]) -> None:
+    """Remove the folders that a start has ``made``, if its sweep was refused before its first run."""
+    if not made or results(made[0]):
+        return
+    for name in (MULTIRUN, SWEEP, LOCK):
+        (made[0] / name).unlink(missing_ok=True)
+    for path in made:
         try:
             path.rmdir()
         except OSError:  # not empty
@@ -62,27 +83,20 @@ def remove_if_unused(folder: Path, failure: str) -> None:
 
 
 def _place(overrides: list[str]) -> tuple[Path, str]:
-    """`run.dir` and `run.name` of a sweep."""
+    """`run.dir` and `run.name` of a sweep; raises ConfigError for one that each of several nodes would run."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     try:
         parsed = OverridesParser.create().parse_overrides([as_hydra_reads(each) for each in overrides])
-        run = compose_tree([each.input_line or "" for each in parsed if not each.is_sweep_override()]).run
-        return Path(str(run.dir)), str(run.name)
+        tree = compose_tree([each.input_line or "" for each in parsed if not each.is_sweep_override()])
     except Exception as error:
         raise ConfigError(one_line(error)) from error
-
-
-def _unfinished(parent: Path, name: str, overrides: list[str]) -> Path | None:
-    """The newest folder of the same sweep that has not finished."""
-    found = []
-    number = 1
-    while (folder := _numbered_folder(parent, name, number)).exists():
-        stored = _read(folder / SWEEP)
-        if stored.get("finished") is False and _same(stored.get("overrides"), overrides):
-            found.append(folder)
-        number += 1
-    return found[-1] if found else None
+    if tree.launch.nodes > 1 or slurm_nodes(os.environ) is not None:
+        raise ConfigError(
+            "a sweep trains each run on one node: start longcat train -m once, without srun and launch.nodes; "
+            "hydra/launcher=submitit_slurm spreads its runs over nodes"
+        )
+    return Path(str(tree.run.dir)), str(tree.run.name)
 
 
 def _same(stored: Any, overrides: list[str]) -> bool:
@@ -102,8 +116,19 @@ def _numbered_folder(parent: Path, name: str, number: int) -> Path:
     return parent / (f"{name}-sweep" if number == 1 else f"{name}-sweep-{number}")
 
 
-def _make_folder(parent: Path, name: str) -> Path:
-    number = 1
+def _numbered_folders(parent: Path, name: str) -> dict[int, Path]:
+    """{number: folder} of the sweeps of this name; some may have been removed."""
+    try:
+        names = os.listdir(parent)
+    except OSError:  # no folder yet; what cannot be read cannot be written either, which `_make_folder` says
+        return {}
+    pattern = re.compile(rf"{re.escape(name)}-sweep(?:-([2-9]|[1-9]\d+))?", re.ASCII)
+    found = [match for text in names if (match := pattern.fullmatch(text))]
+    return {int(match[1] or 1): parent / match[0] for match in found}
+
+
+def _make_folder(parent: Path, name: str, number: int) -> Path:
+    """Make the first folder from ``number`` on that nobody else has made meanwhile."""
     while True:
         folder = _numbered_folder(parent, name, number)
         try:

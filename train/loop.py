@@ -20,6 +20,7 @@ from parallel.mesh import Topology
 from parallel.reduce import broadcast, mean_over_ranks
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import blocked_seconds, work_span
+from train.checkpoint.failures import describe
 from train.checkpoint.find import last_valid
 from train.checkpoint.saver import Saver
 from train.checkpoint.state_hash import state_hash
@@ -77,7 +78,7 @@ class Loop:
             terminal.note,
         )
         self.stragglers = StragglerWatch(config.launch, topology.sizes.pp)
-        self.pruner = Pruner(config)
+        self.pruner = Pruner(config, corpora)
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
         self.launch_metrics = launch_metrics(config.run.folder) if config.launch.restarts and topology.is_first else {}
 
@@ -207,8 +208,12 @@ class Loop:
         """After a validation: why this run of a sweep ends here, by the first rank; empty if it goes on."""
         if not self.config.pruning.percentile or "val_loss" not in metrics:
             return ""
-        step = self.state.counters.step
-        reason = self.pruner.judge(step, metrics["val_loss"]) if self.topology.is_first else ""
+        reason = ""
+        if self.topology.is_first:
+            try:
+                reason = self.pruner.judge(self.state.counters.step, metrics["val_loss"])
+            except Exception as error:  # other runs' files must not end this one, whose ranks wait for the answer
+                self.terminal.note(f"pruning: other runs of the sweep cannot be read ({describe(error)}); going on")
         return str(broadcast(reason))
 
     def _report(self, result: StepResult, last: bool) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longcat.errors import OK, ConfigError, LongCatError
 
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
     from train.config import Config
 
 SWEEP_FOLDER = "LONGCAT_SWEEP_FOLDER"  # environment of a sweep's runs, and so of their ranks
-COMPARED = (  # keys of config.yaml that decide what a validation loss at a step means
+COMPARED = (  # keys of config.yaml that decide, with the corpora, what a validation loss at a step means
     "derived.parameters",
-    "data.paths",
+    "data.weights",
+    "data.validation_fraction",
+    "data.mask_documents",
+    "data.eos_token",
     "train.sequence_length",
     "train.global_batch_size",
     "validation.batches",
@@ -53,13 +57,17 @@ class StoppedEarly(LongCatError):
 
 
 class Pruner:
-    """Compares a run with the finished ones of its sweep. Without a sweep it judges nothing."""
+    """Compares a run with the finished ones of its sweep. Without a sweep it judges nothing.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    ``corpora`` are the fingerprints of `describe_corpora`.
+    """
+
+    def __init__(self, config: Config, corpora: dict[str, Any]) -> None:
+        self.config, self.corpora = config, corpora
         sweep = os.environ.get(SWEEP_FOLDER) if config.pruning.percentile else None
         self.sweep = None if sweep is None else Path(sweep)
-        self._curves: dict[Path, dict[int, float]] = {}  # of finished runs: {step: validation loss}
+        # {step: validation loss} of the runs that ended with 0, by number; those that do not count have none
+        self._curves: dict[int, dict[int, float]] = {}
 
     def judge(self, step: int, loss: float) -> str:
         """Why the run ends at ``step`` with validation ``loss`` (nats per token); empty if it goes on."""
@@ -81,26 +89,37 @@ class Pruner:
 
     def _finished(self, sweep: Path) -> list[dict[int, float]]:
         """The validation losses of each comparable run that reached its last step."""
-        from train.sweep_results import results
+        from train.sweep_results import numbered, read_result
 
         own = self.config.run.folder.resolve()
-        for result in results(sweep):
+        for number, path in numbered(sweep):
+            if number in self._curves or (result := read_result(path)).code != OK:
+                continue
             folder = result.folder(sweep).resolve()
-            if result.reached_end and folder != own and folder not in self._curves:
-                self._curves[folder] = _losses(folder) if self._is_comparable(folder) else {}
+            counts = result.reached_end and folder != own and self._is_comparable(folder)
+            self._curves[number] = _losses(folder) if counts else {}
         return list(self._curves.values())
 
     def _is_comparable(self, folder: Path) -> bool:
         """Whether the run has as many parameters, and validates on the same sequences at the same tokens."""
-        from longcat.counts import count_parameters
-        from train.run_dir import as_mapping, read_config
+        from train.checkpoint.compatibility import corpora_differences
+        from train.run_dir import read_config
 
         try:
             stored = read_config(folder)
         except ConfigError:
             return False
-        mine = as_mapping(self.config) | {"derived": {"parameters": count_parameters(self.config.model).total}}
-        return all(_value(stored, key) == _value(mine, key) for key in COMPARED)
+        same = all(_value(stored, key) == _value(self._own, key) for key in COMPARED)
+        return same and not corpora_differences(stored, self._own)
+
+    @cached_property
+    def _own(self) -> dict[str, Any]:
+        """What this run's config.yaml says of the compared keys."""
+        from longcat.counts import count_parameters
+        from train.run_dir import as_mapping
+
+        derived = {"parameters": count_parameters(self.config.model).total}
+        return as_mapping(self.config) | self.corpora | {"derived": derived}
 
 
 def _value(tree: object, dotted: str) -> object:
@@ -113,5 +132,5 @@ def _losses(folder: Path) -> dict[int, float]:
     """{step: validation loss} of a run, the finite ones."""
     from train.loggers.jsonl import METRICS, rows
 
-    found = {row["step"]: float(row["val_loss"]) for row in rows(folder / METRICS) if row.get("val_loss") is not None}
-    return {step: loss for step, loss in found.items() if math.isfinite(loss)}
+    found = {row["step"]: row.get("val_loss") for row in rows(folder / METRICS)}
+    return {step: loss for step, loss in found.items() if isinstance(loss, float) and math.isfinite(loss)}

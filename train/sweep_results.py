@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 from longcat.errors import CRASHED, OK
 from longcat.json_text import dumps
@@ -33,15 +37,25 @@ class Result:
         return self.code not in (None, OK)
 
     def folder(self, sweep: Path) -> Path:
-        """The run's folder; beside the sweep's where the two have moved, or are seen from another folder."""
+        """The run's folder: the one beside the sweep's, whatever the current folder has; `run` if there is none."""
         path = Path(self.run)
-        beside = sweep.parent / path.name
-        return beside if not path.is_dir() and beside.is_dir() else path
+        beside = Path(os.path.abspath(sweep)).parent / path.name
+        return beside if beside.is_dir() else path
 
     def settings(self) -> dict[str, int | float | str]:
         """{key: value} of the overrides, numbers as such."""
         pairs = (override.lstrip("+").partition("=") for override in self.overrides)
         return {key: _value(text) for key, _, text in pairs}
+
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "run": (str,),
+    "code": (int, NoneType),
+    "message": (str,),
+    "process": (str,),
+    "overrides": (list,),
+    "stopped_early": (bool,),
+}
 
 
 def _value(text: str) -> int | float | str:
@@ -66,16 +80,33 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
 def read_result(path: Path) -> Result:
     """The result in a file; a failed one where it cannot be read."""
     try:
-        return Result(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        fields = json.loads(path.read_text())
+        _check_kinds(fields)
+        return Result(**fields)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         return Result(str(path), CRASHED, f"the result of this run cannot be read ({error})", process="")
 
 
+def _check_kinds(fields: Any) -> None:
+    """Raise TypeError where a field is of another type: somebody else may have written the file."""
+    if not isinstance(fields, dict):
+        raise TypeError("no mapping")
+    for key, value in fields.items():
+        if type(value) not in KINDS.get(key, (type(value),)):  # Result refuses an unknown key
+            raise TypeError(f"{key} is a {type(value).__name__}")
+    if not all(isinstance(override, str) for override in fields.get("overrides", [])):
+        raise TypeError("overrides are not all text")
+
+
 def write_result(folder: Path, number: int, result: Result) -> None:
-    """Write the result of run ``number`` as a whole: other jobs may read it at any time."""
-    partial = folder / f".{number}.json{PARTIAL}"
+    """Write the result of run ``number`` as a whole: other jobs may read it at any time, or write it too."""
+    partial = folder / f".{number}.json-{uuid.uuid4().hex}{PARTIAL}"
     write_synced(partial, dumps(asdict(result)))
-    partial.replace(folder / f"{number}.json")
+    partial.replace(result_file(folder, number))
+
+
+def result_file(folder: Path, number: int) -> Path:
+    return folder / f"{number}.json"
 
 
 def is_sweep(folder: Path) -> bool:

@@ -14,11 +14,12 @@ import yaml
 
 from launch.__main__ import main as longcat
 from launch.sweep import report, results, run_sweep
-from launch.sweep_folder import note_finished
+from launch.sweep_folder import SWEEP, note_finished
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, lines, run_cleanly
-from train.pruning import SWEEP_FOLDER
+from train.pruning import SWEEP_FOLDER, Pruner
 from train.run_dir import lock
+from train.sweep_results import Result, write_result
 
 
 @pytest.fixture
@@ -92,7 +93,14 @@ def test_a_launcher_that_breaks_is_one_line(
     )
 
 
-@pytest.mark.parametrize("text", ["", '{"run": "/runs/swept-1", "co', "[]", '{"run": "x"}', "\x00"])
+WHOLE = {"run": "swept-1", "code": 0, "message": "", "process": "here:1"}
+SPOILT = [
+    *("", '{"run": "/runs/swept-1", "co', "[]", '{"run": "x"}', "\x00", "[" * 100_000),
+    *(json.dumps(WHOLE | part) for part in ({"run": 1}, {"code": "0"}, {"overrides": [1]}, {"stopped_early": "no"})),
+]
+
+
+@pytest.mark.parametrize("text", SPOILT, ids=range(len(SPOILT)))
 def test_a_spoilt_result_is_a_failed_run(text: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Every job reads the results of the others before it trains."""
     (tmp_path / "0.json").write_text(json.dumps({"run": "swept-0", "code": 0, "message": "", "process": "here:1"}))
@@ -139,6 +147,19 @@ def test_a_hopeless_run_ends_early(short: list[str], tmp_path: Path, capfd: pyte
     assert SWEEP_FOLDER not in os.environ
     assert longcat(["report", str(tmp_path / "swept-sweep")]) == 0
     assert "stopped early, step 2 of 4" in (tmp_path / "swept-sweep" / "report.html").read_text()
+
+
+def test_unreadable_files_of_other_runs_end_no_run(
+    short: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def judge(self: Pruner, step: int, loss: float) -> str:
+        raise PermissionError(13, "Permission denied", "runs/other-0")
+
+    monkeypatch.setattr(Pruner, "judge", judge)
+    words = ["train", *short, "train.steps=2", "validation.every=1", "pruning.percentile=50"]
+    assert run_cleanly(lambda: longcat(words)) == 0
+    said = capfd.readouterr().out
+    assert said.count("other runs of the sweep cannot be read (Permission denied (runs/other-0)); going on") == 1
 
 
 @pytest.mark.long
@@ -226,3 +247,98 @@ def test_two_starts_of_a_sweep_at_once(
     assert longcat(words) == 3
     with lock(tmp_path / "swept-sweep"):
         refused(words, "is in use by a running training")
+
+
+def test_a_run_that_still_trains_is_not_started_again(
+    faked: tuple[dict[str, int], list[str]], refused: Refused, tmp_path: Path
+) -> None:
+    """Jobs of a launcher go on after Ctrl-C of the command that submitted them."""
+    codes, started = faked
+    words = ["train", "-m", f"run.dir={tmp_path}", "run.name=swept", "optim.lr=1,2"]
+    codes["swept-1"] = -1
+    with pytest.raises(KeyboardInterrupt):
+        longcat(words)
+    started.clear()
+    with lock(tmp_path / "swept-1"):
+        refused(words, f"run 1 of {tmp_path}/swept-sweep still trains, in {tmp_path}/swept-1")
+    assert not started and recorded(tmp_path / "swept-sweep") == [("swept-0", 0), ("swept-1", None)]
+
+
+def test_a_refused_start_forgets_nothing(
+    faked: tuple[dict[str, int], list[str]], refused: Refused, tmp_path: Path
+) -> None:
+    codes, started = faked
+    words = ["train", "-m", f"run.dir={tmp_path}", "run.name=swept", "optim.lr=1,2"]
+    codes |= {"swept-0": 4, "swept-1": 4}
+    assert longcat(words) == 4
+    refused([*words, "hydra.launcher.nowhere=1"], "nowhere")
+    assert recorded(tmp_path / "swept-sweep") == [("swept-0", 4), ("swept-1", 4)]
+    assert (tmp_path / "swept-sweep" / SWEEP).is_file()
+    codes.clear()
+    started.clear()
+    assert longcat(words) == 0
+    assert started == ["swept-0", "swept-1"] and not (tmp_path / "swept-sweep-2").exists()
+
+
+def test_a_gap_in_the_numbers_hides_no_sweep(faked: tuple[dict[str, int], list[str]], tmp_path: Path) -> None:
+    codes, started = faked
+    words = ["train", "-m", f"run.dir={tmp_path}", "run.name=swept"]
+    assert longcat([*words, "optim.lr=1"]) == 0
+    codes["swept-1"] = 4
+    assert longcat([*words, "optim.lr=1,2"]) == 4
+    shutil.rmtree(tmp_path / "swept-sweep")
+    codes.clear()
+    started.clear()
+    assert longcat([*words, "optim.lr=1,2"]) == 0
+    assert started == ["swept-1"], "it goes on in swept-sweep-2"
+    assert longcat([*words, "optim.lr=1"]) == 0
+    assert {path.name for path in tmp_path.glob("*-sweep*")} == {"swept-sweep-2", "swept-sweep-3"}
+
+
+def test_other_values_than_before_train_in_a_new_folder(
+    faked: tuple[dict[str, int], list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A sweeper that draws its values has drawn others for the same number in an earlier start."""
+    _, started = faked
+    words = ["train", "-m", f"run.dir={tmp_path}", "run.name=swept", "optim.lr=1,2"]
+    assert longcat(words) == 0
+    folder = tmp_path / "swept-sweep"
+    drawn = Result(str(tmp_path / "swept-1"), 0, "done", "", ["optim.lr=7"])
+    for expected in (["swept-1-2"], []):
+        write_result(folder, 1, drawn)
+        note_finished(folder, words[2:], False)
+        started.clear()
+        assert longcat(words) == 0
+        assert started == expected
+        drawn = results(folder)[1]
+        assert (drawn.run, drawn.overrides) == (str(tmp_path / "swept-1-2"), ["optim.lr=2"])
+    said = capfd.readouterr().err
+    assert said.count("note: ") == 1 and "was optim.lr=7 in an earlier start and is now optim.lr=2, in " in said
+
+
+def test_a_run_without_an_end_has_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_result(tmp_path, 0, Result("runs/swept-0", None, "", "here:1"))
+    assert report(tmp_path, "") == 1
+    assert capfd.readouterr().err == "error: swept-0: has not ended (exit code 1)\n"
+
+
+def test_runs_beside_the_sweep_come_before_those_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("here", "there"):
+        (tmp_path / place / "runs" / "swept-0").mkdir(parents=True)
+    sweep = tmp_path / "there" / "runs" / "swept-sweep"
+    sweep.mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = Result("runs/swept-0", 0, "", "")
+    assert result.folder(sweep) == tmp_path / "there" / "runs" / "swept-0"
+    monkeypatch.chdir(sweep)
+    assert result.folder(Path()) == tmp_path / "there" / "runs" / "swept-0"
+    assert Result("elsewhere/swept-1", 0, "", "").folder(sweep) == Path("elsewhere/swept-1")
+
+
+def test_nodes_do_not_each_run_a_sweep(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "-m", f"run.dir={tmp_path / 'runs'}", "optim.lr=1,2"]
+    refused([*words, "launch.nodes=2", "launch.rendezvous=a:1"], "on one node")
+    for name, value in {"NODEID": "1", "STEP_NUM_NODES": "2", "STEP_NUM_TASKS": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    refused(words, "a sweep trains each run on one node", "hydra/launcher=submitit_slurm")
+    assert not (tmp_path / "runs").exists()

@@ -83,12 +83,13 @@ def write_comparison(run_dirs: list[Path], target: Path) -> Path:
     return write_page(target, f"Comparison of {names}", body + footer(notes) + page.script_data(), several=True)
 
 
-def in_order(runs: list[RunData], target: Path) -> tuple[str, list[Contestant]]:
+def in_order(runs: list[RunData], target: Path, chosen_by: list[RunData] | None = None) -> tuple[str, list[Contestant]]:
     """Sort by the final validation loss, or by the training loss where a run has no other; without any, last.
 
+    Where ``chosen_by`` is given, those runs decide which of the two it is.
     Runs without metrics come after all others, since the tables of the axes (`Axes`) leave them out.
     """
-    measured = [run for run in runs if math.isfinite(run.final("loss"))]
+    measured = [run for run in chosen_by or runs if math.isfinite(run.final("loss"))]
     by_validation = bool(measured) and all(math.isfinite(run.last("val_loss")) for run in measured)
     key, label = ("val_loss", "validation loss") if by_validation else ("loss", "training loss")
     losses = [run.last(key) if by_validation else run.final(key) for run in runs]

@@ -70,8 +70,7 @@ def _ranked(found: list[Result], runs: list[RunData], target: Path) -> tuple[str
         groups[2 if result.failed else 1 if state else 0].append(run)
     judged_by, entries = "", list[Entry]()
     for group in filter(None, groups):
-        label, ordered = in_order(group, target)
-        judged_by = judged_by or label
+        judged_by, ordered = in_order(group, target, chosen_by=groups[0] or runs)
         for one in ordered:
             state, result = states[id(one.run)]
             entries.append(Entry(Contestant(len(entries), one.run, one.loss, one.link), result, state))
@@ -91,6 +90,16 @@ def _state(result: Result, run: RunData) -> str:
 
 def _differences(entries: list[Entry]) -> Differences:
     return Differences([entry.result.settings() for entry in entries])
+
+
+def _columns(entries: list[Entry]) -> dict[str, list[str]]:
+    """{key: its value in each row} of the settings that differ; a dash where a result could not be read."""
+    known = [index for index, entry in enumerate(entries) if entry.result.overrides]
+    columns = {}
+    for key, values in _differences([entries[index] for index in known]).settings.items():
+        by_row = dict(zip(known, values, strict=True))
+        columns[key] = [by_row.get(index, DASH) for index in range(len(entries))]
+    return columns
 
 
 def _counts(entries: list[Entry]) -> str:
@@ -125,7 +134,7 @@ def _verdict(done: list[Entry], judged_by: str) -> str:
 
 def _table(entries: list[Entry], judged_by: str) -> str:
     """One row for each run: its loss, the settings that differ, and what kept it from its last step."""
-    settings = _differences(entries).settings
+    settings = _columns(entries)
     has_states = any(entry.state for entry in entries)
     losses = [entry.one.loss for entry in entries if not entry.state and math.isfinite(entry.one.loss)]
     rows = []

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from launch.__main__ import main as longcat
+from longcat.json_text import dumps
 from tests.support.fabricate_run import fabricate
 from tests.support.fixtures import Refused
 from tests.train.report.html_page import ends, read
+from train.report.numbers import DASH
 from train.sweep_results import Result, write_result
 
 WIDTHS, RATES = (64, 128, 256, 512), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
@@ -93,6 +96,35 @@ def test_the_lowest_is_a_mean_over_seeds(tmp_path: Path) -> None:
     assert longcat(["report", str(folder)]) == 0
     text = read(folder / "report.html")[1].text
     assert re.search(r"Lowest mean validation loss of 2 seeds: [\d.]+ at optim\.lr=0\.001\.", text)
+
+
+def test_an_unreadable_result_leaves_the_others_their_settings(tmp_path: Path) -> None:
+    folder = tmp_path / "s-sweep"
+    folder.mkdir()
+    for number, rate in enumerate((1e-3, 2e-3)):
+        fabricate(tmp_path / f"s-{number}", 60, seed=3, extras=False, routing_rows=0)
+        write_result(folder, number, Result(str(tmp_path / f"s-{number}"), 0, "done", "", [f"optim.lr={rate:g}"]))
+    (folder / "2.json").write_text("{")
+    assert longcat(["report", str(folder)]) == 0
+    found = rows((folder / "report.html").read_text())
+    assert sorted(row[2] for row in found[:2]) == ["0.001", "0.002"] and found[2][2] == DASH
+
+
+def test_one_loss_judges_all_runs(tmp_path: Path) -> None:
+    """The run that has not ended has no validation yet: its training loss is not in the column."""
+    folder = tmp_path / "s-sweep"
+    folder.mkdir()
+    for number, code in enumerate((0, None)):
+        run = tmp_path / f"s-{number}"
+        fabricate(run, 60, seed=3, extras=False, routing_rows=0)
+        write_result(folder, number, Result(str(run), code, "", "", [f"optim.lr={number}"]))
+    metrics = tmp_path / "s-1" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(dumps({**line, "val_loss": None}) + "\n" for line in lines))
+    assert longcat(["report", str(folder)]) == 0
+    html = (folder / "report.html").read_text()
+    assert "<th>validation loss</th>" in html
+    assert rows(html)[0][1] != DASH and rows(html)[1][1] == DASH
 
 
 def test_a_sweep_without_runs_is_refused(tmp_path: Path, refused: Refused) -> None:
