@@ -126,11 +126,9 @@ def run_folder(parent: Path, name: str, overrides: list[str], earlier: Result | 
         return parent / Path(earlier.run).name
     names = itertools.chain([name], (f"{name}-{again}" for again in itertools.count(2)))
     run = next(parent / each for each in names if not (parent / each).exists())
-    print(
-        f"note: {name} was {' '.join(earlier.overrides)} in an earlier start and is now {' '.join(overrides)}, "
-        f"in {run}",
-        file=sys.stderr,
-    )
+    before = " ".join(override for override in earlier.overrides if override not in overrides)
+    now = " ".join(override for override in overrides if override not in earlier.overrides)
+    print(f"note: {name} had {before} in an earlier start and has {now} now: it trains in {run}", file=sys.stderr)
     return run
 
 

@@ -32,7 +32,7 @@ class PruningConfig:
     """Early end of hopeless runs of a sweep, by the percentile rule of Optuna's pruners (docs/guide/sweeps.md)."""
 
     # end a run whose validation loss is above this percentile of the finished runs' at the same step; 50 = median,
-    # 0 = off. Only runs of as many parameters, the same corpora and batches are compared
+    # 0 = off. Only runs of as many parameters, the same held-out text and batches are compared
     percentile: float = 0.0
     min_runs: int = 5  # finished runs to compare with, from which on runs end early
     min_steps: int = 0  # steps that every run makes

@@ -303,7 +303,7 @@ def test_other_values_than_before_train_in_a_new_folder(
     words = ["train", "-m", f"run.dir={tmp_path}", "run.name=swept", "optim.lr=1,2"]
     assert longcat(words) == 0
     folder = tmp_path / "swept-sweep"
-    drawn = Result(str(tmp_path / "swept-1"), 0, "done", "", ["optim.lr=7"])
+    drawn = Result(str(tmp_path / "swept-1"), 0, "done", "", [words[2], "optim.lr=7"])
     for expected in (["swept-1-2"], []):
         write_result(folder, 1, drawn)
         note_finished(folder, words[2:], False)
@@ -311,9 +311,9 @@ def test_other_values_than_before_train_in_a_new_folder(
         assert longcat(words) == 0
         assert started == expected
         drawn = results(folder)[1]
-        assert (drawn.run, drawn.overrides) == (str(tmp_path / "swept-1-2"), ["optim.lr=2"])
+        assert (drawn.run, drawn.overrides) == (str(tmp_path / "swept-1-2"), [words[2], "optim.lr=2"])
     said = capfd.readouterr().err
-    assert said.count("note: ") == 1 and "was optim.lr=7 in an earlier start and is now optim.lr=2, in " in said
+    assert said.count("note: ") == 1 and "swept-1 had optim.lr=7 in an earlier start and has optim.lr=2 now: " in said
 
 
 def test_a_run_without_an_end_has_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
