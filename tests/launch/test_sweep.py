@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.errors import HydraException
 
 from launch.__main__ import main as longcat
 from launch.sweep import report, results, run_sweep
@@ -265,13 +266,19 @@ def test_a_run_that_still_trains_is_not_started_again(
 
 
 def test_a_refused_start_forgets_nothing(
-    faked: tuple[dict[str, int], list[str]], refused: Refused, tmp_path: Path
+    faked: tuple[dict[str, int], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes, started = faked
     words = ["train", "-m", f"run.dir={tmp_path}", "run.name=swept", "optim.lr=1,2"]
     codes |= {"swept-0": 4, "swept-1": 4}
     assert longcat(words) == 4
-    refused([*words, "hydra.launcher.nowhere=1"], "nowhere")
+
+    def refusing(**options: Any) -> None:
+        raise HydraException("no such launcher")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hydra.main", refusing)
+        assert longcat(words) == 2
     assert recorded(tmp_path / "swept-sweep") == [("swept-0", 4), ("swept-1", 4)]
     assert (tmp_path / "swept-sweep" / SWEEP).is_file()
     codes.clear()
