@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from benchmarks.common import preset, print_json, print_table
-from longcat.ops.recomputed import Value
+from longcat.recompute_values import Value
 from parallel.config import VALUES, ParallelConfig, Recompute
 from parallel.plan.layer import layer_cost
 

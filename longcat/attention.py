@@ -14,7 +14,8 @@ from longcat.interfaces import SequenceModule
 from longcat.modules import Linear, RMSNorm
 from longcat.ops.attention import causal_attention
 from longcat.ops.elementwise import rotary
-from longcat.ops.recomputed import Value, recomputable
+from longcat.ops.recomputed import recomputable
+from longcat.recompute_values import Value
 
 
 class LatentAttention(SequenceModule):

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from longcat.ops.grouped import padded_capacity
 from longcat.ops.permute import Permutation, combine, permute, plan_permutation
-from longcat.ops.recomputed import Value, recomputable
+from longcat.ops.recomputed import recomputable
+from longcat.recompute_values import Value
 
 
 class Routing(NamedTuple):

@@ -12,7 +12,8 @@ from longcat.config import ModelConfig
 from longcat.documents import Documents
 from longcat.modules import FeedForward, Linear, RMSNorm
 from longcat.moe import MoE, RoutingStatistics
-from longcat.ops.recomputed import Value, recomputable
+from longcat.ops.recomputed import recomputable
+from longcat.recompute_values import Value
 
 
 class ShortcutLayer(nn.Module):

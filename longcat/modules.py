@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from longcat.interfaces import SequenceModule, VocabularyModule, WeightGradModule, local_tensor
 from longcat.ops.elementwise import rms_norm
 from longcat.ops.matmul import StoreWeightGrad, gated_linear, linear
-from longcat.ops.recomputed import Value, recomputable
+from longcat.ops.recomputed import recomputable
+from longcat.recompute_values import Value
 
 
 def grad_store(module: WeightGradModule, name: str) -> StoreWeightGrad | None:

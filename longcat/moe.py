@@ -24,8 +24,9 @@ from longcat.interfaces import DispatcherModule, SequenceModule, WeightGradModul
 from longcat.modules import Linear, grad_store
 from longcat.ops.fp32_linear import fp32_linear
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
-from longcat.ops.recomputed import Value, recomputable
+from longcat.ops.recomputed import recomputable
 from longcat.ops.selections import count_selections, selected_gates
+from longcat.recompute_values import Value
 
 
 class RoutingStatistics(NamedTuple):

@@ -8,7 +8,7 @@ from enum import StrEnum
 from longcat.config_choices import check_choice
 from longcat.config_limits import check_at_most
 from longcat.errors import ConfigError
-from longcat.ops.recomputed import Value
+from longcat.recompute_values import Value
 
 MAX_TIMEOUT = 100_000_000.0  # seconds; gloo counts a multiple of it in nanoseconds
 MAX_CHUNKS = 1024

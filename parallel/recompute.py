@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longcat.layer import MTPLayer, ShortcutLayer
 from longcat.model import LongCat
-from longcat.ops.recomputed import Value, recomputing
+from longcat.ops.recomputed import recomputing
+from longcat.recompute_values import Value
 from parallel.collectives.async_collective import wait_for_all
 from parallel.config import ParallelConfig, Recompute
 

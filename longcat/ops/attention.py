@@ -24,8 +24,9 @@ from longcat.ops.fused_attention import fused_attention
 from longcat.ops.fusion import Fusible, add_to
 from longcat.ops.matmul import product, raw_product
 from longcat.ops.permuted import along
-from longcat.ops.recomputed import Value, recomputable
+from longcat.ops.recomputed import recomputable
 from longcat.ops.torch_internals import softmax_backward
+from longcat.recompute_values import Value
 
 QUERY_BLOCK = 128  # queries in a block: smaller blocks waste less work above the diagonal
 MAX_SAVED_ROW_BYTES = 1024  # longer rows of probabilities are recomputed in the backward instead of saved

@@ -19,8 +19,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from longcat.documents import Documents
 from longcat.faults import Place, passed, passed_all
 from longcat.ops.calls import observed
-from longcat.ops.recomputed import Value, recomputable
+from longcat.ops.recomputed import recomputable
 from longcat.ops.torch_internals import AttentionKernel, EfficientAttention, FlashAttention, KernelCall
+from longcat.recompute_values import Value
 
 FLASH_MAX_WIDTH = 256
 CUDNN_WIDTHS = (128, 192)  # cuDNN's backward: query, key and value up to 128 wide, or 192 with values of 128

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,19 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from longcat.ops.torch_internals import storage_key
-
-
-class Value(StrEnum):
-    """What of a layer can be computed again."""
-
-    norms = "norms"  # results of RMSNorm
-    expansion = "expansion"  # queries, keys and values of all heads, from their latents
-    attention = "attention"  # results of attention, and what its backward needs of them
-    ffn_gate = "ffn_gate"  # the dense FFNs' projections before SwiGLU
-    ffn_up = "ffn_up"
-    expert_input = "expert_input"  # tokens in the order of their experts
-    expert_hidden = "expert_hidden"  # the experts' projections before SwiGLU
-    expert_output = "expert_output"  # the experts' results, which the gates' gradient needs
+from longcat.recompute_values import Value
 
 
 class _Recipe:
@@ -124,11 +111,13 @@ def recomputing(values: Collection[Value]) -> Iterator[None]:
 
 def _pack(tensor: Tensor) -> Tensor | _Recomputed:
     if tensor.layout is not torch.strided:
-        return tensor
+        return tensor.detach()
     storage = tensor.untyped_storage()
     found = _outputs.get(storage_key(storage))
     if found is None or found.storage() is not storage or found.dtype != tensor.dtype:
-        return tensor
+        # Not a result itself: with its node, which keeps this, it would be a cycle that nothing frees. Weights stay
+        # themselves: ZeRO-3 gives them other data meanwhile
+        return tensor if tensor.is_leaf else tensor.detach()
     found.recipe.add_user()
     return _Recomputed(found.recipe, found.number, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 

@@ -31,9 +31,10 @@ import parallel.expert.dispatchers
 import parallel.fsdp.collectives
 from longcat.dispatch import LocalDispatcher, LocalPending, Routing
 from longcat.ops import embedding, grouped, permute, rows, selections
-from longcat.ops.recomputed import Value, recomputable
+from longcat.ops.recomputed import recomputable
 from longcat.ops.torch_internals import storage_key
 from longcat.ops.torch_library import PLAIN
+from longcat.recompute_values import Value
 from parallel.collectives.point_to_point import Messages
 from parallel.expert.dispatchers import SplitSizes
 from parallel.plan.recorder import AllocationRecorder

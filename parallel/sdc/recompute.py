@@ -158,13 +158,13 @@ class Recomputer:
         return result
 
     def backward(self, name: str, plain: Callable[..., Any], ctx: Any, grads: tuple[Any, ...]) -> Any:
-        self.module = ctx.module
         if getattr(ctx, "store", None) is not None:
             ctx.store = self._in_module(ctx.store, ctx.module)
-        if not self._is_chosen():
-            return plain(ctx, *grads)
         # Unpacked once: a second time, under activation recomputation, would be an error
         held = {**vars_of(ctx), "saved_tensors": ctx.saved_tensors, "needs_input_grad": ctx.needs_input_grad}
+        self.module = ctx.module  # unpacking may have run other modules again
+        if not self._is_chosen():
+            return plain(Scratch(**held), *grads)
         with unobserved():  # a part that is a call of its own is repeated with the whole
             result = plain(Scratch(**held), *grads)
         self._repeat(f"{name}, backward", plain, grads, held, result, ctx.module)

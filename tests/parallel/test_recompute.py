@@ -17,7 +17,7 @@ from longcat.documents import Documents
 from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
 from longcat.model import LongCat
-from longcat.ops.recomputed import Value
+from longcat.recompute_values import Value
 from parallel.config import VALUES, ParallelConfig, Recompute, Sharding
 from parallel.plan.layer import layer_cost
 from parallel.recompute import apply_recompute, recompute_layer

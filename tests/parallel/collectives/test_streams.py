@@ -21,7 +21,7 @@ from longcat.config import ModelConfig
 from longcat.dispatch import LocalDispatcher
 from longcat.interfaces import UnshardedSequence
 from longcat.layer import ShortcutLayer
-from longcat.ops.recomputed import Value
+from longcat.recompute_values import Value
 from longcat.rope import rotary_angles
 from parallel.collectives.async_collective import AsyncCollective, start, wait, wait_for_all
 from parallel.collectives.collective import AllGather, Collective
