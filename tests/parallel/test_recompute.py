@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
@@ -28,6 +30,10 @@ LISTS = [ParallelConfig(recompute=Recompute.selective, recompute_list=[one]) for
 EVERYTHING = ParallelConfig(recompute=Recompute.selective, recompute_list=list(Value))
 SHORT, LONG = (torch.float32, 48), (torch.bfloat16, 544)  # rows of probabilities are saved, or not
 CASES = [(one, *SHORT) for one in (*LISTS, EVERYTHING)] + [(one, *LONG) for one in (*PRESETS, EVERYTHING)]
+
+
+class Mark:
+    """What a weak reference can refer to."""
 
 
 def named(value: object) -> str | None:
@@ -151,3 +157,22 @@ def test_a_list_is_read_from_the_command_line() -> None:
     config = compose(["parallel.recompute=selective", "parallel.recompute_list=[norms,ffn_up]"]).parallel
     config.validate()
     assert config.recomputed_values == (Value.norms, Value.ffn_up)
+
+
+def test_a_forward_without_a_backward_frees_its_layer() -> None:
+    """As after a forward that ran out of memory: nothing that autograd keeps refers to its own node."""
+    model = LongCat(debug_config())
+    apply_recompute(model, ParallelConfig(recompute=Recompute.selective))
+    tokens = torch.randint(64, (1, 16))
+    losses = model(tokens, tokens.roll(-1, 1), torch.ones_like(tokens, dtype=torch.bool))
+    nodes, found = [losses.lm.grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        if node is not None and "mark" not in node.metadata:
+            node.metadata["mark"] = mark = Mark()
+            found.append(weakref.ref(mark))
+            nodes += [each for each, _ in node.next_functions]
+    del losses, node, mark
+    gc.collect()
+    alive = [one for one in found if one() is not None]
+    assert len(found) > 50 and len(alive) <= len(list(model.parameters())), "but for where gradients arrive"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from train.step import Stepper
 from train.stop import SAVE_SIGNAL, STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
+PORTS = (12000, 28000)  # below what systems give out by themselves
 EXACT = ("loss", "grad_norm", "state_hash")
 # One layer with few experts: a step takes some hundredths of a second
 NARROW = ["model.num_layers=1", "model.num_experts=4", "model.num_zero_experts=2"]
@@ -74,13 +77,16 @@ def run_cleanly(action: Callable[[], int]) -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports for several rendezvous in turn: a store that has just been closed may still hold its port."""
-    sockets = [socket.socket() for _ in range(count)]
-    for free in sockets:
-        free.bind(("127.0.0.1", 0))
-    ports = [free.getsockname()[1] for free in sockets]
-    for free in sockets:
-        free.close()
+    """Ports for several rendezvous in turn: a store that has just been closed may still hold its port.
+
+    Not from the range from which the system gives ports to other programs, which may take one before its use.
+    """
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(*PORTS)
+        with suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            ports.append(port)
     return ports
 
 

@@ -279,4 +279,6 @@ def test_choices_are_stored_as_plain_strings() -> None:
     """config.yaml, checkpoints and W&B get strings, whatever the type of a key is."""
     parallel = as_mapping(compose(["parallel.schedule=1f1b"]))["parallel"]
     assert parallel["schedule"] == "1f1b"
-    assert {type(value) for value in parallel.values()} <= {str, int, float, bool}
+    assert {type(value) for value in parallel.values()} <= {str, int, float, bool, list}
+    listed = as_mapping(compose(["parallel.recompute=selective", "parallel.recompute_list=[norms]"]))["parallel"]
+    assert [type(value) for value in listed["recompute_list"]] == [str]

@@ -28,6 +28,7 @@ def test_another_dtype_is_refused(
 ) -> None:
     """`train.dtype=auto` is compared once the device has decided it."""
     words = [*overrides, *NARROW, "train.elastic_bits=2", f"run.dir={tmp_path}", "run.name=here"]
+    monkeypatch.setattr("train.run.fastest_dtype", lambda: torch.float32)
     assert train_here([*words, "train.steps=1"]) == 0
     monkeypatch.setattr("train.run.fastest_dtype", lambda: torch.bfloat16)
     capsys.readouterr()
