@@ -30,6 +30,7 @@ def start_after_a_diagnosis(folder: Path) -> tuple[int, list[str]]:
     assert current is not None
     key, own = current.store.diagnosis_key, current.store.keys
     watchdog.stop()
+    dist.barrier()  # the first start of every rank is over: none reads the diagnosis that ended it
     if dist.get_rank() == 0:
         default_store().clone().set(key, "rank 1 has stopped")  # type: ignore[attr-defined]
     dist.barrier()

@@ -231,7 +231,7 @@ def test_the_best_run_of_a_sweep_by_its_mean_over_seeds(tmp_path: Path) -> None:
         finished(run, [*sizes(1), f"optim.lr={rate}", f"train.seed={seed}"], code)
         (run / "metrics.jsonl").write_text(dumps({"step": 1, "loss": loss}) + "\n")
         (folder / f"{number}.json").write_text(dumps(asdict(Result(str(run), code, "", ""))))
-    assert best_run(folder) == Path("runs/rates-0")
+    assert best_run(folder) == Path("runs/rates-0").absolute()
     assert longcat(["transfer", "proxy=runs/rates-sweep", *sizes(2)]) == 0
     assert compose(["experiment=debug-from-rates-0"]).optim.lr == 1e-3
 
