@@ -75,6 +75,8 @@ def run_jobs(overrides: list[str], folder: Path) -> str:
     try:
         job = partial(run_job, folder=folder, search=search)
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name="config")(job)()
+    except ConfigError:  # of our sweeper
+        raise
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     except Exception as error:  # of a launcher: a job that was killed, a cluster that takes none
