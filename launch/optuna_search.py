@@ -134,9 +134,7 @@ def open_study() -> Study:
     return optuna.create_study()
 
 
-def propose(
-    study: Study, settings: Settings, space: dict[str, BaseDistribution], folder: Path, number: int
-) -> Trial:
+def propose(study: Study, settings: Settings, space: dict[str, BaseDistribution], folder: Path, number: int) -> Trial:
     """The values of run ``number``: those of an earlier start, or new ones from the losses of the runs before it."""
     path = result_file(folder, number)
     if path.is_file() and (values := earlier_values(space, read_result(path))):
@@ -162,7 +160,7 @@ def make_sampler(settings: Settings, seed: int) -> Any:
 
 def earlier_values(space: dict[str, BaseDistribution], result: Result) -> dict[str, Any]:
     """The values that a run of an earlier start had; none if its overrides do not fit the space."""
-    from optuna.distributions import CategoricalDistribution, IntDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     texts = dict(override.split("=", 1) for override in result.overrides if "=" in override)
     values: dict[str, Any] = {}
@@ -172,6 +170,7 @@ def earlier_values(space: dict[str, BaseDistribution], result: Result) -> dict[s
             if isinstance(values_of_key, CategoricalDistribution):
                 fits, values[key] = text in values_of_key.choices, text
             else:
+                assert isinstance(values_of_key, (IntDistribution, FloatDistribution))
                 values[key] = int(text) if isinstance(values_of_key, IntDistribution) else float(text)
                 fits = values_of_key.low <= values[key] <= values_of_key.high
             if not fits:
