@@ -13,6 +13,7 @@ from train.config import Config
 from train.data.corpus import read_info
 from train.data.ids import check_ids, unused_ids
 from train.run_dir import check_not_another_run
+from train.stages import list_stages
 
 
 def check(config: Config) -> list[tuple[str, str]]:
@@ -35,6 +36,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         ("FLOPs per token", human(flops_per_token(config.model, train.sequence_length))),
         ("batch", f"{train.global_batch_size} × {train.sequence_length} = {human(tokens)} tokens per step"),
         ("steps", f"{train.steps}, {human(train.steps * tokens)} tokens"),
+        *list_stages(config),
         ("ranks", f"{processes} ({axes})"),
         ("memory per rank", f"{state}, by formula" + (", before stages are divided" if sizes.pp > 1 else "")),
         *([("in a step", step)] if step else []),

@@ -83,6 +83,12 @@ class LongCat(SequenceModule, VocabularyModule):
     def routers(self) -> list[Router]:
         return [layer.mlp.router for layer in self.shortcut_layers()]
 
+    def use_config(self, config: ModelConfig) -> None:
+        """Take other rotary frequencies from ``config``, in place; its other fields must be the present ones."""
+        for module in self.modules():
+            if isinstance(getattr(module, "config", None), ModelConfig):
+                module.config = config
+
     def trunk(
         self, tokens: Tensor, documents: Documents | None, hidden: Tensor | None = None
     ) -> tuple[Tensor, list[RoutingStatistics]]:

@@ -30,6 +30,7 @@ from longcat.model import LongCat, Losses
 from longcat.names import OTHER_PARTS, part_number
 from parallel.engine import MicroBatch, Objective
 from parallel.fsdp.sharding import local_part
+from parallel.layout import BatchShape
 from parallel.mesh import MeshSizes, Topology
 from parallel.reduce import max_over_ranks, sum_over_ranks
 from parallel.state_store import MOMENTS, MakeOptimizer, ShardedAdamW
@@ -95,6 +96,8 @@ class TurnEngine(Protocol):
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]: ...
 
+    def reshape(self, batch: BatchShape) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -122,6 +125,9 @@ class ElasticEngine:
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
         return self.engine.evaluate(micro_batches)
+
+    def reshape(self, batch: BatchShape) -> None:
+        self.engine.reshape(batch)
 
     def close(self) -> None:
         self.engine.close()

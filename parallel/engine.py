@@ -14,6 +14,7 @@ from parallel.config import Accumulate
 from parallel.fsdp.collectives import wait_for_reductions
 from parallel.fsdp.prefetch import prefetch_in_order
 from parallel.fsdp.sharding import set_gradient_sync
+from parallel.layout import BatchShape
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 
@@ -46,6 +47,9 @@ class Engine(Protocol):
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[list[Losses]]:
         """Forward without gradients and MTP → the same."""
+
+    def reshape(self, batch: BatchShape) -> None:
+        """Expect steps of another number and shape of micro-batches from now on."""
 
     def close(self) -> None:
         """Release what outlives the object, so that another run can start in this process."""
@@ -84,6 +88,9 @@ class SequentialEngine:
         model = self.parts[0]
         prefetch_in_order(model, mtp=False)
         return [[model(one.tokens, one.labels, one.valid, one.documents, mtp=False) for one in micro_batches]]
+
+    def reshape(self, batch: BatchShape) -> None:
+        pass  # each micro-batch brings its shape
 
     def close(self) -> None:
         pass

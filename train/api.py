@@ -27,7 +27,6 @@ from parallel.mesh import Topology, connect, world_from_environment
 from parallel.torch_internals import set_deterministic_algorithms
 from train import compose as composing
 from train import process, run
-from train.batches import BatchReader
 from train.checkpoint.find import find_on_all_ranks, is_inside
 from train.checkpoint.load import load
 from train.checkpoint.save import save
@@ -38,10 +37,10 @@ from train.data.corpus import CorpusInfo
 from train.health.config import OnSpike
 from train.health.response import go_back
 from train.run_dir import as_mapping, describe_corpora
+from train.stage_switch import StageSwitch
 from train.state import TrainState
-from train.step import Stepper
 from train.terminal import SilentTerminal
-from train.validation import ValidationResult, Validator
+from train.validation import ValidationResult
 
 __all__ = ["Session", "build_corpus", "build_session", "compose"]
 
@@ -85,8 +84,9 @@ def build_session(config: Config) -> Session:
     state = run.build_state(config, topology)
     run.decide_num_chunks(measured, state, config, None, SilentTerminal())
     samples, validator = run.build_data(config, topology)
-    stepper = Stepper(state, BatchReader(samples, config, topology, reads_ahead=True), config, topology)
-    return Session(config, topology, state, stepper, validator, measured, automatic_chunks)
+    stepper = run.build_stepper(state, samples, config, topology)
+    stages = StageSwitch(config, state, stepper, validator, samples, topology)
+    return Session(config, topology, state, stages, measured, automatic_chunks)
 
 
 class Session:
@@ -97,13 +97,12 @@ class Session:
         config: Config,
         topology: Topology,
         state: TrainState,
-        stepper: Stepper,
-        validator: Validator,
+        stages: StageSwitch,
         measured_chunks: ChunkChoice | None = None,
         automatic_chunks: bool = False,
     ) -> None:
         self.config, self.topology, self.state = config, topology, state
-        self._stepper, self._validator = stepper, validator
+        self._stages, self._stepper, self._validator = stages, stages.stepper, stages.validator
         self._measured_chunks, self._automatic_chunks = measured_chunks, automatic_chunks
 
     @property
@@ -123,6 +122,7 @@ class Session:
             CorruptionError: silent data corruption was found; nothing was updated. As LocalCorruptionError it is raised
                 on this rank alone: the others wait for it, so end the process.
         """
+        self._stages.enter()
         result = self._stepper.step()
         if not result.healthy:
             raise UnhealthyError(f"step {self.state.counters.step}: {result.problem}; nothing was updated")
@@ -134,7 +134,10 @@ class Session:
         return result.metrics
 
     def validate(self) -> ValidationResult:
-        """Loss in nats per token and bits per byte on the first batches of the validation split."""
+        """Loss in nats per token and bits per byte on the first batches of the validation split.
+
+        After the last step of a stage of ``data.stages`` it is measured as in that stage.
+        """
         return self._validator.measure(self.state)
 
     def save(self, folder: Path | None = None) -> Path:

@@ -39,17 +39,25 @@ class BatchReader:
     """Divides a global batch into micro-batches; data-parallel rank r reads the r-th contiguous share of them.
 
     With `train.elastic_bits` it reads those of its virtual ranks. ``reads_ahead``: a thread reads the next global batch
-    while this one is trained on, until `close`.
+    while this one is trained on, until `close`, but none from the sample number ``end`` on, where another stage begins.
     """
 
-    def __init__(self, samples: TokenSamples, config: Config, topology: Topology, *, reads_ahead: bool = False) -> None:
+    def __init__(
+        self,
+        samples: TokenSamples,
+        config: Config,
+        topology: Topology,
+        *,
+        reads_ahead: bool = False,
+        end: int | None = None,
+    ) -> None:
         self.samples = samples
         self.config = config
         self.topology = topology
         self.size = config.train.micro_batch_size
         self.num_micro_batches = config.train.global_batch_size // self.size
         self.left_out = SampleRanges()  # samples that are passed over; positions count the others
-        self.reads_ahead = reads_ahead
+        self.reads_ahead, self.end = reads_ahead, end
         self.ahead = ReadAhead(lambda number: self.samples[number])
 
     def numbers(self, data_rank: int) -> list[int]:
@@ -70,7 +78,9 @@ class BatchReader:
         is_own = data_rank is None  # else a neighbour's, and what was read ahead stays
         windows = self.ahead.take(places) if is_own else self.ahead.read(places)
         if is_own and self.reads_ahead:
-            self.ahead.ask(self._places(first_sample + self.config.train.global_batch_size, numbers))
+            following = self._places(first_sample + self.config.train.global_batch_size, numbers)
+            if self.end is None or following[-1] < self.end:
+                self.ahead.ask(following)
         for first in range(0, len(windows), self.size):
             yield self.to_batch(torch.from_numpy(np.stack(windows[first : first + self.size])))
 

@@ -24,6 +24,7 @@ from train.profiling.config import ProfileConfig
 from train.pruning import PruningConfig
 from train.schedule import ScheduleConfig
 from train.sdc.config import SdcConfig
+from train.stages import check_stages
 
 MAX_LENGTH = 2**24
 MAX_PROCESSES = 4096
@@ -231,6 +232,26 @@ class Config:
                 f"measures none; set either"
             )
         self.profile.validate_steps(self.train.steps)
+        self._validate_tokens()
+        check_stages(self)
+        if self.model.num_experts % self.balance.num_groups:
+            raise ConfigError(
+                f"balance.num_groups={self.balance.num_groups} does not divide model.num_experts="
+                f"{self.model.num_experts}; use a divisor of it"
+            )
+        if self.overlap.experts_stream and self.parallel.transport != DispatcherKind.all_to_all:
+            raise ConfigError(
+                f"overlap.experts_stream=true needs parallel.transport=all_to_all, not {self.parallel.transport}; "
+                f"change either"
+            )
+
+    def validate_sizes(self) -> None:
+        """Check what a stage of `data.stages` may change."""
+        for section in (self.train, self.model, self.loss):
+            section.validate()
+        self._validate_tokens()
+
+    def _validate_tokens(self) -> None:
         train = self.train
         if train.steps * train.global_batch_size * train.sequence_length > INT64_MAX:
             raise ConfigError(
@@ -241,16 +262,6 @@ class Config:
             raise ConfigError(
                 f"model.num_mtp_layers={self.model.num_mtp_layers} predict further ahead than a sequence of "
                 f"train.sequence_length={train.sequence_length} has positions; lower it or use longer sequences"
-            )
-        if self.model.num_experts % self.balance.num_groups:
-            raise ConfigError(
-                f"balance.num_groups={self.balance.num_groups} does not divide model.num_experts="
-                f"{self.model.num_experts}; use a divisor of it"
-            )
-        if self.overlap.experts_stream and self.parallel.transport != DispatcherKind.all_to_all:
-            raise ConfigError(
-                f"overlap.experts_stream=true needs parallel.transport=all_to_all, not {self.parallel.transport}; "
-                f"change either"
             )
 
     def validate_world(self, data_ranks: int) -> None:

@@ -32,6 +32,7 @@ from train.loggers.interface import MetricsSink
 from train.profiling.profiler import Profiler
 from train.pruning import Pruner, StoppedEarly
 from train.run_dir import as_mapping, describe_corpora
+from train.stage_switch import StageSwitch
 from train.state import TrainState
 from train.step import NOT_FINITE_BIASES, Stepper, StepRequests, StepResult
 from train.stop import StopSignal
@@ -60,11 +61,12 @@ class Loop:
         writer: MetricsSink,
         terminal: Display,
         stop_signal: StopSignal,
+        stages: StageSwitch,
     ) -> None:
         self.state, self.stepper, self.validator = state, stepper, validator
         self.config, self.topology, self.peak_flops = config, topology, peak_flops
         self.writer, self.terminal = writer, terminal
-        self.stop_signal = stop_signal
+        self.stop_signal, self.stages = stop_signal, stages
         corpora = describe_corpora(config)
         self.saver = Saver(state, config, topology, terminal, corpora)
         self.response = SpikeResponse(
@@ -97,6 +99,8 @@ class Loop:
         counters, config = self.state.counters, self.config
         owed_save = False  # a request to save of a step that a rollback undid
         while counters.step < config.train.steps:
+            if (entered := self.stages.enter()) is not None:
+                self.terminal.note(entered)
             with self.profiler.step(counters.step + 1):
                 start = time.perf_counter()
                 result = self._step(owed_save)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the configuration is read without torch, so that a wrong ke
 class LossConfig:
     """Weights of the auxiliary losses; the language-model loss has weight 1."""
 
-    mtp_weight: float = 0.3  # weight of the MTP cross-entropy (unpublished)
+    mtp_weight: float = 0.3  # weight of the MTP cross-entropy (unpublished); 0 = MTP is off
     mtp_start_tokens: int = 0  # train MTP from the step on at whose start this many tokens have been seen
     hidden_z_weight: float = 1e-7  # λ of the hidden z-loss (section 9); 0 = off
 

@@ -34,6 +34,7 @@ from train.chunks import decide_num_chunks, measure_num_chunks
 from train.config import ComputeDtype, Config
 from train.data.ids import check_ids, unused_ids
 from train.data.samples import TokenSamples
+from train.data.stages import segment_of
 from train.loggers.choice import open_loggers
 from train.loggers.interface import MetricsSink, NullSink
 from train.loop import Loop
@@ -48,6 +49,8 @@ from train.run_dir import (
     write_config,
 )
 from train.run_files import write_file
+from train.stage_switch import StageSwitch
+from train.stages import segments_of
 from train.state import Counters, TrainState
 from train.step import Stepper
 from train.stop import StopSignal
@@ -110,10 +113,11 @@ def run_steps(
         if unused is not None:
             terminal.note(unused)
         logger = open_loggers(config, state.counters.step, terminal.note)
-    stepper = Stepper(state, BatchReader(train_samples, config, topology, reads_ahead=True), config, topology)
+    stepper = build_stepper(state, train_samples, config, topology)
     if stepper.guard.note:
         terminal.note(stepper.guard.note)
-    loop = Loop(state, stepper, validator, config, topology, peak, logger, terminal, stop_signal)
+    stages = StageSwitch(config, state, stepper, validator, train_samples, topology)
+    loop = Loop(state, stepper, validator, config, topology, peak, logger, terminal, stop_signal, stages)
     started = time.perf_counter()
     try:
         loop.run()
@@ -193,6 +197,13 @@ def build_state(config: Config, topology: Topology) -> TrainState:
     return TrainState(engine, store, build_controller(config.balance, config.model), Counters(), biases)
 
 
+def build_stepper(state: TrainState, samples: TokenSamples, config: Config, topology: Topology) -> Stepper:
+    """What trains on ``samples``, at the configuration of before the first stage of `data.stages`."""
+    later = [segment.start for segment in segments_of(config)[1:] if segment.stage and segment.stage.changes_training]
+    end = later[0] if later else None
+    return Stepper(state, BatchReader(samples, config, topology, reads_ahead=True, end=end), config, topology)
+
+
 def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Validator]:
     """Training samples and the validator. The first rank to need a sample index writes it for the others."""
     folders = index_folders(config)
@@ -208,6 +219,7 @@ def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Valida
                 split=split,  # type: ignore[arg-type]
                 cache_dir=folders[0],
                 fallback_dir=folders[-1],
+                global_batch_size=config.train.global_batch_size,
             )
             for split in ("train", "validation")
         }
@@ -273,8 +285,10 @@ def finish(
             write_file(folder / "text.json", dumps({"documents": documents}), terminal.note)
     if not (config.validation.ngram_baselines and topology.is_first):
         return
+    position = state.counters.position
+    tokens = segment_of(segments_of(config), position).tokens_at(position)
     with work_span(Event(SpanKind.NGRAM), slow=True):
-        baselines = validator.baselines(train_samples, state.counters.position, state.health.skipped)
+        baselines = validator.baselines(train_samples, position, tokens, state.health.skipped)
     if baselines is None:
         terminal.note("n-gram baselines left out: more tokens than they take in minutes")
         return

@@ -34,6 +34,7 @@ from train.objective import Divisors, objective
 from train.optimizer import set_rates
 from train.schedule import rate_factor
 from train.sdc.guard import Guard
+from train.stages import segments_of
 from train.state import TrainState
 
 
@@ -87,6 +88,7 @@ class Stepper:
         self.elastic = config.train.elastic_bits > 0
         self.guard = Guard(state, config.sdc, topology, config.run.folder / "sdc", repeats=config.train.deterministic)
         self.guard.replay = self._replay
+        self.stage_starts = [segment.start for segment in segments_of(config)[1:]]
         reader.left_out = state.health.skipped
         self.monitor = HealthMonitor(config.health, state.health, config.model.num_experts, config.optim.eps)
         if config.sdc.every and config.train.deterministic and state.store.has_replicas:  # not under DeepSpeed
@@ -106,7 +108,7 @@ class Stepper:
         self.guard.begin_step(counters.step + 1)
         batches = list(self.reader.read(counters.position))
         divisors = self.reader.divisors(batches)
-        use_mtp = counters.tokens >= config.loss.mtp_start_tokens and config.model.num_mtp_layers > 0
+        use_mtp = self._uses_mtp()
         self._inputs = batches, divisors, use_mtp
         local = self._backward(*self._inputs) if not self.guard.replays else self._backward_with_replay()
 
@@ -131,7 +133,7 @@ class Stepper:
         )
         factor = rate_factor(config.schedule, counters.step + 1)
         loss = sums[0] / max(divisors.valid_tokens, 1)
-        if self._starts_mtp() or self._starts_mixture():
+        if self._starts_mtp() or self._starts_stage():
             self.state.health.forget()
         self._first_sums = local.sums, squares
         spike = self.monitor.judge(counters.step + 1, counters.position, loss, norm)
@@ -216,20 +218,27 @@ class Stepper:
             squares.cpu(), squares_again.cpu(), own_sums=False
         )  # of gradients that are summed over ranks
 
+    def use(self, config: Config, reader: BatchReader) -> None:
+        """Go on with the configuration of another stage, and a reader of its batches."""
+        self.config, self.reader = config, reader
+        reader.left_out = self.state.health.skipped
+
+    def _uses_mtp(self) -> bool:
+        loss, has_mtp = self.config.loss, self.config.model.num_mtp_layers > 0
+        return has_mtp and loss.mtp_weight > 0 and self.state.counters.tokens >= loss.mtp_start_tokens
+
     def _starts_mtp(self) -> bool:
-        """Whether this step is the first with MTP, whose gradient adds to the norm."""
+        """Whether this step is the first with MTP by `loss.mtp_start_tokens`: its gradient adds to the norm."""
         train, counters = self.config.train, self.state.counters
         before = counters.tokens - train.global_batch_size * train.sequence_length
-        has_mtp = self.config.model.num_mtp_layers > 0
-        return has_mtp and before < self.config.loss.mtp_start_tokens <= counters.tokens
+        return self._uses_mtp() and before < self.config.loss.mtp_start_tokens
 
-    def _starts_mixture(self) -> bool:
+    def _starts_stage(self) -> bool:
         """Whether a stage of `data.stages` begins in this step's batch: its loss may be another."""
         train, place, position = self.config.train, self.state.health.skipped.place, self.state.counters.position
         before = place(position - 1) if position else -1  # a range that is left out may hold the start
         last = place(position + train.global_batch_size - 1)
-        starts = (math.ceil(stage.start_tokens / train.sequence_length) for stage in self.config.data.stages)
-        return any(before < start <= last for start in starts)
+        return any(before < start <= last for start in self.stage_starts)
 
     def _sum(self, losses_by_part: list[list[Losses]]) -> StepSums:
         """Add up what each part of the model returned per micro-batch, with weight 0 for what other ranks count.

@@ -13,6 +13,7 @@ from parallel.memory import in_a_step, state_bytes
 from parallel.mesh import Topology
 from train.check import batch_shape
 from train.config import Config
+from train.stages import list_stages
 
 
 def derived_values(config: Config, peak: float, chunks: ChunkChoice | None = None) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def header(
         *describe(config.model),
         ("batch", f"{train.global_batch_size} × {train.sequence_length} = {human(batch_tokens)} tokens per step"),
         ("steps", f"{train.steps}, {human(train.steps * batch_tokens)} tokens"),
+        *list_stages(config),
         ("ranks", f"{topology.world_size} on {topology.device.type} ({axes})"),
         *([("pipeline", f"{config.parallel.schedule}; this rank: {' and '.join(stages)}")] if sizes.pp > 1 else []),
         ("memory per rank", f"{memory} (by formula; activations come on top)"),

@@ -35,12 +35,19 @@ class Validator:
     """Measures the state on the first samples of the validation split, the same ones each time."""
 
     def __init__(self, samples: TokenSamples, config: Config, topology: Topology) -> None:
-        self.reader = BatchReader(samples, config, topology)
-        self.config, self.topology = config, topology
+        self.samples, self.topology = samples, topology
+        self.use(config, samples)
         path = tokenizer_path(config.data)
         self.tokenizer = None if path is None else load_tokenizer(path)
         lengths = None if path is None else token_byte_lengths(path, config.model.vocab_size)
         self.byte_lengths = None if lengths is None else torch.from_numpy(lengths).to(topology.device)
+
+    def use(self, config: Config, samples: TokenSamples | None = None) -> None:
+        """Measure with the configuration of a stage from now on: in windows of its length."""
+        self.config = config
+        if samples is None:
+            samples = self.samples.of_length(config.train.sequence_length)
+        self.reader = BatchReader(samples, config, self.topology)
 
     @property
     def num_samples(self) -> int:
@@ -73,10 +80,13 @@ class Validator:
         return ValidationResult(nats / tokens, bits)
 
     def baselines(
-        self, train_samples: TokenSamples, seen_samples: int, left_out: SampleRanges
+        self, train_samples: TokenSamples, seen_samples: int, seen_tokens: int, left_out: SampleRanges
     ) -> dict[str, float] | None:
-        """Loss of n-gram models of the samples trained on, on the validation labels; None if there are too many."""
-        if seen_samples * self.config.train.sequence_length > MAX_BASELINE_TOKENS:
+        """Loss of n-gram models of the samples trained on, on the validation labels; None if they have too many tokens.
+
+        ``seen_tokens`` is how many.
+        """
+        if seen_tokens > MAX_BASELINE_TOKENS:
             return None
         return kneser_ney(
             (train_samples[left_out.place(index)] for index in range(seen_samples)),

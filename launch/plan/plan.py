@@ -24,6 +24,7 @@ from parallel.mesh import MeshSizes, resolve_sizes
 from train.check import batch_shape
 from train.compose import compose
 from train.config import ComputeDtype, Config
+from train.stages import configs_of_stages, segments_of, stage_config
 
 IMBALANCES = (1.0, 1.5, 2.0)  # rows that a rank's experts receive, over their fair share
 ENOUGH = 2  # changes that fit
@@ -36,6 +37,8 @@ class PlanOptions:
 
     ranks: int = 0  # GPUs of the run; 0 = the processes that would start here
     cluster: str = "h800"  # h100, h800, h200, b200, or a YAML file with the fields of launch/plan/cluster.py
+    # stage of data.stages to plan, counted from 1; 0 = before the first; -1 = the one with the longest sequences
+    stage: int = -1
     exact: bool = False  # trace every layer instead of two and three
     faults_per_gpu_year: float = 0.17  # that end the run; Llama 3's 54 days on 16,384 H100 had 419: 0.17
     save_seconds: float = 4.0  # that a checkpoint stops training; the LongCat-Flash report has 2 to 4
@@ -94,6 +97,7 @@ class Planned:
     times: dict[float, StepTimes]  # by imbalance
     availability: Availability
     knobs: list[Knob]
+    stage: str = ""  # of data.stages, which is planned; empty without stages
 
     @property
     def peak(self) -> float:
@@ -140,12 +144,14 @@ def plan(
     """
     assert not dist.is_initialized()
     cluster = find_cluster(options.cluster)
-    config = copy.deepcopy(config)
+    number, config = choose_stage(config, options), copy.deepcopy(config)
     if config.train.dtype == ComputeDtype.auto:
         dtype = ComputeDtype.bfloat16 if cluster.on_gpu else str(fastest_dtype()).removeprefix("torch.")
         config.train.dtype = ComputeDtype(dtype)
     ranks = options.ranks or num_processes(config)
-    sizes = check(config, ranks)
+    sizes = check_all(config, ranks)
+    stage = "" if number is None else f"{number} of data.stages; plan.stage=N plans another one"
+    config = stage_config(config, number or 0)
     batch = batch_shape(config, sizes)
     factors = factors if sizes.ep > 1 else (1.0,)
     found_by = summaries(config, ranks, sizes, cluster, options.exact, factors)
@@ -180,8 +186,33 @@ def plan(
         times,
         availability(options, ranks, times[1.0].seconds),
         [],
+        stage,
     )
     return replace(found, knobs=knobs(found)) if with_knobs and not found.fits() else found
+
+
+def choose_stage(config: Config, options: PlanOptions) -> int | None:
+    """The stage to plan; None if the run has none that changes sizes."""
+    parts = segments_of(config)
+    if not -1 <= options.stage < len(parts):
+        raise ConfigError(
+            f"plan.stage={options.stage} is no stage: data.stages has {len(parts) - 1}; use 0 to {len(parts) - 1}, or "
+            f"-1 for the longest"
+        )
+    if options.stage >= 0:
+        return options.stage
+    longest = max(parts, key=lambda part: part.length)
+    return None if longest.length == parts[0].length else longest.number
+
+
+def check_all(config: Config, ranks: int) -> MeshSizes:
+    """As `check`, for every stage of `data.stages`."""
+    for name, resolved in configs_of_stages(config):
+        try:
+            sizes = check(resolved, ranks)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}" if name else str(error)) from error
+    return sizes
 
 
 def check(config: Config, ranks: int) -> MeshSizes:
@@ -223,7 +254,7 @@ def knobs(found: Planned) -> list[Knob]:
         kept = getattr(getattr(config, section), name)
         setattr(getattr(config, section), name, type(kept)(value))
         try:
-            other = plan(config, replace(found.options, ranks=found.ranks), with_knobs=False, factors=(1.0,))
+            other = plan(config, replace(found.options, ranks=found.ranks, stage=-1), with_knobs=False, factors=(1.0,))
         except ConfigError:
             continue
         if other.peak < found.peak:

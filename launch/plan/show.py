@@ -71,6 +71,7 @@ def _head(found: Planned) -> list[str]:
     return [
         _title(f"{config.model.name}, {total} parameters, on {found.ranks:,} × {found.cluster.name}"),
         _row("layout", f"{axes}{schedule}; {config.parallel.sharding}, recompute {config.parallel.recompute}"),
+        *([_row("stage", found.stage)] if found.stage else []),
         _row(
             "batch",
             f"{train.global_batch_size:,} × {train.sequence_length:,} = {human(tokens)} tokens a step; "

@@ -35,6 +35,7 @@ from parallel.deepspeed.setup import (
     quiet_import,
 )
 from parallel.engine import MicroBatch, Objective, detached
+from parallel.layout import BatchShape
 from parallel.memory import StateBytes
 from parallel.mesh import Topology
 from parallel.state_store import MOMENTS, LocalBox, MakeOptimizer
@@ -265,6 +266,9 @@ class ZeroEngine:
             for weight, name in self.names.items():
                 if role(name) != "expert" or not self.splits_experts:
                     yield f"weight/forward copy of {name}", weight.detach()
+
+    def reshape(self, batch: BatchShape) -> None:
+        pass  # each micro-batch brings its shape
 
     def close(self) -> None:
         """Release DeepSpeed's groups, so that another run can start in this process."""

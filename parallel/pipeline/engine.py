@@ -30,6 +30,7 @@ from parallel.engine import MicroBatch, Objective, detached
 from parallel.fsdp import accumulation
 from parallel.fsdp.prefetch import prefetch_in_order
 from parallel.fsdp.sharding import local_part
+from parallel.layout import BatchShape
 from parallel.mesh import Axis, Topology
 from parallel.pipeline.spans import TracedStage
 from parallel.pipeline.stages import SPLIT_BACKWARD, check_micro_batches, num_stages, rank_of, stages_of
@@ -126,12 +127,24 @@ class PipelineEngine:
             )
         self.device, self.group = topology.device, topology.group(Axis.PP)
         self.shape, self.dtype = hidden_shape, compute_dtype
+        self.num_shards = topology.sizes.cp * topology.sizes.tp  # of a sequence
         self.modules = [StageModule(model) for model in self.parts]
         self.queues = [WeightGradQueue() for _ in self.parts] if schedule in SPLIT_BACKWARD else []
         for model, queue in zip(self.parts, self.queues, strict=False):
             defer_weight_gradients(model, queue)
+        self._build()
+
+    def _build(self) -> None:
+        """Torch's stages and schedule, which have a fixed number and shape of micro-batches."""
         self.stages = [self._stage(index) for index in range(len(self.parts))]
         self.schedule = self._schedule()
+
+    def reshape(self, batch: BatchShape) -> None:
+        check_micro_batches(self.schedule_name, self.pp, batch.num_micro_batches)
+        shape = batch.sequences, batch.length // self.num_shards, self.shape[2]
+        if (batch.num_micro_batches, shape) != (self.num_micro_batches, self.shape):
+            self.num_micro_batches, self.shape = batch.num_micro_batches, shape
+            self._build()
 
     def run(self, micro_batches: Sequence[MicroBatch], objective: Objective, mtp: bool) -> list[list[Losses]]:
         """Forward and backward of the micro-batches; the parameters then have reduced gradients.

@@ -17,6 +17,7 @@ from launch.plan.plan import PlanOptions
 from launch.slurm.options import PREFIX, SlurmOptions
 from train.checkpoint.grow import GrowConfig
 from train.compose import compose
+from train.data.stages import TrainingStage
 from train.huggingface.export import ExportOptions
 from train.huggingface.import_folder import ImportOptions
 from train.transfer import TransferConfig
@@ -31,6 +32,7 @@ VERBS = {
     "slurm": SlurmOptions,
     "plan": PlanOptions,
 }
+ITEMS = {"data": [("Keys of each of `data.stages`", TrainingStage(0))]}  # of lists, by section
 PREFIXES = {"slurm": PREFIX, "plan": "plan."}
 HEAD = """# Configuration keys
 
@@ -47,6 +49,7 @@ def page() -> str:
     for section in dataclasses.fields(config):
         part = getattr(config, section.name)
         parts.append(f"## {section.name}\n\n{prose(type(part))}\n\n{table(part, f'{section.name}.')}")
+        parts += [f"### {key}\n\n{prose(type(item))}\n\n{table(item, '')}" for key, item in ITEMS.get(section.name, [])]
     parts.append("# Options of other commands\n")
     for verb, kind in VERBS.items():
         parts.append(f"## longcat {verb}\n\n{prose(kind)}\n\n{table(kind(), PREFIXES.get(verb, ''))}")

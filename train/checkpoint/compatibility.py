@@ -7,6 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from longcat.rope import RopeScaling
+from train.data.stages import TrainingStage
+from train.stages import stored_segments
 
 # Keys that decide the results. The others (how long, where, on how many ranks, what is logged) may change.
 FIXED_KEYS = (
@@ -68,7 +70,9 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str,
 
     Not compared are the preset's name, and a `train.dtype` or `overlap.num_chunks` that the run has yet to decide.
     """
-    old, new = ADDED | flatten(stored), ADDED | flatten(wanted)
+    old, new = (ADDED | flatten(side) for side in (stored, wanted))
+    for side in (old, new):
+        side["data.stages"] = given_stages(side.get("data.stages"))
     found = corpora_differences(stored, wanted) if keys == FIXED_KEYS else []
     if keys == FIXED_KEYS and old["train.elastic_bits"] and new["train.elastic_bits"]:
         keys += BIT_KEYS
@@ -78,6 +82,14 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str,
         if watched and not undecided and old.get(leaf) != new.get(leaf):
             found.append(f"{leaf} was {old.get(leaf)} and is now {new.get(leaf)}")
     return found
+
+
+def given_stages(stages: Any) -> Any:
+    """`data.stages` without keys that have their defaults, which other versions may lack."""
+    try:
+        return [TrainingStage.from_mapping(stage).given() for stage in stages]
+    except TypeError:
+        return stages  # a config.yaml that was edited by hand
 
 
 def corpora_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -113,11 +125,21 @@ def order_differences(stored: dict[str, Any], wanted: dict[str, Any], position: 
     Corpora are compared by `corpora_differences`; `data.stages` as far as they have begun.
     """
     found = [*differences(stored, wanted, ORDER_KEYS), *corpora_differences(stored, wanted)]
-    length = stored["train"]["sequence_length"]
     begun = [
-        [stage for stage in side["data"]["stages"] if -(-stage["start_tokens"] // length) < position]
+        [
+            (segment.start, segment.stage.given())
+            for segment in stored_segments(side)
+            if segment.stage is not None and segment.start < position
+        ]
         for side in (stored, wanted)
     ]
-    if begun[0] != begun[1]:
-        found.append(f"data.stages, as far as begun, was {begun[0]} and is now {begun[1]}")
+    if [stage for _, stage in begun[0]] != [stage for _, stage in begun[1]]:
+        old, new = ([stage for _, stage in side] for side in begun)
+        found.append(f"data.stages, as far as begun, was {old} and is now {new}")
+    elif begun[0] != begun[1]:
+        old, new = (side["train"]["global_batch_size"] for side in (stored, wanted))
+        found.append(
+            f"train.global_batch_size was {old} and is now {new}, by which a stage of data.stages that has begun would "
+            f"have begun with another step"
+        )
     return found

@@ -16,6 +16,7 @@ from train.checkpoint.failures import describe, first_failure
 from train.checkpoint.manifest import STATE
 from train.checkpoint.shards import ShardReader
 from train.health.ranges import SampleRanges
+from train.stages import stored_stage
 from train.state import Counters, TrainState
 
 
@@ -41,8 +42,11 @@ def load(
         raise ConfigError(
             f"checkpoint {path} could not be read: {describe(error)}; restore its files or name another"
         ) from error
-    wrong = differences(stored["configuration"], configuration, ("model", "balance.method"))
-    if wrong:
+    model_keys = ("model", "balance.method")
+    wrong = differences(stored["configuration"], configuration, model_keys)
+    # a run may also go on with the rotary positions of the stage that the checkpoint is in as its own
+    of_stage = {**stored["configuration"], "model": stored_stage(stored)[0]} if wrong else {}
+    if wrong and differences(of_stage, configuration, model_keys):
         raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(wrong)}; set them equal")
     check_tokenizer(path, stored["configuration"], configuration)
     counters = asdict(Counters()) | stored["counters"]

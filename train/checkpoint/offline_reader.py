@@ -23,6 +23,7 @@ from train.checkpoint.manifest import STATE, CheckpointStatus
 from train.checkpoint.shards import ShardReader
 from train.data.corpus import TOKENIZER_NAME, file_sha256, read_info
 from train.data.tokens import end_of_document_id, load_tokenizer
+from train.stages import stored_stage
 
 
 class TensorSource(Protocol):
@@ -37,6 +38,8 @@ class TensorSource(Protocol):
 
 class Checkpoint:
     """A `TensorSource` of a valid checkpoint's weights and biases; reports newer ones that it skips.
+
+    Its ``model`` and ``sequence_length`` are those of the stage of `data.stages` in which its last sample was.
 
     Raises:
         ConfigError: the folder is no checkpoint, or its hashes do not match.
@@ -55,8 +58,9 @@ class Checkpoint:
         self.counters: dict[str, int] = stored["counters"]
         self.health: dict[str, Any] | None = stored.get("health")
         try:
-            self.model = ModelConfig.from_mapping(self.configuration["model"])
-        except TypeError as error:
+            model, self.sequence_length = stored_stage(stored)
+            self.model = ModelConfig.from_mapping(model)
+        except (TypeError, KeyError) as error:
             raise ConfigError(f"{self.folder} is of another version of this program ({error}); use that one") from error
 
     def boxes(self, stored_name: str, shape: tuple[int, ...]) -> list[Box]:

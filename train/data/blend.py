@@ -1,22 +1,24 @@
-"""Which corpus each global sample comes from: weighted mixtures, in stages by tokens."""
+"""Which corpus each global sample comes from: weighted mixtures, constant or moving, in stages by tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from train.data.config import MixtureStage
+from train.data.stages import Segment
 
 # Samples after which a mixture's pattern repeats: 10 MB in memory for any length of run. In a block each corpus is
 # about one sample from its share, so a run is within a millionth of it.
 BLOCK = 1 << 20
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, fill [0, 1) more evenly than any other number's
+RUN = 4096  # samples of a ramp after which the number from each corpus is kept
 
 
 @cache
@@ -34,6 +36,16 @@ def blending() -> Callable[..., Any]:
     return build_blending_indices  # type: ignore[no-any-return]
 
 
+class Picker(Protocol):
+    """Chooses the corpus of each of consecutive samples."""
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Sample → (corpus, sample number within that corpus)."""
+
+    def drawn(self, count: int) -> np.ndarray:
+        """Samples of each corpus among the first `count`, int64 [corpora]."""
+
+
 class Blend:
     """Samples of several corpora in fixed shares, by Megatron's greedy blending."""
 
@@ -45,44 +57,103 @@ class Blend:
         self._totals = np.bincount(self._corpus, minlength=len(shares))
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Global sample → (corpus, sample number within that corpus)."""
         block, offset = divmod(index, BLOCK)
         corpus = int(self._corpus[offset])
         return corpus, block * int(self._totals[corpus]) + int(self._number[offset])
 
     def drawn(self, count: int) -> np.ndarray:
-        """Samples of each corpus among the first `count`, int64 [corpora]."""
         blocks, rest = divmod(count, BLOCK)
         return blocks * self._totals + np.bincount(self._corpus[:rest], minlength=len(self._totals))
 
 
-@dataclass
-class _Stage:
+class Ramp:
+    """A given number of samples whose shares move linearly from ``old`` to ``new``.
+
+    The corpus of a sample follows from its number alone: a sequence that fills [0, 1) evenly, here the multiples of the
+    golden ratio, is looked up in the sums of the shares at that sample. Any stretch of n samples is then within a few
+    samples of its shares, where random numbers would be √n away.
+    """
+
+    def __init__(self, old: list[float], new: list[float], samples: int) -> None:
+        start, end = (np.asarray(weights, dtype=np.float64) / sum(weights) for weights in (old, new))
+        self._corpora = len(start)
+        middles = (np.arange(samples, dtype=np.float64) + 0.5) / samples  # of each sample in the ramp
+        points = (np.arange(samples, dtype=np.float64) + 0.5) * GOLDEN % 1.0
+        self._corpus = np.zeros(samples, dtype=np.int16)
+        for last in range(self._corpora - 1):  # shares of the corpora 0 … last, summed
+            low, high = start[: last + 1].sum(), end[: last + 1].sum()
+            self._corpus += points >= low + (high - low) * middles
+        ends = [self._count(first, first + RUN) for first in range(0, samples, RUN)]
+        self._before = np.concatenate([np.zeros((1, self._corpora), dtype=np.int64), np.cumsum(ends, 0)])
+
+    def locate(self, index: int) -> tuple[int, int]:
+        corpus = int(self._corpus[index])
+        return corpus, int(self.drawn(index)[corpus])
+
+    def drawn(self, count: int) -> np.ndarray:
+        run = count // RUN
+        return self._before[run] + self._count(run * RUN, count)
+
+    def _count(self, first: int, stop: int) -> np.ndarray:
+        return np.bincount(self._corpus[first:stop], minlength=self._corpora)
+
+
+class Single:
+    """Samples of one corpus."""
+
+    def locate(self, index: int) -> tuple[int, int]:
+        return 0, index
+
+    def drawn(self, count: int) -> np.ndarray:
+        return np.array([count])
+
+
+@dataclass(frozen=True)
+class _Piece:
     start: int  # first global sample
-    blend: Blend
-    before: np.ndarray  # samples of each corpus drawn earlier, int64 [corpora]
+    length: int  # tokens of a sample
+    picker: Picker
+    before: np.ndarray  # samples of this length that each corpus had given earlier, int64 [corpora]
+
+    def after(self, sample: int, length: int) -> np.ndarray:
+        """What each corpus had given before a later ``sample``, in samples of ``length``, rounded up."""
+        given = self.before + self.picker.drawn(sample - self.start)
+        return given if length == self.length else -(-given * self.length // length)
 
 
 class Mixture:
-    """A sequence of blends; each corpus continues where the previous stage left it."""
+    """A sequence of blends; each corpus continues where the previous one left it.
 
-    def __init__(self, weights: list[float], stages: list[MixtureStage], sequence_length: int) -> None:
-        self._stages: list[_Stage] = []
-        if len(weights) == 1:
-            return
-        starts = [0, *(-(-stage.start_tokens // sequence_length) for stage in stages)]
-        tables = [weights, *(stage.weights for stage in stages)]
-        before = np.zeros(len(weights), dtype=np.int64)
-        for start, table in zip(starts, tables, strict=True):
-            if self._stages:
-                last = self._stages[-1]
-                before = last.before + last.blend.drawn(start - last.start)
-            self._stages.append(_Stage(start, Blend(table), before))
+    In a segment of another sample length a corpus continues at the number of samples of the new length that hold the
+    tokens that it has given.
+    """
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """Global sample → (corpus, sample number within that corpus since the start of training)."""
-        if not self._stages:
-            return 0, index
-        stage = next(stage for stage in reversed(self._stages) if stage.start <= index)
-        corpus, number = stage.blend.locate(index - stage.start)
-        return corpus, number + int(stage.before[corpus])
+    def __init__(self, weights: list[float], parts: Sequence[Segment]) -> None:
+        self._pieces: list[_Piece] = []
+        self._corpora = len(weights)
+        blends: dict[tuple[float, ...], Picker] = {}
+        table = weights
+        for part in parts:
+            new = (part.stage.weights if part.stage is not None else []) or table
+            if part.ramp and self._corpora > 1:
+                self._add(part.start, part.length, Ramp(table, new, part.ramp))
+            table = new
+            if tuple(table) not in blends:
+                blends[tuple(table)] = Blend(table) if self._corpora > 1 else Single()
+            self._add(part.start + part.ramp, part.length, blends[tuple(table)])
+
+    def _add(self, start: int, length: int, picker: Picker) -> None:
+        """Let ``picker`` choose from sample ``start`` on."""
+        before = np.zeros(self._corpora, dtype=np.int64)
+        if self._pieces:
+            before = self._pieces[-1].after(start, length)
+        self._pieces.append(_Piece(start, length, picker, before))
+
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """Global sample → (corpus, sample number within that corpus since the start of training, tokens per sample).
+
+        The number counts samples of that length.
+        """
+        piece = next(piece for piece in reversed(self._pieces) if piece.start <= index)
+        corpus, number = piece.picker.locate(index - piece.start)
+        return corpus, number + int(piece.before[corpus]), piece.length

@@ -8,17 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from longcat.errors import ConfigError
+from train.data.stages import TrainingStage, check_stage
 
 PYTHON_SOURCE = "python_source"
 TOKENIZER_NAME = "tokenizer.json"
-
-
-@dataclass
-class MixtureStage:
-    """From `start_tokens` on, the corpora are mixed with these `weights` (one for each of `data.paths`)."""
-
-    start_tokens: int
-    weights: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -48,8 +41,9 @@ class DataConfig:
     cache_dir: str = ""
     # share of each corpus in `paths`; empty = in proportion to their tokens
     weights: list[float] = field(default_factory=list)
-    # later mixtures: a list of {start_tokens, weights}; tokens count from the data's first sample
-    stages: list[MixtureStage] = field(default_factory=list)
+    # later stages: a list of {start_tokens, and what changes: weights, ramp_tokens, sequence_length, rope_theta,
+    # rope_scaling, mtp_weight} (train/data/stages.py); tokens count from the data's first sample
+    stages: list[TrainingStage] = field(default_factory=list)
     validation_fraction: float = 0.02  # share of the documents held out for validation
     mask_documents: bool = False  # attention and MTP stay inside a document
     from_start: bool = False  # a run that starts from another run's checkpoint reads its data from the first sample
@@ -111,7 +105,9 @@ class DataConfig:
                 raise ConfigError(
                     f"data.stages[{number}].start_tokens={stage.start_tokens} must be larger than "
                     f"{previous}, where the"
-                    " mixture before it starts; before the first stage data.weights hold"
+                    " stage before it starts; before the first stage data.weights hold"
                 )
-            self._check_weights(f"data.stages[{number}].weights", stage.weights)
+            check_stage(f"data.stages[{number}]", stage)
+            if stage.weights:
+                self._check_weights(f"data.stages[{number}].weights", stage.weights)
             previous = stage.start_tokens

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections import OrderedDict
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,16 +87,30 @@ class CorpusReader:
         info: CorpusInfo | None,
     ) -> None:
         self.prefix, self.split, self._seed, self._cache_dirs = prefix, split, seed, cache_dirs
-        self._sequence_length = sequence_length
         self._index = read_corpus_index(Path(f"{prefix}.idx"))
         self._tokens = BinReader(Path(f"{prefix}.bin"), self._index.dtype, block_hashes(prefix, info))
         self.validation_documents, self._sequences = self._split(validation_fraction)
         self.num_tokens = int(self._index.lengths[self._sequences].sum(dtype=np.int64))
+        self._fraction = validation_fraction
+        self._set_length(sequence_length)
+
+    def of_length(self, sequence_length: int) -> CorpusReader:
+        """A reader of the same split in samples of another length, in an order of their own.
+
+        Raises:
+            ConfigError: the split is shorter than one sample.
+        """
+        other = copy(self)
+        other._set_length(sequence_length)
+        return other
+
+    def _set_length(self, sequence_length: int) -> None:
+        self._sequence_length = sequence_length
         self.samples_per_epoch = (self.num_tokens - 1) // sequence_length
         self._epochs: OrderedDict[int, EpochIndex] = OrderedDict()
         if self.samples_per_epoch < 1:
-            raise ConfigError(self._too_small(validation_fraction))
-        self._identity = self._describe(validation_fraction)
+            raise ConfigError(self._too_small(self._fraction))
+        self._identity = self._describe(self._fraction)
 
     def sample(self, number: int) -> np.ndarray:
         """Sample `number` = epoch · samples_per_epoch + position, int64 [sequence_length + 1]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from train.data.config import DataConfig
 from train.data.corpus import TOKENIZER_NAME, CorpusInfo, verify_corpus
 from train.data.epochs import CorpusReader
 from train.data.ids import check_range
+from train.data.stages import Segment, segments
 from train.data.tokens import end_of_document_id, load_tokenizer
 
 _VALIDATION_SEED = 0
@@ -21,9 +23,10 @@ _VALIDATION_SEED = 0
 class TokenSamples:
     """Windows of token ids from the corpora of `data.paths`, numbered 0, 1, 2, … without end.
 
-    The window of a number depends only on (seed, number, sequence_length, corpora, weights): not on the number of
-    steps, of ranks or of samples read before. Each window occurs once per epoch of its corpus. The validation split has
-    a fixed order, whatever the seed, and ignores `data.stages`.
+    The window of a number depends only on (seed, number, sequence_length, corpora, weights, stages): not on the number
+    of steps, of ranks or of samples read before. Each window occurs once per epoch of its corpus. In a stage of another
+    sequence length, windows have that length. The validation split has a fixed order, whatever the seed, and ignores
+    `data.stages`; `of_length` reads it in windows of a stage's length.
 
     Attributes:
         eod: id that ends a document; -1 when unknown (and `data.mask_documents` is off).
@@ -31,6 +34,7 @@ class TokenSamples:
         proportion. num_samples: samples of the split in one epoch of every corpus.
 
     Args:
+        global_batch_size: samples of a step, before `data.stages` change the length: their starts depend on it.
         cache_dir: folder of the sample indexes.
         fallback_dir: used where ``cache_dir`` cannot be written.
 
@@ -48,6 +52,7 @@ class TokenSamples:
         split: Literal["train", "validation"],
         cache_dir: Path,
         fallback_dir: Path | None = None,
+        global_batch_size: int = 1,
     ) -> None:
         config.validate()
         if sequence_length < 2:
@@ -55,7 +60,8 @@ class TokenSamples:
         infos = [_checked_info(prefix, vocab_size) for prefix in config.paths]
         _check_one_tokenizer(config.paths, infos)
         self._vocab_size = vocab_size
-        self._readers = [
+        parts = segments(config.stages, sequence_length, global_batch_size)
+        readers = [
             CorpusReader(
                 prefix,
                 sequence_length=sequence_length,
@@ -67,18 +73,29 @@ class TokenSamples:
             )
             for prefix, info in zip(config.paths, infos, strict=True)
         ]
-        self.num_tokens = sum(reader.num_tokens for reader in self._readers)
-        self.num_samples = sum(reader.samples_per_epoch for reader in self._readers)
-        weights = list(config.weights) or [float(reader.num_tokens) for reader in self._readers]
-        self._mixture = Mixture(weights, config.stages if split == "train" else [], sequence_length)
+        self.num_tokens = sum(reader.num_tokens for reader in readers)
+        self._weights = list(config.weights) or [float(reader.num_tokens) for reader in readers]
+        self._by_length = {part.length: [reader.of_length(part.length) for reader in readers] for part in parts}
+        self._read(sequence_length, parts if split == "train" else parts[:1])
         self.eod = self._find_eod(config, infos)
 
+    def of_length(self, sequence_length: int) -> TokenSamples:
+        """The same split in windows of the length of one of `data.stages`, in the first mixture."""
+        other = copy(self)
+        other._read(sequence_length, segments([], sequence_length, 1))
+        return other
+
+    def _read(self, sequence_length: int, parts: list[Segment]) -> None:
+        self._readers = self._by_length[sequence_length]
+        self.num_samples = sum(reader.samples_per_epoch for reader in self._readers)
+        self._mixture = Mixture(self._weights, parts)
+
     def __getitem__(self, index: int) -> np.ndarray:
-        """Global sample `index`, int64 [sequence_length + 1]: inputs are [:-1], labels [1:]."""
+        """Global sample `index`, int64 [its sequence length + 1]: inputs are [:-1], labels [1:]."""
         if index < 0:
             raise IndexError(f"sample {index}: numbers start at 0")
-        corpus, number = self._mixture.locate(int(index))
-        reader = self._readers[corpus]
+        corpus, number, length = self._mixture.locate(int(index))
+        reader = self._by_length[length][corpus]
         return self._checked(reader.sample(number), reader.prefix)
 
     def validation_documents(self, count: int) -> list[np.ndarray]:

@@ -17,10 +17,12 @@ from train.checkpoint.load import load
 from train.checkpoint.manifest import list_checkpoints, step_of, verify
 from train.checkpoint.retention import cleanup
 from train.config import Config
+from train.data.stages import segment_of
 from train.health.config import OnSpike
 from train.health.events import EventKind, EventLog, HealthEvent, Spike
 from train.health.monitor import HealthMonitor
 from train.run_files import Note
+from train.stages import segments_of
 from train.state import TrainState
 from train.step import StepResult
 
@@ -45,15 +47,17 @@ def go_back(
     if path is None:
         return None
     strikes, ranges = list(state.health.strikes), list(state.health.skipped.ranges)
-    place = state.health.skipped.place
-    end = spike.first_sample + config.train.global_batch_size
+    place, parts = state.health.skipped.place, segments_of(config)
+    end = spike.first_sample + segment_of(parts, place(spike.first_sample)).batch
     with watchdog.slow_timeout():
         load(state, path, configuration)
     start, batches = state.counters.position, config.health.rollback_batches
-    if batches is not None:
-        start = max(start, end - batches * config.train.global_batch_size)
     state.health.strikes[:] = strikes
     state.health.skipped.replace(ranges)
+    if batches is not None:
+        start, earliest = end, start
+        for _ in range(min(batches, end - earliest)):  # a step of an earlier stage may have other samples
+            start = max(earliest, start - segment_of(parts, place(start - 1)).batch)
     first, last = place(start), place(end - 1)
     state.health.skipped.add(first, last + 1)
     if topology.is_first:

@@ -86,7 +86,7 @@ def export(options: ExportOptions) -> tuple[Path, list[str]]:
         for name, values in layout_tensors(checkpoint.model, form.layout, checkpoint):
             writer.put(name, values.to(export_dtype(name, dtype), copy=True).contiguous())
         writer.close()
-        positions = int(checkpoint.configuration["train"]["sequence_length"])
+        positions = checkpoint.sequence_length
         files = texts(checkpoint.model, form.layout, form.dtype, end, positions)
         files["tokenizer_config.json"] = tokenizer_settings(tokenizer, end, positions)
         shutil.copyfile(tokenizer, partial / TOKENIZER_NAME)  # unchanged: a checkpoint knows it by its hash

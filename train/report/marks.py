@@ -1,14 +1,16 @@
-"""What changes within a run: phases of the learning rate, mixtures, the start of MTP, steps left out or undone."""
+"""What changes within a run: phases of the learning rate, stages, the start of MTP, steps left out or undone."""
 
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from html import escape
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
+from train.data.stages import Segment, TrainingStage, segments
 from train.report.axes import NUMBERED, Axes, Mark
 from train.report.numbers import percent
 from train.report.reading import RunData
@@ -20,7 +22,7 @@ def marks_of(run: RunData) -> list[Mark]:
     """The events of a run that its configuration, metrics and health.jsonl tell, by step."""
     if not run.columns:
         return []
-    found = [*_phases(run), *_mixtures(run), *_mtp(run), *_spikes(run)]
+    found = [*_phases(run), *_stages(run), *_mtp(run), *_spikes(run)]
     first = float(run.columns["step"][0])
     return sorted((mark for mark in found if mark.step >= first), key=lambda mark: mark.step)
 
@@ -44,24 +46,57 @@ def _phases(run: RunData) -> list[Mark]:
     return found
 
 
-def _mixtures(run: RunData) -> list[Mark]:
-    """Stages of the mixture: each starts with the first sample that begins at its tokens or later."""
-    stages, length = run.setting("data.stages"), run.number("train.sequence_length")
-    batch, samples = run.number("train.global_batch_size"), run.columns.get("first_sample")
-    if not isinstance(stages, list):
+def _stages(run: RunData) -> list[Mark]:
+    """Stages of `data.stages`, each at the first step that has a sample of it."""
+    samples, parts = run.columns.get("first_sample"), _segments(run)
+    if samples is None or not parts:
         return []
-    if samples is None or not length or not batch:
-        return []
+    batch = np.full(len(samples), parts[0].batch)
+    for part in parts[1:]:
+        batch[samples >= part.start] = part.batch
     found = []
-    for stage in stages:
-        start = stage.get("start_tokens") if isinstance(stage, dict) else None
-        if not isinstance(start, int | float) or not math.isfinite(start):
-            continue
-        later = np.flatnonzero(samples + batch > math.ceil(start / length))
-        if len(later) and later[0] > 0:
-            text = f"Mixture {_shares(run.setting('data.paths'), stage.get('weights'))}"
+    for part in parts[1:]:
+        later = np.flatnonzero(samples + batch > part.start)
+        if len(later) and later[0] > 0 and part.stage is not None:
+            text = _stage_text(part.stage, run.setting("data.paths"))
             found.append(Mark(float(run.columns["step"][later[0]]), text))
     return found
+
+
+def _segments(run: RunData) -> list[Segment]:
+    """The segments of the run's samples; without the stages that a config.yaml edited by hand has wrong."""
+    stages, length = run.setting("data.stages"), run.number("train.sequence_length")
+    batch = run.number("train.global_batch_size")
+    if not isinstance(stages, list) or not length or not batch:
+        return []
+    known = []
+    for stage in stages:
+        start = stage.get("start_tokens") if isinstance(stage, dict) else None
+        if isinstance(start, int | float) and math.isfinite(start):
+            with suppress(TypeError):
+                known.append(TrainingStage.from_mapping(stage))
+    try:
+        return segments(known, int(length), int(batch))
+    except (TypeError, ValueError, ArithmeticError):
+        return []
+
+
+def _stage_text(stage: TrainingStage, paths: Any) -> str:
+    """What changes with a stage: `Mixture web 70 %, code 30 %; sequences of 1,024 tokens`."""
+    parts = []
+    if stage.weights:
+        over = f" over {stage.ramp_tokens:,} tokens" if stage.ramp_tokens else ""
+        parts.append(f"Mixture {_shares(paths, stage.weights)}{over}")
+    if stage.sequence_length is not None:
+        parts.append(f"sequences of {stage.sequence_length:,} tokens")
+    if stage.rope_theta is not None:
+        parts.append(f"RoPE base {stage.rope_theta:g}")
+    if stage.rope_scaling is not None:
+        parts.append(f"YaRN factor {stage.rope_scaling.factor:g}")
+    if stage.mtp_weight is not None:
+        parts.append(f"MTP weight {stage.mtp_weight:g}")
+    text = "; ".join(parts) or "Stage changes"
+    return text[0].upper() + text[1:]
 
 
 def _shares(paths: Any, weights: Any) -> str:

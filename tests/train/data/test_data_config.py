@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from longcat.errors import ConfigError
-from train.data.config import DataConfig, MixtureStage
+from train.data.config import DataConfig
+from train.data.stages import TrainingStage
 
 CHOICES = sorted((Path(__file__).parents[3] / "configs" / "data").glob("*.yaml"))
 
@@ -49,12 +50,16 @@ TWO = ["a", "b"]
         ({"paths": TWO, "weights": [1.0, -0.5]}, "not negative"),
         ({"paths": TWO, "weights": [1.0, float("inf")]}, "finite"),
         ({"paths": TWO, "weights": [0.0, 0.0]}, "all zero"),
-        ({"paths": TWO, "stages": [MixtureStage(0, [1.0, 1.0])]}, r"data.stages\[0\].start_tokens"),
+        ({"paths": TWO, "stages": [TrainingStage(0, [1.0, 1.0])]}, r"data.stages\[0\].start_tokens"),
         (
-            {"paths": TWO, "stages": [MixtureStage(9, [1.0, 1.0]), MixtureStage(9, [1.0, 2.0])]},
+            {"paths": TWO, "stages": [TrainingStage(9, [1.0, 1.0]), TrainingStage(9, [1.0, 2.0])]},
             r"data.stages\[1\].start_tokens=9",
         ),
-        ({"paths": TWO, "stages": [MixtureStage(9, [1.0])]}, r"data.stages\[0\].weights"),
+        ({"paths": TWO, "stages": [TrainingStage(9, [1.0])]}, r"data.stages\[0\].weights"),
+        ({"stages": [TrainingStage(9)]}, r"data.stages\[0\] changes nothing; give weights or one of sequence_length"),
+        ({"stages": [TrainingStage(9, ramp_tokens=8)]}, r"data.stages\[0\].ramp_tokens=8 needs"),
+        ({"stages": [TrainingStage(9, [1.0], ramp_tokens=-1)]}, r"data.stages\[0\].ramp_tokens=-1"),
+        ({"stages": [TrainingStage(9, sequence_length=1)]}, r"data.stages\[0\].sequence_length=1"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(change: dict[str, Any], words: str) -> None:

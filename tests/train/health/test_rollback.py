@@ -108,6 +108,20 @@ def test_rollback_batches_limit_what_is_left_out(
     assert [row["first_sample"] for row in lines(tmp_path / "run")] == [*range(0, 28, 4), *range(32, 52, 4)]
 
 
+@pytest.mark.parametrize(("batches", "expected"), [("null", [0, 8]), ("7", [0, 8, 16])])
+def test_rollback_over_a_stage_s_border_leaves_out_whole_steps(
+    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: str, expected: list[int]
+) -> None:
+    """The spike is in step 10; steps have 8 samples up to sample 32, then 4. The checkpoint is of step 2."""
+    stages = "data.stages=[{start_tokens: 1024, sequence_length: 64}]"
+    words = [*short, "train.global_batch_size=8", "checkpoint.every=50", stages, f"health.rollback_batches={batches}"]
+    plant(monkeypatch, [52])
+    for steps in (2, STEPS):
+        assert train_here([*words, f"train.steps={steps}"]) == 0
+    later = [56 + 4 * step for step in range(STEPS - len(expected))]
+    assert [row["first_sample"] for row in lines(tmp_path / "run")] == [*expected, *later]
+
+
 def test_without_a_checkpoint_the_batch_is_skipped(
     short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

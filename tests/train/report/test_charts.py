@@ -195,6 +195,19 @@ def test_marks_name_phases_mixtures_and_mtp(tmp_path: Path) -> None:
         assert axis["lines"].count("V1000") == 6
 
 
+def test_marks_name_what_a_stage_changes(tmp_path: Path) -> None:
+    """Steps of 16 × 512 tokens, from step 14 on of 8 × 1,024; 200,001 tokens are in sample 300, which is in step 25."""
+    first, second = STAGES["data.stages"]
+    longer = {"sequence_length": 1024, "rope_scaling": {"factor": 2, "original_max_position_embeddings": 512}}
+    stages = [first | longer | {"ramp_tokens": 5000, "mtp_weight": 0.1}, second]
+    run = fabricate(tmp_path / "run", steps=60, settings={**STAGES, "data.stages": stages}, extras=False)
+    rewrite(run, lambda row: row | {"first_sample": min(row["step"] - 1, 13) * 16 + max(row["step"] - 14, 0) * 8})
+    found = {mark.step: mark.text for mark in marks_of(read_run(run))}
+    shares = "Mixture web 30\u202f%, code 70\u202f% over 5,000 tokens"
+    assert found[14] == f"{shares}; sequences of 1,024 tokens; YaRN factor 2; MTP weight 0.1"
+    assert found[25] == "Mixture web 100\u202f%, code 0\u202f%"
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -1,0 +1,128 @@
+"""Runs through stages: exact resumes on both sides of a border, layouts, what a checkpoint says, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.plan.plan import PlanOptions, choose_stage
+from tests.support.fixtures import Refused
+from tests.support.running import NARROW, exact, lines, train_here, train_two
+from train.api import build_session
+from train.api import compose as configuration
+from train.checkpoint.offline_reader import Checkpoint
+from train.compose import compose
+from train.config import Config
+from train.stages import configs_of_stages, segments_of
+
+STEP = 8 * 32  # tokens
+YARN = "{factor: 4, original_max_position_embeddings: 32}"
+STAGES = (
+    f"data.stages=[{{start_tokens: {2 * STEP}, weights: [2], ramp_tokens: {STEP}}}, "
+    f"{{start_tokens: {4 * STEP - 7}, sequence_length: 64, rope_theta: 5e6, mtp_weight: 0.3}}, "
+    f"{{start_tokens: {8 * STEP}, sequence_length: 128, rope_scaling: {YARN}}}]"
+)
+
+
+@pytest.fixture
+def words(overrides: list[str]) -> list[str]:
+    """12 steps of 8 × 32, then from step 5 on of 4 × 64 and from step 9 on of 2 × 128 tokens."""
+    return [
+        *overrides,
+        *NARROW,
+        "train.steps=12",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=4",
+        "train.dtype=float32",
+        "loss.mtp_weight=0",
+        "data.weights=[1]",
+        "validation.every=4",
+        "validation.batches=1",
+        "checkpoint.keep=0",
+        STAGES,
+    ]
+
+
+def test_a_run_resumes_exactly_around_each_border(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before it, on it and after it: losses, gradient norms and state hashes are those of an uninterrupted run."""
+    assert train_here([*words, "run.name=whole"]) == 0
+    said = [line for line in capfd.readouterr().out.splitlines() if "stage 2 from step 5:" in line]
+    assert len(said) == 1 and "4 × 64 tokens a step; RoPE base 5e+06; MTP weight 0.3" in said[0]
+    for stop in (3, 4, 5, 9, 12):
+        assert train_here([*words, f"train.steps={stop}"]) == 0
+    whole, stopped = exact(tmp_path / "whole"), exact(tmp_path / "run")
+    assert stopped == whole and len(whole) == 12
+    rows = lines(tmp_path / "whole")
+    assert [row["first_sample"] for row in rows] == [0, 8, 16, 24, 32, 36, 40, 44, 48, 50, 52, 54]
+    assert [row["tokens"] for row in rows] == [STEP * step for step in range(1, 13)]
+    assert [row["loss_mtp"] is None for row in rows] == [True] * 4 + [False] * 8
+    assert [row["step"] for row in rows if row.get("val_loss")] == [4, 8, 12]
+
+    checkpoints = {path.name[-2:]: Checkpoint(path) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    sizes = {step: (one.sequence_length, one.model.rope_theta) for step, one in sorted(checkpoints.items())}
+    early, middle, late = (32, 1e6), (64, 5e6), (128, 5e6)
+    assert sizes == {"03": early, "04": early, "05": middle, "09": late, "12": late}
+    assert checkpoints["09"].model.rope_scaling.factor == 4 and checkpoints["05"].model.rope_scaling.factor == 1
+
+
+def test_a_session_goes_through_the_same_stages(words: list[str], tmp_path: Path) -> None:
+    """Also one that resumes behind a border; its micro-batches keep their tokens."""
+    assert train_here([*words, "train.steps=6"]) == 0
+    rows = lines(tmp_path / "run")
+    with build_session(configuration(*words, "run.name=session")) as session:
+        assert [session.step()["loss"] for _ in range(6)] == [row["loss"] for row in rows]
+        assert session._stepper.config.train.micro_batch_size == 2
+        saved = session.save()
+        expected = [session.step()["loss"] for _ in range(4)]
+    with build_session(configuration(*words, "run.name=session")) as session:
+        session.resume(saved)
+        assert [session.step()["loss"] for _ in range(4)] == expected
+
+
+def test_stages_under_context_and_pipeline_parallelism(words: list[str], tmp_path: Path) -> None:
+    """Losses and gradient norms within the rounding of sums of those without; a pipeline has another shape then."""
+    few = ["train.steps=10", "model.num_layers=2", "train.micro_batch_size=2", "validation.every=0"]
+    plain = [*(word for word in words if "num_layers" not in word), *few]
+    assert train_here(plain) == 0
+    shapes = {"cp": ["parallel.cp=2"], "pp": ["parallel.pp=2", "parallel.schedule=1f1b"]}
+    assert train_two(*([*plain, *shape, f"run.name={name}"] for name, shape in shapes.items())) == [0, 0]
+    expected = lines(tmp_path / "run")
+    for name in shapes:
+        for row, other in zip(expected, lines(tmp_path / name), strict=True):
+            for key in ("loss", "grad_norm"):
+                assert other[key] == pytest.approx(row[key], rel=2e-5), (name, row["step"], key)
+
+
+def test_configurations_of_stages_keep_a_step_s_tokens(words: list[str]) -> None:
+    config: Config = compose(words)
+    found: list[tuple[Any, ...]] = [
+        (name, one.train.sequence_length, one.train.global_batch_size, one.train.micro_batch_size, one.loss.mtp_weight)
+        for name, one in configs_of_stages(config)
+    ]
+    assert found == [("", 32, 8, 4, 0.0), ("data.stages[1]", 64, 4, 2, 0.3), ("data.stages[2]", 128, 2, 1, 0.3)]
+    assert [segment.start for segment in segments_of(config)] == [0, 16, 32, 48]
+    assert choose_stage(config, PlanOptions()) == 3 and choose_stage(config, PlanOptions(stage=0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "parts"),
+    [
+        ("sequence_length: 48", [], ["data.stages[0].sequence_length=48 does not divide the 256 tokens of a step"]),
+        ("sequence_length: 256", ["parallel.dp=2", "run.num_processes=2"], ["data.stages[0]: ", "2 data-parallel"]),
+        ("sequence_length: 256", ["train.micro_batch_size=2", "train.elastic_bits=2"], ["data.stages[0]: ", "elastic"]),
+        ("rope_scaling: {factor: 4}", [], ["data.stages[0]: ", "original_max_position_embeddings"]),
+        ("rope_theta: 0.5", [], ["data.stages[0]: ", "model.rope_theta=0.5 must be at least 1"]),
+        ("mtp_weight: -1", [], ["data.stages[0]: ", "loss.mtp_weight=-1"]),
+        ("sequence_lenght: 64", [], ["sequence_lenght"]),
+        ("sequence_length: 131072", ["train.global_batch_size=4096"], ["one sample needs 131073"]),
+    ],
+)
+def test_impossible_stages_end_with_one_line(
+    stage: str, more: list[str], parts: list[str], overrides: list[str], refused: Refused, tmp_path: Path
+) -> None:
+    few = [*overrides, *NARROW, "train.global_batch_size=8", "train.micro_batch_size=1", *more]
+    refused(["train", *few, f"data.stages=[{{start_tokens: 512, {stage}}}]"], *parts)

@@ -1,0 +1,135 @@
+"""The configuration that holds in each stage of `data.stages`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from longcat.errors import ConfigError
+from train.data.stages import Segment, TrainingStage, check_segments, segment_of, segments
+from train.health.ranges import SampleRanges
+
+if TYPE_CHECKING:
+    from train.config import Config
+
+
+def segments_of(config: Config) -> list[Segment]:
+    """The run's samples in order, cut where stages begin."""
+    train = config.train
+    return segments(config.data.stages, train.sequence_length, train.global_batch_size)
+
+
+def stage_config(config: Config, number: int) -> Config:
+    """The configuration from the beginning of stage ``number`` (from 1) on; 0 = before the first stage.
+
+    Tokens of a step and of a micro-batch stay, but a micro-batch has at least one sequence. Sections that no stage
+    changes are those of ``config`` itself, but for data.stages, which is empty.
+    """
+    if not number:
+        return config
+    train, model, loss = config.train, config.model, config.loss
+    first = train.sequence_length, train.micro_batch_size
+    for segment in segments_of(config)[1 : number + 1]:
+        stage = segment.stage
+        assert stage is not None
+        if segment.length != train.sequence_length:
+            micro = max(1, first[0] * first[1] // segment.length)
+            train = replace(
+                train, sequence_length=segment.length, global_batch_size=segment.batch, micro_batch_size=micro
+            )
+        theta, scaling = stage.rope_theta, stage.rope_scaling
+        if theta is not None or scaling is not None:
+            model = replace(
+                model,
+                rope_theta=model.rope_theta if theta is None else theta,
+                rope_scaling=model.rope_scaling if scaling is None else scaling,
+            )
+        if stage.mtp_weight is not None:
+            loss = replace(loss, mtp_weight=stage.mtp_weight)
+    data = replace(config.data, stages=[])  # which would be read as later stages of this one
+    return replace(config, train=train, model=model, loss=loss, data=data)
+
+
+def configs_of_stages(config: Config) -> Iterator[tuple[str, Config]]:
+    """(name for messages, configuration) before the first stage, and of each stage that changes more than the mixture.
+
+    The name of the first is empty.
+    """
+    yield "", config
+    for number, stage in enumerate(config.data.stages, start=1):
+        if stage.changes_training:
+            yield f"data.stages[{number - 1}]", stage_config(config, number)
+
+
+def check_stages(config: Config) -> None:
+    """Check stages together with the other sections, and the configuration of each.
+
+    Raises:
+        ConfigError: a stage overlaps another one, or has a configuration that would be refused.
+    """
+    check_segments(segments_of(config))
+    for name, resolved in configs_of_stages(config):
+        if name:
+            try:
+                resolved.validate_sizes()
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from error
+
+
+def stored_segments(configuration: dict[str, Any]) -> list[Segment]:
+    """As `segments_of`, for a configuration that a checkpoint or config.yaml stores.
+
+    Raises:
+        KeyError, TypeError: it is not one of this version.
+    """
+    train = configuration["train"]
+    stages = [TrainingStage.from_mapping(stage) for stage in configuration["data"]["stages"]]
+    return segments(stages, train["sequence_length"], train["global_batch_size"])
+
+
+def stored_stage(stored: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """(section `model`, sequence length) of the stage of a checkpoint's last sample, from its state.json.
+
+    Raises:
+        KeyError, TypeError: it is not one of this version.
+    """
+    configuration, counters = stored["configuration"], stored["counters"]
+    model, parts = dict(configuration["model"]), stored_segments(configuration)
+    position = counters["samples"] - counters.get("data_start", 0)
+    skipped = SampleRanges((start, stop) for start, stop in (stored.get("health") or {}).get("skipped", []))
+    last = segment_of(parts, skipped.place(position - 1) if position else 0)
+    for segment in parts[: last.number + 1]:
+        for key in ("rope_theta", "rope_scaling"):
+            if segment.stage is not None and (value := getattr(segment.stage, key)) is not None:
+                model[key] = value if key == "rope_theta" else asdict(value)
+    return model, last.length
+
+
+def list_stages(config: Config) -> list[tuple[str, str]]:
+    """Rows (name, value) for people: each stage, and the step with which it begins, counted from the data's first."""
+    train = config.train
+    step_tokens = train.global_batch_size * train.sequence_length
+    return [
+        ("stages" if segment.number == 1 else "", f"from step {segment.tokens // step_tokens + 1:,}: {text}")
+        for segment in segments_of(config)[1:]
+        for text in [describe(config, segment)]
+    ]
+
+
+def describe(config: Config, segment: Segment) -> str:
+    """What holds in a segment, for people: `8 × 256 tokens a step; RoPE base 1e+06`."""
+    resolved = stage_config(config, segment.number)
+    train, model = resolved.train, resolved.model
+    parts = [f"{train.global_batch_size:,} × {train.sequence_length:,} tokens a step"]
+    parts.append(f"RoPE base {model.rope_theta:g}")
+    if model.rope_scaling.factor != 1:
+        parts.append(f"YaRN factor {model.rope_scaling.factor:g}")
+    if model.num_mtp_layers:
+        weight = resolved.loss.mtp_weight
+        parts.append(f"MTP weight {weight:g}" if weight else "MTP off")
+    if segment.stage is not None and segment.stage.weights:
+        shares = ", ".join(f"{weight:g}" for weight in segment.stage.weights)
+        ramp = segment.stage.ramp_tokens
+        parts.append(f"weights {shares}" + (f" over {ramp:,} tokens" if ramp else ""))
+    return "; ".join(parts)
