@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longcat.attention import LatentAttention
 from longcat.config import ModelConfig
 from longcat.documents import Documents
 from longcat.errors import ConfigError
@@ -84,9 +85,10 @@ class LongCat(SequenceModule, VocabularyModule):
         return [layer.mlp.router for layer in self.shortcut_layers()]
 
     def use_config(self, config: ModelConfig) -> None:
-        """Take other rotary frequencies from ``config``, in place; its other fields must be the present ones."""
+        """Take rotary frequencies and the scale of scores from ``config``, in place; other fields must be as now."""
+        self.config = config
         for module in self.modules():
-            if isinstance(getattr(module, "config", None), ModelConfig):
+            if isinstance(module, LatentAttention):  # the others read sizes only
                 module.config = config
 
     def trunk(

@@ -37,12 +37,14 @@ class TrainingStage:
         return any(getattr(self, name) is not None for name in TRAINING_KEYS)
 
     @staticmethod
-    def from_mapping(values: dict[str, Any]) -> TrainingStage:
+    def from_mapping(values: Any) -> TrainingStage:
         """A stage from a stored configuration, in which keys that were added later are missing.
 
         Raises:
-            TypeError: it lacks `start_tokens` or has a key that is not known.
+            TypeError: it is no mapping, lacks `start_tokens` or has a key that is not known.
         """
+        if not isinstance(values, dict):
+            raise TypeError(f"{values!r} is no stage")
         scaling = values.get("rope_scaling")
         return TrainingStage(**{**values, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
