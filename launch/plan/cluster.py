@@ -23,7 +23,7 @@ class Cluster:
     memory: float  # bytes per second, data sheet
     inside: float  # bytes per second that a GPU sends to GPUs of its node, one direction
     network: float  # bytes per second that a GPU sends to other nodes
-    inside_latency: float = 10e-6  # seconds that a collective inside a node takes at least
+    inside_latency: float = 10e-6  # seconds that a collective inside a node takes at least; on CPUs with each peer
     network_latency: float = 25e-6
     # Assumptions, not measured here: large bfloat16 GEMMs of trained models reach 65 to 75 % of the data sheet, memory
     # 80 to 90 %, NCCL's large messages 75 to 85 % of the links

@@ -48,7 +48,8 @@ def seconds(cluster: Cluster, group: Group, pattern: Pattern, num_bytes: float, 
         return 0.0
     here = group.inside(cluster)
     inside, network = cluster.inside * cluster.links_reached, cluster.network * cluster.links_reached
-    latency = count * (cluster.inside_latency if here == group.size else cluster.network_latency)
+    messages = count * (1 if cluster.on_gpu else group.size - 1)  # gloo's processes wait for one peer after the other
+    latency = messages * (cluster.inside_latency if here == group.size else cluster.network_latency)
     if here == group.size:
         return num_bytes / inside + latency
     if pattern == Pattern.all_to_all:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from launch.plan.cluster import Cluster
 from launch.plan.links import Group, Pattern, group_of, seconds
@@ -67,6 +69,11 @@ class Step:
     imbalance: float = 1.0
     lines: dict[str, Line] = field(default_factory=dict)
 
+    @cached_property
+    def one_node(self) -> Cluster:
+        """The cluster with all GPUs in one node: what a core does for a message does not depend on the link."""
+        return replace(self.cluster, gpus_per_node=sys.maxsize)
+
     def send(
         self, axis: str, what: str, pattern: Pattern, num_bytes: float, count: float, window: float, times: float
     ) -> float:
@@ -74,18 +81,17 @@ class Step:
         group = group_of(axis, self.sizes)
         taken = seconds(self.cluster, group, pattern, num_bytes, count)
         exposed = max(0.0, taken - window)
-        self.add(axis, what, num_bytes * times, taken * times, exposed * times)
+        self.add(axis, what, num_bytes * times, taken * times, exposed * times, count * times)
         return exposed
 
-    def add(self, axis: str, what: str, num_bytes: float, taken: float, exposed: float) -> None:
+    def add(self, axis: str, what: str, num_bytes: float, taken: float, exposed: float, count: float) -> None:
         if not num_bytes:
             return
         line = self.lines.setdefault(what, Line(axis, what, group_of(axis, self.sizes)))
         line.num_bytes += num_bytes
         line.seconds += taken
         line.exposed += exposed
-        inside = line.group.inside(self.cluster) == line.group.size
-        line.work += taken if inside else num_bytes / (self.cluster.inside * self.cluster.links_reached)
+        line.work += seconds(self.one_node, line.group, Pattern.ring, num_bytes, count)
 
 
 def predict(
@@ -191,7 +197,8 @@ def _experts(
     messages = 2 * (1 + (kind != FORWARD and step.config.parallel.recompute == Recompute.full))
     count = step.batch.num_micro_batches
     taken = layers * messages * (times.message + chunks * times.per_message)
-    step.add("ep", "dispatch and combine", num_bytes * count, taken * count, layers * exposed * count)
+    sent = layers * messages * chunks * count
+    step.add("ep", "dispatch and combine", num_bytes * count, taken * count, layers * exposed * count, sent)
     return layers * exposed
 
 
@@ -258,9 +265,8 @@ def _gathers(step: Step, summary: Summary, stage: int, kind: str, compute: float
     what = SpanKind.WEIGHT_ALL_GATHER.value
     taken = sharding_seconds(step, summary.of("bytes", stage, kind, what), summary.of("count", stage, kind, what))
     exposed, count = max(0.0, taken - compute), step.batch.num_micro_batches
-    step.add(
-        "fsdp", "weight all-gather", summary.of("bytes", stage, kind, what) * count, taken * count, exposed * count
-    )
+    num_bytes, gathers = (summary.of(name, stage, kind, what) * count for name in ("bytes", "count"))
+    step.add("fsdp", "weight all-gather", num_bytes, taken * count, exposed * count, gathers)
     return exposed
 
 
@@ -287,11 +293,11 @@ def _ends(step: Step, summary: Summary) -> float:
     taken = sharding_seconds(step, total("bytes", gradients), total("count", gradients))
     window = 0.0 if sizes.pp > 1 else summary.of("seconds", 0, SpanKind.BACKWARD.value)
     exposed = max(0.0, taken - window)
-    step.add("fsdp", "gradient reduce-scatter", total("bytes", gradients), taken, exposed)
+    step.add("fsdp", "gradient reduce-scatter", total("bytes", gradients), taken, exposed, total("count", gradients))
     if sizes.pp > 1:
-        num_bytes = summary.of("step bytes", gathers)
-        gathered = sharding_seconds(step, num_bytes, summary.of("step count", gathers))
-        step.add("fsdp", "weight all-gather", num_bytes, gathered, gathered)
+        num_bytes, count = summary.of("step bytes", gathers), summary.of("step count", gathers)
+        gathered = sharding_seconds(step, num_bytes, count)
+        step.add("fsdp", "weight all-gather", num_bytes, gathered, gathered, count)
         exposed += gathered
     share = shard_elements(config, sizes) / sizes.pp
     if sizes.dp > 1:
@@ -334,5 +340,5 @@ def _pipeline(step: Step, spent: list[dict[tuple[int, str], float]], count: int)
 
     found = simulate(parallel.schedule, planned(parallel.schedule, pp, count), of)
     sent = 2 * count * len(own[0])
-    step.add("pp", "hidden states and gradients", hidden * sent, transfer * sent, transfer * sent)
+    step.add("pp", "hidden states and gradients", hidden * sent, transfer * sent, transfer * sent, sent)
     return found.seconds, found.bubble

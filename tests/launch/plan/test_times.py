@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.plan import calibrate
 from launch.plan.cluster import PRESETS, Cluster, find_cluster
+from launch.plan.links import Group, Pattern, seconds
 from launch.plan.summary import Summary, summarise
 from launch.plan.times import predict
 from launch.plan.trace import Scope, Traced
 from longcat.errors import ConfigError
 from parallel.mesh import resolve_sizes
+from parallel.plan.rates import Rates
 from parallel.plan.recorder import OUTSIDE, Phase, Traffic, Work
 from parallel.watchdog.events import SpanKind
 from tests.launch.plan.allocations import COMMON
@@ -63,6 +66,25 @@ def test_calibration_is_read_again(tmp_path: Path) -> None:
     read = find_cluster(str(path))
     assert read.name == "here" and read.cores == found.cores
     assert read.inside == pytest.approx(found.inside, rel=1e-5)
+
+
+def test_calibration_finds_what_a_model_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the measured seconds of two steps whose operators are known: large ones and small ones in both."""
+    steps = {calibrate.FEW: [1e-7] * 900 + [4e-5] * 20, calibrate.MANY: [1e-7] * 700 + [2e-4] * 200}
+
+    def step(rates: Rates, device: torch.device, shape: tuple[int, int]) -> tuple[list[float], float]:
+        return steps[shape], sum(max(one / 0.4, 3e-5) for one in steps[shape])
+
+    monkeypatch.setattr(calibrate, "_step", step)
+    found = calibrate.fit(Rates(1.0, 1.0, 1.0), torch.device("cpu"))
+    assert found == pytest.approx((0.4, 3e-5), rel=0.01)
+
+
+def test_on_cpus_a_message_waits_for_each_peer() -> None:
+    node = replace(find_cluster("h100"), inside_latency=1e-3, cores=2, on_gpu=False)
+    of_two, of_four = (seconds(node, Group(size, 1), Pattern.ring, 0.0, count=5.0) for size in (2, 4))
+    assert (of_two, of_four) == (pytest.approx(5e-3), pytest.approx(15e-3))
+    assert seconds(replace(node, on_gpu=True), Group(4, 1), Pattern.ring, 0.0, count=5.0) == pytest.approx(5e-3)
 
 
 def alone() -> str:
