@@ -180,11 +180,11 @@ def calibrate(folder: Path, shaped: bool) -> Cluster:
 
 
 def clusters(loopback: Cluster, shaped: Cluster | None, ranks: int) -> Cluster:
-    """The machine as a layout's ranks see it: one node, or two that share its cores."""
+    """The machine as a layout's ranks see it: one node, or two that share its cores; a node's ranks share its link."""
     if shaped is None:
         return replace(loopback, gpus_per_node=WORKERS)
     cores = max(1, loopback.cores // 2)
-    network, latency = shaped.network, shaped.network_latency
+    network, latency = shaped.network / (ranks // 2), shaped.network_latency
     return replace(loopback, gpus_per_node=ranks // 2, cores=cores, network=network, network_latency=latency)
 
 

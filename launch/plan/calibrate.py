@@ -31,7 +31,7 @@ from longcat.errors import OK, ConfigError, LongCatError
 from longcat.init import initialise
 from longcat.model import LongCat
 from parallel.capacity import host_memory
-from parallel.chunks import line
+from parallel.chunks import best_seconds, line
 from parallel.config import ParallelConfig
 from parallel.device import keep_freed_memory, measured_gemm_rate
 from parallel.mesh import connect
@@ -207,10 +207,10 @@ def _link(device: torch.device, group: Any) -> tuple[float, float]:
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) / count
 
-    # Means: in a step too, a message waits until its peers' processes have a core
+    # A mean of small ones: in a step too, a message waits until its peers' processes have a core
     own = [
-        mean_seconds(exchange(num_bytes), max(4, round(each * SECONDS)))
-        for num_bytes, each in ((MESSAGE, 10), (SMALL, 500))
+        best_seconds(exchange(MESSAGE), device, group),
+        mean_seconds(exchange(SMALL), max(4, round(500 * SECONDS))),
     ]
     whole, small = max_over_ranks(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
     seconds, fixed = line(MESSAGE, whole, SMALL, small)
