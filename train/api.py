@@ -136,7 +136,7 @@ class Session:
     def validate(self) -> ValidationResult:
         """Loss in nats per token and bits per byte on the first batches of the validation split.
 
-        After the last step of a stage of ``data.stages`` it is measured as in that stage.
+        It is measured in the stage of ``data.stages`` of the last step, after `resume` in that of the next one.
         """
         return self._validator.measure(self.state)
 
@@ -164,6 +164,7 @@ class Session:
                 self.config.overlap.num_chunks = AUTO
                 run.decide_num_chunks(self._measured_chunks, self.state, self.config, path, SilentTerminal())
             load(self.state, path, self._description(), self.config.data.from_start, own)
+            self._stages.enter()
         return path
 
     def state_hash(self) -> str:

@@ -84,7 +84,7 @@ def stored_segments(configuration: dict[str, Any]) -> list[Segment]:
         KeyError, TypeError: it is not one of this version.
     """
     train = configuration["train"]
-    stages = [TrainingStage.from_mapping(stage) for stage in configuration["data"]["stages"]]
+    stages = [TrainingStage.from_mapping(stage) for stage in configuration["data"].get("stages", [])]
     return segments(stages, train["sequence_length"], train["global_batch_size"])
 
 
