@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from launch.plan.plan import PlanOptions, choose_stage
 from longcat.rope import RopeScaling, rotary_angles
+from tests.support.exporting import run_command
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, exact, lines, train_here, train_two
 from train.api import build_session
@@ -69,6 +71,20 @@ def test_a_run_resumes_exactly_around_each_border(
     early, middle, late = (32, 1e6), (64, 5e6), (128, 5e6)
     assert sizes == {"03": early, "04": early, "05": middle, "09": late, "12": late}
     assert checkpoints["09"].model.rope_scaling.factor == 4 and checkpoints["05"].model.rope_scaling.factor == 1
+
+
+def test_export_and_the_next_run_take_a_stage_s_positions(words: list[str], tmp_path: Path) -> None:
+    """A run without stages may start from a checkpoint inside one with its RoPE base, and with no other."""
+    assert train_here([*words, "train.steps=9"]) == 0
+    (border,) = (tmp_path / "run" / "checkpoints").iterdir()
+    run_command("export", f"source={border}", f"target={tmp_path / 'exported'}")
+    exported = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert (exported["rope_theta"], exported["max_position_embeddings"]) == (5e6, 128)
+    assert exported["rope_scaling"]["factor"] == 4 and exported["rope_scaling"]["rope_type"] == "yarn"
+    scaling = ["model.rope_scaling.factor=4", "model.rope_scaling.original_max_position_embeddings=32"]
+    later = [*words[:-1], f"checkpoint.resume={border}", "data.from_start=true", "train.steps=10", *scaling]
+    assert train_here([*later, "model.rope_theta=5e6", "run.name=same"]) == 0
+    assert train_here([*later, "model.rope_theta=2e6", "run.name=other"]) == 2
 
 
 def test_a_session_goes_through_the_same_stages(words: list[str], tmp_path: Path) -> None:
