@@ -98,6 +98,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "replay": verbs.replay,
     "checkpoint": verbs.checkpoint,
     "grow": verbs.grow,
+    "merge": verbs.merge,
     "transfer": verbs.transfer,
     "counts": verbs.counts,
     "export": verbs.export,
@@ -107,6 +108,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 }
 # Words of other programs
 MEANT = {
+    "average": "merge",
     "build": "data",
     "convert": "export",
     "fit": "train",

@@ -251,6 +251,31 @@ def grow(arguments: list[str]) -> int:
     return 0
 
 
+def merge(arguments: list[str]) -> int:
+    """merge source=RUN target=DIR  average checkpoints of a run, as a stand-in for a decay of the rate
+
+    longcat merge source=runs/constant target=merged last=4
+    longcat merge source=runs/a/checkpoints/step-00000800,runs/a/checkpoints/step-00001000 target=merged weights=1,2
+
+    source lists checkpoints; a run folder stands for all of its checkpoints, of which last=N takes the newest. Weights
+    and biases are averaged, one tensor at a time, in any layout; moments start at zero, counters are the newest
+    checkpoint's. The result can be exported, and trained with the run's settings, checkpoint.resume=TARGET and another
+    run.name.
+    """
+    from launch.options import read_options
+    from train.checkpoint.merge import MergeConfig
+    from train.checkpoint.merge import merge as merge_checkpoints
+
+    config = read_options(MergeConfig, arguments)
+    sources = merge_checkpoints(config)
+    total = sum(source.weight for source in sources)
+    for source in sources:
+        print(f"{source.weight / total:.4f} of {source.checkpoint.folder}")
+    print(f"{config.target}: the average of {len(sources)} checkpoints; counters are those of step {sources[-1].step}")
+    print(f"train it with checkpoint.resume={config.target} and another run.name")
+    return OK
+
+
 def transfer(arguments: list[str]) -> int:
     """transfer proxy=RUN model=…   carry the rates and initial scales of a narrow run to a wider model
 

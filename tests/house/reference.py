@@ -16,6 +16,7 @@ from launch.generate import GenerateOptions
 from launch.plan.plan import PlanOptions
 from launch.slurm.options import PREFIX, SlurmOptions
 from train.checkpoint.grow import GrowConfig
+from train.checkpoint.merge import MergeConfig
 from train.compose import compose
 from train.data.stages import TrainingStage
 from train.huggingface.export import ExportOptions
@@ -28,6 +29,7 @@ VERBS = {
     "import": ImportOptions,
     "generate": GenerateOptions,
     "grow": GrowConfig,
+    "merge": MergeConfig,
     "transfer": TransferConfig,
     "slurm": SlurmOptions,
     "plan": PlanOptions,

@@ -18,6 +18,7 @@ from tests.support.exporting import SMALL, assert_close, our_logits, peer_of, ru
 from tests.support.fixtures import Refused
 from tests.support.lookalikes import lookalike
 from tests.support.running import contents, lines, train_here, train_two
+from train.checkpoint import streamed
 from train.checkpoint.files import is_locked
 from train.checkpoint.offline_reader import Checkpoint, full_box
 from train.huggingface import import_folder as import_module
@@ -68,7 +69,7 @@ def test_import_reads_at_most_one_expert_at_a_time(
             return plain(self, name, shape, box)
 
         monkeypatch.setattr(kind, "read", read)
-    monkeypatch.setattr(import_module, "FILE_BYTES", 20000)
+    monkeypatch.setattr(streamed, "FILE_BYTES", 20000)
     run_command("import", f"source={export}", f"target={tmp_path / 'in'}")
     assert len(list((tmp_path / "in").glob("*.distcp"))) > 20
     words = ["export.dtype=float32", "export.shard_gib=0.0001"]
@@ -93,7 +94,7 @@ def test_failed_import_leaves_nothing_behind(
         return plain(self, *arguments)
 
     monkeypatch.setattr(SafetensorsFolder, "read", read)
-    monkeypatch.setattr(import_module, "FILE_BYTES", 20000)
+    monkeypatch.setattr(streamed, "FILE_BYTES", 20000)
     refused(["import", f"source={export}", f"target={tmp_path / 'in'}"], "could not be written", "nothing is left")
     assert not list(tmp_path.iterdir())
 
