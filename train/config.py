@@ -98,12 +98,16 @@ class ValidationConfig:
 
     every: int = 100  # steps between validations; 0 = never. The last step validates too
     batches: int = 8  # global batches of held-out text, the same ones each time
+    # global batches of held-out text of each corpus alone, where data.paths has several; 0 = not measured
+    corpus_batches: int = 2
+    # say so when a corpus's loss is this many nats per token above its lowest; 0 = never
+    worse_by: float = 0.05
     # after the last step, fit n-gram models to the same training tokens (up to 20 million) for comparison
     ngram_baselines: bool = False
     documents: int = 3  # held-out documents that the HTML report colours by FFN experts per token; 0 = none
 
     def validate(self) -> None:
-        for name in ("every", "documents"):
+        for name in ("every", "documents", "corpus_batches", "worse_by"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"validation.{name}={getattr(self, name)} must not be negative")
         if self.batches < 1:

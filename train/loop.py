@@ -26,9 +26,11 @@ from train.checkpoint.saver import Saver
 from train.checkpoint.state_hash import state_hash
 from train.config import Config
 from train.health import figures
+from train.health.corpora import PREFIX, CorpusWatch, losses_in
 from train.health.response import SpikeResponse
 from train.launch_config import OnStraggler, launch_metrics
 from train.loggers.interface import MetricsSink
+from train.loggers.jsonl import METRICS, rows
 from train.profiling.profiler import Profiler
 from train.pruning import Pruner, StoppedEarly
 from train.run_dir import as_mapping, describe_corpora
@@ -81,6 +83,8 @@ class Loop:
         )
         self.stragglers = StragglerWatch(config.launch, topology.sizes.pp)
         self.pruner = Pruner(config, corpora)
+        past = rows(config.run.folder / METRICS) if topology.is_first and not config.data.stages else ()
+        self.corpora = CorpusWatch(config.validation.worse_by, past)
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
         self.launch_metrics = launch_metrics(config.run.folder) if config.launch.restarts and topology.is_first else {}
 
@@ -101,6 +105,7 @@ class Loop:
         while counters.step < config.train.steps:
             if (entered := self.stages.enter()) is not None:
                 self.terminal.note(entered)
+                self.corpora.restart()
             with self.profiler.step(counters.step + 1):
                 start = time.perf_counter()
                 result = self._step(owed_save)
@@ -207,6 +212,8 @@ class Loop:
             measured = self.validator.measure(self.state)
         metrics["val_loss"] = measured.loss
         metrics["val_bits_per_byte"] = measured.bits_per_byte
+        metrics |= {f"{PREFIX}{name}": loss for name, loss in measured.by_corpus.items()}
+        self.response.report(self.corpora.see(self.state.counters.step, measured.by_corpus, measured.loss))
 
     def _judge(self, metrics: dict[str, Any]) -> str:
         """After a validation: why this run of a sweep ends here, by the first rank; empty if it goes on."""
@@ -233,7 +240,9 @@ class Loop:
             text = ", ".join(f"{layer}: {load:.2f}" for layer, load in enumerate(loads))
             self.terminal.note(f"expert load, max/mean by layer: {text}")
         if result.metrics.get("val_loss") is not None:
-            self.terminal.validation(step, result.metrics["val_loss"], result.metrics["val_bits_per_byte"])
+            self.terminal.validation(
+                step, result.metrics["val_loss"], result.metrics["val_bits_per_byte"], losses_in(result.metrics)
+            )
 
     def _with_auto(self) -> str:
         return "" if self.config.checkpoint.resume == "auto" else " with checkpoint.resume=auto"

@@ -46,8 +46,8 @@ class Display(Protocol):
     def step(self, metrics: Mapping[str, Any]) -> None:
         """The metrics of one step."""
 
-    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
-        """A validation result: nats per token, bits per byte."""
+    def validation(self, step: int, loss: float, bits_per_byte: float, by_corpus: Mapping[str, float]) -> None:
+        """A validation result: nats per token, bits per byte, and nats per token of each corpus."""
 
     def note(self, text: str) -> None:
         """A remark, such as a checkpoint that was written."""
@@ -63,7 +63,7 @@ class SilentTerminal:
 
     def step(self, metrics: Mapping[str, Any]) -> None: ...
 
-    def validation(self, step: int, loss: float, bits_per_byte: float) -> None: ...
+    def validation(self, step: int, loss: float, bits_per_byte: float, by_corpus: Mapping[str, float]) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -142,9 +142,11 @@ class Terminal:
             cells.append(self._paint(text.rjust(column.width), "bold red" if text in ALARMS else style))
         self._print("  ".join(cells))
 
-    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
-        """Print a validation result (nats per token, bits per byte) on a line of its own."""
+    def validation(self, step: int, loss: float, bits_per_byte: float, by_corpus: Mapping[str, float]) -> None:
+        """Print a validation result (nats per token, also by corpus, and bits per byte) on a line of its own."""
         text = f"validation at step {step:,}: loss {_fixed(loss, 4)}, {_fixed(bits_per_byte, 4)} bits per byte"
+        if by_corpus:
+            text += f" ({', '.join(f'{name} {_fixed(one, 4)}' for name, one in by_corpus.items())})"
         self._print(self._paint(text, "bold cyan" if math.isfinite(loss) else "bold red"))
 
     def note(self, text: str) -> None:

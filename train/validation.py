@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from parallel.mesh import Axis, Topology
 from parallel.reduce import sum_over_ranks, sum_scalars
 from train.batches import BatchReader
 from train.config import Config
+from train.data.names import corpus_names
 from train.data.samples import TokenSamples
 from train.data.tokens import load_tokenizer, pieces, token_byte_lengths, tokenizer_path
 from train.health.ranges import SampleRanges
@@ -29,6 +30,7 @@ class ValidationResult:
 
     loss: float
     bits_per_byte: float | None
+    by_corpus: dict[str, float] = field(default_factory=dict)  # nats per token of each, where there are several
 
 
 class Validator:
@@ -48,20 +50,42 @@ class Validator:
         if samples is None:
             samples = self.samples.of_length(config.train.sequence_length)
         self.reader = BatchReader(samples, config, self.topology)
+        names = corpus_names(config.data.paths)
+        several = len(names) > 1 and config.validation.corpus_batches > 0
+        length = config.train.sequence_length
+        self.by_corpus = {
+            name: BatchReader(samples.of_corpus(number, length), config, self.topology)
+            for number, name in enumerate(names)
+            if several
+        }
 
     @property
     def num_samples(self) -> int:
-        """Full global batches, at most as many as the split has, so that no sample counts twice."""
+        """Samples of a measurement over all corpora."""
+        return self._full_batches(self.reader, self.config.validation.batches)
+
+    def _full_batches(self, reader: BatchReader, batches: int) -> int:
+        """Samples of full global batches, at most as many as the split has, so that no sample counts twice."""
         size = self.config.train.global_batch_size
-        available = max(1, self.reader.samples.num_samples // size)
-        return min(self.config.validation.batches, available) * size
+        return min(batches, max(1, reader.samples.num_samples // size)) * size
 
     def measure(self, state: TrainState) -> ValidationResult:
-        """Validation loss and bits per byte; a collective of all ranks."""
+        """Validation loss, of each corpus too, and bits per byte; a collective of all ranks."""
+        nats, tokens, text_bytes = self._sums(state, self.reader, self.num_samples)
+        bits = nats / math.log(2) / text_bytes if text_bytes else None
+        by_corpus = {}
+        for name, reader in self.by_corpus.items():
+            samples = self._full_batches(reader, self.config.validation.corpus_batches)
+            nats_of_corpus, tokens_of_corpus, _ = self._sums(state, reader, samples)
+            by_corpus[name] = nats_of_corpus / tokens_of_corpus
+        return ValidationResult(nats / tokens, bits, by_corpus)
+
+    def _sums(self, state: TrainState, reader: BatchReader, num_samples: int) -> tuple[float, float, float]:
+        """Nats, labels and bytes of their text over the first samples of a reader, of all ranks."""
         nats, tokens, text_bytes = 0.0, 0.0, 0.0
         by_micro_batch: list[float] = []
-        for first in range(0, self.num_samples, self.config.train.global_batch_size):
-            batches = list(self.reader.read(first))
+        for first in range(0, num_samples, self.config.train.global_batch_size):
+            batches = list(reader.read(first))
             for losses_of_part in state.engine.evaluate(batches):
                 by_micro_batch += (found := [float(losses.lm) for losses in losses_of_part])
                 nats += sum(found)
@@ -76,8 +100,7 @@ class Validator:
         if not self.topology.reads_first:
             tokens, text_bytes = 0.0, 0.0
         nats, tokens, text_bytes = sum_scalars([nats, tokens, text_bytes])
-        bits = nats / math.log(2) / text_bytes if text_bytes else None
-        return ValidationResult(nats / tokens, bits)
+        return nats, tokens, text_bytes
 
     def baselines(
         self, train_samples: TokenSamples, seen_samples: int, seen_tokens: int, left_out: SampleRanges

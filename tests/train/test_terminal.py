@@ -93,7 +93,7 @@ def test_redirected_output_has_no_escapes_and_no_wrapping() -> None:
     value = "AdamW " * 30
     terminal.header([("optimizer", value)])
     terminal.step(METRICS)
-    terminal.validation(41, 2.5, 1.01)
+    terminal.validation(41, 2.5, 1.01, {"web": 2.25, "code": 2.75})
     terminal.note("checkpoint written")
     assert "\x1b" not in stream.getvalue()
     assert any(value in line for line in lines(stream))

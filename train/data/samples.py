@@ -85,6 +85,14 @@ class TokenSamples:
         other._read(sequence_length, segments([], sequence_length, 1))
         return other
 
+    def of_corpus(self, number: int, sequence_length: int) -> TokenSamples:
+        """The same split of one corpus of `data.paths` alone, in windows as of `of_length`."""
+        other = copy(self)
+        other._by_length = {length: [readers[number]] for length, readers in self._by_length.items()}
+        other._weights = [1.0]
+        other._read(sequence_length, segments([], sequence_length, 1))
+        return other
+
     def _read(self, sequence_length: int, parts: list[Segment]) -> None:
         self._readers = self._by_length[sequence_length]
         self.num_samples = sum(reader.samples_per_epoch for reader in self._readers)

@@ -26,6 +26,8 @@ class EventKind(StrEnum):
     gradient_recovered = "gradient_recovered"
     hidden_growth = "hidden_growth"
     straggler = "straggler"
+    corpus_worse = "corpus_worse"
+    corpus_recovered = "corpus_recovered"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,11 @@ from train.stages import segments_of
 from train.state import TrainState
 from train.step import StepResult
 
-GOOD_NEWS = (EventKind.expert_revived, EventKind.gradient_recovered)  # in health.jsonl alone
+GOOD_NEWS = (
+    EventKind.expert_revived,
+    EventKind.gradient_recovered,
+    EventKind.corpus_recovered,
+)  # in health.jsonl alone
 QUIET_STEPS = 20  # a spike that is only reported is not said again within so many steps of the last one
 SHOWN = 3  # events of a step that the terminal shows; health.jsonl has all
 

@@ -144,10 +144,24 @@ def stragglers(run: RunData) -> Finding | None:
     return Finding(f"{'1 straggler' if len(found) == 1 else f'{len(found)} times a straggler'}: {last}.", True)
 
 
+def corpora(run: RunData) -> Finding | None:
+    worse: dict[str, dict[str, Any]] = {}
+    for event in run.events or ():
+        if event["event"] == "corpus_worse":
+            worse[str(event.get("corpus"))] = event
+        elif event["event"] == "corpus_recovered":
+            worse.pop(str(event.get("corpus")), None)
+    if not worse:
+        return None
+    parts = [f"{name} since step {event['step']:,}" for name, event in worse.items()]
+    return Finding(f"The validation loss is above its lowest on {', '.join(parts)}.", True)
+
+
 LOOKS: Sequence[Callable[[RunData], Finding | None]] = (
     restarts,
     stragglers,
     spikes,
+    corpora,
     experts,
     gradients,
     loads,

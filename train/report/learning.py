@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from train.health.corpora import PREFIX
 from train.report.chart import DOTS_ALONE, Chart, Guide, Series
 from train.report.curves import first_below
 from train.report.numbers import compact, exact, plain
@@ -14,7 +15,7 @@ NGRAMS = ("unigram", "bigram", "trigram")
 
 def charts(run: RunData) -> list[Chart | None]:
     """Return the charts of this subject; None where there is no data."""
-    return [loss_chart(run), rate_chart(run), auxiliary_chart(run)]
+    return [loss_chart(run), corpora_chart(run), rate_chart(run), auxiliary_chart(run)]
 
 
 def loss_chart(run: RunData) -> Chart | None:
@@ -53,6 +54,20 @@ def loss_chart(run: RunData) -> Chart | None:
         log=True,
         wide=True,
     )
+
+
+def corpora_chart(run: RunData) -> Chart | None:
+    """Validation loss of each corpus, where a run has several."""
+    names = sorted(key for key in run.columns if key.startswith(PREFIX) and len(run.points(key)[0]))
+    if not names:
+        return None
+    series = [
+        Series(key.removeprefix(PREFIX), *run.points(key), number % 8, points=True, value=run.last(key))
+        for number, key in enumerate(names)
+    ]
+    values = [f"{key.removeprefix(PREFIX)} {run.last(key):.2f}" for key in names]
+    text = f"Nats per token of held-out text, by corpus; at the end {', '.join(values)}."
+    return Chart("Validation loss by corpus", text, series, f"{len(names)} corpora")
 
 
 def spike_points(run: RunData) -> Series | None:

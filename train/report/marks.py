@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from html import escape
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
+from train.data.names import corpus_names
 from train.data.stages import Segment, TrainingStage, segments
 from train.report.axes import NUMBERED, Axes, Mark
 from train.report.numbers import percent
@@ -104,16 +104,9 @@ def _shares(paths: Any, weights: Any) -> str:
     usable = isinstance(weights, list) and all(isinstance(weight, int | float) for weight in weights)
     if not usable or not isinstance(paths, list) or len(paths) != len(weights) or not sum(weights) > 0:
         return "changes"
-    parts = [
-        f"{_corpus(str(path))} {percent(weight / sum(weights))}" for path, weight in zip(paths, weights, strict=True)
-    ]
+    names = corpus_names([str(path) for path in paths])
+    parts = [f"{name} {percent(weight / sum(weights))}" for name, weight in zip(names, weights, strict=True)]
     return ", ".join(parts[:MAX_CORPORA]) + (", …" if len(parts) > MAX_CORPORA else "")
-
-
-def _corpus(prefix: str) -> str:
-    """A short name of a corpus: the last part of its prefix, or the folder of a prefix that is only `corpus`."""
-    path = PurePath(prefix)
-    return path.parent.name or path.name if path.name == "corpus" else path.name
 
 
 def _spikes(run: RunData) -> list[Mark]:
