@@ -17,7 +17,7 @@ import difflib
 import errno
 from collections.abc import Callable
 
-from launch import verbs
+from launch import checkpoint_verbs, verbs
 from longcat import __version__
 from longcat.errors import BAD_INPUT, OK, LongCatError
 from longcat.lasting_streams import lasting_streams
@@ -97,8 +97,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "diff": verbs.diff,
     "replay": verbs.replay,
     "checkpoint": verbs.checkpoint,
-    "grow": verbs.grow,
-    "merge": verbs.merge,
+    "grow": checkpoint_verbs.grow,
+    "merge": checkpoint_verbs.merge,
     "transfer": verbs.transfer,
     "counts": verbs.counts,
     "export": verbs.export,
