@@ -135,18 +135,20 @@ def check_alike(sources: list[WeightedCheckpoint]) -> None:
     first, *others = (source.checkpoint for source in sources)
     for other in others:
         wrong = differences(settings(first), settings(other), ("model", "balance.method", TOKENIZER))
-        shapes = [
-            {key: tuple(stored.size) for key, stored in one.metadata.state_dict_metadata.items()}
-            for one in (first, other)
-        ]
+        shapes = [{key: tuple(stored.size) for key, stored in stored_tensors(one).items()} for one in (first, other)]
         if not wrong and shapes[0] != shapes[1]:
             key = min(key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key))
             wrong = [f"{key} had shape {shapes[0].get(key)} and now has {shapes[1].get(key)}"]
         if wrong:
             raise ConfigError(f"{first.folder} and {other.folder} are of different models: {'; '.join(wrong)}")
-    for key in first.metadata.state_dict_metadata:
+    for key in stored_tensors(first):
         if key.partition("/")[0] not in (*AVERAGED, *MOMENTS, STEPS):
             raise ConfigError(f"{first.folder} contains {key}, which a merge does not know; other code wrote it")
+
+
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Key → torch's index entry of each stored tensor."""
+    return dict(checkpoint.metadata.state_dict_metadata)
 
 
 def settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def check_target(target: Path, sources: list[WeightedCheckpoint]) -> None:
 
 
 def check_disk_space(folder: Path, checkpoint: Checkpoint) -> None:
-    stored = checkpoint.metadata.state_dict_metadata.values()
+    stored = stored_tensors(checkpoint).values()
     needed = sum(math.prod(one.size) * one.properties.dtype.itemsize for one in stored)
     free = shutil.disk_usage(folder).free
     if needed + SPARE > free:
@@ -181,7 +183,7 @@ def merged_state(sources: list[WeightedCheckpoint]) -> dict[str, Tensor]:
     newest = sources[-1].checkpoint
     lock = threading.Lock()  # threads write files, and one tensor at a time is averaged
     tensors: dict[str, Tensor] = {}
-    for key, stored in newest.metadata.state_dict_metadata.items():
+    for key, stored in stored_tensors(newest).items():
         kind, _, name = key.partition("/")
         shape, dtype = tuple(stored.size), stored.properties.dtype
         boxes = newest.boxes(name, shape) if kind in ("weight", *MOMENTS) else [full_box(shape)]
