@@ -13,7 +13,8 @@ from longcat.documents import Documents
 from longcat.interfaces import SequenceModule
 from longcat.modules import Linear, RMSNorm
 from longcat.ops.attention import causal_attention
-from longcat.ops.elementwise import rotary
+from longcat.ops.elementwise import expanded_keys, rotary, rotated_query
+from longcat.ops.fusion import is_on_gpu
 from longcat.ops.recomputed import recomputable
 from longcat.recompute_values import Value
 
@@ -56,16 +57,25 @@ class LatentAttention(SequenceModule):
         ranges = self.sequence.ranges(latents.shape[1])
         latent, k_rope = latents.split((config.kv_lora_rank, rope), -1)
         expanded = recomputable(Value.expansion, self.kv_b_proj, latent)
-        k_nope, value = expanded.unflatten(-1, (-1, nope + width)).split((nope, width), -1)
+        expanded = expanded.unflatten(-1, (-1, nope + width))
         query_angles = torch.cat([angles[start:stop] for start, stop in ranges])
         query = query.unflatten(-1, (-1, nope + rope))
+        if is_on_gpu(query):
+            query = recomputable(Value.expansion, rotated_query, query, query_angles)
+            padded = max(nope + rope, width)
+            key, value = recomputable(Value.expansion, expanded_keys, expanded, k_rope, angles, nope, padded)
+        else:
+            k_nope, value = expanded.split((nope, width), -1)
+            query = recomputable(Value.expansion, _rotated_query, query, query_angles, nope)
+            key = recomputable(Value.expansion, _rotated_key, k_nope, k_rope, angles)
         out = causal_attention(
-            recomputable(Value.expansion, _rotated_query, query, query_angles, nope),
-            recomputable(Value.expansion, _rotated_key, k_nope, k_rope, angles),
+            query,
+            key,
             value,
             config.softmax_scale * config.query_scale,  # α_q multiplies both parts of the query, hence the scores
             documents,
             ranges,
+            width,
         )
         return out.flatten(2)
 

@@ -91,16 +91,16 @@ class Experts(WeightGradModule):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [P, D] sorted by expert, counts [E] → [P, D]."""
         ends = counts.cumsum(0).to(torch.int32)
-        gate, up = recomputable(Value.expert_hidden, self.project, rows, ends).chunk(2, -1)
-        return recomputable(Value.expert_output, self.project_back, gate, up, ends)  # type: ignore[no-any-return]
+        gate_up = recomputable(Value.expert_hidden, self.project, rows, ends)
+        return recomputable(Value.expert_output, self.project_back, gate_up, ends)  # type: ignore[no-any-return]
 
     def project(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [P, D], ``ends`` [E] the row after each expert's last → gate and up [P, 2F]."""
         return grouped_linear(rows, local_tensor(self.gate_up), ends, grad_store(self, "gate_up"))
 
-    def project_back(self, gate: Tensor, up: Tensor, ends: Tensor) -> Tensor:
-        """gate and up [P, F] → [P, D]."""
-        return grouped_gated_linear(gate, up, local_tensor(self.down), ends, grad_store(self, "down"))
+    def project_back(self, gate_up: Tensor, ends: Tensor) -> Tensor:
+        """gate and up [P, 2F] → [P, D]."""
+        return grouped_gated_linear(gate_up, local_tensor(self.down), ends, grad_store(self, "down"))
 
 
 @dataclass

@@ -38,17 +38,23 @@ Ranges = list[tuple[int, int]]  # (start, stop) of ranges of positions
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents | None, ranges: Ranges | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    documents: Documents | None,
+    ranges: Ranges | None = None,
+    value_width: int | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ + causal mask) v.
 
     query [B, q, H, C], key [B, S, H, C], value [B, S, H, V] → [B, q, H, V]. ``ranges`` are the positions of the
     queries, one range after another; None means all S. With ``documents`` a position attends only to its own document;
-    None means one document per sequence.
+    None means one document per sequence. On a GPU values may have zeros behind their ``value_width`` V columns.
     """
     ranges = [(0, key.shape[1])] if ranges is None else ranges
     if query.device.type != "cpu":
-        return fused_attention(query, key, value, scale, documents, ranges)
+        return fused_attention(query, key, value, scale, documents, ranges, value_width)
     heads_first = [recomputable(Value.expansion, _heads_first, x) for x in (query, key, value)]
     numbers = None if documents is None else documents.numbers
     firsts = None if documents is None else _first_keys(documents, ranges, key.shape[1])

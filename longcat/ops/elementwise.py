@@ -13,7 +13,17 @@ from torch.nn.functional import silu
 from longcat.faults import Place, passed, passed_all
 from longcat.ops.calls import observed
 from longcat.ops.fusion import Fusible
+from longcat.ops.one_pass import (
+    gate_rows,
+    gate_rows_backward,
+    keys_and_values,
+    keys_and_values_backward,
+    norm_rows,
+    norm_rows_backward,
+    rotate_last,
+)
 from longcat.ops.permuted import along, can_permute, elementwise, is_permuting
+from longcat.ops.torch_internals import storage_key
 
 
 @Fusible
@@ -22,6 +32,12 @@ def _norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
     return (x * inverse).to(x.dtype) * gain.to(x.dtype), inverse
+
+
+@_norm.on_gpu_by
+def _norm_on_gpu(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, inverse = norm_rows(x.reshape(-1, x.shape[-1]), gain, eps)
+    return out.view(x.shape), inverse.view(*x.shape[:-1], 1)
 
 
 @_norm.permuted_by
@@ -36,6 +52,13 @@ def _norm_backward(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tu
     grad_normed = grad * gain.to(x.dtype).float()
     mean = (grad_normed * normed).sum(-1, keepdim=True).div_(x.shape[-1])
     return grad_normed.sub_(normed.mul_(mean)).mul_(inverse).to(x.dtype), grad_gain
+
+
+@_norm_backward.on_gpu_by
+def _norm_backward_on_gpu(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    rows = (one.reshape(-1, one.shape[-1]) for one in (grad, x))
+    grad_x, grad_gain = norm_rows_backward(*rows, gain, inverse.reshape(-1, 1))
+    return grad_x.view(x.shape), grad_gain
 
 
 @_norm_backward.permuted_by
@@ -69,6 +92,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return silu(gate).mul_(up)
 
 
+@swiglu.on_gpu_by
+def _swiglu_on_gpu(gate: Tensor, up: Tensor) -> Tensor:
+    rows = (one.reshape(-1, gate.shape[-1]) for one in (gate, up))
+    return gate_rows(*rows).view(gate.shape)  # type: ignore[no-any-return]
+
+
 @swiglu.permuted_by
 def _swiglu_permuted(gate: Tensor, up: Tensor) -> Tensor:
     return elementwise(swiglu.compute, gate, up)  # type: ignore[no-any-return]
@@ -81,9 +110,33 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return torch.ops.aten.silu_backward(grad * up, gate), activation * grad, activation * up
 
 
+@swiglu_backward.on_gpu_by
+def _swiglu_backward_on_gpu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients are the halves of one tensor."""
+    rows = (one.reshape(-1, gate.shape[-1]) for one in (grad, gate, up))
+    grads, x = gate_rows_backward(*rows)
+    grad_gate, grad_up = grads.view(*gate.shape[:-1], -1).chunk(2, -1)
+    return grad_gate, grad_up, x.view(gate.shape)
+
+
 @swiglu_backward.permuted_by
 def _swiglu_backward_permuted(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return elementwise(swiglu_backward.compute, grad, gate, up)  # type: ignore[no-any-return]
+
+
+def joined_swiglu(gate_up: Tensor) -> Tensor:
+    """`swiglu` of the halves of gate_up [P, 2F]."""
+    return swiglu(*gate_up.chunk(2, -1))
+
+
+def joined_swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """→ the gradient of gate_up [P, 2F], and `joined_swiglu` recomputed."""
+    grad_gate, grad_up, x = swiglu_backward(grad, *gate_up.chunk(2, -1))
+    width = grad_gate.shape[-1]
+    one = storage_key(grad_gate.untyped_storage()) == storage_key(grad_up.untyped_storage())
+    if one and grad_up.storage_offset() == grad_gate.storage_offset() + width:  # on a GPU
+        return grad_gate.as_strided(gate_up.shape, (2 * width, 1)), x
+    return torch.cat((grad_gate, grad_up), -1), x
 
 
 @observed("rotary")
@@ -113,3 +166,46 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
 def rotary(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate the interleaved pairs of x [..., S, H, R] by ``angles`` [S, R/2] (`longcat.rope`), in float32."""
     return _Rotary.apply(x, angles)
+
+
+@observed("rotated_query")
+class _RotatedQuery(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, angles: Tensor) -> Tensor:
+        ctx.save_for_backward(angles)
+        return passed(Place.activation, "rotary", rotate_last(query, angles, False))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return passed(Place.gradient, "rotary", rotate_last(grads[0], *ctx.saved_tensors, True)), None
+
+
+def rotated_query(query: Tensor, angles: Tensor) -> Tensor:
+    """query [B, q, H, N + R] with its last columns rotated, on a GPU in one pass."""
+    return _RotatedQuery.apply(query, angles)
+
+
+@observed("keys_and_values")
+class _KeysAndValues(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, expanded: Tensor, k_rope: Tensor, angles: Tensor, nope: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(angles)
+        ctx.value_width = expanded.shape[-1] - nope
+        out = keys_and_values(expanded, k_rope, angles, nope, width)
+        return passed_all(Place.activation, "rotary", out)  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grads_in = keys_and_values_backward(*grads, *ctx.saved_tensors, ctx.value_width)
+        return *passed_all(Place.gradient, "rotary", grads_in), None, None, None
+
+
+def expanded_keys(expanded: Tensor, k_rope: Tensor, angles: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
+    """On a GPU in one pass: expanded [B, S, H, N + V] and the rotary key of all heads k_rope [B, S, R] → keys, values.
+
+    Keys are [B, S, H, N + R], with the rotated k_rope in their last columns; values [B, S, H, width], with zeros behind
+    their V columns, as attention wants them. ``nope`` is N.
+    """
+    return _KeysAndValues.apply(expanded, k_rope, angles, nope, width)  # type: ignore[no-any-return]

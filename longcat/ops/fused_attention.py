@@ -69,22 +69,26 @@ def fused_attention(
     scale: float,
     documents: Documents | None,
     ranges: list[tuple[int, int]],
+    value_width: int | None = None,
 ) -> Tensor:
     """`causal_attention` by one of torch's kernels; shapes as there."""
+    value_width = value.shape[-1] if value_width is None else value_width
     backend = choose_backend(
         torch.cuda.get_device_capability(query.device),
         query.dtype,
         torch.are_deterministic_algorithms_enabled(),
-        (key.shape[-1], value.shape[-1]),
+        (key.shape[-1], value_width),
         ranges == [(0, key.shape[1])],
         documents is not None,
     )
+    if backend != Backend.flash:
+        value = value[..., :value_width]
     if backend == Backend.cudnn:
         return _cudnn_attention(query, key, value, scale)
     segments = [] if documents is None else [documents.segments(*one) for one in ranges]
     bounds = [bound for one in segments for bound in (one.query_bounds, one.key_bounds)]
     shapes = [(one.firsts, one.longest_queries, one.longest_keys) for one in segments]
-    return _FusedAttention.apply(query, key, value, scale, backend.value, ranges, shapes, *bounds)  # type: ignore[no-any-return]
+    return _FusedAttention.apply(query, key, value, value_width, scale, backend.value, ranges, shapes, *bounds)  # type: ignore[no-any-return]
 
 
 def _cudnn_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -113,6 +117,7 @@ class _FusedAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        value_width: int,
         scale: float,
         backend: str,
         ranges: list[tuple[int, int]],
@@ -120,10 +125,10 @@ class _FusedAttention(torch.autograd.Function):
         *bounds: Tensor,
     ) -> Tensor:
         ctx.scale, ctx.backend, ctx.ranges, ctx.shapes = scale, backend, ranges, shapes
-        ctx.widths = key.shape[-1], value.shape[-1]
+        ctx.widths, ctx.given_width = (key.shape[-1], value_width), value.shape[-1]
         width = _kernel_width(backend, ctx.widths)
         query, key, value = (recomputable(Value.expansion, _widen, x, width) for x in (query, key, value))
-        calls, value_width = _calls(ctx, bounds), ctx.widths[1]
+        calls = _calls(ctx, bounds)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
             """→ the result, and what the kernels need for the backward."""
@@ -172,9 +177,9 @@ class _FusedAttention(torch.autograd.Function):
             grad_query[:, local] = _unpack(of_query, query.shape[0], firsts)
             _add_keys(grad_key, of_key, stop, firsts)
             _add_keys(grad_value, of_value, stop, firsts)
-        key_width, value_width = ctx.widths
-        grads_in = grad_query[..., :key_width], grad_key[..., :key_width], grad_value[..., :value_width]
-        return *passed_all(Place.attention_backward, "attention", grads_in), *(None,) * (4 + ctx.num_bounds)
+        key_width = ctx.widths[0]
+        grads_in = grad_query[..., :key_width], grad_key[..., :key_width], grad_value[..., : ctx.given_width]
+        return *passed_all(Place.attention_backward, "attention", grads_in), *(None,) * (5 + ctx.num_bounds)
 
 
 Operands = tuple[slice, int, tuple[int, ...] | None]  # local queries, end of the keys, first keys by sequence

@@ -1,7 +1,8 @@
 """Computations that a compiler may fuse: chains of elementwise operations and row sums, outside autograd.
 
 Each is written once and works eagerly. `fuse` lets torch.compile turn each into one pass over memory, for the whole
-process; their callers do not change, so fusing works with every layout, schedule and kind of recomputation.
+process; their callers do not change, so fusing works with every layout, schedule and kind of recomputation. Those that
+have an operator with a kernel of its own on GPUs (`one_pass.py`) run it there, compiled or not.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ VARIANTS = 64  # compilations of one function (dtypes, numbers of dimensions, si
 _FUSIBLE: list[Fusible[..., Any]] = []
 
 
+def is_on_gpu(x: Tensor) -> bool:
+    """Whether operators for GPUs run on x; the meta device counts as one."""
+    return x.device.type != "cpu"
+
+
 class Fusible(Generic[P, R]):
     """A function of tensors that runs eagerly or fused."""
 
     def __init__(self, function: Callable[P, R]) -> None:
         self.function = self.run = function
         self.permuted: Callable[P, R] | None = None  # another way to the same bits, see `permuted.py`
+        self.on_gpu: Callable[P, R] | None = None  # by an operator that has a kernel there
         self.fused: Callable[P, R] | None = None  # created at first use: the compiler takes long to import
         update_wrapper(self, function)
         _FUSIBLE.append(self)
@@ -40,7 +47,8 @@ class Fusible(Generic[P, R]):
 
     def compute(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run it; a fault may be injected into the results as they were written."""
-        out = self.run(*args, **kwargs)
+        run = self.run if self.on_gpu is None or not is_on_gpu(args[0]) else self.on_gpu  # type: ignore[arg-type]
+        out = run(*args, **kwargs)
         if is_active() and out is not None:
             passed_all(Place.elementwise, self.function.__name__, out if isinstance(out, tuple) else (out,))
         return out
@@ -49,6 +57,11 @@ class Fusible(Generic[P, R]):
         """Decorates the function that computes the same bits from permuted operands."""
         self.permuted = permuted
         return permuted
+
+    def on_gpu_by(self, on_gpu: Callable[P, R]) -> Callable[P, R]:
+        """Decorates the function that runs on GPUs instead."""
+        self.on_gpu = on_gpu
+        return on_gpu
 
     def fuse(self, enabled: bool) -> None:
         if enabled and self.fused is None:

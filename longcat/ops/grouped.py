@@ -22,13 +22,12 @@ from torch.nn.functional import grouped_mm, pad
 
 from longcat.faults import Place, passed
 from longcat.ops.calls import named, observed
+from longcat.ops.elementwise import joined_swiglu, joined_swiglu_backward
 from longcat.ops.matmul import (
     StoreWeightGrad,
     compute_or_store,
     cpu_has_amx,
     detach_if_deferred,
-    input_and_gradients,
-    input_of,
     upcast,
 )
 from longcat.ops.permuted import along, is_permuting, matmul, rolled
@@ -158,28 +157,31 @@ _weight_gradient = named("experts weight", weight_gradient)
 
 @observed("experts")
 class _GroupedLinear(torch.autograd.Function):
-    """Takes the inputs of `matmul._Linear`."""
+    """``x`` are rows [P, I], or if ``gated`` the gate and up [P, 2I] of a SwiGLU whose result is not saved."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ends: Tensor, store: StoreWeightGrad | None, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, ends, *inputs)
-        ctx.store = store
-        x = input_of(inputs)
+    def forward(
+        ctx: Any, weight: Tensor, ends: Tensor, store: StoreWeightGrad | None, gated: bool, x: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(weight, ends, x)
+        ctx.store, ctx.gated = store, gated
+        x = joined_swiglu(x) if gated else x
         return passed(Place.activation, "experts", grouped_product(x, weight.to(x.dtype).transpose(1, 2), ends))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, ends, *inputs = ctx.saved_tensors
-        grad = grads[0].contiguous()
-
-        def grad_of_x() -> Tensor:
-            return passed(Place.gradient, "experts", grouped_product(grad, weight.to(grad.dtype), ends))
-
-        x, grad_inputs = input_and_gradients(ctx.needs_input_grad[3:], inputs, grad_of_x)
+        weight, ends, x = ctx.saved_tensors
+        grad, grad_x = grads[0].contiguous(), None
+        if ctx.needs_input_grad[4]:
+            grad_x = passed(Place.gradient, "experts", grouped_product(grad, weight.to(grad.dtype), ends))
+            if ctx.gated:
+                grad_x, x = joined_swiglu_backward(grad_x, x)
+        elif ctx.gated:
+            x = joined_swiglu(x)
         grad_w = None
         if ctx.store is not None or ctx.needs_input_grad[0]:
             grad_w = compute_or_store(ctx.store, lambda: _weight_gradient(grad, x, ends))
-        return grad_w, None, None, *grad_inputs
+        return grad_w, None, None, None, grad_x
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, store: StoreWeightGrad | None = None) -> Tensor:
@@ -187,23 +189,21 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, store: StoreWeightGr
 
     Experts may have no rows, and P may be 0; their weight gradient is zero. ``store`` as in `linear`.
     """
-    return _grouped((x,), weight, ends, store)
+    return _grouped(x, weight, ends, store, gated=False)
 
 
-def grouped_gated_linear(
-    gate: Tensor, up: Tensor, weight: Tensor, ends: Tensor, store: StoreWeightGrad | None = None
-) -> Tensor:
-    """`grouped_linear` of x = silu(gate) · up [P, I], which autograd does not save."""
-    return _grouped((gate, up), weight, ends, store)
+def grouped_gated_linear(gate_up: Tensor, weight: Tensor, ends: Tensor, store: StoreWeightGrad | None = None) -> Tensor:
+    """`grouped_linear` of x = silu(gate) · up [P, I], which autograd does not save; gate_up [P, 2I] has both."""
+    return _grouped(gate_up, weight, ends, store, gated=True)
 
 
-def _grouped(inputs: tuple[Tensor, ...], weight: Tensor, ends: Tensor, store: StoreWeightGrad | None) -> Tensor:
-    weight = detach_if_deferred(weight, store, *inputs)
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor, store: StoreWeightGrad | None, gated: bool) -> Tensor:
+    weight = detach_if_deferred(weight, store, x)
     width, height = weight.shape[2], weight.shape[1]
-    align = 16 // inputs[0].element_size()  # grouped_mm needs rows of a multiple of 16 bytes
+    align = 16 // x.element_size()  # grouped_mm needs rows of a multiple of 16 bytes
     pad_in, pad_out = -width % align, -height % align
     if not pad_in and not pad_out:
-        return _GroupedLinear.apply(weight, ends, store, *inputs)
+        return _GroupedLinear.apply(weight, ends, store, gated, x)
 
     def store_unpadded(compute: Callable[[], Tensor]) -> None:
         assert store is not None
@@ -213,6 +213,7 @@ def _grouped(inputs: tuple[Tensor, ...], weight: Tensor, ends: Tensor, store: St
         pad(weight, (0, pad_in, 0, pad_out)),
         ends,
         None if store is None else store_unpadded,
-        *(pad(x, (0, pad_in)) for x in inputs),
+        gated,
+        pad(x.unflatten(-1, (2 if gated else 1, width)), (0, pad_in)).flatten(-2),
     )
     return padded[:, :height]

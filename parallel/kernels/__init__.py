@@ -17,7 +17,7 @@ def install(device: torch.device) -> bool:
         return False
     if not _installed:
         try:
-            from parallel.kernels import embedding, grouped, permute, rows
+            from parallel.kernels import embedding, grouped, one_pass, permute, rotary, rows
         except ImportError as error:
             logging.getLogger(__name__).warning("no Triton kernels (%s); plain torch operators run instead", error)
             return False
@@ -33,6 +33,13 @@ def install(device: torch.device) -> bool:
             embedding.embedding_gradient,
             grouped.grouped_rows,
             grouped.grouped_sums,
+            one_pass.norm_rows,
+            one_pass.norm_rows_backward,
+            one_pass.gate_rows,
+            one_pass.gate_rows_backward,
+            rotary.rotate_last,
+            rotary.keys_and_values,
+            rotary.keys_and_values_backward,
         ):
             library.impl(launch.__name__, launch, "CUDA")
         _installed.append(library)

@@ -30,13 +30,14 @@ import parallel.collectives.point_to_point
 import parallel.expert.dispatchers
 import parallel.fsdp.collectives
 from longcat.dispatch import LocalDispatcher, LocalPending, Routing
-from longcat.ops import embedding, grouped, permute, rows, selections
+from longcat.ops import elementwise, embedding, fusion, grouped, permute, rows, selections
 from longcat.ops.recomputed import recomputable
 from longcat.ops.torch_internals import storage_key
 from longcat.ops.torch_library import PLAIN
 from longcat.recompute_values import Value
 from parallel.collectives.point_to_point import Messages
 from parallel.expert.dispatchers import SplitSizes
+from parallel.kernels.shapes import SHAPES
 from parallel.plan.recorder import AllocationRecorder
 
 
@@ -127,12 +128,11 @@ def flash_attention(recorder: AllocationRecorder) -> Callable[..., Tensor]:
 
     class Flash(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pairs: float) -> Tensor:
+        def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, value_width: int, pairs: float) -> Tensor:
             width, ctx.pairs, ctx.value_width = max(key.shape[3], value.shape[3]), pairs, value.shape[3]
-            value_width = ctx.value_width
 
             def widen(value: Tensor) -> Tensor:
-                return value if value_width == width else value.new_empty(*value.shape[:3], width)
+                return value if value.shape[3] == width else value.new_empty(*value.shape[:3], width)
 
             def attend(query: Tensor, key: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
                 result = wide.new_empty(*query.shape[:3], width)
@@ -153,17 +153,35 @@ def flash_attention(recorder: AllocationRecorder) -> Callable[..., Tensor]:
             padded = out.new_empty(2, *out.shape[:3], wide.shape[3])  # the result and its gradient
             found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(wide)
             del padded
-            return found[0], found[1], found[2][..., : ctx.value_width], None
+            return found[0], found[1], found[2][..., : ctx.value_width], None, None
 
     def causal_attention(
-        query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Any, ranges: Any = None
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        documents: Any,
+        ranges: Any = None,
+        value_width: int | None = None,
     ) -> Tensor:
         ranges = [(0, key.shape[1])] if ranges is None else ranges
         each = query.shape[0] * query.shape[2]
         pairs = sum(each * (stop - start) * (start + stop + 1) / 2 for start, stop in ranges)
-        return Flash.apply(query, key, value, pairs)
+        return Flash.apply(query, key, value, value.shape[3] if value_width is None else value_width, pairs)
 
     return causal_attention
+
+
+def one_kernel(recorder: AllocationRecorder, name: str) -> Callable[..., Any]:
+    """The operator ``name`` as its kernel on a GPU: nothing but its results is allocated."""
+
+    def run(*args: Any) -> Any:
+        out = SHAPES[name](*args)
+        tensors = [one for one in (*args, *(out if isinstance(out, tuple) else (out,))) if isinstance(one, Tensor)]
+        recorder.count(0.0, nbytes(*tensors), tensors[0].dtype)
+        return out
+
+    return run
 
 
 def combine_rows_on_gpu(recorder: AllocationRecorder) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -275,6 +293,11 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
             if on_gpu and hasattr(module, "reduce_scatter"):
                 put(module, "reduce_scatter", reduce_scatter_on_gpu)
         if on_gpu:
+            for name, value in list(vars(elementwise).items()):
+                if callable(value) and value in PLAIN:
+                    put(elementwise, name, one_kernel(recorder, name))
+            for module in (longcat.attention, fusion):
+                put(module, "is_on_gpu", lambda _: True)
             put(longcat.attention, "causal_attention", flash_attention(recorder))
             put(longcat.ops.matmul, "_NATIVE_BFLOAT16", True)
             put(longcat.ops.cross_entropy, "MIN_ROWS", longcat.ops.cross_entropy.MIN_ROWS_GPU)

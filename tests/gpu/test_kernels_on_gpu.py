@@ -15,12 +15,16 @@ from longcat.ops.attention import causal_attention
 from parallel.kernels import install
 from tests.support.kernel_cases import (
     Case,
+    Heads,
     assert_bits,
     check_combine,
     check_embedding,
+    check_gate,
     check_gather,
     check_grouped,
+    check_norm,
     check_plan,
+    check_rotation,
     check_selections,
     check_sum,
 )
@@ -57,11 +61,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_equal_plain_versions_bitwise(shape: str, dtype: torch.dtype) -> None:
     routing = case(dtype, **SHAPES[shape])
-    for check in (check_plan, check_selections, check_gather, check_sum):
+    for check in (check_plan, check_selections, check_gather, check_sum, check_norm, check_gate):
         check(routing)
     check_combine(routing, True)
     check_combine(routing, False)
     check_grouped(routing, 256)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [Heads(2, 70, 64, 128, 32, 128, 192), Heads(1, 5, 3, 20, 5, 24, 32)], ids=str)
+def test_rotation_equals_plain_versions_bitwise(sizes: Heads, dtype: torch.dtype) -> None:
+    check_rotation(sizes, dtype, 1, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])

@@ -82,11 +82,16 @@ def test_gated_products_save_only_gate_and_up(width: int) -> None:
     assert_same(ours, x() @ one.t(), [gate, up, one])
     ends = torch.tensor([3, 4], dtype=torch.int32)
     reference = torch.cat((x()[:3] @ several[0].t(), x()[3:] @ several[1].t()))
-    assert_same(grouped_gated_linear(gate, up, several, ends), reference, [gate, up, several])
+    assert_same(grouped_gated_linear(torch.cat((gate, up), -1), several, ends), reference, [gate, up, several])
     fixed = gate.detach(), up.detach()
     assert_same(gated_linear(*fixed, one), x().detach() @ one.t(), [one])
     assert_same(gated_linear(fixed[0], up, one), x() @ one.t(), [up, one])
-    assert_same(grouped_gated_linear(gate, fixed[1], several[:1], ends[1:]), x() @ several[0].t(), [gate])
+    both = torch.cat((gate, up), -1)
+    assert_same(grouped_gated_linear(both, several[:1].detach(), ends[1:]), x() @ several[0].detach().t(), [gate, up])
+    of_weight = x().detach()[:, None].mT @ torch.ones(4, 1, 7)
+    grouped_gated_linear(both.detach(), several[:1], ends[1:]).sum().backward()
+    assert several.grad is not None
+    torch.testing.assert_close(several.grad[0], of_weight.sum(0).t(), rtol=1e-5, atol=1e-6)
 
 
 def test_rotary_turns_interleaved_pairs() -> None:

@@ -86,8 +86,11 @@ def operators(dtype: torch.dtype, size: int) -> dict[str, tuple[list[Tensor], ob
         "gated": ([gate, up, weight], lambda: gated_linear(gate, up, weight)),
         "router": ([rows, narrow], lambda: fp32_linear(rows, narrow)),
         "experts": ([rows, stack], lambda: grouped_linear(rows, stack, ends)),
-        "gated experts": ([rows, other, stack], lambda: grouped_gated_linear(rows, other, stack, ends)),
-        "halves": ([halves, thin], lambda: grouped_gated_linear(*halves.chunk(2, -1), thin, ends)),
+        "gated experts": (
+            [rows, other, stack],
+            lambda: grouped_gated_linear(torch.cat((rows, other), -1), stack, ends),
+        ),
+        "halves": ([halves, thin], lambda: grouped_gated_linear(halves, thin, ends)),
         "norm": ([x, gain], lambda: rms_norm(x, gain, 1e-6)),
         "rotary": ([q], lambda: rotary(q, angles)),
         "attention": ([q, k, v], lambda: causal_attention(q, k, v, 0.2, documents)),

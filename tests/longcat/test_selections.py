@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +13,7 @@ from longcat.dispatch import LocalDispatcher, LocalPending, Routing
 from longcat.layer import ShortcutLayer
 from longcat.ops.selections import count_selections, selected_gates
 from longcat.ops.torch_internals import TorchDispatchMode, operator_name
-from longcat.ops.torch_library import NAME
+from parallel.kernels.shapes import shapes_on_meta
 from train.compose import compose
 
 SORTS = ("sort", "unique", "index_put", "scatter", "index_add", "index_copy", "bincount")
@@ -47,35 +45,6 @@ class Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def shapes_of_kernels() -> Iterator[None]:
-    """On the meta device the operators that have a kernel only make their results, as on a GPU."""
-
-    def plan(indices: Tensor, num_experts: int, num_routed: int, rows: int | None = None) -> tuple[Tensor, ...]:
-        assert rows is not None
-        return indices.new_empty(rows), indices.new_empty(rows), indices.clone(), indices.new_empty(num_routed)
-
-    def combine_backward(
-        grad: Tensor, rows: Tensor, gates: Tensor, token: Tensor, selection: Tensor, index: Tensor, x: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(rows), torch.empty_like(gates), torch.empty_like(x)
-
-    library = torch.library.Library(NAME, "IMPL")
-    for name, shape in {
-        "plan": plan,
-        "sum_rows": lambda rows, index: rows.new_empty(index.shape[0], rows.shape[1]),
-        "combine_rows": lambda rows, gates, index, x: torch.empty_like(x),
-        "combine_rows_backward": combine_backward,
-        "count_selections": lambda indices, num_routed: indices.new_empty(num_routed),
-        "spread_gates": lambda grad, indices, num_routed: grad.new_empty(grad.shape[0], num_routed),
-    }.items():
-        library.impl(name, shape, "Meta")
-    try:
-        yield
-    finally:
-        library._destroy()
-
-
 def test_a_layer_has_no_scatter_and_no_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward on the meta device, in bfloat16, with a GPU's attention."""
 
@@ -85,7 +54,7 @@ def test_a_layer_has_no_scatter_and_no_sort(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(LocalDispatcher, "start_dispatch", start_dispatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     config = compose(["model=tiny"]).model
-    with torch.device("meta"), shapes_of_kernels(), Names() as names:
+    with torch.device("meta"), shapes_on_meta(), Names() as names:
         layer = ShortcutLayer(config, balance_groups=2).to(torch.bfloat16)
         x = torch.empty(1, 64, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         angles = torch.empty(64, config.qk_rope_head_dim // 2, dtype=torch.complex64)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from parallel.kernels.shapes import SHAPES
 from parallel.torch_internals import never_compiled
 
 aten, longcat = torch.ops.aten, torch.ops.longcat
@@ -105,7 +105,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "longcat":
             if any(not one.is_cuda for one in tensors):
                 self.found.misplaced[f"{name} in {caller()}"] += 1
-            return SHAPES[name](*args, **kwargs)
+            return SHAPES[func._opname](*args, **kwargs)
         if _copies_to_device(func, args, kwargs) and not kwargs.get("non_blocking", _third(func, args)):
             self.found.pageable[caller()] += 1
         return func(*args, **kwargs)
@@ -178,27 +178,3 @@ def _copies_to_device(func: Any, args: Any, kwargs: Any) -> bool:
 def _indexes_by_mask(func: Any, args: Any) -> bool:
     indices = args[1] if func._opname in ("index", "index_put", "index_put_") else ()
     return any(isinstance(one, Tensor) and one.dtype is torch.bool for one in indices)
-
-
-# Results of the operators that have a Triton kernel, without running one
-SHAPES: dict[str, Callable[..., Any]] = {
-    "longcat::count_selections": lambda indices, num_routed: indices.new_empty(num_routed),
-    "longcat::spread_gates": lambda grad, indices, num_routed: grad.new_empty(grad.shape[0], num_routed),
-    "longcat::grouped_rows": lambda a, b, ends: a.new_empty(a.shape[0], b.shape[2]),
-    "longcat::grouped_sums": lambda a, b, ends: a.new_empty(ends.shape[0], a.shape[1], b.shape[1]),
-    "longcat::gather_rows": lambda source, index: source.new_empty(index.shape[0], source.shape[1]),
-    "longcat::sum_rows": lambda rows, index: rows.new_empty(index.shape[0], rows.shape[1]),
-    "longcat::combine_rows": lambda rows, gates, index, x: rows.new_empty(gates.shape[0], rows.shape[1]),
-    "longcat::combine_rows_backward": lambda grad, rows, gates, token, selection, index, x: (
-        torch.empty_like(rows),
-        torch.empty_like(gates),
-        grad.new_empty(0) if x is None else torch.empty_like(x),
-    ),
-    "longcat::embedding_gradient": lambda grad, ids, rows: grad.new_empty(rows, grad.shape[1]),
-    "longcat::plan": lambda indices, experts, routed, rows: (
-        indices.new_empty(rows),
-        indices.new_empty(rows),
-        torch.empty_like(indices),
-        indices.new_empty(routed),
-    ),
-}

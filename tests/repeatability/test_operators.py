@@ -80,7 +80,7 @@ def run_grouped(gated: bool, equal: bool) -> tuple[Tensor, list[Tensor]]:
     x, up, weight = draw(0, sum(counts), WIDTH), draw(1, sum(counts), WIDTH), draw(2, EXPERTS, HEIGHT, WIDTH)
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     if gated:
-        return grouped_gated_linear(x, up, weight, ends), [x, up, weight]
+        return grouped_gated_linear(torch.cat((x, up), -1), weight, ends), [x, up, weight]
     return grouped_linear(x, weight, ends), [x, weight]
 
 

@@ -151,3 +151,66 @@ def check_embedding(places: int, num_rows: int, width: int, dtype: torch.dtype, 
     grad = case.draw(places, width)
     plain = torch.ops.longcat.embedding_gradient(grad.cpu(), ids, num_rows)
     assert_bits(embedding_gradient(grad, ids.to(device), num_rows), plain)
+
+
+def check_norm(case: Case) -> None:
+    """Rows that are apart in memory, as a latent beside a rotary key is."""
+    from parallel.kernels.one_pass import norm_rows, norm_rows_backward
+
+    x = case.draw(case.tokens, case.width + 3)[:, : case.width]
+    gain, grad = case.draw(case.width, dtype=torch.float32), case.draw(case.tokens, case.width)
+    plain = torch.ops.longcat.norm_rows(x.cpu(), gain.cpu(), 1e-6)
+    for mine, expected in zip(norm_rows(x, gain, 1e-6), plain, strict=True):
+        assert_bits(mine, expected)
+    plain_backward = torch.ops.longcat.norm_rows_backward(grad.cpu(), x.cpu(), gain.cpu(), plain[1])
+    ours = norm_rows_backward(grad, x, gain, plain[1].to(case.device))
+    for mine, expected in zip(ours, plain_backward, strict=True):
+        assert_bits(mine, expected)
+
+
+def check_gate(case: Case) -> None:
+    """The halves of one tensor, as experts have them; some numbers are beyond the range of exp."""
+    from parallel.kernels.one_pass import gate_rows, gate_rows_backward
+
+    gate, up = case.draw(case.tokens, 2 * case.width).chunk(2, -1)
+    grad, plain = case.draw(case.tokens, case.width), torch.ops.longcat
+    assert_bits(gate_rows(gate, up), plain.gate_rows(gate.cpu(), up.cpu()))
+    ours = gate_rows_backward(grad, gate, up)
+    expected = plain.gate_rows_backward(grad.cpu(), gate.cpu(), up.cpu())
+    for mine, wanted in zip(ours, expected, strict=True):
+        assert_bits(mine, wanted)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of queries, keys and values: sequences, positions, heads, their width without positions, pairs, values."""
+
+    batch: int
+    positions: int
+    heads: int
+    nope: int
+    pairs: int
+    value: int
+    padded: int
+
+
+def check_rotation(sizes: Heads, dtype: torch.dtype, seed: int, device: str = "cpu") -> None:
+    """Queries there and back, keys with values, and their gradients."""
+    from parallel.kernels import rotary
+
+    case, plain = Case(0, 1, 0, 1, 1, dtype, 0.0, seed, device), torch.ops.longcat
+    tokens, turned = (sizes.batch, sizes.positions), 2 * sizes.pairs
+    angles = torch.polar(*torch.rand(2, sizes.positions, sizes.pairs, generator=case.generator) * 3)
+    on_device = angles.to(device)
+    query = case.draw(*tokens, sizes.heads, sizes.nope + turned)
+    for back in (False, True):
+        assert_bits(rotary.rotate_last(query, on_device, back), plain.rotate_last(query.cpu(), angles, back))
+    expanded = case.draw(*tokens, sizes.heads, sizes.nope + sizes.value)
+    k_rope = case.draw(*tokens, turned + 3)[..., 3:]
+    ours = rotary.keys_and_values(expanded, k_rope, on_device, sizes.nope, sizes.padded)
+    expected = plain.keys_and_values(expanded.cpu(), k_rope.cpu(), angles, sizes.nope, sizes.padded)
+    grads = query, case.draw(*tokens, sizes.heads, sizes.padded)
+    ours += rotary.keys_and_values_backward(*grads, on_device, sizes.value)
+    expected += plain.keys_and_values_backward(*(grad.cpu() for grad in grads), angles, sizes.value)
+    for mine, wanted in zip(ours, expected, strict=True):
+        assert_bits(mine, wanted)

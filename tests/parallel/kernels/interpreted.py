@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import longcat.ops.one_pass
 from longcat.ops.permute import plan_permutation
 from tests.support.kernel_cases import (
     Case,
+    Heads,
     assert_bits,
     check_combine,
     check_embedding,
+    check_gate,
     check_gather,
     check_grouped,
+    check_norm,
     check_plan,
+    check_rotation,
     check_selections,
     check_sum,
 )
@@ -115,6 +121,49 @@ def test_embedding_gradient(places: int, num_rows: int, width: int, dtype: torch
 @settings(max_examples=share_of(15))
 def test_grouped_products(case: Case, outputs: int) -> None:
     check_grouped(case, outputs)
+
+
+@given(case=cases)
+@example(case=NO_TOKENS)
+@example(case=SEVERAL_BLOCKS)
+@settings(max_examples=share_of(15))
+def test_norm(case: Case) -> None:
+    check_norm(case)
+
+
+def test_norm_of_more_blocks_than_are_added_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five blocks of rows, of which two at a time are added by halves; few numbers, so some sums are zeros."""
+    from parallel.kernels import one_pass as kernels
+
+    for module in (longcat.ops.one_pass, kernels):
+        monkeypatch.setattr(module, "BLOCKS", 2)
+    check_norm(Case(tokens=140, experts=1, zero=0, top_k=1, width=2, dtype=torch.float32, skew=0.0, seed=5))
+
+
+@given(case=cases)
+@example(case=NO_TOKENS)
+@settings(max_examples=share_of(15))
+def test_gate(case: Case) -> None:
+    check_gate(case)
+
+
+@given(
+    sizes=st.builds(
+        Heads,
+        batch=st.integers(0, 2),
+        positions=st.integers(1, 4),
+        heads=st.integers(1, 5),
+        nope=st.integers(1, 9),
+        pairs=st.integers(1, 5),
+        value=st.integers(1, 8),
+        padded=st.integers(8, 12),
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=share_of(25))
+def test_rotation(sizes: Heads, dtype: torch.dtype, seed: int) -> None:
+    check_rotation(sizes, dtype, seed)
 
 
 def test_negative_zeros_and_infinities() -> None:

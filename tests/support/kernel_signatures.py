@@ -1,0 +1,42 @@
+"""The kernels of `parallel/kernels/one_pass.py` and `rotary.py` as a training run launches them, to compile them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Compilation = tuple[Any, dict[str, str], dict[str, Any]]  # kernel, types of arguments, constants
+
+
+def one_pass_compilations(row_types: tuple[str, ...]) -> dict[str, Compilation]:
+    """At the flash sizes: rows of 6,144, 64 heads of 128 + 64 columns, values of 128 filled to 192."""
+    from parallel.kernels import one_pass, rotary
+
+    found: dict[str, Compilation] = {}
+
+    def add(name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> None:
+        others = {one: "i32" for one in kernel.arg_names if one not in pointers and one not in constants}
+        others |= {one: "fp32" for one in ("reciprocal", "eps") if one in others}
+        found[name] = kernel, pointers | others, constants
+
+    row, sums = {"SIZE": 8192, "STEPS": 13}, {"BLOCKS": one_pass.BLOCKS, "STEPS": 8, "COLUMNS": one_pass.COLUMNS}
+    heads = {"HEADS": 64, "NOPE": 128, "PAIRS": 32}
+    for dtype in row_types:
+        rows = f"*{dtype}"
+        norm = {"x": rows, "gain": "*fp32", "inverses": "*fp32"}
+        add(f"norm-{dtype}", one_pass.norm_kernel, norm | {"out": rows}, row)
+        backward = norm | {"grad": rows, "grad_x": rows, "partial": "*fp32"}
+        add(f"norm_backward-{dtype}", one_pass.norm_backward_kernel, backward, row | {"ROWS": one_pass.ROWS})
+        gate = dict.fromkeys(("gate", "up", "out"), rows)
+        add(f"gate-{dtype}", one_pass.gate_kernel, gate, {"BLOCK": one_pass.BLOCK})
+        backward = gate | {"grad": rows, "grads": rows}
+        add(f"gate_backward-{dtype}", one_pass.gate_backward_kernel, backward, {"BLOCK": one_pass.BLOCK})
+        angles = {"angles": "*fp32"}
+        for back in (False, True):
+            query = angles | {"x": rows, "out": rows}
+            add(f"rotate-{back}-{dtype}", rotary.rotate_kernel, query, heads | {"BACK": back})
+        keys = angles | dict.fromkeys(("expanded", "k_rope", "key", "value"), rows)
+        add(f"keys-{dtype}", rotary.keys_kernel, keys, heads | {"VALUE": 256})
+        backward = angles | dict.fromkeys(("grad_key", "grad_value", "grad_expanded", "grad_rope"), rows)
+        add(f"keys_backward-{dtype}", rotary.keys_backward_kernel, backward, heads | {"STEPS": 6, "VALUE": 128})
+    add("gain", one_pass.gain_kernel, {"partial": "*fp32", "out": "*fp32"}, sums)
+    return found
