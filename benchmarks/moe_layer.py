@@ -33,6 +33,7 @@ from longcat.moe import MoE
 from longcat.names import stored_state
 from longcat.ops.fusion import fuse
 from parallel.device import keep_freed_memory
+from parallel.kernels import install
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of ‖difference‖ / ‖value‖ between two programs
 MOST_COMPILED = 32  # experts: DeepSpeed's are modules, which the compiler unrolls
@@ -248,6 +249,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as in training; applies to all programs of this process
+    install(device())
     results = []
     for name in args.model:
         results.append(compare(name, args))

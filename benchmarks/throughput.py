@@ -39,6 +39,7 @@ from longcat.model import LongCat
 from longcat.ops.fusion import fuse
 from longcat.ops.matmul import cpu_multiplies_bfloat16
 from parallel.device import keep_freed_memory
+from parallel.kernels import install
 
 # Largest relative difference of the two losses that still counts as the same computation
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
@@ -203,6 +204,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as in training; applies to all programs of this process
+    install(device())
     fields = {name: int(value) for name, value in (one.split("=") for one in args.set)}
     config = replace(preset(args.model), num_mtp_layers=0, **fields)
     config.validate()

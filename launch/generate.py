@@ -15,6 +15,7 @@ from longcat.errors import ConfigError
 from longcat.generation import Generated, SamplingParams, generate
 from longcat.model import LongCat
 from parallel.device import fastest_dtype
+from parallel.kernels import install
 from train.checkpoint.offline_reader import Checkpoint, TensorSource, load_model
 from train.config import ComputeDtype
 from train.data.corpus import TOKENIZER_NAME
@@ -94,6 +95,7 @@ def load(options: GenerateOptions) -> tuple[LongCat, Path, int]:
         tokenizer = checkpoint.tokenizer(options.tokenizer, "tokenizer")
         end = checkpoint.end_of_document(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    install(device)
     dtype = fastest_dtype() if options.dtype == ComputeDtype.auto else getattr(torch, options.dtype)
     return load_model(config, source, dtype, device), tokenizer, end
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from launch.__main__ import main as longcat
-from launch.generate import continuation
+from launch.generate import GenerateOptions, continuation, load
 from tests.support.exporting import SMALL, run_command, trained
 from tests.support.fixtures import Refused
 from tests.support.running import lines, run_cleanly
@@ -127,6 +127,12 @@ def test_export_notes_tokens_that_training_left_out(
     with patch.object(Checkpoint, "tokenizer", return_value=given):  # as if it were trained with that file
         _, notes = export(options)
     assert any("adds <|endoftext|> to a text" in note for note in notes)
+
+
+def test_generation_asks_for_the_gpus_kernels(checkpoint: Path) -> None:
+    with patch("launch.generate.install") as install:
+        model, _, _ = load(GenerateOptions(source=str(checkpoint)))
+    install.assert_called_once_with(next(model.parameters()).device)
 
 
 def test_continuations_keep_their_first_space() -> None:
