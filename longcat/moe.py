@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from longcat.modules import Linear, grad_store
 from longcat.ops.fp32_linear import fp32_linear
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
 from longcat.ops.recomputed import recomputable
-from longcat.ops.selections import count_selections, selected_gates
+from longcat.ops.selections import count_margins, count_selections, selected_gates
 from longcat.recompute_values import Value
 
 
@@ -51,6 +52,7 @@ class Router(nn.Module):
         self.gate_slope: Tensor | None = None  # if set to zeros [N + Z], the backward adds Σ_t ∂loss/∂R_t
         self.slope_unit = 0.0  # if set, each backward's slopes are rounded to multiples of it, which add in any order
         self.direction: Tensor | None = None  # [D] float64, if gate_slope is set: Σ of the classifier's normalised rows
+        self.margins: Tensor | None = None  # if set to zeros [N + Z, bins], the backward adds `count_margins`
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u [T, D] → probabilities R [T, N+Z], selected experts [T, K], gates γ·R [T, K]; floats in float32."""
@@ -66,12 +68,20 @@ class Router(nn.Module):
         if self.gate_slope is not None and probabilities.requires_grad:
             gating = probabilities.view_as(probabilities)
             gating.register_hook(self._add_to_slope)
+            if self.margins is not None:
+                gating.register_hook(partial(self._add_to_margins, probabilities.detach()))
         return probabilities, indices, selected_gates(gating, indices) * self.config.routed_scaling_factor
 
     def _add_to_slope(self, grad: Tensor) -> None:
         if self.gate_slope is not None:
             slope = grad.sum(0)
             self.gate_slope += round_to(slope, self.slope_unit) if self.slope_unit else slope
+
+    def _add_to_margins(self, probabilities: Tensor, _: Tensor) -> None:
+        """In the backward, as a recomputed forward runs twice."""
+        if self.margins is not None:
+            bias, bins = self.e_score_correction_bias, self.margins.shape[1]
+            self.margins += count_margins(probabilities, bias, self.config.top_k, bins)
 
 
 def round_to(values: Tensor, unit: float) -> Tensor:

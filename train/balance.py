@@ -21,6 +21,7 @@ class BalanceMethod(StrEnum):
 
     pid = "pid"
     sign = "sign"
+    quantile = "quantile"
 
 
 @dataclass
@@ -32,12 +33,15 @@ class BalanceConfig:
     budget in tens of steps; `kp` makes up for the filter's lag (configs/experiment/quickstart.yaml).
     """
 
-    method: BalanceMethod = BalanceMethod.pid  # pid, or sign: the bias moves by ki in the direction of the error
+    # pid; sign: the bias moves by ki in the direction of the error; quantile: it is set to what gives each expert its
+    # share of the last batch, without gains
+    method: BalanceMethod = BalanceMethod.pid
     kp: float = 0.0  # proportional gain
     ki: float = 0.1  # integral gain; alone it is the technical report's rule with this as μ (value unpublished)
     kd: float = 0.0  # derivative gain
     decay: float = 0.0  # the gains of step t (from 0) are divided by 1 + decay·t
-    # first-order filter of the loads: error ← smoothing·error + (1 - smoothing)·this step's error
+    # first-order filter of the loads: error ← smoothing·error + (1 - smoothing)·this step's error; of the biases for
+    # quantile
     smoothing: float = 0.0
     # D, groups of experts in the balance loss; divides model.num_experts. Never read from the layout
     num_groups: int = 1
@@ -57,8 +61,13 @@ class BalanceConfig:
 class BiasController(Protocol):
     """Computes the next step's biases from the global batch's selection counts; has a state."""
 
-    def update(self, counts: Tensor) -> Tensor:
-        """counts [L, N+Z] int64 of one global batch → biases [L, N+Z] float32, 0 for identity experts."""
+    margin_bins: int  # of the histograms that it needs; 0 for none
+
+    def update(self, counts: Tensor, margins: Tensor) -> Tensor:
+        """The next biases [L, N+Z] float32 from one global batch.
+
+        counts [L, N+Z] int64; margins [L, N+Z, ``margin_bins``] int64, see `longcat.ops.selections.count_margins`.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """Named tensors of the controller for a checkpoint, which is loaded into them in place."""
@@ -74,6 +83,8 @@ def load_error(counts: Tensor, model: ModelConfig) -> Tensor:
 class PID:
     """b = kp·e + Σ ki·e + kd·Δe with gains that shrink over the steps; the report's rule is kp = kd = 0."""
 
+    margin_bins = 0
+
     def __init__(self, config: BalanceConfig, model: ModelConfig) -> None:
         import torch
 
@@ -83,7 +94,7 @@ class PID:
         self.previous = torch.zeros(shape, dtype=torch.float64)
         self.steps = torch.zeros((), dtype=torch.int64)
 
-    def update(self, counts: Tensor) -> Tensor:
+    def update(self, counts: Tensor, margins: Tensor) -> Tensor:
         gain = 1.0 / (1.0 + self.config.decay * float(self.steps))
         error = load_error(counts, self.model)
         if int(self.steps):
@@ -102,6 +113,8 @@ class PID:
 class Sign:
     """b += ki·sign(error), with the same decay: the usual rule, for comparison."""
 
+    margin_bins = 0
+
     def __init__(self, config: BalanceConfig, model: ModelConfig) -> None:
         import torch
 
@@ -109,7 +122,7 @@ class Sign:
         self.bias = torch.zeros(model.num_layers, model.num_experts, dtype=torch.float64)
         self.steps = torch.zeros((), dtype=torch.int64)
 
-    def update(self, counts: Tensor) -> Tensor:
+    def update(self, counts: Tensor, margins: Tensor) -> Tensor:
         gain = self.config.ki / (1.0 + self.config.decay * float(self.steps))
         self.bias += gain * load_error(counts, self.model).sign()
         self.steps += 1
@@ -119,6 +132,66 @@ class Sign:
         return {"bias": self.bias, "steps": self.steps}
 
 
+class Quantile:
+    """Each bias moves by the margin that as many of the batch's lie below as tokens should select the expert.
+
+    That is K_e/N of the tokens for FFN experts and (K - K_e)/Z for identity experts, which have biases here, unlike
+    with the other rules; their mean is 0. Section 4's third rule. The bins of the margins are finest around 0, the
+    present bias, so that they fit any number of experts and get better as the biases settle.
+    """
+
+    margin_bins = 512
+
+    def __init__(self, config: BalanceConfig, model: ModelConfig) -> None:
+        import torch
+
+        from longcat.ops.selections import margin_edges
+
+        if model.top_k >= model.num_routed:
+            raise ConfigError(
+                f"balance.method=quantile needs more experts than model.top_k={model.top_k}: with {model.num_routed} "
+                f"each token selects all; use balance.method=pid"
+            )
+        self.config, self.model = config, model
+        self.bias = torch.zeros(model.num_layers, model.num_routed, dtype=torch.float64)
+        self.steps = torch.zeros((), dtype=torch.int64)
+        self.edges = margin_edges(model.num_routed, self.margin_bins)
+        wanted, identity = model.expected_ffn_experts, model.num_zero_experts
+        shares = [wanted / model.num_experts] * model.num_experts
+        shares += [(model.top_k - wanted) / max(identity, 1)] * identity
+        self.shares = torch.tensor(shares, dtype=torch.float64)
+
+    def update(self, counts: Tensor, margins: Tensor) -> Tensor:
+        import torch
+
+        asked = self.bias.float() + quantiles(margins, self.shares, self.edges)  # float: what the routers added
+        centred = asked[:, self.model.num_experts :] if self.model.num_zero_experts else asked
+        asked -= centred.mean(1, keepdim=True)  # a constant for all experts changes no selection
+        kept = self.config.smoothing if int(self.steps) else 0.0
+        self.bias.copy_(torch.lerp(asked, self.bias, kept))
+        self.steps += 1
+        return self.bias.float()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"bias": self.bias, "steps": self.steps}
+
+
+def quantiles(histograms: Tensor, shares: Tensor, edges: Tensor) -> Tensor:
+    """The values below which ``shares`` [E] of the counts lie: [L, E] float64, linear within a bin.
+
+    histograms [L, E, bins] int64, edges [bins + 1] float64.
+    """
+    import torch
+
+    below = histograms.cumsum(2).double()
+    wanted = (shares * below[..., -1])[..., None]
+    bins = torch.searchsorted(below, wanted).clamp_max(histograms.shape[2] - 1)
+    inside = histograms.gather(2, bins).double()
+    part = (wanted - below.gather(2, bins) + inside) / inside.clamp_min(1.0)
+    low, high = edges[bins], edges[bins + 1]
+    return (low + part.clamp(0.0, 1.0) * (high - low)).squeeze(2)
+
+
 def with_identity(bias: Tensor, model: ModelConfig) -> Tensor:
     """Append the identity experts' zeros: [L, N] → [L, N+Z] float32."""
     from torch.nn.functional import pad
@@ -126,7 +199,11 @@ def with_identity(bias: Tensor, model: ModelConfig) -> Tensor:
     return pad(bias, (0, model.num_zero_experts)).float()
 
 
-CONTROLLERS: dict[BalanceMethod, type[PID] | type[Sign]] = {BalanceMethod.pid: PID, BalanceMethod.sign: Sign}
+CONTROLLERS: dict[BalanceMethod, type[PID] | type[Sign] | type[Quantile]] = {
+    BalanceMethod.pid: PID,
+    BalanceMethod.sign: Sign,
+    BalanceMethod.quantile: Quantile,
+}
 
 
 def build_controller(config: BalanceConfig, model: ModelConfig) -> BiasController:

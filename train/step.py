@@ -119,9 +119,11 @@ class Stepper:
             wanted = torch.tensor([float(request) for request in astuple(requests)], dtype=torch.float64)
             numbers = torch.cat((squares[:1], to_device(local.sums, device), to_device(wanted, device)))
             # Integers below 2^53, and zeros but for one rank's: they are exact in float64
-            scalars, counts, checks = sum_in_one_collective(numbers, local.counts, self.guard.numbers())
+            scalars, counts, margins, checks = sum_in_one_collective(
+                numbers, local.counts, self._margins(), self.guard.numbers()
+            )
             self.guard.judge(checks)
-            counts = counts.long()
+            counts, margins = counts.long(), margins.long()
             # Nothing before the update needs these: they are summed meanwhile
             statistics = PendingSum(self._probability_gradients(local), self._directions(), squares[1:])
         global_square, *sums = scalars[: -wanted.numel()].tolist()
@@ -141,7 +143,7 @@ class Stepper:
             problem = ""
             self.state.store.drop_gradients()
         elif not problem:
-            biases = self.state.controller.update(counts)
+            biases = self.state.controller.update(counts, margins)
             if not is_finite(biases, self.state.controller):
                 problem = NOT_FINITE_BIASES
         if not problem and (spike is None or spike.updates):
@@ -285,6 +287,18 @@ class Stepper:
             float_type = torch.float64 if self.elastic else torch.float32
             router.gate_slope = torch.zeros_like(router.e_score_correction_bias, dtype=float_type)
             router.slope_unit, router.direction = SLOPE_UNIT if self.elastic else 0.0, None
+            if bins := self.state.controller.margin_bins:
+                bias = router.e_score_correction_bias
+                router.margins = torch.zeros(len(bias), bins, dtype=torch.int64, device=bias.device)
+
+    def _margins(self) -> Tensor:
+        """This rank's part of the histograms that the bias controller needs: [L, N+Z, bins] int64."""
+        shape = (*self.state.biases.shape, self.state.controller.margin_bins)
+        margins = torch.zeros(shape, dtype=torch.int64, device=self.topology.device)
+        for number, router in self.state.routers():
+            if router.margins is not None:
+                margins[number] = router.margins
+        return margins
 
     def _directions(self) -> Tensor:
         """This rank's part of the sums of each router's rows, scaled to length 1: [L, D]; each router counts once."""

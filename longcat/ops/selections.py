@@ -7,6 +7,7 @@ Counts are integers, and a token's selections are of different experts, so no su
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,33 @@ def count_selections(indices: Tensor, num_routed: int) -> Tensor:
     flat = indices.reshape(-1)
     counts = torch.zeros(num_routed, dtype=torch.int64, device=flat.device)
     return counts.scatter_add_(0, flat, torch.ones_like(flat))
+
+
+WIDEST = 4.0  # of a margin: probabilities and biases are at most so far apart
+FINE = 64.0  # bins are about alike in width below 1/FINE of the mean probability, and in ratio above it
+
+
+@operator("count_margins(Tensor probabilities, Tensor bias, int top_k, int bins) -> Tensor")
+def count_margins(probabilities: Tensor, bias: Tensor, top_k: int, bins: int) -> Tensor:
+    """Histograms of each expert's margins over the tokens: [N + Z, bins] int64, whose bounds are `margin_edges`.
+
+    The margin is the token's (K+1)-th largest biased probability less the expert's: what its bias lacks, negative where
+    the token selects the expert. probabilities [T, N + Z], bias [N + Z] float32; K < N + Z.
+    """
+    scores = probabilities + bias
+    cutoff = torch.topk(scores, top_k + 1, -1).values[:, -1:]
+    scale = FINE * scores.shape[1]
+    places = torch.asinh((cutoff - scores).mul_(scale)).div_(math.asinh(WIDEST * scale)).add_(1).mul_(bins / 2)
+    places = places.long().clamp_(0, bins - 1).t()
+    counts = torch.zeros(places.shape[0], bins, dtype=torch.int64, device=places.device)
+    return counts.scatter_add_(1, places, torch.ones_like(places))
+
+
+def margin_edges(num_routed: int, bins: int) -> Tensor:
+    """The bounds of the bins of `count_margins`: [bins + 1] float64, ascending."""
+    scale = FINE * num_routed
+    places = torch.linspace(-1.0, 1.0, bins + 1, dtype=torch.float64)
+    return torch.sinh(places * math.asinh(WIDEST * scale)) / scale
 
 
 @operator("spread_gates(Tensor grad, Tensor indices, int num_routed) -> Tensor")

@@ -45,7 +45,7 @@ CONFIGURATION = {
     # values that are no choice
     "dtype": (["train.dtype=float16"], ["train.dtype=float16", "use bfloat16, float32 or auto"]),
     "wandb": (["logging.wandb=yes"], ["logging.wandb=yes", "use offline, online or disabled"]),
-    "method": (["balance.method=pdi"], ["balance.method=pdi", "use pid or sign"]),
+    "method": (["balance.method=pdi"], ["balance.method=pdi", "use pid, sign or quantile"]),
     "schedule": (["schedule=linear"], ["'schedule/linear'", "use constant, cosine, wsd"]),
     "preset": (["model=huge"], ["'model/huge'", "use debug, ", "tiny"]),
     "data": (["data=web"], ["'data/web'", "python_source"]),

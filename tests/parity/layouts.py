@@ -29,6 +29,7 @@ PROBLEMS: dict[str, list[str]] = {
     "late_mtp": ["loss.mtp_start_tokens=256"],  # on from the second step
     "seven_layers": ["model.num_layers=7"],
     "eight_layers": ["model.num_layers=8", "train.seed=2"],
+    "quantile": ["balance.method=quantile", "train.seed=5"],
     "yarn": [
         "model.rope_theta=100",
         "model.rope_scaling.factor=4",
@@ -99,6 +100,10 @@ LAYOUTS = [
 ]
 
 COMPILED = Layout("tp2-compile", 2, "tp=2 compile=true")
+QUANTILE = [
+    Layout("tp2-ep2-recompute_full-quantile", 2, "tp=2 ep=2 recompute=full", "quantile"),
+    Layout("pp2-zbv-fsdp2-cp2-quantile", 8, "pp=2 schedule=zbv fsdp=2 cp=2", "quantile"),
+]
 YARN = [Layout("cp2-yarn", 2, "cp=2", "yarn"), Layout("pp2-zbv-tp2-yarn", 4, "pp=2 schedule=zbv tp=2", "yarn")]
 
 # Of the layouts with more than two ranks, those in `make test`: with pp2-zbv-tp2-yarn they combine every axis with

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.parity.conftest import ERRORS
-from tests.parity.layouts import COMPILED, LAYOUTS, PROBLEMS, YARN, Layout, marked
+from tests.parity.layouts import COMPILED, LAYOUTS, PROBLEMS, QUANTILE, YARN, Layout, marked
 from tests.parity.mutations import MUTATIONS
 from tests.support.comparison import STEPS, check, compare, one_process
 from tests.support.measure import Measured, measure
@@ -36,6 +36,14 @@ def test_layouts_scale_positions_as_one_process(layout: Layout) -> None:
     expected = one_process(*PROBLEMS[layout.problem])
     check(compare(measured_on(layout), expected))
     assert abs(expected.losses[0]["loss"] - one_process().losses[0]["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("layout", marked(QUANTILE))
+def test_layouts_count_margins_as_one_process(layout: Layout) -> None:
+    """The biases of quantile balancing come from histograms over all tokens of the global batch."""
+    expected = one_process(*PROBLEMS[layout.problem])
+    check(compare(measured_on(layout), expected))
+    assert expected.losses[1]["loss"] != one_process("train.seed=5").losses[1]["loss"]
 
 
 def test_compiled_layout_equals_one_process() -> None:

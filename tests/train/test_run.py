@@ -73,8 +73,15 @@ def test_killed_run_resumes_bitwise_identical(corpus: Path, overrides: list[str]
         ["loss.mtp_start_tokens=300", "train.micro_batch_size=4", "data.mask_documents=true"],
         ["train.dtype=bfloat16", "balance.method=sign", "schedule=cosine", "schedule.decay_steps=9"],
         ["model.num_layers=2", "balance.kp=0.1", "balance.kd=0.1", "balance.decay=0.1", "schedule.decay_start=5"],
+        ["balance.method=quantile", "balance.smoothing=0.5", "train.micro_batch_size=1"],
     ],
-    ids=["mtp_after-accumulation", "mtp_before-documents", "bfloat16-sign-cosine", "two_layers-pid_decay-wsd"],
+    ids=[
+        "mtp_after-accumulation",
+        "mtp_before-documents",
+        "bfloat16-sign-cosine",
+        "two_layers-pid_decay-wsd",
+        "quantile",
+    ],
 )
 def test_resume_is_bitwise_exact(variant: list[str], corpus: Path, overrides: list[str], tmp_path: Path) -> None:
     """10 steps of 128 tokens, stopped after 5; MTP switches on after or before the stop."""
