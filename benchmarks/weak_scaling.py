@@ -40,8 +40,6 @@ SHOWN = 14  # rows of a profile
 class RandomSamples:
     """Sequences of random ids that depend only on the sample's index."""
 
-    eod = 0
-
     def __init__(self, vocabulary: int, length: int) -> None:
         self.vocabulary, self.length = vocabulary, length
 

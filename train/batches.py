@@ -58,7 +58,7 @@ class BatchReader:
         self.num_micro_batches = config.train.global_batch_size // self.size
         self.left_out = SampleRanges()  # samples that are passed over; positions count the others
         self.reads_ahead, self.end = reads_ahead, end
-        self.ahead = ReadAhead(lambda number: self.samples[number])
+        self.ahead = ReadAhead(self._read)
 
     def numbers(self, data_rank: int) -> list[int]:
         """The numbers of a data rank's micro-batches in the global batch."""
@@ -93,11 +93,20 @@ class BatchReader:
         positions = (first_sample + number * self.size + row for number in micro_batches for row in range(self.size))
         return [self.left_out.place(position) for position in positions]
 
+    def _read(self, number: int) -> np.ndarray:
+        """A sample: token ids [S + 1], with `data.mask_documents` over the numbers of their documents [2, S + 1]."""
+        return self.samples.with_documents(number) if self.config.data.mask_documents else self.samples[number]
+
     def to_batch(self, windows: Tensor) -> Batch:
-        """Windows [B, S+1] → inputs and labels."""
+        """Windows [B, S+1], or [B, 2, S+1] with the number of each token's document → inputs and labels.
+
+        With `data.mask_documents`, windows without numbers are of one document each.
+        """
+        numbers = torch.zeros_like(windows) if windows.ndim == 2 else windows[:, 1]
+        windows = windows if windows.ndim == 2 else windows[:, 0]
         device, documents, of_documents = self.topology.device, None, None
         if self.config.data.mask_documents:  # before the copy: bounds of documents are needed on the host
-            of_documents = document_numbers(windows[:, :-1], self.samples.eod)
+            of_documents = numbers[:, :-1].contiguous()
             documents = Documents.of(of_documents, device)
         num_labels = count_labels(windows[:, 1:].shape, of_documents, self.config.model.num_mtp_layers)
         windows = to_device(windows, device)
@@ -114,12 +123,6 @@ class BatchReader:
         else:  # every window has as many labels: no collective needed
             labels, mtp_labels = (count * self.topology.data_ranks for count in counts)
         return Divisors(int(labels), int(mtp_labels), tokens, self.num_micro_batches)
-
-
-def document_numbers(tokens: Tensor, eod: int) -> Tensor:
-    """Document numbers 0, 1, 2 … in each row [B, S]; an end-of-document token belongs to the document it ends."""
-    ends = (tokens == eod).to(torch.int64)
-    return ends.cumsum(1) - ends
 
 
 def count_labels(shape: torch.Size, of_documents: Tensor | None, num_mtp_layers: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-Windows = list[np.ndarray]  # int64 [S + 1] each
+Windows = list[np.ndarray]  # int64 [S + 1] each, or [2, S + 1] with numbers of documents
 
 
 class ReadAhead:

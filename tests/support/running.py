@@ -200,7 +200,6 @@ def ranks_below(agent: int) -> list[int]:
 class RandomSamples:
     """Sequences of random ids below ``num_ids`` that depend only on the sample's index; id 0 ends documents."""
 
-    eod = 0
     num_samples = 64
 
     def __init__(self, length: int, num_ids: int = 97) -> None:
@@ -208,6 +207,16 @@ class RandomSamples:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return np.random.default_rng(index).integers(0, self.num_ids, self.length + 1)
+
+    def with_documents(self, index: int) -> np.ndarray:
+        ids = self[index]
+        return np.stack([ids, numbers_by_end(ids)])
+
+
+def numbers_by_end(ids: np.ndarray, eod: int = 0) -> np.ndarray:
+    """The number of each token's document in a sample, where documents end with ``eod`` and contain it nowhere else."""
+    ends = (ids == eod).astype(np.int64)
+    return np.asarray(ends.cumsum(-1) - ends)
 
 
 def trained_state(overrides: list[str], steps: int) -> tuple[TrainState, Topology, Config]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from longcat.documents import Documents
-from train.batches import Batch, count_labels, document_numbers, label_counts
+from tests.support.running import numbers_by_end
+from train.batches import Batch, count_labels, label_counts
 from train.read_ahead import ReadAhead
 
 
@@ -69,7 +70,7 @@ def test_an_error_ahead_is_raised_when_it_is_needed() -> None:
 
 def test_labels_counted_on_the_host_equal_the_masks() -> None:
     tokens = torch.randint(0, 5, (3, 24), generator=torch.Generator().manual_seed(0))
-    numbers = document_numbers(tokens, 0)
+    numbers = torch.from_numpy(numbers_by_end(tokens.numpy()))
     for of_documents in (numbers, None):
         documents = None if of_documents is None else Documents.of(of_documents, torch.device("cpu"))
         batch = Batch(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool), documents)

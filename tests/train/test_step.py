@@ -14,7 +14,8 @@ from longcat.init import initialise
 from longcat.model import LongCat
 from longcat.moe import Router
 from parallel.mesh import connect
-from train.batches import BatchReader, document_numbers, label_counts
+from tests.support.running import numbers_by_end
+from train.batches import BatchReader, label_counts
 from train.compose import compose
 from train.config import Config
 from train.objective import objective
@@ -38,10 +39,11 @@ OVERRIDES = [
 class Windows:
     """Random sequences that depend on the sample's index."""
 
-    eod = 0
-
     def __getitem__(self, index: int) -> np.ndarray:
         return np.random.default_rng(index).integers(0, 61, 13)
+
+    def with_documents(self, index: int) -> np.ndarray:
+        return np.stack([self[index], numbers_by_end(self[index])])
 
 
 def build(config: Config) -> Any:
@@ -129,11 +131,6 @@ def test_micro_batch_size_does_not_change_the_gradient() -> None:
         if size == 4:
             dist.destroy_process_group()
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-
-
-def test_document_numbers_count_from_the_end_token() -> None:
-    tokens = torch.tensor([[5, 0, 7, 8, 0, 0, 9]])
-    assert document_numbers(tokens, 0).tolist() == [[0, 0, 1, 1, 1, 2, 3]]
 
 
 @pytest.mark.usefixtures("closing")

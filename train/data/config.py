@@ -45,7 +45,7 @@ class DataConfig:
     # rope_scaling, mtp_weight} (train/data/stages.py); tokens count from the data's first sample
     stages: list[TrainingStage] = field(default_factory=list)
     validation_fraction: float = 0.02  # share of the documents held out for validation
-    mask_documents: bool = False  # attention and MTP stay inside a document
+    mask_documents: bool = False  # attention and MTP stay inside a document, as the .idx bounds it
     from_start: bool = False  # a run that starts from another run's checkpoint reads its data from the first sample
 
     def __post_init__(self) -> None:

@@ -114,17 +114,41 @@ class CorpusReader:
 
     def sample(self, number: int) -> np.ndarray:
         """Sample `number` = epoch · samples_per_epoch + position, int64 [sequence_length + 1]."""
+        return self._ids(self._pieces(number))
+
+    def sample_with_documents(self, number: int) -> np.ndarray:
+        """The same token ids, and the number within the sample of each one's document, int64 [2, sequence_length + 1].
+
+        Numbers start at 0. Documents are those of the index, whatever ids they end with. Megatron shuffles sequences,
+        so another document begins with each, unless it follows the sequence before it in the same document.
+        """
+        pieces = self._pieces(number)
+        documents = np.searchsorted(self._index.bounds, [sequence for sequence, _, _ in pieces], side="right")
+        numbers, current = [], -1
+        for at, (sequence, _, _) in enumerate(pieces):
+            if not at or sequence != pieces[at - 1][0] + 1 or documents[at] != documents[at - 1]:
+                current += 1
+            numbers.append(current)
+        of_tokens = np.repeat(numbers, [stop - start for _, start, stop in pieces])
+        return np.stack([self._ids(pieces), of_tokens.astype(np.int64)])
+
+    def _pieces(self, number: int) -> list[tuple[int, int, int]]:
+        """(sequence, its first token, the token after its last one) of each sequence in a sample; none is empty."""
         epoch, position = divmod(number, self.samples_per_epoch)
         sequences, starts, shuffle = self._epoch(epoch)
         place = int(shuffle[position])
         (first, begin), (last, end) = starts[place].tolist(), starts[place + 1].tolist()
-        parts = []
+        pieces = []
         for at in range(first, last + 1):
             sequence = int(sequences[at])
             start = begin if at == first else 0
             stop = end + 1 if at == last else int(self._index.lengths[sequence])  # one more: the last label
-            parts.append(self._read(sequence, start, stop))
-        return np.concatenate(parts)
+            if stop > start:
+                pieces.append((sequence, start, stop))
+        return pieces
+
+    def _ids(self, pieces: list[tuple[int, int, int]]) -> np.ndarray:
+        return np.concatenate([self._read(*piece) for piece in pieces])
 
     def document(self, number: int) -> np.ndarray:
         """All token ids of one document, int64 [length]; none if it has no sequence."""
@@ -136,12 +160,6 @@ class CorpusReader:
         """Token ids ``start`` … ``stop`` of a sequence, int64."""
         offset = int(self._index.pointers[sequence]) + start * self._index.dtype.itemsize
         return self._tokens.read(stop - start, offset).astype(np.int64)
-
-    def last_tokens(self, limit: int = 256) -> set[int]:
-        """The different ids that the first `limit` documents end with."""
-        count = min(limit, len(self._index.bounds) - 1)
-        documents = (self.document(number) for number in range(count))
-        return {int(document[-1]) for document in documents if len(document)}
 
     def _split(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the validation documents, and of the sequences of this reader's split."""

@@ -15,7 +15,6 @@ from train.data.corpus import TOKENIZER_NAME, CorpusInfo, verify_corpus
 from train.data.epochs import CorpusReader
 from train.data.ids import check_range
 from train.data.stages import Segment, segments
-from train.data.tokens import end_of_document_id, load_tokenizer
 
 _VALIDATION_SEED = 0
 
@@ -29,7 +28,6 @@ class TokenSamples:
     `data.stages`; `of_length` reads it in windows of a stage's length.
 
     Attributes:
-        eod: id that ends a document; -1 when unknown (and `data.mask_documents` is off).
         num_tokens: tokens of the split, all corpora together, which is one epoch when weights are in
         proportion. num_samples: samples of the split in one epoch of every corpus.
 
@@ -77,7 +75,6 @@ class TokenSamples:
         self._weights = list(config.weights) or [float(reader.num_tokens) for reader in readers]
         self._by_length = {part.length: [reader.of_length(part.length) for reader in readers] for part in parts}
         self._read(sequence_length, parts if split == "train" else parts[:1])
-        self.eod = self._find_eod(config, infos)
 
     def of_length(self, sequence_length: int) -> TokenSamples:
         """The same split in windows of the length of one of `data.stages`, in the first mixture."""
@@ -100,11 +97,22 @@ class TokenSamples:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Global sample `index`, int64 [its sequence length + 1]: inputs are [:-1], labels [1:]."""
+        reader, number = self._locate(index)
+        return self._checked(reader.sample(number), reader.prefix)
+
+    def with_documents(self, index: int) -> np.ndarray:
+        """Global sample `index` and the number of each token's document in it, int64 [2, its sequence length + 1]."""
+        reader, number = self._locate(index)
+        sample = reader.sample_with_documents(number)
+        self._checked(sample[0], reader.prefix)
+        return sample
+
+    def _locate(self, index: int) -> tuple[CorpusReader, int]:
+        """The reader of a global sample, and its number there."""
         if index < 0:
             raise IndexError(f"sample {index}: numbers start at 0")
         corpus, number, length = self._mixture.locate(int(index))
-        reader = self._by_length[length][corpus]
-        return self._checked(reader.sample(number), reader.prefix)
+        return self._by_length[length][corpus], number
 
     def validation_documents(self, count: int) -> list[np.ndarray]:
         """The first `count` documents with tokens of the validation split, int64 [length] each, corpora in turn."""
@@ -125,37 +133,6 @@ class TokenSamples:
         if ids.size:
             check_range(prefix, int(ids.min()), int(ids.max()), self._vocab_size)
         return ids
-
-    def _find_eod(self, config: DataConfig, infos: list[CorpusInfo | None]) -> int:
-        """The end-of-document id: from `corpus.json`, else the tokenizer beside it, else the last ids of documents."""
-        found = set()
-        for prefix, info, reader in zip(config.paths, infos, self._readers, strict=True):
-            beside = Path(prefix).parent / TOKENIZER_NAME
-            if info is not None:
-                found.add(info.eod)
-            else:
-                found |= _eod_beside(beside, config) or reader.last_tokens()
-        if len(found) == 1:
-            return found.pop()
-        if config.mask_documents:
-            raise ConfigError(
-                f"data.mask_documents=true needs one end-of-document id, but the corpora of data.paths end documents "
-                f"with {len(found)} different ids; put their tokenizer.json beside them and name its token in "
-                f"data.eos_token, or set it to false"
-            )
-        return -1
-
-
-def _eod_beside(tokenizer: Path, config: DataConfig) -> set[int]:
-    """The end-of-document id by the tokenizer beside a corpus; empty if there is none, or it names none."""
-    if not tokenizer.is_file():
-        return set()
-    try:
-        return {end_of_document_id(load_tokenizer(tokenizer), tokenizer, config.eos_token)}
-    except ConfigError:
-        if config.eos_token is not None:
-            raise
-        return set()
 
 
 def _checked_info(prefix: str, vocab_size: int) -> CorpusInfo | None:

@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_all(folder: Path) -> str:
-    """A hash of every training and validation sample, the end-of-document id and the bytes of the validation text."""
+    """A hash of every training and validation sample, their documents and the bytes of the validation text."""
     config = DataConfig("x", "s", paths=[str(folder / "corpus" / "corpus")], validation_fraction=0.2)
     digest = hashlib.sha256()
     check_ids(config.paths, VOCABULARY, [folder / "index"])
@@ -47,8 +47,8 @@ def read_all(folder: Path) -> str:
             cache_dir=folder / "index",
         )
         for number in range(samples.num_samples):
-            digest.update(samples[number].tobytes())
-        digest.update(f"{samples.eod} {samples.num_samples}".encode())
+            digest.update(samples.with_documents(number).tobytes())
+        digest.update(str(samples.num_samples).encode())
     digest.update(token_byte_lengths(folder / "corpus" / "tokenizer.json", VOCABULARY).tobytes())
     return digest.hexdigest()
 

@@ -72,7 +72,7 @@ def test_rollback_leaves_the_stretch_out(
     place = SampleRanges([(20, 32)]).place
 
     def without(self: BatchReader, samples: Any, *rest: Any, **options: Any) -> None:
-        rest_of_them = type("Rest", (), {"__getitem__": lambda _, index: samples[place(index)], "eod": samples.eod})()
+        rest_of_them = type("Rest", (), {"__getitem__": lambda _, index: samples[place(index)]})()
         init(self, rest_of_them, *rest, **options)
 
     monkeypatch.undo()
