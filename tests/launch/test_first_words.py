@@ -25,6 +25,7 @@ FIRST_WORDS = [
     ["train", "model=huge"], ["train", "optim.lr=fast"], ["train", "optim.eps=0"], ["train", "--cfg", "job"],
     ["train", "-m", "optim.learning_rate=1,2"], ["completion", "bash"],
 ]  # fmt: skip
+EXPERIMENTS = [path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")]
 
 
 @pytest.mark.parametrize("words", FIRST_WORDS, ids=" ".join)
@@ -136,7 +137,7 @@ def test_own_experiments_are_found_outside_the_checkout(words: list[str], steps:
 
 def test_wrong_own_experiments_are_refused(own: Path, refused: Refused) -> None:
     refused(["train", "--config-dir", "nowhere"], "--config-dir nowhere is no folder")
-    refused(["train", "experiment=yours"], "'experiment/yours'", "use evidence, mine, quickstart")
+    refused(["train", "experiment=yours"], "'experiment/yours'", f"use {', '.join(sorted([*EXPERIMENTS, 'mine']))}")
     (own / "conf" / "experiment" / "loose.yaml").write_text("train: {steps: 5}\n")
     refused(["train", "experiment=loose"], "# @package _global_")
     (own / "conf" / "experiment" / "typo.yaml").write_text("# @package _global_\ntrain: {stpes: 5}\n")
@@ -212,7 +213,7 @@ def test_bash_completes_verbs_keys_and_choices(own: Path) -> None:
     assert complete("longcat train model=debug parallel.sch", own) == {
         f"parallel.schedule={name}" for name in ("zbv", "1f1b", "interleaved", "dualpipev")
     }
-    experiments = {f"experiment={name}" for name in ("evidence", "quickstart", "report_chunks", "mine")}
+    experiments = {f"experiment={name}" for name in (*EXPERIMENTS, "mine")}
     assert complete("longcat train experiment=", own) == experiments
     assert complete("longcat checkpoint ", own) == {"list", "verify"}
     assert "build" in complete("longcat data ", own)
