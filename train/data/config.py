@@ -22,7 +22,8 @@ class DataConfig:
     """
 
     name: str  # name of the choice; the default of `out` follows it
-    source: str  # python_source (Python files of this machine), a hub id, a folder, a file or a glob
+    # python_source, manual_pages or changelogs (text of this machine), a hub id, a folder, a file or a glob
+    source: str
     out: str = ""  # folder that the corpus is written to
     tokenizer: str | None = None  # a tokenizer.json, or a folder that holds one, to use; null = train one
     # the token that ends a document, as the tokenizer spells it; null = what the files beside the tokenizer.json say

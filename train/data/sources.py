@@ -1,31 +1,22 @@
-"""Text sources: local files, hub data sets and the Python sources of this installation."""
+"""Text sources: local files, hub data sets and what this machine has of its own."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
 import re
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longcat.errors import ConfigError
-from train.data.config import PYTHON_SOURCE, DataConfig
-from train.data.files import Found, find_files, kind_of, order_of
-from train.data.readers import DamagedFileError, MissingFieldError, read_rows
+from train.data.config import DataConfig
+from train.data.files import Found, find_files, kind_of
+from train.data.machine_text import MACHINE_TEXT
+from train.data.readers import TEXT_FIELD, DamagedFileError, MissingFieldError, read_rows
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FIRST_ROWS = 1000  # of them one must have the text field
-# Python sources that are tables, data or tests rather than code: zlib compresses them 4.5 to 8 times, ordinary modules
-# 3.5 to 4 times, and `test` alone would be half of the standard library.
-_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "idle_test"} | {
-    "turtledemo", "pydoc_data", "encodings", "lib2to3", "generated"
-}  # fmt: skip
-_LARGEST_SOURCE = 100_000  # bytes; with 500 kB one file could be half of the validation text
-
 Row = dict[str, Any]
 
 
@@ -57,7 +48,10 @@ class Source:
         self._config = config
         self._where = f"data.source={config.source}"
         self.counts = ReadCounts()
-        self._found = Found("text", _python_files()) if config.source == PYTHON_SOURCE else find_files(config.source)
+        self._machine = MACHINE_TEXT.get(config.source)
+        self._found = (
+            find_files(config.source) if self._machine is None else Found("text", self._machine.files(config.source))
+        )
         self._hub: Any = None
         if self._found is None:
             if not _HUB_ID.fullmatch(config.source) or kind_of(Path(config.source)):
@@ -114,12 +108,13 @@ class Source:
 
     def _local_rows(self) -> Iterator[Row]:
         assert self._found is not None
-        # a few modules declare another encoding
-        errors = "replace" if self._config.source == PYTHON_SOURCE else "strict"
+        # a few of a machine's own files declare another encoding
+        errors, clean = ("strict", None) if self._machine is None else ("replace", self._machine.clean)
         for number, path in enumerate(self._found.files, 1):
             self.counts.files = max(self.counts.files, number)
             try:
-                yield from read_rows(path, self._found.kind, self._config.text_field, errors)
+                for row in read_rows(path, self._found.kind, self._config.text_field, errors):
+                    yield row if clean is None else {TEXT_FIELD: clean(row[TEXT_FIELD])}
             except MissingFieldError as error:
                 raise ConfigError(self._no_field(error.names, str(path))) from error
             except DamagedFileError as error:
@@ -203,21 +198,3 @@ def _hub_errors() -> tuple[type[Exception], ...]:
     import pyarrow
 
     return (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, RuntimeError)
-
-
-def _python_files() -> list[Path]:
-    """Sources of the standard library and of torch, mixed by the hashes of their names."""
-    specification = importlib.util.find_spec("torch")
-    roots = {"stdlib": Path(sysconfig.get_path("stdlib"))}
-    if specification is not None and specification.origin is not None:
-        roots["torch"] = Path(specification.origin).parent
-    named = []
-    for label, root in roots.items():
-        for folder, inside, names in os.walk(root):
-            inside[:] = [name for name in inside if name not in _LEFT_OUT]
-            for path in (Path(folder, name) for name in names if name.endswith(".py")):
-                if 0 < path.stat().st_size <= _LARGEST_SOURCE:
-                    named.append((f"{label}/{path.relative_to(root).as_posix()}", path))
-    if not named:
-        raise ConfigError(f"data.source={PYTHON_SOURCE}: this installation has no Python sources; give another source")
-    return [path for _, path in sorted(named, key=lambda item: order_of(item[0]))]

@@ -17,10 +17,10 @@ import pytest
 
 from longcat.errors import ConfigError
 from train.data import build as build_module
-from train.data import sources
 from train.data.build import build
 from train.data.config import DataConfig
 from train.data.corpus import CorpusInfo, read_info, verify_corpus
+from train.data.machine_text import MACHINE_TEXT
 from train.data.tokens import load_tokenizer, token_byte_lengths
 
 VOCABULARY = 300
@@ -199,8 +199,8 @@ def test_same_text_gives_the_same_bytes_in_any_folder(tmp_path: Path) -> None:
 
 
 def test_python_source_is_mixed_evenly_in_a_fixed_order() -> None:
-    files = sources._python_files()
-    assert files == sources._python_files()
+    files = MACHINE_TEXT["python_source"].files("python_source")
+    assert files == MACHINE_TEXT["python_source"].files("python_source")
     from_torch = np.array(["torch" in path.parts for path in files])
     torch_share = [part.mean() for part in np.array_split(from_torch, 4)]
     assert max(torch_share) - min(torch_share) < 0.15
