@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longcat.documents import Documents, to_device
+from longcat.errors import ConfigError
 from longcat.model import mtp_valid
 from parallel.elastic import virtual_ranks
 from parallel.mesh import Topology
@@ -39,7 +40,8 @@ class BatchReader:
     """Divides a global batch into micro-batches; data-parallel rank r reads the r-th contiguous share of them.
 
     With `train.elastic_bits` it reads those of its virtual ranks. ``reads_ahead``: a thread reads the next global batch
-    while this one is trained on, until `close`, but none from the sample number ``end`` on, where another stage begins.
+    while this one is trained on, until `close`. ``end``: the sample number with which another stage begins; a batch that
+    has it, or a later one, is neither read nor read ahead.
     """
 
     def __init__(
@@ -72,13 +74,22 @@ class BatchReader:
         """The micro-batches of a data rank, by default this one, of the global batch ``first_sample`` ..., in order.
 
         With ``reads_ahead`` the next global batch's samples of this rank are then read ahead.
+
+        Raises:
+            ConfigError: the batch reaches into another stage.
         """
+        size = self.config.train.global_batch_size
+        if self.end is not None and (last := self.left_out.place(first_sample + size - 1)) >= self.end:
+            raise ConfigError(
+                f"the {size} samples of a step end with sample {last}, in the stage of data.stages that begins with "
+                f"sample {self.end}; set train.global_batch_size so that whole steps lead to it"
+            )
         numbers = self.numbers(self.topology.data_rank if data_rank is None else data_rank)
         places = self._places(first_sample, numbers)
         is_own = data_rank is None  # else a neighbour's, and what was read ahead stays
         windows = self.ahead.take(places) if is_own else self.ahead.read(places)
         if is_own and self.reads_ahead:
-            following = self._places(first_sample + self.config.train.global_batch_size, numbers)
+            following = self._places(first_sample + size, numbers)
             if self.end is None or following[-1] < self.end:
                 self.ahead.ask(following)
         for first in range(0, len(windows), self.size):

@@ -41,23 +41,44 @@ class StageSwitch:
         """Go over to the next sample's stage → a line on it; None if the run is there already.
 
         Raises:
-            ConfigError: the next sample is inside a step of its stage.
+            ConfigError: a step would reach over the beginning of the next stage, or begin inside one of its stage.
         """
         if len(self.segments) == 1:
             return None
         sample = self.state.health.skipped.place(self.state.counters.position)
         segment = segment_of(self.segments, sample)
+        self._check_steps(segment, sample)
         if segment is self.present:
             return None
-        if (sample - segment.start) % segment.batch:
-            raise ConfigError(
-                f"the run is at sample {sample} of its data, inside a step of {segment.batch} samples of "
-                f"data.stages[{segment.number - 1}], which began at sample {segment.start}; resume from a checkpoint "
-                f"of the same train.global_batch_size, or read the data from the first sample (data.from_start=true)"
-            )
         self._enter(segment)
         step = self.state.counters.step + 1
         return f"stage {segment.number} from step {step:,}: {describe(self.config, segment)}"
+
+    def _check_steps(self, segment: Segment, sample: int) -> None:
+        """Raise ConfigError unless whole steps lead from ``sample`` to the next stage, or from the last one's start."""
+        border, batch, skipped = self._end(segment), segment.batch, self.state.health.skipped
+        first, last = (segment.start, sample) if border is None else (sample, border)
+        distance = last - first - skipped.count(first, last)
+        if not distance % batch:
+            return
+        where = (
+            f"inside a step of {batch} samples of data.stages[{segment.number - 1}], which began at sample {first}"
+            if border is None
+            else f"{distance} samples before data.stages[{self._following(segment)[0].number - 1}], which begins at "
+            f"sample {border}: no whole number of steps of {batch} samples"
+        )
+        raise ConfigError(
+            f"the run is at sample {sample} of its data, {where}; resume from a checkpoint of the same "
+            f"train.global_batch_size, or read the data from the first sample (data.from_start=true)"
+        )
+
+    def _following(self, segment: Segment) -> list[Segment]:
+        return self.segments[self.segments.index(segment) + 1 :]
+
+    def _end(self, segment: Segment) -> int | None:
+        """The sample with which the next segment begins; None for the last one."""
+        following = self._following(segment)
+        return following[0].start if following else None
 
     def _enter(self, segment: Segment) -> None:
         config = stage_config(self.config, segment.number)
@@ -65,7 +86,6 @@ class StageSwitch:
             model.use_config(config.model)
         self.state.engine.reshape(batch_shape(config, self.topology.sizes))
         self.stepper.reader.close()
-        following = self.segments[self.segments.index(segment) + 1 :]
         self.stepper.use(
             config,
             BatchReader(
@@ -73,7 +93,7 @@ class StageSwitch:
                 config,
                 self.topology,
                 reads_ahead=self.stepper.reader.reads_ahead,
-                end=following[0].start if following else None,
+                end=self._end(segment),
             ),
         )
         self.validator.use(config)

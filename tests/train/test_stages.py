@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launch.plan.plan import PlanOptions, choose_stage
+from longcat.errors import ConfigError
 from longcat.rope import RopeScaling, rotary_angles
 from tests.support.exporting import run_command
 from tests.support.fixtures import Refused
@@ -71,6 +72,26 @@ def test_a_run_resumes_exactly_around_each_border(
     early, middle, late = (32, 1e6), (64, 5e6), (128, 5e6)
     assert sizes == {"03": early, "04": early, "05": middle, "09": late, "12": late}
     assert checkpoints["09"].model.rope_scaling.factor == 4 and checkpoints["05"].model.rope_scaling.factor == 1
+
+
+def test_a_resume_with_another_batch_needs_whole_steps(words: list[str], tmp_path: Path, refused: Refused) -> None:
+    """Before the first stage too: a step of 16 samples from sample 24 on would reach over sample 32."""
+    words[-1] = f"data.stages=[{{start_tokens: {4 * STEP}, sequence_length: 64}}]"
+    assert train_here([*words, "train.steps=3"]) == 0
+    (before,) = (tmp_path / "run" / "checkpoints").iterdir()
+    other = [*words, f"checkpoint.resume={before}"]
+    border = "at sample 24 of its data, 8 samples before data.stages[0], which begins at sample 32"
+    refused(["train", *other, "train.global_batch_size=16", "run.name=refused"], border, "steps of 16 samples")
+    assert train_here([*other, "train.global_batch_size=4", "train.steps=6", "run.name=other"]) == 0
+    assert [row["first_sample"] for row in lines(tmp_path / "other")] == [24, 28, 32]
+
+
+def test_a_batch_does_not_reach_into_another_stage(words: list[str], tmp_path: Path) -> None:
+    with build_session(configuration(*words)) as session:
+        reader = session._stepper.reader
+        assert reader.end == 32 and len(list(reader.read(24))) == 2
+        with pytest.raises(ConfigError, match="8 samples of a step end with sample 35, in the stage of data.stages"):
+            next(reader.read(28))
 
 
 def test_export_and_the_next_run_take_a_stage_s_positions(words: list[str], tmp_path: Path) -> None:

@@ -33,3 +33,7 @@ class SampleRanges:
                 break
             position += stop - start
         return position
+
+    def count(self, start: int, stop: int) -> int:
+        """How many of the samples ``start`` ... ``stop - 1`` are left out."""
+        return sum(max(0, min(stop, high) - max(start, low)) for low, high in self.ranges)

@@ -28,3 +28,8 @@ def test_ranges_that_touch_become_one() -> None:
     ranges.add(12, 20)
     assert ranges.ranges == [(8, 24)]
     assert [ranges.place(position) for position in (7, 8, 9)] == [7, 24, 25]
+
+
+def test_samples_left_out_are_counted_within_bounds() -> None:
+    ranges = SampleRanges([(4, 8), (10, 12)])
+    assert [ranges.count(*bounds) for bounds in ((0, 4), (0, 20), (5, 11), (8, 10), (11, 11))] == [0, 6, 4, 0, 0]
