@@ -40,8 +40,8 @@ class BatchReader:
     """Divides a global batch into micro-batches; data-parallel rank r reads the r-th contiguous share of them.
 
     With `train.elastic_bits` it reads those of its virtual ranks. ``reads_ahead``: a thread reads the next global batch
-    while this one is trained on, until `close`. ``end``: the sample number with which another stage begins; a batch that
-    has it, or a later one, is neither read nor read ahead.
+    while this one is trained on, until `close`. ``end``: the sample number with which another stage begins; a batch
+    that has it, or a later one, is neither read nor read ahead.
     """
 
     def __init__(

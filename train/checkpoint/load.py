@@ -42,19 +42,14 @@ def load(
         raise ConfigError(
             f"checkpoint {path} could not be read: {describe(error)}; restore its files or name another"
         ) from error
-    model_keys = ("model", "balance.method")
-    wrong = differences(stored["configuration"], configuration, model_keys)
-    # a run may also go on with the rotary positions of the stage that the checkpoint is in as its own
-    of_stage = {**stored["configuration"], "model": stored_stage(stored)[0]} if wrong else {}
-    if wrong and differences(of_stage, configuration, model_keys):
-        raise ConfigError(f"checkpoint {path} is of another model: {'; '.join(wrong)}; set them equal")
-    check_tokenizer(path, stored["configuration"], configuration)
     counters = asdict(Counters()) | stored["counters"]
     position = counters["samples"] - counters["data_start"]
     skipped = SampleRanges((start, stop) for start, stop in (stored.get("health") or {}).get("skipped", []))
     begun = skipped.place(position)
     wrong = order_differences(stored["configuration"], configuration, begun) if position else []
     new_data = from_start and (bool(wrong) or not own)
+    check_model(path, stored, configuration, new_data, bool(wrong))
+    check_tokenizer(path, stored["configuration"], configuration)
     if new_data:
         counters["data_start"] = counters["samples"]
     elif wrong:
@@ -78,6 +73,25 @@ def load(
     state.health.restore(stored.get("health"))
     if new_data:
         state.health.forget(data=True)
+
+
+def check_model(
+    path: Path, stored: dict[str, Any], configuration: dict[str, Any], new_data: bool, other_order: bool
+) -> None:
+    """Raise ConfigError unless the run goes on with the model that the checkpoint's last step had.
+
+    A run that goes on in the same data has equal models before `data.stages` and equal stages as far as begun. One that
+    reads ``new_data`` begins before its own first stage with the checkpoint's rotary positions. For data in
+    ``other_order`` that it does not read from the start, the message on these comes first if that would do.
+    """
+    keys = ("model", "balance.method")
+    of_run = stored["configuration"]
+    model = stored_stage(stored)[0] if (of_run.get("data") or {}).get("stages") else of_run["model"]
+    base, of_stage = (differences(side, configuration, keys) for side in (of_run, {**of_run, "model": model}))
+    wrong = of_stage if new_data or (other_order and not of_stage) else base
+    if wrong:
+        where = " in the stage of data.stages that it is in" if wrong != base else ""
+        raise ConfigError(f"checkpoint {path} is of another model{where}: {'; '.join(wrong)}; set them equal")
 
 
 def check_tokenizer(path: Path, stored: dict[str, Any], configuration: dict[str, Any]) -> None:
