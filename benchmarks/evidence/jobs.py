@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.evidence.claims import FOLDER, Arm, Claim
 from longcat.json_text import dumps
+from train.checkpoint.compatibility import flatten
 from train.checkpoint.grow import GrowConfig, GrowthOptions, grow
 from train.checkpoint.manifest import list_checkpoints
 from train.compose import compose
@@ -80,10 +81,8 @@ class Job:
 
     @cached_property
     def key(self) -> str:
-        """Hash of all that decides the run's numbers: claims that ask for the same run share it."""
-        tree = {name: value for name, value in asdict(self.config).items() if name not in WITHOUT_EFFECT}
         grown = [self.source.key, self.arm.grown.step, self.arm.grown.factor] if self.source and self.arm.grown else []
-        return hashlib.sha256(dumps([tree, self.arm.variant, grown], sort_keys=True).encode()).hexdigest()[:16]
+        return key_of(self.config, self.arm.variant, grown)
 
     @property
     def folder(self) -> Path:
@@ -137,6 +136,22 @@ class Job:
         part.write_text(f'{head[:-2]},\n "curve": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
         part.replace(path)
         stored.cache_clear()
+
+
+DEFAULTS = flatten(asdict(Config()))
+
+
+def key_of(config: Config, variant: str, grown: list[Any]) -> str:
+    """Hash of all that decides a run's numbers: claims that ask for the same run share it.
+
+    Values at their defaults are left out, so that a new configuration key does not make stored runs unknown.
+    """
+    tree = {
+        name: value
+        for name, value in flatten(asdict(config)).items()
+        if name.partition(".")[0] not in WITHOUT_EFFECT and DEFAULTS.get(name) != value
+    }
+    return hashlib.sha256(dumps([tree, variant, grown], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @cache

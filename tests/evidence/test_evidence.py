@@ -201,3 +201,11 @@ def test_runs_of_other_seeds_are_composed_alike() -> None:
     job = jobs.Job(CLAIMS["shortcut"], CLAIMS["shortcut"].arms["shortcut"], 7, 3e-3)
     assert job.config == compose(job.overrides)
     assert (job.config.train.seed, job.config.optim.lr) == (7, 3e-3)
+
+
+def test_stored_runs_keep_their_keys() -> None:
+    """A new configuration key must not make runs unknown that took hours: values at their defaults have no part."""
+    found = [one for path in sorted(jobs.RESULTS.glob("*.json")) if (one := jobs.stored(path)) and not one.grown_from]
+    assert found
+    for result in found:
+        assert jobs.key_of(jobs.composed(tuple(result.overrides)), result.variant, []) == result.key
