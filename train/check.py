@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 
-from longcat.errors import ConfigError
 from parallel.capacity import check_memory
 from parallel.environment import check_determinism, check_streams, count_gpus, prepare_environment
 from parallel.layout import BatchShape, check_elastic, check_layout
 from parallel.sizes import MeshSizes, resolve_sizes
 from train.config import Config
 from train.run_dir import check_folder
-from train.stages import configs_of_stages
+from train.stages import check_each_stage
 
 
 def check(config: Config, world_size: int) -> None:
@@ -34,27 +33,28 @@ def check_sizes(config: Config, world_size: int) -> tuple[float, float]:
     """
     prepare_environment(os.environ, config.train.deterministic)  # before the first question to CUDA
     sizes = resolve_sizes(config.parallel, world_size)
-    found = []
-    for name, resolved in configs_of_stages(config):
-        try:
-            found.append(_check_stage(resolved, sizes, world_size))
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}" if name else str(error)) from error
+    found = check_each_stage(config, lambda resolved: _check_memory(resolved, sizes, world_size))
     if config.train.deterministic:
         check_determinism(os.environ, count_gpus() > 0, config.parallel.compile)
     check_streams(os.environ, count_gpus() > 0, config.overlap.experts_stream)
     return max(found)
 
 
-def _check_stage(config: Config, sizes: MeshSizes, world_size: int) -> tuple[float, float]:
+def _check_memory(config: Config, sizes: MeshSizes, world_size: int) -> tuple[float, float]:
     """As `check_sizes`, for the configuration of one stage."""
+    batch = check_batch(config, sizes)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return check_memory(config.model, config.parallel, sizes, batch, local_ranks)
+
+
+def check_batch(config: Config, sizes: MeshSizes) -> BatchShape:
+    """The batch of each data rank in one stage; raises ConfigError where layout and batch sizes do not fit together."""
     config.validate_world(sizes.data_ranks)
     num_micro_batches = config.train.global_batch_size // config.train.micro_batch_size
     check_elastic(config.train.elastic_bits, config.parallel, sizes, num_micro_batches)
     batch = batch_shape(config, sizes)
     check_layout(config.model, config.parallel, sizes, batch.length, batch.num_micro_batches)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return check_memory(config.model, config.parallel, sizes, batch, local_ranks)
+    return batch
 
 
 def batch_shape(config: Config, sizes: MeshSizes) -> BatchShape:

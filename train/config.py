@@ -249,6 +249,11 @@ class Config:
                 f"change either"
             )
 
+    @property
+    def trains_mtp(self) -> bool:
+        """Whether MTP is computed, once `loss.mtp_start_tokens` have been seen."""
+        return self.model.num_mtp_layers > 0 and self.loss.mtp_weight > 0
+
     def validate_sizes(self) -> None:
         """Check what a stage of `data.stages` may change."""
         for section in (self.train, self.model, self.loss):

@@ -104,12 +104,17 @@ class Pruner:
         """Whether the run has as many parameters, and validates on the same sequences at the same tokens."""
         from train.checkpoint.compatibility import corpora_differences
         from train.run_dir import read_config
+        from train.stages import stored_lengths
 
         try:
             stored = read_config(folder)
         except ConfigError:
             return False
-        same = all(_value(stored, key) == _value(self._own, key) for key in COMPARED)
+        try:
+            same = stored_lengths(stored) == stored_lengths(self._own)
+        except (KeyError, TypeError):
+            return False  # a config.yaml of another version, or edited by hand
+        same = same and all(_value(stored, key) == _value(self._own, key) for key in COMPARED)
         return same and not corpora_differences(stored, self._own)
 
     @cached_property

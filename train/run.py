@@ -34,7 +34,6 @@ from train.chunks import decide_num_chunks, measure_num_chunks
 from train.config import ComputeDtype, Config
 from train.data.ids import check_ids, unused_ids
 from train.data.samples import TokenSamples
-from train.data.stages import segment_of
 from train.loggers.choice import open_loggers
 from train.loggers.interface import MetricsSink, NullSink
 from train.loop import Loop
@@ -50,7 +49,7 @@ from train.run_dir import (
 )
 from train.run_files import write_file
 from train.stage_switch import StageSwitch
-from train.stages import segments_of
+from train.stages import segments_of, tokens_seen
 from train.state import Counters, TrainState
 from train.step import Stepper
 from train.stop import StopSignal
@@ -285,10 +284,10 @@ def finish(
             write_file(folder / "text.json", dumps({"documents": documents}), terminal.note)
     if not (config.validation.ngram_baselines and topology.is_first):
         return
-    position = state.counters.position
-    tokens = segment_of(segments_of(config), position).tokens_at(position)
+    position, skipped = state.counters.position, state.health.skipped
+    tokens = tokens_seen(segments_of(config), position, skipped)
     with work_span(Event(SpanKind.NGRAM), slow=True):
-        baselines = validator.baselines(train_samples, position, tokens, state.health.skipped)
+        baselines = validator.baselines(train_samples, position, tokens, skipped)
     if baselines is None:
         terminal.note("n-gram baselines left out: more tokens than they take in minutes")
         return

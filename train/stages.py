@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from longcat.errors import ConfigError
 from train.data.stages import Segment, TrainingStage, check_segments, segment_of, segments
@@ -12,6 +12,8 @@ from train.health.ranges import SampleRanges
 
 if TYPE_CHECKING:
     from train.config import Config
+
+T = TypeVar("T")
 
 
 def segments_of(config: Config) -> list[Segment]:
@@ -23,8 +25,9 @@ def segments_of(config: Config) -> list[Segment]:
 def stage_config(config: Config, number: int) -> Config:
     """The configuration from the beginning of stage ``number`` (from 1) on; 0 = before the first stage.
 
-    Tokens of a step and of a micro-batch stay, but a micro-batch has at least one sequence. Sections that no stage
-    changes are those of ``config`` itself, but for data.stages, which is empty.
+    Tokens of a step stay. A micro-batch has the largest number of sequences that divides the step's and has no more
+    tokens than before, but at least one. Sections that no stage changes are those of ``config`` itself, but for
+    data.stages, which is empty.
     """
     if not number:
         return config
@@ -34,7 +37,7 @@ def stage_config(config: Config, number: int) -> Config:
         stage = segment.stage
         assert stage is not None
         if segment.length != train.sequence_length:
-            micro = max(1, first[0] * first[1] // segment.length)
+            micro = largest_divisor(segment.batch, first[0] * first[1] // segment.length)
             train = replace(
                 train, sequence_length=segment.length, global_batch_size=segment.batch, micro_batch_size=micro
             )
@@ -62,19 +65,51 @@ def configs_of_stages(config: Config) -> Iterator[tuple[str, Config]]:
             yield f"data.stages[{number - 1}]", stage_config(config, number)
 
 
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` that is at most ``most``, or 1."""
+    return next((size for size in range(min(number, most), 0, -1) if number % size == 0), 1)
+
+
 def check_stages(config: Config) -> None:
     """Check stages together with the other sections, and the configuration of each.
 
     Raises:
-        ConfigError: a stage overlaps another one, or has a configuration that would be refused.
+        ConfigError: a stage overlaps another one, changes nothing, or has a configuration that would be refused.
     """
     check_segments(segments_of(config))
+    for number, stage in enumerate(config.data.stages):
+        if stage.given().keys() == {"start_tokens", "mtp_weight"} and not config.model.num_mtp_layers:
+            raise ConfigError(
+                f"data.stages[{number}].mtp_weight={stage.mtp_weight} changes nothing: model.num_mtp_layers=0; leave "
+                f"this stage out, or give the model MTP layers"
+            )
+    check_each_stage(config, lambda resolved: resolved.validate_sizes())
+
+
+def check_each_stage(config: Config, check: Callable[[Config], T]) -> list[T]:
+    """What ``check`` returns for each configuration of `configs_of_stages`.
+
+    Raises:
+        ConfigError: that of ``check``, after the stage's name and the sizes that follow from its length.
+    """
+    found = []
     for name, resolved in configs_of_stages(config):
-        if name:
-            try:
-                resolved.validate_sizes()
-            except ConfigError as error:
-                raise ConfigError(f"{name}: {error}") from error
+        try:
+            found.append(check(resolved))
+        except ConfigError as error:
+            raise ConfigError(f"{name}{_derived(config, resolved)}: {error}" if name else str(error)) from error
+    return found
+
+
+def _derived(config: Config, resolved: Config) -> str:
+    """What train.global_batch_size and train.micro_batch_size are in a stage of another length, in brackets."""
+    old, new = config.train, resolved.train
+    if old.sequence_length == new.sequence_length:
+        return ""
+    return (
+        f" (with sequence_length={new.sequence_length}, train.global_batch_size={old.global_batch_size} becomes "
+        f"{new.global_batch_size} and train.micro_batch_size={old.micro_batch_size} becomes {new.micro_batch_size})"
+    )
 
 
 def stored_segments(configuration: dict[str, Any]) -> list[Segment]:
@@ -86,6 +121,15 @@ def stored_segments(configuration: dict[str, Any]) -> list[Segment]:
     train = configuration["train"]
     stages = [TrainingStage.from_mapping(stage) for stage in configuration["data"].get("stages", [])]
     return segments(stages, train["sequence_length"], train["global_batch_size"])
+
+
+def stored_lengths(configuration: dict[str, Any]) -> list[tuple[int, int]]:
+    """(first sample, tokens per sample) wherever the length of a sample changes, as of `stored_segments`."""
+    found: list[tuple[int, int]] = []
+    for segment in stored_segments(configuration):
+        if not found or found[-1][1] != segment.length:
+            found.append((segment.start, segment.length))
+    return found
 
 
 def stored_stage(stored: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -104,6 +148,17 @@ def stored_stage(stored: dict[str, Any]) -> tuple[dict[str, Any], int]:
             if segment.stage is not None and (value := getattr(segment.stage, key)) is not None:
                 model[key] = value if key == "rope_theta" else asdict(value)
     return model, last.length
+
+
+def tokens_seen(parts: list[Segment], position: int, skipped: SampleRanges) -> int:
+    """Tokens of the first ``position`` samples that are not left out."""
+
+    def tokens_before(sample: int) -> int:
+        return segment_of(parts, sample).tokens_at(sample)
+
+    end = skipped.place(position)
+    left_out = ((start, stop) for start, stop in skipped.ranges if start < end)
+    return tokens_before(end) - sum(tokens_before(stop) - tokens_before(start) for start, stop in left_out)
 
 
 def list_stages(config: Config) -> list[tuple[str, str]]:

@@ -226,8 +226,7 @@ class Stepper:
         reader.left_out = self.state.health.skipped
 
     def _uses_mtp(self) -> bool:
-        loss, has_mtp = self.config.loss, self.config.model.num_mtp_layers > 0
-        return has_mtp and loss.mtp_weight > 0 and self.state.counters.tokens >= loss.mtp_start_tokens
+        return self.config.trains_mtp and self.state.counters.tokens >= self.config.loss.mtp_start_tokens
 
     def _starts_mtp(self) -> bool:
         """Whether this step is the first with MTP by `loss.mtp_start_tokens`: its gradient adds to the norm."""

@@ -19,7 +19,7 @@ from longcat.config import ModelConfig
 from longcat.config_choices import listed
 from longcat.errors import OK, ConfigError
 from longcat.roles import RULES, TRAINED, Role
-from train.checkpoint.compatibility import flatten
+from train.checkpoint.compatibility import flatten, given_stages
 from train.checkpoint.files import write_synced
 from train.compose import OWN_FOLDER, compose
 from train.config import Config
@@ -168,6 +168,9 @@ def check_scope(stored: dict[str, Any], full: Config, given: dict[str, Value], a
         for key in BATCH
         if key in given and given[key].value != old_keys[key]
     ]
+    stages = given_stages(stored["data"]["stages"])
+    if "data.stages" in given and given_stages(given["data.stages"].value) != stages:
+        found["batch"].append("data.stages is not the proxy's, so steps have other sequences and text")
     for kind, sentences in found.items():
         if sentences and kind not in allowed:
             raise ConfigError(

@@ -19,12 +19,11 @@ from longcat.counts import flops_per_token
 from longcat.errors import ConfigError
 from parallel.config import Recompute
 from parallel.device import fastest_dtype
-from parallel.layout import check_layout
 from parallel.mesh import MeshSizes, resolve_sizes
-from train.check import batch_shape
+from train.check import batch_shape, check_batch
 from train.compose import compose
 from train.config import ComputeDtype, Config
-from train.stages import configs_of_stages, segments_of, stage_config
+from train.stages import check_each_stage, segments_of, stage_config
 
 IMBALANCES = (1.0, 1.5, 2.0)  # rows that a rank's experts receive, over their fair share
 ENOUGH = 2  # changes that fit
@@ -149,7 +148,7 @@ def plan(
         dtype = ComputeDtype.bfloat16 if cluster.on_gpu else str(fastest_dtype()).removeprefix("torch.")
         config.train.dtype = ComputeDtype(dtype)
     ranks = options.ranks or num_processes(config)
-    sizes = check_all(config, ranks)
+    sizes = check(config, ranks)
     stage = "" if number is None else f"{number} of data.stages; plan.stage=N plans another one"
     config = stage_config(config, number or 0)
     batch = batch_shape(config, sizes)
@@ -172,7 +171,7 @@ def plan(
         batch.num_micro_batches * sum(v for k, v in one.numbers.items() if k[0] == "flops" and k[1] != -1)
         for one in found_by[1.0]
     ]
-    flops = flops_per_token(config.model, train.sequence_length, mtp=config.model.num_mtp_layers > 0)
+    flops = flops_per_token(config.model, train.sequence_length, mtp=config.trains_mtp)
     found = Planned(
         config,
         options,
@@ -205,23 +204,15 @@ def choose_stage(config: Config, options: PlanOptions) -> int | None:
     return None if longest.length == parts[0].length else longest.number
 
 
-def check_all(config: Config, ranks: int) -> MeshSizes:
-    """As `check`, for every stage of `data.stages`."""
-    for name, resolved in configs_of_stages(config):
-        try:
-            sizes = check(resolved, ranks)
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}" if name else str(error)) from error
-    return sizes
-
-
 def check(config: Config, ranks: int) -> MeshSizes:
-    """The mesh's sizes; raises ConfigError for what a run or a trace would refuse."""
+    """The mesh's sizes; raises ConfigError for what a run or a trace would refuse in any stage of `data.stages`."""
     sizes = resolve_sizes(config.parallel, ranks)
-    config.validate_world(sizes.data_ranks)
-    batch = batch_shape(config, sizes)
-    check_traceable(config, sizes)
-    check_layout(config.model, config.parallel, sizes, batch.length, batch.num_micro_batches)
+
+    def check_stage(resolved: Config) -> None:
+        check_traceable(resolved, sizes)
+        check_batch(resolved, sizes)
+
+    check_each_stage(config, check_stage)
     return sizes
 
 

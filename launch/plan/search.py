@@ -123,7 +123,7 @@ def estimate(config: Config, ranks: int, cluster: Cluster) -> Candidate:
     batch, model = batch_shape(config, sizes), config.model
     tokens = config.train.global_batch_size * batch.length
     rate = cluster.rates().bfloat16
-    compute = flops_per_token(model, batch.length, mtp=model.num_mtp_layers > 0) * tokens / ranks / rate
+    compute = flops_per_token(model, batch.length, mtp=config.trains_mtp) * tokens / ranks / rate
     compute *= COMPUTED_AGAIN[config.parallel.recompute]
     count = batch.num_micro_batches
     share = compute / count / 3

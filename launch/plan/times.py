@@ -123,7 +123,7 @@ def predict(
     train, layer = config.train, layer_times(steps[busiest], ranks[busiest])
     tokens = train.global_batch_size * train.sequence_length
     world = sizes.pp * sizes.dp * sizes.dense_shards
-    flops = flops_per_token(config.model, train.sequence_length, mtp=config.model.num_mtp_layers > 0) * tokens
+    flops = flops_per_token(config.model, train.sequence_length, mtp=config.trains_mtp) * tokens
     chunks = {} if layer is None else {n: exposed_share(n, layer) for n in (1, 2, 4, 8)}
     return StepTimes(
         total,
@@ -216,7 +216,8 @@ def layer_times(step: Step, summary: Summary, stage: int = 0) -> LayerTimes | No
     experts = 2.0 * positions * model.expected_ffn_experts * step.imbalance * counts.expert
     rate = step.cluster.rates().bfloat16
     head = 2.0 * positions * counts.head / rate if _has_head(step, summary, stage) else 0.0
-    traced = max(summary.of("seconds", stage, FORWARD) - head * (1 + model.num_mtp_layers), 0.0) / layers
+    heads = head * (1 + model.num_mtp_layers * step.config.trains_mtp)
+    traced = max(summary.of("seconds", stage, FORWARD) - heads, 0.0) / layers
     scale = max(traced, (2 * dense + 2 * attention + experts) / rate) / (2 * dense + 2 * attention + experts)
     kinds = SpanKind.EXPERT_DISPATCH.value
     num_bytes = summary.of("bytes", stage, FORWARD, kinds) / layers * step.imbalance

@@ -138,8 +138,7 @@ def trace(config: Config, world_size: int, scope: Scope | None = None) -> Traced
         with mode, recorder:
             batches = [_batch(batch.sequences, batch.length) for _ in range(traced_batch.num_micro_batches)]
             recorder.kind = "step"
-            with_mtp = config.model.num_mtp_layers > 0
-            engine.run_turn(batches, lambda losses: objective(losses, divisors, *weights), with_mtp)
+            engine.run_turn(batches, lambda losses: objective(losses, divisors, *weights), config.trains_mtp)
     return Traced(
         scope,
         held,

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from launch.slurm.options import SlurmOptions
 from longcat.errors import ConfigError
-from parallel.layout import check_elastic, check_layout
 from parallel.sizes import MeshSizes, resolve_sizes
-from train.check import batch_shape
+from train.check import check_batch
 from train.config import Config
+from train.stages import check_each_stage
 
 TRAFFIC = {
     "tp": "every layer gathers and scatters its positions over them",
@@ -36,18 +36,16 @@ def ranks_per_node(options: SlurmOptions, config: Config) -> int:
 
 
 def check(options: SlurmOptions, config: Config) -> list[str]:
-    """Check that ``config`` can train on the nodes; returns what a person should know about the layout on them.
+    """Check that ``config`` can train on the nodes, in every stage of `data.stages`.
+
+    Returns what a person should know about the layout on them.
 
     Raises:
         ConfigError: layout, batch and number of ranks do not fit together.
     """
     local = ranks_per_node(options, config)
     sizes = resolve_sizes(config.parallel, options.nodes * local)
-    config.validate_world(sizes.data_ranks)
-    num_micro_batches = config.train.global_batch_size // config.train.micro_batch_size
-    check_elastic(config.train.elastic_bits, config.parallel, sizes, num_micro_batches)
-    batch = batch_shape(config, sizes)
-    check_layout(config.model, config.parallel, sizes, batch.length, batch.num_micro_batches)
+    check_each_stage(config, lambda resolved: check_batch(resolved, sizes))
     return [note(axis, sizes, local, spanned) for axis, spanned in spans(sizes, local).items() if spanned > 1]
 
 

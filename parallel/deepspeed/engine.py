@@ -31,6 +31,7 @@ from parallel.deepspeed.setup import (
     first_expert,
     keep_gradients_in_memory,
     keep_own_experts,
+    leave_out_groups,
     parameter_groups,
     quiet_import,
 )
@@ -89,6 +90,7 @@ class ZeroEngine:
         if self.transient:
             keep_gradients_in_memory(self.zero.optimizer_swapper)
         self.mtp_used, self.counts_here, self.has_replicas = False, True, False
+        leave_out_groups(self.zero, self._is_idle)
         self._create_moments()
 
     def _stored_shape(self, name: str, weight: nn.Parameter) -> tuple[int, ...]:
@@ -150,6 +152,8 @@ class ZeroEngine:
         num_layers = self.model.config.num_layers
         squares = torch.zeros(1 + num_layers + len(OTHER_PARTS), dtype=torch.float64)
         for number, grads in self._gradient_lists(write=False):
+            if self._is_idle(number):
+                continue
             for weight, values in by_fragment(grads, fragments(self.zero, number, self.stage)):
                 part = 1 + part_number(self.names[weight], num_layers)
                 for chunk in values.split(NORM_CHUNK):
@@ -173,18 +177,11 @@ class ZeroEngine:
             foreach_scale_(grads, factor)
 
     def step(self) -> None:
-        """Update this rank's parts by AdamW, send the new weights to all ranks, drop the gradients."""
-        idle = [] if self.mtp_used else [group for group in self.optimizer.param_groups if group["mtp"]]
-        rates = [group["lr"] for group in idle]
-        for group in idle:
-            group["lr"] = 0.0  # weights do not change; without gradients moments stay zero
+        """Update this rank's parts by AdamW, send the new weights to all ranks, drop the gradients.
+
+        While MTP is off, its weights, moments and step counts stay.
+        """
         self.engine.step()
-        for group, rate in zip(idle, rates, strict=True):
-            group["lr"] = rate
-        if idle:
-            for number, flat in enumerate(self._flat_weights()):
-                if self._group(number)["mtp"]:
-                    self.optimizer.state[flat]["step"].zero_()
         self.mtp_used = False
 
     def drop_gradients(self) -> None:
@@ -231,6 +228,8 @@ class ZeroEngine:
 
     def _gradient_shards(self) -> Iterator[FlatShard]:
         for number, flat, pieces in self._local_groups():
+            if self._is_idle(number):
+                continue
             grad = flat.grad
             if not self.offloads:
                 local_parts = self.zero.averaged_gradients.get(number)
@@ -308,6 +307,10 @@ class ZeroEngine:
 
     def _group(self, number: int) -> dict[str, Any]:
         return self.optimizer.param_groups[self.zero.sub_group_to_group_id[number] if self.stage == 3 else number]
+
+    def _is_idle(self, number: int) -> bool:
+        """Whether MTP is off and a group's are its weights; their gradients may be those of an earlier step."""
+        return not self.mtp_used and bool(self._group(number)["mtp"])
 
     def _local_groups(self, write: bool = False) -> Iterator[tuple[int, Tensor, list[Fragment]]]:
         """(number, this rank's flat fp32 master weights, their fragments) of each DeepSpeed group.

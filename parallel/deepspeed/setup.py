@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -185,6 +186,20 @@ def first_expert(model: LongCat, topology: Topology) -> int:
     """The number of this rank's first expert."""
     rank = topology.experts["ep"].get_local_rank() if topology.sizes.ep > 1 else 0
     return int(rank) * (model.config.num_experts // topology.sizes.ep)
+
+
+def leave_out_groups(zero: Any, is_left_out: Callable[[int], bool]) -> None:
+    """Let DeepSpeed's optimizer update only groups, by their number, of which ``is_left_out`` is false.
+
+    A group without gradients has zeros, by which AdamW would decay its weights and moments.
+    """
+    update = zero._optimizer_step
+
+    def update_unless_left_out(number: int) -> None:
+        if not is_left_out(number):
+            update(number)
+
+    zero._optimizer_step = update_unless_left_out
 
 
 def keep_gradients_in_memory(swapper: Any) -> None:

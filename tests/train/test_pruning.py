@@ -108,6 +108,14 @@ def test_runs_of_other_held_out_text_do_not_count(sweep: Sweep, word: str) -> No
     assert sweep.pruner().judge(100, 2.1) == ""
 
 
+def test_runs_of_other_lengths_do_not_count(sweep: Sweep) -> None:
+    """Stages change the sequences that are validated; other mixtures, rotary bases and equal lengths do not."""
+    sweep.add(3, 0.1, "data.stages=[{start_tokens: 1000000, sequence_length: 64}]")
+    assert sweep.pruner().judge(100, 2.1) == ""
+    sweep.add(4, 2.0, "data.stages=[{start_tokens: 1000000, weights: [2], rope_theta: 5e6}]")
+    assert "of the 4 finished runs" in sweep.pruner().judge(100, 9.0)
+
+
 def test_corpora_are_compared_by_their_contents(sweep: Sweep) -> None:
     (path,) = sweep.pruner().config.data.paths
     sweep.add(3, 0.1, corpora={path: "another"})

@@ -20,7 +20,8 @@ from train.api import compose as configuration
 from train.checkpoint.offline_reader import Checkpoint
 from train.compose import compose
 from train.config import Config
-from train.stages import configs_of_stages, segments_of
+from train.health.ranges import SampleRanges
+from train.stages import configs_of_stages, segments_of, stage_config, tokens_seen
 
 STEP = 8 * 32  # tokens
 YARN = "{factor: 4, original_max_position_embeddings: 32}"
@@ -142,6 +143,20 @@ def test_stages_under_context_and_pipeline_parallelism(words: list[str], tmp_pat
                 assert other[key] == pytest.approx(row[key], rel=2e-5), (name, row["step"], key)
 
 
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_mtp_goes_on_where_it_was_off(words: list[str], sharding: str, tmp_path: Path) -> None:
+    """Under each engine weights, moments and step counts of MTP stay while it is off, whatever becomes of the rest."""
+    stages = f"data.stages=[{{start_tokens: {3 * STEP}, mtp_weight: 0}}, {{start_tokens: {6 * STEP}, mtp_weight: 0.3}}]"
+    more = ["loss.mtp_weight=0.3", "train.steps=9", "validation.every=0", "optim.lr=1e-2", "schedule.warmup_steps=0"]
+    for name in ("fsdp", sharding):
+        assert train_here([*words[:-1], *more, stages, f"parallel.sharding={name}", f"run.name={name}"]) == 0
+    expected, found = lines(tmp_path / "fsdp"), lines(tmp_path / sharding)
+    assert [row["loss_mtp"] is None for row in found] == [False] * 3 + [True] * 3 + [False] * 3
+    for row, other in zip(expected, found, strict=True):
+        for key in ("loss", "loss_mtp", "grad_norm"):
+            assert (other[key] or 0) == pytest.approx(row[key] or 0, rel=1e-4), (row["step"], key)
+
+
 def test_configurations_of_stages_keep_a_step_s_tokens(words: list[str]) -> None:
     config: Config = compose(words)
     found: list[tuple[Any, ...]] = [
@@ -154,16 +169,63 @@ def test_configurations_of_stages_keep_a_step_s_tokens(words: list[str]) -> None
 
 
 @pytest.mark.parametrize(
+    ("first", "length", "expected"),
+    [((12, 40, 4), 48, (10, 2)), ((12, 40, 12), 60, (8, 8)), ((12, 40, 1), 60, (8, 1)), ((6, 32, 6), 48, (4, 4))],
+)
+def test_a_micro_batch_divides_the_batch_of_its_stage(
+    first: tuple[int, int, int], length: int, expected: tuple[int, int]
+) -> None:
+    """The largest one that has no more tokens than before."""
+    words = [
+        f"train.{key}={value}"
+        for key, value in zip(("global_batch_size", "sequence_length", "micro_batch_size"), first, strict=True)
+    ]
+    config = compose(["model=debug", *words, f"data.stages=[{{start_tokens: 5000, sequence_length: {length}}}]"])
+    train = stage_config(config, 1).train
+    assert (train.global_batch_size, train.micro_batch_size) == expected
+
+
+def test_every_way_to_start_checks_every_stage(overrides: list[str], refused: Refused, tmp_path: Path) -> None:
+    """longcat train, plan and slurm refuse a stage with fewer micro-batches than data-parallel ranks alike."""
+    few = [*overrides, *NARROW, "train.global_batch_size=8", "train.micro_batch_size=1", "parallel.dp=4"]
+    few.append("data.stages=[{start_tokens: 5000, sequence_length: 256}]")
+    parts = ("data.stages[0] (with sequence_length=", "becomes 1): train.global_batch_size=", "4 data-parallel ranks")
+    refused(["train", *few, "run.num_processes=4"], *parts)
+    refused(["plan", *few, "plan.ranks=4"], *parts)
+    refused(["slurm", *few, "slurm.nodes=4", "slurm.gpus_per_node=0"], *parts)
+
+
+def test_tokens_seen_leave_out_what_was_skipped(words: list[str]) -> None:
+    """40 samples of which a rollback left out 8 before the border at 32, and 4 behind it."""
+    parts = segments_of(compose(words))
+    skipped = SampleRanges([(8, 16), (36, 40)])
+    assert [tokens_seen(parts, count, skipped) for count in (8, 24, 28, 32)] == [8 * 32, 24 * 32, 1024, 1280]
+
+
+@pytest.mark.parametrize(
     ("stage", "more", "parts"),
     [
         ("sequence_length: 48", [], ["data.stages[0].sequence_length=48 does not divide the 256 tokens of a step"]),
-        ("sequence_length: 256", ["parallel.dp=2", "run.num_processes=2"], ["data.stages[0]: ", "2 data-parallel"]),
-        ("sequence_length: 256", ["train.micro_batch_size=2", "train.elastic_bits=2"], ["data.stages[0]: ", "elastic"]),
+        (
+            "sequence_length: 256",
+            ["parallel.dp=2", "run.num_processes=2"],
+            [
+                "data.stages[0] (with sequence_length=256, train.global_batch_size=8 becomes 1 and "
+                "train.micro_batch_size=1 becomes 1): ",
+                "2 data-parallel",
+            ],
+        ),
+        ("sequence_length: 256", ["train.micro_batch_size=2", "train.elastic_bits=2"], ["data.stages[0] ", "elastic"]),
         ("rope_scaling: {factor: 4}", [], ["data.stages[0]: ", "original_max_position_embeddings"]),
         ("rope_theta: 0.5", [], ["data.stages[0]: ", "model.rope_theta=0.5 must be at least 1"]),
         ("mtp_weight: -1", [], ["data.stages[0]: ", "loss.mtp_weight=-1"]),
         ("sequence_lenght: 64", [], ["sequence_lenght"]),
-        ("sequence_length: 131072", ["train.global_batch_size=4096"], ["one sample needs 131073"]),
+        (
+            "sequence_length: 131072",
+            ["train.global_batch_size=4096"],
+            ["one sample needs 131073", "lower data.stages[0].sequence_length=131072"],
+        ),
+        ("mtp_weight: 0.1", ["model.num_mtp_layers=0"], ["data.stages[0].mtp_weight=0.1 changes nothing"]),
     ],
 )
 def test_impossible_stages_end_with_one_line(

@@ -214,6 +214,16 @@ def test_wrong_input_is_one_line(words: list[str], part: str, refused: Refused) 
     assert not list(Path().glob("conf/experiment/*"))
 
 
+def test_stages_go_along_and_other_ones_are_refused(refused: Refused) -> None:
+    stages = "data.stages=[{start_tokens: 1000000, sequence_length: 64, rope_theta: 5e6}]"
+    finished(Path("runs/proxy"), [*sizes(1), stages])
+    assert transferred(2).data.stages == compose([stages]).data.stages
+    other = ["transfer", "proxy=runs/proxy", *sizes(4), "target=conf/experiment/other.yaml"]
+    words = [*other, stages.replace("1000000", "2000000")]
+    refused(words, "data.stages is not the proxy's", "Table 1 carries rates over widths only", "transfer.allow=batch")
+    assert longcat([*other, stages]) == 0
+
+
 def test_a_target_is_not_overwritten(refused: Refused) -> None:
     finished(Path("runs/proxy"), sizes(1))
     transferred(2)

@@ -18,7 +18,7 @@ from train.data.stages import Segment
 # about one sample from its share, so a run is within a millionth of it.
 BLOCK = 1 << 20
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, fill [0, 1) more evenly than any other number's
-RUN = 4096  # samples of a ramp after which the number from each corpus is kept
+RUN = 4096  # samples of a ramp that are computed at once; after each of these the number from each corpus is kept
 
 
 @cache
@@ -77,14 +77,14 @@ class Ramp:
     def __init__(self, old: list[float], new: list[float], samples: int) -> None:
         start, end = (np.asarray(weights, dtype=np.float64) / sum(weights) for weights in (old, new))
         self._corpora = len(start)
-        middles = (np.arange(samples, dtype=np.float64) + 0.5) / samples  # of each sample in the ramp
-        points = (np.arange(samples, dtype=np.float64) + 0.5) * GOLDEN % 1.0
-        self._corpus = np.zeros(samples, dtype=np.int16)
-        for last in range(self._corpora - 1):  # shares of the corpora 0 … last, summed
-            low, high = start[: last + 1].sum(), end[: last + 1].sum()
-            self._corpus += points >= low + (high - low) * middles
-        ends = [self._count(first, first + RUN) for first in range(0, samples, RUN)]
-        self._before = np.concatenate([np.zeros((1, self._corpora), dtype=np.int64), np.cumsum(ends, 0)])
+        self._corpus = np.empty(samples, dtype=np.int16)
+        counts = []
+        for first in range(0, samples, RUN):
+            run = self._corpus[first : first + RUN]
+            numbers = np.arange(first, first + len(run), dtype=np.float64) + 0.5
+            run[:] = _corpora(start, end, numbers / samples, numbers * GOLDEN % 1.0)
+            counts.append(np.bincount(run, minlength=self._corpora))
+        self._before = np.concatenate([np.zeros((1, self._corpora), dtype=np.int64), np.cumsum(counts, 0)])
 
     def locate(self, index: int) -> tuple[int, int]:
         corpus = int(self._corpus[index])
@@ -96,6 +96,15 @@ class Ramp:
 
     def _count(self, first: int, stop: int) -> np.ndarray:
         return np.bincount(self._corpus[first:stop], minlength=self._corpora)
+
+
+def _corpora(start: np.ndarray, end: np.ndarray, middles: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The corpora, int16 [samples], that ``points`` in [0, 1) fall on at ``middles`` of a ramp between two shares."""
+    corpus = np.zeros(len(points), dtype=np.int16)
+    for last in range(len(start) - 1):  # shares of the corpora 0 … last, summed
+        low, high = start[: last + 1].sum(), end[: last + 1].sum()
+        corpus += points >= low + (high - low) * middles
+    return corpus
 
 
 class Single:

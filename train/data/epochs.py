@@ -94,22 +94,24 @@ class CorpusReader:
         self._fraction = validation_fraction
         self._set_length(sequence_length)
 
-    def of_length(self, sequence_length: int) -> CorpusReader:
+    def of_length(self, sequence_length: int, key: str = "train.sequence_length") -> CorpusReader:
         """A reader of the same split in samples of another length, in an order of their own.
+
+        ``key`` sets the length, for messages.
 
         Raises:
             ConfigError: the split is shorter than one sample.
         """
         other = copy(self)
-        other._set_length(sequence_length)
+        other._set_length(sequence_length, key)
         return other
 
-    def _set_length(self, sequence_length: int) -> None:
+    def _set_length(self, sequence_length: int, key: str = "train.sequence_length") -> None:
         self._sequence_length = sequence_length
         self.samples_per_epoch = (self.num_tokens - 1) // sequence_length
         self._epochs: OrderedDict[int, EpochIndex] = OrderedDict()
         if self.samples_per_epoch < 1:
-            raise ConfigError(self._too_small(self._fraction))
+            raise ConfigError(self._too_small(self._fraction, key))
         self._identity = self._describe(self._fraction)
 
     def sample(self, number: int) -> np.ndarray:
@@ -173,13 +175,13 @@ class CorpusReader:
         wanted = chosen if self.split == "validation" else ~chosen
         return np.flatnonzero(chosen), np.flatnonzero(np.repeat(wanted, np.diff(bounds)))
 
-    def _too_small(self, fraction: float) -> str:
+    def _too_small(self, fraction: float, key: str) -> str:
         need = self._sequence_length + 1
         cure = f"raise data.validation_fraction={fraction}, " if self.split == "validation" else ""
         return (
             f"the {self.split} split of the corpus {self.prefix} has {self.num_tokens} tokens, one sample "
             f"needs {need}: "
-            f"{cure}lower train.sequence_length={self._sequence_length} or build a larger corpus"
+            f"{cure}lower {key}={self._sequence_length} or build a larger corpus"
         )
 
     def _describe(self, fraction: float) -> list[Any]:

@@ -73,7 +73,11 @@ class TokenSamples:
         ]
         self.num_tokens = sum(reader.num_tokens for reader in readers)
         self._weights = list(config.weights) or [float(reader.num_tokens) for reader in readers]
-        self._by_length = {part.length: [reader.of_length(part.length) for reader in readers] for part in parts}
+        self._by_length = {sequence_length: readers}
+        for part in parts:
+            if part.length not in self._by_length:
+                key = f"data.stages[{part.number - 1}].sequence_length"
+                self._by_length[part.length] = [reader.of_length(part.length, key) for reader in readers]
         self._read(sequence_length, parts if split == "train" else parts[:1])
 
     def of_length(self, sequence_length: int) -> TokenSamples:

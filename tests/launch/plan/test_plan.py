@@ -52,6 +52,15 @@ def test_two_layers_extend_to_all(overrides: list[str]) -> None:
     assert extended_seconds == pytest.approx(taken, rel=0.01)
 
 
+def test_mtp_that_is_off_costs_nothing() -> None:
+    """As in a run: a stage of loss.mtp_weight=0 computes what a model without MTP layers does."""
+    (on, off, without) = (
+        run_ranks(peaks, 1, words, False, timeout=LONG)[0]
+        for words in ([], ["loss.mtp_weight=0"], ["model.num_mtp_layers=0"])
+    )
+    assert off[1] == without[1] < 0.9 * on[1] and off[2] < 0.95 * on[2]
+
+
 def followed(overrides: Sequence[str], ranks: int) -> list[tuple[float, float]]:
     """(peak that follows the schedule from a few micro-batches, peak of a trace of all) of each place."""
     config = compose([*COMMON, *overrides])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ import pytest
 
 from longcat.errors import ConfigError
 from tests.support.corpora import unique_documents, write_corpus
-from train.data.blend import RUN, Blend, Mixture, Ramp
+from train.data.blend import GOLDEN, RUN, Blend, Mixture, Ramp
 from train.data.config import DataConfig
 from train.data.samples import TokenSamples
 from train.data.stages import TrainingStage, check_segments, segment_of, segments
@@ -67,6 +68,21 @@ def test_ramp_moves_the_shares_linearly() -> None:
         numbers = [number for chosen, number in places if chosen == corpus]
         assert numbers == list(range(len(numbers)))
         assert ramp.drawn(samples)[corpus] == len(numbers)
+
+
+def test_a_ramp_takes_the_memory_of_what_it_keeps() -> None:
+    """Two bytes a sample, and at most one more at its peak; the corpora are those of one formula over all samples."""
+    samples, old, new = 64 * RUN + 77, [3.0, 1.0, 1.0], [1.0, 0.0, 3.0]
+    tracemalloc.start()
+    ramp = Ramp(old, new, samples)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * samples
+    numbers = np.arange(samples, dtype=np.float64) + 0.5
+    expected = np.zeros(samples, dtype=np.int16)
+    for low, high in ((0.6, 0.25), (0.8, 0.25)):
+        expected += numbers * GOLDEN % 1.0 >= low + (high - low) * (numbers / samples)
+    assert np.mean(expected == ramp._corpus) > 0.9999
 
 
 def test_corpora_continue_at_their_tokens_in_another_length() -> None:
