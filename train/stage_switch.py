@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from longcat.errors import ConfigError
 from parallel.mesh import Topology
+from parallel.watchdog.events import Event, SpanKind
+from parallel.watchdog.spans import work_span
 from train.batches import BatchReader
 from train.check import batch_shape
 from train.config import Config
@@ -50,7 +52,7 @@ class StageSwitch:
         self._check_steps(segment, sample)
         if segment is self.present:
             return None
-        self._enter(segment)
+        self._enter(segment, sample)
         step = self.state.counters.step + 1
         return f"stage {segment.number} from step {step:,}: {describe(self.config, segment)}"
 
@@ -80,12 +82,14 @@ class StageSwitch:
         following = self._following(segment)
         return following[0].start if following else None
 
-    def _enter(self, segment: Segment) -> None:
+    def _enter(self, segment: Segment, sample: int) -> None:
         config = stage_config(self.config, segment.number)
         for model in self.state.models:
             model.use_config(config.model)
         self.state.engine.reshape(batch_shape(config, self.topology.sizes))
         self.stepper.reader.close()
+        with work_span(Event(SpanKind.CORPUS_INDEX), slow=True):
+            self.samples.open_indexes(sample, segment.batch)
         self.stepper.use(
             config,
             BatchReader(

@@ -12,6 +12,8 @@ import torch
 from launch.plan.plan import PlanOptions, choose_stage
 from longcat.errors import ConfigError
 from longcat.rope import RopeScaling, rotary_angles
+from parallel.watchdog.events import SpanKind
+from parallel.watchdog.spans import SPANS
 from tests.support.exporting import run_command
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, exact, lines, train_here, train_two
@@ -20,6 +22,7 @@ from train.api import compose as configuration
 from train.checkpoint.offline_reader import Checkpoint
 from train.compose import compose
 from train.config import Config
+from train.data.epochs import CorpusReader, EpochIndex
 from train.health.ranges import SampleRanges
 from train.stages import configs_of_stages, segments_of, stage_config, tokens_seen
 
@@ -93,6 +96,24 @@ def test_a_batch_does_not_reach_into_another_stage(words: list[str], tmp_path: P
         assert reader.end == 32 and len(list(reader.read(24))) == 2
         with pytest.raises(ConfigError, match="8 samples of a step end with sample 35, in the stage"):
             next(reader.read(28))
+
+
+def test_the_index_of_a_length_is_made_at_the_border(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a slow span, which the watchdog gives more time than a step: large corpora take minutes."""
+    spans = []
+
+    def read_or_build(reader: CorpusReader, epoch: int) -> EpochIndex:
+        if reader._sequence_length == 64 and reader.split == "train":
+            spans.append(SPANS.innermost)
+        return original(reader, epoch)
+
+    original = CorpusReader._read_or_build
+    monkeypatch.setattr(CorpusReader, "_read_or_build", read_or_build)
+    with build_session(configuration(*words)) as session:
+        for _ in range(5):
+            session.step()
+    (span,) = spans
+    assert span is not None and span.slow and span.event.kind == SpanKind.CORPUS_INDEX
 
 
 def test_export_and_the_next_run_take_a_stage_s_positions(words: list[str], tmp_path: Path, refused: Refused) -> None:

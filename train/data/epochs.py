@@ -114,6 +114,10 @@ class CorpusReader:
             raise ConfigError(self._too_small(self._fraction, key))
         self._identity = self._describe(self._fraction)
 
+    def open_index(self, number: int) -> None:
+        """Read the index of sample `number`'s epoch, or make it, which takes long for a large corpus."""
+        self._epoch(number // self.samples_per_epoch)
+
     def sample(self, number: int) -> np.ndarray:
         """Sample `number` = epoch · samples_per_epoch + position, int64 [sequence_length + 1]."""
         return self._ids(self._pieces(number))

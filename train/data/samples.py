@@ -104,6 +104,12 @@ class TokenSamples:
         reader, number = self._locate(index)
         return self._checked(reader.sample(number), reader.prefix)
 
+    def open_indexes(self, first: int, count: int) -> None:
+        """Read or make the indexes that the ``count`` global samples from ``first`` on need."""
+        for index in range(first, first + count):
+            reader, number = self._locate(index)
+            reader.open_index(number)
+
     def with_documents(self, index: int) -> np.ndarray:
         """Global sample `index` and the number of each token's document in it, int64 [2, its sequence length + 1]."""
         reader, number = self._locate(index)
