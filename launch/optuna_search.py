@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from launch.sweep import final_loss
 from launch.sweep_folder import STOPPED_MARK
 from longcat.errors import OK, UNHEALTHY, ConfigError
 from train.sweep_results import MULTIRUN, Result, read_result, result_file
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
-    from hydra.plugins.launcher import Launcher
     from hydra.plugins.sweeper import Sweeper
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
@@ -58,11 +60,13 @@ def search(sweeper: Sweeper, settings: Settings, arguments: list[str]) -> None:
     assert sweeper.hydra_context is not None and sweeper.config is not None and sweeper.launcher is not None
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
     given = parser.parse_overrides([*(f"{key}={values}" for key, values in settings.params.items()), *arguments])
-    study = open_study()
+    study = open_study(settings)
     space, fixed = search_space(given)
+    sweeper.validate_batch_is_legal([[*fixed, *corner] for corner in corners(space)])
     folder = Path(sweeper.config.hydra.sweep.dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(sweeper.config, folder / MULTIRUN)
+    failure: Exception | None = None
     for first in range(0, settings.n_trials, settings.n_jobs):
         if (folder / STOPPED_MARK).exists():
             break
@@ -70,15 +74,29 @@ def search(sweeper: Sweeper, settings: Settings, arguments: list[str]) -> None:
         trials = [propose(study, settings, space, folder, number) for number in numbers]
         batch = [[*fixed, *(f"{key}={value}" for key, value in trial.params.items())] for trial in trials]
         sweeper.validate_batch_is_legal(batch)
-        losses = losses_of(sweeper.launcher, batch, first)
-        for number, trial, loss in zip(numbers, trials, losses, strict=True):
-            tell(study, trial, loss, read_result(result_file(folder, number)))
+        try:
+            for job in sweeper.launcher.launch(batch, initial_job_idx=first):
+                job.return_value  # noqa: B018  (raises what ended the job, if anything did)
+        except Exception as error:  # a cluster has lost a job: the others have results, and the search goes on
+            failure = failure or error
+        for number, trial in zip(numbers, trials, strict=True):
+            result = read_result(result_file(folder, number))
+            tell(study, trial, result, final_loss(result.folder(folder)))
     say_best(study, folder)
+    if failure is not None:
+        raise failure
 
 
-def losses_of(launcher: Launcher, batch: list[list[str]], first: int) -> list[float]:
-    """What `run_job` returned for each run of a batch; raises what a launcher's job raised."""
-    return [float(job.return_value) for job in launcher.launch(batch, initial_job_idx=first)]
+def corners(space: dict[str, BaseDistribution]) -> list[list[str]]:
+    """Overrides in which each value that a key may have stands once: choices, and both ends of a range."""
+    from optuna.distributions import CategoricalDistribution
+
+    values = {
+        key: list(one.choices) if isinstance(one, CategoricalDistribution) else [one.low, one.high]  # type: ignore[attr-defined]
+        for key, one in space.items()
+    }
+    most = max(map(len, values.values()))
+    return [[f"{key}={own[place % len(own)]}" for key, own in values.items()] for place in range(most)]
 
 
 def search_space(overrides: list[Override]) -> tuple[dict[str, BaseDistribution], list[str]]:
@@ -87,8 +105,9 @@ def search_space(overrides: list[Override]) -> tuple[dict[str, BaseDistribution]
     fixed: dict[str, str] = {}
     for override in overrides:
         key = override.get_key_element()
-        space.pop(key, None)
-        fixed.pop(key, None)
+        for other in [other for other in (*space, *fixed) if other.lstrip("+") == key.lstrip("+")]:
+            space.pop(other, None)
+            fixed.pop(other, None)
         if override.is_sweep_override():
             space[key] = distribution(key, override)
         else:
@@ -112,20 +131,24 @@ def distribution(key: str, override: Override) -> BaseDistribution:
         numbers = list(values.range()) if isinstance(values, RangeSweep) else []
         if len(numbers) > 1 and all(isinstance(number, int) for number in numbers):
             return IntDistribution(min(numbers), max(numbers), step=abs(numbers[1] - numbers[0]))
+        if not choices:
+            raise ConfigError(f"{override.input_line} has no values; give some")
         return CategoricalDistribution(choices)
     low, high = values.start, values.end
     assert low is not None and high is not None
     log = "log" in values.tags
-    if not low < high or (log and low <= 0):
-        need = "two numbers above 0, the smaller one first" if log else "the smaller number first"
+    if not (low < high and math.isfinite(low) and math.isfinite(high)) or (log and low <= 0):
+        need = "two numbers above 0, the smaller one first" if log else "two numbers, the smaller one first"
         raise ConfigError(f"{override.input_line}: write {need}")
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=log)
     return FloatDistribution(low, high, log=log)
 
 
-def open_study() -> Study:
+def open_study(settings: Settings) -> Study:
     """A study in memory: what it knows of earlier starts is in the results of the sweep's folder."""
+    if settings.sampler == "gp" and importlib.util.find_spec("scipy") is None:
+        raise ConfigError("hydra.sweeper.sampler=gp needs the package scipy; pip install scipy, or use tpe")
     try:
         import optuna
     except ImportError as error:
@@ -148,11 +171,8 @@ def make_sampler(settings: Settings, seed: int) -> Any:
     """One of `SAMPLERS`."""
     from optuna.samplers import GPSampler, RandomSampler, TPESampler
 
-    try:
-        if settings.sampler == "gp":
-            return GPSampler(seed=seed, n_startup_trials=settings.n_startup_trials)
-    except ImportError as error:
-        raise ConfigError(f"hydra.sweeper.sampler=gp: {error}; pip install scipy") from error
+    if settings.sampler == "gp":
+        return GPSampler(seed=seed, n_startup_trials=settings.n_startup_trials)
     if settings.sampler == "random":
         return RandomSampler(seed=seed)
     return TPESampler(seed=seed, n_startup_trials=settings.n_startup_trials)
@@ -180,12 +200,12 @@ def earlier_values(space: dict[str, BaseDistribution], result: Result) -> dict[s
     return values
 
 
-def tell(study: Study, trial: Trial, loss: float, result: Result) -> None:
+def tell(study: Study, trial: Trial, result: Result, loss: float) -> None:
     """Give a run's loss to the sampler: infinite after numbers that were not finite, none where other things failed."""
     from optuna.trial import TrialState
 
     if result.code in (OK, UNHEALTHY):
-        study.tell(trial, loss)
+        study.tell(trial, loss if result.code == OK and math.isfinite(loss) else math.inf)
     else:
         study.tell(trial, state=TrialState.FAIL)
 

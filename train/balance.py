@@ -179,12 +179,13 @@ class Quantile:
 def quantiles(histograms: Tensor, shares: Tensor, edges: Tensor) -> Tensor:
     """The values below which ``shares`` [E] of the counts lie: [L, E] float64, linear within a bin.
 
-    histograms [L, E, bins] int64, edges [bins + 1] float64.
+    A share of 0 has half a count below it: biases that no token needs stop where it does. histograms [L, E, bins]
+    int64, edges [bins + 1] float64.
     """
     import torch
 
     below = histograms.cumsum(2).double()
-    wanted = (shares * below[..., -1])[..., None]
+    wanted = (shares * below[..., -1]).clamp_min(0.5)[..., None]
     bins = torch.searchsorted(below, wanted).clamp_max(histograms.shape[2] - 1)
     inside = histograms.gather(2, bins).double()
     part = (wanted - below.gather(2, bins) + inside) / inside.clamp_min(1.0)

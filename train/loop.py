@@ -25,6 +25,7 @@ from train.checkpoint.find import last_valid
 from train.checkpoint.saver import Saver
 from train.checkpoint.state_hash import state_hash
 from train.config import Config
+from train.data.stages import segment_of
 from train.health import figures
 from train.health.corpora import PREFIX, CorpusWatch, losses_in
 from train.health.response import SpikeResponse
@@ -83,10 +84,24 @@ class Loop:
         )
         self.stragglers = StragglerWatch(config.launch, topology.sizes.pp)
         self.pruner = Pruner(config, corpora)
-        past = rows(config.run.folder / METRICS) if topology.is_first and not config.data.stages else ()
-        self.corpora = CorpusWatch(config.validation.worse_by, past)
+        self.first_step = state.counters.step
+        self.corpora = CorpusWatch(config.validation.worse_by, self._past_validations())
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
         self.launch_metrics = launch_metrics(config.run.folder) if config.launch.restarts and topology.is_first else {}
+
+    def _past_validations(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl with a loss for each corpus in windows of the present length, on the first rank."""
+        found: list[dict[str, Any]] = []
+        if not self.topology.is_first or len(self.config.data.paths) < 2 or not self.config.validation.worse_by:
+            return found
+        parts, place = self.stages.segments, self.state.health.skipped.place
+        length = segment_of(parts, place(self.state.counters.position)).length
+        for row in rows(self.config.run.folder / METRICS):
+            if segment_of(parts, int(row.get("first_sample") or 0)).length != length:
+                found.clear()
+            elif losses_in(row):
+                found.append(row)
+        return found
 
     def run(self) -> None:
         """Train to ``train.steps``.
@@ -103,9 +118,11 @@ class Loop:
         counters, config = self.state.counters, self.config
         owed_save = False  # a request to save of a step that a rollback undid
         while counters.step < config.train.steps:
+            length = self.stages.present.length
             if (entered := self.stages.enter()) is not None:
                 self.terminal.note(entered)
-                self.corpora.restart()
+                if self.stages.present.length != length and counters.step > self.first_step:
+                    self.corpora.restart()  # validation is in other windows
             with self.profiler.step(counters.step + 1):
                 start = time.perf_counter()
                 result = self._step(owed_save)

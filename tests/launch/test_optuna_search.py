@@ -96,12 +96,49 @@ def test_failed_runs_do_not_end_a_search(search: Callable[..., int], tmp_path: P
         ([RATE, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0 must be at least 1"),
         ([RATE, "hydra.sweeper.trials=5"], "trials"),
         (["optim.lr=tag(log,interval(0,1))"], "two numbers above 0"),
-        (["optim.lr=interval(2,1)"], "the smaller number first"),
+        (["optim.lr=interval(2,1)"], "two numbers, the smaller one first"),
+        (["optim.lr=interval(1e-3,inf)"], "two numbers, the smaller one first"),
+        (["train.seed=range(5,5)"], "has no values"),
+        (["train.steps=choice(2,abc)"], "abc"),
+        ([RATE, "optim.lr=choice(1e-3,fast)"], "fast"),
     ],
 )
 def test_wrong_searches_are_one_line(words: list[str], part: str, refused: Refused, tmp_path: Path) -> None:
     refused(["train", "-m", "hydra/sweeper=optuna", f"run.dir={tmp_path}/new", *words], part)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_job_that_a_launcher_lost_does_not_end_a_search(
+    search: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As submitit raises for a job that was killed: the rest of the batch has results, and more runs follow."""
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+    plain = BasicLauncher.launch
+
+    def launch(self: Any, batch: Any, initial_job_idx: int) -> Any:
+        found = plain(self, batch, initial_job_idx)
+        if initial_job_idx == 2:
+            (tmp_path / "found-sweep" / "3.json").unlink()
+            raise RuntimeError("job 3 was killed")
+        return found
+
+    monkeypatch.setattr(BasicLauncher, "launch", launch)
+    assert search(distance, RATE, "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=2") == 1
+    assert search.started == [f"found-{number}" for number in range(6)]  # type: ignore[attr-defined]
+    assert "job 3 was killed" in capfd.readouterr().err
+
+
+def test_a_later_word_for_a_key_counts(search: Callable[..., int], tmp_path: Path) -> None:
+    words = [RATE, "++optim.lr=0.5", "train.seed=choice(1,2)", "hydra.sweeper.n_trials=2"]
+    assert search(lambda tree: tree.optim.lr, *words) == 0
+    assert set(values(tmp_path / "found-sweep", "optim.lr")) == {0.5}
+
+
+def test_gaussian_processes_need_scipy(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["train", "-m", "hydra/sweeper=optuna", f"run.dir={tmp_path}", RATE, "hydra.sweeper.sampler=gp"]
+    refused(words, "needs the package scipy")
 
 
 def test_without_optuna(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

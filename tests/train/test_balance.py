@@ -157,6 +157,23 @@ def test_quantiles_reach_the_budget_on_recorded_scores() -> None:
     assert float(ffn.max() / ffn.double().mean()) < 1.001
 
 
+@pytest.mark.parametrize("wanted", [3.0, 2.0])
+def test_quantiles_stay_bounded_at_shares_of_none_and_all(wanted: float) -> None:
+    """No token should select an identity expert (K_e = K), or each token all FFN experts (K_e = N)."""
+    model = ModelConfig(num_layers=1, num_experts=int(wanted) * (wanted == 2) or 8, num_zero_experts=4, top_k=3)
+    model.expected_ffn_experts = wanted
+    controller = build_controller(BalanceConfig(method="quantile"), model)
+    generator = torch.Generator().manual_seed(0)
+    probabilities = (torch.randn(500, model.num_routed, generator=generator)).softmax(-1)
+    bias = torch.zeros(1, model.num_routed)
+    ranges = []
+    for _ in range(60):
+        margins = count_margins(probabilities, bias[0], model.top_k, controller.margin_bins)[None]
+        bias = controller.update(margins.sum(2), margins)
+        ranges.append(float(bias.max() - bias.min()))
+    assert ranges[-1] < 2.5 and ranges[-1] <= max(ranges[:20]) * 1.5
+
+
 def test_quantiles_need_an_expert_that_is_not_selected() -> None:
     model = ModelConfig(num_layers=1, num_experts=2, num_zero_experts=1, top_k=3, expected_ffn_experts=2)
     with pytest.raises(ConfigError, match=r"needs more experts than model\.top_k=3"):

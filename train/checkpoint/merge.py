@@ -32,6 +32,7 @@ from train.checkpoint.streamed import LazyTensor, write, zeros
 from train.health.state import grown as left_out_samples
 
 SPARE = 16 << 20  # bytes that must be free beyond the tensors
+LARGEST_WEIGHT = 1e6
 AVERAGED, STEPS = ("weight", "bias", "controller"), "optimizer_step"
 
 
@@ -127,6 +128,8 @@ def read_weights(text: str, count: int) -> list[float]:
         raise ConfigError(f"weights={text} are {len(weights)} numbers for {count} checkpoints; give one for each")
     if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
         raise ConfigError(f"weights={text} must be finite and above 0; leave out a checkpoint that has no share")
+    if not 1 / LARGEST_WEIGHT <= min(weights) <= max(weights) <= LARGEST_WEIGHT:
+        raise ConfigError(f"weights={text} must be from 1e-6 to 1e6, as float32 sums need; divide all by their largest")
     return weights
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import PurePath
 
 USUAL = "corpus"  # file name of a corpus that `longcat data build` wrote; its folder has the name then
@@ -19,7 +20,13 @@ def corpus_names(prefixes: list[str]) -> list[str]:
         twice = {name for name in names if names.count(name) > 1}
         names = ["-".join(own[-depth:]) if name in twice else name for own, name in zip(parts, names, strict=True)]
     twice = {name for name in names if names.count(name) > 1}
-    return [f"{name}-{number}" if name in twice else name for number, name in enumerate(names)]
+    taken = set(names)
+    for place, name in enumerate(names):
+        if name in twice:
+            numbers = (f"{name}-{number}" for number in itertools.count(place))
+            names[place] = next(other for other in numbers if other not in taken)
+            taken.add(names[place])
+    return names
 
 
 def _parts(prefix: str) -> list[str]:
