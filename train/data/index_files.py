@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -63,8 +64,9 @@ def _put_in_place(temporary: Path, folder: Path) -> bool:
     while True:
         try:
             os.rename(temporary, folder)
-        except OSError:
-            if not os.path.lexists(folder):  # no lost race: it cannot be written
+        except OSError as error:
+            # A lost race, also where the folder that was in the way has been put aside since; else it cannot be written
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not os.path.lexists(folder):
                 raise
         else:
             sync_folder(folder.parent)

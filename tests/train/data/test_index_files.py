@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +62,23 @@ def test_ranks_that_repair_at_once_leave_one_valid_index(tmp_path: Path) -> None
     for _ in range(10):
         publish_index(folder, ARRAYS)
         empty(folder / "samples.npy")
-        threads = [threading.Thread(target=publish_index, args=(folder, ARRAYS)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: publish_index(folder, ARRAYS), range(4)))
         np.testing.assert_array_equal(read_index(folder)[2], ARRAYS[2])
     assert [path.name for path in tmp_path.iterdir()] == ["epoch"]
+
+
+def test_an_index_that_was_in_the_way_may_be_gone_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank puts a damaged folder aside between this rank's rename and its look at what is there."""
+    rename, failures = os.rename, [OSError(errno.ENOTEMPTY, "Directory not empty")]
+
+    def renamed(source: Path, target: Path) -> None:
+        if failures:
+            raise failures.pop()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    assert publish_index(tmp_path / "epoch", ARRAYS)
 
 
 def test_file_in_the_place_of_an_index_is_an_error(tmp_path: Path) -> None:
