@@ -14,6 +14,7 @@ from longcat.errors import ConfigError
 from longcat.ops.selections import count_margins, margin_edges
 from train.balance import BalanceConfig, build_controller
 from train.compose import compose
+from train.huggingface.import_folder import controller_state
 
 MODEL = ModelConfig(num_layers=1, num_experts=8, num_zero_experts=4, top_k=3, expected_ffn_experts=2)  # debug
 TARGET = 2 / 3 / 8  # the share of all selections that each FFN expert should get
@@ -198,3 +199,14 @@ def test_pid_reaches_the_budget_before_the_integral_term() -> None:
     assert overshoots(with_pid) <= 1
     ffn = counts[0, : MODEL.num_experts].double()
     assert float(ffn.max() / ffn.mean()) < 1.1, "the budget is met but single experts are not balanced"
+
+
+@pytest.mark.parametrize("method", ["pid", "sign", "quantile"])
+def test_imported_biases_of_identity_experts_shift_the_others(method: str) -> None:
+    """PID leaves identity experts at 0, so that FFN experts keep their distance from them, and selections stay."""
+    config = compose(["model=debug", f"balance.method={method}"])
+    experts = config.model.num_experts
+    biases = torch.linspace(-0.01, 0.01, config.model.num_routed).repeat(config.model.num_layers, 1)
+    biases[:, experts:] = 0.004
+    (state,) = (value for name, value in controller_state(config, biases).items() if name in ("integral", "bias"))
+    torch.testing.assert_close(state[:, :experts].float(), biases[:, :experts] - 0.004)

@@ -129,8 +129,14 @@ def initial_state(config: Config, source: SafetensorsFolder) -> dict[str, Tensor
 
 
 def controller_state(config: Config, biases: Tensor) -> dict[str, Tensor]:
-    """The state of a bias controller at step 0 that continues from ``biases`` [L, N + Z]."""
+    """The state of a bias controller at step 0 that continues from ``biases`` [L, N + Z].
+
+    Identity experts have the mean bias 0, as controllers that leave theirs at 0 need it: a constant for all experts
+    changes no selection.
+    """
     state = build_controller(config.balance, config.model).state()
+    if config.model.num_zero_experts:
+        biases = biases - biases[:, config.model.num_experts :].mean(1, keepdim=True)
     for name in ("integral", "bias"):
         if name in state:
             state[name].copy_(biases[:, : state[name].shape[1]])
