@@ -60,6 +60,15 @@ def test_merge_is_the_mean_bit_for_bit(run: Path, tmp_path: Path) -> None:
     assert any(key.startswith("bias/") for key in moved) and any(".experts" in key for key in moved)
 
 
+def test_the_last_are_those_of_the_highest_steps(run: Path, tmp_path: Path) -> None:
+    """Also where a folder's name does not say its step, as that of a merged or imported checkpoint."""
+    shutil.copytree(step(run, 4), tmp_path / "renamed")
+    target = tmp_path / "merged"
+    words = [f"source={tmp_path / 'renamed'},{step(run, 1)},{step(run, 2)}", "last=2", f"target={target}"]
+    assert longcat(["merge", *words]) == 0
+    assert [one["step"] for one in json.loads((target / STATE).read_text())["merged"]] == [2, 4]
+
+
 def test_weights_follow_the_listed_order(run: Path, tmp_path: Path) -> None:
     """The later checkpoint comes first in the list; sums are in the order of steps all the same."""
     target = tmp_path / "merged"

@@ -8,6 +8,7 @@ starts from the result continues with its data and schedule. Checkpoints may hav
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 import threading
@@ -26,7 +27,7 @@ from parallel.state_store import MOMENTS
 from train.checkpoint.compatibility import TOKENIZER, differences
 from train.checkpoint.files import atomic_folder, check_absent, file_hash
 from train.checkpoint.find import is_inside
-from train.checkpoint.manifest import check_name, list_checkpoints, step_of, write_manifest
+from train.checkpoint.manifest import STATE, check_name, list_checkpoints, step_of, write_manifest
 from train.checkpoint.offline_reader import Checkpoint, full_box
 from train.checkpoint.streamed import LazyTensor, write, zeros
 from train.health.state import grown as left_out_samples
@@ -103,7 +104,7 @@ def find_folders(config: MergeConfig) -> list[Path]:
         inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         found += list_checkpoints(inside) or [path]
     if config.last:
-        newest = sorted(found, key=step_of)[-config.last :]
+        newest = sorted(found, key=stored_step)[-config.last :]
         found = [path for path in found if path in newest]
     different = {path.resolve() for path in found}
     if len(different) < len(found):
@@ -114,6 +115,14 @@ def find_folders(config: MergeConfig) -> list[Path]:
             f"least {max(2, config.last)}; train with checkpoint.keep=0, which keeps all"
         )
     return found
+
+
+def stored_step(folder: Path) -> int:
+    """The step of a checkpoint, whatever its folder is called; -1 where it cannot be read, which is refused later."""
+    try:
+        return int(json.loads((folder / STATE).read_text())["counters"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def read_weights(text: str, count: int) -> list[float]:
