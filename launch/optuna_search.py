@@ -79,6 +79,8 @@ def search(sweeper: Sweeper, settings: Settings, arguments: list[str]) -> None:
                 job.return_value  # noqa: B018  (raises what ended the job, if anything did)
         except Exception as error:  # a cluster has lost a job: the others have results, and the search goes on
             failure = failure or error
+            if not any(result_file(folder, number).is_file() for number in numbers):  # it starts none
+                break
         for number, trial in zip(numbers, trials, strict=True):
             result = read_result(result_file(folder, number))
             tell(study, trial, result, final_loss(result.folder(folder)))

@@ -129,6 +129,22 @@ def test_a_job_that_a_launcher_lost_does_not_end_a_search(
     assert "job 3 was killed" in capfd.readouterr().err
 
 
+def test_a_launcher_that_starts_nothing_ends_a_search(
+    search: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+    calls: list[int] = []
+
+    def launch(self: Any, batch: Any, initial_job_idx: int) -> Any:
+        calls.append(initial_job_idx)
+        raise RuntimeError("no such partition")
+
+    monkeypatch.setattr(BasicLauncher, "launch", launch)
+    assert search(distance, RATE, "hydra.sweeper.n_trials=6") == 1
+    assert calls == [0] and "no such partition" in capfd.readouterr().err
+
+
 def test_a_later_word_for_a_key_counts(search: Callable[..., int], tmp_path: Path) -> None:
     words = [RATE, "++optim.lr=0.5", "train.seed=choice(1,2)", "hydra.sweeper.n_trials=2"]
     assert search(lambda tree: tree.optim.lr, *words) == 0
