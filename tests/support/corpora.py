@@ -5,8 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from train.data.config import DataConfig
+from train.data.samples import TokenSamples
+
+LENGTH, VOCABULARY = 16, 1 << 20
 
 
 def write_corpus(prefix: Path, documents: Sequence[np.ndarray], sequences_each: int = 1) -> str:
@@ -28,3 +34,19 @@ def unique_documents(count: int, first_id: int, seed: int = 0) -> list[np.ndarra
     lengths = np.random.default_rng(seed).integers(1, 60, size=count)
     ids = np.arange(first_id, first_id + lengths.sum())
     return np.split(ids, np.cumsum(lengths)[:-1])
+
+
+def two_corpora(folder: Path) -> list[str]:
+    """Two corpora without a common id; the second one has 3 sequences per document."""
+    first = write_corpus(folder / "a" / "corpus", unique_documents(200, 0))
+    second = write_corpus(folder / "b" / "corpus", unique_documents(90, 500_000, 1), sequences_each=3)
+    return [first, second]
+
+
+def samples_of(paths: list[str], cache: Path, split: str = "train", **changes: Any) -> TokenSamples:
+    """Samples of LENGTH tokens, with ``changes`` of their arguments and of the configuration."""
+    values = {"sequence_length": LENGTH, "seed": 3, "vocab_size": VOCABULARY} | {
+        key: changes.pop(key) for key in ("sequence_length", "seed", "vocab_size") if key in changes
+    }
+    config = DataConfig("n", "s", paths=paths, **({"validation_fraction": 0.1} | changes))
+    return TokenSamples(config, split=split, cache_dir=cache, **values)  # type: ignore[arg-type]

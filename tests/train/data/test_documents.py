@@ -11,31 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.corpora import unique_documents, write_corpus
+from tests.support.corpora import samples_of, two_corpora, unique_documents, write_corpus
 from tests.support.running import numbers_by_end
 from train.batches import BatchReader
 from train.compose import compose
-from train.data.config import DataConfig
-from train.data.samples import TokenSamples
 
-LENGTH, VOCABULARY, EOD = 16, 1 << 20, 7
+EOD = 7
 
 
 @pytest.fixture(scope="module")
 def prefixes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two corpora without a common id; the second one has 3 sequences per document."""
-    folder = tmp_path_factory.mktemp("corpora")
-    first = write_corpus(folder / "a" / "corpus", unique_documents(200, 0))
-    second = write_corpus(folder / "b" / "corpus", unique_documents(90, 500_000, 1), sequences_each=3)
-    return [first, second]
-
-
-def samples_of(paths: list[str], cache: Path, split: str = "train", **changes: Any) -> TokenSamples:
-    values = {"sequence_length": LENGTH, "seed": 3, "vocab_size": VOCABULARY} | {
-        key: changes.pop(key) for key in ("sequence_length", "seed", "vocab_size") if key in changes
-    }
-    config = DataConfig("n", "s", paths=paths, **({"validation_fraction": 0.1} | changes))
-    return TokenSamples(config, split=split, cache_dir=cache, **values)  # type: ignore[arg-type]
+    return two_corpora(tmp_path_factory.mktemp("corpora"))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -14,33 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longcat.errors import ConfigError
-from tests.support.corpora import unique_documents, write_corpus
+from tests.support.corpora import LENGTH, samples_of, two_corpora, unique_documents, write_corpus
 from train.data import blend as blend_module
 from train.data.blend import Blend, Mixture
-from train.data.config import DataConfig
-from train.data.samples import TokenSamples
 from train.data.stages import TrainingStage, segments
 
-LENGTH = 16
-VOCABULARY = 1 << 20
 EOD = 7
 
 
 @pytest.fixture(scope="module")
 def prefixes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two corpora without a common id; the second one has 3 sequences per document."""
-    folder = tmp_path_factory.mktemp("corpora")
-    first = write_corpus(folder / "a" / "corpus", unique_documents(200, 0))
-    second = write_corpus(folder / "b" / "corpus", unique_documents(90, 500_000, 1), sequences_each=3)
-    return [first, second]
-
-
-def samples_of(paths: list[str], cache: Path, split: str = "train", **changes: Any) -> TokenSamples:
-    values = {"sequence_length": LENGTH, "seed": 3, "vocab_size": VOCABULARY} | {
-        key: changes.pop(key) for key in ("sequence_length", "seed", "vocab_size") if key in changes
-    }
-    config = DataConfig("n", "s", paths=paths, **({"validation_fraction": 0.1} | changes))
-    return TokenSamples(config, split=split, cache_dir=cache, **values)  # type: ignore[arg-type]
+    return two_corpora(tmp_path_factory.mktemp("corpora"))
 
 
 def test_sample_is_one_more_token_than_the_sequence(prefixes: list[str], tmp_path: Path) -> None:
