@@ -1,12 +1,12 @@
-"""One part of `python -m benchmarks.gpu`, run in a process of its own: what it returns, and how it is started.
-
-python -m benchmarks.gpu.part attention cuda     prints the part's rows as one line of JSON
-"""
+"""What a part of `python -m benchmarks.gpu` returns: rows, each the result of a check that may fail alone."""
 
 from __future__ import annotations
 
 import json
+import os
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +36,32 @@ def need_gpu(device: torch.device) -> None:
         raise NoGpuError(NO_GPU)
 
 
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Leave what holds for the whole process as it was: a check that fails must not change what the next one shows."""
+    environment, dtype, threads = dict(os.environ), torch.get_default_dtype(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    precisions = matmul.fp32_precision, convolution.fp32_precision
+    gradients = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(gradients)
+        matmul.fp32_precision, convolution.fp32_precision = precisions
+        os.environ.clear()
+        os.environ.update(environment)
+
+
 def attempt(what: str, check: Any, *arguments: Any) -> list[Row]:
     """The rows of ``check(*arguments)``; an exception becomes a row, so that the part's other checks still run."""
     try:
-        return list(check(*arguments))
+        with settings_kept():
+            return list(check(*arguments))
     except NoGpuError:
         raise
     except Exception as error:

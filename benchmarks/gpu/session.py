@@ -57,11 +57,7 @@ def train_steps(device: str, overrides: list[str], steps: int, ranks: int = 1, *
         RuntimeError: a rank failed; the message is the end of its output.
     """
     job = json.dumps({"overrides": overrides, "steps": steps, "shared": ranks > 1, **options})
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    if ranks > 1:
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+    environment = environment_of(device, ranks)
     start = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     command = [sys.executable, "-m", "benchmarks.gpu.session", job]
     processes = [
@@ -75,6 +71,18 @@ def train_steps(device: str, overrides: list[str], steps: int, ranks: int = 1, *
             raise RuntimeError(output.strip().splitlines()[-1] if output.strip() else f"exit code {process.returncode}")
     lines = [line for line in outputs[0].splitlines() if line.startswith(RESULT)]
     return dict(json.loads(lines[-1].removeprefix(RESULT)))
+
+
+def environment_of(device: str, ranks: int) -> dict[str, str]:
+    """The variables of such processes but for ``RANK``; ranks all see one GPU, the first that this process may use."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif ranks > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if ranks > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+    return environment
 
 
 def _free_port() -> int:

@@ -115,7 +115,7 @@ def _swiglu_backward_on_gpu(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
     """The gradients are the halves of one tensor."""
     rows = (one.reshape(-1, gate.shape[-1]) for one in (grad, gate, up))
     grads, x = gate_rows_backward(*rows)
-    grad_gate, grad_up = grads.view(*gate.shape[:-1], -1).chunk(2, -1)
+    grad_gate, grad_up = grads.view(*gate.shape[:-1], grads.shape[-1]).chunk(2, -1)
     return grad_gate, grad_up, x.view(gate.shape)
 
 

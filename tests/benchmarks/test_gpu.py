@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import attention
 from benchmarks.gpu.page import write
-from benchmarks.gpu.part import RESULT, Row
+from benchmarks.gpu.part import RESULT, Row, attempt
 from benchmarks.gpu.runner import Part, PartResult, State, judge, run_part
+from benchmarks.gpu.session import environment_of
 from benchmarks.gpu.tests import rows_of
 
 HANGS = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
@@ -39,6 +42,44 @@ def test_a_row_that_misses_fails_its_part() -> None:
     found = judge(part(""), RESULT + json.dumps([vars(row) for row in rows]), "", 1.0)
     assert found.state is State.failed and found.rows == rows and "(b: 2)" in found.summary
     assert judge(part(""), RESULT + json.dumps([vars(rows[0])]), "", 1.0).state is State.passed
+
+
+def test_a_check_that_raises_leaves_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deterministic algorithms, threads, dtype, TF32, gradients and variables stay for the checks after it."""
+    found = torch.backends.cuda.matmul
+
+    def state() -> tuple[object, ...]:
+        flags = torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), found.fp32_precision
+        return *flags, torch.get_default_dtype(), torch.get_num_threads(), dict(os.environ)
+
+    def spoil() -> list[Row]:
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        found.fp32_precision = "tf32"
+        os.environ["NCCL_ALGO"] = "Ring"
+        raise RuntimeError("out of memory")
+
+    before = state()
+    (row,) = attempt("spoils", spoil)
+    assert row.met is False and state() == before
+    monkeypatch.setattr(attention, "forward_and_backward", lambda _: [torch.empty(1)])
+    monkeypatch.setattr(attention, "milliseconds", lambda *_, **__: spoil())
+    for backend in attention.Backend:
+        assert attempt(str(backend), attention.kernel, backend, torch.device("cpu"))[0].met is False
+        assert state() == before
+
+
+@pytest.mark.parametrize("visible,one", [(None, "0"), ("2,3", "2"), ("GPU-7a,GPU-81", "GPU-7a")])
+def test_ranks_that_share_see_one_gpu(visible: str | None, one: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert environment_of("cuda", 2)["CUDA_VISIBLE_DEVICES"] == one
+    assert environment_of("cpu", 2)["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment_of("cuda", 1).get("CUDA_VISIBLE_DEVICES") == visible
 
 
 def test_page_and_record_have_every_part(tmp_path: Path) -> None:

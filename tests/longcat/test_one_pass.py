@@ -113,3 +113,11 @@ def test_experts_are_those_of_a_cpu(request: pytest.FixtureRequest) -> None:
     parts = swiglu_backward(grad, *gate_up_rows.chunk(2, -1))
     assert torch.equal(joined, torch.cat(parts[:2], -1))
     assert storage_key(parts[0].untyped_storage()) == storage_key(parts[1].untyped_storage())  # nothing to join
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_rank_without_rows_has_gradients(rows: int, on_gpu: None) -> None:
+    """Routing may send a rank no token at all."""
+    grad, gate_up = draw(rows, 8, seed=1).detach(), draw(rows, 16, seed=2).detach()
+    joined, x = joined_swiglu_backward(grad, gate_up)
+    assert joined.shape == (rows, 16) and x.shape == (rows, 8)

@@ -106,7 +106,7 @@ class Recorder(TorchDispatchMode):
             if any(not one.is_cuda for one in tensors):
                 self.found.misplaced[f"{name} in {caller()}"] += 1
             return SHAPES[func._opname](*args, **kwargs)
-        if _copies_to_device(func, args, kwargs) and not kwargs.get("non_blocking", _third(func, args)):
+        if (source := _copied_to_device(func, args)) is not None and _waits(source, func, args, kwargs):
             self.found.pageable[caller()] += 1
         return func(*args, **kwargs)
 
@@ -165,14 +165,18 @@ def _side(tensors: list[Tensor]) -> str:
     return "+".join(sorted({one.device.type for one in tensors}))
 
 
-def _third(func: Any, args: Any) -> bool:
-    return bool(func is aten.copy_.default and len(args) > 2 and args[2])
+def _copied_to_device(func: Any, args: Any) -> Tensor | None:
+    """The host's tensor that an operator copies to the device, if it does."""
+    if func is aten._to_copy.default and not args[0].is_cuda:
+        return args[0]
+    return args[1] if func is aten.copy_.default and args[0].is_cuda and not args[1].is_cuda else None
 
 
-def _copies_to_device(func: Any, args: Any, kwargs: Any) -> bool:
-    if func is aten._to_copy.default:
-        return not args[0].is_cuda and args[0].dim() > 0
-    return func is aten.copy_.default and args[0].is_cuda and not args[1].is_cuda and args[1].dim() > 0
+def _waits(source: Tensor, func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the host waits for this copy: CUDA waits for one from pageable memory even if it is `non_blocking`."""
+    third = func is aten.copy_.default and len(args) > 2 and args[2]
+    with unset_fake_temporarily():
+        return not kwargs.get("non_blocking", third) or not source.is_pinned()
 
 
 def _indexes_by_mask(func: Any, args: Any) -> bool:

@@ -7,6 +7,46 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <atomic>
+#include <map>
+#include <mutex>
+
+namespace {
+
+// Pinned memory: the CPU's, whose blocks are remembered, so that a tensor can be asked whether it is pinned.
+struct Pinned final : c10::Allocator {
+  static inline std::mutex mutex;
+  static inline std::map<const char*, size_t> blocks; // by first byte
+
+  c10::DataPtr allocate(size_t count) override {
+    char* first = new char[count + 1];
+    std::lock_guard<std::mutex> lock(mutex);
+    blocks[first] = count;
+    return {first, first, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+  static void release(void* first) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      blocks.erase(static_cast<char*>(first));
+    }
+    delete[] static_cast<char*>(first);
+  }
+  static bool has(const void* pointer) {
+    std::lock_guard<std::mutex> lock(mutex);
+    auto next = blocks.upper_bound(static_cast<const char*>(pointer));
+    if (next == blocks.begin())
+      return false;
+    auto [first, count] = *std::prev(next);
+    return pointer <= first + count;
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* target, const void* source, size_t count) const override {
+    default_copy_data(target, source, count);
+  }
+};
+
+Pinned pinned;
+
+} // namespace
 
 namespace at {
 
@@ -19,8 +59,8 @@ struct CUDAHooks : CUDAHooksInterface { // torch finds the class by this name
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
-  bool isPinnedPtr(const void*) const override { return false; }
-  Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  bool isPinnedPtr(const void* pointer) const override { return Pinned::has(pointer); }
+  Allocator* getPinnedMemoryAllocator() const override { return &pinned; }
 };
 
 REGISTER_CUDA_HOOKS(CUDAHooks)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from tests.rehearsal.kernels import without_cuda_kernel
 from tests.rehearsal.run import Found, differences, first_difference, rehearsals
+from tests.support.distributed import ROOT
 
 STEP = ["train.dtype=bfloat16", "train.micro_batch_size=1", "run.name=rehearsal", "sdc.every=0"]
 TINY = ["model=tiny", *STEP]
@@ -99,6 +102,40 @@ def test_differences_are_found() -> None:
 def test_operators_without_a_kernel_are_found() -> None:
     names = ["aten::mkldnn_linear", "aten::add.Tensor", "aten::_grouped_mm", "aten::sum.dim_IntList"]
     assert without_cuda_kernel(names) == {"aten::mkldnn_linear"}
+
+
+COPIES_TO_THE_DEVICE = """
+from tests.rehearsal.device import load
+load()
+import torch
+from longcat.ops.torch_internals import fake_tensor_mode
+from tests.rehearsal.recorder import Recorder
+recorder, pageable = Recorder(), torch.ones(8)
+pinned = pageable.pin_memory()
+assert pinned.is_pinned() and pinned[3:].is_pinned() and not pageable.is_pinned()
+with fake_tensor_mode(), recorder:
+    target = torch.empty(8, device="cuda:0")
+    counts = []
+    for copy in (
+        lambda: pinned.to("cuda:0", non_blocking=True),
+        lambda: target[3:].copy_(pinned[3:], non_blocking=True),
+        lambda: pageable.to("cuda:0", non_blocking=True),
+        lambda: target.copy_(pageable, non_blocking=True),
+        lambda: target.copy_(pinned),
+        lambda: pageable[0].to("cuda:0", non_blocking=True),
+    ):
+        before = sum(recorder.found.pageable.values())
+        copy()
+        counts.append(sum(recorder.found.pageable.values()) - before)
+print(counts)
+"""
+
+
+def test_copies_that_the_host_waits_for_are_counted() -> None:
+    """A copy from pageable memory waits, however it is asked for; one from pinned memory only if it is not told."""
+    done = subprocess.run([sys.executable, "-c", COPIES_TO_THE_DEVICE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[0, 0, 1, 1, 1, 1]"
 
 
 BATCH = "train.global_batch_size=16"
