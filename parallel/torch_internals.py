@@ -107,8 +107,8 @@ def reduce_scatter_of(group: Any) -> Any:
 def keeps_reduced_gradients_as_views(group: Any, output: Tensor) -> bool:
     """Whether FSDP2 only views the output of a group's reduce-scatter as gradients: no cast, no hook on the sums."""
     return (
-        group._orig_dtype is output.dtype
-        and group._all_reduce_hook is None
+        group._all_reduce_hook is None
+        and all(one.orig_dtype is output.dtype for one in group.fsdp_params)
         and all(not one.sharded_param._post_accumulate_grad_hooks for one in group.fsdp_params)
     )
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from benchmarks.evidence import widths
+from benchmarks.evidence import token_kinds, widths
 from benchmarks.evidence.claims import FOLDER, Claim, Comparison, Expectation
 from benchmarks.evidence.jobs import RESULTS
 from benchmarks.evidence.measures import MEASURES, Interval, Verdict
-from benchmarks.evidence.picture import draw_claim, draw_widths
+from benchmarks.evidence.picture import draw_claim, draw_kinds, draw_widths
 from benchmarks.evidence.run import OVERALL, best_value, level, look, seeds_wanted, wanted
 from longcat.errors import ConfigError
 
@@ -44,6 +44,9 @@ The model has 2.35M parameters and sees 1 million tokens of Python source
 def draw(claims: list[Claim]) -> int:
     """Write the page and a picture for each claim that has results."""
     sweep = widths.load().claim
+    kinds = token_kinds.registered()
+    drawn = draw_kinds(kinds, Path(f"docs/images/evidence/{token_kinds.NAME}.png"))
+    rest = token_kinds.section(drawn)
     drawn = draw_widths(widths.load(), Path(f"docs/images/evidence/{widths.NAME}.png"))
     jobs = {job.key: job for claim in [*claims, sweep] for _, job in wanted(claim)}
     results = [job.result for job in jobs.values() if job.result]
@@ -53,6 +56,8 @@ def draw(claims: list[Claim]) -> int:
             f"{RESULTS} has results on {len(corpora)} corpora, which cannot be compared; keep those of one"
         )
     rows = [f"| [{claim.title}](#{anchor(claim.title)}) | {claim.report} | {verdict_of(claim)} |" for claim in claims]
+    title, report = kinds.tree["title"], kinds.tree["report"]
+    rows.append(f"| [{title}](#{anchor(title)}) | {report} | {kinds.verdict()} |")
     rows.append(f"| [{sweep.title}](#{anchor(sweep.title)}) | {sweep.report} | {widths.verdict()} |")
     head = HEAD.format(
         overall=f"{OVERALL:.0%}".replace("%", " %"),
@@ -62,7 +67,8 @@ def draw(claims: list[Claim]) -> int:
         experiment="../configs/experiment/evidence.yaml",
         verdicts="\n".join(["| claim | in the report | here |", "|---|---|---|", *rows]),
     )
-    PAGE.write_text("\n".join([head, *(section(claim) for claim in claims), *widths.section(drawn)]), encoding="utf-8")
+    rest += widths.section(drawn)
+    PAGE.write_text("\n".join([head, *(section(claim) for claim in claims), *rest]), encoding="utf-8")
     return 0
 
 

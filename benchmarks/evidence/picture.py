@@ -11,6 +11,7 @@ from benchmarks.evidence.claims import Claim, Expectation
 from benchmarks.evidence.jobs import COLUMNS
 from benchmarks.evidence.measures import MEASURES, interval
 from benchmarks.evidence.run import differences, judged_job, level
+from benchmarks.evidence.token_kinds import KINDS, Registered
 from benchmarks.evidence.widths import PARAMETERISATIONS, TABLE, Sweep
 from benchmarks.growth_picture import INK, SOFT, STYLE, few_colours
 from train.report.theme import PALETTE_LIGHT
@@ -119,6 +120,34 @@ def draw_widths(sweep: Sweep, target: Path) -> bool:
             axis.set_xlabel("learning rate at the proxy's width" if kind == TABLE else "learning rate")
         axes[0].set_ylabel("validation loss, nats per token")
         axes[0].legend(title="width")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=130)
+        plt.close(figure)
+    few_colours(target)
+    return True
+
+
+def draw_kinds(claim: Registered, target: Path) -> bool:
+    """FFN experts of each kind of token: the mean over seeds, a dot a seed; False before the first is measured."""
+    results = claim.results()
+    if not results:
+        return False
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    means = {kind: [one["kinds"][kind]["mean"] for one in results] for kind in KINDS}
+    order = sorted(KINDS, key=lambda kind: sum(means[kind]))
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+        for place, kind in enumerate(order):
+            axis.plot(means[kind], [place] * len(results), "o", color=PALETTE_LIGHT[0], alpha=0.5, markersize=4)
+            axis.plot([sum(means[kind]) / len(results)], [place], "D", color=INK, markersize=6)
+        axis.axvline(sum(one["all"]["mean"] for one in results) / len(results), color=SOFT, linewidth=1)
+        axis.set_yticks(range(len(order)), order)
+        axis.set_xlabel(f"FFN experts of {results[0]['chosen']} chosen (line: all tokens; dots: seeds)")
+        axis.grid(axis="y", visible=False)
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=130)
         plt.close(figure)

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.evidence import token_kinds
 from benchmarks.evidence.claims import Claim
 from benchmarks.evidence.jobs import Job
 from benchmarks.evidence.measures import MEASURES, Interval, Verdict, interval, judge
@@ -87,10 +88,10 @@ def wanted(claim: Claim) -> list[tuple[int, Job]]:
 
 
 def queue(claims: list[Claim]) -> list[Job]:
-    """Runs without a result, each once: first seeds of all claims before second ones."""
+    """Runs without a result or its kinds of tokens, each once: first seeds of all claims before second ones."""
     found: dict[str, Job] = {}
     for _, job in sorted(((turn, job) for claim in claims for turn, job in wanted(claim)), key=lambda pair: pair[0]):
-        if job.result is None:
+        if job.result is None or token_kinds.registered().wants(job):
             found.setdefault(job.key, job)
     return list(found.values())
 
@@ -146,7 +147,10 @@ class Runner:
                 continue
             del self.running[key]
             if code in (OK, UNHEALTHY):
-                job.store(code)
+                if job.result is None:
+                    job.store(code)
+                if token_kinds.registered().wants(job):
+                    token_kinds.measure(job)
             elif code != STOPPED and not (self.stopping and code == -signal.SIGTERM):
                 self.failed.append(job.label)
                 print(f"error: {job.label} ended with code {code}; see {job.folder}/output.txt", file=sys.stderr)

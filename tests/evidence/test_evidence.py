@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.evidence import jobs, run, widths
+from benchmarks.evidence import jobs, run, token_kinds, widths
 from benchmarks.evidence.claims import Claim, Comparison, Expectation, load
 from benchmarks.evidence.measures import MEASURES, Interval, Verdict, interval, judge, t_quantile
 from benchmarks.evidence.variants import VARIANTS
@@ -209,3 +210,44 @@ def test_stored_runs_keep_their_keys() -> None:
     assert found
     for result in found:
         assert jobs.key_of(jobs.composed(tuple(result.overrides)), result.variant, []) == result.key
+
+
+def test_kinds_of_tokens_in_code_and_prose() -> None:
+    source = 'def area(side):  # the width of 12 sides\n    return side * 2.5 - "it isn\'t"\n'
+    words = [
+        "def",
+        " area",
+        "(",
+        "side",
+        "#",
+        " the",
+        " width",
+        " 12",
+        "return",
+        " *",
+        " 2.5",
+        "it",
+        " isn't",
+        "\n    ",
+    ]
+    offsets = []
+    for word in words:
+        at = source.index(word, offsets[-1][1] if offsets and word != "\n    " else 0)
+        offsets.append((at, at + len(word)))
+    kinds = token_kinds.kinds_of_tokens(source, offsets)
+    prose = ["punctuation", "function word", "other word", "number"]
+    code = ["keyword", "punctuation", "number", "function word", "function word", "space"]
+    assert kinds == ["keyword", "name", "punctuation", "name", *prose, *code]
+    assert token_kinds.kinds_of_tokens("def (:\n  '''", [(0, 3)]) is None
+
+
+def test_ffn_experts_of_each_token_by_layer() -> None:
+    config = ModelConfig(
+        num_layers=2, num_experts=4, num_zero_experts=4, top_k=3, expected_ffn_experts=2, num_mtp_layers=0
+    )
+    model = LongCat(config).eval()
+    initialise(model, config, seed=1)
+    ids = np.arange(10)
+    for layer, (router, wanted) in enumerate(zip(model.routers(), (3, 0), strict=True)):
+        router.e_score_correction_bias[: config.num_experts] += 10 if layer == 0 else -10
+        assert (token_kinds.ffn_experts(model, ids)[:, layer] == wanted).all()
