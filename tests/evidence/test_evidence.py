@@ -100,6 +100,7 @@ def test_more_seeds_only_while_undecided(tmp_path: Path, monkeypatch: pytest.Mon
     """The first look decides a clear difference; an unclear one asks for the larger number of seeds."""
     claim = CLAIMS["shortcut"]
     monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+    monkeypatch.setattr(token_kinds.Registered, "wants", lambda *_: False)  # it shares runs with this claim
 
     def finish(gap: list[float]) -> None:
         jobs.stored.cache_clear()
@@ -210,6 +211,18 @@ def test_stored_runs_keep_their_keys() -> None:
     assert found
     for result in found:
         assert jobs.key_of(jobs.composed(tuple(result.overrides)), result.variant, []) == result.key
+
+
+def test_run_without_its_kinds_of_tokens_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result is kept without the checkpoint that kinds are measured in: then the run is made again."""
+    monkeypatch.setattr(token_kinds, "RESULTS", tmp_path)
+    measured = [job for job in token_kinds.registered().jobs() if job]
+    keys = {job.key for job in run.queue([CLAIMS["identity_experts"]])}
+    assert measured and {job.key for job in measured} <= keys
+    for job in measured:
+        (tmp_path / f"{job.key}.json").write_text("{}")
+    done = {job.key for job in measured if job.result}
+    assert not done & {job.key for job in run.queue([CLAIMS["identity_experts"]])}
 
 
 def test_kinds_of_tokens_in_code_and_prose() -> None:
