@@ -55,6 +55,23 @@ def max_violation(result: Result) -> float:
     return float(tail(result, "load_max_over_mean").mean() - 1)
 
 
+def after_change(result: Result, name: str) -> float:
+    """A column's value over the first window after the first stage of `data.stages` began."""
+    start = composed(tuple(result.overrides)).data.stages[0].start_tokens
+    tokens, numbers = result.column("tokens"), result.column(name)
+    return next(value for count, value in zip(tokens, numbers, strict=True) if count > start)
+
+
+def budget_error_after_change(result: Result) -> float:
+    """|mean FFN experts / K_e − 1| in percent, over the first 25 steps after the data changed."""
+    return abs(after_change(result, "ffn_experts") / expert_target(result) - 1) * 100
+
+
+def max_violation_after_change(result: Result) -> float:
+    """As `max_violation`, over the first 25 steps after the data changed."""
+    return after_change(result, "load_max_over_mean") - 1
+
+
 def expert_target(result: Result) -> float:
     """K_e of the run."""
     return composed(tuple(result.overrides)).model.expected_ffn_experts
@@ -66,6 +83,12 @@ MEASURES = {
     "budget_error": Measure("error of the compute budget", "% of K_e", budget_error),
     "budget_swing": Measure("swing of the compute budget", "% of K_e", budget_swing),
     "max_violation": Measure("maximum violation of the balance", "", max_violation),
+    "budget_error_after_change": Measure(
+        "error of the compute budget after the change", "% of K_e", budget_error_after_change
+    ),
+    "max_violation_after_change": Measure(
+        "maximum violation of the balance after the change", "", max_violation_after_change
+    ),
 }
 
 

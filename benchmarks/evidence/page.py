@@ -33,7 +33,7 @@ effect that would have been seen.
   this page. Up to now the runs took {hours} hours of one processor core; {left} of {all} are left.
 
 The model has 2.35M parameters and sees 1 million tokens of Python source
-([evidence.yaml]({experiment})). Effects at this size need not be those of large models.
+([evidence.yaml]({experiment})), where a claim says nothing else. Effects at this size need not be those of large models.
 
 ## Verdicts
 
@@ -50,11 +50,8 @@ def draw(claims: list[Claim]) -> int:
     drawn = draw_widths(widths.load(), Path(f"docs/images/evidence/{widths.NAME}.png"))
     jobs = {job.key: job for claim in [*claims, sweep] for _, job in wanted(claim)}
     results = [job.result for job in jobs.values() if job.result]
-    corpora = {result.corpus for result in results}
-    if len(corpora) > 1:
-        raise ConfigError(
-            f"{RESULTS} has results on {len(corpora)} corpora, which cannot be compared; keep those of one"
-        )
+    for claim in [*claims, sweep]:
+        check_corpus(claim)
     rows = [f"| [{claim.title}](#{anchor(claim.title)}) | {claim.report} | {verdict_of(claim)} |" for claim in claims]
     title, report = kinds.tree["title"], kinds.tree["report"]
     rows.append(f"| [{title}](#{anchor(title)}) | {report} | {kinds.verdict()} |")
@@ -70,6 +67,20 @@ def draw(claims: list[Claim]) -> int:
     rest += widths.section(drawn)
     PAGE.write_text("\n".join([head, *(section(claim) for claim in claims), *rest]), encoding="utf-8")
     return 0
+
+
+def check_corpus(claim: Claim) -> None:
+    """Refuse results of one claim on several corpora.
+
+    Raises:
+        ConfigError: they cannot be compared.
+    """
+    corpora = {job.result.corpus for _, job in wanted(claim) if job.result}
+    if len(corpora) > 1:
+        raise ConfigError(
+            f"{RESULTS} has results of {claim.name} on {len(corpora)} corpora, which cannot be compared; "
+            f"keep those of one"
+        )
 
 
 def anchor(title: str) -> str:
