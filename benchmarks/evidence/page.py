@@ -33,7 +33,8 @@ effect that would have been seen.
   this page. Up to now the runs took {hours} hours of one processor core; {left} of {all} are left.
 
 The model has 2.35M parameters and sees 1 million tokens of Python source
-([evidence.yaml]({experiment})), where a claim says nothing else. Effects at this size need not be those of large models.
+([evidence.yaml]({experiment})), where a claim says nothing else. Effects at this size need
+not be those of large models.
 
 ## Verdicts
 
