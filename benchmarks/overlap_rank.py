@@ -190,7 +190,7 @@ def forward_in_sequence(self: ShortcutLayer, x: Tensor, angles: Tensor, document
     attention, ffn, moe = self.self_attn, self.mlps, self.mlp
     a = x + attention[0](self.input_layernorm[0](x), angles, documents)
     u = self.post_attention_layernorm[0](a)
-    pending = moe.dispatch(u.flatten(0, 1))
+    pending = moe.dispatch(u.flatten(0, 1), documents)
     moe.send_rows(pending)
     m, statistics = moe.combine(moe.compute(pending))
     b = a + ffn[0](u)

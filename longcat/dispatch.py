@@ -26,10 +26,10 @@ from longcat.recompute_values import Value
 class Routing(NamedTuple):
     """A router's decision for one chunk of tokens."""
 
-    indices: Tensor  # [T, K] expert numbers below N + Z; those from N on are identity experts
-    gates: Tensor  # [T, K] float32, γ·R of each selection
+    indices: Tensor  # [T, K] expert numbers below ``num_routed``; those from N on are identity experts
+    gates: Tensor  # [T, K] float32, γ·R of each selection; 0 at padding
     num_experts: int  # N
-    num_routed: int  # N + Z
+    num_routed: int  # N + Z; where samples may be padded one more, an identity expert for padding alone
 
 
 class Dispatcher(Protocol):

@@ -1,4 +1,4 @@
-"""Which document each position of a micro-batch belongs to, as attention, MTP and fused kernels need it."""
+"""Which document each position of a micro-batch belongs to, and which ones are padding."""
 
 # B sequences, S positions
 
@@ -6,9 +6,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # it imports the dispatcher's interface, which needs nothing of this file
+    from longcat.interfaces import SequenceSharding
+
+PADDING = -1  # the document number of positions that hold no text
 
 
 @dataclass(frozen=True)
@@ -28,25 +34,55 @@ class Segments:
 
 
 @dataclass(frozen=True, eq=False)
+class Padding:
+    """The positions of a micro-batch that hold no text: they use no FFN expert and count in no loss or statistic."""
+
+    mask: Tensor  # [B, S] bool on the device, True at padding
+    num_tokens: Tensor  # [] int64 on the device, the number of the other positions
+    _local: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, mask: Tensor, device: torch.device | None = None) -> Padding:
+        """From a mask [B, S] on the host; it goes to ``device``, if one is given."""
+        num_tokens = (~mask).sum().clamp_min(1)
+        return cls(mask, num_tokens) if device is None else cls(to_device(mask, device), to_device(num_tokens, device))
+
+    def local(self, sequence: SequenceSharding) -> Tensor:
+        """The mask at the positions of the residual stream here, [B, s]; found once a micro-batch."""
+        if sequence.num_shards == 1:
+            return self.mask
+        if sequence.num_shards not in self._local:
+            positions = to_device(sequence.positions(self.mask.shape[1]), self.mask.device)
+            self._local[sequence.num_shards] = self.mask[:, positions]
+        return self._local[sequence.num_shards]
+
+
+@dataclass(frozen=True, eq=False)
 class Documents:
     """Document numbers of a micro-batch, and their bounds on the host, so that no kernel waits for the device.
 
     Args:
         numbers: [B, S] int64 on the device; a number changes where a document begins, and never comes again.
         starts: by sequence, the first position of each document, ascending; the first is 0.
+        padding: where samples may be padded, which positions are padding; they are documents of their own.
     """
 
     numbers: Tensor
     starts: tuple[tuple[int, ...], ...]
+    padding: Padding | None = None
     _segments: dict[tuple[int, int], Segments] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, numbers: Tensor, device: torch.device | None = None) -> Documents:
-        """From numbers [B, S] on the host; they go to ``device``, if one is given."""
+    def of(cls, numbers: Tensor, device: torch.device | None = None, may_pad: bool = False) -> Documents:
+        """From numbers [B, S] on the host; they go to ``device``, if one is given.
+
+        With ``may_pad`` the positions with the number `PADDING` are padding.
+        """
         changes = torch.ones_like(numbers, dtype=torch.bool)
         changes[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
         starts = tuple(tuple(row.nonzero().flatten().tolist()) for row in changes)
-        return cls(numbers if device is None else to_device(numbers, device), starts)
+        padding = Padding.of(numbers == PADDING, device) if may_pad else None
+        return cls(numbers if device is None else to_device(numbers, device), starts, padding)
 
     def first_key(self, position: int) -> int:
         """The first key that ``position`` sees in any sequence: where the longest of their documents began."""

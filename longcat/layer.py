@@ -40,7 +40,7 @@ class ShortcutLayer(nn.Module):
         attention, ffn, moe = self.self_attn, self.mlps, self.mlp
         a = x + attention[0](recomputable(Value.norms, self.input_layernorm[0], x), angles, documents)
         u = recomputable(Value.norms, self.post_attention_layernorm[0], a)
-        pending = moe.dispatch(u.flatten(0, 1))  # dispatch starts ...
+        pending = moe.dispatch(u.flatten(0, 1), documents)  # dispatch starts ...
         b = a + ffn[0](u)
         moe.send_rows(pending)  # (here at the latest, where the host runs ahead of the device)
         if not moe.after_attention:

@@ -33,12 +33,12 @@ class Losses(NamedTuple):
     lm: Tensor  # Σ over valid tokens of -log p(label)
     mtp: Tensor  # the same for the MTP layers, over `mtp_valid` tokens; 0 while MTP is off
     balance: Tensor  # Σ over layers of the device-level balance loss (section 5), a mean over this micro-batch
-    hidden_z: Tensor  # Σ over tokens of (log Σ_i exp |z_i|)², z before the final norm (section 9)
+    hidden_z: Tensor  # Σ over tokens, without padding, of (log Σ_i exp |z_i|)², z before the final norm (section 9)
     token_losses: Tensor  # [B, q] -log p(label), 0 where invalid; carries no gradient
-    hidden_norm: Tensor  # Σ over tokens of ‖z‖₂; carries no gradient
-    counts: Tensor  # [L, N + Z] int64 selections by the local tokens
+    hidden_norm: Tensor  # likewise Σ of ‖z‖₂; carries no gradient
+    counts: Tensor  # [L, N + Z] int64 selections by the local tokens, without padding
     balance_slope: Tensor  # [L, N + Z] see RoutingStatistics
-    ffn_experts: Tensor  # [L, B, s] number of FFN experts of each token
+    ffn_experts: Tensor  # [L, B, s] number of FFN experts of each token; 0 at padding
     hidden: Tensor  # [B, s, D] the residual stream after the last local layer; with the head it carries no gradient
 
 
@@ -139,8 +139,12 @@ class LongCat(SequenceModule, VocabularyModule):
             lm, token_losses = self._cross_entropy(normed, labels, valid, is_last=not with_mtp)
             if with_mtp:
                 mtp_loss = self._mtp_loss(normed, labels, valid, documents)
-            z_loss = hidden_z(z)
-            norm = torch.linalg.vector_norm(z.detach().float(), dim=-1).sum()
+            padding = None
+            if documents is not None and documents.padding is not None:
+                padding = documents.padding.local(self.sequence)
+            z_loss = hidden_z(z, padding)
+            norms = torch.linalg.vector_norm(z.detach().float(), dim=-1)
+            norm = (norms if padding is None else norms.masked_fill_(padding, 0.0)).sum()
         return Losses(
             lm=lm.clone(),  # FSDP2 gathers for the backward wherever an output was made: all after the MTP layers
             mtp=mtp_loss,
@@ -195,6 +199,10 @@ def mtp_valid(valid: Tensor, documents: Documents | None, depth: int) -> Tensor:
     return shifted
 
 
-def hidden_z(z: Tensor) -> Tensor:
-    """Σ_t (log Σ_i exp |z_t,i|)² over tokens, in float32 (section 9; the caller, who knows T, multiplies by λ/T)."""
-    return torch.logsumexp(z.float().abs(), -1).square().sum()
+def hidden_z(z: Tensor, padding: Tensor | None = None) -> Tensor:
+    """Σ_t (log Σ_i exp |z_t,i|)² over tokens, in float32 (section 9; the caller, who knows T, multiplies by λ/T).
+
+    z [B, s, D]; positions where ``padding`` [B, s] is True do not count.
+    """
+    squares = torch.logsumexp(z.float().abs(), -1).square()
+    return (squares if padding is None else squares.masked_fill(padding, 0.0)).sum()

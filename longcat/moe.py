@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from longcat.config import ModelConfig
 from longcat.dispatch import LocalDispatcher, Routing
+from longcat.documents import Documents
 from longcat.interfaces import DispatcherModule, SequenceModule, WeightGradModule, local_tensor
 from longcat.modules import Linear, grad_store
 from longcat.ops.fp32_linear import fp32_linear
@@ -54,8 +55,12 @@ class Router(nn.Module):
         self.direction: Tensor | None = None  # [D] float64, if gate_slope is set: Σ of the classifier's normalised rows
         self.margins: Tensor | None = None  # if set to zeros [N + Z, bins], the backward adds `count_margins`
 
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u [T, D] → probabilities R [T, N+Z], selected experts [T, K], gates γ·R [T, K]; floats in float32."""
+    def forward(self, u: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """u [T, D] → probabilities R [T, N+Z], selected experts [T, K], gates γ·R [T, K]; floats in float32.
+
+        Where ``padding`` [T] is True, all K selections are the number N+Z, with gates of 0: an identity expert that
+        only padding uses, so that the model needs none and no count of an expert includes padding.
+        """
         weight = local_tensor(self.classifier.weight).float()
         if self.gate_slope is not None and self.direction is None:
             self.direction = torch.nn.functional.normalize(weight.detach().double(), dim=1).sum(0)
@@ -69,19 +74,23 @@ class Router(nn.Module):
             gating = probabilities.view_as(probabilities)
             gating.register_hook(self._add_to_slope)
             if self.margins is not None:
-                gating.register_hook(partial(self._add_to_margins, probabilities.detach()))
-        return probabilities, indices, selected_gates(gating, indices) * self.config.routed_scaling_factor
+                gating.register_hook(partial(self._add_to_margins, probabilities.detach(), padding))
+        gates = selected_gates(gating, indices) * self.config.routed_scaling_factor
+        if padding is not None:
+            rows = padding[:, None]
+            indices, gates = indices.masked_fill(rows, self.config.num_routed), gates.masked_fill(rows, 0.0)
+        return probabilities, indices, gates
 
     def _add_to_slope(self, grad: Tensor) -> None:
         if self.gate_slope is not None:
             slope = grad.sum(0)
             self.gate_slope += round_to(slope, self.slope_unit) if self.slope_unit else slope
 
-    def _add_to_margins(self, probabilities: Tensor, _: Tensor) -> None:
+    def _add_to_margins(self, probabilities: Tensor, padding: Tensor | None, _: Tensor) -> None:
         """In the backward, as a recomputed forward runs twice."""
         if self.margins is not None:
             bias, bins = self.e_score_correction_bias, self.margins.shape[1]
-            self.margins += count_margins(probabilities, bias, self.config.top_k, bins)
+            self.margins += count_margins(probabilities, bias, self.config.top_k, bins, padding)
 
 
 def round_to(values: Tensor, unit: float) -> Tensor:
@@ -122,6 +131,8 @@ class PendingMoE:
     indices: Tensor  # [T, K]
     counts: Tensor  # [N + Z]
     total: Any  # handle of the counts' sum over the micro-batch
+    padding: Tensor | None  # [T] bool, True at padding; None where samples are never padded
+    num_tokens: int | Tensor  # of the micro-batch, on all ranks that share it, without padding
 
 
 class MoE(SequenceModule, DispatcherModule):
@@ -139,14 +150,20 @@ class MoE(SequenceModule, DispatcherModule):
         self.expert_stream: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.dispatcher = LocalDispatcher()
 
-    def dispatch(self, u: Tensor) -> PendingMoE:
+    def dispatch(self, u: Tensor, documents: Documents | None = None) -> PendingMoE:
         """Route u [T, D] and start sending tokens to their FFN experts; identity experts are local."""
-        sizes = self.config.num_experts, self.config.num_routed
-        probabilities, indices, gates = self.router(u)
+        num_experts, num_routed = self.config.num_experts, self.config.num_routed
+        sizes, padding = (num_experts, num_routed), None
+        num_tokens: int | Tensor = u.shape[0] * self.sequence.num_shards
+        if documents is not None and documents.padding is not None:
+            sizes, num_tokens = (num_experts, num_routed + 1), documents.padding.num_tokens
+            padding = documents.padding.local(self.sequence).flatten()
+        probabilities, indices, gates = self.router(u, padding)
         parts = zip(*(tensor.tensor_split(self.num_chunks) for tensor in (u, indices, gates)), strict=True)
         chunks = self.dispatcher.start_dispatch([(x, Routing(index, gate, *sizes)) for x, index, gate in parts])
-        counts = count_selections(indices, self.config.num_routed)
-        return PendingMoE(chunks, probabilities, indices, counts, self.sequence.start_count(counts))
+        counts = count_selections(indices, sizes[1])[:num_routed]
+        total = self.sequence.start_count(counts)
+        return PendingMoE(chunks, probabilities, indices, counts, total, padding, num_tokens)
 
     def send_rows(self, pending: PendingMoE) -> None:
         """Send the rows that `dispatch` did not; the work that overlaps the host's wait for their number is queued."""
@@ -166,14 +183,16 @@ class MoE(SequenceModule, DispatcherModule):
         parts = [self.dispatcher.wait_combine(chunk) for chunk in pending.chunks]
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         total = self.sequence.wait_count(pending.total)
-        num_tokens = pending.probabilities.shape[0] * self.sequence.num_shards
+        num_tokens, probabilities = pending.num_tokens, pending.probabilities
+        if pending.padding is not None:
+            probabilities = probabilities.masked_fill(pending.padding[:, None], 0.0)
         slope = balance_slope(total, num_tokens, self.config, self.balance_groups)
-        balance = (pending.probabilities.sum(0) / num_tokens * slope).sum()
+        balance = (probabilities.sum(0) / num_tokens * slope).sum()
         ffn_experts = (pending.indices < self.config.num_experts).sum(1)
         return out, RoutingStatistics(balance, slope, pending.counts, ffn_experts)
 
 
-def balance_slope(counts: Tensor, num_tokens: int, config: ModelConfig, num_groups: int) -> Tensor:
+def balance_slope(counts: Tensor, num_tokens: int | Tensor, config: ModelConfig, num_groups: int) -> Tensor:
     """f of each expert's group [N + Z] in the device-level balance loss Σ_j f_j P_j (section 5).
 
     ``counts`` [N + Z] are the selections of the micro-batch's ``num_tokens``. Without identity experts, or with none

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longcat.documents import Documents, to_device
+from longcat.documents import PADDING, Documents, to_device
 from longcat.errors import ConfigError
 from longcat.model import mtp_valid
 from parallel.elastic import virtual_ranks
 from parallel.mesh import Topology
 from parallel.reduce import sum_scalars
 from train.config import Config
+from train.data.config import Packing
 from train.data.samples import TokenSamples
 from train.health.ranges import SampleRanges
 from train.objective import Divisors
@@ -34,6 +35,7 @@ class Batch:
     documents: Documents | None  # with data.mask_documents
     # of the language model and of all MTP layers, counted before the copy to the device; None: count when asked
     num_labels: tuple[int, int] | None = None
+    num_padding: int = 0  # positions that hold no text, counted likewise
 
 
 class BatchReader:
@@ -111,41 +113,56 @@ class BatchReader:
     def to_batch(self, windows: Tensor) -> Batch:
         """Windows [B, S+1], or [B, 2, S+1] with the number of each token's document → inputs and labels.
 
-        With `data.mask_documents`, windows without numbers are of one document each.
+        With `data.mask_documents`, windows without numbers are of one document each. With `data.packing=best_fit` no
+        label crosses documents.
         """
         numbers = torch.zeros_like(windows) if windows.ndim == 2 else windows[:, 1]
         windows = windows if windows.ndim == 2 else windows[:, 0]
-        device, documents, of_documents = self.topology.device, None, None
+        device, documents, of_documents, valid = self.topology.device, None, None, None
+        is_packed = self.config.data.packing == Packing.best_fit
         if self.config.data.mask_documents:  # before the copy: bounds of documents are needed on the host
             of_documents = numbers[:, :-1].contiguous()
-            documents = Documents.of(of_documents, device)
-        num_labels = count_labels(windows[:, 1:].shape, of_documents, self.config.model.num_mtp_layers)
+            documents = Documents.of(of_documents, device, may_pad=is_packed)
+        if is_packed:
+            valid = (numbers[:, 1:] == numbers[:, :-1]) & (numbers[:, 1:] != PADDING)
+        num_labels = count_labels(windows[:, 1:].shape, of_documents, self.config.model.num_mtp_layers, valid)
+        num_padding = int((numbers[:, :-1] == PADDING).sum())
         windows = to_device(windows, device)
         tokens, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-        return Batch(tokens, labels, torch.ones_like(tokens, dtype=torch.bool), documents, num_labels)
+        counted = torch.ones_like(tokens, dtype=torch.bool) if valid is None else to_device(valid, device)
+        return Batch(tokens, labels, counted, documents, num_labels, num_padding)
 
     def divisors(self, batches: list[Batch]) -> Divisors:
         """The divisors of this step's sums; a collective."""
-        tokens = self.config.train.global_batch_size * self.config.train.sequence_length
+        positions = self.config.train.global_batch_size * self.config.train.sequence_length
+        padding = float(sum(batch.num_padding for batch in batches))
         counts = label_counts(batches, self.config.model.num_mtp_layers)
         if self.config.data.mask_documents:
             weight = float(self.topology.reads_first)  # ranks that share a batch count it once
-            labels, mtp_labels = sum_scalars([count * weight for count in counts])
+            labels, mtp_labels, padding = sum_scalars([count * weight for count in (*counts, padding)])
         else:  # every window has as many labels: no collective needed
             labels, mtp_labels = (count * self.topology.data_ranks for count in counts)
-        return Divisors(int(labels), int(mtp_labels), tokens, self.num_micro_batches)
+        return Divisors(
+            int(labels), int(mtp_labels), positions - int(padding), self.num_micro_batches, padding=int(padding)
+        )
 
 
-def count_labels(shape: torch.Size, of_documents: Tensor | None, num_mtp_layers: int) -> tuple[int, int]:
-    """Labels of the language model and of the MTP layers in a micro-batch [B, S] of full windows, on the host."""
+def count_labels(
+    shape: torch.Size, of_documents: Tensor | None, num_mtp_layers: int, valid: Tensor | None = None
+) -> tuple[int, int]:
+    """Labels of the language model and of the MTP layers in a micro-batch [B, S], on the host.
+
+    ``valid`` [B, S]: where the label counts, with ``of_documents``; None = everywhere.
+    """
     rows, length = shape
     further = 0
     for depth in range(1, num_mtp_layers + 1):
         if of_documents is None:
             further += rows * max(length - depth, 0)
         elif depth < length:  # a document number never falls: equal ones are in one document
-            further += int((of_documents[:, depth:] == of_documents[:, :-depth]).sum())
-    return rows * length, further
+            is_inside = of_documents[:, depth:] == of_documents[:, :-depth]
+            further += int((is_inside if valid is None else is_inside & valid[:, depth:]).sum())
+    return rows * length if valid is None else int(valid.sum()), further
 
 
 def label_counts(batches: list[Batch], num_mtp_layers: int) -> list[float]:

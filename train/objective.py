@@ -33,8 +33,9 @@ class Divisors:
 
     valid_tokens: int  # labels of the language model in the global batch
     mtp_tokens: int  # labels of all MTP layers
-    tokens: int  # all positions
+    tokens: int  # positions that hold text
     micro_batches: int  # of the global batch: the balance loss is a mean over them
+    padding: int = 0  # positions that hold none
 
 
 def objective(losses: Losses, divisors: Divisors, config: LossConfig, balance_weight: float) -> Tensor:

@@ -20,6 +20,7 @@ COMPARED = (  # keys of config.yaml that decide, with the corpora, what a valida
     "data.weights",
     "data.validation_fraction",
     "data.mask_documents",
+    "data.packing",
     "data.eos_token",
     "train.sequence_length",
     "train.global_batch_size",

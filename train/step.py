@@ -27,6 +27,7 @@ from parallel.watchdog.spans import begin_step, work_span
 from train.balance import BiasController
 from train.batches import Batch, BatchReader
 from train.config import Config
+from train.data.config import Packing
 from train.health import figures
 from train.health.events import Spike
 from train.health.monitor import HealthMonitor
@@ -155,10 +156,12 @@ class Stepper:
         self.guard.end_step()
         counters.step += 1
         counters.samples += config.train.global_batch_size
-        counters.tokens += divisors.tokens
+        counters.tokens += divisors.tokens + divisors.padding
         similarities = figures.similarities_by_layer(directions, config.model.num_routed)
         metrics = self._metrics(sums, divisors, norm, factor, counts, gradients, use_mtp)
         metrics["router_similarity"] = max(similarities)
+        if config.data.packing == Packing.best_fit:
+            metrics["padding_share"] = divisors.padding / (divisors.tokens + divisors.padding)
         if self.guard.replays:
             metrics["replay_seconds"] = self._replay_seconds
         rms = figures.gradient_rms(part_squares, norm, config.model, config.optim.grad_clip, use_mtp)

@@ -112,8 +112,8 @@ class Validator:
         if seen_tokens > MAX_BASELINE_TOKENS:
             return None
         return kneser_ney(
-            (train_samples[left_out.place(index)] for index in range(seen_samples)),
-            (self.reader.samples[index] for index in range(self.num_samples)),
+            (text for index in range(seen_samples) for text in train_samples.texts(left_out.place(index))),
+            (text for index in range(self.num_samples) for text in self.reader.samples.texts(index)),
             self.config.model.vocab_size,
         )
 

@@ -32,7 +32,7 @@ def no_shortcut() -> None:
         b = a + ffn[0](self.post_attention_layernorm[0](a))
         c = b + attention[1](self.input_layernorm[1](b), angles, documents)
         v = self.post_attention_layernorm[1](c)
-        pending = moe.dispatch(v.flatten(0, 1))
+        pending = moe.dispatch(v.flatten(0, 1), documents)
         moe.send_rows(pending)
         m, statistics = moe.combine(moe.compute(pending))
         return c + ffn[1](v) + m.view_as(v), statistics

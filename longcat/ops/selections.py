@@ -30,12 +30,16 @@ WIDEST = 4.0  # of a margin: probabilities and biases are at most so far apart
 FINE = 64.0  # bins are about alike in width below 1/FINE of the mean probability, and in ratio above it
 
 
-@operator("count_margins(Tensor probabilities, Tensor bias, int top_k, int bins) -> Tensor")
-def count_margins(probabilities: Tensor, bias: Tensor, top_k: int, bins: int) -> Tensor:
+@operator("count_margins(Tensor probabilities, Tensor bias, int top_k, int bins, Tensor? padding=None) -> Tensor")
+def count_margins(
+    probabilities: Tensor, bias: Tensor, top_k: int, bins: int, padding: Tensor | None = None
+) -> Tensor:
     """Histograms of each expert's margins over the tokens: [N + Z, bins] int64, whose bounds are `margin_edges`.
 
     The margin is the token's (K+1)-th largest biased probability less the expert's: what its bias lacks, negative where
-    the token selects the expert. probabilities [T, N + Z], bias [N + Z] float32; K < N + Z.
+    the token selects the expert. Tokens where ``padding`` [T] is True do not count.
+
+    probabilities [T, N + Z], bias [N + Z] float32; K < N + Z.
     """
     scores = probabilities + bias
     cutoff = torch.topk(scores, top_k + 1, -1).values[:, -1:]
@@ -43,7 +47,8 @@ def count_margins(probabilities: Tensor, bias: Tensor, top_k: int, bins: int) ->
     places = torch.asinh((cutoff - scores).mul_(scale)).div_(math.asinh(WIDEST * scale)).add_(1).mul_(bins / 2)
     places = places.long().clamp_(0, bins - 1).t()
     counts = torch.zeros(places.shape[0], bins, dtype=torch.int64, device=places.device)
-    return counts.scatter_add_(1, places, torch.ones_like(places))
+    weights = torch.ones_like(places)
+    return counts.scatter_add_(1, places, weights if padding is None else weights.masked_fill_(padding, 0))
 
 
 def margin_edges(num_routed: int, bins: int) -> Tensor:

@@ -30,6 +30,7 @@ PROBLEMS: dict[str, list[str]] = {
     "seven_layers": ["model.num_layers=7"],
     "eight_layers": ["model.num_layers=8", "train.seed=2"],
     "quantile": ["balance.method=quantile", "train.seed=5"],
+    "packed": ["data.mask_documents=true", "data.packing=best_fit", "balance.method=quantile", "train.seed=5"],
     "yarn": [
         "model.rope_theta=100",
         "model.rope_scaling.factor=4",
@@ -104,6 +105,13 @@ QUANTILE = [
     Layout("tp2-ep2-recompute_full-quantile", 2, "tp=2 ep=2 recompute=full", "quantile"),
     Layout("pp2-zbv-fsdp2-cp2-quantile", 8, "pp=2 schedule=zbv fsdp=2 cp=2", "quantile"),
 ]
+PACKED = [
+    Layout("tp2-ep2-recompute_full-packed", 2, "tp=2 ep=2 recompute=full", "packed"),
+    Layout("cp2-ep2-all_gather-packed", 2, "cp=2 ep=2 transport=all_gather overlap.num_chunks=2", "packed"),
+    Layout("pp2-zbv-packed", 2, "pp=2 schedule=zbv", "packed"),
+    Layout("dp2-fsdp2-ep2-packed", 4, "dp=2 fsdp=2 ep=2", "packed"),
+    Layout("zero1-ep2-packed", 2, "sharding=zero1 ep=2", "packed"),
+]
 YARN = [Layout("cp2-yarn", 2, "cp=2", "yarn"), Layout("pp2-zbv-tp2-yarn", 4, "pp=2 schedule=zbv tp=2", "yarn")]
 
 # Of the layouts with more than two ranks, those in `make test`: with pp2-zbv-tp2-yarn they combine every axis with
@@ -117,6 +125,7 @@ COVERED = {
     "cp2": "cp2-documents",
     "cp2-ep2": "cp2-ep2-chunks2",
     "zero1": "zero1-ep2",
+    "zero1-ep2-packed": "tp2-ep2-recompute_full-packed",
 }
 
 

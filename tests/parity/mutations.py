@@ -45,8 +45,8 @@ def count_a_chunk_twice(stepper: Stepper) -> None:
 def _with_counts_of_half(moe: MoE) -> Callable[[Any], Any]:
     plain = moe.dispatch
 
-    def dispatch(u: Any) -> Any:
-        pending = plain(u)
+    def dispatch(u: Any, *others: Any) -> Any:
+        pending = plain(u, *others)
         first = pending.indices[: len(u) // 2].flatten()
         pending.counts.scatter_add_(0, first, first.new_ones(len(first)))
         return pending

@@ -116,7 +116,7 @@ class Run:
         sizes = resolve_sizes(self.config.parallel, world_size)
         self.topology: Topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
         self.state: TrainState = build_state(self.config, self.topology)
-        reader = BatchReader(samples(), self.config, self.topology)  # type: ignore[arg-type]
+        reader = BatchReader(samples(self.config), self.config, self.topology)  # type: ignore[arg-type]
         self.stepper = Stepper(self.state, reader, self.config, self.topology)
 
     def hash(self) -> str:

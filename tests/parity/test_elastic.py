@@ -11,6 +11,7 @@ from tests.support.pool import pool
 
 STEPS = 2
 DOCUMENTS = "data.mask_documents=true train.sequence_length=32"
+PACKED = f"{DOCUMENTS} data.packing=best_fit"
 Layout = tuple[int, str]  # ranks, overrides of parallel.*
 EP: list[Layout] = [(2, "fsdp=2 ep=2"), (4, "fsdp=4 ep=2"), (4, "dp=2 fsdp=2 ep=2")]
 FAMILIES: dict[str, tuple[str, list[Layout]]] = {  # name → overrides, layouts of different data-parallel sizes
@@ -50,8 +51,9 @@ def different(one: list[Values], other: list[Values]) -> list[str]:
 
 
 def test_ep_layouts_agree_in_every_value() -> None:
-    """Losses, norms, router metrics, state hash and validation loss; document masks, MTP, expert groups of two."""
-    smallest, *others = (trained(layout, DOCUMENTS, STEPS) for layout in EP)
+    """Losses, norms, router metrics, state hash and validation loss; packed documents, MTP, expert groups of two."""
+    smallest, *others = (trained(layout, PACKED, STEPS) for layout in EP)
+    assert 0 < smallest[-1]["padding_share"] < 0.5
     assert smallest[-1]["loss_mtp"] > 0 and smallest[-1]["router_grad_ratio"] > 0
     assert [different(smallest, other) for other in others] == [[], []]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.parity.conftest import ERRORS
-from tests.parity.layouts import COMPILED, LAYOUTS, PROBLEMS, QUANTILE, YARN, Layout, marked
+from tests.parity.layouts import COMPILED, LAYOUTS, PACKED, PROBLEMS, QUANTILE, YARN, Layout, marked
 from tests.parity.mutations import MUTATIONS
 from tests.support.comparison import STEPS, check, compare, one_process
-from tests.support.measure import Measured, measure
+from tests.support.measure import LENGTH, Measured, measure
 from tests.support.pool import close_pools, pool
 
 
@@ -44,6 +44,16 @@ def test_layouts_count_margins_as_one_process(layout: Layout) -> None:
     expected = one_process(*PROBLEMS[layout.problem])
     check(compare(measured_on(layout), expected))
     assert expected.losses[1]["loss"] != one_process("train.seed=5").losses[1]["loss"]
+
+
+@pytest.mark.parametrize("layout", marked(PACKED))
+def test_layouts_leave_out_padding_as_one_process(layout: Layout) -> None:
+    """Samples with padding, whose share differs between ranks; biases come from histograms without it."""
+    expected = one_process(*PROBLEMS[layout.problem])
+    check(compare(measured_on(layout), expected))
+    assert all(0.1 < step["padding_share"] < 0.5 for step in expected.losses)
+    tokens = 8 * LENGTH * (1 - expected.losses[0]["padding_share"])
+    assert expected.counts[0].sum(1).tolist() == pytest.approx([3 * tokens] * 4), "top_k selections of each token"
 
 
 def test_compiled_layout_equals_one_process() -> None:

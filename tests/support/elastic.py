@@ -14,7 +14,7 @@ from parallel import elastic
 from parallel.collectives import point_to_point
 from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from parallel.state_store import ShardedAdamW
-from tests.support.running import RandomSamples
+from tests.support.running import PaddedSamples, RandomSamples
 from tests.support.three_steps import MODEL
 from train.batches import BatchReader
 from train.check import check_sizes
@@ -22,6 +22,7 @@ from train.checkpoint.load import load
 from train.checkpoint.save import save
 from train.checkpoint.state_hash import state_hash
 from train.compose import compose
+from train.data.config import Packing
 from train.run import build_state
 from train.run_dir import as_mapping
 from train.step import Stepper
@@ -53,7 +54,8 @@ def train(words: list[str], steps: int, without: str = "", start: str = "", fold
         state = build_state(config, topology)
         if start:
             load(state, Path(start), as_mapping(config))
-        samples: Any = RandomSamples(config.train.sequence_length)
+        is_packed = config.data.packing == Packing.best_fit
+        samples: Any = (PaddedSamples if is_packed else RandomSamples)(config.train.sequence_length)
         stepper = Stepper(state, BatchReader(samples, config, topology), config, topology)
         found = []
         while state.counters.step < steps:

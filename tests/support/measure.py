@@ -14,11 +14,12 @@ from longcat.names import Box, pieces
 from parallel.memory import StateBytes, state_bytes
 from parallel.mesh import Topology, make_topology, resolve_sizes, world_from_environment
 from parallel.state_store import LocalBox
-from tests.support.running import RandomSamples
+from tests.support.running import PaddedSamples, RandomSamples
 from train.batches import BatchReader
 from train.checkpoint.state_hash import state_hash
 from train.compose import compose
 from train.config import Config
+from train.data.config import Packing
 from train.run import build_state
 from train.state import TrainState
 from train.step import Stepper
@@ -70,9 +71,10 @@ class Measured:
     biases: Tensor | None = None
 
 
-def samples() -> RandomSamples:
-    """Random samples of few ids, so that many documents end."""
-    return RandomSamples(LENGTH, VOCABULARY // 4)
+def samples(config: Config) -> RandomSamples:
+    """Random samples of few ids, so that many documents end; with padding where documents are packed."""
+    is_packed = config.data.packing == Packing.best_fit
+    return (PaddedSamples if is_packed else RandomSamples)(LENGTH, VOCABULARY // 4)
 
 
 class SelectionLog:
@@ -133,7 +135,7 @@ def measure(
     sizes = resolve_sizes(config.parallel, world_size)
     topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
     state = build_state(config, topology)
-    reader = BatchReader(samples(), config, topology)  # type: ignore[arg-type]
+    reader = BatchReader(samples(config), config, topology)  # type: ignore[arg-type]
     stepper = Stepper(state, reader, config, topology)
     log, out = SelectionLog(state, config), Measured()
     if mutate:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from longcat.documents import PADDING
 from parallel.mesh import Topology, connect
 from tests.support.distributed import run_ranks
 from train.batches import BatchReader
@@ -211,6 +212,23 @@ class RandomSamples:
     def with_documents(self, index: int) -> np.ndarray:
         ids = self[index]
         return np.stack([ids, numbers_by_end(ids)])
+
+
+class PaddedSamples(RandomSamples):
+    """Samples that end with padding of up to half their length: token ids ``pad``, outside all documents."""
+
+    def __init__(self, length: int, num_ids: int = 97, pad: int = 1) -> None:
+        super().__init__(length, num_ids)
+        self.pad = pad
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.with_documents(index)[0]
+
+    def with_documents(self, index: int) -> np.ndarray:
+        ids = super().__getitem__(index)
+        numbers, text = numbers_by_end(ids), self.length + 1 - index * 7 % (self.length // 2)
+        ids[text:], numbers[text:] = self.pad, PADDING
+        return np.stack([ids, numbers])
 
 
 def numbers_by_end(ids: np.ndarray, eod: int = 0) -> np.ndarray:

@@ -85,6 +85,7 @@ INTERFACE_KEYS = [
     "data.weights",
     "data.stages",
     "data.mask_documents",
+    "data.packing",
     "validation.every",
     "validation.batches",
     "checkpoint.every",
@@ -241,6 +242,7 @@ def test_keys_that_change_results_make_another_run(key: str) -> None:
         assert len(found) == 1 and found[0].startswith(f"{key} was ") and str(node[leaf]) in found[0]
     else:  # the rest of data: what is read makes another run, what it was built from does not
         decisive = ("data.paths", "data.weights", "data.stages", "data.validation_fraction", "data.mask_documents")
+        decisive += ("data.packing",)
         assert bool(found) == (key in decisive)
 
 

@@ -14,8 +14,8 @@ from longcat.init import initialise
 from longcat.model import LongCat
 from longcat.moe import Router
 from parallel.mesh import connect
-from tests.support.running import numbers_by_end
-from train.batches import BatchReader, label_counts
+from tests.support.running import PaddedSamples, numbers_by_end
+from train.batches import Batch, BatchReader, label_counts
 from train.compose import compose
 from train.config import Config
 from train.objective import objective
@@ -46,10 +46,10 @@ class Windows:
         return np.stack([self[index], numbers_by_end(self[index])])
 
 
-def build(config: Config) -> Any:
+def build(config: Config, samples: Any = None) -> Any:
     topology = connect(config.parallel)
     state = build_state(config, topology)
-    reader = BatchReader(Windows(), config, topology)  # type: ignore[arg-type]
+    reader = BatchReader(samples or Windows(), config, topology)
     return Stepper(state, reader, config, topology), reader, state
 
 
@@ -73,10 +73,10 @@ def test_router_grad_ratio_equals_autograd_s(
     deltas: dict[int, tuple[Tensor, Tensor]] = {}
     plain = Router.forward
 
-    def shifted(self: Router, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def shifted(self: Router, u: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         zeros = [torch.zeros(config.model.num_routed, requires_grad=True) for _ in range(2)]
         weigh, balance = deltas.setdefault(id(self), (zeros[0], zeros[1]))
-        probabilities, indices, gates = plain(self, u)
+        probabilities, indices, gates = plain(self, u, padding)
         extra = (torch.zeros_like(probabilities) + weigh).gather(1, indices)
         return probabilities + balance, indices, gates + extra * config.model.routed_scaling_factor
 
@@ -142,3 +142,49 @@ def test_labels_are_counted_before_the_backward() -> None:
     assert labels == 4 * 12
     inside = sum(int((b.documents.numbers[:, 1:] == b.documents.numbers[:, :-1]).sum()) for b in batches)
     assert mtp_labels == inside
+
+
+PACKED = [*OVERRIDES, "data.mask_documents=true", "data.packing=best_fit"]
+
+
+@pytest.mark.usefixtures("closing")
+def test_metrics_of_a_step_leave_out_padding() -> None:
+    """Means are over the positions that hold text; `tokens` counts all positions, as stages and schedule do."""
+    stepper, reader, _ = build(compose(PACKED), PaddedSamples(12, 61))
+    config, batches = stepper.config, list(reader.read(0))
+    padding = sum(int(batch.documents.padding.mask.sum()) for batch in batches)
+    assert 0 < padding < 48
+    labels, mtp_labels = label_counts([Batch(b.tokens, b.labels, b.valid, b.documents) for b in batches], 1)
+    divisors = reader.divisors(batches)
+    assert (divisors.valid_tokens, divisors.mtp_tokens, divisors.tokens) == (labels, mtp_labels, 48 - padding)
+
+    model = LongCat(config.model, config.balance.num_groups)
+    initialise(model, config.model, config.train.seed)
+    norms = []
+    for batch in batches:
+        z, _ = model.trunk(batch.tokens, batch.documents)
+        norms.append(torch.linalg.vector_norm(z[~batch.documents.padding.mask], dim=-1))
+    result = stepper.step()
+    assert result.metrics["tokens"] == 48 and result.metrics["padding_share"] == padding / 48
+    assert result.metrics["hidden_norm"] == pytest.approx(float(torch.cat(norms).detach().mean()), rel=1e-5)
+    assert result.counts.sum(1).tolist() == [config.model.top_k * (48 - padding)] * config.model.num_layers
+    ffn = float(result.counts[:, : config.model.num_experts].sum())
+    assert result.metrics["ffn_experts_per_token"] == ffn / config.model.num_layers / (48 - padding)
+
+
+@pytest.mark.usefixtures("closing")
+@pytest.mark.parametrize("method", ["pid", "quantile"])
+def test_ids_of_padding_change_no_bit(method: str) -> None:
+    """Weights, biases and metrics after two steps are those of other ids in the padding."""
+    found = []
+    for pad in (3, 60):
+        if found:
+            dist.destroy_process_group()
+        words = [*PACKED, f"balance.method={method}"]
+        stepper, _, state = build(compose(words), PaddedSamples(12, 61, pad))
+        metrics = [stepper.step().metrics for _ in range(2)]
+        weights = [tensor.full_tensor().clone() for _, tensor in state.store.parameters]
+        found.append((metrics, state.biases.clone(), weights))
+    (metrics, biases, weights), (other_metrics, other_biases, other_weights) = found
+    assert metrics == other_metrics and torch.equal(biases, other_biases)
+    assert all(torch.equal(one, other) for one, other in zip(weights, other_weights, strict=True))

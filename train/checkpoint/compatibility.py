@@ -26,6 +26,7 @@ FIXED_KEYS = (
     "data.stages",
     "data.validation_fraction",
     "data.mask_documents",
+    "data.packing",
 )
 
 # Keys that decide the bits, beside the above: with train.elastic_bits they may not change either
@@ -48,11 +49,12 @@ TOKENIZER = "tokenizer_sha256"  # of the corpora's tokenizer.json; None if unkno
 
 # Keys that decide, with the corpora and their stages, which text a sample number is. The seed is not one: another seed
 # is another order of the same windows from the same position on, which may be intended
-ORDER_KEYS = ("train.sequence_length", "data.weights", "data.validation_fraction")
+ORDER_KEYS = ("train.sequence_length", "data.weights", "data.validation_fraction", "data.packing")
 
 # Keys that configurations of before 28 November 2026 lack → what was computed then
 ADDED = {f"model.rope_scaling.{name}": value for name, value in asdict(RopeScaling()).items()}
 ADDED["train.elastic_bits"] = 0
+ADDED["data.packing"] = "concatenate"
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

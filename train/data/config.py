@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
+from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 from train.data.stages import TrainingStage, check_stage
 
 PYTHON_SOURCE = "python_source"
 TOKENIZER_NAME = "tokenizer.json"
+
+
+class Packing(StrEnum):
+    """How documents become samples."""
+
+    concatenate = "concatenate"
+    best_fit = "best_fit"
 
 
 @dataclass
@@ -47,6 +56,9 @@ class DataConfig:
     stages: list[TrainingStage] = field(default_factory=list)
     validation_fraction: float = 0.02  # share of the documents held out for validation
     mask_documents: bool = False  # attention and MTP stay inside a document, as the .idx bounds it
+    # concatenate: one document after the other, cut into samples anywhere; best_fit: a document that fits a sample is
+    # never cut, what is left of a sample is padding, and no label crosses documents (needs mask_documents)
+    packing: Packing = Packing.concatenate
     from_start: bool = False  # a run that starts from another run's checkpoint reads its data from the first sample
 
     def __post_init__(self) -> None:
@@ -80,6 +92,12 @@ class DataConfig:
         if not 0.0 < self.validation_fraction < 1.0:
             raise ConfigError(
                 f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1, such as 0.02"
+            )
+        check_choice("data.packing", self.packing, Packing)
+        if self.packing == Packing.best_fit and not self.mask_documents:
+            raise ConfigError(
+                f"data.packing={self.packing} packs documents that have nothing to do with each other into a sample; "
+                f"set data.mask_documents=true, so that attention stays inside each"
             )
         if any(not path.strip() for path in self.paths):
             raise ConfigError(

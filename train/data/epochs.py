@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
@@ -21,20 +22,21 @@ from longcat.json_text import dumps
 from train.data.blocks import BinReader
 from train.data.corpus import CorpusInfo, block_hashes, note, note_once
 from train.data.corpus import read_index as read_corpus_index
-from train.data.index_files import publish_index, read_index
+from train.data.index_files import NAMES, publish_index, read_index
 from train.data.sealed import DamagedError
 
 SplitName = Literal["train", "validation"]
-_SPLIT_SEED = 20_250_917
+SPLIT_SEED = 20_250_917
 _KEPT_EPOCHS = 2
 
 
 NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # never a place for an index
 
-EpochIndex = tuple[np.ndarray, np.ndarray, np.ndarray]  # sequences, (sequence's place, offset) of samples, their order
+# Of the samples that Megatron cuts: sequences, (sequence's place, offset) of samples, their order
+EpochIndex = tuple[np.ndarray, ...]
 
 
-def publish(places: list[Path], arrays: EpochIndex) -> bool:
+def publish(places: list[Path], arrays: tuple[np.ndarray, ...], names: Sequence[str] = NAMES) -> bool:
     """Write an index where it can be written; returns whether this rank did.
 
     In megatron rank 0 writes the cache and a barrier must follow before the others read. Ranks reach a new epoch at
@@ -44,7 +46,7 @@ def publish(places: list[Path], arrays: EpochIndex) -> bool:
     failure: OSError | None = None
     for folder in places:
         try:
-            written = publish_index(folder, arrays)
+            written = publish_index(folder, arrays, names)
         except OSError as error:
             failure = failure or error
             continue
@@ -89,7 +91,7 @@ class CorpusReader:
         self.prefix, self.split, self._seed, self._cache_dirs = prefix, split, seed, cache_dirs
         self._index = read_corpus_index(Path(f"{prefix}.idx"))
         self._tokens = BinReader(Path(f"{prefix}.bin"), self._index.dtype, block_hashes(prefix, info))
-        self.validation_documents, self._sequences = self._split(validation_fraction)
+        self.validation_documents, self._documents, self._sequences = self._split(validation_fraction)
         self.num_tokens = int(self._index.lengths[self._sequences].sum(dtype=np.int64))
         self._fraction = validation_fraction
         self._set_length(sequence_length)
@@ -108,11 +110,18 @@ class CorpusReader:
 
     def _set_length(self, sequence_length: int, key: str = "train.sequence_length") -> None:
         self._sequence_length = sequence_length
-        self.samples_per_epoch = (self.num_tokens - 1) // sequence_length
         self._epochs: OrderedDict[int, EpochIndex] = OrderedDict()
+        self._identity = self._describe(self._fraction)
+        self.samples_per_epoch = self._count_samples()
         if self.samples_per_epoch < 1:
             raise ConfigError(self._too_small(self._fraction, key))
-        self._identity = self._describe(self._fraction)
+        self.epoch_size = self._epoch_size()  # what an epoch's share is in mixtures without weights
+
+    def _count_samples(self) -> int:
+        return (self.num_tokens - 1) // self._sequence_length
+
+    def _epoch_size(self) -> float:
+        return float(self.num_tokens)
 
     def open_index(self, number: int) -> None:
         """Read the index of sample `number`'s epoch, or make it, which takes long for a large corpus."""
@@ -167,17 +176,17 @@ class CorpusReader:
         offset = int(self._index.pointers[sequence]) + start * self._index.dtype.itemsize
         return self._tokens.read(stop - start, offset).astype(np.int64)
 
-    def _split(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the validation documents, and of the sequences of this reader's split."""
+    def _split(self, fraction: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Numbers of the validation documents, and of the documents and sequences of this reader's split."""
         bounds = np.asarray(self._index.bounds)
         documents = len(bounds) - 1
         if documents < 2:
             raise ConfigError(f"the corpus {self.prefix} has {documents} document; a validation split needs at least 2")
         count = min(max(1, round(fraction * documents)), documents - 1)
         chosen = np.zeros(documents, dtype=bool)
-        chosen[np.random.RandomState(_SPLIT_SEED).permutation(documents)[:count]] = True
+        chosen[np.random.RandomState(SPLIT_SEED).permutation(documents)[:count]] = True
         wanted = chosen if self.split == "validation" else ~chosen
-        return np.flatnonzero(chosen), np.flatnonzero(np.repeat(wanted, np.diff(bounds)))
+        return np.flatnonzero(chosen), np.flatnonzero(wanted), np.flatnonzero(np.repeat(wanted, np.diff(bounds)))
 
     def _too_small(self, fraction: float, key: str) -> str:
         need = self._sequence_length + 1
@@ -193,31 +202,38 @@ class CorpusReader:
         status = Path(f"{self.prefix}.idx").stat()
         where = str(Path(self.prefix).resolve())
         file = [where, status.st_size, status.st_mtime_ns]
-        return [*file, self.split, fraction, self._sequence_length, _SPLIT_SEED]
+        return [*file, self.split, fraction, self._sequence_length, SPLIT_SEED]
 
     def _epoch(self, epoch: int) -> EpochIndex:
         if epoch not in self._epochs:
-            self._epochs[epoch] = self._read_or_build(epoch)
+            self._epochs[epoch] = self._index_of((self._seed + epoch) % (1 << 32))
             if len(self._epochs) > _KEPT_EPOCHS:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
 
-    def _read_or_build(self, epoch: int) -> EpochIndex:
-        """The index of an epoch, from the first of its folders that has it, else built and written for other ranks."""
-        seed = (self._seed + epoch) % (1 << 32)
-        key = hashlib.sha256(dumps([*self._identity, seed]).encode()).hexdigest()[:24]
-        places = [folder / f"epoch-{key}" for folder in self._cache_dirs]
+    def _index_of(self, seed: int) -> EpochIndex:
+        def build() -> EpochIndex:
+            from train.data.megatron_index import build_index
+
+            return build_index(self.prefix, self._sequences, self._sequence_length, seed, self.split == "train")
+
+        return self._read_or_build("epoch", [*self._identity, seed], NAMES, build)
+
+    def _read_or_build(
+        self, kind: str, identity: list[Any], names: Sequence[str], build: Callable[[], tuple[np.ndarray, ...]]
+    ) -> tuple[np.ndarray, ...]:
+        """An index from the first of its folders that has it, else built and written for other ranks."""
+        key = hashlib.sha256(dumps(identity).encode()).hexdigest()[:24]
+        places = [folder / f"{kind}-{key}" for folder in self._cache_dirs]
         damage = ""
         for folder in places:
             try:
-                return read_index(folder)
+                return read_index(folder, names)
             except FileNotFoundError:
                 continue
             except DamagedError as error:
                 damage = f"the sample index {folder} is damaged ({error}) and was built again"
-        from train.data.megatron_index import build_index
-
-        built = build_index(self.prefix, self._sequences, self._sequence_length, seed, self.split == "train")
-        if publish(places, built) and damage:
+        built = build()
+        if publish(places, built, names) and damage:
             note(damage, any_rank=True)
         return built

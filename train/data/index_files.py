@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,12 @@ import numpy as np
 from train.checkpoint.files import HashedFile, file_hash, sync_folder
 from train.data.sealed import DamagedError, read_sealed, write_sealed
 
-NAMES = ("documents", "samples", "shuffle")
+NAMES = ("documents", "samples", "shuffle")  # of an epoch of samples that are cut anywhere
 MANIFEST = "index.json"  # the hash of each file
 
 
-def read_index(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The arrays of `NAMES`, mapped into memory: ranks of one machine share them.
+def read_index(folder: Path, names: Sequence[str] = NAMES) -> tuple[np.ndarray, ...]:
+    """The arrays of ``names``, mapped into memory: ranks of one machine share them.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -28,17 +29,16 @@ def read_index(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise FileNotFoundError(folder)
     try:
         hashes = read_sealed(folder / MANIFEST)
-        for name in NAMES:
+        for name in names:
             if file_hash(folder / f"{name}.npy") != hashes.get(name):
                 raise DamagedError(f"{name}.npy is not what was written")
-        documents, samples, shuffle = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in NAMES)
+        return tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names)
     except (OSError, ValueError) as error:
         raise DamagedError(str(error)) from error
-    return documents, samples, shuffle
 
 
-def publish_index(folder: Path, arrays: tuple[np.ndarray, ...]) -> bool:
-    """Write ``arrays`` as ``folder``, which appears when all is on disk; returns whether this call wrote it.
+def publish_index(folder: Path, arrays: tuple[np.ndarray, ...], names: Sequence[str] = NAMES) -> bool:
+    """Write ``arrays`` by their ``names`` as ``folder``, which appears when all is on disk; returns whether this call wrote it.
 
     A damaged folder is replaced. A valid one, which another rank has written meanwhile, stays.
 
@@ -49,18 +49,18 @@ def publish_index(folder: Path, arrays: tuple[np.ndarray, ...]) -> bool:
     try:
         temporary.mkdir(parents=True)
         hashes = {}
-        for name, array in zip(NAMES, arrays, strict=True):
+        for name, array in zip(names, arrays, strict=True):
             with HashedFile(temporary / f"{name}.npy") as file:
                 np.save(file, array)  # type: ignore[arg-type]
             hashes[name] = file.hash
         write_sealed(temporary / MANIFEST, hashes)
         sync_folder(temporary)
-        return _put_in_place(temporary, folder)
+        return _put_in_place(temporary, folder, names)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put_in_place(temporary: Path, folder: Path) -> bool:
+def _put_in_place(temporary: Path, folder: Path, names: Sequence[str]) -> bool:
     while True:
         try:
             os.rename(temporary, folder)
@@ -72,7 +72,7 @@ def _put_in_place(temporary: Path, folder: Path) -> bool:
             sync_folder(folder.parent)
             return True
         try:
-            read_index(folder)
+            read_index(folder, names)
         except FileNotFoundError:
             if os.path.lexists(folder):  # a file of this name
                 raise

@@ -8,23 +8,26 @@ from typing import Literal
 
 import numpy as np
 
+from longcat.documents import PADDING
 from longcat.errors import ConfigError
 from train.data.blend import Mixture
-from train.data.config import DataConfig
+from train.data.config import DataConfig, Packing
 from train.data.corpus import TOKENIZER_NAME, CorpusInfo, verify_corpus
 from train.data.epochs import CorpusReader
 from train.data.ids import check_range
+from train.data.packed import PackedReader
 from train.data.stages import Segment, segments
 
 _VALIDATION_SEED = 0
 
 
 class TokenSamples:
-    """Windows of token ids from the corpora of `data.paths`, numbered 0, 1, 2, … without end.
+    """Samples of token ids from the corpora of `data.paths`, numbered 0, 1, 2, … without end.
 
     The window of a number depends only on (seed, number, sequence_length, corpora, weights, stages): not on the number
-    of steps, of ranks or of samples read before. Each window occurs once per epoch of its corpus. In a stage of another
-    sequence length, windows have that length. The validation split has a fixed order, whatever the seed, and ignores
+    of steps, of ranks or of samples read before. Each window occurs once per epoch of its corpus. With
+    `data.packing=best_fit` a sample is no window but whole documents and padding. In a stage of another
+    sequence length, samples have that length. The validation split has a fixed order, whatever the seed, and ignores
     `data.stages`; `of_length` reads it in windows of a stage's length.
 
     Attributes:
@@ -57,10 +60,11 @@ class TokenSamples:
             raise ConfigError(f"train.sequence_length={sequence_length} must be at least 2")
         infos = [_checked_info(prefix, vocab_size) for prefix in config.paths]
         _check_one_tokenizer(config.paths, infos)
-        self._vocab_size = vocab_size
+        self._vocab_size, self._is_packed = vocab_size, config.packing == Packing.best_fit
+        reader_type = PackedReader if self._is_packed else CorpusReader
         parts = segments(config.stages, sequence_length, global_batch_size)
         readers = [
-            CorpusReader(
+            reader_type(
                 prefix,
                 sequence_length=sequence_length,
                 seed=seed if split == "train" else _VALIDATION_SEED,
@@ -72,7 +76,7 @@ class TokenSamples:
             for prefix, info in zip(config.paths, infos, strict=True)
         ]
         self.num_tokens = sum(reader.num_tokens for reader in readers)
-        self._weights = list(config.weights) or [float(reader.num_tokens) for reader in readers]
+        self._weights = list(config.weights) or [float(reader.epoch_size) for reader in readers]
         self._by_length = {sequence_length: readers}
         for part in parts:
             if part.length not in self._by_length:
@@ -111,11 +115,22 @@ class TokenSamples:
             reader.open_index(number)
 
     def with_documents(self, index: int) -> np.ndarray:
-        """Global sample `index` and the number of each token's document in it, int64 [2, its sequence length + 1]."""
+        """Global sample `index` and the number of each token's document in it, int64 [2, its sequence length + 1].
+
+        Padding has the number `longcat.documents.PADDING`.
+        """
         reader, number = self._locate(index)
         sample = reader.sample_with_documents(number)
         self._checked(sample[0], reader.prefix)
         return sample
+
+    def texts(self, index: int) -> list[np.ndarray]:
+        """Global sample `index` in pieces inside which each token but the first has a label, int64 [length] each."""
+        if not self._is_packed:
+            return [self[index]]
+        ids, numbers = self.with_documents(index)
+        ids, numbers = ids[numbers != PADDING], numbers[numbers != PADDING]
+        return np.split(ids, np.flatnonzero(np.diff(numbers)) + 1)
 
     def _locate(self, index: int) -> tuple[CorpusReader, int]:
         """The reader of a global sample, and its number there."""

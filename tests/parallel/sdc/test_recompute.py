@@ -48,7 +48,7 @@ def train(words: list[str], steps: int, faults: list[str], all_calls: bool, perm
     sizes = resolve_sizes(config.parallel, world_size)
     topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
     state = build_state(config, topology)
-    stepper = Stepper(state, BatchReader(samples(), config, topology), config, topology)  # type: ignore[arg-type]
+    stepper = Stepper(state, BatchReader(samples(config), config, topology), config, topology)  # type: ignore[arg-type]
     recomputer, injector = (Everything if all_calls else Recomputer)(1), Injector(parse_faults(faults), rank)
     whole = recompute.permuting
     found: list[Found] = []

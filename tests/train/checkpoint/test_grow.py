@@ -184,7 +184,7 @@ def write_grow_and_load(folder: str, written: list[str]) -> tuple[str, dict[str,
             load(state, path, as_mapping(config))
             after[name] = state_hash(state, topology)
         else:
-            reader = BatchReader(samples(), config, topology)  # type: ignore[arg-type]
+            reader = BatchReader(samples(config), config, topology)  # type: ignore[arg-type]
             stepper = Stepper(state, reader, config, topology)
             assert all(stepper.step().healthy for _ in range(2))
             saved = save(state, Path(folder) / "half", as_mapping(config), topology)

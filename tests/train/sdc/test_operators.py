@@ -44,7 +44,7 @@ def train(words: list[str], steps: int) -> tuple[int, str, dict[str, Any]]:
     rank, _, world_size = world_from_environment()
     topology = make_topology(resolve_sizes(config.parallel, world_size), rank, world_size, torch.device("cpu"))
     state = build_state(config, topology)
-    stepper = Stepper(state, BatchReader(samples(), config, topology), config, topology)  # type: ignore[arg-type]
+    stepper = Stepper(state, BatchReader(samples(config), config, topology), config, topology)  # type: ignore[arg-type]
     try:
         for step in range(1, steps + 1):
             try:

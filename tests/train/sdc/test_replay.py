@@ -24,7 +24,7 @@ from train.step import Stepper
 
 SMALL = [
     "model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=64", "model.expert_hidden_size=32",
-    "train.global_batch_size=4", "balance.num_groups=2", "data.mask_documents=true",
+    "train.global_batch_size=4", "balance.num_groups=2", "data.mask_documents=true", "data.packing=best_fit",
 ]  # fmt: skip
 REPLAYS = ["sdc.every=1000", "sdc.replay_every=2"]
 LAYOUTS = {
@@ -52,7 +52,7 @@ def train(words: list[str], steps: int) -> tuple[str, dict[str, Any], list[int]]
     rank, _, world_size = world_from_environment()
     topology = make_topology(resolve_sizes(config.parallel, world_size), rank, world_size, torch.device("cpu"))
     state = build_state(config, topology)
-    stepper = Stepper(state, BatchReader(samples(), config, topology), config, topology)  # type: ignore[arg-type]
+    stepper = Stepper(state, BatchReader(samples(config), config, topology), config, topology)  # type: ignore[arg-type]
     replayed = []
     plain = stepper.guard.compare_with_neighbours
 
