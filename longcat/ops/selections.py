@@ -31,9 +31,7 @@ FINE = 64.0  # bins are about alike in width below 1/FINE of the mean probabilit
 
 
 @operator("count_margins(Tensor probabilities, Tensor bias, int top_k, int bins, Tensor? padding=None) -> Tensor")
-def count_margins(
-    probabilities: Tensor, bias: Tensor, top_k: int, bins: int, padding: Tensor | None = None
-) -> Tensor:
+def count_margins(probabilities: Tensor, bias: Tensor, top_k: int, bins: int, padding: Tensor | None = None) -> Tensor:
     """Histograms of each expert's margins over the tokens: [N + Z, bins] int64, whose bounds are `margin_edges`.
 
     The margin is the token's (K+1)-th largest biased probability less the expert's: what its bias lacks, negative where

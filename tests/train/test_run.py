@@ -74,6 +74,10 @@ def test_killed_run_resumes_bitwise_identical(corpus: Path, overrides: list[str]
         ["train.dtype=bfloat16", "balance.method=sign", "schedule=cosine", "schedule.decay_steps=9"],
         ["model.num_layers=2", "balance.kp=0.1", "balance.kd=0.1", "balance.decay=0.1", "schedule.decay_start=5"],
         ["balance.method=quantile", "balance.smoothing=0.5", "train.micro_batch_size=1"],
+        [
+            *("train.micro_batch_size=1", "data.packing=best_fit", "data.mask_documents=true"),
+            "data.stages=[{start_tokens: 512, sequence_length: 64}]",
+        ],
     ],
     ids=[
         "mtp_after-accumulation",
@@ -81,6 +85,7 @@ def test_killed_run_resumes_bitwise_identical(corpus: Path, overrides: list[str]
         "bfloat16-sign-cosine",
         "two_layers-pid_decay-wsd",
         "quantile",
+        "packed-longer_stage",
     ],
 )
 def test_resume_is_bitwise_exact(variant: list[str], corpus: Path, overrides: list[str], tmp_path: Path) -> None:
@@ -90,6 +95,8 @@ def test_resume_is_bitwise_exact(variant: list[str], corpus: Path, overrides: li
     assert train_here([*words, "train.steps=5"]) == 0
     assert train_here(words) == 0
     assert exact(tmp_path / "run") == reference
+    if "data.packing=best_fit" in variant:
+        assert all(0 < row["padding_share"] < 1 for row in lines(tmp_path / "run")[:4])
     if "mtp" in variant[0]:
         start = int(variant[0].partition("=")[2])
         used = [row["loss_mtp"] is not None for row in lines(tmp_path / "run")]

@@ -1,0 +1,85 @@
+"""What best-fit packing saves and costs: documents that are cut without it, padding with it, and the time to pack.
+
+python -m benchmarks.packing [PREFIX]        PREFIX of a corpus (default data/python_source/corpus)
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from benchmarks.common import print_json, print_table
+from train.data.corpus import read_info
+from train.data.epochs import CorpusReader, SplitName
+from train.data.packed import PackedReader
+from train.data.packing import pack
+
+LENGTHS = (256, 1024, 4096)
+MANY = 1_000_000  # documents of log-normal lengths, for the time
+COLUMNS = ["documents", "sequence length", "cut without packing, of those that fit", "padding", "seconds to pack"]
+
+
+def share_cut(reader: CorpusReader, length: int) -> float:
+    """The share of documents of one sequence that fit a sample and are cut in the first epoch."""
+    reader = reader.of_length(length)
+    sequences, _, _ = reader._epoch(0)
+    sizes = np.asarray(reader._index.lengths)[sequences].astype(np.int64)
+    fits = (sizes >= 2) & (sizes <= length + 1)
+    first = np.cumsum(sizes) - sizes
+    is_cut = first // length != (first + sizes - 2) // length  # of its first and of its last label's sample
+    return float((is_cut & fits).sum() / fits.sum())
+
+
+def share_padded(pieces: np.ndarray, bounds: np.ndarray, length: int) -> float:
+    return float(1 - pieces[:, 1].sum() / ((len(bounds) - 1) * (length + 1)))
+
+
+def readers(prefix: str, split: SplitName, folder: Path) -> list[CorpusReader]:
+    """Of one split: the samples that are cut anywhere, and the packed ones."""
+    return [
+        kind(
+            prefix,
+            sequence_length=LENGTHS[0],
+            seed=0,
+            split=split,
+            validation_fraction=0.02,
+            cache_dirs=[folder],
+            info=read_info(prefix),
+        )
+        for kind in (CorpusReader, PackedReader)
+    ]
+
+
+def main() -> None:
+    prefix = sys.argv[1] if len(sys.argv) > 1 else "data/python_source/corpus"
+    rows: list[list[str]] = []
+    splits: list[SplitName] = ["train", "validation"]
+    with TemporaryDirectory() as folder:
+        for split in splits:
+            plain, packed = readers(prefix, split, Path(folder))
+            for length in LENGTHS:
+                reader = packed.of_length(length)
+                assert isinstance(reader, PackedReader)
+                start = time.perf_counter()
+                pieces, bounds = reader._pack()
+                seconds = time.perf_counter() - start
+                padding = share_padded(pieces, bounds, length)
+                name = f"{len(reader._documents)} of {split}"
+                rows.append([name, str(length), f"{share_cut(plain, length):.0%}", f"{padding:.2%}", f"{seconds:.2f}"])
+    lengths = np.minimum(np.random.default_rng(0).lognormal(6.5, 1.1, MANY).astype(np.int64) + 1, 400_000)
+    for length in (2048, 8192, 131_072):
+        start = time.perf_counter()
+        pieces, bounds = pack(np.cumsum(lengths) - lengths, lengths, length)
+        seconds = time.perf_counter() - start
+        padding = share_padded(pieces, bounds, length)
+        rows.append([f"{MANY} log-normal", str(length), "", f"{padding:.4%}", f"{seconds:.1f}"])
+    print_table("Best-fit packing", COLUMNS, rows)
+    print_json("packing", {"columns": COLUMNS, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
