@@ -53,10 +53,11 @@ class Validator:
         names = corpus_names(config.data.paths)
         several = len(names) > 1 and config.validation.corpus_batches > 0
         length = config.train.sequence_length
+        alone = [samples.of_corpus(number, length) for number in range(len(names)) if several]
         self.by_corpus = {
-            name: BatchReader(samples.of_corpus(number, length), config, self.topology)
-            for number, name in enumerate(names)
-            if several
+            name: BatchReader(one, config, self.topology)
+            for name, one in zip(names, alone, strict=False)
+            if one.num_samples  # else it is shorter than a sample, and has no share in the mixture
         }
 
     @property

@@ -130,6 +130,16 @@ class _Piece:
         return given if length == self.length else -(-given * self.length // length)
 
 
+def shares_of(weights: list[float], parts: Sequence[Segment]) -> list[list[float]]:
+    """The share of each corpus in the segments, at its largest where the mixture moves."""
+    found, table = [], weights
+    for part in parts:
+        new = (part.stage.weights if part.stage is not None else []) or table
+        found.append([max(pair) for pair in zip(table, new, strict=True)] if part.ramp else new)
+        table = new
+    return found
+
+
 class Mixture:
     """A sequence of blends; each corpus continues where the previous one left it.
 

@@ -96,29 +96,26 @@ class CorpusReader:
         self._fraction = validation_fraction
         self._set_length(sequence_length)
 
-    def of_length(self, sequence_length: int, key: str = "train.sequence_length") -> CorpusReader:
-        """A reader of the same split in samples of another length, in an order of their own.
-
-        ``key`` sets the length, for messages.
-
-        Raises:
-            ConfigError: the split is shorter than one sample.
-        """
+    def of_length(self, sequence_length: int) -> CorpusReader:
+        """A reader of the same split in samples of another length, in an order of their own."""
         other = copy(self)
-        other._set_length(sequence_length, key)
+        other._set_length(sequence_length)
         return other
 
-    def _set_length(self, sequence_length: int, key: str = "train.sequence_length") -> None:
+    def check_has_samples(self, key: str = "train.sequence_length") -> None:
+        """Raise ConfigError if the split is shorter than one sample, whose length ``key`` sets."""
+        if self.samples_per_epoch < 1:
+            raise ConfigError(self._too_small(self._fraction, key))
+
+    def _set_length(self, sequence_length: int) -> None:
         self._sequence_length = sequence_length
         self._epochs: OrderedDict[int, EpochIndex] = OrderedDict()
         self._identity = self._describe(self._fraction)
         self.samples_per_epoch = self._count_samples()
-        if self.samples_per_epoch < 1:
-            raise ConfigError(self._too_small(self._fraction, key))
         self.epoch_size = self._epoch_size()  # what an epoch's share is in mixtures without weights
 
     def _count_samples(self) -> int:
-        return (self.num_tokens - 1) // self._sequence_length
+        return max(self.num_tokens - 1, 0) // self._sequence_length
 
     def _epoch_size(self) -> float:
         return float(self.num_tokens)

@@ -40,7 +40,8 @@ def read_index(folder: Path, names: Sequence[str] = NAMES) -> tuple[np.ndarray, 
 def publish_index(folder: Path, arrays: tuple[np.ndarray, ...], names: Sequence[str] = NAMES) -> bool:
     """Write ``arrays``, by their ``names``, as ``folder``; returns whether this call wrote it.
 
-    It appears when all is on disk. A damaged folder is replaced. A valid one, which another rank has written meanwhile, stays.
+    It appears when all is on disk. A damaged folder is replaced. A valid one, which another rank has written meanwhile,
+    stays.
 
     Raises:
         OSError: the folder cannot be written.

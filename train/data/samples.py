@@ -10,7 +10,7 @@ import numpy as np
 
 from longcat.documents import PADDING
 from longcat.errors import ConfigError
-from train.data.blend import Mixture
+from train.data.blend import Mixture, shares_of
 from train.data.config import DataConfig, Packing
 from train.data.corpus import TOKENIZER_NAME, CorpusInfo, verify_corpus
 from train.data.epochs import CorpusReader
@@ -40,7 +40,7 @@ class TokenSamples:
         fallback_dir: used where ``cache_dir`` cannot be written.
 
     Raises:
-        ConfigError: a corpus is missing, damaged, too small, or does not fit the vocabulary.
+        ConfigError: a corpus is missing, damaged, too small where it has a share, or does not fit the vocabulary.
     """
 
     def __init__(
@@ -80,13 +80,35 @@ class TokenSamples:
         self._by_length = {sequence_length: readers}
         for part in parts:
             if part.length not in self._by_length:
-                key = f"data.stages[{part.number - 1}].sequence_length"
-                self._by_length[part.length] = [reader.of_length(part.length, key) for reader in readers]
+                self._by_length[part.length] = [reader.of_length(part.length) for reader in readers]
+        self._check_lengths(parts, split)
         self._read(sequence_length, parts if split == "train" else parts[:1])
 
+    def _check_lengths(self, parts: list[Segment], split: str) -> None:
+        """Raise ConfigError if a corpus that a stage reads is shorter than a sample, or no corpus is long enough.
+
+        Validation is in the first mixture, without corpora that the stage does not read and that are too short for it.
+        """
+        for part, shares in zip(parts, shares_of(self._weights, parts), strict=True):
+            key = f"data.stages[{part.number - 1}].sequence_length" if part.number else "train.sequence_length"
+            readers = self._by_length[part.length]
+            if split == "validation":
+                shares = [share * first for share, first in zip(shares, self._weights, strict=True)]
+                pairs = zip(self._weights, readers, strict=True)
+                if not any(weight and reader.samples_per_epoch for weight, reader in pairs):
+                    shares = self._weights
+            for reader, share in zip(readers, shares, strict=True):
+                if share:
+                    reader.check_has_samples(key)
+
     def of_length(self, sequence_length: int) -> TokenSamples:
-        """The same split in windows of the length of one of `data.stages`, in the first mixture."""
+        """The same split in samples of the length of one of `data.stages`, in the first mixture.
+
+        Corpora that are shorter than a sample are left out.
+        """
         other = copy(self)
+        pairs = zip(self._weights, self._by_length[sequence_length], strict=True)
+        other._weights = [weight if reader.samples_per_epoch else 0.0 for weight, reader in pairs]
         other._read(sequence_length, segments([], sequence_length, 1))
         return other
 

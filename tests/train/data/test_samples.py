@@ -176,7 +176,7 @@ def test_lost_race_and_torn_cache_change_nothing(
 ) -> None:
     from train.data import epochs
 
-    def absent(folder: Path) -> None:
+    def absent(folder: Path, _: Any) -> None:
         raise FileNotFoundError(folder)
 
     first = samples_of(prefixes[:1], tmp_path)[0]

@@ -120,6 +120,33 @@ def test_windows_have_the_length_of_their_stage(tmp_path: Path) -> None:
     assert longer.num_samples == (held_out.num_tokens - 1) // 64 < held_out.num_samples
 
 
+def test_a_short_corpus_is_refused_only_where_it_is_read(tmp_path: Path) -> None:
+    """The second corpus is shorter than a sample of the stage, in which validation leaves it out."""
+    long = write_corpus(tmp_path / "long" / "corpus", unique_documents(200, 0))
+    short = write_corpus(tmp_path / "short" / "corpus", [np.arange(30) + 500_000] * 4)
+
+    def open_samples(split: Literal["train", "validation"], first: list[float], *weights: float) -> TokenSamples:
+        stage = TrainingStage(512, list(weights), sequence_length=128)
+        config = DataConfig("n", "s", paths=[long, short], weights=first, stages=[stage], validation_fraction=0.25)
+        return TokenSamples(
+            config, sequence_length=16, seed=3, vocab_size=1 << 20, split=split, cache_dir=tmp_path, global_batch_size=8
+        )
+
+    samples = open_samples("train", [1.0, 1.0], 1.0, 0.0)
+    assert {len(samples[number]) for number in range(32, 40)} == {129}
+    assert any(samples[number][0] >= 500_000 for number in range(8)), "it is read before"
+    held_out = open_samples("validation", [1.0, 1.0], 1.0, 0.0)
+    assert any(held_out[number][0] >= 500_000 for number in range(8))
+    longer = held_out.of_length(128)
+    assert all(longer[number][0] < 500_000 for number in range(8))
+    assert [longer.of_corpus(number, 128).num_samples > 0 for number in (0, 1)] == [True, False]
+    for split in ("train", "validation"):
+        with pytest.raises(ConfigError, match=r"one sample needs 129: .*data.stages\[0\].sequence_length=128"):
+            open_samples(split, [1.0, 1.0], 1.0, 0.1)
+        with pytest.raises(ConfigError, match="one sample needs 129"):
+            open_samples(split, [0.0, 1.0], 0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
