@@ -38,6 +38,8 @@ SYNONYMS = {
     "max_seq_length": "train.sequence_length",
     "context_length": "train.sequence_length",
     "block_size": "train.sequence_length",
+    "sample_packing": "data.packing",
+    "packing": "data.packing",
     "batch_size": "train.global_batch_size",
     "local_batch_size": "train.micro_batch_size",
     "per_device_train_batch_size": "train.micro_batch_size",

@@ -24,12 +24,12 @@ from train.step import Stepper
 
 SMALL = [
     "model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=64", "model.expert_hidden_size=32",
-    "train.global_batch_size=4", "balance.num_groups=2", "data.mask_documents=true", "data.packing=best_fit",
+    "train.global_batch_size=4", "balance.num_groups=2", "data.mask_documents=true",
 ]  # fmt: skip
 REPLAYS = ["sdc.every=1000", "sdc.replay_every=2"]
 LAYOUTS = {
     "fsdp2": (2, "parallel.fsdp=2"),
-    "dp2 elastic, recomputation": (2, "parallel.dp=2 train.elastic_bits=4 parallel.recompute=full"),
+    "dp2 elastic, recomputation": (2, "parallel.dp=2 train.elastic_bits=4 parallel.recompute=full data.packing=best_fit"),
     "fsdp4, ep2, bfloat16": (4, "parallel.fsdp=4 parallel.ep=2 train.dtype=bfloat16"),
     "pp2 zbv, fsdp2": (4, "parallel.pp=2 parallel.schedule=zbv parallel.fsdp=2 model.num_layers=4"),
     "cp2, fsdp2, ep2": (4, "parallel.cp=2 parallel.fsdp=2 parallel.ep=2"),
