@@ -76,7 +76,7 @@ class TokenSamples:
             for prefix, info in zip(config.paths, infos, strict=True)
         ]
         self.num_tokens = sum(reader.num_tokens for reader in readers)
-        self._weights = list(config.weights) or [float(reader.epoch_size) for reader in readers]
+        self._weights = list(config.weights) or [max(reader.epoch_size, 1.0) for reader in readers]
         self._by_length = {sequence_length: readers}
         for part in parts:
             if part.length not in self._by_length:
