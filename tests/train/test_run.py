@@ -96,7 +96,7 @@ def test_resume_is_bitwise_exact(variant: list[str], corpus: Path, overrides: li
     assert train_here(words) == 0
     assert exact(tmp_path / "run") == reference
     if "data.packing=best_fit" in variant:
-        assert all(0 < row["padding_share"] < 1 for row in lines(tmp_path / "run")[:4])
+        assert all(0 <= row["padding_share"] < 0.5 for row in lines(tmp_path / "run"))
     if "mtp" in variant[0]:
         start = int(variant[0].partition("=")[2])
         used = [row["loss_mtp"] is not None for row in lines(tmp_path / "run")]
