@@ -199,12 +199,12 @@ def forward_in_sequence(self: ShortcutLayer, x: Tensor, angles: Tensor, document
     return y + m.view_as(y), statistics
 
 
-def balanced(router: Router) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+def balanced(router: Router) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]:
     """A router that gives every FFN expert the same number of tokens, and each token K_e FFN experts."""
     config = router.config
 
-    def forward(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        probabilities, _, _ = Router.forward(router, u)
+    def forward(u: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        probabilities, _, _ = Router.forward(router, u, padding)
         used = round(config.expected_ffn_experts)
         token = torch.arange(u.shape[0])[:, None]
         ffn = (token * used + torch.arange(used)) % config.num_experts
