@@ -27,9 +27,10 @@ SMALL = [
     "train.global_batch_size=4", "balance.num_groups=2", "data.mask_documents=true",
 ]  # fmt: skip
 REPLAYS = ["sdc.every=1000", "sdc.replay_every=2"]
+PACKED = "data.packing=best_fit"
 LAYOUTS = {
     "fsdp2": (2, "parallel.fsdp=2"),
-    "dp2 elastic, recomputation": (2, "parallel.dp=2 train.elastic_bits=4 parallel.recompute=full data.packing=best_fit"),
+    "dp2 elastic, recomputation": (2, f"{PACKED} parallel.dp=2 train.elastic_bits=4 parallel.recompute=full"),
     "fsdp4, ep2, bfloat16": (4, "parallel.fsdp=4 parallel.ep=2 train.dtype=bfloat16"),
     "pp2 zbv, fsdp2": (4, "parallel.pp=2 parallel.schedule=zbv parallel.fsdp=2 model.num_layers=4"),
     "cp2, fsdp2, ep2": (4, "parallel.cp=2 parallel.fsdp=2 parallel.ep=2"),
