@@ -117,7 +117,7 @@ def check_disk_space(folder: Path, source: GrowthSource) -> None:
 
 def read_source(folder: Path, options: GrowthOptions) -> GrowthSource:
     """The state and the index of a valid checkpoint; none of its tensors."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from train.checkpoint.shards import ShardReader
 
     try:
         state = json.loads((folder / STATE).read_text())
@@ -125,7 +125,7 @@ def read_source(folder: Path, options: GrowthOptions) -> GrowthSource:
         int(state["counters"]["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"source={folder}: {STATE} does not say the model and the step; name another") from error
-    metadata = FileSystemReader(folder).read_metadata()
+    metadata = ShardReader(folder).read_metadata()
     check_known_state(metadata.state_dict_metadata, num_layers, folder)
     records = defaultdict(list)
     for index, location in metadata.storage_data.items():

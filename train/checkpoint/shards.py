@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import pickle
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
 from parallel.torch_internals import file_view, narrow_tensor_by_index, offset_in_archive
 
+METADATA = ".metadata"  # torch's name of a checkpoint's list of tensors
 BLOCK = 1 << 24  # bytes of one read, and of a thread's buffer for values that need a copy
 PART = 1 << 26  # bytes of one task of a thread
 THREADS = min(4, os.cpu_count() or 1)
@@ -97,8 +100,36 @@ class FileRange:
         target.copy_(buffer.as_strided(self.values.shape, self.values.stride()))
 
 
+class KnownProperties(TensorProperties):
+    """Properties of a stored tensor, of those that this torch knows: 2.15 stores one more than 2.13 and 2.14."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        super().__setstate__(state[: len(TensorProperties().__getstate__())])
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads the metadata of a checkpoint that a newer torch or a newer Python wrote."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class("pathlib" if module == "pathlib._local" else module, name)  # Python 3.13's paths
+        return KnownProperties if found is TensorProperties else found
+
+
 class ShardReader(FileSystemReader):
-    """Torch's reader of a checkpoint folder, with faster reading of tensors."""
+    """Torch's reader of a checkpoint folder, with faster reading of tensors, for checkpoints of newer torch as well."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The list of stored tensors and of their places.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with (Path(self.path) / METADATA).open("rb") as file:
+            metadata: Metadata = MetadataUnpickler(file).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read the items of ``plan`` into the tensors that ``planner`` gives.

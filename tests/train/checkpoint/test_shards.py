@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from train.checkpoint import shards
 from train.checkpoint.dcp_tensors import DcpTensor
@@ -148,3 +150,23 @@ def test_only_the_requested_box_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert torch.equal(target, stack[7:10])
     assert [count for count, _ in counts] == [3 * 100 * 4]
     assert counts[0][1].__array_interface__["data"][0] == target.data_ptr()
+
+
+def test_metadata_of_newer_torch_and_python(
+    stored: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.15 stores one more property of each tensor, Python 3.13 paths of a module that older ones lack."""
+    folder, written = stored
+    path = folder / shards.METADATA
+    metadata = pickle.loads(path.read_bytes())
+    of_now = TensorProperties.__getstate__
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*of_now(self)[:5], None))
+    metadata.storage_meta.checkpoint_id = Path("elsewhere")
+    as_newer = pickle.dumps(metadata, protocol=0).replace(b"cpathlib\n", b"cpathlib._local\n")
+    assert b"pathlib._local" in as_newer
+    path.write_bytes(as_newer)
+    monkeypatch.undo()
+    tensors: dict[str, Any] = {"integers": torch.zeros(5, 6, dtype=torch.int64)}
+    dcp.load(tensors, storage_reader=ShardReader(folder), no_dist=True)
+    assert torch.equal(tensors["integers"], written["integers"])
+    assert ShardReader(folder).read_metadata().state_dict_metadata["one"].properties.dtype == torch.float32
