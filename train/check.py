@@ -1,4 +1,4 @@
-"""What is refused before ranks start: layout, batch sizes, memory, run folder; without torch."""
+"""What is refused before ranks start: layout, batch sizes, memory, run folder, missing corpora; without torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from parallel.environment import check_determinism, check_streams, count_gpus, p
 from parallel.layout import BatchShape, check_elastic, check_layout
 from parallel.sizes import MeshSizes, resolve_sizes
 from train.config import Config
+from train.data.corpus import find_pair
 from train.run_dir import check_folder
 from train.stages import check_each_stage
 
 
 def check(config: Config, world_size: int) -> None:
-    """Check layout, batch sizes, memory and run folder before ranks start.
+    """Check layout, batch sizes, memory, run folder and that the corpora are there, before ranks start.
 
     Raises:
         ConfigError: with the key to change.
     """
     check_sizes(config, world_size)
     check_folder(config)
+    for prefix in config.data.paths:
+        find_pair(prefix)
 
 
 def check_sizes(config: Config, world_size: int) -> tuple[float, float]:

@@ -65,6 +65,7 @@ WRONG = {
     "bits": ["train.elastic_bits=3"],
     "memory": ["train.sequence_length=16777216", "train.global_batch_size=1048576"],
     "batch": ["run.num_processes=3"],
+    "corpus": ["data.paths=[elsewhere/corpus]"],
 }
 REFUSED = """
 import json, sys

@@ -96,16 +96,26 @@ def read_info(prefix: str | Path) -> CorpusInfo | None:
     return info
 
 
+def find_pair(prefix: str | Path) -> tuple[Path, Path]:
+    """The `.idx` and the `.bin` of a corpus, which are not opened.
+
+    Raises:
+        ConfigError: one of them is not there.
+    """
+    idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    missing = [path.name for path in (idx, data) if not path.is_file()]
+    if missing:
+        raise ConfigError(f"data.paths: {prefix} has no {' and no '.join(missing)}; {_advice(Path(prefix))}")
+    return idx, data
+
+
 def check_corpus(prefix: str | Path) -> None:
     """Check that the pair `.bin`/`.idx` exists, is a Megatron index, has tokens, and that the sizes agree.
 
     Raises:
         ConfigError: one line with the file and what to do.
     """
-    idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    missing = [path.name for path in (idx, data) if not path.is_file()]
-    if missing:
-        raise ConfigError(f"data.paths: {prefix} has no {' and no '.join(missing)}; {_advice(Path(prefix))}")
+    idx, data = find_pair(prefix)
     index = read_index(idx)
     tokens = int(index.lengths.sum(dtype=np.int64))
     if tokens == 0:
