@@ -18,8 +18,9 @@ import errno
 from collections.abc import Callable
 
 from launch import checkpoint_verbs, verbs
+from launch.signals import ignore_stops
 from longcat import __version__
-from longcat.errors import BAD_INPUT, OK, LongCatError
+from longcat.errors import BAD_INPUT, OK, STOPPED, LongCatError
 from longcat.lasting_streams import lasting_streams
 from longcat.refusal import leave_refusal
 
@@ -38,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:  # as a program
         leave_out_in_children()
     with lasting_streams():
-        return run(sys.argv[1:] if argv is None else argv)
+        code = run(sys.argv[1:] if argv is None else argv)
+        if argv is None and code == STOPPED:
+            ignore_stops()
+        return code
 
 
 def run(arguments: list[str]) -> int:

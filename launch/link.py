@@ -83,7 +83,7 @@ class Link:
         Raises:
             StoreLostError: there is none.
         """
-        line, end = dumps(request).encode() + b"\n", time.monotonic() + self.patience
+        line, end, is_new = dumps(request).encode() + b"\n", time.monotonic() + self.patience, False
         with self.lock:
             while True:
                 if self.has_ended:
@@ -94,7 +94,10 @@ class Link:
                         return dict(json.loads(answer))
                 except (OSError, ValueError):
                     pass  # the store may only be late: connect again, until the patience ends
+                if is_new and time.monotonic() > end:
+                    raise StoreLostError(f"the store of the run at {self.address} does not answer")
                 self._reconnect(end)
+                is_new = True
 
     def _reconnect(self, end: float) -> None:
         self.close()

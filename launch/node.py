@@ -134,7 +134,7 @@ class Node(Member):
         print(f"launch: {self.name}: {error}; the nodes meet again", file=sys.stderr, flush=True)
         turn = 0 if self.meeting.is_first else 1 + (self.id or 0)
         self.deadline = time.monotonic() + self.settings.join_seconds
-        self.earlier = Earlier(self.began, self.first_name)
+        self.earlier = Earlier(self.first_name)
         self.link.end()
         if self.decider is not None:
             self.decider.join()  # it must not write into the run folder beside another's

@@ -46,6 +46,12 @@ class Signals:
         return waiting
 
 
+def ignore_stops() -> None:
+    """For a process that ends after a stop: a signal that comes late must not change its exit code."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def blocked_requests() -> Iterator[None]:
     """Processes that are started inside have these signals blocked from their first moment on."""

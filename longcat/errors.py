@@ -67,6 +67,12 @@ class MissingRanksError(LongCatError):
         self.details = {"hang": hang}
 
 
+class SilentStoreError(LongCatError):
+    """The store through which ranks meet accepts connections and does not answer; exit code 1."""
+
+    details: Mapping[str, Any] = MappingProxyType({"cause": "store_lost"})
+
+
 class UnhealthyError(LongCatError):
     """Training became unhealthy (NaN, infinity); exit code 4. The message names the last valid checkpoint."""
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longcat.errors import ConfigError, MissingRanksError
+from longcat.errors import ConfigError, MissingRanksError, SilentStoreError
 from parallel.config import ParallelConfig
 from parallel.environment import raise_descriptor_limit
 from parallel.groups import bound_device, mesh_groups_of_members
@@ -156,6 +160,38 @@ def incarnation() -> str:
 
 
 HERE = "here/"  # + rank: it is about to form groups
+MARGIN_SECONDS = 2.0  # beyond parallel.timeout_seconds, for torch's own limit to come first where it has one
+T = TypeVar("T")
+
+
+def ask_store(call: Callable[[], T], seconds: float, waits: int = 1) -> T:
+    """The result of requests to the ranks' store. torch waits without a limit for answers to some of them.
+
+    Args:
+        waits: how often the call may wait for ``seconds`` for something else than the store.
+
+    Raises:
+        SilentStoreError: it takes longer; the requests are left behind in a thread.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="ask_store").start()
+    try:
+        return outcome.result(waits * seconds + MARGIN_SECONDS)
+    except TimeoutError:
+        if outcome.done():
+            raise
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        raise SilentStoreError(
+            f"the store of the ranks at {address} did not answer for {seconds:g} s (parallel.timeout_seconds); "
+            f"look at its process and machine, or give a free port if another program listens there"
+        ) from None
 
 
 def missing_keys(store: dist.Store, keys: list[str]) -> list[str]:
@@ -174,6 +210,7 @@ def connect(config: ParallelConfig) -> Topology:
     Raises:
         ConfigError: this rank has no GPU.
         MissingRanksError: other ranks did not come in time.
+        SilentStoreError: the store through which they meet does not answer in time.
     """
     rank, local_rank, world_size = world_from_environment()
     sizes = resolve_sizes(config, world_size)
@@ -186,15 +223,26 @@ def connect(config: ParallelConfig) -> Topology:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:
         timeout = timedelta(seconds=config.timeout_seconds)
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        store.set_timeout(timeout)
-        own = dist.PrefixStore(incarnation(), store)
-        own.set(f"{HERE}{rank}", "")
-        try:
+
+        def arrive() -> dist.Store:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            store.set_timeout(timeout)
+            own = dist.PrefixStore(incarnation(), store)
+            own.set(f"{HERE}{rank}", "")
+            return own
+
+        def form_group() -> None:
+            if cuda:
+                torch.cuda.set_device(device)  # it holds for one thread
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, timeout=timeout, store=own, rank=rank, world_size=world_size)
+
+        own = ask_store(arrive, config.timeout_seconds)
+        try:
+            ask_store(form_group, config.timeout_seconds, waits=2)  # for ranks to come, and to connect to each other
         except dist.DistError as error:
-            missing = missing_keys(own, [f"{HERE}{number}" for number in range(world_size)])
+            expected = [f"{HERE}{number}" for number in range(world_size)]
+            missing = ask_store(lambda: missing_keys(own, expected), config.timeout_seconds)
             if not missing:
                 raise
             ranks = [int(key.removeprefix(HERE)) for key in missing]

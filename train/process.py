@@ -13,7 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longcat.errors import CRASHED, OK, STOPPED, ConfigError, LocalCorruptionError, LongCatError, MissingRanksError
+from longcat.errors import (
+    CRASHED,
+    OK,
+    STOPPED,
+    ConfigError,
+    LocalCorruptionError,
+    LongCatError,
+    MissingRanksError,
+    SilentStoreError,
+)
 from parallel.sizes import world_from_environment
 from parallel.watchdog import watchdog
 from parallel.watchdog.errors import causes
@@ -82,7 +91,7 @@ def outcome(config: Config, stop_signal: StopSignal) -> tuple[int, str, Mapping[
         train(config, stop_signal, partial(report_hang, config.run.folder))
     except LocalCorruptionError:
         raise
-    except (ConfigError, MissingRanksError) as error:
+    except (ConfigError, MissingRanksError, SilentStoreError) as error:
         return error.exit_code, str(error), error.details  # perhaps on this rank only: do not wait for the others
     except LongCatError as error:
         code, message, details = error.exit_code, str(error), error.details or failure_details(error)

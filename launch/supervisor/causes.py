@@ -26,7 +26,8 @@ class Cause(StrEnum):
     out_of_memory = "out_of_memory"
     disk_full = "disk_full"
     node_lost = "node_lost"  # no sign of life for launch.node_timeout
-    store_lost = "store_lost"  # the store that connects the nodes
+    store_lost = "store_lost"  # the store that connects the nodes, or that through which ranks meet
+    supervisor_lost = "supervisor_lost"  # an earlier command was killed: it left no totals
     crash = "crash"
 
 
@@ -48,6 +49,7 @@ ADVICE = {
     Cause.disk_full: "free space in the run folder's file system, or lower checkpoint.keep",
     Cause.node_lost: "look at the named machine and its network; raise launch.node_timeout if it was only busy",
     Cause.store_lost: "look at the machine of the first node and its network",
+    Cause.supervisor_lost: "look for what killed longcat train: its machine's log may say that it ran out of memory",
     Cause.crash: "look for the traceback in run.log and the output; if a rank got signal 9, its machine's log may "
     "say that it ran out of memory",
 }
@@ -59,6 +61,7 @@ WORDS = {
     Cause.disk_full: "full disk",
     Cause.node_lost: "lost node",
     Cause.store_lost: "lost store",
+    Cause.supervisor_lost: "lost supervisor",
 }
 STRIKES = (Cause.crash, Cause.hang, Cause.straggler, Cause.node_lost, Cause.corruption)  # blame a node
 
@@ -117,7 +120,7 @@ def find_fault(
             nodes = assignment.nodes
     if cause == Cause.node_lost:
         message = f"no sign of life from {', '.join(lost)}"
-    elif cause == Cause.store_lost:
+    elif cause == Cause.store_lost and store_error:
         message = f"the store that connects the nodes is lost ({store_error})"
     else:
         first = _first_failed(reports)
@@ -168,7 +171,7 @@ def _named(details: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _kind_of_crash(details: Mapping[str, Any], lost: Sequence[str], store_error: str) -> Cause:
-    if details.get("cause") in (Cause.out_of_memory, Cause.disk_full):
+    if details.get("cause") in (Cause.out_of_memory, Cause.disk_full, Cause.store_lost):
         return Cause(details["cause"])
     if lost:
         return Cause.node_lost

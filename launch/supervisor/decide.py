@@ -105,16 +105,21 @@ def decide(
 
 
 def count_fruitless(history: Sequence[Start]) -> int:
-    """Starts at the end of the history that took the run no further than it had been."""
+    """Starts at the end of the history that took the run no further than it had been.
+
+    A command that was killed and given again has as many tries as any: somebody has looked at it.
+    """
     count = 0
     for start in history:
-        count = 0 if start.step > start.before else count + 1
+        anew = start.step > start.before or start.fault.cause == Cause.supervisor_lost
+        count = 0 if anew else count + 1
     return count
 
 
 def unhealthy_tries(history: Sequence[Start]) -> list[Start]:
     """Starts that were to get past numbers that are not finite, and found them again without a new step."""
-    group = history[max(len(history) - count_fruitless(history) - 1, 0) :]
+    brought_steps = [index for index, start in enumerate(history) if start.step > start.before]
+    group = history[brought_steps[-1] if brought_steps else 0 :]
     return [start for start in group if start.fault.cause == Cause.unhealthy][1:]
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launch.fleet import Assignment, Fleet, NodeReport
+from launch.fleet import AGREED, GRACE_SECONDS, SAVE_SECONDS, Assignment, Fleet, NodeReport
 from launch.local import exit_written
 from launch.supervisor import ledger
 from launch.supervisor.causes import Cause, Fault, find_fault
@@ -22,8 +22,8 @@ from launch.supervisor.nodes import Choice, Start
 from launch.supervisor.page import page
 from launch.supervisor.progress import Progress
 from launch.supervisor.prometheus import serving
-from launch.supervisor.recall import Earlier, Leader, lost_first_node, recall, starts_of, thinned
-from longcat.errors import CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY, ConfigError, FolderInUseError
+from launch.supervisor.recall import KILLED, Earlier, Leader, lost_first_node, open_since, recall, starts_of, thinned
+from longcat.errors import CRASHED, OK, STOPPED, ConfigError, FolderInUseError
 from train.checkpoint.find import is_inside
 from train.checkpoint.manifest import step_of
 from train.compose import quoted
@@ -39,9 +39,6 @@ IN_USE = "the run folder is in use by ranks of another start or training"
 REPORT = "report.html"
 POLL_SECONDS = 0.05
 MESSAGE_CHARACTERS = 240
-GRACE_SECONDS = 8.0  # for ranks to say why they end, once one has failed anywhere
-SAVE_SECONDS = 3600.0  # for ranks that end because all have agreed to: they may still save
-AGREED = {STOPPED, UNHEALTHY, CORRUPT}
 
 
 def supervise(
@@ -70,7 +67,7 @@ def supervise(
 
 
 class Supervisor:
-    """The history of one command's starts.
+    """The history of a run's starts: of one command, and of those before it that were killed.
 
     Args:
         progress: watches the run's metrics.jsonl.
@@ -95,19 +92,28 @@ class Supervisor:
         self.policy = policy_of(config, tuple(self.layouts), self.journal)
         self.history: list[Start] = []
         self.lives: list[Life] = []
+        self.recalled = 0  # of the lives: those of earlier commands
         self.members: list[str] = []
 
-    def recall(self, earlier: Earlier) -> None:
-        """Go on from the starts that another first node decided on."""
+    def recall(self, earlier: Earlier | None = None) -> None:
+        """Go on from the starts of a run that has not ended.
+
+        Args:
+            earlier: what another first node decided; None for a command that was killed.
+        """
+        journal = read_lines(self.folder / JOURNAL)
+        since = open_since(journal)
+        if since is None:
+            return
         self.members = [node.name for node in self.fleet.nodes()]
-        journal, fault = read_lines(self.folder / JOURNAL), lost_first_node(earlier, self.members)
+        fault = lost_first_node(earlier, self.members) if earlier is not None else KILLED
         metrics, now = self.progress.path, time.time()
         with suppress(OSError):
             now = metrics.stat().st_mtime
-        self.history, self.lives = recall(journal, earlier.since, fault, now, read_lines(metrics))
-        self.policy = policy_of(self.config, tuple(self.layouts), self.journal, earlier.since)
+        self.history, self.lives = recall(journal, since, fault, now, read_lines(metrics))
+        self.policy = policy_of(self.config, tuple(self.layouts), self.journal, since)
         if self.history and self.history[-1].fault is fault:
-            line = starts_of(journal, earlier.since)[-1]
+            line = starts_of(journal, since)[-1]
             self.record_end(line["claim"], line["incarnation"], self.history[-1], self.lives[-1])
 
     def run(self, wait_seconds: float = 0.0) -> int:
@@ -120,6 +126,8 @@ class Supervisor:
         if not self.history:
             with lock(self.folder):
                 remove_quietly(self.folder / GAVE_UP)
+                self.recall()
+            self.recalled = len(self.lives)
         while True:
             decision = self.decide()
             if isinstance(decision, Again) and self.history:
@@ -235,7 +243,7 @@ class Supervisor:
         """The ranks of a start, with what it changes in their configuration; the step that it can start from."""
         extra, newest = [*self.layouts[len(decision.nodes)], *self.time_left()], self.journal.newest_checkpoint()
         resume = self.config.checkpoint.resume
-        if any(life.finished for life in self.lives) and is_own_start(self.folder, resume):
+        if any(life.finished for life in self.lives[self.recalled :]) and is_own_start(self.folder, resume):
             resume = "auto"  # the first start has followed the command; now the run goes on
         if decision.nodes and len(decision.nodes) < self.nodes:
             self.say(f"{len(decision.nodes)} of {self.nodes} nodes: {' '.join(extra)} (launch.shrink)")
@@ -251,11 +259,11 @@ class Supervisor:
         return Assignment(number, decision.nodes, self.processes, (*self.overrides, *extra)), newest
 
     def time_left(self) -> list[str]:
-        """What is left of `train.stop_after_seconds`, which counts from the first start."""
-        seconds = self.config.train.stop_after_seconds
-        if not seconds or not self.lives:
+        """What is left of `train.stop_after_seconds`, which counts from the command's first start."""
+        seconds, own = self.config.train.stop_after_seconds, self.lives[self.recalled :]
+        if not seconds or not own:
             return []
-        return [f"train.stop_after_seconds={max(self.lives[0].begin + seconds - time.time(), 1.0):.0f}"]
+        return [f"train.stop_after_seconds={max(own[0].begin + seconds - time.time(), 1.0):.0f}"]
 
     def watch(self, assignment: Assignment) -> tuple[list[NodeReport], list[str]]:
         """Start the ranks and wait until each node has reported or is lost → the reports, and the lost nodes."""
@@ -269,7 +277,7 @@ class Supervisor:
             if len(lost) == len(missing):
                 return reports, lost
             failed = {code for report in reports for code in report.codes.values() if code}
-            grace = SAVE_SECONDS if not lost and failed <= AGREED else GRACE_SECONDS
+            grace = SAVE_SECONDS if not lost and failed.issubset(AGREED) else GRACE_SECONDS
             if (lost or failed) and grace < granted:  # a node may be lost while the others save
                 self.fleet.stop_ranks(number, grace)
                 granted = grace

@@ -1,4 +1,4 @@
-"""What an earlier first node noted of the run's starts in launch.jsonl, for the node that decides after it."""
+"""What an earlier first node or command noted of the run's starts in launch.jsonl, for whoever decides after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from longcat.errors import CRASHED
 class Earlier:
     """The decisions that this node goes on from."""
 
-    since: float  # when the first of them was made; seconds since 1970
     first_node: str  # who made the last one
 
 
@@ -27,6 +26,20 @@ class Leader:
     claim: int  # number of its claim on the run (`launch.claims`)
     check: Callable[[], None]  # raises ConnectionError once another node has become the first one
     earlier: Earlier | None = None
+
+
+KILLED = Fault(Cause.supervisor_lost, CRASHED, "longcat train itself was killed, or its machine failed")
+
+
+def open_since(journal: Sequence[dict[str, Any]]) -> float | None:
+    """When the first start was made of a run that has noted no totals, which is how each run ends; None without one."""
+    since: float | None = None
+    for line in journal:
+        if line.get("event") == "totals":
+            since = None
+        elif line.get("event") == "start" and since is None:
+            since = float(line["time"])
+    return since
 
 
 def starts_of(journal: Sequence[dict[str, Any]], since: float) -> list[dict[str, Any]]:

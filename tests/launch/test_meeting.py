@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +13,14 @@ from contextlib import closing
 
 import pytest
 
+import launch.link
 import launch.meeting
 from launch.claims import Claim, Claims
 from launch.fleet import Assignment
 from launch.link import Link, StoreFleet, StoreLostError
 from launch.meeting import describe_self, start_store
 from launch.rendezvous import Place
+from launch.store import PROTOCOL
 from tests.support.meetings import IDENTITY, begun
 from tests.support.meetings import claims as claims
 from tests.support.meetings import dead_pid as dead_pid
@@ -87,6 +92,28 @@ def test_new_start_ends_a_store_that_is_left(place: Place, left: Link, monkeypat
         assert meeting.link.request(about=True)["first"] is None
     with pytest.raises(StoreLostError):
         left.read("job/")
+
+
+def test_store_that_greets_and_never_answers_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.link, "REQUEST_SECONDS", 0.1)
+    greeting = json.dumps({"longcat": PROTOCOL, "identity": IDENTITY, "store": "x"}).encode() + b"\n"
+    open_connections = []
+
+    def greet() -> None:
+        with server:
+            for _ in range(20):  # then the port is closed
+                connection, _ = server.accept()
+                connection.sendall(greeting)
+                open_connections.append(connection)
+
+    server = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=greet, daemon=True).start()
+    link = Link("127.0.0.1", server.getsockname()[1], IDENTITY, 0.3)
+    with pytest.raises(StoreLostError, match="does not answer"):
+        link.read("job/")
+    link.close()
+    for connection in open_connections:
+        connection.close()
 
 
 def test_new_store_at_an_old_address_is_noticed(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from launch.fleet import Assignment
+from launch.fleet import GRACE_SECONDS, SAVE_SECONDS, Assignment
 from launch.supervisor.ledger import PARTS
-from launch.supervisor.loop import GRACE_SECONDS, SAVE_SECONDS, Supervisor, supervise
+from launch.supervisor.loop import Supervisor, supervise
 from launch.supervisor.progress import Progress
 from longcat.errors import FolderInUseError
 from tests.launch.supervisor.fake_fleet import Ending, FakeFleet
@@ -197,6 +198,69 @@ def test_another_training_in_the_folder_keeps_its_files(tmp_path: Path) -> None:
     assert supervise(config, [], 1, FakeFleet("a", folder, hold)) == 1
     held[0].close()
     assert not (folder / "exit.json").exists() and not (folder / "gave_up.txt").exists()
+
+
+class KilledError(BaseException):
+    """SIGKILL of the supervisor."""
+
+
+def killed(_: Assignment) -> Ending:
+    raise KilledError
+
+
+def test_ledger_goes_on_after_a_killed_supervisor(tmp_path: Path) -> None:
+    """It adds up to the wall clock since the first start of the command that was killed."""
+    config = compose([*WORDS, f"run.dir={tmp_path}", "launch.restarts=1", "checkpoint.resume=never"])
+    folder, words = tmp_path / "run", []
+    for _ in range(3):
+        fleet = FakeFleet("a", folder, killed)
+        with pytest.raises(KilledError):
+            supervise(config, [], 1, fleet)
+        words.append(fleet.started[-1].overrides)
+    assert supervise(config, [], 1, FakeFleet("a", folder, lambda _: Ending(5))) == 0
+    journal = [json.loads(line) for line in (folder / "launch.jsonl").read_text().splitlines()]
+    starts, totals = [line for line in journal if line["event"] == "start"], journal[-1]
+    causes = [line["cause"] for line in journal if line["event"] == "end"]
+    assert causes == ["supervisor_lost"] * 3 + ["done"] and [line["incarnation"] for line in starts] == [1, 2, 3, 4]
+    assert (totals["starts"], totals["faults"]) == (4, 3)
+    assert totals["wall_seconds"] == pytest.approx(totals["time"] - starts[0]["time"], abs=1e-3)
+    assert sum(totals[name] for name in PARTS) == pytest.approx(totals["wall_seconds"])
+    assert words == [()] * 3, "each command follows its own checkpoint.resume"
+    assert supervise(config, [], 1, FakeFleet("a", folder, lambda _: Ending(5))) == 0
+    assert json.loads((folder / "launch.jsonl").read_text().splitlines()[-1])["starts"] == 1, "the run had ended"
+
+
+def test_tries_outlive_the_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after numbers that were not finite came again, it goes on with the checkpoint before the last."""
+    monkeypatch.setattr("launch.supervisor.journal.verify", lambda path: CheckpointStatus(path, 0, None))
+    base = ["launch.restarts=5", "launch.on_unhealthy=retry", f"run.dir={tmp_path}"]
+    config, unhealthy = compose([*WORDS, *base]), (4, dict[str, Any]())
+    before = iter([Ending(10, {0: -9}, saved=True), Ending(10, {0: 4}, unhealthy, saved=True)])
+    with pytest.raises(StopIteration):
+        supervise(config, [], 1, FakeFleet("a", tmp_path / "run", lambda _: next(before)))
+    found = iter([Ending(0, {0: 4}, unhealthy), Ending(15)])
+    fleet = FakeFleet("a", tmp_path / "run", lambda _: next(found))
+    fleet.step = 20
+    assert supervise(config, [], 1, fleet) == 0
+    older = tmp_path / "run" / "checkpoints" / "step-00000010"
+    assert [one.overrides for one in fleet.started] == [(), (f"checkpoint.resume='{older}'",)]
+
+
+def test_full_disk_is_told_from_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that dies beside a disk without space for exit.json; no node is blamed, and the next start waits."""
+
+    def no_space(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    endings = iter([Ending(5, {0: -9}), Ending(5, {0: 1}, (1, {"cause": "disk_full"})), Ending(5)])
+    words = ["launch.restarts=2", "launch.backoff_seconds=0.01", f"run.dir={tmp_path}"]
+    fleet = FakeFleet("a", tmp_path / "run", lambda _: next(endings))
+    assert supervise(compose([*WORDS, *words]), [], 1, fleet) == 0
+    journal = [json.loads(line) for line in (tmp_path / "run" / "launch.jsonl").read_text().splitlines()]
+    ends = [line for line in journal if line["event"] == "end"]
+    assert [(line["cause"], line["nodes"]) for line in ends] == [("disk_full", [])] * 2 + [("done", [])]
+    assert "no space is left" in ends[0]["message"] and journal[-1]["waiting"] >= 0.02
 
 
 def test_a_stop_between_starts_ends_with_3(tmp_path: Path) -> None:
