@@ -24,8 +24,10 @@ from train.loggers.jsonl import METRICS, rows
 from train.pruning import SWEEP_FOLDER
 from train.run_dir import EXIT, lock, read_config
 from train.sweep_results import Result, read_result, result_file, results, write_result
+from train.transfer import CONSTANT, DEPTH, PROPORTIONAL, SPARSITY
 
 SECTIONS = tuple(section.name for section in fields(Config))
+SIZES = ("hidden_size", "vocab_size", *DEPTH, *SPARSITY, *CONSTANT, *PROPORTIONAL)
 
 
 def run_sweep(overrides: list[str]) -> int:
@@ -34,7 +36,7 @@ def run_sweep(overrides: list[str]) -> int:
     An unknown key, a wrong type or a value that is no choice of its key is refused before the first job. The sweep
     continues after a job that its own check refuses or that fails; a stopped job ends it. Hydra's multirun.yaml, a
     launcher's logs and a result per run are in a folder of this sweep alone. The same overrides go on in that folder
-    until all runs have ended with 0; runs that have are not started again.
+    until all runs have ended with 0 or have diverged (4); runs that have are not started again.
     """
     register()
     check_keys(overrides, sweep=True)
@@ -47,7 +49,7 @@ def run_sweep(overrides: list[str]) -> int:
             remove_if_unused(made)
             raise
         code = report(folder, failure)
-        if code == OK:
+        if not failure and all(result.is_final for result in results(folder)):
             note_finished(folder, overrides, True)
     return code
 
@@ -98,8 +100,8 @@ def run_job(tree: Any, folder: Path, search: list[str]) -> float:
     path = result_file(folder, number)
     earlier = read_result(path) if path.is_file() else None
     run = run_folder(Path(tree.run.dir), f"{tree.run.name}-{number}", given, earlier)
-    if earlier and earlier.code == OK and earlier.overrides == given and run.is_dir():
-        return final_loss(run)  # the sweep goes on after it was stopped
+    if earlier and earlier.is_final and earlier.overrides == given and run.is_dir():
+        return final_loss(run) if earlier.code == OK else math.inf  # the sweep goes on after it was stopped
     tree.run.name = run.name
     task = [*given, f"run.name={run.name}", *search]
     write_result(folder, number, Result(str(run), None, "", this_process(), given))
@@ -186,6 +188,9 @@ def best_run(folder: Path) -> Path | None:
     """The sweep's run with the lowest final loss, averaged over runs that differ in their seed alone; None if none.
 
     Only runs that reached their last step count.
+
+    Raises:
+        ConfigError: they are of several models, whose losses say nothing about the other hyperparameters.
     """
     losses: dict[str, dict[Path, float]] = {}
     for result in results(folder):
@@ -194,8 +199,25 @@ def best_run(folder: Path) -> Path | None:
             losses.setdefault(without_seed(run), {})[run] = loss
     if not losses:
         return None
-    best = min(losses.values(), key=lambda runs: sum(runs.values()) / len(runs))
-    return min(best, key=lambda run: best[run])
+    best: dict[str, dict[Path, float]] = {}
+    for runs in sorted(losses.values(), key=lambda runs: sum(runs.values()) / len(runs)):
+        best.setdefault(model_sizes(next(iter(runs))), runs)
+    chosen = [(sizes, min(runs, key=lambda run: runs[run])) for sizes, runs in best.items()]
+    if len(chosen) > 1:
+        found = [dict(json.loads(sizes)) for sizes, _ in chosen]
+        key = next(key for key in found[0] if any(sizes[key] != found[0][key] for sizes in found))
+        named = ", ".join(f"{run} ({key}={sizes[key]})" for sizes, (_, run) in zip(found, chosen, strict=True))
+        raise ConfigError(
+            f"proxy={folder} has runs of {len(chosen)} models, whose losses are not compared; name one of their best "
+            f"runs: {named}"
+        )
+    return chosen[0][1]
+
+
+def model_sizes(run: Path) -> str:
+    """What makes a run's model another one: its sizes, without initial scales and other hyperparameters."""
+    model = read_config(run)["model"]
+    return dumps([[f"model.{name}", model.get(name)] for name in SIZES])
 
 
 def without_seed(run: Path) -> str:
@@ -212,6 +234,6 @@ def final_loss(folder: Path) -> float:
     """What a sweeper minimises: a run's last validation loss, or its last training loss if it has none."""
     found = list(rows(folder / METRICS))
     for key in ("val_loss", "loss"):
-        if values := [row[key] for row in found if row.get(key) is not None]:
+        if values := [row[key] for row in found if type(row.get(key)) in (int, float)]:
             return float(values[-1])
     return math.inf

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from launch.rendezvous import slurm_nodes
-from longcat.errors import OK, ConfigError, FolderInUseError
+from launch.slurm.sweep_jobs import refuse_waiting
+from longcat.errors import ConfigError, FolderInUseError
 from longcat.json_text import dumps
 from train.checkpoint.files import PARTIAL, write_synced
 from train.compose import as_hydra_reads, compose_tree, one_line
 from train.run_dir import LOCK, lock
 from train.sweep_results import MULTIRUN, numbered, read_result, results
 
-SWEEP = "sweep.json"  # the command's overrides, and whether all of its runs have ended with 0
+SWEEP = "sweep.json"  # the command's overrides, and whether all of its runs are final
 STOPPED_MARK = "stopped"  # a run of this start was stopped: no further one begins
 LAUNCHER = ("hydra/launcher", "hydra.launcher.")  # where the runs go may change while the sweep is not finished
 
@@ -41,11 +42,13 @@ def open_folder(overrides: list[str]) -> tuple[Path, list[Path]]:
 
 
 def resume(folder: Path) -> None:
-    """Let the runs of an earlier start begin again, but for those that ended with 0, and say how many those are.
+    """Let the runs of an earlier start begin again, but for those that are final, and say how many those are.
 
     Raises:
-        FolderInUseError: one of them still trains, since a launcher's jobs outlive the command that gave them to it.
+        FolderInUseError: one of them still trains or waits in Slurm's queue, since a launcher's jobs outlive the
+            command that gave them to it.
     """
+    refuse_waiting(folder)
     found = {number: read_result(path) for number, path in numbered(folder)}
     for number, result in sorted(found.items()):
         run = result.folder(folder)
@@ -58,7 +61,7 @@ def resume(folder: Path) -> None:
                 ) from error
     (folder / STOPPED_MARK).unlink(missing_ok=True)
     if found:
-        done = sum(result.code == OK for result in found.values())
+        done = sum(result.is_final for result in found.values())
         print(f"{folder} has not finished: going on, {done} of its runs done", file=sys.stderr)
 
 

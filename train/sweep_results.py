@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from longcat.errors import CRASHED, OK
+from longcat.errors import CRASHED, OK, UNHEALTHY
 from longcat.json_text import dumps
 from train.checkpoint.files import PARTIAL, write_synced
 
@@ -35,6 +35,11 @@ class Result:
     @property
     def failed(self) -> bool:
         return self.code not in (None, OK)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the run has nothing more to tell: a diverged one has no good value, and would diverge again."""
+        return self.code in (OK, UNHEALTHY)
 
     def folder(self, sweep: Path) -> Path:
         """The run's folder: the one beside the sweep's, whatever the current folder has; `run` if there is none."""

@@ -27,7 +27,8 @@ from train.run_dir import CONFIG, EXIT, as_mapping, read_config
 
 SECTIONS = ("optim", "schedule", "loss", "balance")  # carried whole; of `data` what is no default
 BATCH = ("train.sequence_length", "train.global_batch_size")
-KEYS = ("train.steps", *BATCH)
+MICRO_BATCH = "train.micro_batch_size"  # the balance loss is a mean over the tokens of a micro-batch
+KEYS = ("train.steps", *BATCH, MICRO_BATCH)
 # Sizes that must not change, and those that must grow as the width does
 DEPTH = ("num_layers", "num_mtp_layers")
 SPARSITY = ("num_experts", "num_zero_experts", "top_k", "expected_ffn_experts")
@@ -226,7 +227,7 @@ def header(proxy: Path, stored: dict[str, Any], full: Config, width: float, allo
         f"s = {new.hidden_size} / {old['hidden_size']} = {width:g}. Table 1 of the report: initial variance and",
         "learning rate of hidden matrices and head ÷ s, those of the embedding unchanged. What it leaves open:",
         "docs/decisions/2026-11-29-transfer.md. Each value says where it comes from; keys that are not here have their",
-        "defaults: layout, micro-batches, checkpoints and logging are the target's own.",
+        "defaults: layout, checkpoints and logging are the target's own.",
     ]
     if allowed:
         lines.append(f"Allowed to differ, although no rule carries rates over it: {', '.join(allowed)}.")

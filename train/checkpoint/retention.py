@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from train.checkpoint.files import PARTIAL, is_locked
 from train.checkpoint.find import newest_valid
 from train.checkpoint.manifest import REMOVED, STATE, CheckpointStatus, list_checkpoints, set_aside, step_of
+
+SET_ASIDE = re.compile(r"step-(\d+)\.(?:damaged|abandoned|replaced)(?:-\d+)?")  # names that `set_aside` gives
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,29 @@ def prune(folder: Path, keep: Keep, safe: Path | None = None) -> None:
             removed = path.with_name(f"{path.name}{REMOVED}")  # a half-removed one must not look committed
             os.rename(path, removed)
             shutil.rmtree(removed)
+
+
+def prune_after_commit(folder: Path, keep: Keep, committed: Path) -> None:
+    """`prune`, and the removal of renamed checkpoints that the run has gone past."""
+    prune(folder, keep, committed)
+    for path in superseded(folder, keep):
+        removed = path.with_name(f"{path.name}{REMOVED}")
+        os.rename(path, removed)
+        shutil.rmtree(removed)
+
+
+def superseded(folder: Path, keep: Keep) -> list[Path]:
+    """Checkpoints that were renamed (damaged, abandoned, replaced) and lie before all of the newest ones that are kept.
+
+    Had the run not renamed them, it would have removed them by now. Those after are left: a person may go back to one.
+    With ``keep.newest`` = 0, or before there are as many, nothing is removed.
+    """
+    newest = list_checkpoints(folder)[-keep.newest :]
+    if not keep.newest or len(newest) < keep.newest:
+        return []
+    oldest = step_of(newest[0])
+    found = [(path, match) for path in sorted(folder.iterdir()) if (match := SET_ASIDE.fullmatch(path.name))]
+    return [path for path, match in found if int(match[1]) < oldest and path.is_dir() and not path.is_symlink()]
 
 
 def make_space(folder: Path, keep: Keep) -> None:

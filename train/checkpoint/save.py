@@ -34,7 +34,7 @@ from train.checkpoint.failures import describe, first_failure, is_disk_full
 from train.checkpoint.files import PARTIAL, HashedFile
 from train.checkpoint.find import describe_last_valid
 from train.checkpoint.manifest import commit
-from train.checkpoint.retention import Keep, make_space, prune
+from train.checkpoint.retention import Keep, make_space, prune_after_commit
 from train.sdc.at_rest import Checksums, changed_in_snapshot, snapshot_boxes
 from train.state import TrainState
 
@@ -173,7 +173,9 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, cont
         text = f"the checkpoint of step {snapshot.step} is not saved: {error}"
         raise SaveError(text, is_disk_full=error.is_disk_full) from error
     try:
-        context.run_on_all_ranks(SpanKind.CHECKPOINT_PRUNE, lambda: prune(folder, keep, target) if first else None)
+        context.run_on_all_ranks(
+            SpanKind.CHECKPOINT_PRUNE, lambda: prune_after_commit(folder, keep, target) if first else None
+        )
     except SaveError as error:
         raise SaveError(f"{target} is saved, but older ones could not be removed: {error}", is_saved=True) from error
     return target
