@@ -11,9 +11,9 @@ from torch import Tensor
 from longcat.config import ModelConfig
 from longcat.documents import Documents
 from longcat.interfaces import SequenceModule
-from longcat.modules import Linear, RMSNorm
+from longcat.modules import Linear, RMSNorm, RotatedLinear
 from longcat.ops.attention import causal_attention
-from longcat.ops.elementwise import expanded_keys, rotary, rotated_query
+from longcat.ops.elementwise import expanded_keys, rotary
 from longcat.ops.fusion import is_on_gpu
 from longcat.ops.recomputed import recomputable
 from longcat.recompute_values import Value
@@ -28,7 +28,7 @@ class LatentAttention(SequenceModule):
         d, heads = config.hidden_size, config.num_heads
         self.q_a_proj = Linear(d, config.q_lora_rank)
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.latent_norm_eps)
-        self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.q_b_proj = RotatedLinear(config.q_lora_rank, heads * config.qk_head_dim, config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(d, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
@@ -46,27 +46,33 @@ class LatentAttention(SequenceModule):
         latent = self.kv_a_layernorm(latent) * config.latent_scale
         pending = sequence.start_keys(torch.cat((latent, k_rope), -1))  # overlaps with the queries
         query_latent = recomputable(Value.norms, self.q_a_layernorm, self.q_a_proj(x))
-        query = recomputable(Value.expansion, self.q_b_proj, sequence.gather(query_latent))
+        turned = self.query_angles(angles) if is_on_gpu(x) else None
+        query = recomputable(Value.expansion, self.q_b_proj, sequence.gather(query_latent), turned)
         out = self.attend(query, sequence.wait_keys(pending), angles, documents)
         return sequence.reduce(self.o_proj(out))
 
+    def query_angles(self, angles: Tensor) -> Tensor:
+        """angles [S, rotary/2] → those of the q local queries."""
+        return torch.cat([angles[start:stop] for start, stop in self.sequence.ranges(angles.shape[0])])
+
     def attend(self, query: Tensor, latents: Tensor, angles: Tensor, documents: Documents | None) -> Tensor:
-        """query [B, q, H·C] and latents [B, S, R + rotary] → the heads' outputs [B, q, H·V]."""
+        """query [B, q, H·C] and latents [B, S, R + rotary] → the heads' outputs [B, q, H·V].
+
+        On a GPU queries come rotated.
+        """
         config = self.config
         nope, rope, width = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         ranges = self.sequence.ranges(latents.shape[1])
         latent, k_rope = latents.split((config.kv_lora_rank, rope), -1)
         expanded = recomputable(Value.expansion, self.kv_b_proj, latent)
         expanded = expanded.unflatten(-1, (-1, nope + width))
-        query_angles = torch.cat([angles[start:stop] for start, stop in ranges])
         query = query.unflatten(-1, (-1, nope + rope))
         if is_on_gpu(query):
-            query = recomputable(Value.expansion, rotated_query, query, query_angles)
             padded = max(nope + rope, width)
             key, value = recomputable(Value.expansion, expanded_keys, expanded, k_rope, angles, nope, padded)
         else:
             k_nope, value = expanded.split((nope, width), -1)
-            query = recomputable(Value.expansion, _rotated_query, query, query_angles, nope)
+            query = recomputable(Value.expansion, _rotated_query, query, self.query_angles(angles), nope)
             key = recomputable(Value.expansion, _rotated_key, k_nope, k_rope, angles)
         out = causal_attention(
             query,

@@ -18,6 +18,7 @@ from longcat.layer import MTPLayer
 from longcat.model import LongCat
 from longcat.ops.attention import QUERY_BLOCK
 from longcat.ops.elementwise import rotary
+from longcat.ops.fusion import is_on_gpu
 from longcat.ops.matmul import product, raw_product
 from longcat.rope import rotary_angles
 
@@ -105,7 +106,8 @@ class LatentCache:
         key_up, value_up = expand.split((nope, config.v_head_dim), 1)  # [H, nope, R], [H, V, R]
         q_nope, q_rope = query[0].unflatten(-1, (-1, nope + rope)).split((nope, rope), -1)
         absorbed_query = product(q_nope.transpose(0, 1), key_up)  # [H, q, R]
-        absorbed_query = torch.cat((absorbed_query, rotary(q_rope, angles).transpose(0, 1)), -1)
+        q_rope = q_rope if is_on_gpu(query) else rotary(q_rope, angles)
+        absorbed_query = torch.cat((absorbed_query, q_rope.transpose(0, 1)), -1)
         scale = config.softmax_scale * config.query_scale
         starts = range(0, after - before, QUERY_BLOCK)
         blocks = ((start, absorbed_query[:, start : start + QUERY_BLOCK]) for start in starts)

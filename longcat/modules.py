@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from longcat.interfaces import SequenceModule, VocabularyModule, WeightGradModule, local_tensor
 from longcat.ops.elementwise import rms_norm
-from longcat.ops.matmul import StoreWeightGrad, gated_linear, linear
+from longcat.ops.matmul import StoreWeightGrad, gated_linear, linear, rotated_linear
 from longcat.ops.recomputed import recomputable
 from longcat.recompute_values import Value
 
@@ -39,6 +39,19 @@ class GatedLinear(Linear):
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
         return gated_linear(gate, up, local_tensor(self.weight), grad_store(self, "weight"))
+
+
+class RotatedLinear(Linear):
+    """y = x Wᵀ without bias, in heads of ``head_width``; rotates their last columns on a GPU, if it is given angles."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, head_width: int) -> None:
+        super().__init__(num_inputs, num_outputs)
+        self.head_width = head_width
+
+    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
+        if angles is None:
+            return super().forward(x)
+        return rotated_linear(x, local_tensor(self.weight), self.head_width, angles, grad_store(self, "weight"))
 
 
 class RMSNorm(nn.Module):

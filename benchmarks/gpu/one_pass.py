@@ -49,14 +49,15 @@ def calls(device: torch.device, shrunk: int = 1) -> dict[str, Call]:
         "norm_rows_backward": (grad, x, gain, inverse),
         "gate_rows": (gate, up),
         "gate_rows_backward": (upstream, gate, up),
-        "rotate_last": (query, angles, False),
-        "keys_and_values": (expanded, k_rope, angles, NOPE, NOPE + ROTARY),
+        "rotate_": (query[..., NOPE:], angles),
+        "rotate_back": (query, angles),
+        "join_keys": (expanded[..., :NOPE], k_rope, angles),
         "keys_and_values_backward": (query, wide, angles, VALUE),
     }
     theirs: dict[str, Callable[[], Any]] = {
         "norm_rows": lambda: rms_norm(x, (WIDTH,), gain.bfloat16(), EPS),
         "gate_rows": lambda: silu(gate) * up,
-        "rotate_last": lambda: torch.cat((query[..., :NOPE], _rotated(query[..., NOPE:], angles)), -1),
+        "rotate_back": lambda: torch.cat((query[..., :NOPE], _rotated(query[..., NOPE:], angles.conj())), -1),
     }
     found = {}
     for name, given in operands.items():

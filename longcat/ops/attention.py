@@ -50,7 +50,8 @@ def causal_attention(
 
     query [B, q, H, C], key [B, S, H, C], value [B, S, H, V] → [B, q, H, V]. ``ranges`` are the positions of the
     queries, one range after another; None means all S. With ``documents`` a position attends only to its own document;
-    None means one document per sequence. On a GPU values may have zeros behind their ``value_width`` V columns.
+    None means one document per sequence. On a GPU values may have finite numbers before their last ``value_width`` V
+    columns.
     """
     ranges = [(0, key.shape[1])] if ranges is None else ranges
     if query.device.type != "cpu":

@@ -16,11 +16,12 @@ from longcat.ops.fusion import Fusible
 from longcat.ops.one_pass import (
     gate_rows,
     gate_rows_backward,
-    keys_and_values,
+    join_keys,
     keys_and_values_backward,
     norm_rows,
     norm_rows_backward,
-    rotate_last,
+    rotate_,
+    rotate_back,
 )
 from longcat.ops.permuted import along, can_permute, elementwise, is_permuting
 from longcat.ops.torch_internals import storage_key
@@ -168,21 +169,15 @@ def rotary(x: Tensor, angles: Tensor) -> Tensor:
     return _Rotary.apply(x, angles)
 
 
-@observed("rotated_query")
-class _RotatedQuery(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, angles: Tensor) -> Tensor:
-        ctx.save_for_backward(angles)
-        return passed(Place.activation, "rotary", rotate_last(query, angles, False))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return passed(Place.gradient, "rotary", rotate_last(grads[0], *ctx.saved_tensors, True)), None
+def rotate_heads(x: Tensor, head_width: int, angles: Tensor) -> None:
+    """On a GPU: rotate the last columns of each head of x [B, q, H · head_width] in place, by ``angles`` [q, R/2]."""
+    heads = x.unflatten(-1, (x.shape[-1] // head_width, head_width))
+    rotate_(heads[..., head_width - 2 * angles.shape[-1] :], angles)
 
 
-def rotated_query(query: Tensor, angles: Tensor) -> Tensor:
-    """query [B, q, H, N + R] with its last columns rotated, on a GPU in one pass."""
-    return _RotatedQuery.apply(query, angles)
+def rotate_heads_back(grad: Tensor, head_width: int, angles: Tensor) -> Tensor:
+    """The gradient of what `rotate_heads` was given."""
+    return rotate_back(grad.unflatten(-1, (grad.shape[-1] // head_width, head_width)), angles).view(grad.shape)  # type: ignore[no-any-return]
 
 
 @observed("keys_and_values")
@@ -193,8 +188,8 @@ class _KeysAndValues(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(angles)
         ctx.value_width = expanded.shape[-1] - nope
-        out = keys_and_values(expanded, k_rope, angles, nope, width)
-        return passed_all(Place.activation, "rotary", out)  # type: ignore[return-value]
+        key = passed(Place.activation, "rotary", join_keys(expanded[..., :nope], k_rope, angles))
+        return key, expanded[..., max(expanded.shape[-1] - width, 0) :]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -205,7 +200,8 @@ class _KeysAndValues(torch.autograd.Function):
 def expanded_keys(expanded: Tensor, k_rope: Tensor, angles: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
     """On a GPU in one pass: expanded [B, S, H, N + V] and the rotary key of all heads k_rope [B, S, R] → keys, values.
 
-    Keys are [B, S, H, N + R], with the rotated k_rope in their last columns; values [B, S, H, width], with zeros behind
-    their V columns, as attention wants them. ``nope`` is N.
+    Keys are [B, S, H, N + R], with the rotated k_rope in their last columns. Values are a view of ``expanded``, its
+    last ``width`` columns where it has so many: V behind some columns of keys, which attention takes for values too.
+    ``nope`` is N.
     """
     return _KeysAndValues.apply(expanded, k_rope, angles, nope, width)  # type: ignore[no-any-return]

@@ -82,7 +82,7 @@ def fused_attention(
         documents is not None,
     )
     if backend != Backend.flash:
-        value = value[..., :value_width]
+        value = value[..., value.shape[-1] - value_width :]
     if backend == Backend.cudnn:
         return _cudnn_attention(query, key, value, scale)
     segments = [] if documents is None else [documents.segments(*one) for one in ranges]
@@ -127,7 +127,8 @@ class _FusedAttention(torch.autograd.Function):
         ctx.scale, ctx.backend, ctx.ranges, ctx.shapes = scale, backend, ranges, shapes
         ctx.widths, ctx.given_width = (key.shape[-1], value_width), value.shape[-1]
         width = _kernel_width(backend, ctx.widths)
-        query, key, value = (recomputable(Value.expansion, _widen, x, width) for x in (query, key, value))
+        query, key = (recomputable(Value.expansion, _widen, x, width) for x in (query, key))
+        value = recomputable(Value.expansion, _widen_before, value, width)
         calls = _calls(ctx, bounds)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -140,7 +141,7 @@ class _FusedAttention(torch.autograd.Function):
                     _pack_keys(value, stop, firsts),
                     call,
                 )
-                outputs.append(_unpack(out, query.shape[0], firsts)[..., :value_width])
+                outputs.append(_unpack(out, query.shape[0], firsts)[..., -value_width:])
                 states += state
             return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, 1), *states
 
@@ -155,7 +156,7 @@ class _FusedAttention(torch.autograd.Function):
         query, key, value, out, *saved = ctx.saved_tensors
         bounds, states = saved[: ctx.num_bounds], saved[ctx.num_bounds :]
         width = _kernel_width(ctx.backend, ctx.widths)
-        out, grad_out = _widen(out, width), _widen(grads[0], width)
+        out, grad_out = _widen_before(out, width), _widen_before(grads[0], width)
         whole = ctx.ranges == [(0, key.shape[1])]
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (key, value) if whole else (torch.zeros_like(key), torch.zeros_like(value))
@@ -178,7 +179,7 @@ class _FusedAttention(torch.autograd.Function):
             _add_keys(grad_key, of_key, stop, firsts)
             _add_keys(grad_value, of_value, stop, firsts)
         key_width = ctx.widths[0]
-        grads_in = grad_query[..., :key_width], grad_key[..., :key_width], grad_value[..., : ctx.given_width]
+        grads_in = grad_query[..., :key_width], grad_key[..., :key_width], grad_value[..., -ctx.given_width :]
         return *passed_all(Place.attention_backward, "attention", grads_in), *(None,) * (5 + ctx.num_bounds)
 
 
@@ -208,6 +209,11 @@ def _kernel_width(backend: str, widths: tuple[int, int]) -> int | None:
 
 def _widen(x: Tensor, width: int | None) -> Tensor:
     return x if width is None or x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+
+
+def _widen_before(x: Tensor, width: int | None) -> Tensor:
+    """Values end with V columns, and so do results: what is before them belongs to no result."""
+    return x if width is None or x.shape[-1] == width else pad(x, (width - x.shape[-1], 0))
 
 
 def _pack(x: Tensor, firsts: tuple[int, ...] | None) -> Tensor:

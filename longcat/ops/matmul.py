@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longcat.faults import Place, passed
 from longcat.ops.calls import named, observed
-from longcat.ops.elementwise import swiglu, swiglu_backward
+from longcat.ops.elementwise import rotate_heads, rotate_heads_back, swiglu, swiglu_backward
 from longcat.ops.permuted import matmul, mm_float32
 from longcat.ops.torch_internals import cpu_has_amx_tiles, cpu_has_avx512_bf16
 
@@ -94,33 +94,46 @@ def input_and_gradients(
 
 @observed("linear")
 class _Linear(torch.autograd.Function):
-    """The inputs are x, or the gate and up of a SwiGLU whose result is not saved: the backward recomputes it."""
+    """The inputs are x, or the gate and up of a SwiGLU whose result is not saved: the backward recomputes it.
+
+    With ``angles``, the last columns of each head of the result are rotated, on a GPU, where they were written.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, store: StoreWeightGrad | None, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, *inputs)
-        ctx.store = store
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        store: StoreWeightGrad | None,
+        angles: Tensor | None,
+        head_width: int,
+        *inputs: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, angles, *inputs)
+        ctx.store, ctx.head_width = store, head_width
         x = input_of(inputs)
-        out = passed(Place.activation, "linear", product(x.reshape(-1, x.shape[-1]), weight.to(x.dtype).t()))
-        return out.view(*x.shape[:-1], weight.shape[0])
+        out = product(x.reshape(-1, x.shape[-1]), weight.to(x.dtype).t()).view(*x.shape[:-1], weight.shape[0])
+        if angles is not None:
+            rotate_heads(out, head_width, angles)
+        return passed(Place.activation, "linear", out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *inputs = ctx.saved_tensors
-        grad = grads[0].reshape(-1, weight.shape[0])
+        weight, angles, *inputs = ctx.saved_tensors
+        grad_out = grads[0] if angles is None else rotate_heads_back(grads[0], ctx.head_width, angles)
+        grad = grad_out.reshape(-1, weight.shape[0])
 
         def grad_of_x() -> Tensor:
             grad_x = product(grad, weight.to(grad.dtype))
             return passed(Place.gradient, "linear", grad_x).view(inputs[0].shape)
 
-        x, grad_inputs = input_and_gradients(ctx.needs_input_grad[2:], inputs, grad_of_x)
+        x, grad_inputs = input_and_gradients(ctx.needs_input_grad[4:], inputs, grad_of_x)
         grad_w = None
         if ctx.store is not None or ctx.needs_input_grad[0]:
             grad_w = compute_or_store(
                 ctx.store,
                 lambda: _weight_gradient(grad, x.reshape(-1, x.shape[-1])),
             )
-        return grad_w, None, *grad_inputs
+        return grad_w, None, None, None, *grad_inputs
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -146,9 +159,19 @@ def detach_if_deferred(weight: Tensor, store: StoreWeightGrad | None, *inputs: T
 
 def linear(x: Tensor, weight: Tensor, store: StoreWeightGrad | None = None) -> Tensor:
     """x [..., I], weight [O, I] → [..., O]. ``store`` defers the weight's gradient: it takes the computation."""
-    return _Linear.apply(detach_if_deferred(weight, store, x), store, x)
+    return _Linear.apply(detach_if_deferred(weight, store, x), store, None, 0, x)
 
 
 def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, store: StoreWeightGrad | None = None) -> Tensor:
     """`linear` of x = silu(gate) · up [..., I], which autograd does not save."""
-    return _Linear.apply(detach_if_deferred(weight, store, gate, up), store, gate, up)
+    return _Linear.apply(detach_if_deferred(weight, store, gate, up), store, None, 0, gate, up)
+
+
+def rotated_linear(
+    x: Tensor, weight: Tensor, head_width: int, angles: Tensor, store: StoreWeightGrad | None = None
+) -> Tensor:
+    """`linear` of x [B, q, I], each head's last columns rotated by ``angles`` [q, R/2]; on a GPU only.
+
+    The rotation reads and writes nothing but these columns.
+    """
+    return _Linear.apply(detach_if_deferred(weight, store, x), store, angles, head_width, x)

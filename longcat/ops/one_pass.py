@@ -108,23 +108,24 @@ def _turned(x: Tensor, angles: Tensor, back: bool) -> Tensor:
     return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), -1).flatten(-2)
 
 
-@operator("rotate_last(Tensor x, Tensor angles, bool back) -> Tensor")
-def rotate_last(x: Tensor, angles: Tensor, back: bool) -> Tensor:
-    """x [B, S, H, N + P] with its last columns rotated by ``angles`` [S, P/2], or ``back``."""
+@operator("rotate_(Tensor(a!) x, Tensor angles) -> Tensor(a!)")
+def rotate_(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate x [B, S, H, P] in place by ``angles`` [S, P/2]; its columns are adjacent."""
+    return x.copy_(_turned(x, angles, False))
+
+
+@operator("rotate_back(Tensor x, Tensor angles) -> Tensor")
+def rotate_back(x: Tensor, angles: Tensor) -> Tensor:
+    """x [B, S, H, N + P] with its last columns rotated back by ``angles`` [S, P/2]."""
     plain, rotary = x.split((x.shape[-1] - 2 * angles.shape[-1], 2 * angles.shape[-1]), -1)
-    return torch.cat((plain, _turned(rotary, angles, back).to(x.dtype)), -1)
+    return torch.cat((plain, _turned(rotary, angles, True).to(x.dtype)), -1)
 
 
-@operator("keys_and_values(Tensor expanded, Tensor k_rope, Tensor angles, int nope, int width) -> (Tensor, Tensor)")
-def keys_and_values(expanded: Tensor, k_rope: Tensor, angles: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
-    """expanded [B, S, H, N + V], the heads' rotary key [B, S, P] → keys [B, S, H, N + P], values [B, S, H, width].
-
-    ``nope`` is N. Values are filled with zeros from V to ``width``.
-    """
-    k_nope, value = expanded.split((nope, expanded.shape[-1] - nope), -1)
-    rotated = _turned(k_rope[:, :, None], angles, False).to(expanded.dtype)
-    key = torch.cat((k_nope, rotated.expand(-1, -1, k_nope.shape[2], -1)), -1)
-    return key, pad(value, (0, width - value.shape[-1]))
+@operator("join_keys(Tensor k_nope, Tensor k_rope, Tensor angles) -> Tensor")
+def join_keys(k_nope: Tensor, k_rope: Tensor, angles: Tensor) -> Tensor:
+    """k_nope [B, S, H, N], the heads' rotary key [B, S, P] → keys [B, S, H, N + P], the rotary one rotated."""
+    rotated = _turned(k_rope[:, :, None], angles, False).to(k_nope.dtype)
+    return torch.cat((k_nope, rotated.expand(-1, -1, k_nope.shape[2], -1)), -1)
 
 
 @operator(
@@ -133,7 +134,7 @@ def keys_and_values(expanded: Tensor, k_rope: Tensor, angles: Tensor, nope: int,
 def keys_and_values_backward(
     grad_key: Tensor, grad_value: Tensor, angles: Tensor, value_width: int
 ) -> tuple[Tensor, Tensor]:
-    """→ the gradients of ``expanded`` and ``k_rope``; ``value_width`` is V.
+    """→ the gradients of ``expanded`` and ``k_rope``; that of the values is in the last ``value_width`` V columns.
 
     The rotary key's gradient is summed over the heads by halves, rounded, then rotated back.
     """
@@ -141,4 +142,4 @@ def keys_and_values_backward(
     grad_nope, grad_rotated = grad_key.split((grad_key.shape[-1] - rotary, rotary), -1)
     total = by_halves(grad_rotated.float().transpose(-1, -2))[..., 0].to(grad_key.dtype)
     grad_rope = _turned(total[:, :, None], angles, True)[:, :, 0].to(grad_key.dtype)
-    return torch.cat((grad_nope, grad_value[..., :value_width]), -1), grad_rope
+    return torch.cat((grad_nope, grad_value[..., grad_value.shape[-1] - value_width :]), -1), grad_rope

@@ -37,8 +37,9 @@ def install(device: torch.device) -> bool:
             one_pass.norm_rows_backward,
             one_pass.gate_rows,
             one_pass.gate_rows_backward,
-            rotary.rotate_last,
-            rotary.keys_and_values,
+            rotary.rotate_,
+            rotary.rotate_back,
+            rotary.join_keys,
             rotary.keys_and_values_backward,
         ):
             library.impl(launch.__name__, launch, "CUDA")

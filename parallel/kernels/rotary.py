@@ -39,8 +39,40 @@ def _turned(values, cosine, sine, HEADS: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 def rotate_kernel(
+    x, angles, positions, heads, token_stride, head_stride, pairs,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head, turning = tl.arange(0, HEADS)[:, None], tl.arange(0, 2 * PAIRS)[None, :]
+    place = x + token * token_stride + head * head_stride + turning
+    mask = (head < heads) & (turning < 2 * pairs)
+    cosine, sine = _angles(angles, token % positions, pairs, PAIRS, False)
+    turned = _turned(tl.load(place, mask=mask, other=0.0), cosine, sine, HEADS, PAIRS)
+    tl.store(place, rounded(turned, x.dtype.element_ty), mask=mask)
+
+
+def _has_even_tokens(x: Tensor) -> bool:
+    """Whether x [B, S, H, P] has adjacent columns, and tokens that are evenly apart over all sequences."""
+    return x.stride(3) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+
+
+def rotate_(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate x [B, S, H, P] in place by ``angles`` [S, P/2]; its columns are adjacent, its tokens evenly apart."""
+    batch, positions, heads, width = x.shape
+    if x.numel():
+        assert _has_even_tokens(x)
+        sizes = _sizes(heads, 1, width // 2)
+        del sizes["NOPE"]
+        rotate_kernel[(batch * positions,)](
+            x, torch.view_as_real(angles).contiguous(), positions, heads, x.stride(1), x.stride(2), width // 2, **sizes
+        )
+    return x
+
+
+@triton.jit
+def rotate_back_kernel(
     x, angles, out, positions, heads, nope, pairs,
-    HEADS: tl.constexpr, NOPE: tl.constexpr, PAIRS: tl.constexpr, BACK: tl.constexpr,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     width = nope + 2 * pairs
@@ -50,7 +82,7 @@ def rotate_kernel(
     mask = (head < heads) & (column < nope)
     tl.store(out + start + column, tl.load(x + start + column, mask=mask), mask=mask)
     mask = (head < heads) & (turning < 2 * pairs)
-    cosine, sine = _angles(angles, token % positions, pairs, PAIRS, BACK)
+    cosine, sine = _angles(angles, token % positions, pairs, PAIRS, True)
     turned = _turned(tl.load(x + start + nope + turning, mask=mask, other=0.0), cosine, sine, HEADS, PAIRS)
     tl.store(out + start + nope + turning, rounded(turned, out.dtype.element_ty), mask=mask)
 
@@ -62,58 +94,52 @@ def _sizes(heads: int, nope: int, pairs: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rotate_last(x: Tensor, angles: Tensor, back: bool) -> Tensor:
-    """x [B, S, H, N + P] with its last columns rotated by ``angles`` [S, P/2], or ``back``."""
+def rotate_back(x: Tensor, angles: Tensor) -> Tensor:
+    """x [B, S, H, N + P] with its last columns rotated back by ``angles`` [S, P/2]."""
     x, pairs = x.contiguous(), angles.shape[1]
     out, (batch, positions, heads, width) = torch.empty_like(x), x.shape
     if x.numel():
         nope = width - 2 * pairs
-        rotate_kernel[(batch * positions,)](
+        rotate_back_kernel[(batch * positions,)](
             x, torch.view_as_real(angles).contiguous(), out, positions, heads, nope, pairs,
-            BACK=back, **_sizes(heads, nope, pairs),
+            **_sizes(heads, nope, pairs),
         )  # fmt: skip
     return out
 
 
 @triton.jit
 def keys_kernel(
-    expanded, k_rope, angles, key, value, positions, rope_stride, heads, nope, pairs, value_width, padded_width,
-    HEADS: tl.constexpr, NOPE: tl.constexpr, PAIRS: tl.constexpr, VALUE: tl.constexpr,
+    k_nope, k_rope, angles, key, positions, token_stride, head_stride, rope_stride, heads, nope, pairs,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     width = nope + 2 * pairs
     head = tl.arange(0, HEADS)[:, None]
-    column, turning, of_value = (
-        tl.arange(0, NOPE)[None, :], tl.arange(0, 2 * PAIRS)[None, :], tl.arange(0, VALUE)[None, :],
-    )  # fmt: skip
-    source, target = token * heads + head, token * heads + head
+    column, turning = tl.arange(0, NOPE)[None, :], tl.arange(0, 2 * PAIRS)[None, :]
+    row = token * heads + head
     mask = (head < heads) & (column < nope)
-    kept = tl.load(expanded + source * (nope + value_width) + column, mask=mask)
-    tl.store(key + target * width + column, kept, mask=mask)
-    mask = (head < heads) & (of_value < value_width)
-    values = tl.load(expanded + source * (nope + value_width) + nope + of_value, mask=mask, other=0.0)
-    tl.store(value + target * padded_width + of_value, values, mask=(head < heads) & (of_value < padded_width))
+    kept = tl.load(k_nope + token * token_stride + head * head_stride + column, mask=mask)
+    tl.store(key + row * width + column, kept, mask=mask)
     cosine, sine = _angles(angles, token % positions, pairs, PAIRS, False)
     shared = tl.load(k_rope + token * rope_stride + turning, mask=turning < 2 * pairs, other=0.0)
     turned = rounded(_turned(shared, cosine, sine, 1, PAIRS), key.dtype.element_ty)
     mask = (head < heads) & (turning < 2 * pairs)
-    tl.store(key + target * width + nope + turning, tl.broadcast_to(turned, (HEADS, 2 * PAIRS)), mask=mask)
+    tl.store(key + row * width + nope + turning, tl.broadcast_to(turned, (HEADS, 2 * PAIRS)), mask=mask)
 
 
-def keys_and_values(expanded: Tensor, k_rope: Tensor, angles: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
-    """expanded [B, S, H, N + V], the heads' rotary key [B, S, P] → keys [B, S, H, N + P], values [B, S, H, width]."""
-    expanded, pairs = expanded.contiguous(), angles.shape[1]
-    batch, positions, heads, both = expanded.shape
+def join_keys(k_nope: Tensor, k_rope: Tensor, angles: Tensor) -> Tensor:
+    """k_nope [B, S, H, N], the heads' rotary key [B, S, P] → keys [B, S, H, N + P], the rotary one rotated."""
+    pairs, (batch, positions, heads, nope) = angles.shape[1], k_nope.shape
+    k_nope = k_nope if _has_even_tokens(k_nope) else k_nope.contiguous()
     flat = k_rope.reshape(batch * positions, 2 * pairs)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    key = expanded.new_empty(batch, positions, heads, nope + 2 * pairs)
-    value = expanded.new_empty(batch, positions, heads, width)
+    key = k_nope.new_empty(batch, positions, heads, nope + 2 * pairs)
     if key.numel():
         keys_kernel[(batch * positions,)](
-            expanded, flat, torch.view_as_real(angles).contiguous(), key, value, positions, flat.stride(0), heads,
-            nope, pairs, both - nope, width, VALUE=power_of_two(width), **_sizes(heads, nope, pairs),
+            k_nope, flat, torch.view_as_real(angles).contiguous(), key, positions, k_nope.stride(1), k_nope.stride(2),
+            flat.stride(0), heads, nope, pairs, **_sizes(heads, nope, pairs),
         )  # fmt: skip
-    return key, value
+    return key
 
 
 @triton.jit
@@ -133,7 +159,8 @@ def keys_backward_kernel(
     mask = (head < heads) & (column < nope)
     tl.store(target + column, tl.load(grad_key + source * width + column, mask=mask), mask=mask)
     mask = (head < heads) & (of_value < value_width)
-    tl.store(target + nope + of_value, tl.load(grad_value + source * padded_width + of_value, mask=mask), mask=mask)
+    of_padded = padded_width - value_width + of_value
+    tl.store(target + nope + of_value, tl.load(grad_value + source * padded_width + of_padded, mask=mask), mask=mask)
     mask = (head < heads) & (turning < 2 * pairs)
     rotary = tl.load(grad_key + source * width + nope + turning, mask=mask, other=0.0).to(tl.float32)
     total = rounded(tree_sum(tl.trans(rotary), 2 * PAIRS, STEPS) + 0.0, DTYPE)
@@ -145,7 +172,7 @@ def keys_backward_kernel(
 def keys_and_values_backward(
     grad_key: Tensor, grad_value: Tensor, angles: Tensor, value_width: int
 ) -> tuple[Tensor, Tensor]:
-    """→ the gradients of ``expanded`` and ``k_rope``; ``value_width`` is V."""
+    """→ the gradients of ``expanded`` and ``k_rope``; that of the values is in the last ``value_width`` V columns."""
     grad_key, grad_value, pairs = grad_key.contiguous(), grad_value.contiguous(), angles.shape[1]
     batch, positions, heads, width = grad_key.shape
     nope = width - 2 * pairs

@@ -28,9 +28,8 @@ def _combine_rows_backward(
     return torch.empty_like(values), torch.empty_like(gates), grad.new_empty(0) if x is None else torch.empty_like(x)
 
 
-def _keys_and_values(expanded: Tensor, k_rope: Tensor, angles: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
-    heads = expanded.shape[:-1]
-    return expanded.new_empty(*heads, nope + k_rope.shape[-1]), expanded.new_empty(*heads, width)
+def _join_keys(k_nope: Tensor, k_rope: Tensor, angles: Tensor) -> Tensor:
+    return k_nope.new_empty(*k_nope.shape[:-1], k_nope.shape[-1] + k_rope.shape[-1])
 
 
 def _keys_and_values_backward(
@@ -55,8 +54,9 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "norm_rows_backward": lambda grad, x, gain, inverse: (x.new_empty(x.shape), torch.empty_like(gain)),
     "gate_rows": lambda gate, up: gate.new_empty(gate.shape),
     "gate_rows_backward": lambda grad, gate, up: (gate.new_empty(len(gate), 2 * gate.shape[1]), up.new_empty(up.shape)),
-    "rotate_last": lambda x, angles, back: x.new_empty(x.shape),
-    "keys_and_values": _keys_and_values,
+    "rotate_": lambda x, angles: x,
+    "rotate_back": lambda x, angles: x.new_empty(x.shape),
+    "join_keys": _join_keys,
     "keys_and_values_backward": _keys_and_values_backward,
     "embedding_gradient": lambda grad, ids, num_rows: grad.new_empty(num_rows, grad.shape[1]),
 }

@@ -137,7 +137,7 @@ def flash_attention(recorder: AllocationRecorder) -> Callable[..., Tensor]:
             def attend(query: Tensor, key: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
                 result = wide.new_empty(*query.shape[:3], width)
                 rows = query.new_empty(query.shape[:3], dtype=torch.float32)
-                out = result[..., :value_width].contiguous()
+                out = result[..., -value_width:].contiguous()
                 recorder.count(4 * pairs * width, nbytes(query, key, wide, out), query.dtype)
                 return out, rows
 
@@ -153,7 +153,7 @@ def flash_attention(recorder: AllocationRecorder) -> Callable[..., Tensor]:
             padded = out.new_empty(2, *out.shape[:3], wide.shape[3])  # the result and its gradient
             found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(wide)
             del padded
-            return found[0], found[1], found[2][..., : ctx.value_width], None, None
+            return found[0], found[1], found[2][..., -ctx.value_width :], None, None
 
     def causal_attention(
         query: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import longcat.attention
+import longcat.generation
 from longcat.attention import LatentAttention
 from longcat.ops import fusion, one_pass
 from longcat.ops.attention import causal_attention
@@ -50,9 +51,10 @@ def test_norm_and_swiglu_are_close_to_a_cpus(dtype: torch.dtype) -> None:
 def test_rotation_is_close_to_a_cpus(dtype: torch.dtype) -> None:
     query, angles = draw(2, 9, 3, 20, seed=1, dtype=dtype), rotary_angles(torch.arange(9), 8, 1e4)
     wanted = torch.cat((query[..., :12], rotary(query[..., 12:], angles)), -1)
-    turned = one_pass.rotate_last(query, angles, False)
+    turned = query.detach().clone()
+    one_pass.rotate_(turned[..., 12:], angles)
     (back,) = torch.autograd.grad(wanted, query, turned)
-    assert_close((turned, one_pass.rotate_last(turned, angles, True)), (wanted, back), dtype)
+    assert_close((turned, one_pass.rotate_back(turned, angles)), (wanted, back), dtype)
 
 
 def test_exp_is_within_two_units_in_the_last_place() -> None:
@@ -66,14 +68,14 @@ def test_exp_is_within_two_units_in_the_last_place() -> None:
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU runs, by the plain versions; attention by the CPU's blocks, without the filled columns of values."""
+    """What a GPU runs, by the plain versions; attention by the CPU's blocks, without the columns before values."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
         *rest, value_width = rest
-        assert value.shape[-1] > value_width and not value[..., value_width:].any()
-        return causal_attention(query, key, value[..., :value_width], *rest)
+        assert value.shape[-1] > value_width
+        return causal_attention(query, key, value[..., -value_width:], *rest)
 
-    for module in (fusion, longcat.attention):
+    for module in (fusion, longcat.attention, longcat.generation):
         monkeypatch.setattr(module, "is_on_gpu", lambda _: True)
     monkeypatch.setattr(longcat.attention, "causal_attention", attention)
 
@@ -95,6 +97,20 @@ def test_attention_is_that_of_a_cpu(request: pytest.FixtureRequest) -> None:
     request.getfixturevalue("on_gpu")
     for ours, theirs in zip(latent_attention(x), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.detach().abs().max()))
+
+
+def test_cached_attention_is_that_of_whole_sequences(on_gpu: None) -> None:
+    """Queries come rotated to both: to the prompt's attention and to that from cached latents."""
+    config = compose(["model=tiny"]).model
+    attention, x = LatentAttention(config), draw(1, 21, config.hidden_size, seed=50).detach()
+    for number, parameter in enumerate(attention.parameters()):
+        parameter.data = 0.2 * draw(*parameter.shape, seed=number).detach()
+    angles = rotary_angles(torch.arange(21), config.qk_rope_head_dim, 1e4)
+    with torch.no_grad():
+        whole = attention(x, angles, None)
+        longcat.generation.LatentCache(attention, 21, x)
+        parts = [attention(x[:, one], angles[one], None) for one in (slice(0, 16), slice(16, 21))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
 
 def test_experts_are_those_of_a_cpu(request: pytest.FixtureRequest) -> None:

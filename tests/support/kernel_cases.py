@@ -203,14 +203,18 @@ def check_rotation(sizes: Heads, dtype: torch.dtype, seed: int, device: str = "c
     angles = torch.polar(*torch.rand(2, sizes.positions, sizes.pairs, generator=case.generator) * 3)
     on_device = angles.to(device)
     query = case.draw(*tokens, sizes.heads, sizes.nope + turned)
-    for back in (False, True):
-        assert_bits(rotary.rotate_last(query, on_device, back), plain.rotate_last(query.cpu(), angles, back))
+    assert_bits(rotary.rotate_back(query, on_device), plain.rotate_back(query.cpu(), angles))
+    ours, wanted = query.clone(), query.cpu().clone()
+    assert rotary.rotate_(ours[..., sizes.nope :], on_device).data_ptr() == ours[..., sizes.nope :].data_ptr()
+    plain.rotate_(wanted[..., sizes.nope :], angles)
+    assert_bits(ours, wanted)
     expanded = case.draw(*tokens, sizes.heads, sizes.nope + sizes.value)
     k_rope = case.draw(*tokens, turned + 3)[..., 3:]
-    ours = rotary.keys_and_values(expanded, k_rope, on_device, sizes.nope, sizes.padded)
-    expected = plain.keys_and_values(expanded.cpu(), k_rope.cpu(), angles, sizes.nope, sizes.padded)
+    k_nope = expanded[..., : sizes.nope]
+    keys = rotary.join_keys(k_nope, k_rope, on_device)
+    assert_bits(keys, plain.join_keys(k_nope.cpu(), k_rope.cpu(), angles))
     grads = query, case.draw(*tokens, sizes.heads, sizes.padded)
-    ours += rotary.keys_and_values_backward(*grads, on_device, sizes.value)
-    expected += plain.keys_and_values_backward(*(grad.cpu() for grad in grads), angles, sizes.value)
-    for mine, wanted in zip(ours, expected, strict=True):
+    found = rotary.keys_and_values_backward(*grads, on_device, sizes.value)
+    expected = plain.keys_and_values_backward(*(grad.cpu() for grad in grads), angles, sizes.value)
+    for mine, wanted in zip(found, expected, strict=True):
         assert_bits(mine, wanted)

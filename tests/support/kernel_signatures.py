@@ -8,7 +8,7 @@ Compilation = tuple[Any, dict[str, str], dict[str, Any]]  # kernel, types of arg
 
 
 def one_pass_compilations(row_types: tuple[str, ...]) -> dict[str, Compilation]:
-    """At the flash sizes: rows of 6,144, 64 heads of 128 + 64 columns, values of 128 filled to 192."""
+    """At the flash sizes: rows of 6,144, 64 heads of 128 + 64 columns, values of 128."""
     from parallel.kernels import one_pass, rotary
 
     found: dict[str, Compilation] = {}
@@ -31,11 +31,10 @@ def one_pass_compilations(row_types: tuple[str, ...]) -> dict[str, Compilation]:
         backward = gate | {"grad": rows, "grads": rows}
         add(f"gate_backward-{dtype}", one_pass.gate_backward_kernel, backward, {"BLOCK": one_pass.BLOCK})
         angles = {"angles": "*fp32"}
-        for back in (False, True):
-            query = angles | {"x": rows, "out": rows}
-            add(f"rotate-{back}-{dtype}", rotary.rotate_kernel, query, heads | {"BACK": back})
-        keys = angles | dict.fromkeys(("expanded", "k_rope", "key", "value"), rows)
-        add(f"keys-{dtype}", rotary.keys_kernel, keys, heads | {"VALUE": 256})
+        add(f"rotate-{dtype}", rotary.rotate_kernel, angles | {"x": rows}, {"HEADS": 64, "PAIRS": 32})
+        add(f"rotate_back-{dtype}", rotary.rotate_back_kernel, angles | {"x": rows, "out": rows}, heads)
+        keys = angles | dict.fromkeys(("k_nope", "k_rope", "key"), rows)
+        add(f"keys-{dtype}", rotary.keys_kernel, keys, heads)
         backward = angles | dict.fromkeys(("grad_key", "grad_value", "grad_expanded", "grad_rope"), rows)
         add(f"keys_backward-{dtype}", rotary.keys_backward_kernel, backward, heads | {"STEPS": 6, "VALUE": 128})
     add("gain", one_pass.gain_kernel, {"partial": "*fp32", "out": "*fp32"}, sums)

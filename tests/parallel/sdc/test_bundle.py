@@ -15,9 +15,9 @@ from longcat.faults import install_hook
 from longcat.ops.attention import causal_attention
 from longcat.ops.calls import FUNCTIONS, set_observer
 from longcat.ops.cross_entropy import linear_cross_entropy
-from longcat.ops.elementwise import expanded_keys, rms_norm, rotated_query
+from longcat.ops.elementwise import expanded_keys, rms_norm
 from longcat.ops.grouped import grouped_gated_linear
-from longcat.ops.matmul import linear
+from longcat.ops.matmul import linear, rotated_linear
 from longcat.ops.permute import combine, permute, plan_permutation
 from longcat.ops.selections import selected_gates
 from longcat.rope import rotary_angles
@@ -63,7 +63,7 @@ def some_calls() -> list[Difference]:
         loss = linear_cross_entropy(x, head, torch.arange(48), torch.ones(48, dtype=torch.bool))[0]
         attended = causal_attention(query, query, query, 0.3, None)
         angles = rotary_angles(torch.arange(48), 8, 1e4)
-        turned = rotated_query(query, angles), *expanded_keys(query, draw(1, 48, 8), angles, 24, 32)
+        turned = rotated_linear(x[None], weight, 16, angles), *expanded_keys(query, draw(1, 48, 8), angles, 24, 28)
         total = rows.sum() + experts.sum() + loss + attended.sum() + rms_norm(x, gain, 1e-6).sum()
         total = total + sum(one.sum() for one in turned)
         total.backward()  # type: ignore[no-untyped-call]
