@@ -80,7 +80,7 @@ def needs(
 def check_memory(
     model: ModelConfig, parallel: ParallelConfig, sizes: MeshSizes, batch: BatchShape, local_ranks: int
 ) -> tuple[float, float]:
-    """(bytes that this machine's ranks need at least, bytes that it has); on GPUs those of one rank.
+    """(bytes that this machine's ranks need at least, bytes that it has); on GPUs those of one rank and of its own GPU.
 
     Raises:
         ConfigError: the machine has less.
@@ -90,9 +90,12 @@ def check_memory(
     if on_gpu:
         import torch
 
+        from parallel.mesh import own_gpu
+
         needed = max(need.total for need in each)
-        has = float(torch.cuda.get_device_properties(0).total_memory)
-        where, ranks = "a GPU here", "a rank"
+        device = own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+        has = float(torch.cuda.get_device_properties(device).total_memory)
+        where, ranks = "its GPU", "a rank"
     else:
         needed = (sum(need.total for need in each) / len(each) + PROCESS_BYTES) * local_ranks
         has = float(host_memory())

@@ -20,12 +20,15 @@ def has_driver(environment: Mapping[str, str]) -> bool:
 
 
 def count_gpus() -> int:
-    """GPUs that torch can use. torch is imported only where a driver is there and the environment hides no device."""
+    """GPUs that torch can use, asked of the driver's library: CUDA does not start, which reads its variables once.
+
+    torch is imported only where a driver is there and the environment hides no device.
+    """
     if not has_driver(os.environ):
         return 0
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.device_count()
 
 
 CUBLAS_WORKSPACE, CUBLAS_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS repeats

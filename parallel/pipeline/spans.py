@@ -14,7 +14,7 @@ from torch.distributed.pipelining import PipelineStage
 from parallel.sdc.ledger import LEDGER
 from parallel.torch_internals import wrap_batch_p2p
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import record_send, wait_span, work_span
+from parallel.watchdog.spans import SPANS, record_send, wait_span, work_span
 
 CHANNEL = "pipeline"  # of messages between stages, in the ledger
 
@@ -74,12 +74,21 @@ class Received(NamedTuple):
 class TracedWork:
     """A transfer's work, with a span around its wait."""
 
-    def __init__(self, work: dist.Work, event: Event, peers: list[int], received: list[Received]) -> None:
-        self.work, self.event, self.peers, self.received = work, event, peers, received
+    def __init__(
+        self, work: dist.Work, event: Event, directions: list[tuple[int, int]], received: list[Received]
+    ) -> None:
+        self.work, self.event, self.received = work, event, received
+        self.directions = directions  # (sender, receiver) of each message
+        self.awaited = False
 
     def wait(self, *timeout: timedelta) -> bool:
-        with wait_span(self.event, self.peers):
+        me = dist.get_rank()
+        with wait_span(self.event, [one for pair in self.directions for one in pair if one != me]):
             done = self.work.wait(*timeout)
+        if SPANS.progress is not None and not self.awaited:
+            for pair in self.directions:
+                SPANS.progress.message_awaited(*pair)
+        self.awaited = True
         received, self.received = self.received, []
         for one in received:
             LEDGER.receive(one.label, CHANNEL, one.number, one.peer, one.tensor)
@@ -96,6 +105,8 @@ def traced(batch: Callable[..., list[dist.Work]]) -> Callable[..., list[Any]]:
     def launch(operations: list[dist.P2POp], *args: Any, **keywords: Any) -> list[Any]:
         works = batch(operations, *args, **keywords)
         for one in operations:
+            if SPANS.progress is not None:
+                SPANS.progress.message_issued(*_direction(one))
             if one.op is dist.isend:
                 record_send(_event(one), one.tensor.numel() * one.tensor.element_size(), one.peer)
                 if LEDGER.watches_sends:
@@ -112,6 +123,12 @@ def _event(operation: dist.P2POp) -> Event:
     return getattr(operation, "event", Event(SpanKind.STAGE_TRANSFER))
 
 
+def _direction(operation: dist.P2POp) -> tuple[int, int]:
+    """(sender, receiver), global ranks."""
+    me = dist.get_rank()
+    return (me, operation.peer) if operation.op is dist.isend else (operation.peer, me)
+
+
 def _trace(work: dist.Work, operations: list[dist.P2POp]) -> TracedWork:
     first, *others = dict.fromkeys(map(_event, operations))
     received = [
@@ -119,7 +136,7 @@ def _trace(work: dist.Work, operations: list[dist.P2POp]) -> TracedWork:
         for one in operations
         if one.op is dist.irecv and LEDGER.is_watching
     ]
-    return TracedWork(work, first._replace(others=tuple(others)), [one.peer for one in operations], received)
+    return TracedWork(work, first._replace(others=tuple(others)), list(map(_direction, operations)), received)
 
 
 wrap_batch_p2p(traced)

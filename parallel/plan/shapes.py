@@ -24,6 +24,7 @@ import longcat.dispatch
 import longcat.model
 import longcat.moe
 import longcat.ops.cross_entropy
+import longcat.ops.fp32_linear
 import longcat.ops.matmul
 import parallel.collectives.collective
 import parallel.collectives.point_to_point
@@ -302,6 +303,6 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
             put(longcat.ops.matmul, "_NATIVE_BFLOAT16", True)
             put(longcat.ops.cross_entropy, "MIN_ROWS", longcat.ops.cross_entropy.MIN_ROWS_GPU)
             put(longcat.model, "runs_again", lambda _: True)
-            for module in (longcat.ops.matmul, longcat.ops.cross_entropy):
+            for module in (longcat.ops.matmul, longcat.ops.cross_entropy, longcat.ops.fp32_linear):
                 put(module, "writes_float32", lambda _, dtype: dtype in (torch.bfloat16, torch.float16))
         yield

@@ -2,7 +2,8 @@
 
 On a GPU the host runs ahead: it leaves the wait for a collective as soon as that is queued, and stops at the next
 number that it needs, perhaps in another group's wait. Which rank has not issued a collective that others wait for is
-then in no span; it is in these counts, which all ranks of a group make in the same order.
+then in no span; it is in these counts, which all ranks of a group make in the same order. Messages between two ranks
+are counted by direction: sender and receiver issue them in the same order.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class GroupProgress(NamedTuple):
 class _Counts:
     def __init__(self, name: str, ranks: str) -> None:
         self.name, self.ranks = name, ranks
-        self.issued = 0
+        self.issued = self.waits = 0
         self.marks: deque[Mark] = deque()
         self._lock = threading.Lock()
 
@@ -54,30 +55,54 @@ class _Counts:
             while self.marks and self.marks[0].query():
                 self.marks.popleft()
 
+    def wait(self, mark: Mark) -> None:
+        """The host has queued a wait; ``mark`` is behind it."""
+        self.waits += 1
+        self.marks.append(mark)
+        if len(self.marks) > KEPT:
+            self.look()
+
+    def now(self) -> GroupProgress:
+        """Where the device waits for nothing, all that is issued counts as completed."""
+        self.look()
+        waiting = len(self.marks)
+        return GroupProgress(self.name, self.ranks, self.issued, self.waits - waiting if waiting else self.issued)
+
 
 class DeviceProgress:
     """Counts of this rank. ``mark`` makes a mark behind what is queued now."""
 
     def __init__(self, mark: Callable[[], Mark]) -> None:
         self._mark = mark
-        self._groups: dict[dist.ProcessGroup, _Counts] = {}
+        self._counts: dict[dist.ProcessGroup | tuple[int, int], _Counts] = {}
 
     def issued(self, group: dist.ProcessGroup) -> None:
-        """The host has queued the wait for a collective of this group."""
-        counts = self._groups.get(group)
+        """The host has queued a collective of this group, and the wait for it."""
+        counts = self._counts.get(group)
         if counts is None:
             ranks = encode_ranks(dist.get_process_group_ranks(group))
-            counts = self._groups[group] = _Counts(group.group_desc, ranks)
+            counts = self._counts[group] = _Counts(group.group_desc, ranks)
         counts.issued += 1
-        counts.marks.append(self._mark())
-        if len(counts.marks) > KEPT:
-            counts.look()
+        counts.wait(self._mark())
+
+    def message_issued(self, sender: int, receiver: int) -> None:
+        """The host has queued sending or receiving a message; the ranks are global ones."""
+        self._messages(sender, receiver).issued += 1
+
+    def message_awaited(self, sender: int, receiver: int) -> None:
+        """The host has queued the wait for the next of these messages."""
+        self._messages(sender, receiver).wait(self._mark())
+
+    def _messages(self, sender: int, receiver: int) -> _Counts:
+        counts = self._counts.get((sender, receiver))
+        if counts is None:
+            counts = _Counts(f"messages from rank {sender}", encode_ranks([sender, receiver]))
+            self._counts[sender, receiver] = counts
+        return counts
 
     def now(self) -> tuple[GroupProgress, ...]:
         """Called by the watchdog's thread."""
-        for counts in (found := list(self._groups.values())):
-            counts.look()
-        return tuple(GroupProgress(one.name, one.ranks, one.issued, one.issued - len(one.marks)) for one in found)
+        return tuple(counts.now() for counts in list(self._counts.values()))
 
 
 def cuda_progress() -> DeviceProgress:

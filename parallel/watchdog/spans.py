@@ -50,7 +50,13 @@ class Progress(Protocol):
     """Counts what the host has issued for the device, by process group."""
 
     def issued(self, group: dist.ProcessGroup) -> None:
-        """The wait for a collective is queued."""
+        """A collective and the wait for it are queued."""
+
+    def message_issued(self, sender: int, receiver: int) -> None:
+        """A message between two ranks is queued."""
+
+    def message_awaited(self, sender: int, receiver: int) -> None:
+        """The wait for the next message between them is queued."""
 
 
 class SpanStack:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from longcat.errors import ConfigError
-from parallel import environment
+from parallel import capacity, environment
 from parallel.device import GPU_PEAKS, peak_memory_gib, peaks_of
 from parallel.environment import (
     check_determinism,
@@ -21,9 +22,11 @@ from parallel.environment import (
     prepare_environment,
     raise_descriptor_limit,
 )
-from parallel.mesh import own_gpu
+from parallel.layout import BatchShape
+from parallel.mesh import own_gpu, resolve_sizes
 from parallel.sizes import MeshSizes
 from tests.support.gpus import hide_gpus
+from train.compose import compose
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,23 @@ def test_gpu_of_a_process(local_rank: int, visible: int, expected: int) -> None:
 def test_process_without_a_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="local rank 4 has no GPU of its own: this process sees 4"):
         own_gpu(4, 4)
+
+
+def test_memory_is_that_of_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two different GPUs, the smaller one, does not hold what the first would."""
+    config = compose(["model=debug"])
+    sizes, batch = resolve_sizes(config.parallel, 1), BatchShape(1, 1, 64)
+    memory = {torch.device("cuda", 0): 1 << 40, torch.device("cuda", 1): 1 << 10}
+    monkeypatch.setattr(capacity, "count_gpus", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory[torch.device(device)])
+    )
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert capacity.check_memory(config.model, config.parallel, sizes, batch, 2)[1] == 1 << 40
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ConfigError, match="its GPU has"):
+        capacity.check_memory(config.model, config.parallel, sizes, batch, 2)
 
 
 def limits(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int) -> list[tuple[int, int]]:

@@ -91,9 +91,9 @@ def test_wrong_configurations_end_without_torch(corpus: Path, tmp_path: Path) ->
 
 
 def test_gpus_are_counted_without_torch_where_none_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A driver's file alone says nothing: then torch is asked."""
+    """A driver's file alone says nothing: then torch is asked, by the one question that does not start CUDA."""
     driver, asked = tmp_path / "nvidiactl", []
-    fake = SimpleNamespace(is_available=lambda: asked.append("available") or True, device_count=lambda: 3)
+    fake = SimpleNamespace(device_count=lambda: asked.append("count") or 3)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=fake))
     monkeypatch.setattr(environment, "DRIVERS", (str(driver),))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -9,9 +9,11 @@ import torch
 
 from launch.plan.trace import Scope, reaching_into, trace
 from longcat.errors import ConfigError
+from longcat.ops.fp32_linear import fp32_linear
 from longcat.ops.torch_internals import fake_tensor_mode
 from parallel.plan.rates import Rates
 from parallel.plan.recorder import OUTSIDE, AllocationRecorder
+from parallel.plan.shapes import RoutingAssumption, shapes_only
 from tests.launch.plan.allocations import COMMON, count_flops, mean_routing, traced
 from tests.launch.plan.layouts import LAYOUTS, QUICK, Layout
 from tests.launch.plan.peaks import compare
@@ -109,3 +111,14 @@ def test_rate_of_a_product_is_that_of_what_it_multiplies() -> None:
         a, b = (torch.empty(10, 10, dtype=torch.bfloat16) for _ in range(2))
         torch.mm(a, b, out_dtype=torch.float32)
     assert recorder.phases[OUTSIDE].seconds == pytest.approx(2000 / 1e6)
+
+
+def test_a_gpus_router_multiplies_bfloat16_parts() -> None:
+    """Three products forward and for the weight, six for the input; none at the rate of float32."""
+    recorder, mode = AllocationRecorder(Rates(1e12, 1.0, float("inf"))), fake_tensor_mode()
+    with shapes_only(RoutingAssumption(2.0), recorder, True), mode, recorder:
+        x = torch.empty(64, 32, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(8, 32, requires_grad=True)
+        fp32_linear(x, weight).sum().backward()
+    work = recorder.phases[OUTSIDE]
+    assert work.flops == 2 * 64 * 32 * 8 * (3 + 3 + 6) and work.seconds < 1

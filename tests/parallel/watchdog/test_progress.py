@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.pipeline.spans import traced
 from parallel.reduce import to_host
 from parallel.torch_internals import start_fake_world
 from parallel.watchdog import spans
@@ -135,6 +136,49 @@ def test_spans_count_what_is_issued_and_completed() -> None:
     with pytest.raises(RuntimeError), wait_span(Event(SpanKind.SUM), pair):
         raise RuntimeError("the collective failed")
     assert progress.now()[0].issued == 102
+
+
+class Sent:
+    """A transfer of NCCL: waiting for it queues the wait."""
+
+    def wait(self) -> bool:
+        return True
+
+
+@pytest.mark.usefixtures("world")
+def test_messages_of_a_pipeline_are_counted_by_direction() -> None:
+    """What is issued counts at once; completed is what the device has come past, where it has a wait queued."""
+    queue, world = Queue(), dist.group.WORLD
+    SPANS.progress = progress = DeviceProgress(queue.mark)
+    launch = traced(lambda operations: [Sent()])  # type: ignore[list-item]
+    ops = [dist.P2POp(dist.isend, torch.ones(1), 2, world), dist.P2POp(dist.irecv, torch.ones(1), 2, world)]
+    (work,) = launch(ops)
+    to, back = progress.now()
+    assert to == GroupProgress("messages from rank 1", "1-2:1", 1, 1)
+    assert back == GroupProgress("messages from rank 2", "1-2:1", 1, 1)
+    work.wait()
+    work.wait()  # is one wait
+    launch(ops)
+    assert [one[2:] for one in progress.now()] == [(2, 0), (2, 0)]
+    queue.done = queue.made
+    assert [one[2:] for one in progress.now()] == [(2, 2), (2, 2)]
+
+
+def test_names_the_stage_that_has_not_sent() -> None:
+    """Rank 0's device waits for rank 1's gradients, rank 1's for those of rank 2, which hangs in its own work."""
+
+    def messages(sender: int, ranks: str, issued: int, completed: int) -> GroupProgress:
+        return GroupProgress(f"messages from rank {sender}", ranks, issued, completed)
+
+    late = heartbeats(
+        replace(DEVICE, groups=(messages(0, "0-1:1", 6, 6), messages(1, "0-1:1", 5, 4))),
+        replace(DEVICE, groups=(messages(0, "0-1:1", 6, 6), messages(1, "0-1:1", 4, 4), messages(2, "1-2:1", 5, 4))),
+        replace(WORKING, idle_seconds=700.0, groups=(messages(2, "1-2:1", 4, 4),)),
+        replace(DEVICE, groups=(gather(9, 9),)),
+    )
+    found = diagnose(0, late, set(), set(), NOW)
+    assert found is not None
+    assert (found.cause, found.ranks) == (Cause.STRAGGLER, (2,))
 
 
 def test_waits_for_the_device_are_spans(monkeypatch: pytest.MonkeyPatch) -> None:
