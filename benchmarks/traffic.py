@@ -19,7 +19,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import longcat.attention
 from benchmarks.common import preset, print_json, print_table
 from longcat.config import ModelConfig
 from longcat.dispatch import LocalDispatcher, LocalPending, Routing
@@ -91,7 +90,7 @@ def layer_traffic(config: ModelConfig, tokens: int, one_pass: bool) -> dict[str,
             patch.object(LocalDispatcher, "start_dispatch", start_dispatch),  # the number of rows would be a value
             patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             patch.object(torch, "are_deterministic_algorithms_enabled", lambda: True),
-            *(patch.object(module, "is_on_gpu", lambda _: one_pass) for module in (fusion, longcat.attention)),
+            patch.object(fusion, "is_on_gpu", lambda _: one_pass),
             torch.device("meta"),
             shapes_on_meta(),
         ):

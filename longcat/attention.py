@@ -12,9 +12,9 @@ from longcat.config import ModelConfig
 from longcat.documents import Documents
 from longcat.interfaces import SequenceModule
 from longcat.modules import Linear, RMSNorm, RotatedLinear
+from longcat.ops import fusion
 from longcat.ops.attention import causal_attention
 from longcat.ops.elementwise import expanded_keys, rotary
-from longcat.ops.fusion import is_on_gpu
 from longcat.ops.recomputed import recomputable
 from longcat.recompute_values import Value
 
@@ -46,7 +46,7 @@ class LatentAttention(SequenceModule):
         latent = self.kv_a_layernorm(latent) * config.latent_scale
         pending = sequence.start_keys(torch.cat((latent, k_rope), -1))  # overlaps with the queries
         query_latent = recomputable(Value.norms, self.q_a_layernorm, self.q_a_proj(x))
-        turned = self.query_angles(angles) if is_on_gpu(x) else None
+        turned = self.query_angles(angles) if fusion.is_on_gpu(x) else None
         query = recomputable(Value.expansion, self.q_b_proj, sequence.gather(query_latent), turned)
         out = self.attend(query, sequence.wait_keys(pending), angles, documents)
         return sequence.reduce(self.o_proj(out))
@@ -67,7 +67,7 @@ class LatentAttention(SequenceModule):
         expanded = recomputable(Value.expansion, self.kv_b_proj, latent)
         expanded = expanded.unflatten(-1, (-1, nope + width))
         query = query.unflatten(-1, (-1, nope + rope))
-        if is_on_gpu(query):
+        if fusion.is_on_gpu(query):
             padded = max(nope + rope, width)
             key, value = recomputable(Value.expansion, expanded_keys, expanded, k_rope, angles, nope, padded)
         else:

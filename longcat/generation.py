@@ -16,9 +16,9 @@ from longcat.documents import Documents
 from longcat.errors import ConfigError
 from longcat.layer import MTPLayer
 from longcat.model import LongCat
+from longcat.ops import fusion
 from longcat.ops.attention import QUERY_BLOCK
 from longcat.ops.elementwise import rotary
-from longcat.ops.fusion import is_on_gpu
 from longcat.ops.matmul import product, raw_product
 from longcat.rope import rotary_angles
 
@@ -106,7 +106,7 @@ class LatentCache:
         key_up, value_up = expand.split((nope, config.v_head_dim), 1)  # [H, nope, R], [H, V, R]
         q_nope, q_rope = query[0].unflatten(-1, (-1, nope + rope)).split((nope, rope), -1)
         absorbed_query = product(q_nope.transpose(0, 1), key_up)  # [H, q, R]
-        q_rope = q_rope if is_on_gpu(query) else rotary(q_rope, angles)
+        q_rope = q_rope if fusion.is_on_gpu(query) else rotary(q_rope, angles)
         absorbed_query = torch.cat((absorbed_query, q_rope.transpose(0, 1)), -1)
         scale = config.softmax_scale * config.query_scale
         starts = range(0, after - before, QUERY_BLOCK)

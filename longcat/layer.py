@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from longcat.attention import LatentAttention
 from longcat.config import ModelConfig
 from longcat.documents import Documents
-from longcat.modules import FeedForward, Linear, RMSNorm
+from longcat.modules import FeedForward, Linear, RMSNorm, add_and_norm
 from longcat.moe import MoE, RoutingStatistics
+from longcat.ops.elementwise import residual_sum
 from longcat.ops.recomputed import recomputable
 from longcat.recompute_values import Value
 
@@ -38,19 +39,20 @@ class ShortcutLayer(nn.Module):
         and the second FFN overlap combine; after attention 1, more computation overlaps dispatch and less combine.
         """
         attention, ffn, moe = self.self_attn, self.mlps, self.mlp
-        a = x + attention[0](recomputable(Value.norms, self.input_layernorm[0], x), angles, documents)
-        u = recomputable(Value.norms, self.post_attention_layernorm[0], a)
+        normed = recomputable(Value.norms, self.input_layernorm[0], x)
+        a, u = add_and_norm(self.post_attention_layernorm[0], x, attention[0](normed, angles, documents))
         pending = moe.dispatch(u.flatten(0, 1), documents)  # dispatch starts ...
-        b = a + ffn[0](u)
+        dense = ffn[0](u)
         moe.send_rows(pending)  # (here at the latest, where the host runs ahead of the device)
         if not moe.after_attention:
             pending = moe.compute(pending)  # ... ends, and combine starts
-        c = b + attention[1](recomputable(Value.norms, self.input_layernorm[1], b), angles, documents)
+        b, normed = add_and_norm(self.input_layernorm[1], a, dense)
+        c, v = add_and_norm(self.post_attention_layernorm[1], b, attention[1](normed, angles, documents))
         if moe.after_attention:
             pending = moe.compute(pending)
-        y = c + ffn[1](recomputable(Value.norms, self.post_attention_layernorm[1], c))
+        dense = ffn[1](v)
         m, statistics = moe.combine(pending)
-        return y + m.view_as(y), statistics
+        return residual_sum(c, dense, m.view_as(c)), statistics
 
 
 class NormBeforeProjection(nn.Module):
@@ -89,8 +91,9 @@ class MTPLayer(nn.Module):
     def forward(self, hidden: Tensor, embedded: Tensor, angles: Tensor, documents: Documents | None) -> Tensor:
         """hidden, embedded [B, s, D] → [B, s, D], before the final norm of the MTP head."""
         x = self.eh_proj(recomputable(Value.norms, self._normed, embedded, hidden))
-        a = x + self.self_attn(recomputable(Value.norms, self.input_layernorm, x), angles, documents)
-        return a + self.transformer_layer.mlp(recomputable(Value.norms, self.post_attention_layernorm, a))
+        attended = self.self_attn(recomputable(Value.norms, self.input_layernorm, x), angles, documents)
+        a, normed = add_and_norm(self.post_attention_layernorm, x, attended)
+        return a + self.transformer_layer.mlp(normed)
 
     def _normed(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         return torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1)

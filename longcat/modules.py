@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from longcat.interfaces import SequenceModule, VocabularyModule, WeightGradModule, local_tensor
-from longcat.ops.elementwise import rms_norm
+from longcat.ops import fusion
+from longcat.ops.elementwise import added_norm, rms_norm
 from longcat.ops.matmul import StoreWeightGrad, gated_linear, linear, rotated_linear
-from longcat.ops.recomputed import recomputable
+from longcat.ops.recomputed import recomputable, recompute_by
 from longcat.recompute_values import Value
 
 
@@ -64,6 +65,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+def add_and_norm(norm: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x + y and its RMSNorm, which the backward can compute again from the sum; on a GPU in one pass."""
+    assert isinstance(norm, RMSNorm)
+    if not fusion.is_on_gpu(x):
+        total = x + y
+        return total, recomputable(Value.norms, norm, total)
+    total, normed = added_norm(x, y, norm.weight, norm.eps)
+    return total, recompute_by(Value.norms, normed, norm, total)
 
 
 class Embedding(SequenceModule, VocabularyModule):

@@ -47,6 +47,10 @@ def calls(device: torch.device, shrunk: int = 1) -> dict[str, Call]:
     operands: dict[str, tuple[Any, ...]] = {
         "norm_rows": (x, gain, EPS),
         "norm_rows_backward": (grad, x, gain, inverse),
+        "add_norm_rows": (x, grad, gain, EPS),
+        "add_norm_rows_backward": (grad, grad, x, gain, inverse),
+        "add_three": (x, grad, x),
+        "split_rows": (x[: TOKENS // 16 // shrunk].float(),),
         "gate_rows": (gate, up),
         "gate_rows_backward": (upstream, gate, up),
         "rotate_": (query[..., NOPE:], angles),

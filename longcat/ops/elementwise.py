@@ -11,9 +11,13 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from longcat.faults import Place, passed, passed_all
+from longcat.ops import fusion
 from longcat.ops.calls import observed
 from longcat.ops.fusion import Fusible
 from longcat.ops.one_pass import (
+    add_norm_rows,
+    add_norm_rows_backward,
+    add_three,
     gate_rows,
     gate_rows_backward,
     join_keys,
@@ -85,6 +89,48 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) in float32, cast to x's dtype, times ``gain`` [D]: the order of the released model."""
     return _RMSNorm.apply(x, gain, eps)
+
+
+@observed("added_norm")
+class _AddedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total, out, inverse = add_norm_rows(_rows(x), _rows(y), gain, eps)
+        total, out = total.view(x.shape), out.view(x.shape)
+        ctx.save_for_backward(total, gain, inverse)
+        return total, passed(Place.activation, "norm", out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        total, gain, inverse = ctx.saved_tensors
+        grad_x, grad_gain = add_norm_rows_backward(_rows(grads[0]), _rows(grads[1]), _rows(total), gain, inverse)
+        grad_x, grad_gain = passed_all(Place.gradient, "norm", (grad_x.view(total.shape), grad_gain))
+        return grad_x, grad_x, grad_gain, None
+
+
+def added_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y and its `rms_norm`, on a GPU in one pass."""
+    return _AddedNorm.apply(x, y, gain, eps)  # type: ignore[no-any-return]
+
+
+@observed("residual_sum")
+class _ResidualSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return add_three(_rows(x), _rows(y), _rows(z)).view(x.shape)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return grads[0], grads[0], grads[0]
+
+
+def residual_sum(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """(x + y) + z of tensors [..., D], on a GPU in one pass."""
+    return _ResidualSum.apply(x, y, z) if fusion.is_on_gpu(x) else (x + y) + z
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 @Fusible

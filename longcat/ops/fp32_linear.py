@@ -17,6 +17,7 @@ from torch import Tensor
 from longcat.faults import Place, passed, passed_all
 from longcat.ops.calls import observed
 from longcat.ops.matmul import writes_float32
+from longcat.ops.one_pass import add_three, split_rows
 from longcat.ops.permuted import matmul, mm_float32
 
 # Pairs of parts whose products are not below the last bit of the largest, smallest first: 0 is the largest part
@@ -30,16 +31,13 @@ def multiplies_in_parts(device_type: str, dtype: torch.dtype) -> bool:
 
 def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x float32 → three bfloat16 tensors, the largest first, whose sum is x."""
-    large = x.bfloat16()
-    rest = x - large
-    middle = rest.bfloat16()
-    return large, middle, (rest - middle).bfloat16()
+    return split_rows(x).chunk(3)  # type: ignore[no-any-return]
 
 
 def split_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, I] bfloat16, weight [O, I] float32 → x weightᵀ [T, O] float32, the smallest parts added first."""
-    large, middle, small = _product(x, torch.cat(split(weight)).t()).chunk(3, 1)
-    return (small + middle).add_(large)
+    large, middle, small = _product(x, split_rows(weight).t()).chunk(3, 1)
+    return add_three(small, middle, large)  # type: ignore[no-any-return]
 
 
 def split_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
@@ -52,7 +50,7 @@ def split_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 def split_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad [T, O] float32, x [T, I] bfloat16 → gradᵀ x [O, I] float32."""
     large, middle, small = _product(torch.cat(split(grad), 1).t(), x).chunk(3)
-    return (small + middle).add_(large)
+    return add_three(small, middle, large)  # type: ignore[no-any-return]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def fused_attention(
     if backend != Backend.flash:
         value = value[..., value.shape[-1] - value_width :]
     if backend == Backend.cudnn:
-        return _cudnn_attention(query, key, value, scale)
+        return recomputable(Value.attention, _cudnn_attention, query, key, value, scale)  # type: ignore[no-any-return]
     segments = [] if documents is None else [documents.segments(*one) for one in ranges]
     bounds = [bound for one in segments for bound in (one.query_bounds, one.key_bounds)]
     shapes = [(one.firsts, one.longest_queries, one.longest_keys) for one in segments]

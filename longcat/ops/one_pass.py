@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rotation as operators that have one GPU kernel each: every number is read and written once.
+"""RMSNorm, SwiGLU, rotation and sums as operators that have one GPU kernel each: every number is read and written once.
 
 The plain versions here define their bits. Sums have one order, and nothing but sums, products, quotients and square
 roots is used, all rounded to nearest, so that a kernel can repeat each step. A CPU runs other expressions
@@ -36,6 +36,10 @@ def by_halves(values: Tensor) -> Tensor:
 @operator("norm_rows(Tensor x, Tensor gain, float eps) -> (Tensor, Tensor)")
 def norm_rows(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [R, D], gain [D] → the normed rows [R, D] in x's dtype, 1 / sqrt(mean(x²) + eps) [R, 1] in float32."""
+    return _norm_rows(x, gain, eps)
+
+
+def _norm_rows(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     values = x.float()
     mean = by_halves(values * values) * (1.0 / x.shape[1])
     inverse = (mean + eps).double().sqrt().float().reciprocal()  # a CPU's float32 root is not rounded to nearest
@@ -48,11 +52,49 @@ def norm_rows_backward(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -
 
     The gain's: ROWS rows in order, BLOCKS such sums by halves, then what these give in order.
     """
+    return _norm_rows_backward(grad, x, gain, inverse)
+
+
+def _norm_rows_backward(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     normed = x.float() * inverse
     grad_normed = grad.float() * gain.to(x.dtype).float()
     mean = by_halves(grad_normed * normed) * (1.0 / x.shape[1])
     grad_x = ((grad_normed - normed * mean) * inverse).to(x.dtype)
     return grad_x, _sum_over_rows(grad.float() * normed).to(gain.dtype)
+
+
+@operator("add_norm_rows(Tensor x, Tensor y, Tensor gain, float eps) -> (Tensor, Tensor, Tensor)")
+def add_norm_rows(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y [R, D] → x + y in their dtype, and `norm_rows` of that."""
+    total = x + y
+    return total, *_norm_rows(total, gain, eps)
+
+
+@operator(
+    "add_norm_rows_backward(Tensor grad_total, Tensor grad, Tensor total, Tensor gain, Tensor inverse) "
+    "-> (Tensor, Tensor)"
+)
+def add_norm_rows_backward(
+    grad_total: Tensor, grad: Tensor, total: Tensor, gain: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """→ the gradients of x, which is that of y too, and of the gain; ``grad_total`` is that of x + y by others."""
+    grad_x, grad_gain = _norm_rows_backward(grad, total, gain, inverse)
+    return grad_total + grad_x, grad_gain
+
+
+@operator("add_three(Tensor x, Tensor y, Tensor z) -> Tensor")
+def add_three(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x, y, z [R, D] → x + y, rounded to their dtype, + z, rounded."""
+    return (x + y) + z
+
+
+@operator("split_rows(Tensor x) -> Tensor")
+def split_rows(x: Tensor) -> Tensor:
+    """x [R, D] float32 → three bfloat16 parts one below another [3 R, D], the largest first, whose sum is x."""
+    large = x.bfloat16()
+    rest = x - large
+    middle = rest.bfloat16()
+    return torch.cat((large, middle, (rest - middle).bfloat16()))
 
 
 def _sum_over_rows(values: Tensor) -> Tensor:

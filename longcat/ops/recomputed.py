@@ -76,7 +76,11 @@ def recomputable(value: Value, function: Callable[..., Any], *inputs: Any) -> An
 
     The function must give the same bits each time, change nothing, and read no tensors but ``inputs`` and weights.
     """
-    out = function(*inputs)
+    return recompute_by(value, function(*inputs), function, *inputs)
+
+
+def recompute_by(value: Value, out: Any, function: Callable[..., Any], *inputs: Any) -> Any:
+    """``out``, which was computed in another way that has the bits of ``function(*inputs)``; see `recomputable`."""
     if value not in _chosen:
         return out
     recipe = _Recipe(function, inputs)

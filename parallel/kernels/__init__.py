@@ -17,7 +17,7 @@ def install(device: torch.device) -> bool:
         return False
     if not _installed:
         try:
-            from parallel.kernels import embedding, grouped, one_pass, permute, rotary, rows
+            from parallel.kernels import embedding, grouped, one_pass, permute, rotary, rows, sums
         except ImportError as error:
             logging.getLogger(__name__).warning("no Triton kernels (%s); plain torch operators run instead", error)
             return False
@@ -35,8 +35,12 @@ def install(device: torch.device) -> bool:
             grouped.grouped_sums,
             one_pass.norm_rows,
             one_pass.norm_rows_backward,
+            one_pass.add_norm_rows,
+            one_pass.add_norm_rows_backward,
             one_pass.gate_rows,
             one_pass.gate_rows_backward,
+            sums.add_three,
+            sums.split_rows,
             rotary.rotate_,
             rotary.rotate_back,
             rotary.join_keys,

@@ -40,13 +40,18 @@ def _row_sum(values, STEPS: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def norm_kernel(
-    x, gain, out, inverses, width, stride, reciprocal, eps, SIZE: tl.constexpr, STEPS: tl.constexpr
+    x, y, total, gain, out, inverses, width, stride, y_stride, reciprocal, eps,
+    SIZE: tl.constexpr, STEPS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = out.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, SIZE)
     in_bounds = column < width
     value = tl.load(x + row * stride + column, mask=in_bounds, other=0.0).to(tl.float32)
+    if ADD:
+        added = value + tl.load(y + row * y_stride + column, mask=in_bounds, other=0.0).to(tl.float32)
+        tl.store(total + row * width + column, rounded(added, DTYPE), mask=in_bounds)
+        value = rounded(added, DTYPE).to(tl.float32)
     mean = _row_sum(value * value, STEPS, SIZE) * reciprocal
     inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     weight = rounded(tl.load(gain + column, mask=in_bounds, other=0.0).to(tl.float32), DTYPE).to(tl.float32)
@@ -57,21 +62,34 @@ def norm_kernel(
 
 def norm_rows(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [R, D], gain [D] → the normed rows [R, D] in x's dtype, 1 / sqrt(mean(x²) + eps) [R, 1] in float32."""
+    _, out, inverse = _norm(x, None, gain, eps)
+    return out, inverse
+
+
+def add_norm_rows(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y [R, D] → x + y in their dtype, and `norm_rows` of that."""
+    return _norm(x, y, gain, eps)
+
+
+def _norm(x: Tensor, y: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x, (num_rows, width) = _rows(x), x.shape
+    other = x if y is None else _rows(y)
     out, inverse = x.new_empty(num_rows, width), x.new_empty(num_rows, 1, dtype=torch.float32)
+    total = x if y is None else torch.empty_like(out)
     if num_rows:
         size = power_of_two(width)
         norm_kernel[(num_rows,)](
-            x, gain.contiguous(), out, inverse, width, x.stride(0), 1.0 / width, eps,
-            SIZE=size, STEPS=size.bit_length() - 1, num_warps=_warps(size), **UNFUSED,
+            x, other, total, gain.contiguous(), out, inverse, width, x.stride(0), other.stride(0), 1.0 / width, eps,
+            SIZE=size, STEPS=size.bit_length() - 1, ADD=y is not None, num_warps=_warps(size), **UNFUSED,
         )  # fmt: skip
-    return out, inverse
+    return total, out, inverse
 
 
 @triton.jit
 def norm_backward_kernel(
-    grad, x, gain, inverses, grad_x, partial, num_rows, width, grad_stride, stride, reciprocal,
-    SIZE: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
+    grad_total, grad, x, gain, inverses, grad_x, partial, num_rows, width,
+    total_stride, grad_stride, stride, reciprocal,
+    SIZE: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = grad_x.dtype.element_ty
     block = tl.program_id(0).to(tl.int64)
@@ -87,6 +105,9 @@ def norm_backward_kernel(
         grad_normed = upstream * weight
         mean = _row_sum(grad_normed * normed, STEPS, SIZE) * reciprocal
         result = (grad_normed - normed * mean) * inverse
+        if ADD:
+            others = tl.load(grad_total + row * total_stride + column, mask=in_bounds, other=0.0).to(tl.float32)
+            result = others + rounded(result, DTYPE).to(tl.float32)
         tl.store(grad_x + row * width + column, rounded(result, DTYPE), mask=in_bounds)
     tl.store(partial + block * width + column, total, mask=in_bounds)
 
@@ -107,15 +128,30 @@ def gain_kernel(
 
 def norm_rows_backward(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """→ the gradients of x [R, D] and of the gain [D]."""
+    return _norm_backward(None, grad, x, gain, inverse)
+
+
+def add_norm_rows_backward(
+    grad_total: Tensor, grad: Tensor, total: Tensor, gain: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """→ the gradients of x, which is that of y too, and of the gain; ``grad_total`` is that of x + y by others."""
+    return _norm_backward(grad_total, grad, total, gain, inverse)
+
+
+def _norm_backward(
+    grad_total: Tensor | None, grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    others = _rows(grad if grad_total is None else grad_total)
     grad, x, (num_rows, width) = _rows(grad), _rows(x), x.shape
     grad_x, grad_gain = x.new_empty(num_rows, width), torch.empty_like(gain)
     num_blocks, size = triton.cdiv(num_rows, ROWS), power_of_two(width)
     partial = x.new_empty(num_blocks, width, dtype=torch.float32)
     if num_rows:
         norm_backward_kernel[(num_blocks,)](
-            grad, x, gain.contiguous(), inverse.contiguous(), grad_x, partial, num_rows, width, grad.stride(0),
-            x.stride(0), 1.0 / width,
-            SIZE=size, STEPS=size.bit_length() - 1, ROWS=ROWS, num_warps=_warps(size), **UNFUSED,
+            others, grad, x, gain.contiguous(), inverse.contiguous(), grad_x, partial, num_rows, width,
+            others.stride(0), grad.stride(0), x.stride(0), 1.0 / width,
+            SIZE=size, STEPS=size.bit_length() - 1, ROWS=ROWS, ADD=grad_total is not None,
+            num_warps=_warps(size), **UNFUSED,
         )  # fmt: skip
     gain_kernel[(triton.cdiv(width, COLUMNS),)](
         partial, grad_gain, num_blocks, width,

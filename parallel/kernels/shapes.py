@@ -52,6 +52,17 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "grouped_sums": lambda a, b, ends: a.new_empty(ends.shape[0], a.shape[1], b.shape[1]),
     "norm_rows": lambda x, gain, eps: (x.new_empty(x.shape), x.new_empty(x.shape[0], 1, dtype=torch.float32)),
     "norm_rows_backward": lambda grad, x, gain, inverse: (x.new_empty(x.shape), torch.empty_like(gain)),
+    "add_norm_rows": lambda x, y, gain, eps: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[0], 1, dtype=torch.float32),
+    ),
+    "add_norm_rows_backward": lambda grad_total, grad, total, gain, inverse: (
+        total.new_empty(total.shape),
+        torch.empty_like(gain),
+    ),
+    "add_three": lambda x, y, z: x.new_empty(x.shape),
+    "split_rows": lambda x: x.new_empty(3 * x.shape[0], x.shape[1], dtype=torch.bfloat16),
     "gate_rows": lambda gate, up: gate.new_empty(gate.shape),
     "gate_rows_backward": lambda grad, gate, up: (gate.new_empty(len(gate), 2 * gate.shape[1]), up.new_empty(up.shape)),
     "rotate_": lambda x, angles: x,

@@ -297,8 +297,7 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
             for name, value in list(vars(elementwise).items()):
                 if callable(value) and value in PLAIN:
                     put(elementwise, name, one_kernel(recorder, name))
-            for module in (longcat.attention, fusion):
-                put(module, "is_on_gpu", lambda _: True)
+            put(fusion, "is_on_gpu", lambda _: True)
             put(longcat.attention, "causal_attention", flash_attention(recorder))
             put(longcat.ops.matmul, "_NATIVE_BFLOAT16", True)
             put(longcat.ops.cross_entropy, "MIN_ROWS", longcat.ops.cross_entropy.MIN_ROWS_GPU)

@@ -5,6 +5,9 @@ The stand-ins compute in plain torch what the documentation of the kernels says;
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +18,10 @@ from longcat.ops import fused_attention
 from longcat.ops.attention import causal_attention
 from longcat.ops.calls import set_observer
 from longcat.ops.fused_attention import Backend, choose_backend
+from longcat.ops.matmul import linear
+from longcat.ops.recomputed import recomputing
 from longcat.ops.torch_internals import KernelCall
+from longcat.recompute_values import Value
 from parallel.sdc.recompute import Recomputer
 
 A100, H100, B200, V100 = (8, 0), (9, 0), (10, 0), (7, 0)
@@ -187,3 +193,33 @@ def test_calls_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         set_observer(None)
     assert recomputer.checked == 2 and not recomputer.differences
+
+
+def test_cudnns_result_is_computed_again_if_it_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for its kernel; its result is kept no longer than without recomputation, and gradients stay."""
+    monkeypatch.setattr(fused_attention, "choose_backend", lambda *_: Backend.cudnn)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda _: nullcontext())
+    runs = []
+    plain = fused_attention.scaled_dot_product_attention
+
+    def counted(*args: Tensor, **options: Any) -> Tensor:
+        runs.append(1)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(fused_attention, "scaled_dot_product_attention", counted)
+    operands = [torch.randn(1, 16, 2, 8, requires_grad=True) for _ in range(3)]
+
+    def gradients(values: list[Value]) -> tuple[Tensor, ...]:
+        with recomputing(values):
+            out = fused_attention.fused_attention(*operands, 0.3, None, [(0, 16)])
+            total = linear(out.flatten(2), weight).sum()
+        del out
+        return torch.autograd.grad(total, (*operands, weight))
+
+    weight = torch.randn(4, 16, requires_grad=True)
+    kept = gradients([])
+    assert len(runs) == 1
+    again = gradients([Value.attention])
+    assert len(runs) == 3  # once more, in the backward
+    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))

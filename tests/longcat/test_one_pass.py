@@ -13,7 +13,15 @@ import longcat.generation
 from longcat.attention import LatentAttention
 from longcat.ops import fusion, one_pass
 from longcat.ops.attention import causal_attention
-from longcat.ops.elementwise import joined_swiglu_backward, rms_norm, rotary, swiglu, swiglu_backward
+from longcat.ops.elementwise import (
+    added_norm,
+    joined_swiglu_backward,
+    residual_sum,
+    rms_norm,
+    rotary,
+    swiglu,
+    swiglu_backward,
+)
 from longcat.ops.grouped import grouped_gated_linear
 from longcat.ops.torch_internals import storage_key
 from longcat.rope import rotary_angles
@@ -48,6 +56,22 @@ def test_norm_and_swiglu_are_close_to_a_cpus(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_of_a_sum_is_that_of_two_steps(dtype: torch.dtype, on_gpu: None) -> None:
+    """The same bits as an addition and a norm, in results and gradients."""
+    x, y, gain = draw(2, 9, 40, seed=1, dtype=dtype), draw(2, 9, 40, seed=2, dtype=dtype), draw(40, seed=3)
+    grads = draw(2, 9, 40, seed=4, dtype=dtype), draw(2, 9, 40, seed=5, dtype=dtype)
+    total = x + y
+    wanted = total, rms_norm(total, gain, 1e-5)
+    ours = added_norm(x, y, gain, 1e-5)
+    for one, other in zip(ours, wanted, strict=True):
+        assert torch.equal(one, other)
+    inputs = x, y, gain
+    pairs = zip(torch.autograd.grad(ours, inputs, grads), torch.autograd.grad(wanted, inputs, grads), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert torch.equal(residual_sum(x, y, grads[0]), (x + y) + grads[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotation_is_close_to_a_cpus(dtype: torch.dtype) -> None:
     query, angles = draw(2, 9, 3, 20, seed=1, dtype=dtype), rotary_angles(torch.arange(9), 8, 1e4)
     wanted = torch.cat((query[..., :12], rotary(query[..., 12:], angles)), -1)
@@ -75,8 +99,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert value.shape[-1] > value_width
         return causal_attention(query, key, value[..., -value_width:], *rest)
 
-    for module in (fusion, longcat.attention, longcat.generation):
-        monkeypatch.setattr(module, "is_on_gpu", lambda _: True)
+    monkeypatch.setattr(fusion, "is_on_gpu", lambda _: True)
     monkeypatch.setattr(longcat.attention, "causal_attention", attention)
 
 

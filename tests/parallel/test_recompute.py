@@ -108,8 +108,9 @@ def test_kept_bytes_are_what_autograd_saves() -> None:
     assert result[0].requires_grad
     own = sum(size for key, size in saved.items() if key not in weights)
     kept = layer_cost(config, ParallelConfig(), 1024).kept_bytes
-    # The trace has the layer's output, a GPU's attention (which pads values), and as many rows as are expected
-    assert own * 0.9 < kept < own * 1.15
+    # The trace has the layer's output, a GPU's attention (whose values are a view of what keys are made of too), and as
+    # many rows as are expected
+    assert own * 0.9 < kept < own * 1.2
 
 
 @pytest.mark.parametrize("recompute", [Recompute.light, Recompute.selective])

@@ -155,7 +155,7 @@ def check_embedding(places: int, num_rows: int, width: int, dtype: torch.dtype, 
 
 def check_norm(case: Case) -> None:
     """Rows that are apart in memory, as a latent beside a rotary key is."""
-    from parallel.kernels.one_pass import norm_rows, norm_rows_backward
+    from parallel.kernels.one_pass import add_norm_rows, add_norm_rows_backward, norm_rows, norm_rows_backward
 
     x = case.draw(case.tokens, case.width + 3)[:, : case.width]
     gain, grad = case.draw(case.width, dtype=torch.float32), case.draw(case.tokens, case.width)
@@ -166,6 +166,24 @@ def check_norm(case: Case) -> None:
     ours = norm_rows_backward(grad, x, gain, plain[1].to(case.device))
     for mine, expected in zip(ours, plain_backward, strict=True):
         assert_bits(mine, expected)
+    y = case.draw(case.tokens, case.width)
+    plain = torch.ops.longcat.add_norm_rows(x.cpu(), y.cpu(), gain.cpu(), 1e-6)
+    for mine, expected in zip(add_norm_rows(x, y, gain, 1e-6), plain, strict=True):
+        assert_bits(mine, expected)
+    operands = y, grad, plain[0].to(case.device), gain, plain[2].to(case.device)
+    expected_backward = torch.ops.longcat.add_norm_rows_backward(*(one.cpu() for one in operands))
+    for mine, expected in zip(add_norm_rows_backward(*operands), expected_backward, strict=True):
+        assert_bits(mine, expected)
+
+
+def check_sums(case: Case) -> None:
+    """Three tensors added, of rows that are apart; float32 numbers in three bfloat16 parts."""
+    from parallel.kernels.sums import add_three, split_rows
+
+    x, y, z = (case.draw(case.tokens, case.width + 3)[:, : case.width] for _ in range(3))
+    assert_bits(add_three(x, y, z), torch.ops.longcat.add_three(x.cpu(), y.cpu(), z.cpu()))
+    whole = case.draw(case.tokens, case.width + 1, dtype=torch.float32)[:, 1:]
+    assert_bits(split_rows(whole), torch.ops.longcat.split_rows(whole.cpu()))
 
 
 def check_gate(case: Case) -> None:

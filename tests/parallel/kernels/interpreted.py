@@ -28,6 +28,7 @@ from tests.support.kernel_cases import (
     check_rotation,
     check_selections,
     check_sum,
+    check_sums,
 )
 
 
@@ -129,6 +130,13 @@ def test_grouped_products(case: Case, outputs: int) -> None:
 @settings(max_examples=share_of(15))
 def test_norm(case: Case) -> None:
     check_norm(case)
+
+
+@given(case=cases)
+@example(case=NO_TOKENS)
+@settings(max_examples=share_of(15))
+def test_sums(case: Case) -> None:
+    check_sums(case)
 
 
 def test_norm_of_more_blocks_than_are_added_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:

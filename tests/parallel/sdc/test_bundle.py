@@ -15,7 +15,7 @@ from longcat.faults import install_hook
 from longcat.ops.attention import causal_attention
 from longcat.ops.calls import FUNCTIONS, set_observer
 from longcat.ops.cross_entropy import linear_cross_entropy
-from longcat.ops.elementwise import expanded_keys, rms_norm
+from longcat.ops.elementwise import added_norm, expanded_keys, rms_norm
 from longcat.ops.grouped import grouped_gated_linear
 from longcat.ops.matmul import linear, rotated_linear
 from longcat.ops.permute import combine, permute, plan_permutation
@@ -65,6 +65,7 @@ def some_calls() -> list[Difference]:
         angles = rotary_angles(torch.arange(48), 8, 1e4)
         turned = rotated_linear(x[None], weight, 16, angles), *expanded_keys(query, draw(1, 48, 8), angles, 24, 28)
         total = rows.sum() + experts.sum() + loss + attended.sum() + rms_norm(x, gain, 1e-6).sum()
+        total = total + sum(one.sum() for one in added_norm(x, x, gain, 1e-6))
         total = total + sum(one.sum() for one in turned)
         total.backward()  # type: ignore[no-untyped-call]
     finally:
@@ -84,7 +85,10 @@ def test_every_operator_is_repeated_from_its_file(tmp_path: Path) -> None:
         "embedding, forward", "embedding, backward", "rotary, forward", "rotary, backward", "router, forward",
         "router, backward", "cross-entropy, hidden gradient", "cross-entropy, weight gradient",
     }  # fmt: skip
-    on_gpus = {"fused_attention, forward", "fused_attention, backward", "cross-entropy, added weight gradient"}
+    on_gpus = {
+        "fused_attention, forward", "fused_attention, backward", "cross-entropy, added weight gradient",
+        "residual_sum, forward", "residual_sum, backward",
+    }  # fmt: skip
     weights = {"linear weight", "experts weight"}  # parts of the backwards that are repeated here
     assert {one.operator for one in calls} >= set(FUNCTIONS) - deferred_or_elsewhere - weights - on_gpus
 
