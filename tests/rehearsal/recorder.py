@@ -28,6 +28,8 @@ PACKAGES = ("longcat", "parallel", "train")
 WAITING = ("nonzero", "masked_select", "is_nonzero", "_unique2", "unique_consecutive")
 # CUDA kernels that torch refuses under deterministic algorithms, by the documentation of that setting
 REFUSED = ("histc", "put_", "kthvalue", "median", "scatter_reduce", "_ctc_loss", "renorm", "grid_sampler_2d_backward")
+# Parts of names of operators that sort, or write by index, which deterministic kernels do by sorting
+SORTING = ("sort", "unique", "index_put", "scatter", "index_add", "index_copy", "bincount")
 
 
 def caller() -> str:
@@ -50,6 +52,7 @@ class Found:
     waits: Counter[str] = field(default_factory=Counter)  # of the host for the device: events, streams, operators
     pageable: Counter[str] = field(default_factory=Counter)  # copies to the device that the host waits for
     refused: Counter[str] = field(default_factory=Counter)  # operators without a deterministic kernel
+    sorting: Counter[str] = field(default_factory=Counter)  # operators that sort, or write by index
     no_kernel: Counter[str] = field(default_factory=Counter)  # operators outside aten without one for CUDA
     misplaced: Counter[str] = field(default_factory=Counter)  # tensors that are not on the device
     collectives: dict[str, list[str]] = field(default_factory=dict)  # by group, in order
@@ -98,6 +101,8 @@ class Recorder(TorchDispatchMode):
             self.found.waits[f"{func._opname} in {caller()}"] += 1
         if func._opname in REFUSED or (func._opname.startswith("cumsum") and args[0].is_floating_point()):
             self.found.refused[f"{name} in {caller()}"] += 1
+        if any(word in func._opname for word in SORTING):
+            self.found.sorting[f"{func._opname} in {caller()}"] += 1
         if func.namespace != "aten" and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
             self.found.no_kernel[name] += 1
         if func is aten._efficient_attention_backward.default:  # its meta function takes other arguments than it

@@ -29,6 +29,7 @@ LARGE = {
 }
 COPIES_OF_A_STEP = {"to in reduce.py:to_host": 2}
 SIZES = "copy in streams.py:to_host"  # of rows that a layer sends: one copy for each micro-batch
+WRITES_BY_INDEX = {"cross_entropy.py:_chunk_loss", "tensor.py:_chunk_loss"}  # the head's, outside the layers
 WAIT = "event in streams.py:wait"
 
 
@@ -39,6 +40,7 @@ def check(found: Found, layers_and_micro_batches: int) -> None:
     for name in ("pageable", "refused", "no_kernel", "misplaced"):
         assert found[name] == {}, name
     assert without_cuda_kernel(found["operators"]) == set()
+    assert {one.split(" in ")[1] for one in found["sorting"]} <= WRITES_BY_INDEX
 
 
 def of_kind(found: Found, operator: str, ranks: list[int]) -> list[str]:
