@@ -103,7 +103,7 @@ class Pruner:
 
     def _is_comparable(self, folder: Path) -> bool:
         """Whether the run has as many parameters, and validates on the same sequences at the same tokens."""
-        from train.checkpoint.compatibility import corpora_differences
+        from train.checkpoint.compatibility import ADDED, corpora_differences
         from train.run_dir import read_config
         from train.stages import stored_lengths
 
@@ -115,7 +115,7 @@ class Pruner:
             same = stored_lengths(stored) == stored_lengths(self._own)
         except (KeyError, TypeError):
             return False  # a config.yaml of another version, or edited by hand
-        same = same and all(_value(stored, key) == _value(self._own, key) for key in COMPARED)
+        same = same and all(_value(stored, key, ADDED.get(key)) == _value(self._own, key) for key in COMPARED)
         return same and not corpora_differences(stored, self._own)
 
     @cached_property
@@ -128,10 +128,11 @@ class Pruner:
         return as_mapping(self.config) | self.corpora | {"derived": derived}
 
 
-def _value(tree: object, dotted: str) -> object:
+def _value(tree: object, dotted: str, otherwise: object = None) -> object:
+    """A value of nested mappings by its dotted key; ``otherwise`` where there is none."""
     for part in dotted.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+    return otherwise if tree is None else tree
 
 
 def _losses(folder: Path) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,14 @@ def test_runs_of_other_lengths_do_not_count(sweep: Sweep) -> None:
     assert sweep.pruner().judge(100, 2.1) == ""
     sweep.add(4, 2.0, "data.stages=[{start_tokens: 1000000, weights: [2], rope_theta: 5e6}]")
     assert "of the 4 finished runs" in sweep.pruner().judge(100, 9.0)
+
+
+def test_a_run_from_before_a_key_counts_with_what_it_did_then(sweep: Sweep) -> None:
+    path = sweep.root / "s-0" / "config.yaml"
+    stored = json.loads(path.read_text())
+    del stored["data"]["packing"]
+    path.write_text(dumps(stored))
+    assert "of the 3 finished runs" in sweep.pruner().judge(100, 9.0)
 
 
 def test_corpora_are_compared_by_their_contents(sweep: Sweep) -> None:

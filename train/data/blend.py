@@ -47,13 +47,18 @@ class Picker(Protocol):
 
 
 class Blend:
-    """Samples of several corpora in fixed shares, by Megatron's greedy blending."""
+    """Samples of several corpora in fixed shares, by Megatron's greedy blending, of those with a share alone.
+
+    The blending gives the first corpus the ties, and so a sample also where its share is 0.
+    """
 
     def __init__(self, weights: list[float]) -> None:
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
-        self._corpus = np.zeros(BLOCK, dtype=np.int16)
+        drawn = np.flatnonzero(shares).astype(np.int16)
+        chosen = np.zeros(BLOCK, dtype=np.int16)
         self._number = np.zeros(BLOCK, dtype=np.int64)
-        blending()(self._corpus, self._number, shares, len(shares), BLOCK, False)
+        blending()(chosen, self._number, shares[drawn], len(drawn), BLOCK, False)
+        self._corpus = drawn[chosen]
         self._totals = np.bincount(self._corpus, minlength=len(shares))
 
     def locate(self, index: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ its own seed: the order depends only on (seed, epoch, index). Megatron builds th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 from collections import OrderedDict
@@ -91,7 +92,7 @@ class CorpusReader:
         self.prefix, self.split, self._seed, self._cache_dirs = prefix, split, seed, cache_dirs
         self._index = read_corpus_index(Path(f"{prefix}.idx"))
         self._tokens = BinReader(Path(f"{prefix}.bin"), self._index.dtype, block_hashes(prefix, info))
-        self.validation_documents, self._documents, self._sequences = self._split(validation_fraction)
+        self.validation_documents, self._is_wanted, self._sequences = self._split(validation_fraction)
         self.num_tokens = int(self._index.lengths[self._sequences].sum(dtype=np.int64))
         self._fraction = validation_fraction
         self._set_length(sequence_length)
@@ -174,7 +175,7 @@ class CorpusReader:
         return self._tokens.read(stop - start, offset).astype(np.int64)
 
     def _split(self, fraction: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Numbers of the validation documents, and of the documents and sequences of this reader's split."""
+        """Numbers of the validation documents; of this reader's split a mask of documents, and numbers of sequences."""
         bounds = np.asarray(self._index.bounds)
         documents = len(bounds) - 1
         if documents < 2:
@@ -183,7 +184,7 @@ class CorpusReader:
         chosen = np.zeros(documents, dtype=bool)
         chosen[np.random.RandomState(SPLIT_SEED).permutation(documents)[:count]] = True
         wanted = chosen if self.split == "validation" else ~chosen
-        return np.flatnonzero(chosen), np.flatnonzero(wanted), np.flatnonzero(np.repeat(wanted, np.diff(bounds)))
+        return np.flatnonzero(chosen), wanted, np.flatnonzero(np.repeat(wanted, np.diff(bounds)))
 
     def _too_small(self, fraction: float, key: str) -> str:
         need = self._sequence_length + 1
@@ -233,4 +234,7 @@ class CorpusReader:
         built = build()
         if publish(places, built, names) and damage:
             note(damage, any_rank=True)
+        for folder in places:  # mapped, so that the ranks of a machine share its memory
+            with contextlib.suppress(FileNotFoundError, DamagedError):
+                return read_index(folder, names)
         return built

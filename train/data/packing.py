@@ -65,7 +65,8 @@ def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
         if len(bins) and room >= MIN_PIECE:
             if room not in by_room:
                 insort(rooms, room)
-            by_room.setdefault(room, []).append(bins)
+            whole = bins if bins.base is None else bins.base  # which a view keeps in memory
+            by_room.setdefault(room, []).append(bins.copy() if 2 * len(bins) < len(whole) else bins)
 
     decreasing = np.argsort(-sizes, kind="stable")
     ends = np.flatnonzero(np.diff(sizes[decreasing])) + 1
@@ -78,8 +79,10 @@ def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
                 bins = num_bins + np.arange(-(-len(left) // (capacity // size)))
                 num_bins += len(bins)
             else:
-                room = rooms.pop(at)
-                bins = np.concatenate(by_room.pop(room))
+                room = rooms[at]
+                bins = by_room[room].pop()  # not all of them: joining them each time is quadratic
+                if not by_room[room]:
+                    del rooms[at], by_room[room]
             each = room // size  # with one more item, a bin has less room than any other: the next one goes there too
             used = min(-(-len(left) // each), len(bins))
             taken = min(len(left), used * each)

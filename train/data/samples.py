@@ -89,8 +89,10 @@ class TokenSamples:
 
         Validation is in the first mixture, without corpora that the stage does not read and that are too short for it.
         """
+        key = "train.sequence_length"  # that set the length
         for part, shares in zip(parts, shares_of(self._weights, parts), strict=True):
-            key = f"data.stages[{part.number - 1}].sequence_length" if part.number else "train.sequence_length"
+            if part.stage is not None and part.stage.sequence_length is not None:
+                key = f"data.stages[{part.number - 1}].sequence_length"
             readers = self._by_length[part.length]
             if split == "validation":
                 shares = [share * first for share, first in zip(shares, self._weights, strict=True)]

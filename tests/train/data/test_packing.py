@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,17 @@ def test_bins_are_those_of_best_fit_one_by_one(sizes: list[int], capacity: int) 
         rooms[number] -= size
     ours = capacity - np.bincount(found, np.array(sizes, dtype=np.int64), minlength=num_bins)
     assert sorted(ours.tolist()) == sorted(rooms)
+
+
+def test_documents_of_one_length_take_little_memory() -> None:
+    """Many bins with equal room, of which each shorter length takes one: neither joined nor kept again and again."""
+    sizes = np.concatenate([np.full(5_000, 6_000), np.arange(2, 2_000)])
+    tracemalloc.start()
+    found, num_bins = best_fit(sizes, 8_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.bincount(found, sizes).max() <= 8_000 and num_bins == 5_000
+    assert peak < 4 << 20, "bytes; the bins themselves are 40 KB"
 
 
 @given(lengths=st.lists(st.integers(0, 70), max_size=40))

@@ -147,6 +147,43 @@ def test_a_short_corpus_is_refused_only_where_it_is_read(tmp_path: Path) -> None
             open_samples(split, [0.0, 1.0], 0.0, 1.0)
 
 
+def test_a_corpus_without_a_share_is_never_read(tmp_path: Path) -> None:
+    """Also the first one, to which Megatron's blending gives the ties; it may have no sample at all."""
+    for shares in ([0.0, 1.0], [0.0, 3.0, 7.0], [0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0]):
+        drawn = Blend(shares).drawn(1 << 20)
+        assert [count > 0 for count in drawn] == [share > 0 for share in shares]
+    short = write_corpus(tmp_path / "short" / "corpus", [np.arange(30) + 500_000] * 4)
+    long = write_corpus(tmp_path / "long" / "corpus", unique_documents(200, 0))
+    config = DataConfig("n", "s", paths=[short, long], weights=[0.0, 1.0], validation_fraction=0.25)
+    samples = TokenSamples(config, sequence_length=128, seed=3, vocab_size=1 << 20, split="train", cache_dir=tmp_path)
+    assert all(samples[number][0] < 500_000 for number in range(8))
+
+
+def test_a_refusal_names_the_key_that_set_the_length(tmp_path: Path) -> None:
+    long = write_corpus(tmp_path / "long" / "corpus", unique_documents(200, 0))
+    short = write_corpus(tmp_path / "short" / "corpus", [np.arange(30) + 500_000] * 4)
+    cases = [
+        (
+            [TrainingStage(512, [1, 0], sequence_length=128), TrainingStage(2048, [0, 1])],
+            r"stages\[0\].sequence_length=128",
+        ),
+        ([TrainingStage(512, [0, 1])], "train.sequence_length=128"),
+    ]
+    for stages, key in cases:
+        first = 16 if stages[0].sequence_length else 128
+        config = DataConfig("n", "s", paths=[long, short], weights=[1, 0], stages=stages, validation_fraction=0.25)
+        with pytest.raises(ConfigError, match=f"lower .*{key}"):
+            TokenSamples(
+                config,
+                sequence_length=first,
+                seed=3,
+                vocab_size=1 << 20,
+                split="train",
+                cache_dir=tmp_path,
+                global_batch_size=128 // first,
+            )
+
+
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
