@@ -14,7 +14,9 @@ from train.checkpoint.files import PARTIAL, is_locked
 from train.checkpoint.find import newest_valid
 from train.checkpoint.manifest import REMOVED, STATE, CheckpointStatus, list_checkpoints, set_aside, step_of
 
-SET_ASIDE = re.compile(r"step-(\d+)\.(?:damaged|abandoned|replaced)(?:-\d+)?")  # names that `set_aside` gives
+SET_ASIDE = re.compile(
+    r"step-(?P<step>\d+)\.(?P<why>damaged|abandoned|replaced)(?:-\d+)?"
+)  # names that `set_aside` gives
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,27 @@ def prune_after_commit(folder: Path, keep: Keep, committed: Path) -> None:
 def superseded(folder: Path, keep: Keep) -> list[Path]:
     """Checkpoints that were renamed (damaged, abandoned, replaced) and lie before all of the newest ones that are kept.
 
-    Had the run not renamed them, it would have removed them by now. Those after are left: a person may go back to one.
-    With ``keep.newest`` = 0, or before there are as many, nothing is removed.
+    Left are those after, as a person may go back to one, and abandoned ones that ``keep`` would have kept for their step
+    or might have kept for their validation loss. With ``keep.newest`` = 0, or before there are as many, all are left.
     """
     newest = list_checkpoints(folder)[-keep.newest :]
     if not keep.newest or len(newest) < keep.newest:
         return []
     oldest = step_of(newest[0])
-    found = [(path, match) for path in sorted(folder.iterdir()) if (match := SET_ASIDE.fullmatch(path.name))]
-    return [path for path, match in found if int(match[1]) < oldest and path.is_dir() and not path.is_symlink()]
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if (match := SET_ASIDE.fullmatch(path.name))
+        and int(match["step"]) < oldest
+        and path.is_dir()
+        and not path.is_symlink()
+        and not (match["why"] == "abandoned" and _stands_out(path, int(match["step"]), keep))
+    ]
+
+
+def _stands_out(path: Path, step: int, keep: Keep) -> bool:
+    """Whether ``keep`` selects a checkpoint for more than its age, or could, by its validation loss."""
+    return bool(keep.every and step % keep.every == 0) or bool(keep.best and validation_loss(path) is not None)
 
 
 def make_space(folder: Path, keep: Keep) -> None:

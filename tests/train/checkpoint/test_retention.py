@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from train.checkpoint.manifest import set_aside
+from train.checkpoint.manifest import STATE, set_aside
 from train.checkpoint.retention import Keep, prune_after_commit
 
 
@@ -42,3 +42,16 @@ def test_renamed_checkpoints_stay_without_enough_newer_ones(keep: int, folder: P
     before = {path.name for path in folder.iterdir()}
     save(folder, 50, keep)
     assert before <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("keep", [Keep(2, every=20), Keep(2, best=1)])
+def test_abandoned_milestones_stay(keep: Keep, folder: Path) -> None:
+    """Those that the step, or the validation loss, would have kept."""
+    (folder / "step-00000040.abandoned" / STATE).write_text('{"val_loss": 2.5}')
+    for step in (50, 60, 70):
+        path = folder / f"step-{step:08d}"
+        path.mkdir()
+        prune_after_commit(folder, keep, path)
+    assert (folder / "step-00000040.abandoned").is_dir()
+    assert not (folder / "step-00000030.abandoned").exists()
+    assert not (folder / "step-00000030.replaced").exists()
