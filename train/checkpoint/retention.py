@@ -49,8 +49,8 @@ def prune_after_commit(folder: Path, keep: Keep, committed: Path) -> None:
 def superseded(folder: Path, keep: Keep) -> list[Path]:
     """Checkpoints that were renamed (damaged, abandoned, replaced) and lie before all of the newest ones that are kept.
 
-    Left are those after, as a person may go back to one, and abandoned ones that ``keep`` would have kept for their step
-    or might have kept for their validation loss. With ``keep.newest`` = 0, or before there are as many, all are left.
+    Left are those after, as a person may go back to one, and abandoned ones that ``keep`` would have kept for their
+    step or might have kept for their validation loss. With ``keep.newest`` = 0, or before there are as many, all are.
     """
     newest = list_checkpoints(folder)[-keep.newest :]
     if not keep.newest or len(newest) < keep.newest:
