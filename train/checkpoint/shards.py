@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -105,6 +105,7 @@ class KnownProperties(TensorProperties):
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         super().__setstate__(state[: len(TensorProperties().__getstate__())])
+        cast(Any, self).__class__ = TensorProperties  # growth stores it again, for readers without this package
 
 
 class MetadataUnpickler(pickle.Unpickler):
