@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.rendezvous import find_place
 from longcat.search_path import ROOT, without_current_folder
 from parallel.environment import count_gpus
-from train.check import check
+from train.check import check, check_corpora
 from train.config import Config
 from train.run_dir import EXIT
 
@@ -39,6 +39,7 @@ def run_ranks(overrides: list[str], config: Config) -> int:
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     check(config, processes)  # reports a wrong configuration once, before ranks start
+    check_corpora(config)
     if processes == 1 and not config.launch.restarts:
         from train.process import main  # torch
 

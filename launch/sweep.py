@@ -16,7 +16,7 @@ from typing import Any
 
 from launch.sweep_folder import STOPPED_MARK, note_finished, open_folder, remove_if_unused, resume
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
-from longcat.json_text import dumps
+from longcat.json_text import NOT_FINITE, dumps
 from train.checkpoint.compatibility import flatten
 from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, from_tree, one_line, quoted, register
 from train.config import Config
@@ -234,6 +234,6 @@ def final_loss(folder: Path) -> float:
     """What a sweeper minimises: a run's last validation loss, or its last training loss if it has none."""
     found = list(rows(folder / METRICS))
     for key in ("val_loss", "loss"):
-        if values := [row[key] for row in found if type(row.get(key)) in (int, float)]:
+        if values := [row[key] for row in found if type(row.get(key)) in (int, float) or row.get(key) in NOT_FINITE]:
             return float(values[-1])
     return math.inf

@@ -6,6 +6,8 @@ import json
 import math
 from typing import Any
 
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # how `dumps` spells such numbers
+
 
 def dumps(value: Any, **options: Any) -> str:
     """`json.dumps` whose text is always valid JSON.

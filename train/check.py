@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import os
 
+from longcat.errors import ConfigError
 from parallel.capacity import check_memory
 from parallel.environment import check_determinism, check_streams, count_gpus, prepare_environment
 from parallel.layout import BatchShape, check_elastic, check_layout
 from parallel.sizes import MeshSizes, resolve_sizes
 from train.config import Config
 from train.data.corpus import find_pair
-from train.run_dir import check_folder
+from train.run_dir import check_folder, record_refusal
 from train.stages import check_each_stage
 
 
 def check(config: Config, world_size: int) -> None:
-    """Check layout, batch sizes, memory, run folder and that the corpora are there, before ranks start.
+    """Check layout, batch sizes, memory and run folder before ranks start.
 
     Raises:
         ConfigError: with the key to change.
     """
     check_sizes(config, world_size)
     check_folder(config)
-    for prefix in config.data.paths:
-        find_pair(prefix)
+
+
+def check_corpora(config: Config) -> None:
+    """Check that the files of the corpora are there, before torch is imported; the ranks look into them.
+
+    Raises:
+        ConfigError: one is missing. exit.json says so too, as for what ranks find.
+    """
+    try:
+        for prefix in config.data.paths:
+            find_pair(prefix)
+    except ConfigError as error:
+        record_refusal(config.run.folder, error)
+        raise
 
 
 def check_sizes(config: Config, world_size: int) -> tuple[float, float]:

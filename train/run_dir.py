@@ -254,12 +254,19 @@ def refuse(folder: Path | None, error: LongCatError) -> int:
         time.sleep(FIRST_RANK_PRINTS_SECONDS)
     print(f"error: {error}", file=sys.stderr, flush=True)
     leave_refusal(error)
-    if "RANK" in os.environ and folder is not None and not (folder / CONFIG).exists():
-        with contextlib.suppress(OSError, ConfigError):  # cannot be written or is in use: the error is printed above
-            folder.mkdir(parents=True, exist_ok=True)
-            with lock(folder):
-                write_exit(folder / EXIT, error.exit_code, str(error))
+    if "RANK" in os.environ and folder is not None:
+        record_refusal(folder, error)
     return error.exit_code
+
+
+def record_refusal(folder: Path, error: LongCatError) -> None:
+    """Write exit.json for a run that does not start, unless the folder has a run, is in use or cannot be written."""
+    if (folder / CONFIG).exists():
+        return
+    with contextlib.suppress(OSError, ConfigError):  # the error is printed in any case
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder):
+            write_exit(folder / EXIT, error.exit_code, str(error))
 
 
 def is_first_rank() -> bool:

@@ -39,7 +39,6 @@ SYNONYMS = {
     "context_length": "train.sequence_length",
     "block_size": "train.sequence_length",
     "sample_packing": "data.packing",
-    "packing": "data.packing",
     "batch_size": "train.global_batch_size",
     "local_batch_size": "train.micro_batch_size",
     "per_device_train_batch_size": "train.micro_batch_size",

@@ -102,10 +102,10 @@ def test_the_index_of_a_length_is_made_at_the_border(words: list[str], monkeypat
     """In a slow span, which the watchdog gives more time than a step: large corpora take minutes."""
     spans = []
 
-    def read_or_build(reader: CorpusReader, epoch: int) -> EpochIndex:
+    def read_or_build(reader: CorpusReader, *arguments: Any) -> EpochIndex:
         if reader._sequence_length == 64 and reader.split == "train":
             spans.append(SPANS.innermost)
-        return original(reader, epoch)
+        return original(reader, *arguments)
 
     original = CorpusReader._read_or_build
     monkeypatch.setattr(CorpusReader, "_read_or_build", read_or_build)

@@ -306,7 +306,7 @@ def test_checkpoint_that_cannot_be_removed_is_only_reported(
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied", "step-00000001")
 
-    monkeypatch.setattr(saving, "prune", refuse)
+    monkeypatch.setattr(saving, "prune_after_commit", refuse)
     assert train_here([*narrow, "train.steps=2", "checkpoint.every=1"]) == 0
     printed = capfd.readouterr().out
     assert printed.count("is saved, but older ones could not be removed: rank 0: Permission denied") == 2
