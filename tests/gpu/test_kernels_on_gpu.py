@@ -27,6 +27,7 @@ from tests.support.kernel_cases import (
     check_rotation,
     check_selections,
     check_sum,
+    check_sums,
 )
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +53,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "empty_experts": {"skew": 1e6, "top_k": 2},
     "all_identity": {"skew": -1e6},
     "no_tokens": {"tokens": 0},
+    "one_token": {"tokens": 1, "top_k": 1},
+    "one_column": {"width": 1},
     "odd_width": {"width": 257},
     "many_tokens": {"tokens": 20000, "width": 8},
 }
@@ -61,7 +64,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_equal_plain_versions_bitwise(shape: str, dtype: torch.dtype) -> None:
     routing = case(dtype, **SHAPES[shape])
-    for check in (check_plan, check_selections, check_gather, check_sum, check_norm, check_gate):
+    for check in (check_plan, check_selections, check_gather, check_sum, check_sums, check_norm, check_gate):
         check(routing)
     check_combine(routing, True)
     check_combine(routing, False)

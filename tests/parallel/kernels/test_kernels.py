@@ -88,25 +88,40 @@ def compilations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     return found | one_pass_compilations(ROW_TYPES)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda number: f"sm_{number}")
-def test_kernels_compile_without_atomics_or_fused_sums(capability: int) -> None:
-    """A cubin comes out, no instruction is an atomic, and no product is fused with a sum."""
+def compiled_for(capability: int, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Any:
+    """As at a launch: aligned memory, widths in whole vectors."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for name, (kernel, types, constants) in compilations().items():
-        signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-        whole = [["tt.divisibility", 16]]  # as at a launch: aligned memory, widths in whole vectors
-        aligned = {(index,): whole for index, argument in enumerate(kernel.arg_names) if argument in types}
-        source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-        target = GPUTarget("cuda", capability, 32)
-        compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+    whole = [["tt.divisibility", 16]]
+    aligned = {(index,): whole for index, argument in enumerate(kernel.arg_names) if argument in types}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100], ids=lambda number: f"sm_{number}")
+def test_kernels_compile_without_atomics_or_fused_sums(capability: int) -> None:
+    """A cubin comes out, no instruction is an atomic, and no product is fused with a sum."""
+    for name, compilation in compilations().items():
+        compiled = compiled_for(capability, *compilation)
         assert compiled.asm["cubin"][:4] == b"\x7fELF", name
         ptx = compiled.asm["ptx"]
         assert f".target sm_{capability}" in ptx, name
         assert not ATOMIC.search(ptx), f"{name}: {ATOMIC.search(ptx)}"
         fused = FUSED.search(ptx) is not None and not name.startswith(PRODUCTS)
         assert not fused, f"{name}: a fused product and sum rounds differently from the plain version"
+
+
+def test_kernels_compile_where_integers_are_one() -> None:
+    """A launch makes a constant of an integer that is 1 (one row, one head, adjacent columns): it has no methods."""
+    for name, (kernel, types, constants) in compilations().items():
+        if name.endswith("-fp32"):
+            continue  # the same source as in bfloat16
+        ones = [argument for argument, kind in types.items() if kind in ("i32", "i64")]
+        others = {argument: kind for argument, kind in types.items() if argument not in ones}
+        compiled = compiled_for(90, kernel, others, constants | dict.fromkeys(ones, 1))
+        assert compiled.asm["cubin"][:4] == b"\x7fELF", name
 
 
 def test_the_search_for_atomics_finds_one() -> None:
