@@ -24,6 +24,7 @@ from longcat.ops.torch_internals import AttentionKernel, EfficientAttention, Fla
 from longcat.recompute_values import Value
 
 FLASH_MAX_WIDTH = 256
+LOADED_BYTES = 16  # that kernels load at once, from a multiple of as many
 CUDNN_WIDTHS = (128, 192)  # cuDNN's backward: query, key and value up to 128 wide, or 192 with values of 128
 
 
@@ -83,12 +84,20 @@ def fused_attention(
     )
     if backend != Backend.flash:
         value = value[..., value.shape[-1] - value_width :]
+    value = recomputable(Value.expansion, _aligned, value)
     if backend == Backend.cudnn:
         return recomputable(Value.attention, _cudnn_attention, query, key, value, scale)  # type: ignore[no-any-return]
     segments = [] if documents is None else [documents.segments(*one) for one in ranges]
     bounds = [bound for one in segments for bound in (one.query_bounds, one.key_bounds)]
     shapes = [(one.firsts, one.longest_queries, one.longest_keys) for one in segments]
     return _FusedAttention.apply(query, key, value, value_width, scale, backend.value, ranges, shapes, *bounds)  # type: ignore[no-any-return]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy where a row is not at a multiple of `LOADED_BYTES`: values are a view behind columns of keys."""
+    places = x.storage_offset(), *x.stride()[:-1]
+    is_aligned = all(place * x.element_size() % LOADED_BYTES == 0 for place in places)
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _cudnn_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -134,6 +134,37 @@ def test_operands_and_bounds(
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", [Backend.flash, Backend.efficient])
+@pytest.mark.parametrize(("nope", "rope", "width"), [(20, 12, 32), (28, 4, 32), (24, 8, 32)])
+def test_kernels_read_aligned_values(
+    backend: Backend, nope: int, rope: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels load 16 bytes at once; a view of expanded latents that is aligned is read where it is."""
+    seen: list[Tensor] = []
+
+    class Kernel(StandIn):
+        @classmethod
+        def forward(cls, query: Tensor, key: Tensor, value: Tensor, call: KernelCall) -> tuple[Tensor, ...]:
+            seen.append(value)
+            return super().forward(query, key, value, call)
+
+    monkeypatch.setattr(fused_attention, "KERNELS", {backend: Kernel})
+    monkeypatch.setattr(fused_attention, "choose_backend", lambda *_: backend)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: H100)
+    query, key = (torch.randn(1, 16, 2, nope + rope, dtype=BF16) for _ in range(2))
+    expanded = torch.randn(1, 16, 2, nope + width, dtype=BF16, requires_grad=True)
+    value = expanded[..., -max(nope + rope, width) :]
+    out = fused_attention.fused_attention(query, key, value, 0.3, None, [(0, 16)], width)
+    wanted = attend(query, key, expanded[..., nope:], 0.3)
+    assert torch.equal(out, wanted)
+    (grad,), (wanted_grad,) = (torch.autograd.grad(one.sum(), expanded) for one in (out, wanted))
+    assert torch.equal(grad, wanted_grad)
+    for read in seen:
+        assert all(place % 8 == 0 for place in (read.storage_offset(), *read.stride()[:-1]))
+    is_view = seen[0].untyped_storage().data_ptr() == expanded.untyped_storage().data_ptr()
+    assert is_view == (nope == 24)
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that an operation returned, and the operations' names."""
 
