@@ -18,9 +18,9 @@ import errno
 from collections.abc import Callable
 
 from launch import checkpoint_verbs, verbs
-from launch.signals import ignore_stops
+from launch.signals import ignore_requests
 from longcat import __version__
-from longcat.errors import BAD_INPUT, OK, STOPPED, LongCatError
+from longcat.errors import BAD_INPUT, OK, LongCatError
 from longcat.lasting_streams import lasting_streams
 from longcat.refusal import leave_refusal
 
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         leave_out_in_children()
     with lasting_streams():
         code = run(sys.argv[1:] if argv is None else argv)
-        if argv is None and code == STOPPED:
-            ignore_stops()
+        if argv is None:
+            ignore_requests()
         return code
 
 

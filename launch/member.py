@@ -39,7 +39,7 @@ class Member:
         self.incarnation = 0
         self.id: int | None = None
         self.name = place.name
-        self.members = 0
+        self.members, self.command = 0, uuid.uuid4().hex  # of the run; the first node's command is that of all
         self.first_name = ""  # of the node that decides
         self.earlier: Earlier | None = None  # decisions that this node goes on from
         self.deadline = time.monotonic() + self.settings.join_seconds
@@ -58,7 +58,7 @@ class Member:
         wanted = self.id if again else 0 if is_first else self.place.id
         request: dict[str, Any] = {"join": {"token": uuid.uuid4().hex, "name": self.name, "wanted": wanted}}
         if is_first:
-            request["first"] = describe_self(self.meeting.number) | {"name": self.name}
+            request["first"] = describe_self(self.meeting.number) | {"name": self.name, "command": self.command}
         joined = self.link.request(**request)
         self.id, self.name = joined["id"], joined["name"]
         if self.id >= nodes and not self.settings.restarts:
@@ -154,7 +154,7 @@ class Member:
                 raise StoreLostError("the first node has not come (launch.join_seconds)")
             return values
         self.members, self.meeting.number = answer["members"], first["claim"]
-        self.first_name = first["name"]
+        self.first_name, self.command = first["name"], first["command"]
         if answer["first_silent"] > self.settings.node_timeout:
             raise StoreLostError(
                 f"the first node gave no sign of life for {self.settings.node_timeout:g} s (launch.node_timeout)"

@@ -149,7 +149,7 @@ class Node(Member):
         """In a thread of the first node: decide on starts, and at last on how all nodes end."""
         first = Assignment(1, tuple(nodes), self.processes, self.overrides)
         fleet = StoreFleet(link, self.settings.node_timeout, self.meeting.check_before_start)
-        leader = Leader(self.meeting.number, self.meeting.check, self.earlier)
+        leader = Leader(self.meeting.number, self.meeting.check, self.command, self.earlier)
         try:
             end = {"code": decide_end(self.config, fleet, first, self.place.nodes, leader)}
         except StoreLostError:

@@ -14,7 +14,7 @@ class Signals:
     """The first stop signal and each request to save, until the ranks get them; later stop signals are ignored.
 
     Args:
-        ends_process: the process ends after this context; signals after a stop must not change its exit code.
+        ends_process: the process ends after this context; signals that come later must not change its exit code.
     """
 
     def __init__(self, ends_process: bool = False) -> None:
@@ -29,7 +29,7 @@ class Signals:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_IGN if self.ends_process and self.is_stopped() else handler)
+            signal.signal(number, signal.SIG_IGN if self.ends_process else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == SAVE_SIGNAL:
@@ -46,9 +46,9 @@ class Signals:
         return waiting
 
 
-def ignore_stops() -> None:
-    """For a process that ends after a stop: a signal that comes late must not change its exit code."""
-    for number in STOP_SIGNALS:
+def ignore_requests() -> None:
+    """For a process that ends: a request to stop or to save that comes late must not change its exit code."""
+    for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -58,6 +58,7 @@ def decide(
     policy: Policy,
     now: float = 0.0,
     checkpoints: Sequence[int] = (),
+    earlier: Sequence[Start] = (),
 ) -> Again | Wait | End:
     """What follows the last start of ``history``; before the first one, on which nodes it runs.
 
@@ -65,6 +66,8 @@ def decide(
         members: nodes that are there, in the order of nodes.
         now: seconds since 1970.
         checkpoints: steps of the run's checkpoints.
+        earlier: starts of commands before this one of a run that has not ended: how often numbers that are not finite
+            came again is counted from them on, and nothing else follows from them.
     """
     nodes, spares = choose_nodes(members, history, policy.choice, now)
     if not history:
@@ -76,7 +79,7 @@ def decide(
     if fault.cause == Cause.corruption and not fault.nodes:
         return End(fault.code, "no rank is named, so that no node can be left out", advice)
     if fault.cause == Cause.unhealthy:
-        tries = unhealthy_tries(history)
+        tries = unhealthy_tries([*earlier, *history])
         if not policy.retries_unhealthy:
             return End(fault.code, "launch.on_unhealthy=stop", advice)
         if len(tries) > policy.max_rollback_checkpoints:
@@ -105,22 +108,21 @@ def decide(
 
 
 def count_fruitless(history: Sequence[Start]) -> int:
-    """Starts at the end of the history that took the run no further than it had been.
-
-    A command that was killed and given again has as many tries as any: somebody has looked at it.
-    """
+    """Starts at the end of the history that took the run no further than it had been."""
     count = 0
     for start in history:
-        anew = start.step > start.before or start.fault.cause == Cause.supervisor_lost
-        count = 0 if anew else count + 1
+        count = 0 if start.step > start.before else count + 1
     return count
 
 
 def unhealthy_tries(history: Sequence[Start]) -> list[Start]:
     """Starts that were to get past numbers that are not finite, and found them again without a new step."""
-    brought_steps = [index for index, start in enumerate(history) if start.step > start.before]
-    group = history[brought_steps[-1] if brought_steps else 0 :]
-    return [start for start in group if start.fault.cause == Cause.unhealthy][1:]
+    first = reached = 0  # index of the last start that brought a new step; newest step of all
+    for index, start in enumerate(history):
+        reached = max(reached, start.before)  # a new command finds no steps in metrics.jsonl that were taken back
+        if start.step > reached:
+            first, reached = index, start.step
+    return [start for start in history[first:] if start.fault.cause == Cause.unhealthy][1:]
 
 
 def _checkpoints(count: int) -> str:

@@ -78,14 +78,14 @@ class Journal:
             remove_quietly(path)
         return False
 
-    def strikes(self, max_strikes: int, until: float = math.inf) -> tuple[Strike, ...]:
-        """Strikes that were recorded before ``until``. A node that computed wrongly has as many as exclude it."""
+    def strikes(self, max_strikes: int, command: str) -> tuple[Strike, ...]:
+        """Strikes of other commands than ``command``. A node that computed wrongly has as many as exclude it."""
         found: list[Strike] = []
         for line in read_lines(self.folder / JOURNAL):
             names, when, cause = line.get("nodes"), line.get("time"), line.get("cause")
             if line.get("event") != "end" or cause not in STRIKES or not isinstance(names, list):
                 continue
-            if not isinstance(when, int | float) or not math.isfinite(when) or when >= until:
+            if not isinstance(when, int | float) or not math.isfinite(when) or line.get("command") == command:
                 continue
             each = max_strikes if cause == Cause.corruption else 1
             fruitless = line.get("first_step_seconds") is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PARTS = ("useful", "saving", "lost", "detecting", "starting", "waiting", "ending")
@@ -21,6 +21,14 @@ class Life:
     blocked_seconds: float  # training waited so long for saves
     saves: int
     is_fault: bool
+
+
+def after(end: float, life: Life) -> Life:
+    """The life without a time before ``end``: the clock of the machine that noted the last one may be ahead."""
+    if life.begin >= end:
+        return life
+    finished = tuple((step, max(when, end)) for step, when in life.finished)
+    return replace(life, begin=end, end=max(life.end, end), finished=finished)
 
 
 def parts_of(lives: Sequence[Life], now: float | None = None) -> dict[str, float]:
@@ -57,8 +65,8 @@ def summary(lives: Sequence[Life], now: float | None = None) -> dict[str, Any]:
     With a mean time M between faults (of time that trains), a recovery R (detecting, waiting and starting) and T
     between checkpoints, a fault costs R + T/2, so that availability is M / (M + R + T/2), the first start apart.
     """
-    parts = parts_of(lives, now)
-    wall = (lives[-1].end if now is None else now) - lives[0].begin
+    end = lives[-1].end if now is None else max(now, lives[-1].end)
+    parts, wall = parts_of(lives, end), end - lives[0].begin
     faults = sum(life.is_fault for life in lives)
     trained = parts["useful"] + parts["saving"] + parts["lost"]
     found: dict[str, Any] = {"wall_seconds": wall, "starts": len(lives), "faults": faults, **parts}

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launch.fleet import AGREED, GRACE_SECONDS, SAVE_SECONDS, Assignment, Fleet, NodeReport
 from launch.local import exit_written
 from launch.supervisor import ledger
 from launch.supervisor.causes import Cause, Fault, find_fault
 from launch.supervisor.decide import Again, End, Policy, Wait, decide
-from launch.supervisor.journal import Journal, read_lines
+from launch.supervisor.journal import Journal
 from launch.supervisor.layouts import layouts
 from launch.supervisor.ledger import Life
 from launch.supervisor.nodes import Choice, Start
 from launch.supervisor.page import page
 from launch.supervisor.progress import Progress
 from launch.supervisor.prometheus import serving
-from launch.supervisor.recall import KILLED, Earlier, Leader, lost_first_node, open_since, recall, starts_of, thinned
+from launch.supervisor.recall import Leader, Unfinished, lost_first_node, recall, thinned
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, FolderInUseError
 from train.checkpoint.find import is_inside
 from train.checkpoint.manifest import step_of
@@ -60,14 +61,12 @@ def supervise(
     """
     progress = Progress(config.run.folder / "metrics.jsonl")
     supervisor = Supervisor(config, overrides, processes, fleet, nodes, progress, leader)
-    if leader is not None and leader.earlier is not None:
-        supervisor.recall(leader.earlier)
     with serving(config.launch.metrics_port, supervisor.gauges), progress:
         return supervisor.run(wait_seconds)
 
 
 class Supervisor:
-    """The history of a run's starts: of one command, and of those before it that were killed.
+    """The history of one command's starts, and the wall time of a run that commands before it have not ended.
 
     Args:
         progress: watches the run's metrics.jsonl.
@@ -86,35 +85,23 @@ class Supervisor:
     ) -> None:
         self.config, self.overrides, self.processes, self.fleet = config, tuple(overrides), processes, fleet
         self.nodes, self.progress, self.folder = nodes, progress, config.run.folder
-        self.claim = leader.claim if leader is not None else 0
+        self.leader, self.claim = leader, leader.claim if leader is not None else 0
+        self.command = leader.command if leader is not None else uuid.uuid4().hex
         self.journal = Journal(self.folder, self.say, *([leader.check] if leader is not None else []))
         self.layouts = layouts(config, nodes, processes)
-        self.policy = policy_of(config, tuple(self.layouts), self.journal)
+        self.policy = policy_of(config, tuple(self.layouts), self.journal, self.command)
+        self.earlier: list[Start] = []  # of commands before this one
         self.history: list[Start] = []
-        self.lives: list[Life] = []
-        self.recalled = 0  # of the lives: those of earlier commands
+        self.lives: list[Life] = []  # of both
         self.members: list[str] = []
 
-    def recall(self, earlier: Earlier | None = None) -> None:
-        """Go on from the starts of a run that has not ended.
-
-        Args:
-            earlier: what another first node decided; None for a command that was killed.
-        """
-        journal = read_lines(self.folder / JOURNAL)
-        since = open_since(journal)
-        if since is None:
-            return
-        self.members = [node.name for node in self.fleet.nodes()]
-        fault = lost_first_node(earlier, self.members) if earlier is not None else KILLED
-        metrics, now = self.progress.path, time.time()
-        with suppress(OSError):
-            now = metrics.stat().st_mtime
-        self.history, self.lives = recall(journal, since, fault, now, read_lines(metrics))
-        self.policy = policy_of(self.config, tuple(self.layouts), self.journal, since)
-        if self.history and self.history[-1].fault is fault:
-            line = starts_of(journal, since)[-1]
-            self.record_end(line["claim"], line["incarnation"], self.history[-1], self.lives[-1])
+    def recall(self) -> list[Unfinished]:
+        """Go on with the ledger of a run that has not ended; returns the starts whose end is to be noted."""
+        members = [node.name for node in self.fleet.nodes()]
+        lost = lost_first_node(self.leader.earlier if self.leader is not None else None, members)
+        found = recall(self.folder / JOURNAL, self.command, lost, self.progress.path, self.say)
+        self.earlier, self.history, self.lives = found.earlier, found.own, found.lives
+        return found.unfinished
 
     def run(self, wait_seconds: float = 0.0) -> int:
         """Start, decide, wait, until the end.
@@ -123,11 +110,12 @@ class Supervisor:
             FolderInUseError: another training has the run folder; nothing in it has changed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.recall()
         if not self.history:
             with lock(self.folder):
                 remove_quietly(self.folder / GAVE_UP)
-                self.recall()
-            self.recalled = len(self.lives)
+        for each in unfinished:
+            self.record_end(each.line, each.start, each.life)
         while True:
             decision = self.decide()
             if isinstance(decision, Again) and self.history:
@@ -146,10 +134,15 @@ class Supervisor:
             assert isinstance(decision, Again)
             self.run_once(decision)
 
+    @property
+    def own_lives(self) -> list[Life]:
+        return self.lives[len(self.earlier) :]
+
     def decide(self) -> Again | Wait | End:
         """What follows, with the nodes that are there now."""
         self.members = [node.name for node in self.fleet.nodes()]
-        return decide(self.history, self.members, self.policy, time.time(), self.journal.checkpoint_steps())
+        steps = self.journal.checkpoint_steps()
+        return decide(self.history, self.members, self.policy, time.time(), steps, self.earlier)
 
     def announce(self, decision: Again) -> None:
         """Say what ended the last start, and what follows."""
@@ -158,10 +151,10 @@ class Supervisor:
         when = f" in {decision.pause_seconds:.1f} s" if decision.pause_seconds else ""
         reason = f" ({decision.reason})" if decision.reason else ""
         self.say(
-            f"start {len(self.history)} ended after {life.end - life.begin:.1f} s at step {self.progress.step}: "
+            f"start {len(self.lives)} ended after {life.end - life.begin:.1f} s at step {self.progress.step}: "
             f"{shortened(last.fault.headline)}"
         )
-        self.say(f"start {len(self.history) + 1} follows{when}{on}; newest checkpoint: step {life.kept}{reason}")
+        self.say(f"start {len(self.lives) + 1} follows{when}{on}; newest checkpoint: step {life.kept}{reason}")
 
     def is_stopped(self) -> bool:
         return self.fleet.stop_requested()
@@ -192,14 +185,15 @@ class Supervisor:
             ConnectionError: the store that connects the nodes is lost; the journal says so.
         """
         self.progress.begin()
-        if self.history:
+        if self.lives:
             self.forget_exit()
         saves, before, exit_before = len(self.journal.saves()), self.progress.best, exit_written(self.folder)
-        begin, number = time.time(), len(self.history) + 1
+        begin, number = time.time(), len(self.lives) + 1
         assignment, newest = self.assignment(number, decision)
         self.journal.record(
             {
                 "event": "start",
+                "command": self.command,
                 "claim": self.claim,
                 "incarnation": number,
                 "time": begin,
@@ -243,7 +237,7 @@ class Supervisor:
         """The ranks of a start, with what it changes in their configuration; the step that it can start from."""
         extra, newest = [*self.layouts[len(decision.nodes)], *self.time_left()], self.journal.newest_checkpoint()
         resume = self.config.checkpoint.resume
-        if any(life.finished for life in self.lives[self.recalled :]) and is_own_start(self.folder, resume):
+        if any(life.finished for life in self.own_lives) and is_own_start(self.folder, resume):
             resume = "auto"  # the first start has followed the command; now the run goes on
         if decision.nodes and len(decision.nodes) < self.nodes:
             self.say(f"{len(decision.nodes)} of {self.nodes} nodes: {' '.join(extra)} (launch.shrink)")
@@ -260,10 +254,11 @@ class Supervisor:
 
     def time_left(self) -> list[str]:
         """What is left of `train.stop_after_seconds`, which counts from the command's first start."""
-        seconds, own = self.config.train.stop_after_seconds, self.lives[self.recalled :]
+        seconds, own = self.config.train.stop_after_seconds, self.own_lives
         if not seconds or not own:
             return []
-        return [f"train.stop_after_seconds={max(own[0].begin + seconds - time.time(), 1.0):.0f}"]
+        left = min(own[0].begin + seconds - time.time(), seconds)
+        return [f"train.stop_after_seconds={max(left, 1.0):.0f}"]
 
     def watch(self, assignment: Assignment) -> tuple[list[NodeReport], list[str]]:
         """Start the ranks and wait until each node has reported or is lost → the reports, and the lost nodes."""
@@ -301,17 +296,20 @@ class Supervisor:
             fault.cause not in (Cause.done, Cause.stop),
         )
         self.history.append(start)
-        self.lives.append(life)
-        self.record_end(self.claim, assignment.incarnation, start, life)
+        self.lives.append(ledger.after(self.lives[-1].end, life) if self.lives else life)
+        self.record_end(
+            {"command": self.command, "claim": self.claim, "incarnation": assignment.incarnation}, start, life
+        )
 
-    def record_end(self, claim: int, incarnation: int, start: Start, life: Life) -> None:
-        """Note in the journal what `recall` reads."""
+    def record_end(self, line: Mapping[str, Any], start: Start, life: Life) -> None:
+        """Note in the journal what `recall` reads; ``line`` says which start it is."""
         fault, finished = start.fault, life.finished
         self.journal.record(
             {
                 "event": "end",
-                "claim": claim,
-                "incarnation": incarnation,
+                "command": line.get("command"),
+                "claim": line.get("claim", 0),
+                "incarnation": line["incarnation"],
                 "time": life.end,
                 "cause": fault.cause,
                 "code": fault.code,
@@ -360,7 +358,7 @@ class Supervisor:
             "step": self.progress.step,
             "loss": self.progress.newest.get("loss"),
             "seconds_since_last_step": None if last is None else now - last,
-            "starts": len(self.history) + 1,
+            "starts": len(self.lives) + 1,
             "faults": sum(life.is_fault for life in self.lives),
             "availability": ledger.summary(self.lives)["availability"] if self.lives else None,
             "nodes": len(self.members),
@@ -386,10 +384,10 @@ def is_own_start(folder: Path, resume: str) -> bool:
     return resume == "never" or (resume != "auto" and is_inside(Path(resume), folder))
 
 
-def policy_of(config: Config, counts: tuple[int, ...], journal: Journal, until: float = math.inf) -> Policy:
-    """The policy in the section `launch`, and the strikes of earlier commands, those before ``until``."""
+def policy_of(config: Config, counts: tuple[int, ...], journal: Journal, command: str) -> Policy:
+    """The policy in the section `launch`, and the strikes of commands before ``command``."""
     settings = config.launch
-    strikes = journal.strikes(settings.max_strikes, until)
+    strikes = journal.strikes(settings.max_strikes, command)
     choice = Choice(counts, settings.max_strikes, settings.strike_hours * 3600, strikes)
     return Policy(
         settings.restarts,

@@ -26,17 +26,22 @@ def page(
     end: End,
     choice: Choice,
 ) -> str:
-    """The page: what happened, what to do, each start with its time, steps, cause and ranks, nodes, and the ledger."""
+    """The page: what happened, what to do, each start with its time, steps, cause and ranks, nodes, and the ledger.
+
+    Args:
+        history: the command's starts.
+        lives: the same, after those of commands before it of a run that had not ended.
+    """
     last = history[-1].fault if history else None
     lines = [f"The run {run} has ended with exit code {end.code}. longcat train does not start it again.", ""]
     lines += ["What happened", *_wrapped(_capital(last.headline if last else "no ranks were started"))]
     lines += _wrapped(_capital(end.reason)) if end.reason else []
-    if lives:
+    if history:
         lines += [f"  The run got to step {history[-1].step}; its newest checkpoint is that of step {lives[-1].kept}."]
     lines += ["", "What to do", *_to_do(command, last, lives, end, several=choice.counts[0] > 1)]
     lines += _last_lines(last) if last else []
     if history:
-        lines += ["", f"Starts ({_of(len(history))})", *_starts(history, lives)]
+        lines += ["", f"Starts ({_of(len(history))})", *_starts(history, lives[-len(history) :])]
     if choice.counts[0] > 1:
         lines += ["", f"Nodes (there now: {', '.join(members[:SHOWN]) or 'none'}{', …' * (len(members) > SHOWN)})"]
         lines += _nodes(history, choice, lives[-1].end if lives else 0.0)

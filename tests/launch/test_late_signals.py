@@ -1,24 +1,44 @@
-"""A stop signal that comes while a stopped launcher finishes leaves its exit code 3."""
+"""Requests to stop or to save that come while the launcher finishes leave its exit code."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
+import pytest
+
+from launch.signals import Signals
 from tests.support.running import ROOT
+from train.stop import REQUESTS
 
 LATE = """
-import os, signal, sys
+import os, sys
 import launch.__main__ as program
-program.VERBS["train"] = lambda words: 3
-sys.argv = ["longcat", "train"]
-code = program.main()
-os.kill(os.getpid(), signal.SIGTERM)
-sys.exit(code)
+from train.stop import REQUESTS
+code = int(sys.argv.pop())
+program.VERBS["train"] = lambda words: code
+found = program.main()
+for number in REQUESTS:
+    os.kill(os.getpid(), number)
+sys.exit(found)
 """
 
 
-def test_late_signal_leaves_the_exit_code() -> None:
+@pytest.mark.parametrize("code", [0, 3, 4])
+def test_late_signals_leave_the_exit_code(code: int) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-P", "-c", LATE], env=environment, check=False).returncode == 3
+    program = [sys.executable, "-P", "-c", LATE, "train", str(code)]
+    assert subprocess.run(program, env=environment, check=False).returncode == code
+
+
+def test_node_runner_that_ends_ignores_them() -> None:
+    before = {number: signal.getsignal(number) for number in REQUESTS}
+    try:
+        with Signals(ends_process=True):
+            pass
+        assert {signal.getsignal(number) for number in REQUESTS} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -21,7 +21,7 @@ from launch.node import Node
 from launch.rendezvous import Place
 from launch.signals import Signals
 from launch.supervisor.journal import Journal
-from launch.supervisor.recall import recall
+from launch.supervisor.recall import read_starts
 from longcat.errors import ConfigError
 from tests.support.meetings import IDENTITY, begun
 from tests.support.meetings import claims as claims
@@ -193,25 +193,39 @@ def test_ended_link_stays_closed(place: Place) -> None:
     store.wait()
 
 
-START = {"event": "start", "claim": 1, "incarnation": 1, "time": 100.0, "before": 0, "newest": 0, "on": ["a"]}
+START = {"event": "start", "command": "x", "claim": 1, "incarnation": 1, "time": 100.0}
+START |= {"before": 0, "newest": 0, "on": ["a"]}
 END = {"event": "end", "cause": "crash", "code": 1, "message": "", "ranks": [], "nodes": [], "best": 3, "base": 0}
-END |= {"kept": 0, "blocked_seconds": 0.0, "saves": 0, "finished": [], "claim": 1, "incarnation": 1, "time": 110.0}
+END |= {
+    "command": "x",
+    "kept": 0,
+    "blocked_seconds": 0.0,
+    "saves": 0,
+    "finished": [],
+    "claim": 1,
+    "incarnation": 1,
+    "time": 110.0,
+}
 
 
-def test_unfinished_start_has_no_negative_time() -> None:
-    """The first node was lost before a step: metrics.jsonl is older than the start."""
-    rows = [{"step": step, "step_seconds": 1.0} for step in (1, 2, 3)]
-    starts, (life,) = recall([START], 0.0, Mock(), 90.0, rows)
-    assert (life.begin, life.end, life.finished) == (100.0, 100.0, ())
-    assert starts[0].ended == 100.0
+@pytest.mark.parametrize(("written", "end", "steps"), [(90.0, 100.0, []), (104.0, 104.0, [(2, 103.0), (3, 104.0)])])
+def test_unfinished_start(written: float, end: float, steps: list[tuple[int, float]], tmp_path: Path) -> None:
+    """It has no negative time where metrics.jsonl is older than the start: the first node was lost before a step."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "step_seconds": 1.0}) + "\n" for step in (1, 2, 3)))
+    os.utime(path, (written, written))
+    found = read_starts([START | {"newest": 1}], "x", Mock(), path)
+    (life,), (start,) = found.lives, found.own
+    assert (life.begin, life.end, list(life.finished), start.ended) == (100.0, end, steps, end)
 
 
 def test_starts_and_ends_are_paired_by_claim() -> None:
     """A replaced first node may have written between the lines of the one that came after it."""
     second, late = START | {"claim": 2, "incarnation": 2, "time": 120.0}, START | {"incarnation": 3, "time": 121.0}
     second_end = END | {"claim": 2, "incarnation": 2, "time": 130.0}
-    _, lives = recall([START, END, second, late, END | {"incarnation": 3}, second_end], 0.0, Mock(), 0.0, [])
-    assert [(life.begin, life.end) for life in lives] == [(100.0, 110.0), (120.0, 130.0)]
+    lines = [START, END, second, late, END | {"incarnation": 3}, second_end]
+    found = read_starts(lines, "x", Mock(), Path("none"))
+    assert [(life.begin, life.end) for life in found.lives] == [(100.0, 110.0), (120.0, 130.0)]
 
 
 def test_replaced_first_node_notes_nothing(tmp_path: Path) -> None:
