@@ -83,7 +83,7 @@ def check_memory(
     """(bytes that this machine's ranks need at least, bytes that it has); on GPUs those of one rank and of its own GPU.
 
     Raises:
-        ConfigError: the machine has less.
+        ConfigError: the machine has less, or it has GPUs with which CUDA does not start.
     """
     on_gpu = count_gpus() > 0
     each = needs(model, parallel, sizes, batch, on_gpu)
@@ -92,6 +92,11 @@ def check_memory(
 
         from parallel.mesh import own_gpu
 
+        if not torch.cuda.is_available():  # the driver counts its GPUs, and torch can use none
+            raise ConfigError(
+                f"CUDA does not start on this machine's GPUs: the driver may be too old for torch {torch.__version__}; "
+                f"install a newer driver or another torch, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
+            )
         needed = max(need.total for need in each)
         device = own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
         has = float(torch.cuda.get_device_properties(device).total_memory)

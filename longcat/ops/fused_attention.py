@@ -86,7 +86,7 @@ def fused_attention(
         value = value[..., value.shape[-1] - value_width :]
     value = recomputable(Value.expansion, _aligned, value)
     if backend == Backend.cudnn:
-        return recomputable(Value.attention, _cudnn_attention, query, key, value, scale)  # type: ignore[no-any-return]
+        return _cudnn_attention(query, key, value, scale)
     segments = [] if documents is None else [documents.segments(*one) for one in ranges]
     bounds = [bound for one in segments for bound in (one.query_bounds, one.key_bounds)]
     shapes = [(one.firsts, one.longest_queries, one.longest_keys) for one in segments]
@@ -101,6 +101,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _cudnn_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """torch's own function; its node keeps the result within the call, so recomputing it would save no memory."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))

@@ -122,6 +122,7 @@ def test_memory_is_that_of_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) ->
     sizes, batch = resolve_sizes(config.parallel, 1), BatchShape(1, 1, 64)
     memory = {torch.device("cuda", 0): 1 << 40, torch.device("cuda", 1): 1 << 10}
     monkeypatch.setattr(capacity, "count_gpus", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory[torch.device(device)])
@@ -131,6 +132,16 @@ def test_memory_is_that_of_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ConfigError, match="its GPU has"):
         capacity.check_memory(config.model, config.parallel, sizes, batch, 2)
+
+
+def test_gpus_that_torch_cannot_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a driver too old for torch, NVML still counts the GPUs."""
+    config = compose(["model=debug"])
+    sizes = resolve_sizes(config.parallel, 1)
+    monkeypatch.setattr(capacity, "count_gpus", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"too old for torch .*CUDA_VISIBLE_DEVICES=''"):
+        capacity.check_memory(config.model, config.parallel, sizes, BatchShape(1, 1, 64), 2)
 
 
 def limits(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int) -> list[tuple[int, int]]:
