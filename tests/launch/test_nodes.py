@@ -40,6 +40,8 @@ from train.launch_config import LaunchConfig, split_address
 
 SHORT = [*NARROW, "launch.join_seconds=120", "launch.node_timeout=60", "run.num_processes=1"]
 
+COMPOSING = threading.Lock()  # Hydra composes in one thread at a time
+
 
 def two_nodes(words: list[str]) -> list[subprocess.Popen[str]]:
     address = f"launch.rendezvous=127.0.0.1:{free_ports(1)[0]}"
@@ -154,7 +156,8 @@ def test_nobody_there(overrides: list[str]) -> None:
 
 def join_here(words: list[str], signals: Signals | None = None) -> int:
     """A node runner in this process, for runs that end before ranks start."""
-    config = compose(words)
+    with COMPOSING:
+        config = compose(words)
     place = find_place(config.launch, os.environ)
     assert place is not None
     return Node(words, config, place, 1, signals or Signals()).run()
@@ -251,7 +254,8 @@ def test_one_node_too_many(overrides: list[str]) -> None:
 
 
 def wait_for_members(words: list[str], count: int) -> None:
-    config = compose(words)
+    with COMPOSING:
+        config = compose(words)
     link = Link(*split_address(config.launch.rendezvous), find_identity(config.run.folder, os.environ), 60)
     end = time.monotonic() + 120
     while len(link.request(nodes=True)["nodes"]) < count:
