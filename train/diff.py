@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -20,8 +19,9 @@ from train.checkpoint.compatibility import ADDED, FIXED_KEYS, corpora_difference
 from train.checkpoint.manifest import list_checkpoints, step_of
 from train.checkpoint.offline_reader import Checkpoint, full_box
 from train.health.state import HealthState
-from train.loggers.jsonl import METRICS, ROUTING
-from train.run_dir import CONFIG, read_config
+from train.loggers.jsonl import METRICS, ROUTING, step_of_row
+from train.run_dir import CONFIG, is_config_changed, read_config
+from train.sealed import DamagedError, unsealed_lines
 
 # Depend on the machine and its load; every other metric is the same bits in a repeated run
 CLOCK_METRICS = frozenset(
@@ -128,22 +128,19 @@ def read_rows(folder: Path, name: str, needed: bool = True) -> dict[int, dict[st
     """Step → its object in a run folder's .jsonl file; lines that cannot be read are left out, as a kill leaves them.
 
     Raises:
-        ConfigError: the file is ``needed`` and missing.
+        ConfigError: the file is ``needed`` and missing, or a line has changed since it was written.
     """
     try:
-        lines = (folder / name).read_text(errors="replace").splitlines()
+        lines = list(unsealed_lines(folder / name))
     except OSError as error:
         if not needed:
             return {}
         raise ConfigError(f"{folder} is no run: {name} cannot be read ({error.strerror}); give runs/<name>") from error
-    rows = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-            rows[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
-            continue
-    return rows
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, DamagedError):
+            raise ConfigError(f"{folder / name}, line {number}: {line}; restore or remove the line")
+    found = (line for line in lines if not isinstance(line, ValueError))
+    return {step: row for row in found if (step := step_of_row(row)) is not None}
 
 
 def compare_metrics(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> MetricDifference | None:
@@ -189,7 +186,12 @@ def compare_settings(first: Path, second: Path) -> list[str]:
         for key in differing
         if key not in OF_THE_START and any(key == fixed or key.startswith(f"{fixed}.") for fixed in keys)
     ]
-    return [*found, *corpora_differences(*stored)]
+    changed = [
+        f"{folder / CONFIG} has changed since its run wrote it"
+        for folder in (first, second)
+        if is_config_changed(folder)
+    ]
+    return [*changed, *found, *corpora_differences(*stored)]
 
 
 def compare_checkpoints(first: Path, second: Path) -> Iterator[TensorDifference]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
+from train.sealed import unseal
 
 MAX_PORT = 65535
 GAVE_UP = "gave_up.txt"  # in the run folder: for a person, when restarts were given up
@@ -107,9 +107,9 @@ def split_address(address: str) -> tuple[str, int]:
 def launch_metrics(folder: Path) -> dict[str, float]:
     """`starts/…` metrics of the starts before this one, from what the supervisor has just written; empty without it."""
     try:
-        line = json.loads((folder / JOURNAL).read_text(errors="replace").splitlines()[-1])
+        line = unseal((folder / JOURNAL).read_bytes().splitlines()[-1])
         found = line["so_far"] if line["event"] == "start" else None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+    except (OSError, ValueError, KeyError, IndexError):
         return {}
     if not isinstance(found, dict):
         return {}

@@ -48,6 +48,7 @@ from train.run_dir import (
     write_config,
 )
 from train.run_files import write_file
+from train.sealed import seal
 from train.stage_switch import StageSwitch
 from train.stages import segments_of, tokens_seen
 from train.state import Counters, TrainState
@@ -281,7 +282,7 @@ def finish(
     if config.validation.documents:
         documents = validator.documents_by_experts(state)
         if topology.is_first and documents:
-            write_file(folder / "text.json", dumps({"documents": documents}), terminal.note)
+            write_file(folder / "text.json", dumps(seal({"documents": documents})), terminal.note)
     if not (config.validation.ngram_baselines and topology.is_first):
         return
     position, skipped = state.counters.position, state.health.skipped
@@ -291,6 +292,6 @@ def finish(
     if baselines is None:
         terminal.note("n-gram baselines left out: more tokens than they take in minutes")
         return
-    write_file(folder / "baselines.json", dumps(baselines), terminal.note)
+    write_file(folder / "baselines.json", dumps(seal(baselines)), terminal.note)
     rows = ", ".join(f"{name} {baselines[name]:.3f}" for name in ("unigram", "bigram", "trigram"))
     terminal.note(f"n-gram models of the same tokens (interpolated Kneser-Ney), nats per token: {rows}")

@@ -27,6 +27,7 @@ from train.environment import software
 from train.git import git_commit
 from train.launch_config import GAVE_UP
 from train.run_files import Note, remove_quietly, write_file
+from train.sealed import is_yaml_changed, seal_yaml
 
 CONFIG, EXIT, LOCK = "config.yaml", "exit.json", ".lock"
 FIRST_RANK_PRINTS_SECONDS = 20.0
@@ -135,6 +136,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {str(key): value for key, value in stored.items()}
 
 
+def is_config_changed(folder: Path) -> bool:
+    """Whether the text of a run folder's config.yaml is not the one that its run wrote."""
+    return is_yaml_changed((folder / CONFIG).read_text(errors="replace"))
+
+
 def initial_checkpoint(folder: Path) -> str:
     """The folder in ``checkpoint.resume`` of a run's config.yaml, or `auto`.
 
@@ -177,7 +183,7 @@ def write_config(config: Config, derived: dict[str, Any], device: str, world_siz
         "environment": environment,
         "derived": derived,
     }
-    return write_file(target, yaml.safe_dump(tree, sort_keys=False), note)
+    return write_file(target, seal_yaml(yaml.safe_dump(tree, sort_keys=False)), note)
 
 
 def version(package: str) -> str:

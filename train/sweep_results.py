@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from longcat.errors import CRASHED, OK, UNHEALTHY
 from longcat.json_text import dumps
 from train.checkpoint.files import PARTIAL, write_synced
+from train.sealed import seal, unseal
 
 MULTIRUN = "multirun.yaml"  # Hydra writes it before it checks the values
 
@@ -85,17 +85,15 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
 def read_result(path: Path) -> Result:
     """The result in a file; a failed one where it cannot be read."""
     try:
-        fields = json.loads(path.read_text())
+        fields = unseal(path.read_bytes())
         _check_kinds(fields)
         return Result(**fields)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return Result(str(path), CRASHED, f"the result of this run cannot be read ({error})", process="")
 
 
-def _check_kinds(fields: Any) -> None:
+def _check_kinds(fields: dict[str, Any]) -> None:
     """Raise TypeError where a field is of another type: somebody else may have written the file."""
-    if not isinstance(fields, dict):
-        raise TypeError("no mapping")
     for key, value in fields.items():
         if type(value) not in KINDS.get(key, (type(value),)):  # Result refuses an unknown key
             raise TypeError(f"{key} is a {type(value).__name__}")
@@ -106,7 +104,7 @@ def _check_kinds(fields: Any) -> None:
 def write_result(folder: Path, number: int, result: Result) -> None:
     """Write the result of run ``number`` as a whole: other jobs may read it at any time, or write it too."""
     partial = folder / f".{number}.json-{uuid.uuid4().hex}{PARTIAL}"
-    write_synced(partial, dumps(asdict(result)))
+    write_synced(partial, dumps(seal(asdict(result))))
     partial.replace(result_file(folder, number))
 
 

@@ -19,18 +19,16 @@ from train.checkpoint.save_times import SAVES
 from train.launch_config import JOURNAL
 from train.run_dir import EXIT
 from train.run_files import LineFile, Note, remove_quietly
+from train.sealed import seal, unsealed_lines
 
 PROBE_BYTES = 1 << 16
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines that can be read."""
-    found = []
+    """The objects of a file of JSON lines that can be read, and have not changed since they were written."""
     with suppress(OSError):
-        for line in path.read_text(errors="replace").splitlines():
-            with suppress(ValueError, RecursionError):
-                found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict)]
+        return [line for line in unsealed_lines(path) if not isinstance(line, ValueError)]
+    return []
 
 
 class Journal:
@@ -53,7 +51,7 @@ class Journal:
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.file = LineFile(self.folder / JOURNAL, self.note)
-        self.file.write(dumps(line))
+        self.file.write(dumps(seal(line)))
 
     def flush(self) -> None:
         """Try lines again that wait for space."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from train.sealed import unseal
 
 WINDOW_BYTES = 4 << 20  # of the file's end that is read when nothing of it is known
 POLL_SECONDS = 0.1
@@ -100,8 +101,8 @@ class Progress:
         for raw in file.read(size - start).rpartition(b"\n")[0].splitlines(keepends=True):
             line = raw if raw.endswith(b"\n") else raw + b"\n"
             end = start + len(line)
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                row = json.loads(line)
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = unseal(line)
                 found.append((Line(int(row["step"]), start, end, digest(line)), row))
             start = end
         return found

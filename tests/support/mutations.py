@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,9 @@ class Original:
         os.utime(path, ns=self.times)
 
 
-def mutated(content: bytes, random_numbers: random.Random) -> bytes:
+def mutated(content: bytes, random_numbers: random.Random, kinds: Sequence[str] = KINDS) -> bytes:
     """``content`` with one byte changed; in some cases a range of zeros, as after a power cut, or cut off."""
-    kind = random_numbers.choice(KINDS)
+    kind = random_numbers.choice(kinds)
     place = random_numbers.randrange(len(content))
     if kind == "truncated":
         return content[:place]
@@ -47,12 +47,15 @@ def mutated(content: bytes, random_numbers: random.Random) -> bytes:
     return bytes(changed)
 
 
-def survive_mutations(folder: Path, read: Callable[[], object], count: int, seed: int = 0) -> Counter[str]:
+def survive_mutations(
+    folder: Path, read: Callable[[], object], count: int, seed: int = 0, kinds: Sequence[str] = KINDS
+) -> Counter[str]:
     """Change one file below ``folder`` ``count`` times, read, and restore.
 
     Args:
         read: reads all that the files decide. It may raise LongCatError: that is a refusal. Any other exception, or
             another result than that of the untouched files, is a failure.
+        kinds: of changes, of `KINDS`.
 
     Returns:
         How often each file name was `NAME refused` or `NAME same` (repaired, or a byte without a meaning).
@@ -63,7 +66,7 @@ def survive_mutations(folder: Path, read: Callable[[], object], count: int, seed
     random_numbers, found = random.Random(seed), Counter[str]()
     for number in range(count):
         path = random_numbers.choice(paths)
-        content = mutated(originals[path].content, random_numbers)
+        content = mutated(originals[path].content, random_numbers, kinds)
         if content == originals[path].content:  # zeros over zeros
             continue
         path.write_bytes(content)

@@ -22,13 +22,14 @@ from tests.support.running import (
     uninterrupted,
     wait_for_step,
 )
+from train.checkpoint.files import HASH
 from train.checkpoint.manifest import list_checkpoints, verify
 
 METRICS = {
     "step", "first_sample", "tokens", "loss", "loss_mtp", "loss_balance", "loss_z", "grad_norm", "lr", "step_seconds",
     "tokens_per_second", "mfu", "ffn_experts_per_token", "expert_load_max_over_mean", "bias_range",
-    "router_similarity", "router_grad_ratio", "hidden_norm", "exposed_comm_share", "memory_gib", "state_hash", "flops",
-    "slowest_rank", "slowest_rank_ratio",
+    "router_similarity", "router_grad_ratio", "hidden_norm", "exposed_comm_share", "memory_gib", "state_hash", HASH,
+    "flops", "slowest_rank", "slowest_rank_ratio",
     "loss_deviation", "grad_norm_deviation", "hidden_norm_growth", "dead_experts", "grad_rms_over_eps",
 }  # fmt: skip
 NEED_A_WINDOW = {"loss_deviation", "grad_norm_deviation", "hidden_norm_growth"}
@@ -206,7 +207,7 @@ def test_every_documented_metric_is_written(finished: Path) -> None:
             assert sum(norm**2 for norm in norms.values()) == pytest.approx(row["grad_norm"] ** 2, rel=1e-9)
         assert row.keys() - norms.keys() - others == expected
         assert all(row[key] is None for key in NEED_A_WINDOW)
-        numbers = {key: value for key, value in row.items() if key not in {"state_hash", *NEED_A_WINDOW}}
+        numbers = {key: value for key, value in row.items() if key not in {"state_hash", HASH, *NEED_A_WINDOW}}
         assert all(isinstance(value, int | float) for value in numbers.values()), numbers
         if "state_hash" in row:
             assert int(row["state_hash"], 16) < 1 << 64 and len(row["state_hash"]) == 16

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from longcat.json_text import dumps
+from train.sealed import seal, unsealed_lines
 
 SAVES = "saves.jsonl"
 NEWEST = 20  # saves that count: a run may have moved to another file system
@@ -45,7 +45,7 @@ class SaveTimer:
         A run can do without the line, and the next save has one of its own.
         """
         seconds = (self.clock() if self.end is None else self.end) - self.start
-        line = dumps({"step": self.step, "save_seconds": seconds, "blocked_seconds": self.blocked_seconds})
+        line = dumps(seal({"step": self.step, "save_seconds": seconds, "blocked_seconds": self.blocked_seconds}))
         try:
             with (run / SAVES).open("a") as file:
                 file.write(line + "\n")
@@ -56,12 +56,12 @@ class SaveTimer:
 
 def slowest_save(run: Path) -> float | None:
     """Seconds of the slowest of a run's newest saves; None where none is recorded."""
-    found = []
     try:
-        text = (run / SAVES).read_text(errors="replace")
+        lines = list(unsealed_lines(run / SAVES))[-NEWEST:]
     except OSError:
         return None
-    for line in text.splitlines()[-NEWEST:]:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
-            found.append(float(json.loads(line)["save_seconds"]))
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found += [] if isinstance(line, ValueError) else [float(line["save_seconds"])]  # a torn line
     return max(found, default=None)

@@ -24,7 +24,7 @@ from train.data.blocks import BinReader
 from train.data.corpus import CorpusInfo, block_hashes, note, note_once
 from train.data.corpus import read_index as read_corpus_index
 from train.data.index_files import NAMES, publish_index, read_index
-from train.data.sealed import DamagedError
+from train.sealed import DamagedError
 
 SplitName = Literal["train", "validation"]
 SPLIT_SEED = 20_250_917

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from train.checkpoint.files import HashedFile, file_hash, sync_folder
-from train.data.sealed import DamagedError, read_sealed, write_sealed
+from train.sealed import DamagedError, read_sealed, write_sealed
 
 NAMES = ("documents", "samples", "shuffle")  # of an epoch of samples that are cut anywhere
 MANIFEST = "index.json"  # the hash of each file

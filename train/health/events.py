@@ -11,6 +11,7 @@ from typing import Any
 from longcat.json_text import dumps
 from train.health.config import OnSpike
 from train.run_files import LineFile, Note
+from train.sealed import seal
 
 HEALTH = "health.jsonl"
 
@@ -40,7 +41,7 @@ class HealthEvent:
     fields: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> str:
-        return dumps({"step": self.step, "event": str(self.kind), **self.fields, "text": self.text}, ensure_ascii=False)
+        return dumps(seal({"step": self.step, "event": str(self.kind), **self.fields, "text": self.text}))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,6 +14,7 @@ from longcat.json_text import dumps
 from train.checkpoint.files import sync_folder
 from train.config import Config
 from train.run_files import LineFile, Note, remove_quietly
+from train.sealed import DamagedError, seal, unseal, unsealed_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,22 +23,30 @@ METRICS, ROUTING, SUPERSEDED = "metrics.jsonl", "routing.jsonl", "superseded.jso
 
 
 def step_of_line(line: bytes) -> int | None:
-    """The step of a line of metrics.jsonl or routing.jsonl; None where it cannot be read."""
+    """The step of a line of metrics.jsonl or routing.jsonl; None where it cannot be read, or has changed."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return step_of_row(unseal(line))
+    except ValueError:
         return None
+
+
+def step_of_row(row: dict[str, Any]) -> int | None:
+    step = row.get("step")
     return step if type(step) is int and step > 0 else None
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The readable lines of a file of metrics, in their order; none where there is no file."""
+    """The readable lines of a file of metrics, in their order; none where there is no file.
+
+    A line whose numbers have changed since they were written is left out, and a note on stderr says so.
+    """
     if not path.is_file():
         return
-    with path.open("rb") as lines:
-        for line in lines:
-            if step_of_line(line) is not None:
-                yield json.loads(line)
+    for number, row in enumerate(unsealed_lines(path), 1):
+        if isinstance(row, DamagedError):
+            print(f"note: {path}, line {number}, is left out: {row}", file=sys.stderr)
+        elif not isinstance(row, ValueError) and step_of_row(row) is not None:
+            yield row
 
 
 @dataclass
@@ -126,10 +135,10 @@ class JsonLines:
         self.metrics, self.routing = LineFile(folder / METRICS, note), LineFile(folder / ROUTING, note)
 
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
-        self.metrics.write(dumps(metrics))
+        self.metrics.write(dumps(seal(metrics)))
         if self.routing_every and (metrics["step"] % self.routing_every == 0 or metrics["step"] == 1):
             row = {"step": metrics["step"], "counts": counts.tolist(), "bias": biases.tolist()}
-            self.routing.write(dumps(row))
+            self.routing.write(dumps(seal(row)))
 
     def rewind(self, step: int) -> None:
         """Move the lines of the steps after ``step`` to the superseded files."""
@@ -166,6 +175,6 @@ class JsonLines:
                 note(f"{path}: the lines of steps {gaps} are missing")
         if moved.unreadable or moved.repeated:
             note(
-                f"{path}: {moved.unreadable} lines that cannot be read and {moved.repeated} of steps that occur again "
-                f"are moved to {target.name}"
+                f"{path}: {moved.unreadable} lines that cannot be read, or have changed, and {moved.repeated} of "
+                f"steps that occur again are moved to {target.name}"
             )

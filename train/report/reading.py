@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from longcat.errors import ConfigError
 from train.health.events import HEALTH
 from train.launch_config import JOURNAL
 from train.loggers.jsonl import missing_steps
+from train.run_dir import EXIT, is_config_changed
+from train.sealed import DamagedError, unseal
 
 Array = NDArray[np.float64]
 LARGEST = 1e100  # beyond it a number is spoilt: a chart could not even scale it
@@ -135,6 +136,8 @@ def read_run(run_dir: Path) -> RunData:
     if not metrics.is_file() and not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} is no run: it has no config.yaml and no metrics.jsonl; give runs/<name>")
     run = RunData(run_dir, _read_config(run_dir / "config.yaml"), {})
+    if (run_dir / "config.yaml").is_file() and is_config_changed(run_dir):
+        run.notes.append("config.yaml has changed since the run wrote it")
     if metrics.is_file():
         _read_metrics(metrics, run)
     _read_routing(run_dir / "routing.jsonl", run)
@@ -228,24 +231,28 @@ def _is_document(value: Any) -> bool:
 
 
 def _json_lines(path: Path, run: RunData, every: int = 1) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a .jsonl file; a truncated last line is expected after a kill, others are noted."""
-    broken = 0
+    """Yield the objects of a .jsonl file, and note the lines that are left out.
+
+    The last line of a run that has not ended may be cut off: it is being written, or the run was killed.
+    """
+    broken = changed = 0
     pending = False
     with path.open("rb") as file:
         for number, line in enumerate(file):
             if number % every or not line.strip():
                 continue
             broken += pending
+            pending = False
             try:
-                value = json.loads(line)
-                pending = not isinstance(value, dict)
-            except (ValueError, RecursionError):
+                yield unseal(line)
+            except DamagedError:
+                changed += 1
+            except ValueError:
                 pending = True
-            if not pending:
-                yield value
-    if broken:
-        what = "1 line" if broken == 1 else f"{broken} lines"
-        run.notes.append(f"{path.name}: {what} could not be read and left out")
+    broken += pending and (line.endswith(b"\n") or (path.parent / EXIT).exists())
+    for count, what in ((broken, "could not be read"), (changed, "changed since they were written")):
+        if count:
+            run.notes.append(f"{path.name}: {'1 line' if count == 1 else f'{count} lines'} {what} and left out")
 
 
 def _read_routing(path: Path, run: RunData) -> None:
@@ -288,11 +295,10 @@ def _read_json(path: Path, run: RunData) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return unseal(path.read_bytes())
+    except ValueError as error:
         run.notes.append(f"{path.name} is left out: {_one_line(error)}")
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _one_line(error: Exception) -> str:

@@ -15,8 +15,8 @@ from longcat.errors import ConfigError
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, lines, train_here
 from train.data.index_files import MANIFEST, NAMES, publish_index, read_index
-from train.data.sealed import DamagedError
 from train.run import index_folders
+from train.sealed import DamagedError
 
 ARRAYS = (np.arange(50), np.arange(60).reshape(30, 2), np.random.default_rng(0).permutation(29))
 
