@@ -7,7 +7,6 @@ its own seed: the order depends only on (seed, epoch, index). Megatron builds th
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 from collections import OrderedDict
@@ -23,7 +22,7 @@ from longcat.json_text import dumps
 from train.data.blocks import BinReader
 from train.data.corpus import CorpusInfo, block_hashes, note, note_once
 from train.data.corpus import read_index as read_corpus_index
-from train.data.index_files import NAMES, publish_index, read_index
+from train.data.index_files import NAMES, building, publish_index, read_index
 from train.sealed import DamagedError
 
 SplitName = Literal["train", "validation"]
@@ -223,18 +222,28 @@ class CorpusReader:
         """An index from the first of its folders that has it, else built and written for other ranks."""
         key = hashlib.sha256(dumps(identity).encode()).hexdigest()[:24]
         places = [folder / f"{kind}-{key}" for folder in self._cache_dirs]
-        damage = ""
-        for folder in places:
-            try:
-                return read_index(folder, names)
-            except FileNotFoundError:
-                continue
-            except DamagedError as error:
-                damage = f"the sample index {folder} is damaged ({error}) and was built again"
-        built = build()
-        if publish(places, built, names) and damage:
-            note(damage, any_rank=True)
-        for folder in places:  # mapped, so that the ranks of a machine share its memory
-            with contextlib.suppress(FileNotFoundError, DamagedError):
-                return read_index(folder, names)
-        return built
+        found, _ = _first_valid(places, names)
+        if found is not None:
+            return found
+        with building(places):
+            found, damage = _first_valid(places, names)  # another rank may have built it while this one waited
+            if found is not None:
+                return found
+            built = build()
+            if publish(places, built, names) and damage:
+                note(damage, any_rank=True)
+        found, _ = _first_valid(places, names)  # mapped, so that the ranks of a machine share its memory
+        return built if found is None else found
+
+
+def _first_valid(places: list[Path], names: Sequence[str]) -> tuple[EpochIndex | None, str]:
+    """The index of the first folder that has it, and what is wrong with one that is damaged."""
+    damage = ""
+    for folder in places:
+        try:
+            return read_index(folder, names), damage
+        except FileNotFoundError:
+            continue
+        except DamagedError as error:
+            damage = f"the sample index {folder} is damaged ({error}) and was built again"
+    return None, damage

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from train.checkpoint.files import HashedFile, file_hash, sync_folder
+from train.run_files import remove_quietly
 from train.sealed import DamagedError, read_sealed, write_sealed
 
 NAMES = ("documents", "samples", "shuffle")  # of an epoch of samples that are cut anywhere
@@ -35,6 +38,27 @@ def read_index(folder: Path, names: Sequence[str] = NAMES) -> tuple[np.ndarray, 
         return tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names)
     except (OSError, ValueError) as error:
         raise DamagedError(str(error)) from error
+
+
+@contextlib.contextmanager
+def building(places: Sequence[Path]) -> Iterator[None]:
+    """Lets one rank after the other build an index that is missing, so that all but the first find it.
+
+    Building takes a core and many times the index's memory, and the ranks of a machine come to it together. A lock
+    beside the first of ``places`` that can be written; without locks (some network file systems) each rank builds.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in places:
+            path = folder.with_name(f".{folder.name}.lock")
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(path.open("ab"))
+                stack.callback(remove_quietly, path)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                continue
+            break
+        yield
 
 
 def publish_index(folder: Path, arrays: tuple[np.ndarray, ...], names: Sequence[str] = NAMES) -> bool:

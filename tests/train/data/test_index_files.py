@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from longcat.errors import ConfigError
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, lines, train_here
-from train.data.index_files import MANIFEST, NAMES, publish_index, read_index
+from train.data.index_files import MANIFEST, NAMES, building, publish_index, read_index
 from train.run import index_folders
 from train.sealed import DamagedError
 
@@ -66,6 +67,34 @@ def test_ranks_that_repair_at_once_leave_one_valid_index(tmp_path: Path) -> None
             list(pool.map(lambda _: publish_index(folder, ARRAYS), range(4)))
         np.testing.assert_array_equal(read_index(folder)[2], ARRAYS[2])
     assert [path.name for path in tmp_path.iterdir()] == ["epoch"]
+
+
+@pytest.mark.parametrize("first_fails", [False, True])
+def test_ranks_that_miss_an_index_build_it_once(first_fails: bool, tmp_path: Path) -> None:
+    """The others wait and read it; where a build fails, the next rank builds."""
+    places, begun, failures = [tmp_path / "cache" / "epoch"], [], [OSError("planted")] if first_fails else []
+
+    def rank(number: int) -> bool:
+        with building(places):
+            if places[0].is_dir():
+                return False
+            begun.append(number)
+            time.sleep(0.05)
+            if failures:
+                raise failures.pop()
+            return publish_index(places[0], ARRAYS)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(rank, number) for number in range(8)]
+    ends = [one.exception() or one.result() for one in found]
+    assert len(begun) == 1 + first_fails and ends.count(True) == 1 and ends.count(False) == 7 - first_fails
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["epoch"]
+
+
+def test_ranks_build_at_once_where_nothing_can_be_locked(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with building([tmp_path / "file" / "epoch"]), building([tmp_path / "file" / "epoch"]):
+        pass
 
 
 def test_an_index_that_was_in_the_way_may_be_gone_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
