@@ -130,7 +130,7 @@ def interval(differences: list[float], level: float) -> Interval:
 class Verdict:
     """Words of a verdict."""
 
-    SHOWN, NOT_SHOWN, REFUTED, OPEN, RUNNING = "shown", "not shown", "refuted", "reported", "running"
+    SHOWN, NOT_SHOWN, REFUTED, OPEN, UNFINISHED = "shown", "not shown", "refuted", "reported", "unfinished"
 
 
 def judge(comparison: Comparison, found: Interval) -> str:

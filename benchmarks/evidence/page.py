@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.evidence import token_kinds, widths
@@ -25,7 +26,8 @@ is the difference between two runs of one seed. A claim that this size does not 
 effect that would have been seen.
 
 - *Shown*: the whole interval lies on the expected side of zero (or, for "equal", inside the margin). *Refuted*: it lies
-  wholly on the other side. *Not shown*: neither. A claim is shown where all of its comparisons are.
+  wholly on the other side. *Not shown*: neither. A claim is shown where all of its comparisons are, and *unfinished*
+  while runs are missing.
 - Intervals hold with {overall} over both looks at the data: the first after the smaller number of seeds, the second,
   only where the first decides nothing, after the larger.
 - `python -m benchmarks.evidence run --workers 2` makes all runs again, one thread each, and resumes when it was
@@ -46,28 +48,54 @@ def draw(claims: list[Claim]) -> int:
     """Write the page and a picture for each claim that has results."""
     sweep = widths.load().claim
     kinds = token_kinds.registered()
-    drawn = draw_kinds(kinds, Path(f"docs/images/evidence/{token_kinds.NAME}.png"))
-    rest = token_kinds.section(drawn)
-    drawn = draw_widths(widths.load(), Path(f"docs/images/evidence/{widths.NAME}.png"))
     jobs = {job.key: job for claim in [*claims, sweep] for _, job in wanted(claim)}
     results = [job.result for job in jobs.values() if job.result]
     for claim in [*claims, sweep]:
         check_corpus(claim)
-    rows = [f"| [{claim.title}](#{anchor(claim.title)}) | {claim.report} | {verdict_of(claim)} |" for claim in claims]
-    title, report = kinds.tree["title"], kinds.tree["report"]
-    rows.append(f"| [{title}](#{anchor(title)}) | {report} | {kinds.verdict()} |")
-    rows.append(f"| [{sweep.title}](#{anchor(sweep.title)}) | {sweep.report} | {widths.verdict()} |")
+    parts = [Part(one.title, one.report, verdict_of(one), *progress(one), section(one)) for one in claims]
+    tree, drawn_kinds = kinds.tree, draw_kinds(kinds, Path(f"docs/images/evidence/{token_kinds.NAME}.png"))
+    text = "\n".join(token_kinds.section(drawn_kinds))
+    parts.append(Part(tree["title"], tree["report"], kinds.verdict(), len(kinds.results()), tree["seeds"], text))
+    drawn_widths = draw_widths(widths.load(), Path(f"docs/images/evidence/{widths.NAME}.png"))
+    text = "\n".join(widths.section(drawn_widths))
+    parts.append(Part(sweep.title, sweep.report, widths.verdict(), *progress(sweep), text))
+    parts.sort(key=lambda part: part.verdict == Verdict.UNFINISHED)
     head = HEAD.format(
         overall=f"{OVERALL:.0%}".replace("%", " %"),
         hours=f"{sum(result.seconds for result in results) / 3600:.1f}",
         left=len(jobs) - len(results),
         all=len(jobs),
         experiment="../configs/experiment/evidence.yaml",
-        verdicts="\n".join(["| claim | in the report | here |", "|---|---|---|", *rows]),
+        verdicts="\n".join(
+            ["| claim | in the report | here | runs |", "|---|---|---|---|", *(part.row for part in parts)]
+        ),
     )
-    rest += widths.section(drawn)
-    PAGE.write_text("\n".join([head, *(section(claim) for claim in claims), *rest]), encoding="utf-8")
+    PAGE.write_text("\n".join([head, *(part.text for part in parts)]), encoding="utf-8")
     return 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A claim on the page."""
+
+    title: str
+    report: str  # what the technical report says
+    verdict: str
+    done: int  # runs
+    wanted: int
+    text: str  # its section
+
+    @property
+    def row(self) -> str:
+        """Its line in the table of verdicts."""
+        link = f"[{self.title}](#{anchor(self.title)})"
+        return f"| {link} | {self.report} | {self.verdict} | {self.done} of {self.wanted} |"
+
+
+def progress(claim: Claim) -> tuple[int, int]:
+    """Runs done, and wanted up to now."""
+    jobs = {job.key: job for _, job in wanted(claim)}
+    return sum(job.result is not None for job in jobs.values()), len(jobs)
 
 
 def check_corpus(claim: Claim) -> None:
@@ -91,9 +119,9 @@ def anchor(title: str) -> str:
 
 
 def verdict_of(claim: Claim) -> str:
-    """One word for a claim: shown where all comparisons are, refuted where one is, running where runs are missing."""
+    """One word for a claim: shown where all comparisons are, refuted where one is, unfinished where runs are missing."""
     verdicts = {verdict for _, verdict in look(claim, seeds_wanted(claim))}
-    for one in (Verdict.RUNNING, Verdict.REFUTED, Verdict.NOT_SHOWN, Verdict.SHOWN):
+    for one in (Verdict.UNFINISHED, Verdict.REFUTED, Verdict.NOT_SHOWN, Verdict.SHOWN):
         if one in verdicts:
             return one
     return Verdict.OPEN
@@ -111,7 +139,7 @@ def section(claim: Claim) -> str:
         "",
     ]
     for comparison, (bounds, verdict) in zip(claim.comparisons, found, strict=True):
-        if verdict != Verdict.RUNNING and len(claim.comparisons) <= FEW:
+        if verdict != Verdict.UNFINISHED and len(claim.comparisons) <= FEW:
             lines.append(f"- {sentence(claim, comparison, bounds, verdict)}")
     if claim.notes:
         lines += [*([""] if lines[-1] else []), claim.notes.strip()]
@@ -135,9 +163,13 @@ def section(claim: Claim) -> str:
 
 
 def table(claim: Claim, found: list[tuple[Interval, str]]) -> list[str]:
-    """One row for each comparison."""
+    """One row for each comparison of which a pair of runs is done."""
+    if not any(bounds.seeds for bounds, _ in found):
+        return ["No pair of runs is done yet."]
     lines = ["| difference | measure | expected | mean | interval | seeds | verdict |", "|---|---|---|---|---|---|---|"]
     for comparison, (bounds, verdict) in zip(claim.comparisons, found, strict=True):
+        if not bounds.seeds:
+            continue
         measure = MEASURES[comparison.measure]
         unit = f", {measure.unit}" if measure.unit else ""
         expected = {
@@ -152,6 +184,8 @@ def table(claim: Claim, found: list[tuple[Interval, str]]) -> list[str]:
             f"| {comparison.first} − {comparison.second} | {measure.title}{unit} | {expected} | {average} | {span} | "
             f"{bounds.seeds} | {verdict} |"
         )
+    if missing := sum(not bounds.seeds for bounds, _ in found):
+        lines += ["", f"Of {missing} further comparisons no pair of runs is done yet."]
     return lines
 
 

@@ -60,12 +60,12 @@ def differences(claim: Claim, first: str, second: str, measure: str, seeds: int)
 
 
 def look(claim: Claim, seeds: int) -> list[tuple[Interval, str]]:
-    """Interval and verdict of each comparison after ``seeds`` seeds; RUNNING where runs are missing."""
+    """Interval and verdict of each comparison after ``seeds`` seeds; UNFINISHED where runs are missing."""
     found = []
     for one in claim.comparisons:
         numbers = differences(claim, one.first, one.second, one.measure, seeds)
         bounds = interval(numbers, level(claim))
-        found.append((bounds, judge(one, bounds) if len(numbers) == seeds else Verdict.RUNNING))
+        found.append((bounds, judge(one, bounds) if len(numbers) == seeds else Verdict.UNFINISHED))
     return found
 
 

@@ -72,14 +72,14 @@ class Registered:
         for one in self.comparisons:
             numbers = [result["kinds"][one.first]["mean"] - result["kinds"][one.second]["mean"] for result in results]
             bounds = interval(numbers, LEVEL)
-            found.append((bounds, judge(one, bounds) if len(numbers) == self.tree["seeds"] else Verdict.RUNNING))
+            found.append((bounds, judge(one, bounds) if len(numbers) == self.tree["seeds"] else Verdict.UNFINISHED))
         return found
 
     def verdict(self) -> str:
         """One word: shown where all comparisons are, refuted where one is."""
         verdicts = {verdict for _, verdict in self.found()}
         return next(
-            one for one in (Verdict.RUNNING, Verdict.REFUTED, Verdict.NOT_SHOWN, Verdict.SHOWN) if one in verdicts
+            one for one in (Verdict.UNFINISHED, Verdict.REFUTED, Verdict.NOT_SHOWN, Verdict.SHOWN) if one in verdicts
         )
 
 

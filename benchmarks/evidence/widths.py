@@ -154,7 +154,7 @@ def verdict() -> str:
     sweep = load()
     best = {(kind, width): sweep.best(kind, width) for kind in PARAMETERISATIONS for width in sweep.widths}
     if any(rate is None for rate in best.values()):
-        return Verdict.RUNNING
+        return Verdict.UNFINISHED
     steps = {
         place: abs(math.log(float(rate or 1) / float(best[TABLE, sweep.proxy] or 1), STEP))
         for place, rate in best.items()
