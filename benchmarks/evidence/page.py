@@ -119,7 +119,7 @@ def anchor(title: str) -> str:
 
 
 def verdict_of(claim: Claim) -> str:
-    """One word for a claim: shown where all comparisons are, refuted where one is, unfinished where runs are missing."""
+    """One word: shown where all comparisons are, refuted where one is, unfinished where runs are missing."""
     verdicts = {verdict for _, verdict in look(claim, seeds_wanted(claim))}
     for one in (Verdict.UNFINISHED, Verdict.REFUTED, Verdict.NOT_SHOWN, Verdict.SHOWN):
         if one in verdicts:
