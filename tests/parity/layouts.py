@@ -101,6 +101,7 @@ LAYOUTS = [
 ]
 
 COMPILED = Layout("tp2-compile", 2, "tp=2 compile=true")
+COMPILED_PACKED = Layout("tp2-compile-packed", 2, "tp=2 compile=true", "packed")
 QUANTILE = [
     Layout("tp2-ep2-recompute_full-quantile", 2, "tp=2 ep=2 recompute=full", "quantile"),
     Layout("pp2-zbv-fsdp2-cp2-quantile", 8, "pp=2 schedule=zbv fsdp=2 cp=2", "quantile"),

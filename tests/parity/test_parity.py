@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.parity.conftest import ERRORS
-from tests.parity.layouts import COMPILED, LAYOUTS, PACKED, PROBLEMS, QUANTILE, YARN, Layout, marked
+from tests.parity.layouts import COMPILED, COMPILED_PACKED, LAYOUTS, PACKED, PROBLEMS, QUANTILE, YARN, Layout, marked
 from tests.parity.mutations import MUTATIONS
 from tests.support.comparison import STEPS, check, compare, one_process
 from tests.support.measure import LENGTH, Measured, measure
@@ -56,8 +56,11 @@ def test_layouts_leave_out_padding_as_one_process(layout: Layout) -> None:
     assert expected.counts[0].sum(1).tolist() == pytest.approx([3 * tokens] * 4), "top_k selections of each token"
 
 
-def test_compiled_layout_equals_one_process() -> None:
-    check(compare(measured_on(COMPILED), one_process()))
+@pytest.mark.parametrize(
+    "layout", [COMPILED, pytest.param(COMPILED_PACKED, marks=pytest.mark.long)], ids=lambda one: one.name
+)
+def test_compiled_layout_equals_one_process(layout: Layout) -> None:
+    check(compare(measured_on(layout), one_process(*PROBLEMS[layout.problem])))
 
 
 @pytest.mark.parametrize(
