@@ -252,6 +252,8 @@ def one_line(error: BaseException) -> str:
         return f"{kept[0].partition(': ')[2]}; use {', '.join(kept[2:])}"
     key = next((line.partition(": ")[2] for line in kept if line.startswith("full_key")), None)
     kept = [line.removeprefix("Error merging override ") for line in kept if not line.startswith("full_key")]
+    if key and "is not in struct" in text:  # an open mapping of Hydra's, such as a launcher's additional parameters
+        return f"{': '.join(kept)}; write +{key}=… to add it"
     return ": ".join(kept) + ("" if not key else f"; {default_of(key)}")
 
 

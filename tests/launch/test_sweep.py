@@ -130,6 +130,8 @@ def test_a_refused_sweep_leaves_no_folder(refused: Refused, tmp_path: Path) -> N
     refused([*words, "model=debug,huge"], "'model/huge'")
     refused([*words, "optim.lr=fast,1"], "optim.lr=fast")
     refused([*words, "hydra/launcher=nowhere", "optim.lr=1,2"], "launcher/nowhere")
+    slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.additional_parameters.hold=true"]
+    refused([*words, *slurm, "optim.lr=1,2"], "write +hydra.launcher.additional_parameters.hold=… to add it")
     assert not (tmp_path / "runs").exists()
     (tmp_path / "file").write_text("mine")
     refused(["train", "-m", f"run.dir={tmp_path / 'file'}", "optim.lr=1,2"], "run.dir=", "choose another run.dir")

@@ -56,7 +56,7 @@ def test_a_second_start_submits_no_waiting_job_again(
     slurm: Slurm, sweep: Sweep, overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The first command is killed while its array waits; when that is cancelled, a third start trains."""
-    rates, held = "optim.lr=1e-3,3e-3", "hydra.launcher.additional_parameters={hold:true}"
+    rates, held = "optim.lr=1e-3,3e-3", "+hydra.launcher.additional_parameters.hold=true"
     with patch.dict(os.environ, slurm.environment):
         first = program("launch", "train", "-m", *overrides, *NARROW, *WORDS, rates, held)
     while len(list(tmp_path.rglob("*_submitted.pkl"))) < 2:
