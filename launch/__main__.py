@@ -15,6 +15,7 @@ finally:
 
 import difflib
 import errno
+import shlex
 from collections.abc import Callable
 
 from launch import checkpoint_verbs, verbs
@@ -23,6 +24,7 @@ from longcat import __version__
 from longcat.errors import BAD_INPUT, OK, LongCatError
 from longcat.lasting_streams import lasting_streams
 from longcat.refusal import leave_refusal
+from train.environment import COMMAND
 
 UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
 
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit code (0 done, 2 wrong input, 3 stopped, 4 unhealthy, 1 anything else)."""
     if argv is None:  # as a program
         leave_out_in_children()
+        os.environ[COMMAND] = shlex.join(["longcat", *sys.argv[1:]])
     with lasting_streams():
         code = run(sys.argv[1:] if argv is None else argv)
         if argv is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shlex
@@ -11,6 +12,7 @@ from typing import Any
 
 from train.git import git_dirty
 
+COMMAND = "LONGCAT_COMMAND"  # environment variable: what a person typed, for the ranks that it starts
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -20,7 +22,7 @@ def software() -> dict[str, Any]:
 
     return {
         "git_dirty": git_dirty(),
-        "command": shlex.join(sys.orig_argv),
+        "command": os.environ.get(COMMAND) or shlex.join(sys.orig_argv),
         "python": platform.python_version(),
         "system": platform.platform(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,

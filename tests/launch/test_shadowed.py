@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.running import NARROW, ROOT, free_ports, lines
+from train.run_dir import read_config
 
 OWN_FILES = ("train.py", "json.py", "random.py", "torch.py", "parallel.py", "configs.py", "hydra.py")
 OWN_FOLDERS = ("longcat", "datasets", "wandb", "omegaconf")
@@ -84,6 +85,8 @@ def test_ranks_train_with_a_pythonpath_of_here(folder: Path, tmp_path: Path, sho
     answer = run([longcat, "train", *short, "run.num_processes=2"], folder, path)
     assert answer.returncode == 0, answer.stderr
     assert len(lines(tmp_path / "run")) == 2
+    command = read_config(tmp_path / "run")["environment"]["command"]
+    assert command.startswith("longcat train model=debug ") and command.endswith(" run.num_processes=2")
 
 
 def own_package(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from train.environment import driver_version, software
+from train.environment import COMMAND, driver_version, software
 from train.git import git_dirty
 
 
@@ -17,6 +17,11 @@ def test_software_names_the_command_and_python() -> None:
     found = software()
     assert sys.orig_argv[-1] in found["command"] and found["python"] == sys.version.split()[0]
     assert found["git_dirty"] in (True, False, None)
+
+
+def test_software_names_what_started_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COMMAND, "longcat train run.name='a b'")
+    assert software()["command"] == "longcat train run.name='a b'"
 
 
 @pytest.mark.parametrize(
