@@ -20,6 +20,8 @@ from parallel.environment import raise_descriptor_limit
 from parallel.groups import bound_device, mesh_groups_of_members
 from parallel.sizes import Axis, MeshSizes, resolve_sizes, world_from_environment
 from parallel.torch_internals import flatten_mesh, unflatten_mesh
+from parallel.watchdog.events import Event, SpanKind
+from parallel.watchdog.spans import wait_span
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,12 @@ def missing_keys(store: dist.Store, keys: list[str]) -> list[str]:
     return missing_keys(store, keys[:half]) + missing_keys(store, keys[half:])
 
 
-def connect(config: ParallelConfig) -> Topology:
+def connect(config: ParallelConfig, on_meeting: Callable[[], None] = lambda: None) -> Topology:
     """Create the process group and the mesh: NCCL and gloo on GPUs, gloo alone on CPUs.
+
+    Args:
+        on_meeting: called on each rank when all have met, before the mesh's groups are made: a lost rank or store
+            would keep those waiting in this thread.
 
     Raises:
         ConfigError: this rank has no GPU.
@@ -219,7 +225,7 @@ def connect(config: ParallelConfig) -> Topology:
     raise_descriptor_limit(sizes, world_size, cuda, os.environ)
     if cuda:
         torch.cuda.set_device(device)
-    if "MASTER_ADDR" not in os.environ:
+    if world_size == 1:  # it needs no store
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:
         timeout = timedelta(seconds=config.timeout_seconds)
@@ -251,4 +257,6 @@ def connect(config: ParallelConfig) -> Topology:
                 f"{config.timeout_seconds:g} s (parallel.timeout_seconds); look at its machine",
                 {"kind": "missing", "ranks": [{"rank": number} for number in ranks]},
             ) from error
-    return make_topology(sizes, rank, world_size, device)
+    on_meeting()
+    with wait_span(Event(SpanKind.MESH_GROUPS)):
+        return make_topology(sizes, rank, world_size, device)

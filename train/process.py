@@ -25,6 +25,7 @@ from longcat.errors import (
 )
 from parallel.sizes import world_from_environment
 from parallel.watchdog import watchdog
+from parallel.watchdog.diagnosis import Cause
 from parallel.watchdog.errors import causes
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
@@ -111,6 +112,13 @@ def failure_details(error: BaseException) -> dict[str, Any]:
     return {}
 
 
+def hang_details(finding: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Fields of exit.json for a run that the watchdog ends: `hang`, or a lost store as the cause."""
+    if finding is None:
+        return {}
+    return SilentStoreError.details if finding["kind"] == Cause.STORE_LOST else {"hang": finding}
+
+
 _REPORTING = threading.Lock()
 
 
@@ -120,6 +128,5 @@ def report_hang(folder: Path, message: str) -> None:
     The second caller ends the process next, so it waits here until the first has printed.
     """
     with _REPORTING:
-        found = watchdog.finding()
-        if claim_exit(folder, CRASHED, message, {} if found is None else {"hang": found}):
+        if claim_exit(folder, CRASHED, message, hang_details(watchdog.finding())):
             print(f"error: {message}", file=sys.stderr, flush=True)

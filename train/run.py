@@ -67,10 +67,11 @@ def train(config: Config, stop_signal: StopSignal, on_hang: Callable[[str], None
     if config.train.deterministic:
         make_deterministic()
     enable_flight_recorder(config.run.folder)
-    topology = connect(config.parallel)
+    timeout = config.parallel.timeout_seconds
+    topology = connect(config.parallel, partial(watchdog.start, timeout, on_hang, config.run.folder))
+    watchdog.set_timeout(timeout)  # of the mesh's groups too
     if topology.device.type == "cpu":
         keep_freed_memory()
-    watchdog.start(config.parallel.timeout_seconds, on_hang, config.run.folder)
     count_stream_waits(topology.device)
     stop_signal.listen()  # after all ranks have met: a rank that a signal ends earlier would leave the others waiting
     resolve_dtype(config)

@@ -171,11 +171,11 @@ def _named(details: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _kind_of_crash(details: Mapping[str, Any], lost: Sequence[str], store_error: str) -> Cause:
-    if details.get("cause") in (Cause.out_of_memory, Cause.disk_full, Cause.store_lost):
+    if details.get("cause") in (Cause.out_of_memory, Cause.disk_full):
         return Cause(details["cause"])
     if lost:
         return Cause.node_lost
-    if store_error:
+    if store_error or details.get("cause") == Cause.store_lost:
         return Cause.store_lost
     hang = details.get("hang")
     return Cause.hang if isinstance(hang, dict) and hang.get("kind") != "dead" else Cause.crash

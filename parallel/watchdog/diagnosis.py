@@ -25,6 +25,7 @@ class Cause(StrEnum):
     UNRESPONSIVE = "unresponsive"  # a rank's heartbeats have stopped
     STRAGGLER = "straggler"  # a rank works, or waits in another collective
     UNKNOWN = "unknown"  # no rank differs from the others
+    STORE_LOST = "store_lost"  # heartbeats cannot be read, and no rank is known to be lost
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class SpanKind(StrEnum):
     OUTCOME = "outcome", Track.GRADIENTS  # whether what is named in `of` succeeded on every rank
     DEVICE = "device", Track.COMPUTE, "", "what is queued on the device"
     END_OF_RUN = "end_of_run", Track.GRADIENTS, "", "end of the run"
+    MESH_GROUPS = "mesh_groups", Track.GRADIENTS, "", "process groups of the mesh"
     NEW_GROUP = "new_group", Track.GRADIENTS, "", "new process group for checkpoints"
     CHECKPOINT_WRITE_ALL = "checkpoint_write_all", Track.GRADIENTS, "", "write of the checkpoint by all ranks"
     CHECKPOINT_READ_ALL = "checkpoint_read_all", Track.GRADIENTS, "", "read of the checkpoint by all ranks"

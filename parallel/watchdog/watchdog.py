@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from longcat.errors import CRASHED
-from parallel.mesh import BACKGROUND
+from parallel.mesh import BACKGROUND, ask_store
 from parallel.reduce import broadcast
 from parallel.torch_internals import default_store, process_groups, set_group_timeout
 from parallel.watchdog.diagnosis import Cause, Diagnosis, as_finding, diagnose, format_message, reporter
@@ -69,7 +69,6 @@ class Watchdog:
         ]
 
     def start(self) -> None:
-        self.store.publish(self.heartbeat())
         for thread in self.threads:
             thread.start()
 
@@ -216,12 +215,12 @@ class Watchdog:
         """The store does not answer: its host delays the others, as far as the last heartbeats say."""
         heartbeats = self.store.known | {self.store.rank: self.heartbeat()}
         dead = self._dead(heartbeats)
-        unresponsive = {0} if self.store.at_rank_0 and self.store.rank != 0 and not dead else set()
+        unresponsive = {0} & self.store.known.keys() if self.store.at_rank_0 and not dead else set()
         found = diagnose(self.store.rank, heartbeats, unresponsive, dead, time.time()) if unresponsive | dead else None
         host = "rank 0" if self.store.at_rank_0 else "the launcher on the first host"
         lost = f"{host}, which holds the heartbeat store, does not answer"
         if found is None:
-            return heartbeats, Diagnosis(Cause.UNRESPONSIVE, (), lost, "check that its machine is alive")
+            return heartbeats, Diagnosis(Cause.STORE_LOST, (), lost, "look at its process and machine")
         return heartbeats, Diagnosis(found.cause, found.ranks, f"{found.reason}; {lost}", found.advice)
 
     def _announce(self, message: str, heartbeats: dict[int, Heartbeat], diagnosis: Diagnosis) -> None:
@@ -268,12 +267,15 @@ _current: Watchdog | None = None
 
 
 def start(timeout_seconds: float, on_hang: Callable[[str], None], folder: Path) -> None:
-    """Watch this rank from here to `stop`; does nothing in a run of one rank. All ranks call it after `connect`.
+    """Watch this rank from here to `stop`; does nothing in a run of one rank. All ranks call it when they have met.
 
     Args:
         timeout_seconds: how long a wait span may take.
         on_hang: is given the message; called from a thread, and the process ends when it returns.
         folder: the run's, for NCCL's flight records.
+
+    Raises:
+        SilentStoreError: the store does not answer in time.
     """
     global _current
     stop()
@@ -284,8 +286,15 @@ def start(timeout_seconds: float, on_hang: Callable[[str], None], folder: Path) 
     rank = dist.get_rank()
     record = flight_record_path(folder, rank) if torch.cuda.is_available() else None
     # Not the agent's restart count: that stays the same when nodes come or go
-    store = HeartbeatStore(default_store(), rank, dist.get_world_size(), broadcast(uuid.uuid4().hex))
-    _current = Watchdog(store, timeout_seconds, on_hang, record)
+    incarnation = broadcast(uuid.uuid4().hex)
+
+    def published() -> Watchdog:
+        store = HeartbeatStore(default_store(), rank, dist.get_world_size(), incarnation)
+        found = Watchdog(store, timeout_seconds, on_hang, record)
+        store.publish(found.heartbeat())  # so that the others can name this rank
+        return found
+
+    _current = ask_store(published, timeout_seconds)
     set_timeout(timeout_seconds)
     _current.start()
 

@@ -46,6 +46,7 @@ def corruption() -> Any:
         ({0: 1}, 0, {"code": 1, "hang": {"kind": "unknown", "ranks": []}}, 1, Cause.hang, (), ()),
         ({0: 1}, 0, {"code": 1, "cause": "out_of_memory"}, 1, Cause.out_of_memory, (), ()),
         ({0: 1}, 0, {"code": 1, "cause": "disk_full"}, 1, Cause.disk_full, (), ()),
+        ({0: 1}, 0, {"code": 1, "cause": "store_lost"}, 1, Cause.store_lost, (), ()),
         ({0: 1}, 0, {"code": 1, "cause": "another"}, 1, Cause.crash, (0,), ("a",)),
         ({0: 3, 3: 3}, 0, {"code": 3, "straggler": {"ranks": [{"rank": 3}]}}, 3, Cause.straggler, (3,), ("b",)),
         ({0: -11}, 0, {"code": 0}, 1, Cause.crash, (0,), ("a",)),
@@ -71,6 +72,7 @@ def test_a_lost_node_is_to_blame_for_what_its_loss_did() -> None:
     found = find_fault(NODES, rest, ["b"], {"code": 1, "hang": {"kind": "dead", "ranks": [{"rank": 3}]}})
     assert (found.code, found.cause, found.nodes) == (1, Cause.node_lost, ("b",))
     assert find_fault(NODES, [], ["a", "b"]).cause == Cause.node_lost
+    assert find_fault(NODES, rest, ["b"], {"code": 1, "cause": "store_lost"}).cause == Cause.node_lost
     assert find_fault(NODES, reports({}, None)[:1], ["b"], {"code": 0}).cause == Cause.done
 
 
