@@ -19,12 +19,14 @@ from torch import Tensor
 from longcat.errors import CorruptionError
 from longcat.faults import Place, install_hook
 from parallel.mesh import make_topology, resolve_sizes, world_from_environment
+from parallel.sdc.recompute import Recomputer
 from parallel.sdc.spec import Fault, Pattern
 from parallel.watchdog.events import Event, SpanKind
-from tests.support.running import TINY, RandomSamples
+from tests.support.running import TINY, PaddedSamples, RandomSamples
 from train.batches import BatchReader
 from train.checkpoint.state_hash import state_hash
 from train.compose import compose
+from train.data.config import Packing
 from train.run import build_state
 from train.step import Stepper
 
@@ -46,6 +48,14 @@ LAYOUTS: dict[str, tuple[int, str]] = {
     "dp 2, fsdp 2": (4, "parallel.dp=2 parallel.fsdp=2 train.global_batch_size=4"),
     "zero2": (2, "parallel.fsdp=2 parallel.sharding=zero2"),
 }
+
+
+class Everything(Recomputer):
+    """Repeats every call."""
+
+    def _is_chosen(self) -> bool:
+        super()._is_chosen()
+        return True
 
 
 @dataclass
@@ -75,7 +85,8 @@ class Rank:
         sizes = resolve_sizes(self.config.parallel, world_size)
         self.topology = make_topology(sizes, rank, world_size, torch.device("cpu"))
         self.state = build_state(self.config, self.topology)
-        samples: Any = RandomSamples(self.config.train.sequence_length)
+        is_packed = self.config.data.packing == Packing.best_fit
+        samples: Any = (PaddedSamples if is_packed else RandomSamples)(self.config.train.sequence_length)
         self.reader = BatchReader(samples, self.config, self.topology)
         self.stepper(()).step()  # so that moments are not zero
         self.counters, self.health = dict(vars(self.state.counters)), deepcopy(vars(self.state.health))

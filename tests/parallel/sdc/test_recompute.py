@@ -15,6 +15,7 @@ from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from parallel.sdc.inject import Injector
 from parallel.sdc.recompute import Persistence, Recomputer, compared
 from parallel.sdc.spec import parse_faults
+from tests.support.faults import Everything
 from tests.support.measure import MODEL, samples
 from tests.support.pool import close_pools, pool
 from train.batches import BatchReader
@@ -31,14 +32,6 @@ LAYERS = ("model.num_layers=2", "train.global_batch_size=2", "balance.num_groups
 def _pools() -> Iterator[None]:
     yield
     close_pools()
-
-
-class Everything(Recomputer):
-    """Repeats every call."""
-
-    def _is_chosen(self) -> bool:
-        super()._is_chosen()
-        return True
 
 
 def train(words: list[str], steps: int, faults: list[str], all_calls: bool, permuted: bool) -> tuple[list[Found], int]:
