@@ -16,12 +16,22 @@ from train.step import Stepper, StepSums
 WATCHFUL = ["health.window=8", "health.sigmas=15"]
 
 
-def plant(patch: pytest.MonkeyPatch, samples: Collection[int], gradient: float = 1000.0, loss: float = 1.0) -> None:
-    """Scale gradient (at most by its tokens) and loss of each global batch that begins with one of ``samples``."""
+def plant(
+    patch: pytest.MonkeyPatch,
+    samples: Collection[int] = (),
+    gradient: float = 1000.0,
+    loss: float = 1.0,
+    steps: Collection[int] = (),
+) -> None:
+    """Scale gradient (at most by its tokens) and loss of each global batch that begins with one of ``samples``.
+
+    Or of each of ``steps``, whatever its samples are: a spike that the model causes.
+    """
     backward: Callable[..., StepSums] = Stepper._backward
 
     def planted(self: Stepper, batches: list[Any], divisors: Divisors, use_mtp: bool) -> StepSums:
-        if self.state.health.skipped.place(self.state.counters.position) not in samples:
+        first, step = self.state.health.skipped.place(self.state.counters.position), self.state.counters.step + 1
+        if first not in samples and step not in steps:
             return backward(self, batches, divisors, use_mtp)
         tokens = max(1, round(divisors.valid_tokens / gradient))
         local = backward(self, batches, dataclasses.replace(divisors, valid_tokens=tokens), use_mtp)

@@ -17,6 +17,7 @@ from train.checkpoint.manifest import STATE
 from train.compose import compose
 from train.health.ranges import SampleRanges
 from train.process import main
+from train.step import Stepper, StepResult
 
 STEPS = 12
 PLANTED = 28  # the first sample of step 8
@@ -146,6 +147,45 @@ def test_one_spike_too_many_ends_with_exit_code_4(
     assert reason in errors and "nothing was updated and the last valid checkpoint is" in errors
     assert [event["action"] for event in events(tmp_path / "run")] == [policy, "stop"][policy == "stop" :]
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("forget_after", [1, 10_000])
+def test_spike_that_comes_back_after_each_rollback_ends_with_exit_code_4(
+    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_after: int
+) -> None:
+    """The model causes it, not the data. Each rollback leaves out the next batches, and none forgets those before."""
+    plant(monkeypatch, steps=[8])
+    words = [*short, "health.max_actions=3", f"health.forget_after={forget_after}"]
+    assert train_here(words) == 4
+    found = events(tmp_path / "run")
+    assert [(one["step"], one["action"], one["actions"]) for one in found] == [
+        (8, "rollback", 1), (8, "rollback", 2), (8, "rollback", 3), (8, "stop", 3),
+    ]  # fmt: skip
+    assert [(one["first_sample"], one["last_sample"]) for one in found[:3]] == [(20, 31), (32, 43), (44, 55)]
+    assert train_here(words) == 4, "the last checkpoint is of before the first spike, so all of it comes again"
+    assert [one["action"] for one in events(tmp_path / "run")] == 2 * ["rollback", "rollback", "rollback", "stop"]
+
+
+def test_crash_behind_a_rollback_changes_nothing(
+    short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint knows of the rollback yet: the resumed run meets the spike again, and does the same about it."""
+    plant(monkeypatch, [PLANTED])
+    assert train_here([*short, "run.name=whole"]) == 0
+    expected = state_json(tmp_path / "whole", STEPS)["health"]
+    step = Stepper.step
+
+    def crash(self: Stepper, *requests: Any) -> StepResult:
+        if self.state.counters.step == 6 and self.state.health.strikes:
+            raise MemoryError("planted")
+        return step(self, *requests)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Stepper, "step", crash)
+        train_here(short)
+    assert train_here(short) == 0
+    assert exact(tmp_path / "run") == exact(tmp_path / "whole")
+    assert expected["strikes"] == [8] and state_json(tmp_path / "run", STEPS)["health"] == expected
 
 
 def test_checkpoints_without_health_state_load(
