@@ -150,7 +150,7 @@ def test_one_spike_too_many_ends_with_exit_code_4(
 
 
 @pytest.mark.parametrize("forget_after", [1, 10_000])
-def test_spike_that_comes_back_after_each_rollback_ends_with_exit_code_4(
+def test_spike_that_comes_back_after_each_rollback_ends_the_run(
     short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_after: int
 ) -> None:
     """The model causes it, not the data. Each rollback leaves out the next batches, and none forgets those before."""
