@@ -13,7 +13,7 @@ class Pattern(StrEnum):
     """How a group's messages use links."""
 
     all_to_all = "all_to_all"  # as many bytes to each rank
-    ring = "ring"  # all-gather, reduce-scatter: a node receives each byte once
+    ring = "ring"  # all-gather, reduce-scatter: a node receives each byte once; on CPUs each rank does
     neighbour = "neighbour"  # to one rank
 
 
@@ -52,7 +52,8 @@ def seconds(cluster: Cluster, group: Group, pattern: Pattern, num_bytes: float, 
     latency = messages * (cluster.inside_latency if here == group.size else cluster.network_latency)
     if here == group.size:
         return num_bytes / inside + latency
-    if pattern == Pattern.all_to_all:
+    # On CPUs a rank sends to each other one (parallel/collectives/point_to_point.py)
+    if pattern == Pattern.all_to_all or (pattern == Pattern.ring and not cluster.on_gpu):
         others = group.size - 1
         return (
             max(num_bytes * (here - 1) / others / inside, num_bytes * (others - here + 1) / others / network) + latency

@@ -27,8 +27,9 @@ class Summary:
     ("state",) bytes of weights and moments; ("start",) those and the step's buffers; ("end",) the most after the last
     phase; ("peak", …) bytes at points of the step; ("before" or "after", stage, phase, which) bytes around the phase of
     the first or the last micro-batch that was traced; ("flops" or "seconds", stage, phase) of one micro-batch; ("bytes"
-    or "count", stage, phase, kind) of messages; ("step bytes" or "step count", kind) of all that was traced. A stage is
-    its number among the rank's own; stage -1 is what is outside phases, of a whole step.
+    or "count", stage, phase, kind) of messages, with "root" in front those of FSDP2's root unit; ("step bytes" or
+    "step count", kind) of all that was traced. A stage is its number among the rank's own; stage -1 is what is outside
+    phases, of a whole step.
     """
 
     numbers: Numbers
@@ -73,6 +74,8 @@ def summarise(traced: Traced, place: int = 0) -> Summary:
         if phase == OUTSIDE or phase.micro_batch == last:
             numbers["bytes", _stage(phase, stages), phase.kind, kind.value] += traffic.num_bytes
             numbers["count", _stage(phase, stages), phase.kind, kind.value] += traffic.count
+            numbers["root bytes", _stage(phase, stages), phase.kind, kind.value] += traffic.root_bytes
+            numbers["root count", _stage(phase, stages), phase.kind, kind.value] += traffic.root_count
     return Summary(dict(numbers), traced.layers, last, place)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from launch.plan.cluster import Cluster
-from launch.plan.links import Group, Pattern, group_of, seconds
+from launch.plan.links import Pattern, group_of, seconds, where
+from launch.plan.sharding import exposed_sharding, pipeline_sharding
+from launch.plan.step import FORWARD, Line, PhaseTimes, Step
 from launch.plan.summary import Summary, backward_kinds
 from longcat.counts import count_parameters, flops_per_token
 from parallel.chunks import LayerTimes, backward_of, choose_chunks, exposed_share, waiting_seconds
@@ -20,7 +20,6 @@ from parallel.mesh import MeshSizes
 from parallel.watchdog.events import SpanKind
 from train.config import Config
 
-FORWARD = SpanKind.FORWARD.value
 TP_KINDS = (
     SpanKind.SEQUENCE_ALL_GATHER,
     SpanKind.SEQUENCE_REDUCE_SCATTER,
@@ -28,19 +27,6 @@ TP_KINDS = (
     SpanKind.VOCABULARY_SUM,
 )
 UPDATE_BYTES = 32  # of a weight: gradient, master weight and moments read, the last three written, gradient's norm
-
-
-@dataclass
-class Line:
-    """What a rank sends in a step over one mesh axis, and what it costs."""
-
-    axis: str
-    what: str
-    group: Group
-    num_bytes: float = 0.0
-    seconds: float = 0.0
-    exposed: float = 0.0  # of them, in which nothing is computed
-    work: float = 0.0  # seconds of a processor core that copies them, where ranks share cores
 
 
 @dataclass(frozen=True)
@@ -58,42 +44,6 @@ class StepTimes:
     tokens_per_gpu: float  # a second
 
 
-@dataclass
-class Step:
-    """What the prediction is made of."""
-
-    config: Config
-    sizes: MeshSizes
-    batch: BatchShape
-    cluster: Cluster
-    imbalance: float = 1.0
-    lines: dict[str, Line] = field(default_factory=dict)
-
-    @cached_property
-    def one_node(self) -> Cluster:
-        """The cluster with all GPUs in one node: what a core does for a message does not depend on the link."""
-        return replace(self.cluster, gpus_per_node=sys.maxsize)
-
-    def send(
-        self, axis: str, what: str, pattern: Pattern, num_bytes: float, count: float, window: float, times: float
-    ) -> float:
-        """Count messages that overlap with ``window`` seconds, ``times`` a step → their exposed seconds, once."""
-        group = group_of(axis, self.sizes)
-        taken = seconds(self.cluster, group, pattern, num_bytes, count)
-        exposed = max(0.0, taken - window)
-        self.add(axis, what, num_bytes * times, taken * times, exposed * times, count * times)
-        return exposed
-
-    def add(self, axis: str, what: str, num_bytes: float, taken: float, exposed: float, count: float) -> None:
-        if not num_bytes:
-            return
-        line = self.lines.setdefault(what, Line(axis, what, group_of(axis, self.sizes)))
-        line.num_bytes += num_bytes
-        line.seconds += taken
-        line.exposed += exposed
-        line.work += seconds(self.one_node, line.group, Pattern.ring, num_bytes, count)
-
-
 def predict(
     config: Config,
     sizes: MeshSizes,
@@ -104,21 +54,22 @@ def predict(
 ) -> StepTimes:
     """A step's time from the summaries of one rank for each place in the pipeline."""
     count = batch.num_micro_batches
-    spent: list[dict[tuple[int, str], float]] = []
     steps = [Step(config, sizes, batch, cluster, imbalance) for _ in ranks]
-    for step, summary in zip(steps, ranks, strict=True):
-        spent.append(_phases(step, summary))
+    spent = [_phases(step, summary) for step, summary in zip(steps, ranks, strict=True)]
     computed = [
         count * sum(value for key, value in one.numbers.items() if key[0] == "seconds" and key[1] != -1)
         for one in ranks
     ]
     bubble = 0.0
     if sizes.pp == 1:
-        run = count * sum(spent[0].values())
+        run = count * sum(one.seconds for one in spent[0].values()) + exposed_sharding(steps[0], ranks[0], spent[0])
     else:
         run, bubble = _pipeline(steps[0], spent, count)
     ends = [_ends(step, summary) for step, summary in zip(steps, ranks, strict=True)]
-    total = max(run + max(ends), _shared_cores(steps, computed))
+    total = run + max(ends)
+    if cluster.cores:
+        busy = _busy_seconds(steps, computed)
+        total = max(total, busy) if sizes.pp > 1 else busy + _idle_seconds(steps[0])
     busiest = max(range(len(ranks)), key=lambda place: computed[place])
     train, layer = config.train, layer_times(steps[busiest], ranks[busiest])
     tokens = train.global_batch_size * train.sequence_length
@@ -131,21 +82,19 @@ def predict(
         bubble,
         list(steps[busiest].lines.values()),
         layer,
-        1 if layer is None else choose_chunks(layer, _positions(steps[0])),
+        1 if layer is None else choose_chunks(layer, steps[0].positions),
         chunks,
         flops / (total * world * cluster.bfloat16),
         tokens / total / world,
     )
 
 
-def _shared_cores(steps: Sequence[Step], computed: Sequence[float]) -> float:
-    """Seconds in which the cores of the fullest node do all that its ranks compute and send; 0 where none are shared.
+def _busy_seconds(steps: Sequence[Step], computed: Sequence[float]) -> float:
+    """Seconds in which the cores of the fullest node do all that its ranks compute and send.
 
-    What a rank waits for, another one on its core may use.
+    In a pipeline, what a rank waits for another one on its core may use.
     """
     cluster, sizes = steps[0].cluster, steps[0].sizes
-    if not cluster.cores:
-        return 0.0
     work = [
         own + sum(line.work for line in step.lines.values()) + _update_seconds(step)
         for step, own in zip(steps, computed, strict=True)
@@ -153,24 +102,29 @@ def _shared_cores(steps: Sequence[Step], computed: Sequence[float]) -> float:
     each = sizes.dp * sizes.dense_shards
     ranks = range(sizes.pp * each)
     nodes = (ranks[first : first + cluster.gpus_per_node] for first in ranks[:: cluster.gpus_per_node])
-    return max(sum(work[rank // each] for rank in node) for node in nodes) / cluster.cores
+    shared = max(sum(work[rank // each] for rank in node) for node in nodes) / cluster.cores
+    return max([*work, shared])
 
 
-def _phases(step: Step, summary: Summary) -> dict[tuple[int, str], float]:
-    """Seconds of each phase of one micro-batch with what is exposed in it, by (stage of the rank, phase)."""
-    spent = {}
+def _idle_seconds(step: Step) -> float:
+    """Seconds of exposed messages in which no core copies them. All ranks outside a pipeline wait at the same time."""
+    return sum(max(0.0, line.exposed - line.work) for line in step.lines.values())
+
+
+def _phases(step: Step, summary: Summary) -> dict[tuple[int, str], PhaseTimes]:
+    """Each phase of one micro-batch, by (stage of the rank, phase)."""
+    found = {}
     forward_exposed: dict[int, float] = {}
+    link = where(step.cluster, group_of("fsdp", step.sizes))
     for stage, layers in enumerate(summary.layers):
         for kind in (FORWARD, *backward_kinds(step.config.parallel, step.sizes.pp)):
-            compute = summary.of("seconds", stage, kind)
-            exposed = 0.0
+            spent, before = step.slowdown * summary.of("seconds", stage, kind), step.seconds_on(link)
             if kind != SpanKind.WEIGHT_GRADIENTS.value:
-                exposed += _experts(step, summary, stage, kind, layers, forward_exposed)
-                exposed += _sequence(step, summary, stage, kind, layers)
-            if step.sizes.pp == 1:
-                exposed += _gathers(step, summary, stage, kind, compute)
-            spent[stage, kind] = compute + exposed
-    return spent
+                spent += _experts(step, summary, stage, kind, layers, forward_exposed)
+                spent += _sequence(step, summary, stage, kind, layers)
+            on_link = (step.seconds_on(link) - before) / step.batch.num_micro_batches
+            found[stage, kind] = PhaseTimes(spent, on_link)
+    return found
 
 
 def _experts(
@@ -210,14 +164,13 @@ def layer_times(step: Step, summary: Summary, stage: int = 0) -> LayerTimes | No
     if step.sizes.ep == 1:
         return None
     model, layers = step.config.model, summary.layers[stage]
-    counts, positions = count_parameters(model), _positions(step)
+    counts, positions = count_parameters(model), step.positions
     scores = model.num_heads * (model.qk_head_dim + model.v_head_dim) * (step.batch.length + 1) / 2
     dense, attention = 2.0 * positions * counts.dense_ffn, 2.0 * positions * (counts.attention + scores)
     experts = 2.0 * positions * model.expected_ffn_experts * step.imbalance * counts.expert
     rate = step.cluster.rates().bfloat16
-    head = 2.0 * positions * counts.head / rate if _has_head(step, summary, stage) else 0.0
-    heads = head * (1 + model.num_mtp_layers * step.config.trains_mtp)
-    traced = max(summary.of("seconds", stage, FORWARD) - heads, 0.0) / layers
+    heads = step.head_seconds if _has_head(step, summary, stage) else 0.0
+    traced = max(step.slowdown * summary.of("seconds", stage, FORWARD) - heads, 0.0) / layers
     scale = max(traced, (2 * dense + 2 * attention + experts) / rate) / (2 * dense + 2 * attention + experts)
     kinds = SpanKind.EXPERT_DISPATCH.value
     num_bytes = summary.of("bytes", stage, FORWARD, kinds) / layers * step.imbalance
@@ -235,16 +188,11 @@ def _has_head(step: Step, summary: Summary, stage: int) -> bool:
     return step.sizes.pp == 1 or flops[stage] > 1.2 * min(flops)
 
 
-def _positions(step: Step) -> int:
-    """Positions of a micro-batch on a rank."""
-    return step.batch.sequences * step.batch.length // (step.sizes.cp * step.sizes.tp)
-
-
 def _sequence(step: Step, summary: Summary, stage: int, kind: str, layers: int) -> float:
     """Exposed seconds of context and tensor parallelism in a phase: latents overlap the queries' projection."""
     model, count = step.config.model, step.batch.num_micro_batches
     queries = model.hidden_size * model.q_lora_rank + model.q_lora_rank * model.num_heads * model.qk_head_dim
-    window = 2.0 * _positions(step) * queries / step.cluster.rates().bfloat16 * 2 * layers
+    window = step.slowdown * 2.0 * step.positions * queries / step.cluster.rates().bfloat16 * 2 * layers
     latents = SpanKind.ATTENTION_LATENTS.value
     exposed = step.send(
         "cp",
@@ -261,45 +209,10 @@ def _sequence(step: Step, summary: Summary, stage: int, kind: str, layers: int) 
     return exposed
 
 
-def _gathers(step: Step, summary: Summary, stage: int, kind: str, compute: float) -> float:
-    """Exposed seconds of FSDP2's all-gathers in a phase, which run beside its computation."""
-    what = SpanKind.WEIGHT_ALL_GATHER.value
-    taken = sharding_seconds(step, summary.of("bytes", stage, kind, what), summary.of("count", stage, kind, what))
-    exposed, count = max(0.0, taken - compute), step.batch.num_micro_batches
-    num_bytes, gathers = (summary.of(name, stage, kind, what) * count for name in ("bytes", "count"))
-    step.add("fsdp", "weight all-gather", num_bytes, taken * count, exposed * count, gathers)
-    return exposed
-
-
-def sharding_seconds(step: Step, num_bytes: float, count: float) -> float:
-    """Seconds of collectives of weights or gradients: those of experts over efsdp, the others over all shards."""
-    sizes, counted = step.sizes, elements(step.config.model)
-    experts = counted.experts / sizes.ep * (1 - 1 / sizes.efsdp)
-    dense = (counted.tp_sharded / sizes.tp + counted.tp_replicated) * (1 - 1 / sizes.dense_shards)
-    share = experts / max(experts + dense, 1.0)
-    return sum(
-        seconds(step.cluster, group_of(axis, sizes), Pattern.ring, num_bytes * part, count * part)
-        for axis, part in (("efsdp", share), ("fsdp", 1 - share))
-    )
-
-
 def _ends(step: Step, summary: Summary) -> float:
-    """Seconds of a step outside its micro-batches: sums of gradients and the update; a pipeline's gathers too."""
+    """Seconds of a step outside its micro-batches: sums over replicas, the update, and all that a pipeline shards."""
     config, sizes = step.config, step.sizes
-    gradients, gathers = SpanKind.GRADIENT_REDUCE_SCATTER.value, SpanKind.WEIGHT_ALL_GATHER.value
-
-    def total(name: str, what: str) -> float:
-        return sum(v for k, v in summary.numbers.items() if k[0] == name and k[-1] == what)
-
-    taken = sharding_seconds(step, total("bytes", gradients), total("count", gradients))
-    window = 0.0 if sizes.pp > 1 else summary.of("seconds", 0, SpanKind.BACKWARD.value)
-    exposed = max(0.0, taken - window)
-    step.add("fsdp", "gradient reduce-scatter", total("bytes", gradients), taken, exposed, total("count", gradients))
-    if sizes.pp > 1:
-        num_bytes, count = summary.of("step bytes", gathers), summary.of("step count", gathers)
-        gathered = sharding_seconds(step, num_bytes, count)
-        step.add("fsdp", "weight all-gather", num_bytes, gathered, gathered, count)
-        exposed += gathered
+    exposed = pipeline_sharding(step, summary) if sizes.pp > 1 else 0.0
     share = shard_elements(config, sizes) / sizes.pp
     if sizes.dp > 1:
         num_bytes = 2 * share * 4 * (sizes.dp - 1) / sizes.dp
@@ -324,20 +237,20 @@ def shard_elements(config: Config, sizes: MeshSizes) -> float:
     return (counted.total - counted.experts) / sizes.dense_shards + counted.experts * largest_share(config.model, sizes)
 
 
-def _pipeline(step: Step, spent: list[dict[tuple[int, str], float]], count: int) -> tuple[float, float]:
+def _pipeline(step: Step, spent: Sequence[Mapping[tuple[int, str], PhaseTimes]], count: int) -> tuple[float, float]:
     """(seconds of a pipeline's micro-batches, share in which a rank waits on average)."""
     from parallel.pipeline.simulation import Action, planned, simulate
     from parallel.pipeline.stages import stages_of
 
     parallel, pp = step.config.parallel, step.sizes.pp
     own = [stages_of(parallel.schedule, pp, place) for place in range(pp)]
-    hidden = _positions(step) * step.config.model.hidden_size * (2 if step.config.train.dtype == "bfloat16" else 4)
+    hidden = step.positions * step.config.model.hidden_size * (2 if step.config.train.dtype == "bfloat16" else 4)
     transfer = seconds(step.cluster, group_of("pp", step.sizes), Pattern.neighbour, hidden)
     names = {"F": FORWARD, "B": "backward", "I": "input_gradients", "W": "weight_gradients"}
 
     def of(place: int, action: Action) -> float:
         sends = transfer if action.kind != "W" else 0.0
-        return spent[place][own[place].index(action.stage), names[action.kind]] + sends
+        return spent[place][own[place].index(action.stage), names[action.kind]].seconds + sends
 
     found = simulate(parallel.schedule, planned(parallel.schedule, pp, count), of)
     sent = 2 * count * len(own[0])

@@ -36,6 +36,8 @@ from parallel.torch_internals import (
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import record_launch, stream_wait, wait_span
 
+ROOT_UNIT = "embedding, head and norm"  # what FSDP2 shards outside layers, in events
+
 
 class TracedCollective(dist.Work):
     """A collective in progress, whose wait is a span."""
@@ -177,7 +179,7 @@ def install_collectives(
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
-        unit = name or "embedding, head and norm"
+        unit = name or ROOT_UNIT
         reduction = Event(SpanKind.GRADIENT_REDUCE_SCATTER, module=unit)
         # A unit with experts has a group of parameters per mesh; the public setters handle only one group
         for group in parameter_groups_of(module):

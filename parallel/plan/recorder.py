@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longcat.ops.torch_internals import TorchDispatchMode, operator_name, product_flops, storage_key, tree_leaves
+from parallel.fsdp.collectives import ROOT_UNIT
 from parallel.plan.rates import NO_TIME, Rates
 from parallel.torch_internals import never_compiled
 from parallel.watchdog.events import Event, SpanKind
@@ -67,6 +68,8 @@ class Traffic:
 
     count: int = 0
     num_bytes: int = 0
+    root_count: int = 0  # of them, of what FSDP2 shards outside layers
+    root_bytes: int = 0
 
 
 class AllocationRecorder(TorchDispatchMode):
@@ -172,6 +175,9 @@ class AllocationRecorder(TorchDispatchMode):
         found = self.traffic[event.kind, self._phase]
         found.count += 1
         found.num_bytes += num_bytes
+        if event.module == ROOT_UNIT:
+            found.root_count += 1
+            found.root_bytes += num_bytes
 
     # Memory
 
