@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -13,6 +12,7 @@ from longcat.counts import flops_per_token
 from longcat.growth import GrowthMethod
 from train.compose import compose
 from train.config import Config
+from train.sealed import intact_lines
 
 LAYERS, FACTOR, STEPS = 2, 2, 600  # of the shallow run; and of the run from scratch, which sets the FLOPs
 MOMENTS = (100, 300, 500)  # steps of the shallow run
@@ -67,8 +67,7 @@ class GrowthRun:
         return (self.path / "metrics.jsonl").is_file() and self.own_steps()[-1]["step"] == self.steps
 
     def own_steps(self) -> Steps:
-        lines = (self.path / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return intact_lines(self.path / "metrics.jsonl")
 
     def steps_from_scratch(self) -> Steps:
         """Metrics of each step, with the shallow run's before the growth, and `spent`: FLOPs up to and including it."""

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from longcat.search_path import ROOT
+from train.sealed import intact_lines
 
 LIMIT = 900.0  # seconds until a run that does not come to step 1 is given up
 
@@ -65,8 +66,7 @@ def measure(ranks: int, words: list[str], steps: int) -> dict[str, Any]:
             if agent.poll() is None:
                 agent.send_signal(signal.SIGTERM)
         found["seconds_to_end"], found["code"] = time.perf_counter() - started, code
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        found["step_seconds"] = [line["step_seconds"] for line in lines]
+        found["step_seconds"] = [line["step_seconds"] for line in intact_lines(metrics)]
         return found
 
 

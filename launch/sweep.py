@@ -22,7 +22,7 @@ from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, from_tree, on
 from train.config import Config
 from train.loggers.jsonl import METRICS, rows
 from train.pruning import SWEEP_FOLDER
-from train.run_dir import EXIT, lock, read_config
+from train.run_dir import EXIT, lock, read_unchanged_config
 from train.sweep_results import Result, read_result, result_file, results, write_result
 from train.transfer import CONSTANT, DEPTH, PROPORTIONAL, SPARSITY
 
@@ -216,13 +216,13 @@ def best_run(folder: Path) -> Path | None:
 
 def model_sizes(run: Path) -> str:
     """What makes a run's model another one: its sizes, without initial scales and other hyperparameters."""
-    model = read_config(run)["model"]
+    model = read_unchanged_config(run)["model"]
     return dumps([[f"model.{name}", model.get(name)] for name in SIZES])
 
 
 def without_seed(run: Path) -> str:
     """A run's configuration but for its seed and its name."""
-    flat = flatten({section: values for section, values in read_config(run).items() if section in SECTIONS})
+    flat = flatten({section: values for section, values in read_unchanged_config(run).items() if section in SECTIONS})
     return dumps({key: value for key, value in sorted(flat.items()) if key not in ("train.seed", "run.name")})
 
 

@@ -21,7 +21,7 @@ from train.checkpoint.offline_reader import Checkpoint, full_box
 from train.health.state import HealthState
 from train.loggers.jsonl import METRICS, ROUTING, step_of_row
 from train.run_dir import CONFIG, is_config_changed, read_config
-from train.sealed import DamagedError, unsealed_lines
+from train.sealed import DamagedError, intact_lines
 
 # Depend on the machine and its load; every other metric is the same bits in a repeated run
 CLOCK_METRICS = frozenset(
@@ -91,6 +91,7 @@ class RunDifference:
     checkpoint: int | None = None  # step of the first pair of checkpoints that differ
     tensors: list[TensorDifference] = field(default_factory=list)  # of that pair, in the order of the model
     settings: list[str] = field(default_factory=list)  # what may be the cause: configuration and environment
+    changed: list[Path] = field(default_factory=list)  # files that are not those that their run wrote
 
     @property
     def same(self) -> bool:
@@ -113,6 +114,8 @@ def compare_runs(first: Path, second: Path) -> RunDifference:
     if not common:
         raise ConfigError(f"{first} and {second} have no step in common; name two runs of the same steps")
     found = RunDifference(common, compare_metrics(*rows), settings=compare_settings(first, second))
+    written = [folder for folder in (first, second) if (folder / CONFIG).is_file()]
+    found.changed = [folder / CONFIG for folder in written if is_config_changed(folder)]
     found.routing = compare_routing(read_rows(first, ROUTING, needed=False), read_rows(second, ROUTING, needed=False))
     saved = [{step_of(path): path for path in list_checkpoints(folder / "checkpoints")} for folder in (first, second)]
     for step in sorted(saved[0].keys() & saved[1].keys()):
@@ -131,16 +134,14 @@ def read_rows(folder: Path, name: str, needed: bool = True) -> dict[int, dict[st
         ConfigError: the file is ``needed`` and missing, or a line has changed since it was written.
     """
     try:
-        lines = list(unsealed_lines(folder / name))
+        lines = intact_lines(folder / name)
+    except DamagedError as error:
+        raise ConfigError(f"{error}; restore or remove the line") from error
     except OSError as error:
         if not needed:
             return {}
         raise ConfigError(f"{folder} is no run: {name} cannot be read ({error.strerror}); give runs/<name>") from error
-    for number, line in enumerate(lines, 1):
-        if isinstance(line, DamagedError):
-            raise ConfigError(f"{folder / name}, line {number}: {line}; restore or remove the line")
-    found = (line for line in lines if not isinstance(line, ValueError))
-    return {step: row for row in found if (step := step_of_row(row)) is not None}
+    return {step: row for row in lines if (step := step_of_row(row)) is not None}
 
 
 def compare_metrics(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> MetricDifference | None:
@@ -186,12 +187,7 @@ def compare_settings(first: Path, second: Path) -> list[str]:
         for key in differing
         if key not in OF_THE_START and any(key == fixed or key.startswith(f"{fixed}.") for fixed in keys)
     ]
-    changed = [
-        f"{folder / CONFIG} has changed since its run wrote it"
-        for folder in (first, second)
-        if is_config_changed(folder)
-    ]
-    return [*changed, *found, *corpora_differences(*stored)]
+    return [*found, *corpora_differences(*stored)]
 
 
 def compare_checkpoints(first: Path, second: Path) -> Iterator[TensorDifference]:
@@ -333,4 +329,5 @@ def describe(found: RunDifference, most: int = 8) -> list[str]:
         if len(found.tensors) > most:
             lines.append(f"             and {len(found.tensors) - most} more")
     lines += [f"settings     {phrase}" for phrase in found.settings] if not found.same else []
+    lines += [f"settings     {path} has changed since its run wrote it" for path in found.changed]
     return lines

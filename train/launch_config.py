@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
-from train.sealed import unseal
+from train.sealed import unseal_line
 
 MAX_PORT = 65535
 GAVE_UP = "gave_up.txt"  # in the run folder: for a person, when restarts were given up
@@ -107,7 +107,7 @@ def split_address(address: str) -> tuple[str, int]:
 def launch_metrics(folder: Path) -> dict[str, float]:
     """`starts/…` metrics of the starts before this one, from what the supervisor has just written; empty without it."""
     try:
-        line = unseal((folder / JOURNAL).read_bytes().splitlines()[-1])
+        line = unseal_line((folder / JOURNAL).read_bytes().splitlines()[-1])
         found = line["so_far"] if line["event"] == "start" else None
     except (OSError, ValueError, KeyError, IndexError):
         return {}

@@ -104,11 +104,11 @@ class Pruner:
     def _is_comparable(self, folder: Path) -> bool:
         """Whether the run has as many parameters, and validates on the same sequences at the same tokens."""
         from train.checkpoint.compatibility import ADDED, corpora_differences
-        from train.run_dir import read_config
+        from train.run_dir import read_unchanged_config
         from train.stages import stored_lengths
 
         try:
-            stored = read_config(folder)
+            stored = read_unchanged_config(folder)
         except ConfigError:
             return False
         try:

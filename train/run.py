@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from longcat.errors import ConfigError
-from longcat.json_text import dumps
 from parallel.chunks import ChunkChoice
 from parallel.device import device_name, fastest_dtype, keep_freed_memory, make_deterministic, peak_flops
 from parallel.elastic import virtual_ranks
@@ -48,7 +47,7 @@ from train.run_dir import (
     write_config,
 )
 from train.run_files import write_file
-from train.sealed import seal
+from train.sealed import seal_line
 from train.stage_switch import StageSwitch
 from train.stages import segments_of, tokens_seen
 from train.state import Counters, TrainState
@@ -113,7 +112,8 @@ def run_steps(
         unused = unused_ids(config.data.paths, config.model.vocab_size)
         if unused is not None:
             terminal.note(unused)
-        logger = open_loggers(config, state.counters.step, terminal.note)
+        with work_span(Event(SpanKind.REPORT), slow=True):  # a resume reads all lines of before
+            logger = open_loggers(config, state.counters.step, terminal.note)
     stepper = build_stepper(state, train_samples, config, topology)
     if stepper.guard.note:
         terminal.note(stepper.guard.note)
@@ -283,7 +283,7 @@ def finish(
     if config.validation.documents:
         documents = validator.documents_by_experts(state)
         if topology.is_first and documents:
-            write_file(folder / "text.json", dumps(seal({"documents": documents})), terminal.note)
+            write_file(folder / "text.json", seal_line({"documents": documents}), terminal.note)
     if not (config.validation.ngram_baselines and topology.is_first):
         return
     position, skipped = state.counters.position, state.health.skipped
@@ -293,6 +293,6 @@ def finish(
     if baselines is None:
         terminal.note("n-gram baselines left out: more tokens than they take in minutes")
         return
-    write_file(folder / "baselines.json", dumps(seal(baselines)), terminal.note)
+    write_file(folder / "baselines.json", seal_line(baselines), terminal.note)
     rows = ", ".join(f"{name} {baselines[name]:.3f}" for name in ("unigram", "bigram", "trigram"))
     terminal.note(f"n-gram models of the same tokens (interpolated Kneser-Ney), nats per token: {rows}")

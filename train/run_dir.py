@@ -136,6 +136,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {str(key): value for key, value in stored.items()}
 
 
+def read_unchanged_config(folder: Path) -> dict[str, Any]:
+    """As `read_config`; raises ConfigError also where the file has changed since its run wrote it."""
+    stored = read_config(folder)
+    if is_config_changed(folder):
+        raise ConfigError(f"{folder / CONFIG} has changed since its run wrote it; restore it, or leave out the run")
+    return stored
+
+
 def is_config_changed(folder: Path) -> bool:
     """Whether the text of a run folder's config.yaml is not the one that its run wrote."""
     return is_yaml_changed((folder / CONFIG).read_text(errors="replace"))
@@ -167,7 +175,11 @@ def write_config(config: Config, derived: dict[str, Any], device: str, world_siz
     import yaml
 
     target = config.run.folder / CONFIG
-    before = read_config(config.run.folder).get("environment") if target.is_file() else None
+    before = None
+    if target.is_file() and is_config_changed(config.run.folder):
+        note(f"{target} has changed since the run wrote it; it is written anew")
+    elif target.is_file():
+        before = read_config(config.run.folder).get("environment")
     started = before.get("started") if isinstance(before, dict) else None
     environment = {
         "started": started or datetime.now(UTC).isoformat(timespec="seconds"),

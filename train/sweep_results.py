@@ -10,9 +10,8 @@ from types import NoneType
 from typing import Any
 
 from longcat.errors import CRASHED, OK, UNHEALTHY
-from longcat.json_text import dumps
 from train.checkpoint.files import PARTIAL, write_synced
-from train.sealed import seal, unseal
+from train.sealed import seal_line, unseal_line
 
 MULTIRUN = "multirun.yaml"  # Hydra writes it before it checks the values
 
@@ -85,7 +84,7 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
 def read_result(path: Path) -> Result:
     """The result in a file; a failed one where it cannot be read."""
     try:
-        fields = unseal(path.read_bytes())
+        fields = unseal_line(path.read_bytes())
         _check_kinds(fields)
         return Result(**fields)
     except (OSError, ValueError, TypeError) as error:
@@ -104,7 +103,7 @@ def _check_kinds(fields: dict[str, Any]) -> None:
 def write_result(folder: Path, number: int, result: Result) -> None:
     """Write the result of run ``number`` as a whole: other jobs may read it at any time, or write it too."""
     partial = folder / f".{number}.json-{uuid.uuid4().hex}{PARTIAL}"
-    write_synced(partial, dumps(seal(asdict(result))))
+    write_synced(partial, seal_line(asdict(result)))
     partial.replace(result_file(folder, number))
 
 

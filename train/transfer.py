@@ -23,7 +23,7 @@ from train.checkpoint.compatibility import flatten, given_stages
 from train.checkpoint.files import write_synced
 from train.compose import OWN_FOLDER, compose
 from train.config import Config
-from train.run_dir import CONFIG, EXIT, as_mapping, is_config_changed, read_config
+from train.run_dir import CONFIG, EXIT, as_mapping, read_unchanged_config
 
 SECTIONS = ("optim", "schedule", "loss", "balance")  # carried whole; of `data` what is no default
 BATCH = ("train.sequence_length", "train.global_batch_size")
@@ -126,9 +126,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
     if code != OK or is_early:
         ended = "has not ended" if code is None else "was stopped early" if is_early else f"ended with exit code {code}"
         raise ConfigError(f"proxy={folder} {ended}; finish the run, or name a run that ended with 0")
-    stored = read_config(folder)
-    if is_config_changed(folder):
-        raise ConfigError(f"{folder / CONFIG} has changed since its run wrote it; restore it, or name another run")
+    stored = read_unchanged_config(folder)
     try:
         ModelConfig.from_mapping(stored["model"])
         return {key: {**value, **stored.get(key, {})} for key, value in as_mapping(Config()).items()}

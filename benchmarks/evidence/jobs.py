@@ -19,6 +19,7 @@ from train.compose import compose
 from train.config import Config
 from train.git import git_commit
 from train.run_dir import describe_corpora
+from train.sealed import intact_lines
 
 RESULTS = FOLDER / "runs"
 WITHOUT_EFFECT = ("run", "logging", "launch", "profile", "checkpoint")  # sections that change no number of a run
@@ -108,7 +109,7 @@ class Job:
 
     def store(self, code: int) -> None:
         """Write the result of a run that has ended, from its metrics."""
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        lines = intact_lines(self.folder / "metrics.jsonl")
         before: list[list[float | None]] = []
         if self.source and self.arm.grown:
             source = self.source.result

@@ -12,23 +12,26 @@ from typing import Any
 
 from launch.supervisor.causes import STRIKES, Cause
 from launch.supervisor.nodes import Strike
-from longcat.json_text import dumps
 from train.checkpoint.failures import is_disk_full
 from train.checkpoint.manifest import list_checkpoints, step_of, verify
 from train.checkpoint.save_times import SAVES
 from train.launch_config import JOURNAL
 from train.run_dir import EXIT
 from train.run_files import LineFile, Note, remove_quietly
-from train.sealed import seal, unsealed_lines
+from train.sealed import DamagedError, seal_line, unseal_lines
 
 PROBE_BYTES = 1 << 16
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines that can be read, and have not changed since they were written."""
-    with suppress(OSError):
-        return [line for line in unsealed_lines(path) if not isinstance(line, ValueError)]
-    return []
+def read_lines(path: Path, note: Note) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines that can be read; ``note`` is told of lines that have changed since."""
+    try:
+        lines = list(unseal_lines(path))
+    except OSError:
+        return []
+    if changed := sum(isinstance(line, DamagedError) for line in lines):
+        note(f"{path}: {changed} lines have changed since they were written and are left out")
+    return [line for line in lines if not isinstance(line, ValueError)]
 
 
 class Journal:
@@ -51,7 +54,7 @@ class Journal:
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.file = LineFile(self.folder / JOURNAL, self.note)
-        self.file.write(dumps(seal(line)))
+        self.file.write(seal_line(line))
 
     def flush(self) -> None:
         """Try lines again that wait for space."""
@@ -79,7 +82,7 @@ class Journal:
     def strikes(self, max_strikes: int, command: str) -> tuple[Strike, ...]:
         """Strikes of other commands than ``command``. A node that computed wrongly has as many as exclude it."""
         found: list[Strike] = []
-        for line in read_lines(self.folder / JOURNAL):
+        for line in read_lines(self.folder / JOURNAL, self.note):
             names, when, cause = line.get("nodes"), line.get("time"), line.get("cause")
             if line.get("event") != "end" or cause not in STRIKES or not isinstance(names, list):
                 continue
@@ -99,7 +102,7 @@ class Journal:
 
     def saves(self) -> Sequence[dict[str, Any]]:
         """Lines of saves.jsonl."""
-        return read_lines(self.folder / SAVES)
+        return read_lines(self.folder / SAVES, self.note)
 
     def newest_checkpoint(self) -> int:
         """Step of the newest checkpoint, 0 without one."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from train.sealed import unseal
+from train.sealed import unseal_line
 
 WINDOW_BYTES = 4 << 20  # of the file's end that is read when nothing of it is known
 POLL_SECONDS = 0.1
@@ -102,7 +102,7 @@ class Progress:
             line = raw if raw.endswith(b"\n") else raw + b"\n"
             end = start + len(line)
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                row = unseal(line)
+                row = unseal_line(line)
                 found.append((Line(int(row["step"]), start, end, digest(line)), row))
             start = end
         return found

@@ -14,6 +14,7 @@ from launch.supervisor.journal import read_lines
 from launch.supervisor.ledger import Life, after
 from launch.supervisor.nodes import Start
 from longcat.errors import CRASHED
+from train.loggers.jsonl import rows
 from train.run_files import Note
 
 Line = dict[str, Any]  # of launch.jsonl or metrics.jsonl
@@ -61,7 +62,7 @@ KILLED = Fault(Cause.supervisor_lost, CRASHED, "longcat train itself was killed,
 def recall(path: Path, command: str, lost: Fault, metrics: Path, note: Note) -> Recalled:
     """`read_starts` of the journal at ``path``; nothing, with a note, where its lines are not those of this version."""
     try:
-        return read_starts(read_lines(path), command, lost, metrics)
+        return read_starts(read_lines(path, note), command, lost, metrics)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         note(f"{path} has a line that is not understood ({error!r}); the ledger of wall time begins anew")
         return Recalled()
@@ -143,7 +144,7 @@ def _unfinished(line: Line, fault: Fault, following: Line | None, metrics: Path)
         with suppress(OSError):
             end = max(begin, metrics.stat().st_mtime)
         if end > begin:
-            steps = steps_of(read_lines(metrics), base, begin, end)
+            steps = steps_of(list(rows(metrics)), base, begin, end)
     elif following.get("command") == line.get("command"):
         end = max(begin, seconds(following["time"]))
     best = max([before, *(step for step, _ in steps)])

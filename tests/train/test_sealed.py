@@ -10,18 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervisor.journal import read_lines
 from longcat.errors import ConfigError
-from longcat.json_text import dumps
 from tests.support.mutations import survive_mutations
 from tests.support.running import NARROW, train_here
 from train.checkpoint.files import HASH
 from train.checkpoint.save_times import SAVES, slowest_save
-from train.diff import compare_runs
+from train.diff import compare_runs, describe
 from train.loggers.jsonl import METRICS, move_after, rows
 from train.report.reading import read_run
 from train.run_dir import CONFIG
-from train.sealed import DamagedError, is_yaml_changed, seal, seal_yaml, unseal
+from train.sealed import DamagedError, intact_lines, is_yaml_changed, read_sealed, seal_line, seal_yaml, unseal_line
 from train.sweep_results import Result, read_result, result_file, write_result
 from train.transfer import finished_run
 
@@ -86,7 +84,8 @@ def change(path: Path, key: str) -> None:
 def test_a_changed_line_is_moved_on_resume(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(run / METRICS, "loss")
     assert [row["step"] for row in rows(run / METRICS)] == [1, 2, 3, 4, 5]
-    assert f"note: {run / METRICS}, line 6, is left out" in capsys.readouterr().err
+    said = f"{run / METRICS}: 1 lines have changed since they were written and are left out, the first is line 6"
+    assert said in capsys.readouterr().err
     moved = move_after(run / METRICS, 6, tmp_path / "aside")
     assert (moved.unreadable, moved.steps) == (1, [1, 2, 3, 4, 5])
 
@@ -101,13 +100,14 @@ def test_a_comparison_refuses_a_changed_line(run: Path, copy: Path) -> None:
 def test_changed_configuration_is_named(run: Path, copy: Path) -> None:
     path = run / CONFIG
     path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.002", 1))
-    assert f"{path} has changed since its run wrote it" in compare_runs(copy, run).settings
+    found = compare_runs(copy, run)
+    assert found.same and f"settings     {path} has changed since its run wrote it" in describe(found)
     with pytest.raises(ConfigError, match=r"config.yaml has changed .* restore it"):
         finished_run(run)
 
 
 def test_a_changed_time_of_a_save_is_not_used(run: Path) -> None:
-    times = [line["save_seconds"] for line in read_lines(run / SAVES)]
+    times = [line["save_seconds"] for line in intact_lines(run / SAVES)]
     assert len(times) == 2 and slowest_save(run) == max(times)
     change(run / SAVES, "save_seconds")
     assert slowest_save(run) == times[0]
@@ -121,26 +121,38 @@ def test_a_changed_result_of_a_sweep_is_a_failed_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"a": [1, -0.0, 1e-300, True, None]}, {"é\udc80": "\ud800 ü"}, {"a": {"b": 10**40}}]
+    "values",
+    [{"a": {}}, {"a": [1, -0.0, 1e-300, True, None]}, {"é\udc80": "\ud800 ü"}, {"a": {"b": 10**40}}, {"b": 1, "a": 2}],
 )
 def test_what_is_sealed_is_read_back(values: dict[str, object]) -> None:
-    assert unseal(dumps(seal(values))) == values
-    assert unseal(dumps(seal(values), indent=1)) == values, "white space changed the hash"
+    line = seal_line(values)
+    assert unseal_line(line) == values
+    assert unseal_line(json.dumps(json.loads(line), indent=1)) == values, "white space changed the hash"
 
 
 def test_numbers_that_are_not_finite_and_older_lines() -> None:
-    assert unseal(dumps(seal({"a": math.nan}))) == {"a": "NaN"}
-    assert unseal('{"a": 1}') == {"a": 1}
+    assert unseal_line(seal_line({"a": math.nan})) == {"a": "NaN"}
+    assert unseal_line('{"a": 1}') == {"a": 1}
+
+
+@pytest.mark.parametrize("change", [("xxh3_128", "xxh3_12"), ("1", "2"), ("xxh", "yxh"), ("}", ', "b": 1}')])
+def test_a_changed_line_is_told(change: tuple[str, str]) -> None:
+    """Also where the name of the hash has changed, or a value follows it."""
     with pytest.raises(DamagedError):
-        unseal('{"a": 1}', required=True)
-    with pytest.raises(DamagedError):
-        unseal(json.dumps({"a": 1, HASH: None}), required=True)
+        unseal_line(seal_line({"a": 1}).replace(*change, 1))
+
+
+def test_a_sealed_file_without_its_hash_is_damaged(tmp_path: Path) -> None:
+    for text in ('{"a": 1}', json.dumps({"a": 1, HASH: None})):
+        (tmp_path / "file").write_text(text)
+        with pytest.raises(DamagedError):
+            read_sealed(tmp_path / "file")
 
 
 @pytest.mark.parametrize("text", ["", "7", "[]", "{", "[" * 99_999, b"\xff\xfe"])
 def test_what_is_no_object_is_a_value_error(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r"\w") as caught:
-        unseal(text)
+        unseal_line(text)
     assert not isinstance(caught.value, DamagedError)
 
 
@@ -148,3 +160,4 @@ def test_a_changed_yaml_is_told_from_an_older_one() -> None:
     text = seal_yaml("a: 1\nb: # x\n")
     assert not is_yaml_changed(text) and not is_yaml_changed("a: 1\n")
     assert is_yaml_changed(text.replace("1", "2", 1)) and is_yaml_changed(text[:-2])
+    assert is_yaml_changed(text.replace("# xxh", "# yxh")) and is_yaml_changed(text.replace("# xxh", "\nxxh"))

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from longcat.json_text import dumps
-from train.sealed import seal, unsealed_lines
+from train.sealed import seal_line, unseal_lines
 
 SAVES = "saves.jsonl"
 NEWEST = 20  # saves that count: a run may have moved to another file system
@@ -45,7 +44,7 @@ class SaveTimer:
         A run can do without the line, and the next save has one of its own.
         """
         seconds = (self.clock() if self.end is None else self.end) - self.start
-        line = dumps(seal({"step": self.step, "save_seconds": seconds, "blocked_seconds": self.blocked_seconds}))
+        line = seal_line({"step": self.step, "save_seconds": seconds, "blocked_seconds": self.blocked_seconds})
         try:
             with (run / SAVES).open("a") as file:
                 file.write(line + "\n")
@@ -57,7 +56,7 @@ class SaveTimer:
 def slowest_save(run: Path) -> float | None:
     """Seconds of the slowest of a run's newest saves; None where none is recorded."""
     try:
-        lines = list(unsealed_lines(run / SAVES))[-NEWEST:]
+        lines = list(unseal_lines(run / SAVES))[-NEWEST:]
     except OSError:
         return None
     found = []

@@ -22,7 +22,7 @@ from longcat.json_text import dumps
 from train.data.blocks import BinReader
 from train.data.corpus import CorpusInfo, block_hashes, note, note_once
 from train.data.corpus import read_index as read_corpus_index
-from train.data.index_files import NAMES, building, publish_index, read_index
+from train.data.index_files import NAMES, first_to_build, publish_index, read_index
 from train.sealed import DamagedError
 
 SplitName = Literal["train", "validation"]
@@ -225,15 +225,22 @@ class CorpusReader:
         found, _ = _first_valid(places, names)
         if found is not None:
             return found
-        with building(places):
-            found, damage = _first_valid(places, names)  # another rank may have built it while this one waited
-            if found is not None:
-                return found
-            built = build()
-            if publish(places, built, names) and damage:
-                note(damage, any_rank=True)
-        found, _ = _first_valid(places, names)  # mapped, so that the ranks of a machine share its memory
-        return built if found is None else found
+        with first_to_build(places, note_once) as is_first:
+            if is_first:
+                return _build(places, names, build)
+        return _build(places, names, build)  # reads what the first has written; where it could not, all build at once
+
+
+def _build(places: list[Path], names: Sequence[str], build: Callable[[], tuple[np.ndarray, ...]]) -> EpochIndex:
+    """Build an index and write it, unless another process has in the meantime."""
+    found, damage = _first_valid(places, names)
+    if found is not None:
+        return found
+    built = build()
+    if publish(places, built, names) and damage:
+        note(damage, any_rank=True)
+    found, _ = _first_valid(places, names)  # mapped, so that the ranks of a machine share its memory
+    return built if found is None else found
 
 
 def _first_valid(places: list[Path], names: Sequence[str]) -> tuple[EpochIndex | None, str]:

@@ -7,18 +7,21 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from train.checkpoint.files import HashedFile, file_hash, sync_folder
-from train.run_files import remove_quietly
+from train.run_files import Note, remove_quietly
 from train.sealed import DamagedError, read_sealed, write_sealed
 
 NAMES = ("documents", "samples", "shuffle")  # of an epoch of samples that are cut anywhere
 MANIFEST = "index.json"  # the hash of each file
+PATIENCE, SAY_AFTER, POLL_SECONDS = 600.0, 30.0, 0.1  # of a process that waits for one that builds an index
 
 
 def read_index(folder: Path, names: Sequence[str] = NAMES) -> tuple[np.ndarray, ...]:
@@ -41,24 +44,66 @@ def read_index(folder: Path, names: Sequence[str] = NAMES) -> tuple[np.ndarray, 
 
 
 @contextlib.contextmanager
-def building(places: Sequence[Path]) -> Iterator[None]:
-    """Lets one rank after the other build an index that is missing, so that all but the first find it.
+def first_to_build(places: Sequence[Path], note: Note, patience: float = PATIENCE) -> Iterator[bool]:
+    """Yields whether this process is to build a missing index: False once another one, which came first, has ended.
 
-    Building takes a core and many times the index's memory, and the ranks of a machine come to it together. A lock
-    beside the first of ``places`` that can be written; without locks (some network file systems) each rank builds.
+    Building takes a core and many times the index's memory, and the ranks of a machine come to it together. The first
+    holds a lock beside the first of ``places`` that can be written. Where there are no locks (some network file
+    systems), or the holder does not end within ``patience`` seconds (it may be suspended), each process builds.
+
+    Args:
+        note: is told that this process waits, and for what.
     """
-    with contextlib.ExitStack() as stack:
-        for folder in places:
-            path = folder.with_name(f".{folder.name}.lock")
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(path.open("ab"))
-                stack.callback(remove_quietly, path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                continue
-            break
-        yield
+    paths = [folder.with_name(f".{folder.name}.lock") for folder in places]
+    file = next((opened for path in paths if (opened := _open_lock(path)) is not None), None)
+    if file is None:
+        yield True
+        return
+    with file:
+        is_holder = _lock(file)
+        try:
+            yield is_holder or not _wait(file, note, patience)
+        finally:
+            if is_holder:  # who waits has this file open, and who comes later makes another
+                remove_quietly(Path(file.name))
+
+
+def _open_lock(path: Path) -> IO[bytes] | None:
+    """The file, made if it is not there; another user's, which a killed process left, can be locked too."""
+    for mode in ("ab", "rb"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open(mode)
+        except OSError:
+            continue
+    return None
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether the file is locked for this process now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _wait(file: IO[bytes], note: Note, patience: float) -> bool:
+    """Wait until nobody holds the lock; False where it cannot be known, or after ``patience`` seconds."""
+    start, is_said = time.monotonic(), False
+    while time.monotonic() - start < patience:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(POLL_SECONDS)
+        except OSError:
+            return False
+        else:
+            return True
+        if not is_said and time.monotonic() - start > SAY_AFTER:
+            note(f"another process builds the sample index (it holds {file.name}); waiting {patience:g} s at most")
+            is_said = True
+    return False
 
 
 def publish_index(folder: Path, arrays: tuple[np.ndarray, ...], names: Sequence[str] = NAMES) -> bool:

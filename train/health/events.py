@@ -8,10 +8,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from longcat.json_text import dumps
 from train.health.config import OnSpike
 from train.run_files import LineFile, Note
-from train.sealed import seal
+from train.sealed import seal_line
 
 HEALTH = "health.jsonl"
 
@@ -41,7 +40,7 @@ class HealthEvent:
     fields: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> str:
-        return dumps(seal({"step": self.step, "event": str(self.kind), **self.fields, "text": self.text}))
+        return seal_line({"step": self.step, "event": str(self.kind), **self.fields, "text": self.text})
 
 
 @dataclass(frozen=True)

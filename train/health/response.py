@@ -156,7 +156,8 @@ class SpikeResponse:
         step, (first, end) = self.state.counters.step, left_out
         text = f"back to step {step}, without the samples {first} to {end - 1} ({count})"
         self.report([spike.event(text, to_step=step, first_sample=first, last_sample=end - 1)])
-        self.rewind(step)
+        with work_span(Event(SpanKind.REPORT), slow=True):
+            self.rewind(step)
         return True
 
     def report(self, found: list[HealthEvent], say: bool = True) -> None:

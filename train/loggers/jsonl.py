@@ -10,11 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longcat.json_text import dumps
 from train.checkpoint.files import sync_folder
 from train.config import Config
 from train.run_files import LineFile, Note, remove_quietly
-from train.sealed import DamagedError, seal, unseal, unsealed_lines
+from train.sealed import DamagedError, seal_line, unseal_line, unseal_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +24,7 @@ METRICS, ROUTING, SUPERSEDED = "metrics.jsonl", "routing.jsonl", "superseded.jso
 def step_of_line(line: bytes) -> int | None:
     """The step of a line of metrics.jsonl or routing.jsonl; None where it cannot be read, or has changed."""
     try:
-        return step_of_row(unseal(line))
+        return step_of_row(unseal_line(line))
     except ValueError:
         return None
 
@@ -38,15 +37,22 @@ def step_of_row(row: dict[str, Any]) -> int | None:
 def rows(path: Path) -> Iterator[dict[str, Any]]:
     """The readable lines of a file of metrics, in their order; none where there is no file.
 
-    A line whose numbers have changed since they were written is left out, and a note on stderr says so.
+    A note on stderr says how many lines have changed since they were written: they are left out.
     """
     if not path.is_file():
         return
-    for number, row in enumerate(unsealed_lines(path), 1):
+    changed: list[int] = []
+    for number, row in enumerate(unseal_lines(path), 1):
         if isinstance(row, DamagedError):
-            print(f"note: {path}, line {number}, is left out: {row}", file=sys.stderr)
+            changed.append(number)
         elif not isinstance(row, ValueError) and step_of_row(row) is not None:
             yield row
+    if changed:
+        print(
+            f"note: {path}: {len(changed)} lines have changed since they were written and are left out, the first is "
+            f"line {changed[0]}",
+            file=sys.stderr,
+        )
 
 
 @dataclass
@@ -135,10 +141,10 @@ class JsonLines:
         self.metrics, self.routing = LineFile(folder / METRICS, note), LineFile(folder / ROUTING, note)
 
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
-        self.metrics.write(dumps(seal(metrics)))
+        self.metrics.write(seal_line(metrics))
         if self.routing_every and (metrics["step"] % self.routing_every == 0 or metrics["step"] == 1):
             row = {"step": metrics["step"], "counts": counts.tolist(), "bias": biases.tolist()}
-            self.routing.write(dumps(seal(row)))
+            self.routing.write(seal_line(row))
 
     def rewind(self, step: int) -> None:
         """Move the lines of the steps after ``step`` to the superseded files."""
@@ -175,6 +181,6 @@ class JsonLines:
                 note(f"{path}: the lines of steps {gaps} are missing")
         if moved.unreadable or moved.repeated:
             note(
-                f"{path}: {moved.unreadable} lines that cannot be read, or have changed, and {moved.repeated} of "
-                f"steps that occur again are moved to {target.name}"
+                f"{path}: lines that cannot be read, or have changed ({moved.unreadable}), and of steps that occur "
+                f"again ({moved.repeated}) are moved to {target.name}"
             )

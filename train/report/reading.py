@@ -17,7 +17,7 @@ from train.health.events import HEALTH
 from train.launch_config import JOURNAL
 from train.loggers.jsonl import missing_steps
 from train.run_dir import EXIT, is_config_changed
-from train.sealed import DamagedError, unseal
+from train.sealed import DamagedError, unseal_line
 
 Array = NDArray[np.float64]
 LARGEST = 1e100  # beyond it a number is spoilt: a chart could not even scale it
@@ -244,7 +244,7 @@ def _json_lines(path: Path, run: RunData, every: int = 1) -> Iterator[dict[str, 
             broken += pending
             pending = False
             try:
-                yield unseal(line)
+                yield unseal_line(line)
             except DamagedError:
                 changed += 1
             except ValueError:
@@ -295,7 +295,7 @@ def _read_json(path: Path, run: RunData) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return unseal(path.read_bytes())
+        return unseal_line(path.read_bytes())
     except ValueError as error:
         run.notes.append(f"{path.name} is left out: {_one_line(error)}")
         return {}

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.supervisor.journal import Journal, read_lines
+from launch.supervisor.journal import Journal
 from launch.supervisor.ledger import PARTS, Life, parts_of, summary
 from launch.supervisor.progress import Progress
 from launch.supervisor.prometheus import serving
 from tests.support.running import free_ports
+from train.sealed import intact_lines
 
 
 def test_a_known_run_s_parts() -> None:
@@ -137,10 +138,10 @@ def test_journal_keeps_lines_for_which_the_disk_has_no_space(tmp_path: Path, mon
     monkeypatch.setattr(os, "write", full)
     journal.record({"event": "end"})
     monkeypatch.setattr(os, "write", write)
-    assert read_lines(tmp_path / "run" / "launch.jsonl") == [{"event": "start"}]
+    assert intact_lines(tmp_path / "run" / "launch.jsonl") == [{"event": "start"}]
     journal.flush()
     journal.close()
-    assert read_lines(tmp_path / "run" / "launch.jsonl") == [{"event": "start"}, {"event": "end"}]
+    assert intact_lines(tmp_path / "run" / "launch.jsonl") == [{"event": "start"}, {"event": "end"}]
     assert len(notes) == 2 and "cannot be written" in notes[0]
 
 

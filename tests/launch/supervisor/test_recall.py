@@ -17,7 +17,7 @@ from launch.supervisor.nodes import Start
 from launch.supervisor.recall import Earlier, Leader
 from tests.launch.supervisor.fake_fleet import Ending, FakeFleet
 from train.compose import compose
-from train.sealed import seal, unseal
+from train.sealed import seal_line, unseal_line
 
 DAY = 86400.0
 CRASH = Ending(0, {0: -9})
@@ -49,13 +49,13 @@ def command(
 
 
 def journal(folder: Path) -> list[dict[str, Any]]:
-    return [unseal(line) for line in (folder / "launch.jsonl").read_text().splitlines()]
+    return [unseal_line(line) for line in (folder / "launch.jsonl").read_text().splitlines()]
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
     """Change each line of launch.jsonl, or leave it out."""
     lines = [line for line in map(change, journal(folder)) if line is not None]
-    (folder / "launch.jsonl").write_text("".join(json.dumps(seal(line)) + "\n" for line in lines))
+    (folder / "launch.jsonl").write_text("".join(seal_line(line) + "\n" for line in lines))
 
 
 def causes(folder: Path) -> list[str]:

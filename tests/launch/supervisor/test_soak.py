@@ -79,8 +79,8 @@ def test_four_faults_change_no_bit(overrides: list[str], tmp_path: Path) -> None
 @pytest.mark.long
 def test_a_soak_of_thirty_faults_changes_no_bit(overrides: list[str], tmp_path: Path) -> None:
     """Of all kinds, at random moments; a node that fails every time is among the spares."""
-    words = [*overrides, *RUN, *SLOW_RANKS, "train.steps=450"]
-    with cluster(words, tmp_path, 30) as (nodes, is_small):
+    words = [*overrides, *RUN, "train.steps=450"]
+    with cluster([*words, *SLOW_RANKS], tmp_path, 30) as (nodes, is_small):
         soak = Soak(nodes, SEED)
         kinds = [kind for kind in CAUSES if is_small or kind != "disk full"]
         planned = draw(random.Random(SEED), 30, 3, kinds)

@@ -15,7 +15,8 @@ import pytest
 from longcat.errors import ConfigError
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, lines, train_here
-from train.data.index_files import MANIFEST, NAMES, building, publish_index, read_index
+from train.data import index_files
+from train.data.index_files import MANIFEST, NAMES, first_to_build, publish_index, read_index
 from train.run import index_folders
 from train.sealed import DamagedError
 
@@ -69,32 +70,55 @@ def test_ranks_that_repair_at_once_leave_one_valid_index(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["epoch"]
 
 
-@pytest.mark.parametrize("first_fails", [False, True])
-def test_ranks_that_miss_an_index_build_it_once(first_fails: bool, tmp_path: Path) -> None:
-    """The others wait and read it; where a build fails, the next rank builds."""
-    places, begun, failures = [tmp_path / "cache" / "epoch"], [], [OSError("planted")] if first_fails else []
+def unexpected(text: str) -> None:
+    raise AssertionError(text)
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_ranks_that_miss_an_index_wait_for_the_first(is_written: bool, tmp_path: Path) -> None:
+    """Then they read what it has written; where it could not write, all others go on at once."""
+    places, begun = [tmp_path / "cache" / "epoch"], list[int]()
 
     def rank(number: int) -> bool:
-        with building(places):
-            if places[0].is_dir():
-                return False
-            begun.append(number)
-            time.sleep(0.05)
-            if failures:
-                raise failures.pop()
-            return publish_index(places[0], ARRAYS)
+        with first_to_build(places, unexpected) as is_first:
+            if is_first:
+                begun.append(number)
+                time.sleep(0.3)
+                if is_written:
+                    publish_index(places[0], ARRAYS)
+        return is_first
 
     with ThreadPoolExecutor(8) as pool:
-        found = [pool.submit(rank, number) for number in range(8)]
-    ends = [one.exception() or one.result() for one in found]
-    assert len(begun) == 1 + first_fails and ends.count(True) == 1 and ends.count(False) == 7 - first_fails
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["epoch"]
+        found = list(pool.map(rank, range(8)))
+    assert len(begun) == 1 and found.count(True) == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["epoch"] * is_written
 
 
-def test_ranks_build_at_once_where_nothing_can_be_locked(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with building([tmp_path / "file" / "epoch"]), building([tmp_path / "file" / "epoch"]):
+def test_a_first_one_that_fails_or_stays_is_not_waited_for(tmp_path: Path) -> None:
+    place = tmp_path / "epoch"
+    with pytest.raises(OSError, match="planted"), first_to_build([place], unexpected):
+        raise OSError("planted")
+    with first_to_build([place], unexpected) as is_first:
+        with first_to_build([place], unexpected, 0.2) as is_second:
+            assert is_first and is_second, "after its patience it builds, too"
+        assert [path.name for path in tmp_path.iterdir()] == [".epoch.lock"], "the lock is the first one's"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_waits_says_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_files, "SAY_AFTER", 0.1)
+    place, notes = tmp_path / "epoch", list[str]()
+    with first_to_build([place], unexpected), first_to_build([place], notes.append, 0.5):
         pass
+    held = f"it holds {tmp_path / '.epoch.lock'}"
+    assert notes == [f"another process builds the sample index ({held}); waiting 0.5 s at most"]
+
+
+def test_processes_build_at_once_where_nothing_can_be_locked(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    places = [tmp_path / "file" / "epoch"]
+    with first_to_build(places, unexpected) as is_first, first_to_build(places, unexpected) as is_second:
+        assert is_first and is_second
 
 
 def test_an_index_that_was_in_the_way_may_be_gone_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
