@@ -15,7 +15,7 @@ from parallel.environment import count_gpus
 from parallel.layout import BatchShape
 from parallel.memory import mib, state_bytes, step_bytes
 from parallel.pipeline.stages import num_stages, split, stages_of
-from parallel.sizes import MeshSizes
+from parallel.sizes import MeshSizes, world_from_environment
 
 PROCESS_BYTES = 256 << 20  # of a Python process with torch
 TOKEN_BYTES = 8 + 8 + 1  # id, label and whether it counts
@@ -98,7 +98,7 @@ def check_memory(
                 f"install a newer driver or another torch, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
             )
         needed = max(need.total for need in each)
-        device = own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+        device = own_gpu(world_from_environment()[1], torch.cuda.device_count())
         has = float(torch.cuda.get_device_properties(device).total_memory)
         where, ranks = "its GPU", "a rank"
     else:

@@ -214,7 +214,7 @@ def connect(config: ParallelConfig, on_meeting: Callable[[], None] = lambda: Non
             would keep those waiting in this thread.
 
     Raises:
-        ConfigError: this rank has no GPU.
+        ConfigError: this rank has no GPU, or the environment contradicts itself.
         MissingRanksError: other ranks did not come in time.
         SilentStoreError: the store through which they meet does not answer in time.
     """

@@ -9,6 +9,9 @@ from enum import StrEnum
 from longcat.errors import ConfigError
 from parallel.config import ParallelConfig
 
+MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables through which ranks meet
+LAST_PORT = 65535
+
 
 class Axis(StrEnum):
     """Axes of the mesh, outermost first; neighbours on the innermost axis sit next to each other in rank order.
@@ -81,9 +84,34 @@ def resolve_sizes(config: ParallelConfig, world_size: int) -> MeshSizes:
 
 
 def world_from_environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size) as torchrun and longcat train set them; one process without them."""
-    return (
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-        int(os.environ.get("WORLD_SIZE", "1")),
+    """(rank, local rank, world size) as torchrun and longcat train set them; one process without them.
+
+    Raises:
+        ConfigError: a variable is no number, or they contradict each other.
+    """
+    rank, local_rank, world_size = (
+        number_in_environment(name, default) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
+    missing = [name for name in MEETING if name not in os.environ]
+    if missing and world_size > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size} in the environment makes this one of {world_size} ranks, and there is no "
+            f"{' and no '.join(missing)}; unset WORLD_SIZE, or start the ranks with torchrun, which sets all of them"
+        )
+    port = os.environ.get("MASTER_PORT", "")
+    if world_size > 1 and not (port.isdecimal() and int(port) <= LAST_PORT):
+        raise ConfigError(f"MASTER_PORT={port} in the environment must be a port, from 0 to {LAST_PORT}; correct it")
+    if rank >= world_size:
+        raise ConfigError(
+            f"RANK={rank} and WORLD_SIZE={world_size} in the environment: ranks are 0 to {world_size - 1}; unset both, "
+            f"or start all ranks with torchrun"
+        )
+    return rank, local_rank, world_size
+
+
+def number_in_environment(name: str, default: int) -> int:
+    """A whole number that torchrun sets; raises ConfigError for anything else."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or (name.endswith("WORLD_SIZE") and int(text) == 0):
+        raise ConfigError(f"{name}={text} in the environment must be a number, as torchrun sets it; unset it")
+    return int(text)

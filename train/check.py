@@ -8,7 +8,7 @@ from longcat.errors import ConfigError
 from parallel.capacity import check_memory
 from parallel.environment import check_determinism, check_streams, count_gpus, prepare_environment
 from parallel.layout import BatchShape, check_elastic, check_layout
-from parallel.sizes import MeshSizes, resolve_sizes
+from parallel.sizes import MeshSizes, number_in_environment, resolve_sizes
 from train.config import Config
 from train.data.corpus import find_pair
 from train.run_dir import check_folder, record_refusal
@@ -59,7 +59,7 @@ def check_sizes(config: Config, world_size: int) -> tuple[float, float]:
 def _check_memory(config: Config, sizes: MeshSizes, world_size: int) -> tuple[float, float]:
     """As `check_sizes`, for the configuration of one stage."""
     batch = check_batch(config, sizes)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    local_ranks = number_in_environment("LOCAL_WORLD_SIZE", world_size)
     return check_memory(config.model, config.parallel, sizes, batch, local_ranks)
 
 
