@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
@@ -73,7 +74,9 @@ def build(config: DataConfig, vocab_size: int) -> CorpusInfo:
     try:
         with _new_folder(out / f".building-{os.getpid()}") as temporary:
             info, notes = _write(config, vocab_size, settings, temporary, console)
-            _put_in_place(temporary, out)
+            with _only_one(out):
+                if _finished(config, out, settings) is None:  # another build may have ended meanwhile
+                    _put_in_place(temporary, out)
     except OSError as error:
         raise ConfigError(f"data.out={out} cannot be written ({error}); free space or give another folder") from error
     console.print(f"{out}/corpus: {_summary(info)} in {info.seconds:.1f} s", **_PLAIN)
@@ -141,6 +144,18 @@ def _finished(config: DataConfig, out: Path, settings: dict[str, Any]) -> Corpus
     return info
 
 
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """One build at a time is inside; where the file system has no locks, all are."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _put_in_place(temporary: Path, out: Path) -> None:
     for name in _FILES:
         sync_file(temporary / name)  # before the rename: else a power cut could leave the name without the contents
@@ -200,6 +215,11 @@ def _left_out(config: DataConfig, source: Source, num_bytes: int) -> list[str]:
         lines.append(f"not read: {source.left_out}; name such files with a glob in data.source")
     if counts.empty:
         lines.append(f"left out: {counts.empty:,} rows without text in the field {config.text_field}")
+    if counts.with_zeros:
+        lines.append(
+            f"in {counts.with_zeros:,} documents are zero characters: are their files UTF-16 without a byte-order "
+            f"mark, or no text?"
+        )
     if counts.not_unicode:
         lines.append(f"in {counts.not_unicode:,} documents half surrogate pairs, which are no text, became U+FFFD")
     return lines

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -58,7 +59,7 @@ def read_rows(path: Path, kind: str, field: str, errors: str = "strict") -> Iter
 
     reader: Callable[[], Iterator[Row]] = {
         "parquet": lambda: _parquet_rows(path, field),
-        "json": lambda: _json_rows(path, errors),
+        "json": lambda: _json_rows(path, field, errors),
         "text": lambda: _text_row(path, errors),
     }[kind]
     damage = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
@@ -73,18 +74,21 @@ def _text_row(path: Path, errors: str) -> Iterator[Row]:
         yield {TEXT_FIELD: stream.read()}
 
 
-def _json_rows(path: Path, errors: str) -> Iterator[Row]:
+def _json_rows(path: Path, field: str, errors: str) -> Iterator[Row]:
     with _text(path, errors) as stream:
-        is_first = True
+        is_first, once = True, partial(_once, field)
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             try:
-                values = [json.loads(line)]
+                # A check of each object takes time: only where the name may be there twice
+                values = [json.loads(line, object_pairs_hook=once if line.count(f'"{field}"') > 1 else None)]
             except json.JSONDecodeError as error:
                 if not is_first:
                     raise ValueError(f"line {number}: {error.msg}") from error
-                values = _values(line + stream.read(), number)  # values that span lines
+                values = _values(line + stream.read(), number, once)  # values that span lines
+            except ValueError as error:  # also a number of too many digits
+                raise ValueError(f"line {number}: {error}") from error
             is_first = False
             for value in values:
                 for row in value if isinstance(value, list) else [value]:
@@ -93,19 +97,29 @@ def _json_rows(path: Path, errors: str) -> Iterator[Row]:
                     yield row
 
 
-def _values(text: str, first_line: int) -> list[Any]:
+def _values(text: str, first_line: int, make_row: Callable[[list[tuple[str, Any]]], Row]) -> list[Any]:
     """JSON values one after the other; the first line of ``text`` has this number in its file."""
-    decoder, found = json.JSONDecoder(), []
+    decoder, found = json.JSONDecoder(object_pairs_hook=make_row), []
     position = len(text) - len(text.lstrip())
     while position < len(text):
         try:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {first_line + error.lineno - 1}: {error.msg}") from error
+        except ValueError as error:
+            raise ValueError(f"line {first_line + text.count(chr(10), 0, position)}: {error}") from error
         found.append(value)
         while position < len(text) and text[position].isspace():
             position += 1
     return found
+
+
+def _once(field: str, pairs: list[tuple[str, Any]]) -> Row:
+    """An object of its fields. ``field`` may be there once only: of two, one would be dropped."""
+    row = dict(pairs)
+    if len(row) < len(pairs) and [name for name, _ in pairs].count(field) > 1:
+        raise ValueError(f"the field {field} is there twice")
+    return row
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[Row]:
@@ -115,6 +129,8 @@ def _parquet_rows(path: Path, field: str) -> Iterator[Row]:
         names = file.schema_arrow.names
         if field not in names and file.metadata.num_rows:
             raise MissingFieldError(names)
+        if names.count(field) > 1:
+            raise ValueError(f"the column {field} is there twice")
         for batch in file.iter_batches(_BATCH_ROWS, columns=[field]):
             for value in batch.column(field).to_pylist():
                 yield {field: value}

@@ -25,7 +25,10 @@ class ReadCounts:
     """What one pass over a source has read so far."""
 
     files: int = 0  # begun
+    file: Path | None = None  # that is being read
+    row: int = 0  # number of the newest row in this file, from 0
     empty: int = 0  # rows without text
+    with_zeros: int = 0  # documents with zero characters
     not_unicode: int = 0  # documents with half a surrogate pair, which UTF-8 cannot express
 
 
@@ -70,14 +73,14 @@ class Source:
             text = row.get(self._config.text_field)
             if text is not None and not isinstance(text, str):
                 raise ConfigError(
-                    f"{self._where}: field {self._config.text_field} of row {number} holds "
-                    f"{type(text).__name__}, not text; "
-                    "name a text field in data.text_field"
+                    f"{self._where}: field {self._config.text_field} of {self._place(number)} holds "
+                    f"{type(text).__name__}, not text; name a text field in data.text_field"
                 )
             if not text:
                 self.counts.empty += 1
                 continue
             text = self._as_unicode(text)
+            self.counts.with_zeros += "\0" in text
             if max_bytes:
                 encoded = text.encode()
                 text = text if len(encoded) <= left else encoded[:left].decode(errors="ignore")
@@ -86,6 +89,12 @@ class Source:
                 yield text
             if max_bytes and left <= 0:
                 return
+
+    def _place(self, number: int) -> str:
+        """Where the row with this number in the source is, for a person."""
+        if self._found is None:
+            return f"row {number}"
+        return f"row {self.counts.row} in {self.counts.file}"
 
     def _as_unicode(self, text: str) -> str:
         """``text`` with half surrogate pairs, which JSON can express and UTF-8 cannot, as U+FFFD."""
@@ -111,9 +120,10 @@ class Source:
         # a few of a machine's own files declare another encoding
         errors, clean = ("strict", None) if self._machine is None else ("replace", self._machine.clean)
         for number, path in enumerate(self._found.files, 1):
-            self.counts.files = max(self.counts.files, number)
+            self.counts.files, self.counts.file = max(self.counts.files, number), path
             try:
-                for row in read_rows(path, self._found.kind, self._config.text_field, errors):
+                rows = read_rows(path, self._found.kind, self._config.text_field, errors)
+                for self.counts.row, row in enumerate(rows):
                     yield row if clean is None else {TEXT_FIELD: clean(row[TEXT_FIELD])}
             except MissingFieldError as error:
                 raise ConfigError(self._no_field(error.names, str(path))) from error

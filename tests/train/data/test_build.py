@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -164,6 +165,29 @@ def test_other_settings_are_refused_unless_overwritten(folder: Path, tmp_path: P
         build(config, 280)
     assert (tmp_path / "out" / "corpus.bin").read_bytes() == before
     assert build(replace(changed, overwrite=True), VOCABULARY).bytes == 100
+
+
+def test_builds_at_once_do_not_replace_each_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other build ends while this one still writes."""
+    config = config_of(jsonl(folder), tmp_path)
+    write = build_module._write
+
+    def write_later(*arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(build_module, "_write", write)
+            patch.setattr(os, "getpid", lambda: 1)  # as in another process
+            build(config, 300)
+        return write(*arguments)
+
+    monkeypatch.setattr(build_module, "_write", write_later)
+    with pytest.raises(ConfigError, match=r"corpus of other settings .vocab_size 300 instead of 310"):
+        build(config, 310)
+    assert build(config, 300).settings["vocab_size"] == 300, "the first corpus is whole"
+    monkeypatch.setattr(build_module, "_write", write_later)
+    assert build(replace(config, overwrite=True), 310).settings["vocab_size"] == 310
+    assert {path.name for path in Path(config.out).iterdir()} == set(build_module._FILES)
 
 
 def test_foreign_files_are_not_overwritten(folder: Path, tmp_path: Path) -> None:

@@ -165,3 +165,48 @@ def test_table_without_the_field_is_refused_by_name(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["b"]}), tmp_path / "s" / "1.parquet")
     with pytest.raises(ConfigError, match=r"1\.parquet has no field text; set data\.text_field to one of: body"):
         build(DataConfig("x", str(tmp_path / "s"), out=str(tmp_path / "out")), 300)
+
+
+DOUBLED = {
+    "line": b'{"text": "one"}\n{"text": "two", "text": "three"}\n',
+    "array": b'[{"text": "one"},\n {"text": "two", "id": 1, "text": "three"}]',
+    "array-in-a-line": b'[{"text": "one"}, {"text": "two", "text": "three"}]',
+}
+
+
+@pytest.mark.parametrize("case", DOUBLED)
+def test_field_that_is_there_twice_is_refused(case: str, tmp_path: Path) -> None:
+    """Else one of the two would be dropped in silence."""
+    path = tmp_path / "a.json"
+    path.write_bytes(DOUBLED[case])
+    line = "line 2" if case == "line" else "line 1"
+    with pytest.raises(DamagedFileError, match=f"{line}: the field text is there twice"):
+        rows_of(path)
+
+
+def test_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DamagedFileError, match="the column text is there twice"):
+        rows_of(tmp_path / "a.parquet", "parquet")
+
+
+def test_name_of_the_field_inside_a_text_is_no_second_field(tmp_path: Path) -> None:
+    rows = [{"text": 'say "text": "text"', "more": {"text": "other", "text2": 1}}] * 2
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rows_of(tmp_path / "a.jsonl") == rows
+
+
+def test_refusal_names_the_file_and_its_row(tmp_path: Path) -> None:
+    for name, value in (("a", "one"), ("b", ["two"])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"text": value}))
+    source = Source(DataConfig("mine", str(tmp_path)))
+    with pytest.raises(ConfigError, match=re.escape(f"field text of row 1 in {tmp_path / 'b.jsonl'} holds list")):
+        list(source.texts(0))
+
+
+def test_zero_characters_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """UTF-16 without a byte-order mark is valid UTF-8, and no text."""
+    (tmp_path / "a.txt").write_bytes("some text".encode("utf-16-le"))
+    build(DataConfig("mine", str(tmp_path / "a.txt"), out=str(tmp_path / "out"), max_bytes=0), 300)
+    assert "in 1 documents are zero characters: are their files UTF-16" in " ".join(capsys.readouterr().err.split())
