@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 from longcat.errors import OK
 
 
@@ -24,7 +26,7 @@ def grow(arguments: list[str]) -> int:
     source, growth = grow_checkpoint(config)
     layers = growth.num_layers * growth.factor
     print(f"{source}: {growth.num_layers} layers → {config.target}: {layers} layers as {growth.sources}")
-    print(f"train it with model.num_layers={layers} checkpoint.resume={config.target} and another run.name")
+    print(f"train it with model.num_layers={layers} {quote(f'checkpoint.resume={config.target}')} and another run.name")
     return 0
 
 
@@ -49,5 +51,5 @@ def merge(arguments: list[str]) -> int:
     for source in sources:
         print(f"{source.weight / total:.4f} of {source.checkpoint.folder}")
     print(f"{config.target}: the average of {len(sources)} checkpoints; counters are those of step {sources[-1].step}")
-    print(f"train it with checkpoint.resume={config.target} and another run.name")
+    print(f"train it with {quote(f'checkpoint.resume={config.target}')} and another run.name")
     return OK

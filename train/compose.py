@@ -12,7 +12,7 @@ from typing import Any
 from longcat.config_choices import unknown_choice
 from longcat.errors import ConfigError
 from train.config import Config, RunConfig
-from train.spelling import keep_spelling
+from train.spelling import keep_spelling, text_keys
 from train.suggestions import nearest_key
 
 GROUPS = ("model", "data", "schedule", "experiment")  # folders of configs/; each of their files is a choice
@@ -57,8 +57,10 @@ def with_search_path(arguments: list[str]) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """``text`` as a string of Hydra's grammar of overrides."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
+    """``text`` as a string of Hydra's grammar of overrides: backslashes count there only before a quote or `${`."""
+    for special in (r"\$\{", "'"):
+        text = re.sub(rf"(\\*)({special})", r"\1\1\\\2", text)
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", text) + "'"
 
 
 def check_own_choices(folder: Path) -> None:
@@ -178,17 +180,32 @@ def as_hydra_reads(override: str) -> str:
     """``override`` with quotes where its value has characters that Hydra's grammar takes only inside quotes.
 
     Those are, for example, umlauts, `=` and `~`: a path or a name is taken as the user writes it. Values with quotes,
-    braces or functions are left as they are.
+    braces or functions are left as they are, unless they are no such thing: `texts (1)` and `it's` are text.
     """
     override = keep_spelling(override)
     key, equals, value = override.partition("=")
-    if not equals or re.search(r"""['"{}()]""", value):
+    if not equals:
         return override
+    if re.search(r"""['"{}()]""", value):
+        is_text = key.lstrip("+") in text_keys() and not is_hydra_syntax(override)
+        return f"{key}={quoted(value)}" if is_text else override
 
     def quote(item: re.Match[str]) -> str:
         return item[0] if PLAIN.fullmatch(item[0]) else quoted(item[0])
 
     return f"{key}={re.sub(r'[^][,]*[^][, ]', quote, value)}"
+
+
+def is_hydra_syntax(override: str) -> bool:
+    """Whether Hydra's grammar takes ``override`` as it is."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
 
 
 def check_choice_of_group(override: str, group: str) -> None:
@@ -234,7 +251,10 @@ def one_line(error: BaseException) -> str:
         value, choices, key = refused.groups()
         return str(unknown_choice(key, value, choices.split(", ")))
     if isinstance(error, RecursionError):
-        return "an interpolation ${…} leads back to itself; write a value in its place"
+        return "an interpolation ${…} or an entry of a defaults list leads back to itself; write a value in its place"
+    if isinstance(error, UnicodeDecodeError):
+        before = error.object[max(0, error.start - 40) : error.start].decode(errors="replace")
+        return f"a configuration file is not UTF-8, after {before!r}; save it as UTF-8"
     text = str(error).split("Config search path")[0]
     cause = error.__cause__
     if cause is not None and str(cause) not in text:

@@ -30,3 +30,30 @@ def test_other_overrides_are_left_alone(override: str) -> None:
 def test_text_keys_are_found_in_every_section() -> None:
     assert {"run.name", "run.dir", "checkpoint.resume", "data.out", "logging.wandb_project"} <= text_keys().keys()
     assert not {"train.steps", "logging.wandb", "data.paths"} & text_keys().keys()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "texts (1)",
+        "it's",
+        'say "it"',
+        "{a",
+        "a}b",
+        "br{a}c[0]e",
+        "a\\'b",
+        "ü\\x",
+        "C:\\x (1)",
+        "ü\\",
+        "do${x",
+        "ü=\\\\",
+    ],
+)
+def test_paths_with_signs_of_hydras_grammar_are_text(path: str) -> None:
+    config = compose([f"data.source={path}", f"run.dir={path}"])
+    assert (config.data.source, config.run.dir) == (path, path)
+
+
+def test_quotes_and_interpolations_keep_their_meaning() -> None:
+    config = compose(["run.name=a", "data.source='texts (1)'", "run.dir=${run.name}"])
+    assert (config.data.source, config.run.dir) == ("texts (1)", "a")

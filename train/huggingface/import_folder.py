@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -150,17 +151,17 @@ def how_to_train(target: Path, config: Config) -> list[str]:
         fits = wanted is None or tokenizer_sha256(data.paths) == wanted
     except ConfigError:  # a damaged corpus
         fits = False
-    overrides = [f"data.paths=[{','.join(data.paths)}]"]
+    overrides = [quote(f"data.paths=[{','.join(data.paths)}]")]
     lines = []
     if not fits:
         overrides = ["data.out=FOLDER"]
         lines.append("the corpus must have the model's tokenizer; if you have no such corpus, build it first:")
         lines.append(
-            f"longcat data build data.source=TEXTS data.out=FOLDER data.tokenizer={data.tokenizer} "
+            f"longcat data build data.source=TEXTS data.out=FOLDER {quote(f'data.tokenizer={data.tokenizer}')} "
             f"model.vocab_size={config.model.vocab_size}"
         )
     overrides = [*model_overrides(config.model), f"balance.method={config.balance.method}", *overrides]
-    return [*lines, f"longcat train checkpoint.resume={target} run.name=… {' '.join(overrides)}"]
+    return [*lines, f"longcat train {quote(f'checkpoint.resume={target}')} run.name=… {' '.join(overrides)}"]
 
 
 def model_overrides(model: ModelConfig) -> list[str]:

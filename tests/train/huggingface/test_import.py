@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,17 @@ def test_overrides_that_an_import_prints_train_it(imported: Path, corpus: Path, 
     run = [word for word in SMALL if not word.startswith("model")]
     paths = [f"data.paths=[{corpus}]", f"run.dir={tmp_path}", f"checkpoint.resume={imported}", "train.steps=1"]
     assert train_here([*words, *run, *paths]) == 0
+
+
+def test_printed_commands_can_be_pasted_where_paths_have_spaces(
+    imported: Path, export: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What a shell makes of the line are the words that were meant."""
+    folder = tmp_path / "a model (1)"
+    for verb, source in (("import", export), ("grow", imported), ("merge", f"{imported},{folder / 'import'}")):
+        run_command(verb, f"source={source}", f"target={folder / verb}")
+        last = capfd.readouterr().out.splitlines()[-1]
+        assert f"checkpoint.resume={folder / verb}" in shlex.split(last)
 
 
 def changed(export: Path, folder: Path, name: str, change: Any) -> Path:
