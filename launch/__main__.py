@@ -21,12 +21,21 @@ from collections.abc import Callable
 from launch import checkpoint_verbs, verbs
 from launch.signals import ignore_requests
 from longcat import __version__
-from longcat.errors import BAD_INPUT, OK, LongCatError
+from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.lasting_streams import lasting_streams
 from longcat.refusal import leave_refusal
 from train.environment import COMMAND
+from train.stop import Interrupted, interruptible
 
-UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
+UNUSABLE_PATH = (
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
 
 USAGE = """usage: longcat VERB [key=value …]
 
@@ -64,10 +73,18 @@ def run(arguments: list[str]) -> int:
         return BAD_INPUT
     rest = arguments[1:]
     if any(argument in ("-h", "--help") for argument in rest):
-        print((verb.__doc__ or "").strip())
+        print(description(verb))
         return OK
     try:
-        return verb(rest)
+        with interruptible():
+            check_current_folder()
+            return verb(rest)
+    except Interrupted as interrupt:
+        print(interrupt, file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt as interrupt:
+        print(f"error: {interrupt}", file=sys.stderr)
+        return CRASHED
     except LongCatError as error:
         print(f"error: {error}", file=sys.stderr)
         leave_refusal(error)
@@ -91,7 +108,20 @@ def suggestion(word: str) -> str:
 
 def listing() -> str:
     """One line per verb: the first of its docstring."""
-    return "\n".join(f"  {name:11} {(verb.__doc__ or '').strip().splitlines()[0]}" for name, verb in VERBS.items())
+    return "\n".join(f"  {name:11} {description(verb).splitlines()[0]}" for name, verb in VERBS.items())
+
+
+def description(verb: Callable[[list[str]], int]) -> str:
+    """A verb's docstring."""
+    return (verb.__doc__ or "(PYTHONOPTIMIZE=2 leaves out the help: unset it)").strip()
+
+
+def check_current_folder() -> None:
+    """Raise ConfigError where the current folder is gone: relative paths lead nowhere then."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current folder has been removed; change to one that exists") from error
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {

@@ -1,4 +1,4 @@
-"""Standard output and error that nobody reads any more do not end the program."""
+"""Standard output and error that nobody reads, or that cannot express a character, do not end the program."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ STREAMS = ("stdout", "stderr")
 
 
 class LastingStream:
-    """A text stream whose writes never raise an OSError.
+    """A text stream whose writes never raise an OSError or a UnicodeEncodeError.
 
     When its reader is gone (a closed pipe, a lost terminal) it writes to the null device from then on, also below
     Python: otherwise the interpreter's flush at the end would change the exit code to 120. Where a disk is full, a line
-    is lost and the next one is tried.
+    is lost and the next one is tried. Characters that its encoding does not have are written as `\\u2026`.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -26,7 +26,12 @@ class LastingStream:
         self.lost: OSError | ValueError | None = None  # why nobody reads it any more
 
     def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(text))
+        try:
+            self._try(lambda: self.stream.write(text))
+        except UnicodeEncodeError:  # raised before anything is written
+            encoding = self.stream.encoding
+            escaped = text.encode(encoding, "backslashreplace").decode(encoding)
+            self._try(lambda: self.stream.write(escaped))
         return len(text)
 
     def writelines(self, lines: Any) -> None:

@@ -20,4 +20,4 @@ def leave_refusal(error: LongCatError) -> None:
     path = os.environ.get(REFUSAL)
     if path and error.exit_code == BAD_INPUT and not isinstance(error, FolderInUseError):
         with contextlib.suppress(OSError):  # then the script starts again and finds the same
-            Path(path).write_text(f"{error}\n")
+            Path(path).write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")

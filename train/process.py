@@ -34,7 +34,7 @@ from train.checkpoint.failures import is_disk_full
 from train.config import Config
 from train.run import train
 from train.run_dir import claim_exit, forget_exit, lock, recorded_code, refuse
-from train.stop import StopSignal
+from train.stop import Interrupted, StopSignal
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # begins what torch raises, as a RuntimeError, where memory of a host is out
 
@@ -52,6 +52,8 @@ def main(config: Config) -> int:
             is_alone = False
         except LocalCorruptionError as error:  # the other ranks wait for a collective that this one cannot finish
             code, message, details, is_alone = error.exit_code, str(error), error.details, True
+        except Interrupted as error:  # before the first step
+            code, message, details, is_alone = STOPPED, str(error), LongCatError.details, False
         except BaseException as error:
             hang = watchdog.explain(error)
             if hang is not None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -13,6 +16,42 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 SAVE_SIGNAL = signal.SIGUSR2  # save and train on
 REQUESTS = (*STOP_SIGNALS, SAVE_SIGNAL)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A stop signal came where there is nothing to save; the message is one line for the user, the exit code 3."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped on {signal.Signals(number).name} before the end; the same command starts again")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, the first stop signal raises `Interrupted`, so that what is half written is removed.
+
+    Later ones are ignored, and so is a request to save. A signal that the process was started with ignored stays so.
+    Outside of the main thread, which alone may set handlers, nothing changes.
+    """
+    before: dict[signal.Signals, Any] = {}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, _ignore)
+        raise Interrupted(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in REQUESTS:
+            if not is_ignored(number):
+                before[number] = signal.signal(number, _ignore if number == SAVE_SIGNAL else interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """A handler that does nothing. Processes that are started meanwhile do not inherit it, as they would SIG_IGN."""
 
 
 class StopSignal:
@@ -54,7 +93,10 @@ class StopSignal:
         if self.reason is not None and number == signal.SIGINT and "RANK" not in os.environ:
             # A second Ctrl-C: do not wait for the step to end. Under torchrun one Ctrl-C arrives twice, from the
             # terminal and from its agent.
-            signal.default_int_handler(number, frame)
+            raise KeyboardInterrupt(
+                "stopped by a second Ctrl-C within a step, without saving; the same command resumes from the newest "
+                "checkpoint"
+            )
         self.reason = signal.Signals(number).name
 
     def _on_save_signal(self, number: int, frame: FrameType | None) -> None:

@@ -133,3 +133,21 @@ def test_neither_stream_nor_log_ends_no_run(tmp_path: Path) -> None:
     terminal.step({"step": 1})
     terminal.close()
     assert (tmp_path / "missing" / "run.log").read_text().startswith("kept in memory\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_characters_that_a_stream_lacks_are_escaped(encoding: str) -> None:
+    """As with PYTHONIOENCODING or a locale of another encoding; `\\udcff` is a byte of a path that is no UTF-8."""
+    raw = io.BytesIO()
+    stream = LastingStream(io.TextIOWrapper(raw, encoding=encoding, write_through=True))
+    stream.write("a → b\udcff\n")
+    assert raw.getvalue() == b"a \\u2192 b\\udcff\n"
+
+
+@pytest.mark.parametrize("variable", ["PYTHONIOENCODING=ascii", "PYTHONOPTIMIZE=2"])
+def test_help_is_printed_in_any_environment(variable: str) -> None:
+    name, _, value = variable.partition("=")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), name: value}
+    done = subprocess.run([sys.executable, "-P", "-m", "launch", "--help"], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"train" in done.stdout
