@@ -216,7 +216,7 @@ def best_run(folder: Path) -> Path | None:
 
 def model_sizes(run: Path) -> str:
     """What makes a run's model another one: its sizes, without initial scales and other hyperparameters."""
-    model = read_unchanged_config(run)["model"]
+    model = read_unchanged_config(run).get("model", {})
     return dumps([[f"model.{name}", model.get(name)] for name in SIZES])
 
 

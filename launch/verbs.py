@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from longcat.errors import CORRUPT, OK, ConfigError
@@ -251,9 +252,9 @@ def transfer(arguments: list[str]) -> int:
 
         options.proxy = str(best_run(Path(options.proxy)) or options.proxy)
     path, width = write(options, overrides)
-    folder = "" if str(path.parent.parent) == OWN_FOLDER else f" --config-dir {path.parent.parent}"
+    folder = "" if str(path.parent.parent) == OWN_FOLDER else f" --config-dir {quote(str(path.parent.parent))}"
     print(f"{path}: {options.proxy} carried to s = {width:g} times its width")
-    print(f"train it with longcat train experiment={path.stem}{folder}")
+    print(f"train it with longcat train {quote(f'experiment={path.stem}')}{folder}")
     return 0
 
 

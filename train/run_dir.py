@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -133,6 +134,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder / CONFIG} cannot be read ({describe(error)}); {cure}") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"{folder / CONFIG} is no configuration; {cure}")
+    for section in fields(Config):
+        if not isinstance(stored.get(section.name, {}), dict):
+            raise ConfigError(f"{folder / CONFIG} is no configuration: {section.name} is no section; {cure}")
     return {str(key): value for key, value in stored.items()}
 
 
@@ -288,4 +292,5 @@ def record_refusal(folder: Path, error: LongCatError) -> None:
 
 
 def is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0

@@ -15,13 +15,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from longcat.config import ModelConfig
 from longcat.config_choices import listed
 from longcat.errors import OK, ConfigError
 from longcat.roles import RULES, TRAINED, Role
 from train.checkpoint.compatibility import flatten, given_stages
-from train.checkpoint.files import write_synced
-from train.compose import OWN_FOLDER, compose
+from train.checkpoint.files import write_whole
+from train.compose import OWN_FOLDER, compose, from_tree, one_line
 from train.config import Config
 from train.run_dir import CONFIG, EXIT, as_mapping, read_unchanged_config
 
@@ -80,7 +83,8 @@ def transfer(options: TransferConfig, overrides: list[str]) -> tuple[Path, float
         the configuration is not one that `longcat train` accepts.
     """
     options.validate()
-    model = next((text.partition("=")[2] for text in overrides if text.startswith("model=")), "")
+    models = [text.partition("=")[2] for text in overrides if text.startswith("model=")]
+    model = models[-1] if models else ""
     if not model:
         raise ConfigError("longcat transfer needs model=TARGET, the name of a preset, for instance model=flash")
     if any(text.startswith("experiment=") for text in overrides):
@@ -126,14 +130,22 @@ def finished_run(folder: Path) -> dict[str, Any]:
     if code != OK or is_early:
         ended = "has not ended" if code is None else "was stopped early" if is_early else f"ended with exit code {code}"
         raise ConfigError(f"proxy={folder} {ended}; finish the run, or name a run that ended with 0")
-    stored = read_unchanged_config(folder)
+    stored, default = read_unchanged_config(folder), as_mapping(Config())
+    known = {
+        section: {key: value for key, value in stored[section].items() if key in default[section] or section == "model"}
+        for section in default
+        if section in stored
+    }
     try:
-        ModelConfig.from_mapping(stored["model"])
-        return {key: {**value, **stored.get(key, {})} for key, value in as_mapping(Config()).items()}
-    except (KeyError, TypeError) as error:
+        if "model" not in known:
+            raise ConfigError("it has no model")
+        config = from_tree(OmegaConf.merge(OmegaConf.structured(Config), known))
+        config.model.validate()
+    except (OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(
-            f"{folder / CONFIG} is not a configuration of this version ({error}); name another"
+            f"{folder / CONFIG} is not a configuration of this version ({one_line(error)}); name another"
         ) from error
+    return as_mapping(config)
 
 
 def given_keys(overrides: list[str], full: Config, plain: Config) -> dict[str, Value]:
@@ -240,8 +252,7 @@ def write(path: Path, comment: list[str], model: str, values: dict[str, Value]) 
     lines += ["defaults:", f"  - override /model: {model}"]
     values = {**values, "run.name": values.get("run.name", Value(path.stem, "this file's name"))}
     lines += nested(values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_synced(path, "\n".join(lines) + "\n")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def nested(values: dict[str, Value]) -> Iterator[str]:

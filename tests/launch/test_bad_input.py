@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +15,8 @@ from launch.__main__ import main as longcat
 from tests.support.fixtures import Refused, error_line
 from tests.support.running import NARROW, contents, exit_json, finish, program, train_here
 from train.__main__ import main as rank_main
-from train.checkpoint.manifest import list_checkpoints
+from train.checkpoint.files import file_hash
+from train.checkpoint.manifest import MANIFEST, STATE, list_checkpoints
 from train.run_dir import lock
 
 CONFIGURATION = {
@@ -173,6 +178,33 @@ def test_resume_is_refused_when_no_checkpoint_is_valid(used: tuple[list[str], Pa
     assert after == before
 
 
+STATES: dict[str, tuple[dict[str, Any], str]] = {
+    "no-configuration": ({"configuration": None}, "state.json has no configuration"),
+    "no-model": ({"configuration": {"data": {}, "train": {}}}, "state.json has a configuration without model"),
+    "model-is-a-number": ({"configuration": {"model": 5}}, "state.json has a configuration without model"),
+    "no-data": ({"configuration": {"model": {}, "train": {}}}, "state.json has a configuration without data"),
+    "no-step": ({"counters": [1]}, "state.json does not say the step and the configuration"),
+    "health-is-a-list": ({"health": [1]}, "state.json has no state of the health checks"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_state_of_another_program_is_refused(
+    case: str, used: tuple[list[str], Path], refused: Refused, tmp_path: Path
+) -> None:
+    """Its hashes are right: another version or a tool wrote it."""
+    changes, part = STATES[case]
+    for path in list_checkpoints(used[1] / "checkpoints"):
+        state, manifest = (json.loads((path / name).read_text()) for name in (STATE, MANIFEST))
+        (path / STATE).write_text(json.dumps(state | changes))
+        manifest["files"][STATE] = file_hash(path / STATE)
+        (path / MANIFEST).write_text(json.dumps(manifest))
+    refused(used[0], "no checkpoint in", part)
+    for verb in ("export", "grow", "merge"):
+        refused([verb, f"source={used[1]}", f"target={tmp_path / 'target'}"], part)
+    assert not (tmp_path / "target").exists()
+
+
 @pytest.mark.parametrize(
     "where,words,fragments",
     [
@@ -241,6 +273,34 @@ def test_other_commands_refuse_in_one_line(
     refused([word.format(tmp=tmp_path) for word in words], *fragments)
 
 
+def test_report_that_cannot_be_written_is_refused(
+    used: tuple[list[str], Path], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = used[1] / "report.html"
+    page.unlink(missing_ok=True)
+    page.mkdir()
+    before = sorted(used[1].iterdir())
+    refused(["report", str(used[1])], str(page), "Is a directory", "choose another folder")
+    page.rmdir()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("train.checkpoint.files.os.fsync", full)
+    refused(["report", str(used[1])], str(page), "No space left on device", "free space")
+    assert sorted({*used[1].iterdir(), page}) == before
+
+
+def test_a_current_folder_that_is_gone_is_refused(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    refused(["counts", "model=debug"], "the current folder has been removed", "change to one that exists")
+    monkeypatch.chdir(tmp_path)
+
+
 def test_verify_names_what_is_damaged(
     used: tuple[list[str], Path], refused: Refused, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,8 +343,9 @@ def test_exit_json_holds_the_code_under_torchrun(overrides: list[str], tmp_path:
 @pytest.fixture
 def as_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment that an agent sets for the first of two ranks."""
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    agent = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in agent.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.usefixtures("as_a_rank")

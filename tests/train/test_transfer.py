@@ -269,6 +269,35 @@ def test_a_finished_run_carried_to_twice_its_width_trains(overrides: list[str], 
     assert len((tmp_path / "debug-from-run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+EDITED = {
+    "section": ("model", 5, "model is no section"),
+    "list": ("train", [1], "train is no section"),
+    "size": ("model", {"hidden_size": "wide"}, "hidden_size"),
+    "negative": ("model", {"num_layers": -1}, "model.num_layers=-1 must be above 0"),
+    "unknown-size": ("model", {"depth": 3}, "depth"),
+    "rate": ("optim", {"lr": "fast"}, "lr"),
+    "rates": ("optim", {"lr_scale": 3}, "RateScales"),
+}
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_proxy_of_a_wrong_configuration_is_refused(case: str, refused: Refused) -> None:
+    section, value, part = EDITED[case]
+    finished(Path("runs/proxy"), sizes(1))
+    path = Path("runs/proxy/config.yaml")
+    stored = yaml.safe_load(path.read_text())
+    stored[section] = {**stored[section], **value} if isinstance(value, dict) else value
+    path.write_text(yaml.safe_dump(stored))
+    refused(["transfer", "proxy=runs/proxy", *sizes(2)], "runs/proxy/config.yaml", part)
+
+
+def test_last_of_two_models_is_the_target(tmp_path: Path) -> None:
+    """As everywhere: of a key that is given twice the last value counts."""
+    finished(Path("runs/proxy"), sizes(1))
+    assert longcat(["transfer", "proxy=runs/proxy", "model=tiny", *sizes(2), "target=conf/experiment/a.yaml"]) == 0
+    assert "override /model: debug" in Path("conf/experiment/a.yaml").read_text()
+
+
 def test_engines_group_parameters_by_these_roles() -> None:
     """The store that training uses asks for the same groups as the tests above."""
     config = compose(sizes(1))

@@ -105,6 +105,27 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file as a whole or not at all, and sync it.
+
+    Raises:
+        ConfigError: it cannot be written; nothing has changed.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_synced(partial, text)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); free space, give write permission, or choose another folder"
+        ) from error
+
+
 def sync_folder(path: Path) -> None:
     """Make a rename in ``path`` last through a power cut."""
     sync_file(path)

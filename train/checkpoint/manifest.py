@@ -82,18 +82,24 @@ def verify(path: Path, check: Check = problems) -> CheckpointStatus:
     if missing:
         return CheckpointStatus(path, step, f"{missing[0]} is missing")
     found = check(path, files)
-    return CheckpointStatus(path, step, found[0] if found else check_step(path))
+    return CheckpointStatus(path, step, found[0] if found else check_state(path))
 
 
-def check_step(path: Path) -> str | None:
-    """The problem of a checkpoint whose name and state have different steps."""
-    if (step := step_of(path)) < 0:
-        return None
+def check_state(path: Path) -> str | None:
+    """The problem of a checkpoint whose state.json lacks what readers need, or has another step than its name."""
     try:
-        stored = int(json.loads((path / STATE).read_text())["counters"]["step"])
+        state = json.loads((path / STATE).read_text())
+        stored, configuration = int(state["counters"]["step"]), state["configuration"]
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{STATE} does not say the step"
-    return None if stored == step else f"it contains step {stored}, which is not the step of its name"
+        return f"{STATE} does not say the step and the configuration"
+    if not isinstance(configuration, dict):
+        return f"{STATE} has no configuration"
+    for section in ("model", "data", "train"):
+        if not isinstance(configuration.get(section), dict):
+            return f"{STATE} has a configuration without {section}"
+    if not isinstance(state.get("health") or {}, dict):
+        return f"{STATE} has no state of the health checks"
+    return None if step_of(path) in (-1, stored) else f"it contains step {stored}, which is not the step of its name"
 
 
 def check_name(target: Path, step: int) -> None:

@@ -60,7 +60,8 @@ class Checkpoint:
         try:
             model, self.sequence_length = stored_stage(stored)
             self.model = ModelConfig.from_mapping(model)
-        except (TypeError, KeyError) as error:
+            self.model.validate()
+        except (TypeError, KeyError, ConfigError) as error:
             raise ConfigError(f"{self.folder} is of another version of this program ({error}); use that one") from error
 
     def boxes(self, stored_name: str, shape: tuple[int, ...]) -> list[Box]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint.compatibility import flatten
+from train.checkpoint.files import write_whole
 from train.report import health, learning, routing
 from train.report.axes import Axes
 from train.report.chart import Chart, Page
@@ -55,6 +55,9 @@ def write_page(target: Path, title: str, body: str, several: bool = False) -> Pa
     """Write the page around `body` and rename it when complete, so that no reader sees half a file.
 
     On a page of `several` runs a run stands out in all charts while the pointer is on its name.
+
+    Raises:
+        ConfigError: the page cannot be written.
     """
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -62,9 +65,7 @@ def write_page(target: Path, title: str, body: str, several: bool = False) -> Pa
         f"<title>{escape(title)}</title><style>{style_sheet()}</style></head>\n"
         f"<body{' class=several' if several else ''}><main>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    unfinished.write_text(page, encoding="utf-8", errors="replace")
-    unfinished.replace(target)
+    write_whole(target, page.encode(errors="replace").decode())
     return target
 
 

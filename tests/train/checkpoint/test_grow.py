@@ -215,7 +215,7 @@ def fabricated(folder: Path, width: int, num_layers: int) -> Path:
     tensors["controller/integral"] = torch.zeros(num_layers, 4)
     partial = folder / "half.partial"
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
-    text = {"counters": {"step": 1}, "configuration": {"model": {"num_layers": num_layers}}}
+    text = {"counters": {"step": 1}, "configuration": {"model": {"num_layers": num_layers}, "data": {}, "train": {}}}
     shards = {path.name: file_hash(path) for path in partial.glob("*.distcp")}
     commit(partial, folder / "half", json.dumps(text), shards)
     return folder / "half"
