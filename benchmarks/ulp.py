@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from benchmarks.common import print_json, print_table
 from longcat.ops.attention import causal_attention
 from longcat.ops.cross_entropy import linear_cross_entropy
-from longcat.ops.elementwise import rms_norm, rotary
+from longcat.ops.elementwise import rms_norm
 from longcat.ops.fusion import fuse
 from longcat.ops.grouped import grouped_linear
 from longcat.ops.matmul import gated_linear, linear
+from longcat.ops.rotation import rotary
 from longcat.rope import rotary_angles
 
 Function = Callable[..., Tensor]

@@ -14,8 +14,8 @@ from longcat.interfaces import SequenceModule
 from longcat.modules import Linear, RMSNorm, RotatedLinear
 from longcat.ops import fusion
 from longcat.ops.attention import causal_attention
-from longcat.ops.elementwise import expanded_keys, rotary
 from longcat.ops.recomputed import recomputable
+from longcat.ops.rotation import expanded_keys, rotary
 from longcat.recompute_values import Value
 
 

@@ -18,8 +18,8 @@ from longcat.layer import MTPLayer
 from longcat.model import LongCat
 from longcat.ops import fusion
 from longcat.ops.attention import QUERY_BLOCK
-from longcat.ops.elementwise import rotary
 from longcat.ops.matmul import product, raw_product
+from longcat.ops.rotation import rotary
 from longcat.rope import rotary_angles
 
 MIN_TEMPERATURE = 1e-6  # logits divided by less may overflow

@@ -1,6 +1,6 @@
-"""RMSNorm, SwiGLU and rotation by positions; their backwards recompute what is cheap instead of saving it."""
+"""RMSNorm and SwiGLU; their backwards recompute what is cheap instead of saving it."""
 
-# T rows (tokens), D width, F expert or FFN width, S positions, H heads, R rotary width
+# T rows (tokens), D width, F expert or FFN width
 
 from __future__ import annotations
 
@@ -13,21 +13,17 @@ from torch.nn.functional import silu
 from longcat.faults import Place, passed, passed_all
 from longcat.ops import fusion
 from longcat.ops.calls import observed
-from longcat.ops.fusion import Fusible
+from longcat.ops.fusion import Fusible, Permutable
 from longcat.ops.one_pass import (
     add_norm_rows,
     add_norm_rows_backward,
     add_three,
     gate_rows,
     gate_rows_backward,
-    join_keys,
-    keys_and_values_backward,
     norm_rows,
     norm_rows_backward,
-    rotate_,
-    rotate_back,
 )
-from longcat.ops.permuted import along, can_permute, elementwise, is_permuting
+from longcat.ops.permuted import along, elementwise, mirrored
 from longcat.ops.torch_internals import storage_key
 
 
@@ -47,7 +43,11 @@ def _norm_on_gpu(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @_norm.permuted_by
 def _norm_permuted(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return along(-2, lambda rows: _norm.compute(rows, gain, eps), x)  # type: ignore[no-any-return]
+    """A CPU's sums over a row keep their order, so it rolls rows alone; a GPU's are by halves."""
+    if not fusion.is_on_gpu(x):
+        return along(-2, lambda rows: _norm.compute(rows, gain, eps), x)  # type: ignore[no-any-return]
+    out, inverse = along(-2, lambda rows: _norm.compute(rows, mirrored(gain), eps), mirrored(x))
+    return mirrored(out), inverse
 
 
 @Fusible
@@ -68,9 +68,54 @@ def _norm_backward_on_gpu(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor
 
 @_norm_backward.permuted_by
 def _norm_backward_permuted(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """The gain's gradient sums over rows, in an order that must stay: it is computed again as it was."""
-    grad_x = along(-2, lambda *rows: _norm_backward.compute(rows[0], rows[1], gain, rows[2])[0], grad, x, inverse)
-    return grad_x, _norm_backward.compute(grad, x, gain, inverse)[1]
+    """The gain's gradient sums over rows, which keep their order; on a CPU it is computed again as it was."""
+    run = _norm_backward.compute
+    if fusion.is_on_gpu(x):
+        grad, x, gain = mirrored(grad), mirrored(x), mirrored(gain)
+    grad_x = along(-2, lambda grad, x, inverse: run(grad, x, gain, inverse)[0], grad, x, inverse)
+    grad_gain = run(grad, x, gain, inverse)[1]
+    return (mirrored(grad_x), mirrored(grad_gain)) if fusion.is_on_gpu(x) else (grad_x, grad_gain)
+
+
+@Permutable
+def _add_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return add_norm_rows(x, y, gain, eps)  # type: ignore[no-any-return]
+
+
+@_add_norm.permuted_by
+def _add_norm_permuted(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows = mirrored(x), mirrored(y)
+    total, out, inverse = along(0, lambda x, y: _add_norm.compute(x, y, mirrored(gain), eps), *rows)
+    return mirrored(total), mirrored(out), inverse
+
+
+@Permutable
+def _add_norm_backward(
+    grad_total: Tensor, grad: Tensor, total: Tensor, gain: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    return add_norm_rows_backward(grad_total, grad, total, gain, inverse)  # type: ignore[no-any-return]
+
+
+@_add_norm_backward.permuted_by
+def _add_norm_backward_permuted(
+    grad_total: Tensor, grad: Tensor, total: Tensor, gain: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_norm_backward_permuted`."""
+    run, gain = _add_norm_backward.compute, mirrored(gain)
+    rows = mirrored(grad_total), mirrored(grad), mirrored(total), inverse
+    grad_x = along(0, lambda grad_total, grad, total, inverse: run(grad_total, grad, total, gain, inverse)[0], *rows)
+    return mirrored(grad_x), mirrored(run(*rows[:3], gain, inverse)[1])
+
+
+@Permutable
+def sum_of_three(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """(x + y) + z of tensors [R, D], each sum rounded; called inside autograd functions."""
+    return add_three(x, y, z)  # type: ignore[no-any-return]
+
+
+@sum_of_three.permuted_by
+def _sum_of_three_permuted(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    return elementwise(sum_of_three.compute, x, y, z)  # type: ignore[no-any-return]
 
 
 @observed("norm")
@@ -95,7 +140,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 class _AddedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total, out, inverse = add_norm_rows(_rows(x), _rows(y), gain, eps)
+        total, out, inverse = _add_norm(_rows(x), _rows(y), gain, eps)
         total, out = total.view(x.shape), out.view(x.shape)
         ctx.save_for_backward(total, gain, inverse)
         return total, passed(Place.activation, "norm", out)
@@ -103,7 +148,7 @@ class _AddedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total, gain, inverse = ctx.saved_tensors
-        grad_x, grad_gain = add_norm_rows_backward(_rows(grads[0]), _rows(grads[1]), _rows(total), gain, inverse)
+        grad_x, grad_gain = _add_norm_backward(_rows(grads[0]), _rows(grads[1]), _rows(total), gain, inverse)
         grad_x, grad_gain = passed_all(Place.gradient, "norm", (grad_x.view(total.shape), grad_gain))
         return grad_x, grad_x, grad_gain, None
 
@@ -117,7 +162,7 @@ def added_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, 
 class _ResidualSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        return add_three(_rows(x), _rows(y), _rows(z)).view(x.shape)  # type: ignore[no-any-return]
+        return passed(Place.activation, "residual sum", sum_of_three(_rows(x), _rows(y), _rows(z)).view(x.shape))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,70 +229,3 @@ def joined_swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tenso
     if one and grad_up.storage_offset() == grad_gate.storage_offset() + width:  # on a GPU
         return grad_gate.as_strided(gate_up.shape, (2 * width, 1)), x
     return torch.cat((grad_gate, grad_up), -1), x
-
-
-@observed("rotary")
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, angles: Tensor) -> Tensor:
-        ctx.save_for_backward(angles)
-        return passed(Place.activation, "rotary", _rotate(x, angles))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return passed(Place.gradient, "rotary", _rotate(grads[0], ctx.saved_tensors[0].conj())), None
-
-
-def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """While permuting, the heads are rolled."""
-    if is_permuting() and can_permute(x):
-        return along(-2, lambda heads: _rotated(heads, angles), x)  # type: ignore[no-any-return]
-    return _rotated(x, angles)
-
-
-def _rotated(x: Tensor, angles: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.float().contiguous().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * angles[:, None, :]).flatten(-2).to(x.dtype)
-
-
-def rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate the interleaved pairs of x [..., S, H, R] by ``angles`` [S, R/2] (`longcat.rope`), in float32."""
-    return _Rotary.apply(x, angles)
-
-
-def rotate_heads(x: Tensor, head_width: int, angles: Tensor) -> None:
-    """On a GPU: rotate the last columns of each head of x [B, q, H · head_width] in place, by ``angles`` [q, R/2]."""
-    heads = x.unflatten(-1, (x.shape[-1] // head_width, head_width))
-    rotate_(heads[..., head_width - 2 * angles.shape[-1] :], angles)
-
-
-def rotate_heads_back(grad: Tensor, head_width: int, angles: Tensor) -> Tensor:
-    """The gradient of what `rotate_heads` was given."""
-    return rotate_back(grad.unflatten(-1, (grad.shape[-1] // head_width, head_width)), angles).view(grad.shape)  # type: ignore[no-any-return]
-
-
-@observed("keys_and_values")
-class _KeysAndValues(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, expanded: Tensor, k_rope: Tensor, angles: Tensor, nope: int, width: int
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(angles)
-        ctx.value_width = expanded.shape[-1] - nope
-        key = passed(Place.activation, "rotary", join_keys(expanded[..., :nope], k_rope, angles))
-        return key, expanded[..., max(expanded.shape[-1] - width, 0) :]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grads_in = keys_and_values_backward(*grads, *ctx.saved_tensors, ctx.value_width)
-        return *passed_all(Place.gradient, "rotary", grads_in), None, None, None
-
-
-def expanded_keys(expanded: Tensor, k_rope: Tensor, angles: Tensor, nope: int, width: int) -> tuple[Tensor, Tensor]:
-    """On a GPU in one pass: expanded [B, S, H, N + V] and the rotary key of all heads k_rope [B, S, R] → keys, values.
-
-    Keys are [B, S, H, N + R], with the rotated k_rope in their last columns. Values are a view of ``expanded``, its
-    last ``width`` columns where it has so many: V behind some columns of keys, which attention takes for values too.
-    ``nope`` is N.
-    """
-    return _KeysAndValues.apply(expanded, k_rope, angles, nope, width)  # type: ignore[no-any-return]

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from longcat.faults import Place, passed, passed_all
 from longcat.ops.calls import observed
+from longcat.ops.elementwise import sum_of_three
+from longcat.ops.fusion import Permutable
 from longcat.ops.matmul import writes_float32
-from longcat.ops.one_pass import add_three, split_rows
-from longcat.ops.permuted import matmul, mm_float32
+from longcat.ops.one_pass import split_rows
+from longcat.ops.permuted import matmul, mm_float32, rolled
 
 # Pairs of parts whose products are not below the last bit of the largest, smallest first: 0 is the largest part
 PAIRS = ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0))
@@ -29,15 +31,27 @@ def multiplies_in_parts(device_type: str, dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and writes_float32(device_type, dtype)
 
 
+@Permutable
+def _split(x: Tensor) -> Tensor:
+    """x [R, D] float32 → its three parts one below another [3 R, D]."""
+    return split_rows(x)  # type: ignore[no-any-return]
+
+
+@_split.permuted_by
+def _split_permuted(x: Tensor) -> Tensor:
+    parts = _split.compute(rolled(rolled(x, 0), 1)).unflatten(0, (3, x.shape[0]))
+    return rolled(rolled(parts, -1, back=True), -2, back=True).flatten(0, 1)
+
+
 def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x float32 → three bfloat16 tensors, the largest first, whose sum is x."""
-    return split_rows(x).chunk(3)  # type: ignore[no-any-return]
+    return _split(x).chunk(3)  # type: ignore[return-value]
 
 
 def split_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, I] bfloat16, weight [O, I] float32 → x weightᵀ [T, O] float32, the smallest parts added first."""
-    large, middle, small = _product(x, split_rows(weight).t()).chunk(3, 1)
-    return add_three(small, middle, large)  # type: ignore[no-any-return]
+    large, middle, small = _product(x, _split(weight).t()).chunk(3, 1)
+    return sum_of_three(small, middle, large)
 
 
 def split_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
@@ -50,7 +64,7 @@ def split_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 def split_weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad [T, O] float32, x [T, I] bfloat16 → gradᵀ x [O, I] float32."""
     large, middle, small = _product(torch.cat(split(grad), 1).t(), x).chunk(3)
-    return add_three(small, middle, large)  # type: ignore[no-any-return]
+    return sum_of_three(small, middle, large)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

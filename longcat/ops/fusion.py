@@ -29,16 +29,13 @@ def is_on_gpu(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
-class Fusible(Generic[P, R]):
-    """A function of tensors that runs eagerly or fused."""
+class Permutable(Generic[P, R]):
+    """A chain of elementwise operations and row sums that may be repeated from permuted operands."""
 
     def __init__(self, function: Callable[P, R]) -> None:
         self.function = self.run = function
         self.permuted: Callable[P, R] | None = None  # another way to the same bits, see `permuted.py`
-        self.on_gpu: Callable[P, R] | None = None  # by an operator that has a kernel there
-        self.fused: Callable[P, R] | None = None  # created at first use: the compiler takes long to import
         update_wrapper(self, function)
-        _FUSIBLE.append(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self.permuted is not None and is_permuting() and can_permute(args[0]):  # type: ignore[arg-type]
@@ -47,8 +44,7 @@ class Fusible(Generic[P, R]):
 
     def compute(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run it; a fault may be injected into the results as they were written."""
-        run = self.run if self.on_gpu is None or not is_on_gpu(args[0]) else self.on_gpu  # type: ignore[arg-type]
-        out = run(*args, **kwargs)
+        out = self._run_for(args[0])(*args, **kwargs)  # type: ignore[arg-type]
         if is_active() and out is not None:
             passed_all(Place.elementwise, self.function.__name__, out if isinstance(out, tuple) else (out,))
         return out
@@ -57,6 +53,22 @@ class Fusible(Generic[P, R]):
         """Decorates the function that computes the same bits from permuted operands."""
         self.permuted = permuted
         return permuted
+
+    def _run_for(self, _: Tensor) -> Callable[P, R]:
+        return self.run
+
+
+class Fusible(Permutable[P, R]):
+    """A `Permutable` that runs eagerly or fused, on GPUs perhaps by an operator with a kernel of its own."""
+
+    def __init__(self, function: Callable[P, R]) -> None:
+        super().__init__(function)
+        self.on_gpu: Callable[P, R] | None = None
+        self.fused: Callable[P, R] | None = None  # created at first use: the compiler takes long to import
+        _FUSIBLE.append(self)
+
+    def _run_for(self, x: Tensor) -> Callable[P, R]:
+        return self.run if self.on_gpu is None or not is_on_gpu(x) else self.on_gpu
 
     def on_gpu_by(self, on_gpu: Callable[P, R]) -> Callable[P, R]:
         """Decorates the function that runs on GPUs instead."""

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from longcat.faults import Place, passed
 from longcat.ops.calls import named, observed
-from longcat.ops.elementwise import rotate_heads, rotate_heads_back, swiglu, swiglu_backward
+from longcat.ops.elementwise import swiglu, swiglu_backward
 from longcat.ops.permuted import matmul, mm_float32
+from longcat.ops.rotation import rotate_heads, rotate_heads_back
 from longcat.ops.torch_internals import cpu_has_amx_tiles, cpu_has_avx512_bf16
 
 StoreWeightGrad = Callable[[Callable[[], Tensor]], None]  # stores the computation of a weight's gradient, for later

@@ -60,6 +60,16 @@ def rolled(x: Tensor, dim: int, back: bool = False) -> Tensor:
     return out
 
 
+def mirrored(x: Tensor) -> Tensor:
+    """x [..., D] with its columns in reverse within blocks of the largest power of two that divides D; its own inverse.
+
+    A sum by halves (`one_pass.by_halves`) of the columns then adds the same numbers in other places: in each of its
+    additions both or none of the operands change places, and sums of two numbers commute.
+    """
+    block = x.shape[-1] & -x.shape[-1]
+    return x.unflatten(-1, (-1, block)).flip(-1).flatten(-2)
+
+
 def can_permute(x: Tensor) -> bool:
     """Whether elementwise operations on x give the same bits wherever an element is.
 

@@ -31,7 +31,7 @@ import parallel.collectives.point_to_point
 import parallel.expert.dispatchers
 import parallel.fsdp.collectives
 from longcat.dispatch import LocalDispatcher, LocalPending, Routing
-from longcat.ops import elementwise, embedding, fusion, grouped, permute, rows, selections
+from longcat.ops import elementwise, embedding, fusion, grouped, permute, rotation, rows, selections
 from longcat.ops.recomputed import recomputable
 from longcat.ops.torch_internals import storage_key
 from longcat.ops.torch_library import PLAIN
@@ -294,9 +294,10 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
             if on_gpu and hasattr(module, "reduce_scatter"):
                 put(module, "reduce_scatter", reduce_scatter_on_gpu)
         if on_gpu:
-            for name, value in list(vars(elementwise).items()):
-                if callable(value) and value in PLAIN:
-                    put(elementwise, name, one_kernel(recorder, name))
+            for module in (elementwise, rotation):
+                for name, value in list(vars(module).items()):
+                    if callable(value) and value in PLAIN:
+                        put(module, name, one_kernel(recorder, name))
             put(fusion, "is_on_gpu", lambda _: True)
             put(longcat.attention, "causal_attention", flash_attention(recorder))
             put(longcat.ops.matmul, "_NATIVE_BFLOAT16", True)

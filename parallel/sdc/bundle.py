@@ -19,6 +19,7 @@ import longcat.ops.fp32_linear
 import longcat.ops.grouped
 import longcat.ops.matmul
 import longcat.ops.permute
+import longcat.ops.rotation
 import longcat.ops.selections  # noqa: F401 (each names its operators)
 from longcat.errors import ConfigError
 from longcat.ops.calls import FUNCTIONS

@@ -18,11 +18,11 @@ from longcat.ops.elementwise import (
     joined_swiglu_backward,
     residual_sum,
     rms_norm,
-    rotary,
     swiglu,
     swiglu_backward,
 )
 from longcat.ops.grouped import grouped_gated_linear
+from longcat.ops.rotation import rotary
 from longcat.ops.torch_internals import storage_key
 from longcat.rope import rotary_angles
 from train.compose import compose

@@ -14,10 +14,11 @@ from torch import Tensor
 from longcat.documents import Documents
 from longcat.ops.attention import causal_attention
 from longcat.ops.cross_entropy import linear_cross_entropy
-from longcat.ops.elementwise import rms_norm, rotary
+from longcat.ops.elementwise import rms_norm
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
 from longcat.ops.matmul import cpu_multiplies_bfloat16, gated_linear, linear, product
 from longcat.ops.permute import combine, permute, plan_permutation
+from longcat.ops.rotation import rotary
 from longcat.rope import rotary_angles
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import longcat.ops.fp32_linear
 from longcat.documents import Documents
+from longcat.ops import fusion
 from longcat.ops.attention import causal_attention
 from longcat.ops.cross_entropy import _softmax_loss, linear_cross_entropy
-from longcat.ops.elementwise import rms_norm, rotary, swiglu, swiglu_backward
+from longcat.ops.elementwise import added_norm, residual_sum, rms_norm, swiglu, swiglu_backward
 from longcat.ops.fp32_linear import fp32_linear
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
-from longcat.ops.matmul import gated_linear, linear, product
-from longcat.ops.permuted import can_roll, distance, permuting, rolled
+from longcat.ops.matmul import gated_linear, linear, product, rotated_linear
+from longcat.ops.one_pass import by_halves
+from longcat.ops.permuted import can_roll, distance, mirrored, permuting, rolled
+from longcat.ops.rotation import expanded_keys, rotary
 
 DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [1, 2, 3, 5, 8, 16, 24, 31, 48, 64, 96, 100, 128, 192, 257, 320]
@@ -98,22 +103,75 @@ def operators(dtype: torch.dtype, size: int) -> dict[str, tuple[list[Tensor], ob
     }
 
 
+def results(function: Any, leaves: list[Tensor]) -> list[Tensor]:
+    """The result and the gradients of all operands."""
+    out = function()
+    grad = draw(*out.shape, dtype=out.dtype, seed=99)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def assert_permuted_alike(function: Any, leaves: list[Tensor]) -> None:
+    first = results(function, leaves)
+    with permuting():
+        second = results(function, leaves)
+    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [7, 64, 300])
 @pytest.mark.parametrize("name", list(operators(torch.float32, 8)))
 def test_permuted_operators_have_the_same_bits(name: str, size: int, dtype: torch.dtype) -> None:
-    """The result and the gradients of all operands."""
     leaves, function = operators(dtype, size)[name]
+    assert_permuted_alike(function, leaves)
 
-    def run() -> list[Tensor]:
-        out = function()  # type: ignore[operator]
-        grad = draw(*out.shape, dtype=out.dtype, seed=99)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
-    first = run()
-    with permuting():
-        second = run()
-    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(first, second, strict=True))
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, by the plain versions."""
+    monkeypatch.setattr(fusion, "is_on_gpu", lambda _: True)
+    monkeypatch.setattr(longcat.ops.fp32_linear, "multiplies_in_parts", lambda _, dtype: dtype is torch.bfloat16)
+
+
+def joined(*parts: Tensor) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
+
+
+def operators_of_one_pass(dtype: torch.dtype, size: int, width: int) -> dict[str, tuple[list[Tensor], object]]:
+    """As `operators`, those that have one kernel each; ``width`` is that of the residual stream."""
+    x, y, z = (leaf(2, size, width, dtype=dtype, seed=seed) for seed in range(3))
+    gain, weight = leaf(width, dtype=torch.float32, seed=3), leaf(96, width, dtype=torch.float32, seed=4)
+    rows, router = leaf(size, width, dtype=dtype, seed=5), leaf(12, width, dtype=torch.float32, seed=6)
+    expanded, k_rope = leaf(2, size, 4, 32, dtype=dtype, seed=7), leaf(2, size, 8, dtype=dtype, seed=8)
+    angles = torch.polar(torch.ones(size, 4), torch.randn(size, 4))
+    return {
+        "norm": ([x, gain], lambda: rms_norm(x, gain, 1e-6)),
+        "norm of a sum": ([x, y, gain], lambda: joined(*added_norm(x, y, gain, 1e-6))),
+        "residual sum": ([x, y, z], lambda: residual_sum(x, y, z)),
+        "gated": ([x, y, weight], lambda: gated_linear(x, y, weight)),
+        "queries": ([x, weight], lambda: rotated_linear(x, weight, 24, angles)),
+        "keys": ([expanded, k_rope], lambda: joined(*expanded_keys(expanded, k_rope, angles, 16, 24))),
+        "router": ([rows, router], lambda: fp32_linear(rows, router)),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "width"), [(8, 64), (64, 48), (64, 192), (300, 96)])
+@pytest.mark.parametrize("name", list(operators_of_one_pass(torch.float32, 8, 48)))
+def test_permuted_operators_of_one_pass_have_the_same_bits(
+    name: str, size: int, width: int, dtype: torch.dtype, on_gpu: None
+) -> None:
+    leaves, function = operators_of_one_pass(dtype, size, width)[name]
+    assert_permuted_alike(function, leaves)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 48, 64, 100, 192, 1536, 6144])
+def test_sums_by_halves_do_not_depend_on_mirroring(width: int) -> None:
+    """1,536 and 6,144 are the report's widths of queries' latents and of the residual stream."""
+    x = draw(200, width, dtype=torch.float32)
+    assert torch.equal(bits(by_halves(mirrored(x))), bits(by_halves(x)))
+    assert torch.equal(mirrored(mirrored(x)), x)
+    block = width & -width
+    assert block == 1 or not (mirrored(x) == x).any(), "an element stays in its place"
 
 
 @pytest.mark.parametrize("threads", [2, 3])

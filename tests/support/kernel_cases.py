@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from longcat.ops import elementwise, fp32_linear, fusion, rotation
 from longcat.ops.permute import Permutation, plan_permutation
+from longcat.ops.permuted import permuting
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -153,6 +160,22 @@ def check_embedding(places: int, num_rows: int, width: int, dtype: torch.dtype, 
     assert_bits(embedding_gradient(grad, ids.to(device), num_rows), plain)
 
 
+def permuted(module: ModuleType, kernels: tuple[Callable[..., Any], ...], function: str, *operands: Any) -> Any:
+    """``function`` of a module of `longcat.ops`, which calls the kernels, of permuted operands."""
+    with ExitStack() as stack:
+        for name in ("is_on_gpu", "can_permute"):
+            stack.enter_context(patch.object(fusion, name, lambda _: True))
+        for kernel in kernels:
+            stack.enter_context(patch.object(module, kernel.__name__, kernel))
+        stack.enter_context(permuting())
+        return getattr(module, function)(*operands)
+
+
+def assert_all_bits(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for mine, wanted in zip(ours, expected, strict=True):
+        assert_bits(mine, wanted)
+
+
 def check_norm(case: Case) -> None:
     """Rows that are apart in memory, as a latent beside a rotary key is."""
     from parallel.kernels.one_pass import add_norm_rows, add_norm_rows_backward, norm_rows, norm_rows_backward
@@ -160,20 +183,21 @@ def check_norm(case: Case) -> None:
     x = case.draw(case.tokens, case.width + 3)[:, : case.width]
     gain, grad = case.draw(case.width, dtype=torch.float32), case.draw(case.tokens, case.width)
     plain = torch.ops.longcat.norm_rows(x.cpu(), gain.cpu(), 1e-6)
-    for mine, expected in zip(norm_rows(x, gain, 1e-6), plain, strict=True):
-        assert_bits(mine, expected)
+    assert_all_bits(norm_rows(x, gain, 1e-6), plain)
+    kernels = norm_rows, norm_rows_backward, add_norm_rows, add_norm_rows_backward
+    assert_all_bits(permuted(elementwise, kernels, "_norm", x, gain, 1e-6), plain)
     plain_backward = torch.ops.longcat.norm_rows_backward(grad.cpu(), x.cpu(), gain.cpu(), plain[1])
-    ours = norm_rows_backward(grad, x, gain, plain[1].to(case.device))
-    for mine, expected in zip(ours, plain_backward, strict=True):
-        assert_bits(mine, expected)
+    operands = grad, x, gain, plain[1].to(case.device)
+    assert_all_bits(norm_rows_backward(*operands), plain_backward)
+    assert_all_bits(permuted(elementwise, kernels, "_norm_backward", *operands), plain_backward)
     y = case.draw(case.tokens, case.width)
     plain = torch.ops.longcat.add_norm_rows(x.cpu(), y.cpu(), gain.cpu(), 1e-6)
-    for mine, expected in zip(add_norm_rows(x, y, gain, 1e-6), plain, strict=True):
-        assert_bits(mine, expected)
+    assert_all_bits(add_norm_rows(x, y, gain, 1e-6), plain)
+    assert_all_bits(permuted(elementwise, kernels, "_add_norm", x, y, gain, 1e-6), plain)
     operands = y, grad, plain[0].to(case.device), gain, plain[2].to(case.device)
     expected_backward = torch.ops.longcat.add_norm_rows_backward(*(one.cpu() for one in operands))
-    for mine, expected in zip(add_norm_rows_backward(*operands), expected_backward, strict=True):
-        assert_bits(mine, expected)
+    assert_all_bits(add_norm_rows_backward(*operands), expected_backward)
+    assert_all_bits(permuted(elementwise, kernels, "_add_norm_backward", *operands), expected_backward)
 
 
 def check_sums(case: Case) -> None:
@@ -181,9 +205,13 @@ def check_sums(case: Case) -> None:
     from parallel.kernels.sums import add_three, split_rows
 
     x, y, z = (case.draw(case.tokens, case.width + 3)[:, : case.width] for _ in range(3))
-    assert_bits(add_three(x, y, z), torch.ops.longcat.add_three(x.cpu(), y.cpu(), z.cpu()))
+    plain = torch.ops.longcat.add_three(x.cpu(), y.cpu(), z.cpu())
+    assert_bits(add_three(x, y, z), plain)
+    assert_bits(permuted(elementwise, (add_three,), "sum_of_three", x, y, z), plain)
     whole = case.draw(case.tokens, case.width + 1, dtype=torch.float32)[:, 1:]
-    assert_bits(split_rows(whole), torch.ops.longcat.split_rows(whole.cpu()))
+    plain = torch.ops.longcat.split_rows(whole.cpu())
+    assert_bits(split_rows(whole), plain)
+    assert_bits(permuted(fp32_linear, (split_rows,), "_split", whole), plain)
 
 
 def check_gate(case: Case) -> None:
@@ -220,19 +248,24 @@ def check_rotation(sizes: Heads, dtype: torch.dtype, seed: int, device: str = "c
     tokens, turned = (sizes.batch, sizes.positions), 2 * sizes.pairs
     angles = torch.polar(*torch.rand(2, sizes.positions, sizes.pairs, generator=case.generator) * 3)
     on_device = angles.to(device)
+    kernels = rotary.rotate_, rotary.rotate_back, rotary.join_keys, rotary.keys_and_values_backward
     query = case.draw(*tokens, sizes.heads, sizes.nope + turned)
-    assert_bits(rotary.rotate_back(query, on_device), plain.rotate_back(query.cpu(), angles))
-    ours, wanted = query.clone(), query.cpu().clone()
+    wanted = plain.rotate_back(query.cpu(), angles)
+    assert_bits(rotary.rotate_back(query, on_device), wanted)
+    assert_bits(permuted(rotation, kernels, "_rotate_back", query, on_device), wanted)
+    ours, again, wanted = query.clone(), query.clone(), query.cpu().clone()
     assert rotary.rotate_(ours[..., sizes.nope :], on_device).data_ptr() == ours[..., sizes.nope :].data_ptr()
+    permuted(rotation, kernels, "_rotate_in_place", again[..., sizes.nope :], on_device)
     plain.rotate_(wanted[..., sizes.nope :], angles)
-    assert_bits(ours, wanted)
+    assert_all_bits((ours, again), (wanted, wanted))
     expanded = case.draw(*tokens, sizes.heads, sizes.nope + sizes.value)
     k_rope = case.draw(*tokens, turned + 3)[..., 3:]
     k_nope = expanded[..., : sizes.nope]
-    keys = rotary.join_keys(k_nope, k_rope, on_device)
-    assert_bits(keys, plain.join_keys(k_nope.cpu(), k_rope.cpu(), angles))
+    wanted = plain.join_keys(k_nope.cpu(), k_rope.cpu(), angles)
+    assert_bits(rotary.join_keys(k_nope, k_rope, on_device), wanted)
+    assert_bits(permuted(rotation, kernels, "_join_keys", k_nope, k_rope, on_device), wanted)
     grads = query, case.draw(*tokens, sizes.heads, sizes.padded)
-    found = rotary.keys_and_values_backward(*grads, on_device, sizes.value)
+    operands = *grads, on_device, sizes.value
     expected = plain.keys_and_values_backward(*(grad.cpu() for grad in grads), angles, sizes.value)
-    for mine, wanted in zip(found, expected, strict=True):
-        assert_bits(mine, wanted)
+    assert_all_bits(rotary.keys_and_values_backward(*operands), expected)
+    assert_all_bits(permuted(rotation, kernels, "_keys_and_values_backward", *operands), expected)

@@ -15,10 +15,11 @@ from longcat.faults import install_hook
 from longcat.ops.attention import causal_attention
 from longcat.ops.calls import FUNCTIONS, set_observer
 from longcat.ops.cross_entropy import linear_cross_entropy
-from longcat.ops.elementwise import added_norm, expanded_keys, rms_norm
+from longcat.ops.elementwise import added_norm, rms_norm
 from longcat.ops.grouped import grouped_gated_linear
 from longcat.ops.matmul import linear, rotated_linear
 from longcat.ops.permute import combine, permute, plan_permutation
+from longcat.ops.rotation import expanded_keys
 from longcat.ops.selections import selected_gates
 from longcat.rope import rotary_angles
 from parallel.sdc.bundle import replay, write_bundle

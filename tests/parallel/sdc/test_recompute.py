@@ -8,9 +8,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+import longcat.ops.fp32_linear
 import parallel.sdc.recompute as recompute
 from longcat.faults import install_hook
+from longcat.ops import fusion
 from longcat.ops.calls import set_observer
+from longcat.ops.elementwise import added_norm, residual_sum, rms_norm
+from longcat.ops.fp32_linear import fp32_linear
+from longcat.ops.matmul import rotated_linear
+from longcat.ops.rotation import expanded_keys
 from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from parallel.sdc.inject import Injector
 from parallel.sdc.recompute import Persistence, Recomputer, compared
@@ -116,6 +122,38 @@ def test_swiglu_shows_a_stuck_lane() -> None:
     fault = "elementwise/lane/step:1/name:swiglu/persistent"
     ((found, _),) = pool(1).run(train, WHOLE, 2, [fault], True, True)
     assert {operator for _, operator, *_ in found} >= {"linear, forward", "experts, forward", "linear, backward"}
+
+
+@pytest.mark.parametrize("strike", ["lane", "bits"])
+def test_operators_of_one_pass_show_a_stuck_fault(strike: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, by the plain versions. A norm shows a stuck lane too: its sums are by halves."""
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    monkeypatch.setattr(fusion, "is_on_gpu", lambda _: True)
+    monkeypatch.setattr(longcat.ops.fp32_linear, "multiplies_in_parts", lambda *_: True)
+    generator = torch.Generator().manual_seed(0)
+    x, y, gain, weight, router = draw(1, 32, 64), draw(1, 32, 64), draw(64), draw(96, 64), draw(16, 64)
+    angles = torch.polar(torch.ones(32, 16), torch.randn(32, 16, generator=generator))
+    recorder, injector = Everything(1), Injector(parse_faults(f"elementwise/{strike}/seed:4/persistent"), 0)
+    injector.begin_step(1)
+    injector.install()
+    set_observer(recorder)
+    try:
+        parts = [
+            rms_norm(x, gain, 1e-6), *added_norm(x, y, gain, 1e-6), residual_sum(x, y, x),
+            rotated_linear(x, weight, 48, angles), *expanded_keys(draw(1, 32, 2, 64), draw(1, 32, 32), angles, 32, 64),
+            fp32_linear(x[0].bfloat16(), router),
+        ]  # fmt: skip
+        torch.cat([one.flatten() for one in parts]).square().sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        set_observer(None)
+        install_hook(None)
+    operators = {one.operator for one in recorder.take()}
+    wanted = {f"{name}, {way}" for name in ("norm", "added_norm", "keys_and_values") for way in ("forward", "backward")}
+    wanted |= {"residual_sum, forward", "linear, forward", "linear, backward", "router, forward", "router, backward"}
+    assert operators >= wanted, wanted - operators
 
 
 def test_identical_repetition_does_not_see_a_stuck_lane() -> None:
