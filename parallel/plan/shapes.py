@@ -250,9 +250,14 @@ def shapes_of_routing(assumed: RoutingAssumption) -> Iterator[None]:
         init(self, routings, *rest)
         self.tokens = [routing.indices.shape[0] for routing in routings]  # type: ignore[attr-defined]
 
+    def plan_of_shares(self: SplitSizes, number: int, routing: Routing) -> permute.Permutation:
+        num_rows = sum(row[number] for row in self.sent)
+        return permute.plan_permutation(routing.indices, routing.num_experts, routing.num_routed, num_rows)
+
     with (
         patch.object(LocalDispatcher, "start_dispatch", start_dispatch),
         patch.object(SplitSizes, "__init__", with_tokens),
+        patch.object(SplitSizes, "plan", plan_of_shares),
         patch.object(SplitSizes, "sent", shares(1.0)),
         patch.object(SplitSizes, "received", shares(assumed.imbalance)),
         patch.object(longcat.dispatch, "padded_capacity", no_capacity),

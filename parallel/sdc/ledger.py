@@ -109,13 +109,14 @@ class Ledger:
                 if rank != own:
                     self.receive(label, group.group_name, number, ranks[rank], part)
 
-    def corrupt(self, label: str, sender: int) -> LocalCorruptionError:
-        """The error for a message from a global rank that cannot be used, as its own check word contradicts it."""
+    def corrupt(
+        self, label: str, sender: int, detail: str = "arrived with other bits than were sent"
+    ) -> LocalCorruptionError:
+        """The error for a message from a global rank, perhaps this one, that something contradicts."""
         ranks = tuple(dict.fromkeys((sender, self.rank)))
         sites = self.sites
         if len(sites) <= max(ranks):  # none are known without checks
             sites = [Site(rank, "host not known", "device not known") for rank in range(max(ranks) + 1)]
-        detail = "arrived with other bits than were sent"
         finding = Finding("message", self.step, label, ranks, layer_of(label), operator=label, detail=detail)
         error = finding.error(sites)
         return LocalCorruptionError(str(error), error.details["finding"])
