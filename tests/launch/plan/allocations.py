@@ -104,6 +104,7 @@ def count_flops(overrides: Sequence[str]) -> Counted:
     topology = connect(config.parallel)
     state = build_state(config, topology)
     longcat.ops.grouped.BLOCK = 1  # else a product takes whole blocks of rows, some of them other experts'
+    longcat.ops.grouped.MAX_PADDING = 0  # else experts are padded to equally many rows on a CPU with AMX
     with FlopCounterMode(display=False) as counter:
         losses = run_step(state, config, topology)
     return Counted(float(counter.get_total_flops()), selections(losses, config), tokens_of(config, topology))
