@@ -10,13 +10,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed import device_mesh
 
+from parallel.watchdog.events import Event, SpanKind
+from parallel.watchdog.spans import wait_span
+
 
 @contextmanager
 def mesh_groups_of_members(backend: str | None) -> Iterator[None]:
     """Meshes made inside create a group by its members alone, with one backend of the default group's.
 
     A mesh has every rank call `new_group` for every group of every axis, 8,192 times for an axis of one rank, and gives
-    each a gloo full mesh too where the default group has gloo. No public argument changes either.
+    each a gloo full mesh too where the default group has gloo. No public argument changes either. For the watchdog
+    each group is a wait of its own.
 
     Args:
         backend: such as `nccl`; None for the default group's.
@@ -27,10 +31,12 @@ def mesh_groups_of_members(backend: str | None) -> Iterator[None]:
         if dist.get_rank() not in ranks:
             return dist.GroupMember.NON_GROUP_MEMBER
         chosen = {**options, "backend": options.get("backend") or backend, "use_local_synchronization": True}
-        return plain_new(ranks=ranks, **chosen)
+        with wait_span(Event(SpanKind.MESH_GROUPS)):
+            return plain_new(ranks=ranks, **chosen)
 
     def split_group(**options: Any) -> Any:
-        return plain_split(**{**options, "backend": None if backend is None else f"cuda:{backend}"})
+        with wait_span(Event(SpanKind.MESH_GROUPS)):
+            return plain_split(**{**options, "backend": None if backend is None else f"cuda:{backend}"})
 
     setattr(device_mesh, "new_group", new_group)  # noqa: B010 (no attributes for mypy)
     setattr(device_mesh, "split_group", split_group)  # noqa: B010

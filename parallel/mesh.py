@@ -111,6 +111,11 @@ def _separate_group(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
     """
     if mesh.size() == 1:
         return mesh.get_group()
+    with wait_span(Event(SpanKind.MESH_GROUPS)):
+        return _second_group(mesh, what)
+
+
+def _second_group(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
     options = None
     if mesh.device_type == "cuda":
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)

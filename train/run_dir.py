@@ -144,7 +144,7 @@ def read_unchanged_config(folder: Path) -> dict[str, Any]:
     """As `read_config`; raises ConfigError also where the file has changed since its run wrote it."""
     stored = read_config(folder)
     if is_config_changed(folder):
-        raise ConfigError(f"{folder / CONFIG} has changed since its run wrote it; restore it, or leave out the run")
+        raise ConfigError(f"{folder / CONFIG} has changed since its run wrote it; restore it, or name another run")
     return stored
 
 

@@ -144,7 +144,8 @@ def _unfinished(line: Line, fault: Fault, following: Line | None, metrics: Path)
         with suppress(OSError):
             end = max(begin, metrics.stat().st_mtime)
         if end > begin:
-            steps = steps_of(list(rows(metrics)), base, begin, end)
+            with suppress(OSError):
+                steps = steps_of(list(rows(metrics)), base, begin, end)
     elif following.get("command") == line.get("command"):
         end = max(begin, seconds(following["time"]))
     best = max([before, *(step for step, _ in steps)])

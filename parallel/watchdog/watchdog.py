@@ -182,7 +182,8 @@ class Watchdog:
         usual one after its last heartbeat, since slow work may keep it from answering for a moment.
         """
         if slow_ago <= self.timing.investigate:
-            return diagnosis.cause in (Cause.STRAGGLER, Cause.UNKNOWN) and seconds > self.timing.slow_limit
+            may_be_slow = diagnosis.cause in (Cause.STRAGGLER, Cause.UNKNOWN, Cause.STORE_LOST)
+            return may_be_slow and seconds > self.timing.slow_limit
         return seconds > self.timing.investigate
 
     def _diagnose(self, still_idle: Callable[[], bool]) -> tuple[dict[int, Heartbeat], Diagnosis | None]:
@@ -215,7 +216,7 @@ class Watchdog:
         """The store does not answer: its host delays the others, as far as the last heartbeats say."""
         heartbeats = self.store.known | {self.store.rank: self.heartbeat()}
         dead = self._dead(heartbeats)
-        unresponsive = {0} & self.store.known.keys() if self.store.at_rank_0 and not dead else set()
+        unresponsive = {0} & self.store.known.keys() - {self.store.rank} if self.store.at_rank_0 and not dead else set()
         found = diagnose(self.store.rank, heartbeats, unresponsive, dead, time.time()) if unresponsive | dead else None
         host = "rank 0" if self.store.at_rank_0 else "the launcher on the first host"
         lost = f"{host}, which holds the heartbeat store, does not answer"

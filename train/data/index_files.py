@@ -64,13 +64,23 @@ def first_to_build(places: Sequence[Path], note: Note, patience: float = PATIENC
         try:
             yield is_holder or not _wait(file, note, patience)
         finally:
-            if is_holder:  # who waits has this file open, and who comes later makes another
+            if is_holder and _is_current(file):  # who waits has it open, and who comes later makes another
                 remove_quietly(Path(file.name))
 
 
+def _is_current(file: IO[bytes]) -> bool:
+    """Whether the open file is still the one at its path: the process that held its lock before has removed it."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    return False
+
+
 def _open_lock(path: Path) -> IO[bytes] | None:
-    """The file, made if it is not there; another user's, which a killed process left, can be locked too."""
-    for mode in ("ab", "rb"):
+    """The file, made if it is not there; another user's, which a killed process left, can be locked too.
+
+    NFS gives shared locks only to a file that is open for reading, and exclusive ones to one open for writing.
+    """
+    for mode in ("a+b", "rb"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open(mode)

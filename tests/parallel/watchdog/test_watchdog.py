@@ -262,6 +262,18 @@ def test_timeout_restarts_after_a_slow_phase() -> None:
     assert not kept._too_long(50.0, 0.0, silent), "until its last heartbeat is that old"
 
 
+def test_a_rank_that_holds_the_store_never_finds_itself_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own reading may take longer than a check; it must end with a message, not wait for itself or kill itself."""
+    ended = list[str]()
+    kept = Watchdog(HeartbeatStore(torch.distributed.HashStore(), 0, 2), 10.0, ended.append)
+    assert kept.store.at_rank_0
+    kept.store.known[0] = kept.heartbeat()  # as after a first look
+    monkeypatch.setattr(kept.store, "read", lambda seconds: None)
+    _, found = kept._diagnose(lambda: True)
+    assert found is not None and (found.cause, found.ranks) == (Cause.STORE_LOST, ())
+    assert kept._too_long(58.0, 0.0, found), "also behind slow work that nobody sees the end of"
+
+
 def test_a_rank_that_hears_a_diagnosis_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever rank ends first writes exit.json, and machines need the ranks and hosts in it."""
     shared, heard = torch.distributed.HashStore(), list[Any]()

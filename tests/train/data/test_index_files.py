@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -103,6 +105,39 @@ def test_a_first_one_that_fails_or_stays_is_not_waited_for(tmp_path: Path) -> No
             assert is_first and is_second, "after its patience it builds, too"
         assert [path.name for path in tmp_path.iterdir()] == [".epoch.lock"], "the lock is the first one's"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_removed_by_its_holder_alone(tmp_path: Path) -> None:
+    """The second one locks the file that the first has removed, while a third holds a new one."""
+    place, lock = tmp_path / "epoch", tmp_path / ".epoch.lock"
+    with first_to_build([place], unexpected):
+        lock.unlink()
+        with first_to_build([place], unexpected) as is_holder:
+            assert is_holder and lock.exists()
+            inode = lock.stat().st_ino
+            with first_to_build([place], unexpected, 0.1):
+                pass
+            assert lock.stat().st_ino == inode
+        lock.touch()
+    assert lock.exists(), "another process's file"
+
+
+def test_waiting_works_where_locks_depend_on_how_a_file_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS has it: a shared lock needs a file open for reading, an exclusive one a file open for writing."""
+    real = fcntl.flock
+
+    def flock(file: IO[bytes], operation: int) -> None:
+        if not (file.readable() if operation & fcntl.LOCK_SH else file.writable()):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with first_to_build([tmp_path / "epoch"], unexpected):
+        start = time.monotonic()
+        with first_to_build([tmp_path / "epoch"], unexpected, 0.3):
+            assert time.monotonic() - start >= 0.3
 
 
 def test_a_process_that_waits_says_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
