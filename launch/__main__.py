@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> int:
         print(interrupt, file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt as interrupt:
-        print(f"error: {interrupt}", file=sys.stderr)
+        print(f"error: {str(interrupt) or 'stopped by Ctrl-C'}", file=sys.stderr)
         return CRASHED
     except LongCatError as error:
         print(f"error: {error}", file=sys.stderr)
