@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -93,7 +94,7 @@ def test_commands_that_an_import_prints_work(
     assert known == file_sha256(corpus.parent / "tokenizer.json")
 
     short = [word for word in SMALL if not word.startswith("model")] + [f"run.dir={tmp_path}", "train.steps=1"]
-    program, *rest = command.replace("run.name=…", "run.name=first").split()
+    program, *rest = shlex.split(command.replace("run.name=…", "run.name=first"))
     assert program == "longcat" and "balance.method=sign" in rest
     assert run_cleanly(lambda: longcat([*rest, *short])) == 0
     assert [row["step"] for row in lines(tmp_path / "first")] == [1]
@@ -106,9 +107,9 @@ def test_commands_that_an_import_prints_work(
     (tmp_path / "text").mkdir()
     for number in range(40):
         (tmp_path / "text" / f"{number}.txt").write_text("def main(): return 0\n" * 50)
-    program, *rest = build_it.replace("=TEXTS", "=text").replace("=FOLDER", "=mine").split()
+    program, *rest = shlex.split(build_it.replace("=TEXTS", "=text").replace("=FOLDER", "=mine"))
     run_command(*rest)
-    program, *rest = command.replace("run.name=…", "run.name=second").replace("=FOLDER", "=mine").split()
+    program, *rest = shlex.split(command.replace("run.name=…", "run.name=second").replace("=FOLDER", "=mine"))
     assert run_cleanly(lambda: longcat([*rest, *short])) == 0
 
 
