@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longcat.documents import to_device
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import device_span, wait_span
+from parallel.watchdog.spans import device_span, launching, wait_span
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -100,7 +100,8 @@ class PendingSum:
         device = parts[0].device
         self._shapes = [part.shape for part in parts]
         self._flat = torch.cat([to_device(part.double(), device).flatten() for part in parts])
-        self._work = dist.all_reduce(self._flat, async_op=True) if dist.get_world_size() > 1 else None
+        with launching(Event(SpanKind.SUM)):
+            self._work = dist.all_reduce(self._flat, async_op=True) if dist.get_world_size() > 1 else None
 
     def wait(self) -> list[Tensor]:
         """The sums on the host, in one copy."""

@@ -27,7 +27,7 @@ from parallel.collectives.collective import AllGather, ReduceScatter
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
 from parallel.mesh import Axis, Topology
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import wait_span
+from parallel.watchdog.spans import launching, wait_span
 
 
 def apply_sequence_parallel(model: LongCat, topology: Topology) -> None:
@@ -89,7 +89,8 @@ class ShardedSequence:
 
     def start_count(self, counts: Tensor) -> Any:
         total = counts.clone()
-        handle = dist.all_reduce(total, group=self.shared_group, async_op=True), total
+        with launching(self._event(SpanKind.BALANCE_COUNTS), self.shared_group):
+            handle = dist.all_reduce(total, group=self.shared_group, async_op=True), total
         return (None, self.wait_count(handle)) if self.streams.blocking else handle
 
     def wait_count(self, handle: Any) -> Tensor:

@@ -23,7 +23,7 @@ from parallel.collectives.collective import Collective
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
 from parallel.sdc.ledger import LEDGER, group_ranks
 from parallel.watchdog.events import Event
-from parallel.watchdog.spans import record_launch, wait_span
+from parallel.watchdog.spans import launching, record_launch, wait_span
 
 
 class Reorder(NamedTuple):
@@ -77,7 +77,8 @@ class InFlight:
             x = before(x).contiguous()
             num_bytes = int(collective.elements_sent(x)) * x.element_size()
             Collective.bytes_sent += num_bytes
-            work, result = collective.launch(x)
+            with launching(collective.event, collective.group):
+                work, result = collective.launch(x)
             number = _record_sent(collective, x)
         record_launch(collective.event, num_bytes, work)
         in_flight = cls(collective, work, result, x, after, streams, number)

@@ -49,7 +49,7 @@ from parallel.collectives.point_to_point import all_gather
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
 from parallel.sdc.ledger import LEDGER, group_ranks
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import wait_span
+from parallel.watchdog.spans import launching, wait_span
 
 MARK_BITS = 40  # more than any number of rows needs
 
@@ -73,7 +73,8 @@ class SplitSizes:
             self.outgoing = torch.cat((by_rank, ~(self.rows + marks[group.rank()])[:, :, None]), 2)  # [n, C, E + 1]
             self.arrived = torch.empty_like(self.outgoing)
             self.incoming = self.arrived[:, :, :-1]  # [n, C, E] from each rank, for each expert here
-            self.work = dist.all_to_all_single(self.arrived, self.outgoing, group=group, async_op=True)
+            with launching(self.event, group):
+                self.work = dist.all_to_all_single(self.arrived, self.outgoing, group=group, async_op=True)
             self.number = LEDGER.send_parts(self.event.text, group, self.outgoing)
             if streams.is_async_host:
                 self.work.wait()
@@ -311,7 +312,8 @@ class GatheredRouting:
         with streams.on_side_stream():
             self.chosen = torch.cat([routing.indices for routing in routings])
             self.indices = self.chosen.new_empty(dist.get_world_size(group), *self.chosen.shape)  # [n, T, K]
-            self.work = all_gather(self.indices, self.chosen, group)
+            with launching(self.event, group):
+                self.work = all_gather(self.indices, self.chosen, group)
             self.number = LEDGER.send_parts(self.event.text, group, [self.chosen] * dist.get_world_size(group))
             self.chunks = self.indices.split([len(routing.indices) for routing in routings], 1)
             if streams.is_async_host:

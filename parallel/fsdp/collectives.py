@@ -34,7 +34,7 @@ from parallel.torch_internals import (
     set_reduced_gradient_hook,
 )
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import record_launch, stream_wait, wait_span
+from parallel.watchdog.spans import launching, record_launch, stream_wait, wait_span
 
 ROOT_UNIT = "embedding, head and norm"  # what FSDP2 shards outside layers, in events
 
@@ -62,7 +62,8 @@ class TracedAllGather(DefaultAllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         if async_op:
-            gathering = all_gather(output_tensor.view(group.size(), -1), input_tensor, group)
+            with launching(self.event, group):
+                gathering = all_gather(output_tensor.view(group.size(), -1), input_tensor, group)
             return TracedCollective(self.event, group, input_tensor.nbytes * (group.size() - 1), gathering)
         with wait_span(self.event, group):
             return super().__call__(output_tensor, input_tensor, group)
@@ -147,9 +148,9 @@ class DeferredReduceScatter(DefaultReduceScatter):
     ) -> TracedCollective:
         assert op == dist.ReduceOp.SUM
         works = self.pending.unit_works(self.event)
-        summing = reduce_scatter(
-            output_tensor, input_tensor.view(group.size(), -1), group, self.event.text, self.branches
-        )
+        parts = input_tensor.view(group.size(), -1)
+        with launching(self.event, group):
+            summing = reduce_scatter(output_tensor, parts, group, self.event.text, self.branches)
         num_bytes = input_tensor.nbytes - output_tensor.nbytes
         works.append(TracedCollective(self.event, group, num_bytes, summing))
         if not self._only_viewed(output_tensor):

@@ -38,7 +38,7 @@ from parallel.pipeline.weight_grad_store import WeightGradQueue, defer_weight_gr
 from parallel.sdc.ledger import LEDGER
 from parallel.watchdog.errors import causes
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import wait_span, work_span
+from parallel.watchdog.spans import launching, wait_span, work_span
 
 
 class AddLoss(torch.autograd.Function):
@@ -201,7 +201,8 @@ class PipelineEngine:
                     outputs.append(hidden)
                 elif number + 1 < self._num_stages:
                     sent = Event(SpanKind.SEND_HIDDEN_STATES, micro_batch=micro_batch + 1, layers=layers)
-                    sends.append((*self._send(hidden, number + 1), sent, self._peers_of(number + 1)))
+                    with launching(sent, self._peers_of(number + 1)):
+                        sends.append((*self._send(hidden, number + 1), sent, self._peers_of(number + 1)))
             local_outputs = outputs
         for work, _, sent, peers in sends:
             with wait_span(sent, peers):
@@ -297,7 +298,8 @@ class PipelineEngine:
         arrivals = []
         for _ in range(count):
             buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-            work = dist.irecv(buffer, peer, group=self.group)
+            with launching(Event(SpanKind.RECEIVE_HIDDEN_STATES), [peer]):
+                work = dist.irecv(buffer, peer, group=self.group)
             assert work is not None
             arrivals.append((work, buffer))
         return arrivals

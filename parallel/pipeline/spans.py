@@ -14,7 +14,7 @@ from torch.distributed.pipelining import PipelineStage
 from parallel.sdc.ledger import LEDGER
 from parallel.torch_internals import wrap_batch_p2p
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import SPANS, record_send, wait_span, work_span
+from parallel.watchdog.spans import SPANS, launching, record_send, wait_span, work_span
 
 CHANNEL = "pipeline"  # of messages between stages, in the ledger
 
@@ -103,7 +103,10 @@ def traced(batch: Callable[..., list[dist.Work]]) -> Callable[..., list[Any]]:
 
     @wraps(batch)
     def launch(operations: list[dist.P2POp], *args: Any, **keywords: Any) -> list[Any]:
-        works = batch(operations, *args, **keywords)
+        if not operations:
+            return []
+        with launching(_joint_event(operations), [one.peer for one in operations]):
+            works = batch(operations, *args, **keywords)
         for one in operations:
             if SPANS.progress is not None:
                 SPANS.progress.message_issued(*_direction(one))
@@ -123,6 +126,11 @@ def _event(operation: dist.P2POp) -> Event:
     return getattr(operation, "event", Event(SpanKind.STAGE_TRANSFER))
 
 
+def _joint_event(operations: list[dist.P2POp]) -> Event:
+    first, *others = dict.fromkeys(map(_event, operations))
+    return first._replace(others=tuple(others))
+
+
 def _direction(operation: dist.P2POp) -> tuple[int, int]:
     """(sender, receiver), global ranks."""
     me = dist.get_rank()
@@ -130,13 +138,12 @@ def _direction(operation: dist.P2POp) -> tuple[int, int]:
 
 
 def _trace(work: dist.Work, operations: list[dist.P2POp]) -> TracedWork:
-    first, *others = dict.fromkeys(map(_event, operations))
     received = [
         Received(_event(one).text, LEDGER.number(f"from {one.peer}"), one.peer, one.tensor)
         for one in operations
         if one.op is dist.irecv and LEDGER.is_watching
     ]
-    return TracedWork(work, first._replace(others=tuple(others)), list(map(_direction, operations)), received)
+    return TracedWork(work, _joint_event(operations), list(map(_direction, operations)), received)
 
 
 wrap_batch_p2p(traced)

@@ -120,8 +120,8 @@ class Span:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and (SPANS.failed is None or SPANS.failed[0] not in (error, error.__cause__)):
-            SPANS.failed = (error, self)
+        if error is not None:
+            self.note_failure(error)
         SPANS.innermost = self.outer
         if self.state is WAITING:
             SPANS.last_wait = self.event
@@ -137,6 +137,26 @@ class Span:
             SPANS.blocked_seconds += now - self.entered
             if SPANS.stream_clock is not None:
                 SPANS.stream_clock.leave()
+
+    def note_failure(self, error: BaseException) -> None:
+        """The error came from here, unless a span inside has said so."""
+        if SPANS.failed is None or SPANS.failed[0] not in (error, error.__cause__):
+            SPANS.failed = (error, self)
+
+
+@contextmanager
+def launching(event: Event, group: Group = None) -> Iterator[None]:
+    """Around the launch of a collective or message, whose wait is a span: an error is the collective's, named as there.
+
+    Gloo raises at the launch where it knows already that a rank is lost.
+    """
+    try:
+        yield
+    except BaseException as error:
+        span = wait_span(event, group)
+        span.outer = SPANS.innermost
+        span.note_failure(error)
+        raise
 
 
 def wait_span(event: Event, group: Group = None) -> Span:

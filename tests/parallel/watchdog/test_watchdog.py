@@ -92,7 +92,7 @@ def printed(meeting: Path) -> str:
 
 # The MTP layer's weights are in flight while the last layer computes; those of its backward are the next to start. A
 # rank that ends early may not have sent what was in flight
-NEXT = r'"weight all-gather, mtp\.layers\.0[.a-z]*" \(fsdp\) during (forward|backward) of micro-batch 1'
+NEXT = r'"weight all-gather, (layers\.1|mtp\.layers\.0)[.a-z]*" \(fsdp\) during (forward|backward) of micro-batch 1'
 
 
 DEAD = "has died"
