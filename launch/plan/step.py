@@ -48,9 +48,9 @@ class Step:
 
     @cached_property
     def slowdown(self) -> float:
-        """How much longer a rank computes than alone: without a pipeline all ranks of a node compute at once."""
+        """How much longer a rank computes than alone: a stage's ranks compute at once, those of others in their pauses."""
         ranks = min(self.cluster.gpus_per_node, self.sizes.dp * self.sizes.dense_shards)
-        return max(1.0, ranks / self.cluster.cores) if self.cluster.cores and self.sizes.pp == 1 else 1.0
+        return max(1.0, ranks / self.cluster.cores) if self.cluster.cores else 1.0
 
     def send(
         self, axis: str, what: str, pattern: Pattern, num_bytes: float, count: float, window: float, times: float

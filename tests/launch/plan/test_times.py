@@ -40,6 +40,21 @@ def test_ranks_share_the_cores_of_their_node(cores: int, expected: float) -> Non
     assert found.seconds == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("gpus_per_node", "cores", "expected"),
+    [(2, 0, 6.0), (2, 2, 6.0), (2, 1, 12.0), (4, 2, 6.0), (4, 1, 12.0), (1, 1, 6.0)],
+)
+def test_ranks_of_a_stage_share_the_cores_of_their_node(gpus_per_node: int, cores: int, expected: float) -> None:
+    """Two stages of two ranks and one micro-batch: the stages compute one after the other, a stage's ranks at once."""
+    config = compose([*COMMON, "train.global_batch_size=4", "parallel.pp=2", "parallel.schedule=1f1b"])
+    sizes = resolve_sizes(config.parallel, 4)
+    node = replace(PRESETS["h800"], gpus_per_node=gpus_per_node, cores=cores, memory=1e30)
+    cluster = replace(node, inside=1e30, inside_latency=0.0, network=1e30, network_latency=0.0)
+    stages = [Summary(SECONDS, (1,), 1), Summary(SECONDS, (1,), 1)]
+    found = predict(config, sizes, batch_shape(config, sizes), cluster, stages)
+    assert found.seconds == pytest.approx(expected)
+
+
 GATHER, SUM = SpanKind.WEIGHT_ALL_GATHER.value, SpanKind.GRADIENT_REDUCE_SCATTER.value
 # Three layers of 1 + 2 s; each gathers 1.5 bytes and sums 3, the root 5 and 10
 SHARDED = {
