@@ -48,7 +48,7 @@ class Step:
 
     @cached_property
     def slowdown(self) -> float:
-        """How much longer a rank computes than alone: a stage's ranks compute at once, those of others in their pauses."""
+        """How much longer a rank computes than alone: its stage's ranks compute at once, others in their pauses."""
         ranks = min(self.cluster.gpus_per_node, self.sizes.dp * self.sizes.dense_shards)
         return max(1.0, ranks / self.cluster.cores) if self.cluster.cores else 1.0
 
