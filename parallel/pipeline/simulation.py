@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -92,6 +93,7 @@ def _most_live(spans: list[tuple[Action, float, float]]) -> int:
     return most
 
 
+@lru_cache(maxsize=8)  # torch's schedule takes a quarter of a second for ten ranks
 def planned(schedule: Schedule, pp: int, num_micro_batches: int) -> Orders:
     """The actions of each rank in the order in which torch's schedule runs them; no process group is needed."""
     if schedule == "1f1b":
