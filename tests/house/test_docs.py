@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from launch.options import split_options
 from launch.plan.plan import Arguments
 from launch.slurm.options import split_slurm_options
 from longcat import errors
+from parallel.sizes import resolve_sizes
 from tests.house import picture, reference
+from train.check import check_batch
 from train.checkpoint.files import HASH
 from train.compose import check_keys, compose, leaf_keys
 from train.config import Config
@@ -68,15 +72,18 @@ def _anchors(page: Path) -> set[str]:
     }
 
 
-def _commands(page: Path) -> list[list[str]]:
+def _command_lines(page: Path) -> list[list[str]]:
     """Words of each `longcat …` or `torchrun … longcat-rank …` line of a page's code blocks, without placeholders."""
-    text, commands = page.read_text(encoding="utf-8"), []
-    for line in re.findall(r"^(?:    )?((?:longcat|torchrun) .*)$", text, re.MULTILINE):
-        words = shlex.split(re.sub(r"\s#.*", "", line))
-        if words[0] == "torchrun":
-            words = ["longcat", "train", *words[words.index("longcat-rank") + 1 :]]
-        commands.append([word for word in words[1:] if word != "…"])
-    return commands
+    lines = re.findall(r"^(?:    )?((?:longcat|torchrun) .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [[word for word in shlex.split(re.sub(r"\s#.*", "", line)) if word != "…"] for line in lines]
+
+
+def _commands(page: Path) -> list[list[str]]:
+    """The verb and its words of each command; torchrun's are those of `train`."""
+    return [
+        ["train", *words[words.index("longcat-rank") + 1 :]] if words[0] == "torchrun" else words[1:]
+        for words in _command_lines(page)
+    ]
 
 
 @by_page
@@ -122,6 +129,24 @@ def test_commands_parse(page: Path) -> None:
             check_keys([word for word in words if word != "-m"], sweep=True)
         elif verb in ("train", "check", "data", "counts", "import", "transfer"):
             compose([word for word in words if (verb, word) != ("train", "plan=true")])
+
+
+def _number(words: list[str], *names: str) -> int:
+    """The product of the numbers that follow these options, or are the values of these keys; 1 where one is absent."""
+    after = dict(pairwise(words)) | dict(word.split("=", 1) for word in words if "=" in word)
+    return math.prod(int(after.get(name, 1)) for name in names)
+
+
+@by_current_page
+def test_commands_have_a_batch_that_their_ranks_can_share(page: Path) -> None:
+    for line, (verb, *words) in zip(_command_lines(page), _commands(page), strict=True):
+        if verb not in ("train", "check", "slurm") or "-m" in words or "plan=true" in words:
+            continue
+        words = split_slurm_options([word for word in words if word != "--submit"])[1] if verb == "slurm" else words
+        config = compose(words)
+        ranks = config.run.num_processes if config.run.num_processes > 0 else 1
+        ranks *= _number(line, "--nproc-per-node", "--nnodes", "launch.nodes", "slurm.nodes", "slurm.gpus_per_node")
+        check_batch(config, resolve_sizes(config.parallel, ranks))
 
 
 def _table_keys(page: str) -> set[str]:
