@@ -29,6 +29,7 @@ from parallel.deepspeed.setup import (
     data_parallel_size,
     deepspeed_settings,
     first_expert,
+    keep_count_in_recomputation,
     keep_gradients_in_memory,
     keep_own_experts,
     leave_out_groups,
@@ -85,8 +86,10 @@ class ZeroEngine:
             config=settings,
             dist_init_required=False,
         )
-        if self.stage == 3 and model.lm_head is not None:  # its weight is fetched by the model's own forward
-            deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
+        if self.stage == 3:
+            keep_count_in_recomputation(model)
+            if model.lm_head is not None:  # its weight is fetched by the model's own forward
+                deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
         if self.transient:
             keep_gradients_in_memory(self.zero.optimizer_swapper)
         self.mtp_used, self.counts_here, self.has_replicas = False, True, False

@@ -202,6 +202,28 @@ def leave_out_groups(zero: Any, is_left_out: Callable[[int], bool]) -> None:
     zero._optimizer_step = update_unless_left_out
 
 
+def keep_count_in_recomputation(model: nn.Module) -> None:
+    """Let ZeRO-3 release a module's weights after its backward, also where that calls the module again.
+
+    Each call resets DeepSpeed's count of the gradients that the module's backward has still to compute. A value that is
+    recomputed calls its module between forward and backward; then the count never came to 0, and the gathered weights
+    stayed until the whole backward ended. A call without gradients has no backward, so it leaves the count as it was.
+    """
+    counts: dict[nn.Module, int] = {}
+
+    def keep(module: nn.Module, _: Any) -> None:
+        if not torch.is_grad_enabled() and hasattr(module, "ds_grads_remaining"):
+            counts[module] = module.ds_grads_remaining  # type: ignore[assignment]
+
+    def restore(module: nn.Module, _: Any, __: Any) -> None:
+        if module in counts:
+            module.ds_grads_remaining = counts.pop(module)  # type: ignore[assignment]
+
+    for module in model.modules():
+        module.register_forward_pre_hook(keep, prepend=True)
+        module.register_forward_hook(restore)
+
+
 def keep_gradients_in_memory(swapper: Any) -> None:
     """Stop DeepSpeed from writing gradients to NVMe: with libaio they were read back wrong, without any error.
 
