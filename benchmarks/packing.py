@@ -1,4 +1,4 @@
-"""What best-fit packing saves and costs: documents that are cut without it, padding with it, and the time to pack.
+"""What best-fit packing saves and costs: documents cut without it, padding and attention with it, and the time.
 
 python -m benchmarks.packing [PREFIX]        PREFIX of a corpus (default data/python_source/corpus)
 """
@@ -11,16 +11,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 
 from benchmarks.common import print_json, print_table
+from longcat.documents import PADDING, Documents
+from longcat.ops.attention import _blocks, _first_keys
 from train.data.corpus import read_info
 from train.data.epochs import CorpusReader, SplitName
 from train.data.packed import PackedReader
-from train.data.packing import pack
+from train.data.packing import pack, share_padded
 
 LENGTHS = (256, 1024, 4096)
 MANY = 1_000_000  # documents of log-normal lengths, for the time
-COLUMNS = ["documents", "sequence length", "cut without packing, of those that fit", "padding", "seconds to pack"]
+COLUMNS = [
+    "documents", "sequence length", "cut without packing, of those that fit", "padding",
+    "attention computed, of that without masks", "of it for padding", "seconds to pack",
+]  # fmt: skip
 
 
 def share_cut(reader: CorpusReader, length: int) -> float:
@@ -34,8 +40,17 @@ def share_cut(reader: CorpusReader, length: int) -> float:
     return float((is_cut & fits).sum() / fits.sum())
 
 
-def share_padded(pieces: np.ndarray, bounds: np.ndarray, length: int) -> float:
-    return float(1 - pieces[:, 1].sum() / ((len(bounds) - 1) * (length + 1)))
+def attention_shares(reader: PackedReader, length: int) -> tuple[float, float]:
+    """Query-key pairs that a CPU computes for an epoch's samples, over those without masks, and padding's part."""
+    without, computed, padding, bounds = 0, 0, 0, [(0, length)]
+    for number in range(reader.samples_per_epoch):
+        numbers = torch.from_numpy(reader.sample_with_documents(number)[1, None, :length])
+        firsts = _first_keys(Documents.of(numbers), bounds, length)
+        for _, start, stop, first in _blocks(bounds, length, firsts):
+            without += (stop - start) * stop
+            computed += (stop - start) * (stop - first)
+            padding += int((numbers[0, start:stop] == PADDING).sum()) * (stop - first)
+    return computed / without, padding / computed
 
 
 def readers(prefix: str, split: SplitName, folder: Path) -> list[CorpusReader]:
@@ -68,15 +83,17 @@ def main() -> None:
                 pieces, bounds = reader._pack()
                 seconds = time.perf_counter() - start
                 padding = share_padded(pieces, bounds, length)
-                name = f"{len(reader._documents)} of {split}"
-                rows.append([name, str(length), f"{share_cut(plain, length):.0%}", f"{padding:.2%}", f"{seconds:.2f}"])
+                name = f"{int(reader._is_wanted.sum())} of {split}"
+                computed, for_padding = attention_shares(reader, length)
+                shares = [f"{share_cut(plain, length):.0%}", f"{padding:.2%}", f"{computed:.1%}", f"{for_padding:.2%}"]
+                rows.append([name, str(length), *shares, f"{seconds:.2f}"])
     lengths = np.minimum(np.random.default_rng(0).lognormal(6.5, 1.1, MANY).astype(np.int64) + 1, 400_000)
     for length in (2048, 8192, 131_072):
         start = time.perf_counter()
         pieces, bounds = pack(np.cumsum(lengths) - lengths, lengths, length)
         seconds = time.perf_counter() - start
         padding = share_padded(pieces, bounds, length)
-        rows.append([f"{MANY} log-normal", str(length), "", f"{padding:.4%}", f"{seconds:.1f}"])
+        rows.append([f"{MANY} log-normal", str(length), "", f"{padding:.4%}", "", "", f"{seconds:.1f}"])
     print_table("Best-fit packing", COLUMNS, rows)
     print_json("packing", {"columns": COLUMNS, "rows": rows})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launch.local import num_processes
-from longcat.counts import describe, flops_per_token, human
+from longcat.counts import describe, flops_row, human
 from parallel.memory import in_a_step, mib, state_bytes
 from parallel.sizes import resolve_sizes
 from train.check import batch_shape, check_sizes
@@ -13,7 +13,8 @@ from train.config import Config
 from train.data.corpus import read_info
 from train.data.ids import check_ids, unused_ids
 from train.run_dir import check_not_another_run
-from train.stages import list_stages
+from train.samples import find_padding
+from train.summary import size_rows
 
 
 def check(config: Config) -> list[tuple[str, str]]:
@@ -28,21 +29,19 @@ def check(config: Config) -> list[tuple[str, str]]:
     state = state_bytes(config.model, sizes, config.parallel.sharding, [None])
     micro_batches = batch_shape(config, sizes).num_micro_batches
     step = in_a_step(config.model, sizes, config.parallel, [None], micro_batches, train.dtype)
-    tokens = train.global_batch_size * train.sequence_length
+    check_ids(config.data.paths, config.model.vocab_size, folders=[])
+    padding = find_padding(config)
     axes = ", ".join(f"{name} {size}" for name, size in vars(sizes).items() if size > 1) or "one of each axis"
     rows = [
         ("model", config.model.name),
         *describe(config.model),
-        ("FLOPs per token", human(flops_per_token(config.model, train.sequence_length))),
-        ("batch", f"{train.global_batch_size} × {train.sequence_length} = {human(tokens)} tokens per step"),
-        ("steps", f"{train.steps}, {human(train.steps * tokens)} tokens"),
-        *list_stages(config),
+        flops_row(config.model, train.sequence_length, config.data.mask_documents),
+        *size_rows(config, padding),
         ("ranks", f"{processes} ({axes})"),
         ("memory per rank", f"{state}, by formula" + (", before stages are divided" if sizes.pp > 1 else "")),
         *([("in a step", step)] if step else []),
         ("memory needed", f"at least {mib(needed)} of {mib(has)}; activations inside a layer come on top"),
     ]
-    check_ids(config.data.paths, config.model.vocab_size, folders=[])
     rows += [("data", describe_corpus(prefix)) for prefix in config.data.paths]
     if (unused := unused_ids(config.data.paths, config.model.vocab_size)) is not None:
         rows.append(("vocabulary", unused))

@@ -295,19 +295,12 @@ def counts(arguments: list[str]) -> int:
 
     longcat counts model=flash      560.66B, active 18.69B / 27.15B / 31.38B
     """
-    from longcat.counts import describe, flops_per_token, human
+    from longcat.counts import describe, flops_row
     from train.compose import compose
 
     config = compose(arguments)
-    rows = describe(config.model)
-    flops = flops_per_token(config.model, config.train.sequence_length)
-    rows.append(
-        (
-            "FLOPs per token",
-            f"{human(flops)} forward and backward at train.sequence_length={config.train.sequence_length}",
-        )
-    )
-    for name, value in rows:
+    length, masks = config.train.sequence_length, config.data.mask_documents
+    for name, value in [*describe(config.model), flops_row(config.model, length, masks)]:
         print(f"{name:18} {value}")
     return 0
 

@@ -74,18 +74,24 @@ def active_range(config: ModelConfig) -> tuple[float, float, float]:
 
 
 def flops_per_token(
-    config: ModelConfig, sequence_length: int, ffn_experts: float | None = None, mtp: bool = False
+    config: ModelConfig,
+    sequence_length: int,
+    ffn_experts: float | None = None,
+    mtp: bool = False,
+    keys: float | None = None,
 ) -> float:
     """Model FLOPs of forward and backward for one token: 6 per active parameter, plus the products of causal attention.
 
     Identity experts cost none and recomputation is not counted. ``ffn_experts`` is the measured number of FFN experts
-    per token (default: the expected one), so that MFU stays honest when a router drifts.
+    per token (default: the expected one), so that MFU stays honest when a router drifts. ``keys`` is the mean number of
+    keys that a token attends to (default: that of a sequence of one document).
     """
     counts = count_parameters(config)
     used = config.expected_ffn_experts if ffn_experts is None else ffn_experts
     # Includes the norms' gains, which are no GEMM: under 0.1 % of any preset
     weights = active_parameters(config, used)
-    scores = config.num_heads * (config.qk_head_dim + config.v_head_dim) * (sequence_length + 1) / 2
+    attended = (sequence_length + 1) / 2 if keys is None else keys
+    scores = config.num_heads * (config.qk_head_dim + config.v_head_dim) * attended
     blocks = 2 * config.num_layers
     if mtp and config.num_mtp_layers:
         weights += counts.mtp + config.num_mtp_layers * counts.head
@@ -106,6 +112,13 @@ def describe(config: ModelConfig) -> list[tuple[str, str]]:
             f"{config.expected_ffn_experts:g} FFN expected",
         ),
     ]
+
+
+def flops_row(config: ModelConfig, sequence_length: int, masks_documents: bool) -> tuple[str, str]:
+    """The row (name, text) of the FLOPs per token, for people."""
+    flops = human(flops_per_token(config, sequence_length))
+    text = f"{flops} forward and backward at train.sequence_length={sequence_length}"
+    return "FLOPs per token", text + ("; fewer where a sample holds several documents" if masks_documents else "")
 
 
 def human(number: float) -> str:

@@ -36,6 +36,7 @@ class Batch:
     # of the language model and of all MTP layers, counted before the copy to the device; None: count when asked
     num_labels: tuple[int, int] | None = None
     num_padding: int = 0  # positions that hold no text, counted likewise
+    num_attended: int = 0  # pairs of a token and a key that it attends to, likewise
 
 
 class BatchReader:
@@ -126,25 +127,24 @@ class BatchReader:
         if is_packed:
             valid = (numbers[:, 1:] == numbers[:, :-1]) & (numbers[:, 1:] != PADDING)
         num_labels = count_labels(windows[:, 1:].shape, of_documents, self.config.model.num_mtp_layers, valid)
-        num_padding = int((numbers[:, :-1] == PADDING).sum())
+        num_padding, num_attended = int((numbers[:, :-1] == PADDING).sum()), count_attended(numbers[:, :-1])
         windows = to_device(windows, device)
         tokens, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         counted = torch.ones_like(tokens, dtype=torch.bool) if valid is None else to_device(valid, device)
-        return Batch(tokens, labels, counted, documents, num_labels, num_padding)
+        return Batch(tokens, labels, counted, documents, num_labels, num_padding, num_attended)
 
     def divisors(self, batches: list[Batch]) -> Divisors:
         """The divisors of this step's sums; a collective."""
         positions = self.config.train.global_batch_size * self.config.train.sequence_length
-        padding = float(sum(batch.num_padding for batch in batches))
         counts = label_counts(batches, self.config.model.num_mtp_layers)
+        counts += [float(sum(batch.num_padding for batch in batches)), float(sum(one.num_attended for one in batches))]
         if self.config.data.mask_documents:
             weight = float(self.topology.reads_first)  # ranks that share a batch count it once
-            labels, mtp_labels, padding = sum_scalars([count * weight for count in (*counts, padding)])
+            counts = sum_scalars([count * weight for count in counts])
         else:  # every window has as many labels: no collective needed
-            labels, mtp_labels = (count * self.topology.data_ranks for count in counts)
-        return Divisors(
-            int(labels), int(mtp_labels), positions - int(padding), self.num_micro_batches, padding=int(padding)
-        )
+            counts = [count * self.topology.data_ranks for count in counts]
+        labels, mtp_labels, padding, attended = map(int, counts)
+        return Divisors(labels, mtp_labels, positions - padding, self.num_micro_batches, padding, attended)
 
 
 def count_labels(
@@ -163,6 +163,15 @@ def count_labels(
             is_inside = of_documents[:, depth:] == of_documents[:, :-depth]
             further += int((is_inside if valid is None else is_inside & valid[:, depth:]).sum())
     return rows * length if valid is None else int(valid.sum()), further
+
+
+def count_attended(of_documents: Tensor) -> int:
+    """Pairs of a token and a key that it attends to in a micro-batch of document numbers [B, S]; padding has none."""
+    position = torch.arange(of_documents.shape[1])
+    begins = torch.zeros_like(of_documents)
+    begins[:, 1:] = torch.where(of_documents[:, 1:] != of_documents[:, :-1], position[1:], 0)
+    keys = position + 1 - begins.cummax(1).values
+    return int(keys[of_documents != PADDING].sum())
 
 
 def label_counts(batches: list[Batch], num_mtp_layers: int) -> list[float]:

@@ -196,13 +196,12 @@ class Loop:
         """Add what needs a clock, the device or the weights; this rank waited ``blocked`` of the ``seconds``."""
         metrics = result.metrics
         flops = metrics["flops"]
-        tokens = self.config.train.global_batch_size * self.config.train.sequence_length
         biases, step = self.state.biases, self.state.counters.step
         if due(self.config.logging.routing_every, step) or (self.config.logging.routing_every and step == 1):
             metrics |= result.grad_norms | result.by_layer
             metrics |= figures.named("bias_range", figures.bias_ranges(biases, self.config.model))
         metrics["step_seconds"] = seconds
-        metrics["tokens_per_second"] = tokens / seconds
+        metrics["tokens_per_second"] = result.num_tokens / seconds
         metrics["mfu"] = flops / seconds / (self.peak_flops * self.topology.world_size)
         metrics["bias_range"] = float(biases.max() - biases.min())
         metrics["exposed_comm_share"] = self._exposed_share(blocked / seconds)

@@ -36,6 +36,7 @@ class Divisors:
     tokens: int  # positions that hold text
     micro_batches: int  # of the global batch: the balance loss is a mean over them
     padding: int = 0  # positions that hold none
+    attended: int = 0  # pairs of a token and a key that it attends to, for FLOPs
 
 
 def objective(losses: Losses, divisors: Divisors, config: LossConfig, balance_weight: float) -> Tensor:

@@ -47,6 +47,7 @@ from train.run_dir import (
     write_config,
 )
 from train.run_files import write_file
+from train.samples import index_folders, open_samples, padding_of
 from train.sealed import seal_line
 from train.stage_switch import StageSwitch
 from train.stages import segments_of, tokens_seen
@@ -108,7 +109,8 @@ def run_steps(
     is_described = True
     if topology.is_first:
         is_described = describe(terminal.note)
-        terminal.header(header(config, topology, state.models, peak, peak_source, chunks))
+        padding = padding_of(train_samples)
+        terminal.header(header(config, topology, state.models, peak, peak_source, padding, chunks))
         unused = unused_ids(config.data.paths, config.model.vocab_size)
         if unused is not None:
             terminal.note(unused)
@@ -207,31 +209,11 @@ def build_stepper(state: TrainState, samples: TokenSamples, config: Config, topo
 
 def build_data(config: Config, topology: Topology) -> tuple[TokenSamples, Validator]:
     """Training samples and the validator. The first rank to need a sample index writes it for the others."""
-    folders = index_folders(config)
     with work_span(Event(SpanKind.CORPUS_INDEX), slow=True):
         if topology.is_first:  # the other ranks check what they read
-            check_ids(config.data.paths, config.model.vocab_size, folders)
-        samples = {
-            split: TokenSamples(
-                config.data,
-                sequence_length=config.train.sequence_length,
-                seed=config.train.seed,
-                vocab_size=config.model.vocab_size,
-                split=split,  # type: ignore[arg-type]
-                cache_dir=folders[0],
-                fallback_dir=folders[-1],
-                global_batch_size=config.train.global_batch_size,
-            )
-            for split in ("train", "validation")
-        }
-    return samples["train"], Validator(samples["validation"], config, topology)
-
-
-def index_folders(config: Config) -> list[Path]:
-    """Where the sample indexes may be, first choice first."""
-    if config.data.cache_dir:
-        return [Path(config.data.cache_dir)]
-    return [Path(config.data.paths[0]).parent / "index", config.run.folder / "index"]
+            check_ids(config.data.paths, config.model.vocab_size, index_folders(config))
+        train_samples, held_out = open_samples(config, "train"), open_samples(config, "validation")
+    return train_samples, Validator(held_out, config, topology)
 
 
 def resume(state: TrainState, config: Config, topology: Topology, terminal: Display) -> Path | None:

@@ -69,6 +69,7 @@ class StepResult:
     """Results of one step, the same on every rank."""
 
     metrics: dict[str, Any]  # keys of metrics.jsonl
+    num_tokens: int  # of text, in the global batch
     counts: Tensor  # [L, N+Z] int64, selections of the global batch
     grad_norms: dict[str, float | None]  # gradient norms before clipping of each part of the model, as metrics
     problem: str  # what is not finite; then no weight was updated. Empty if all is well
@@ -173,7 +174,8 @@ class Stepper:
         by_layer |= figures.named("expert_load_max_over_mean", figures.loads_by_layer(counts, config.model))
         by_layer |= {f"grad_rms/{part}": value for part, value in rms.items()}
         asked = StepRequests(*(count > 0 for count in scalars[-wanted.numel() :].tolist()))
-        return StepResult(metrics, counts, norms_by_part(part_squares, use_mtp), problem, asked, by_layer, spike)
+        norms = norms_by_part(part_squares, use_mtp)
+        return StepResult(metrics, divisors.tokens, counts, norms, problem, asked, by_layer, spike)
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> StepSums:
         self._reset_routers()
@@ -339,6 +341,8 @@ class Stepper:
     ) -> dict[str, Any]:
         config, counters = self.config, self.state.counters
         used = float(counts[:, : config.model.num_experts].sum()) / (config.model.num_layers * divisors.tokens)
+        keys = divisors.attended / divisors.tokens
+        per_token = flops_per_token(config.model, config.train.sequence_length, used, mtp=use_mtp, keys=keys)
         return {
             "step": counters.step,
             "first_sample": self.state.health.skipped.place(counters.position - config.train.global_batch_size),
@@ -353,7 +357,7 @@ class Stepper:
             "expert_load_max_over_mean": max(figures.loads_by_layer(counts, config.model)),
             "router_grad_ratio": max(figures.ratios_by_layer(gradients)),
             "hidden_norm": sums[4] / divisors.tokens,
-            "flops": divisors.tokens * flops_per_token(config.model, config.train.sequence_length, used, mtp=use_mtp),
+            "flops": divisors.tokens * per_token,
         }
 
 

@@ -13,6 +13,7 @@ from parallel.memory import in_a_step, state_bytes
 from parallel.mesh import Topology
 from train.check import batch_shape
 from train.config import Config
+from train.samples import Padding
 from train.stages import list_stages
 
 
@@ -36,17 +37,34 @@ def layers_of(part: ModelPart) -> str:
     return ", ".join([*names, *(["head"] if part.head else [])])
 
 
+def size_rows(config: Config, padding: Padding) -> list[tuple[str, str]]:
+    """Rows (name, value) for people: batch, steps, what of it is padding, and stages."""
+    train = config.train
+    tokens = train.global_batch_size * train.sequence_length
+    rows = [
+        ("batch", f"{train.global_batch_size} × {train.sequence_length} = {human(tokens)} tokens per step"),
+        ("steps", f"{train.steps}, {human(train.steps * tokens)} tokens"),
+    ]
+    if padding.source:
+        rows.append(("padding", padding.source))
+    if padding.num_samples and not config.data.stages:
+        text, samples = train.steps * tokens * (1 - padding.share), train.steps * train.global_batch_size
+        epochs = samples / padding.num_samples
+        rows.append(("text", f"{human(text)} tokens; {epochs:.3g} epochs of {padding.num_samples:,} samples"))
+    return [*rows, *list_stages(config)]
+
+
 def header(
     config: Config,
     topology: Topology,
     parts: list[LongCat],
     peak: float,
     peak_source: str,
+    padding: Padding,
     chunks: ChunkChoice | None = None,
 ) -> list[tuple[str, str]]:
     """(name, value) lines of the terminal's panel."""
     train = config.train
-    batch_tokens = train.global_batch_size * train.sequence_length
     sizes = topology.sizes
     axes = ", ".join(f"{name} {size}" for name, size in vars(sizes).items() if size > 1) or "one of each"
     stages = [layers_of(model.part) for model in parts]
@@ -59,9 +77,7 @@ def header(
         ("run", str(config.run.folder)),
         ("model", config.model.name),
         *describe(config.model),
-        ("batch", f"{train.global_batch_size} × {train.sequence_length} = {human(batch_tokens)} tokens per step"),
-        ("steps", f"{train.steps}, {human(train.steps * batch_tokens)} tokens"),
-        *list_stages(config),
+        *size_rows(config, padding),
         ("ranks", f"{topology.world_size} on {topology.device.type} ({axes})"),
         *([("pipeline", f"{config.parallel.schedule}; this rank: {' and '.join(stages)}")] if sizes.pp > 1 else []),
         ("memory per rank", f"{memory} (by formula; activations come on top)"),

@@ -187,7 +187,7 @@ def ffn_experts(model: LongCat, ids: np.ndarray) -> np.ndarray:
 def documents(job: Job, tokenizer: Any) -> Iterator[tuple[np.ndarray, list[str]]]:
     """(token ids, kinds) of validation documents that are Python and that the tokenizer makes the same ids of again."""
     from train.data.samples import TokenSamples
-    from train.run import index_folders
+    from train.samples import index_folders
 
     config = job.config
     samples = TokenSamples(

@@ -23,6 +23,7 @@ from parallel.mesh import MeshSizes, resolve_sizes
 from train.check import batch_shape, check_batch
 from train.compose import compose
 from train.config import ComputeDtype, Config
+from train.samples import Padding, find_padding
 from train.stages import check_each_stage, segments_of, stage_config
 
 IMBALANCES = (1.0, 1.5, 2.0)  # rows that a rank's experts receive, over their fair share
@@ -91,7 +92,8 @@ class Planned:
     sizes: MeshSizes
     micro_batches: int  # of a data rank
     memory: list[Memory]
-    flops: float  # the model's, of a step, all ranks: 6 per active parameter and token, and causal attention
+    padding: Padding  # of packed samples: planned like text, but not counted
+    flops: float  # the model's, of a step, all ranks: 6 per active parameter and token of text, and causal attention
     executed: float  # what the ranks compute, with recomputation
     times: dict[float, StepTimes]  # by imbalance
     availability: Availability
@@ -134,9 +136,15 @@ def check_options(options: PlanOptions) -> PlanOptions:
 
 
 def plan(
-    config: Config, options: PlanOptions, with_knobs: bool = True, factors: tuple[float, ...] = IMBALANCES
+    config: Config,
+    options: PlanOptions,
+    with_knobs: bool = True,
+    factors: tuple[float, ...] = IMBALANCES,
+    padding: Padding | None = None,
 ) -> Planned:
     """Plan a run at the imbalances ``factors``, 1 among them. Process groups of this process must not exist.
+
+    ``padding`` is that of another plan with the same data; None: it is looked up.
 
     Raises:
         ConfigError: the run would be refused, or cannot be traced.
@@ -150,11 +158,15 @@ def plan(
     ranks = options.ranks or num_processes(config)
     sizes = check(config, ranks)
     stage = "" if number is None else f"{number} of data.stages; plan.stage=N plans another one"
+    padding = find_padding(config, number or 0) if padding is None else padding
     config = stage_config(config, number or 0)
     batch = batch_shape(config, sizes)
     factors = factors if sizes.ep > 1 else (1.0,)
     found_by = summaries(config, ranks, sizes, cluster, options.exact, factors)
-    times = {factor: predict(config, sizes, batch, cluster, found, factor) for factor, found in found_by.items()}
+    times = {
+        factor: predict(config, sizes, batch, cluster, found, factor, padding.share)
+        for factor, found in found_by.items()
+    }
     train = config.train
     hidden = batch.sequences * batch.length // (sizes.cp * sizes.tp) * config.model.hidden_size
     hidden_bytes = hidden * (2 if train.dtype == ComputeDtype.bfloat16 else 4)
@@ -180,7 +192,8 @@ def plan(
         sizes,
         batch.num_micro_batches,
         memory,
-        flops * train.global_batch_size * train.sequence_length,
+        padding,
+        flops * train.global_batch_size * train.sequence_length * (1 - padding.share),
         sum(per_rank) * ranks / sizes.pp,
         times,
         availability(options, ranks, times[1.0].seconds),
@@ -245,7 +258,8 @@ def knobs(found: Planned) -> list[Knob]:
         kept = getattr(getattr(config, section), name)
         setattr(getattr(config, section), name, type(kept)(value))
         try:
-            other = plan(config, replace(found.options, ranks=found.ranks, stage=-1), with_knobs=False, factors=(1.0,))
+            options = replace(found.options, ranks=found.ranks, stage=-1)
+            other = plan(config, options, with_knobs=False, factors=(1.0,), padding=found.padding)
         except ConfigError:
             continue
         if other.peak < found.peak:

@@ -72,10 +72,12 @@ def search(config: Config, options: PlanOptions) -> Found:
     possible = [one for one in candidates if least_bytes(one) <= cluster.capacity]
     possible.sort(key=lambda one: one.seconds)
     traced: list[Planned] = []
+    padding = None
     for one in possible:
         if sum(found.fits() for found in traced) >= options.candidates or len(traced) >= 3 * options.candidates:
             break
-        traced.append(plan(one.config, options, with_knobs=False, factors=(1.0,)))
+        traced.append(plan(one.config, options, with_knobs=False, factors=(1.0,), padding=padding))
+        padding = traced[-1].padding
     order = sorted(traced, key=lambda found: found.times[1.0].seconds)
     fitting, too_large = ([found for found in order if found.fits() is fits] for fits in (True, False))
     return Found(fitting, too_large, len(candidates), refused, refusal)

@@ -34,6 +34,7 @@ def as_json(found: Planned) -> str:
         "ranks": found.ranks,
         "mesh": asdict(found.sizes),
         "micro_batches": found.micro_batches,
+        "padding": asdict(found.padding),
         "dtype": str(found.config.train.dtype),
         "cluster": asdict(found.cluster),
         "memory": [asdict(one) for one in found.memory],
@@ -77,8 +78,16 @@ def _head(found: Planned) -> list[str]:
             f"{train.global_batch_size:,} × {train.sequence_length:,} = {human(tokens)} tokens a step; "
             f"{found.micro_batches} micro-batches of {train.micro_batch_size}, {train.dtype}",
         ),
+        *_padding(found),
         _row("assumed", _assumed(found, gpus)),
     ]
+
+
+def _padding(found: Planned) -> list[str]:
+    if not found.padding.source:
+        return []
+    notes = "takes its time, is in no tokens/s, FLOPs or MFU; attention as in samples of one document"
+    return [_row("padding", found.padding.source), _row("", notes)]
 
 
 def _assumed(found: Planned, gpus: str) -> str:

@@ -40,8 +40,8 @@ class StepTimes:
     layer: LayerTimes | None  # of one shortcut layer's forward, if its experts are on several ranks
     chunks: int  # that choose_chunks takes for it
     exposed: dict[int, float]  # by the number of chunks: the share of a layer in which nothing is computed
-    mfu: float
-    tokens_per_gpu: float  # a second
+    mfu: float  # of text
+    tokens_per_gpu: float  # of text, a second
 
 
 def predict(
@@ -51,8 +51,12 @@ def predict(
     cluster: Cluster,
     ranks: Sequence[Summary],
     imbalance: float = 1.0,
+    padding: float = 0.0,
 ) -> StepTimes:
-    """A step's time from the summaries of one rank for each place in the pipeline."""
+    """A step's time from the summaries of one rank for each place in the pipeline.
+
+    The part ``padding`` of the positions takes its time, and is no token.
+    """
     count = batch.num_micro_batches
     steps = [Step(config, sizes, batch, cluster, imbalance) for _ in ranks]
     spent = [_phases(step, summary) for step, summary in zip(steps, ranks, strict=True)]
@@ -72,7 +76,7 @@ def predict(
         total = max(total, busy) if sizes.pp > 1 else busy + _idle_seconds(steps[0])
     busiest = max(range(len(ranks)), key=lambda place: computed[place])
     train, layer = config.train, layer_times(steps[busiest], ranks[busiest])
-    tokens = train.global_batch_size * train.sequence_length
+    tokens = train.global_batch_size * train.sequence_length * (1 - padding)
     world = sizes.pp * sizes.dp * sizes.dense_shards
     flops = flops_per_token(config.model, train.sequence_length, mtp=config.trains_mtp) * tokens
     chunks = {} if layer is None else {n: exposed_share(n, layer) for n in (1, 2, 4, 8)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import yaml
 from launch.__main__ import VERBS
 from launch.__main__ import main as longcat
 from longcat import __version__
+from longcat.counts import human
 from tests.support.fixtures import Refused
 from tests.support.running import ROOT, contents
 from train.compose import compose, leaf_keys
 from train.config import Config
+from train.samples import find_padding
 from train.suggestions import SYNONYMS
 
 FIRST_WORDS = [
@@ -165,6 +168,29 @@ def test_check_shows_sizes_memory_and_data(
     for part in ("parameters", "memory needed", str(corpus), "2 (fsdp 2)", "new"):
         assert part in shown
     assert contents(tmp_path) == before, "check writes nothing"
+
+
+def test_check_counts_padding(
+    overrides: list[str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of packed samples: the share of padding and the tokens of text, from the corpus; it writes no index."""
+    before = contents(tmp_path), contents(corpus.parent)
+    packed = ["data.packing=best_fit", "data.mask_documents=true"]
+    assert longcat(["check", *overrides, *packed]) == 0
+    shown = capsys.readouterr().out
+    share = re.search(r"padding +(\d+\.\d\d)% of the positions, by the sample index", shown)
+    text = re.search(r"text +(\S+) tokens; (\S+) epochs of (\S+) samples", shown)
+    assert share and text
+    assert "fewer where a sample holds several documents" in shown
+    assert (contents(tmp_path), contents(corpus.parent)) == before, "check writes nothing"
+    config = compose([*overrides, *packed])
+    found = find_padding(config)
+    train = config.train
+    assert share[1] == f"{100 * found.share:.2f}" and 0 < found.share < 0.5
+    assert text[1] == human(train.steps * train.global_batch_size * train.sequence_length * (1 - found.share))
+    assert text[2] == f"{train.steps * train.global_batch_size / found.num_samples:.3g}"
+    assert longcat(["check", *overrides]) == 0
+    assert "of the positions" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def two_corpora(folder: Path) -> list[str]:
 def samples_of(paths: list[str], cache: Path, split: str = "train", **changes: Any) -> TokenSamples:
     """Samples of LENGTH tokens, with ``changes`` of their arguments and of the configuration."""
     values = {"sequence_length": LENGTH, "seed": 3, "vocab_size": VOCABULARY} | {
-        key: changes.pop(key) for key in ("sequence_length", "seed", "vocab_size") if key in changes
+        key: changes.pop(key) for key in ("sequence_length", "seed", "vocab_size", "writes") if key in changes
     }
     config = DataConfig("n", "s", paths=paths, **({"validation_fraction": 0.1} | changes))
     return TokenSamples(config, split=split, cache_dir=cache, **values)  # type: ignore[arg-type]

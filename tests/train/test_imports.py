@@ -15,7 +15,7 @@ from parallel import environment
 from tests.support.running import TINY
 from train.compose import compose
 from train.data.samples import TokenSamples
-from train.run import index_folders
+from train.samples import index_folders
 
 UNUSED = ("torch._dynamo", "torch._inductor", "datasets", "transformers", "pandas", "deepspeed", "matplotlib", "wandb")
 UNUSED += ("megatron", "triton")  # megatron where the sample index is not cached; it brings triton

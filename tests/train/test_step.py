@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longcat.counts import flops_per_token
+from longcat.documents import PADDING
 from longcat.init import initialise
 from longcat.model import LongCat
 from longcat.moe import Router
@@ -170,6 +172,31 @@ def test_metrics_of_a_step_leave_out_padding() -> None:
     assert result.counts.sum(1).tolist() == [config.model.top_k * (48 - padding)] * config.model.num_layers
     ffn = float(result.counts[:, : config.model.num_experts].sum())
     assert result.metrics["ffn_experts_per_token"] == ffn / config.model.num_layers / (48 - padding)
+    assert result.num_tokens == 48 - padding
+
+
+@pytest.mark.usefixtures("closing")
+@pytest.mark.parametrize("words", [[], ["data.mask_documents=true"], PACKED[-2:]], ids=["plain", "masked", "packed"])
+def test_flops_count_the_keys_that_tokens_attend_to(words: list[str]) -> None:
+    """By a loop over pairs of positions; padding attends to nothing, and nothing to it."""
+    stepper, reader, _ = build(compose([*OVERRIDES, *words]), PaddedSamples(12, 61) if len(words) == 2 else None)
+    batches, pairs, tokens = list(reader.read(0)), 0, 0
+    for batch in batches:
+        numbers = torch.zeros_like(batch.tokens) if batch.documents is None else batch.documents.numbers
+        for row in numbers.tolist():
+            texts = [number for number in row if number != PADDING]
+            tokens += len(texts)
+            pairs += sum(texts[key] == texts[query] for query in range(len(texts)) for key in range(query + 1))
+    divisors = reader.divisors(batches)
+    assert (divisors.tokens, divisors.attended) == (tokens, pairs)
+    metrics = stepper.step().metrics
+    config, used = stepper.config.model, metrics["ffn_experts_per_token"]
+    linear = flops_per_token(config, 12, used, mtp=True, keys=0.0)
+    blocks = 2 * config.num_layers + config.num_mtp_layers
+    each = 6 * blocks * config.num_heads * (config.qk_head_dim + config.v_head_dim)
+    assert metrics["flops"] == pytest.approx(tokens * linear + pairs * each)
+    if not words:
+        assert metrics["flops"] == 48 * flops_per_token(config, 12, used, mtp=True)
 
 
 @pytest.mark.usefixtures("closing")

@@ -87,8 +87,10 @@ class CorpusReader:
         validation_fraction: float,
         cache_dirs: list[Path],
         info: CorpusInfo | None,
+        writes: bool = True,
     ) -> None:
         self.prefix, self.split, self._seed, self._cache_dirs = prefix, split, seed, cache_dirs
+        self._writes = writes
         self._index = read_corpus_index(Path(f"{prefix}.idx"))
         self._tokens = BinReader(Path(f"{prefix}.bin"), self._index.dtype, block_hashes(prefix, info))
         self.validation_documents, self._is_wanted, self._sequences = self._split(validation_fraction)
@@ -219,12 +221,14 @@ class CorpusReader:
     def _read_or_build(
         self, kind: str, identity: list[Any], names: Sequence[str], build: Callable[[], tuple[np.ndarray, ...]]
     ) -> tuple[np.ndarray, ...]:
-        """An index from the first of its folders that has it, else built and written for other ranks."""
+        """An index from the first of its folders that has it, else built, and written if the reader writes."""
         key = hashlib.sha256(dumps(identity).encode()).hexdigest()[:24]
         places = [folder / f"{kind}-{key}" for folder in self._cache_dirs]
         found, _ = _first_valid(places, names)
         if found is not None:
             return found
+        if not self._writes:
+            return build()
         with first_to_build(places, note_once) as is_first:
             if is_first:
                 return _build(places, names, build)

@@ -10,7 +10,7 @@ import numpy as np
 
 from longcat.documents import PADDING
 from train.data.epochs import SPLIT_SEED, CorpusReader, EpochIndex
-from train.data.packing import MIN_PIECE, pack
+from train.data.packing import MIN_PIECE, pack, share_padded
 
 PADDING_ID = 0  # any id would do: nothing depends on it
 
@@ -22,6 +22,12 @@ class PackedReader(CorpusReader):
         names = ("pieces", "bounds")
         self._packed = self._read_or_build("packed", [*self._identity, "best_fit"], names, self._pack)
         return len(self._packed[1]) - 1
+
+    @property
+    def padding_share(self) -> float:
+        """The part of an epoch's positions that is padding."""
+        pieces, bounds = self._packed
+        return share_padded(pieces, bounds, self._sequence_length)
 
     def _epoch_size(self) -> float:
         return float(self.samples_per_epoch)  # in an epoch of a mixture, each corpus is read once

@@ -51,6 +51,17 @@ def pack(starts: np.ndarray, lengths: np.ndarray, sequence_length: int) -> tuple
     return pieces.astype(np.int64), np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(pieces_each)])
 
 
+def share_padded(pieces: np.ndarray, bounds: np.ndarray, sequence_length: int) -> float:
+    """The part of the samples' positions that holds no text, of what `pack` returns.
+
+    A sample has one token more than positions: its last label.
+    """
+    if len(bounds) < 2:
+        return 0.0
+    tokens = np.add.reduceat(pieces[:, 1], bounds[:-1])
+    return float(1 - (np.minimum(tokens, sequence_length) / sequence_length).mean())
+
+
 def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """The bin of each item by best-fit decreasing, int64 [items], and the number of bins of ``capacity``.
 

@@ -32,12 +32,14 @@ class TokenSamples:
 
     Attributes:
         num_tokens: tokens of the split, all corpora together, which is one epoch when weights are in
-        proportion. num_samples: samples of the split in one epoch of every corpus.
+        proportion. num_samples: samples of the split in one epoch of every corpus. is_packed: whether they may end
+        with padding.
 
     Args:
         global_batch_size: samples of a step, before `data.stages` change the length: their starts depend on it.
         cache_dir: folder of the sample indexes.
         fallback_dir: used where ``cache_dir`` cannot be written.
+        writes: whether an index that is not there is written; False: it is kept in memory.
 
     Raises:
         ConfigError: a corpus is missing, damaged, too small where it has a share, or does not fit the vocabulary.
@@ -54,15 +56,16 @@ class TokenSamples:
         cache_dir: Path,
         fallback_dir: Path | None = None,
         global_batch_size: int = 1,
+        writes: bool = True,
     ) -> None:
         config.validate()
         if sequence_length < 2:
             raise ConfigError(f"train.sequence_length={sequence_length} must be at least 2")
         infos = [_checked_info(prefix, vocab_size) for prefix in config.paths]
         _check_one_tokenizer(config.paths, infos)
-        self._vocab_size, self._is_packed = vocab_size, config.packing == Packing.best_fit
-        reader_type = PackedReader if self._is_packed else CorpusReader
-        parts = segments(config.stages, sequence_length, global_batch_size)
+        self._vocab_size, self.is_packed = vocab_size, config.packing == Packing.best_fit
+        reader_type = PackedReader if self.is_packed else CorpusReader
+        self._parts = parts = segments(config.stages, sequence_length, global_batch_size)
         readers = [
             reader_type(
                 prefix,
@@ -72,6 +75,7 @@ class TokenSamples:
                 validation_fraction=config.validation_fraction,
                 cache_dirs=list(dict.fromkeys(Path(folder) for folder in (cache_dir, fallback_dir or cache_dir))),
                 info=info,
+                writes=writes,
             )
             for prefix, info in zip(config.paths, infos, strict=True)
         ]
@@ -127,6 +131,15 @@ class TokenSamples:
         self.num_samples = sum(reader.samples_per_epoch for reader in self._readers)
         self._mixture = Mixture(self._weights, parts)
 
+    def padding(self, stage: int = 0) -> tuple[int, float]:
+        """Packed samples in an epoch of every corpus, and the part of the positions that is padding.
+
+        In stage ``stage`` of `data.stages` (0 = before the first), by the shares of its mixture.
+        """
+        readers, shares = self._by_length[self._parts[stage].length], shares_of(self._weights, self._parts)[stage]
+        of_each = [reader.padding_share if isinstance(reader, PackedReader) else 0.0 for reader in readers]
+        return sum(reader.samples_per_epoch for reader in readers), float(np.average(of_each, weights=shares))
+
     def __getitem__(self, index: int) -> np.ndarray:
         """Global sample `index`, int64 [its sequence length + 1]: inputs are [:-1], labels [1:]."""
         reader, number = self._locate(index)
@@ -150,7 +163,7 @@ class TokenSamples:
 
     def texts(self, index: int) -> list[np.ndarray]:
         """Global sample `index` in pieces inside which each token but the first has a label, int64 [length] each."""
-        if not self._is_packed:
+        if not self.is_packed:
             return [self[index]]
         ids, numbers = self.with_documents(index)
         ids, numbers = ids[numbers != PADDING], numbers[numbers != PADDING]

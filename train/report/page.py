@@ -228,7 +228,9 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
 
 def _tokens_note(run: RunData) -> str:
     sequences, length = run.number("train.global_batch_size"), run.number("train.sequence_length")
-    return f"{compact(sequences * length)} per step" if sequences and length else "seen in training"
+    note = f"{compact(sequences * length)} per step" if sequences and length else "seen in training"
+    padding = run.series("padding_share")[1]
+    return f"{note}, {percent(float(padding.mean()))} of them padding" if len(padding) else note
 
 
 def _median(values: Any) -> float:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from launch.__main__ import main
@@ -22,6 +23,7 @@ from launch.plan.trace import Scope, trace
 from longcat.errors import BAD_INPUT, OK, ConfigError
 from parallel.mesh import resolve_sizes
 from tests.launch.plan.allocations import COMMON
+from tests.support.corpora import write_corpus
 from tests.support.distributed import run_ranks
 from train.compose import compose
 
@@ -101,6 +103,29 @@ def test_lines_are_narrow_and_numbers_add_up() -> None:
     assert times["mfu"] == pytest.approx(numbers["model_flops"] / times["seconds"] / 2 / peak)
     assert {line["axis"] for line in times["links"]} == {"ep", "fsdp"}
     assert numbers["memory"][0]["peak"]["2.0"] > numbers["memory"][0]["peak"]["1.0"]
+
+
+def planned_both(here: Sequence[str], gone: Sequence[str]) -> list[tuple[list[str], dict[str, Any]]]:
+    return [planned(here), planned(gone)]
+
+
+def test_padding_is_planned_and_not_counted(tmp_path: Path) -> None:
+    """A quarter of each sample is padding: the same times, three quarters of tokens and FLOPs."""
+    prefix = write_corpus(tmp_path / "corpus", [np.arange(1, 97)] * 40)
+    packed = ["plan.ranks=1", "data.mask_documents=true", "data.packing=best_fit", "model.num_layers=1"]
+    here, gone = ([*packed, f"data.paths=[{path}]"] for path in (prefix, tmp_path / "gone"))
+    (((lines, found), (words, full)),) = run_ranks(planned_both, 1, here, gone, timeout=LONG)
+    assert (found["padding"]["share"], full["padding"]["share"]) == (0.25, 0.0)
+    assert any("25.00% of the positions" in line for line in lines)
+    assert any(f"none assumed: {tmp_path / 'gone'} is not here" in line for line in words)
+    assert found["model_flops"] == pytest.approx(0.75 * full["model_flops"])
+    assert found["executed_flops"] == full["executed_flops"]
+    (less,), (more,) = found["times"].values(), full["times"].values()
+    assert less["seconds"] == more["seconds"]
+    for name in ("tokens_per_gpu", "mfu"):
+        assert less[name] == pytest.approx(0.75 * more[name])
+    assert max(map(len, lines)) <= 100
+    assert not (tmp_path / "index").exists()
 
 
 def test_train_with_plan_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from train.data import packed
 from train.data.config import DataConfig, Packing
 from train.data.packing import best_fit, pack
 from train.data.samples import TokenSamples
+from train.data.stages import TrainingStage
 
 PACKED: dict[str, Any] = {"packing": Packing.best_fit, "mask_documents": True}
 
@@ -129,6 +130,27 @@ def test_batches_leave_out_padding_and_ends(tmp_path: Path) -> None:
             padded += int((numbers[:-1] == PADDING).sum())
         assert batch.num_labels == (main, further)
     assert padded
+
+
+def test_the_index_knows_the_share_of_padding(prefixes: list[str], tmp_path: Path) -> None:
+    """As counted in an epoch of each corpus; in a mixture by the shares, in a stage in its samples; nothing written."""
+
+    def counted(**changes: Any) -> float:
+        samples = samples_of(prefixes, tmp_path / "index", **PACKED, **changes)
+        length = changes.get("sequence_length", LENGTH)
+        return float(np.mean([samples.with_documents(n)[1, :length] == PADDING for n in range(samples.num_samples)]))
+
+    found = samples_of(prefixes, tmp_path / "not here", **PACKED, writes=False)
+    assert found.padding() == (found.num_samples, pytest.approx(counted()))
+    alone = [samples_of([prefix], tmp_path / "index", **PACKED).padding()[1] for prefix in prefixes]
+    assert alone[0] != alone[1]
+    stages = [TrainingStage(4 * LENGTH, weights=[1.0, 0.0]), TrainingStage(8 * LENGTH, sequence_length=2 * LENGTH)]
+    mixed = samples_of(prefixes, tmp_path / "not here", **PACKED, writes=False, weights=[0.2, 0.8], stages=stages)
+    assert mixed.padding()[1] == pytest.approx(0.2 * alone[0] + 0.8 * alone[1])
+    assert mixed.padding(1)[1] == pytest.approx(alone[0])
+    longer = samples_of(prefixes[:1], tmp_path / "index", **PACKED, sequence_length=2 * LENGTH)
+    assert mixed.padding(2)[1] == pytest.approx(longer.padding()[1])
+    assert not (tmp_path / "not here").exists()
 
 
 def test_packing_without_document_masks_is_refused() -> None:
