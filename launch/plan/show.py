@@ -86,7 +86,7 @@ def _head(found: Planned) -> list[str]:
 def _padding(found: Planned) -> list[str]:
     if not found.padding.source:
         return []
-    notes = "takes its time, is in no tokens/s, FLOPs or MFU; attention as in samples of one document"
+    notes = "has its time, is in no tokens/s, FLOPs or MFU; attention is of whole samples"
     return [_row("padding", found.padding.source), _row("", notes)]
 
 
