@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longcat.errors import ConfigError
+from train.data.blocks import SUFFIX
+from train.data.config import TOKENIZER_NAME
+from train.data.corpus import INFO_NAME
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _DATA = {".parquet": "parquet", ".txt": "text", ".text": "text"} | dict.fromkeys((".json", ".jsonl", ".ndjson"), "json")
 _PROSE = dict.fromkeys((".md", ".rst", ".tex", ".py"), "text")  # in a folder of data they describe the data
 _KNOWN = "parquet, json, jsonl, txt or md"
+_CORPUS = ("corpus.bin", "corpus.idx", INFO_NAME)  # together in a folder they are a corpus that was built
+_OF_CORPUS = (*_CORPUS, f"corpus{SUFFIX}", TOKENIZER_NAME)
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ def find_files(source: str) -> Found | None:
         return None
     found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True, include_hidden=True))]
     folders = [path for path in found if os.path.isdir(path)]
-    files = [path for path in found if not os.path.isdir(path)]
-    return _of_one_kind(files, {"folders": len(folders)} if folders else {}, path, where)
+    files, others = _without_corpora([path for path in found if not os.path.isdir(path)])
+    return _of_one_kind(files, {**others, **({"folders": len(folders)} if folders else {})}, path, where)
 
 
 def kind_of(path: Path) -> str | None:
@@ -83,12 +88,22 @@ def _below(folder: Path, where: str, above: tuple[str, ...] = ()) -> Iterator[Pa
             yield path
 
 
+def _without_corpora(files: list[Path]) -> tuple[list[Path], dict[str, int]]:
+    """``files`` without those of corpora that were built among them, and how many those are, by a name for a person."""
+    corpora = {
+        folder for folder in {path.parent for path in files} if all((folder / name).exists() for name in _CORPUS)
+    }
+    kept = [path for path in files if path.parent not in corpora or path.name not in _OF_CORPUS]
+    return kept, {"files of a corpus": len(files) - len(kept)} if len(kept) < len(files) else {}
+
+
 def _in_folder(inside: list[Path], folder: Path, where: str) -> Found:
     """The data files of a folder, or its prose if it has no data."""
+    inside, built = _without_corpora(inside)
     kinds = _DATA if any(_suffix(path) in _DATA for path in inside) else _PROSE
     files = [path for path in inside if _suffix(path) in kinds]
     others = Counter(_suffix(path) or "no suffix" for path in inside if _suffix(path) not in kinds)
-    return _of_one_kind(files, others, folder, where)
+    return _of_one_kind(files, {**others, **built}, folder, where)
 
 
 def _of_one_kind(files: list[Path], others: dict[str, int], root: Path, where: str) -> Found:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from longcat.errors import ConfigError
 from train.data.config import DataConfig
@@ -155,6 +158,7 @@ class Source:
         import datasets
 
         datasets.disable_progress_bars()
+        ask_cache_alone_without_network()
         config = self._config
         try:
             return datasets.load_dataset(
@@ -200,6 +204,20 @@ class Source:
             f"{self._config.subset} and split {self._config.split} "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]}); correct the name or go online"
         )
+
+
+def ask_cache_alone_without_network() -> None:
+    """Switch the hub's libraries to offline where its name is unknown: they would try again for half a minute."""
+    import datasets
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if host is None or {"https", "all"} & getproxies().keys():  # a proxy may know the name
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:

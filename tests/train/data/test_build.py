@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import socket
 import sysconfig
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +257,22 @@ def test_hub_id_without_a_network_is_one_line(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match="no file or folder here, and the hub gave no data set") as caught:
         build(config_of("nobody/no-such-data-set", tmp_path), VOCABULARY)
     assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_nothing_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's libraries wait for 25 s between their attempts, each with two lines on standard error."""
+    import datasets
+    import huggingface_hub
+
+    def unknown(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits to try again"))
+    with pytest.raises(ConfigError, match="the hub gave no data set"):
+        build(config_of("null", tmp_path), VOCABULARY)
 
 
 def _write(name: str, content: bytes) -> Callable[[Path], str]:

@@ -75,6 +75,18 @@ def test_glob_still_works_and_reports_folders(tmp_path: Path, capsys: pytest.Cap
     assert "not read: folders 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("out", ["source", "source/corpora/mine"])
+def test_a_corpus_among_its_source_is_not_read(
+    out: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "source" / f"a{suffix}", "one", "two")
+    config = DataConfig("mine", str(tmp_path / "source"), out=str(tmp_path / out), overwrite=True)
+    first, second = build(config, VOCABULARY), build(config, VOCABULARY)
+    assert (first.files, first.bytes) == (second.files, second.bytes)
+    assert "not read: files of a corpus 5" in capsys.readouterr().err
+
+
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere" / "x.jsonl", "one")
     write(tmp_path / "blob", "two", "three")
