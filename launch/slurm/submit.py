@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,22 @@ from train.run_dir import check_not_another_run
 
 SCRIPT = "slurm.sh"
 SUBMIT = "--submit"
-NOT_REACHED = ("contact", "connect", "timed out", "communication")  # in what sbatch says of a controller that is away
+NOT_REACHED = (  # in what sbatch says where the cluster does not answer, whatever the job is
+    "contact",
+    "connect",
+    "timed out",
+    "communication",
+    "srv lookup",
+    "configuration source",
+    "fetch config",
+    "slurm.conf",
+    "resolve",
+    "authentication",
+    "munge",
+    "zero bytes",
+    "standby",
+    "temporarily",
+)
 
 
 def slurm(arguments: list[str]) -> int:
@@ -32,7 +48,7 @@ def slurm(arguments: list[str]) -> int:
     check_not_another_run(config)
     run = config.run.folder
     signal = signal_time(options, run)
-    path = Path(options.script) if options.script else run / SCRIPT
+    path = Path(os.path.expanduser(options.script)) if options.script else run / SCRIPT
     text = render(options, with_search_path(overrides), config, path, signal)
     notes += [f"Slurm signals {signal.seconds} s before the time limit: {signal.reason}", *write(path, text)]
     run.mkdir(parents=True, exist_ok=True)  # slurmd does not make the folder of the log
@@ -69,7 +85,10 @@ def submit(path: Path) -> int:
     done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
     if done.returncode:
         reason = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
+        if any(word in reason.lower() for word in NOT_REACHED):
+            print(f"error: sbatch found no cluster for {path}, which is written: {reason}", file=sys.stderr)
+            return CRASHED
         print(f"error: sbatch refused {path}: {reason}", file=sys.stderr)
-        return CRASHED if any(word in reason.lower() for word in NOT_REACHED) else BAD_INPUT
+        return BAD_INPUT
     print(done.stdout, end="")
     return OK

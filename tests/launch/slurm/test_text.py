@@ -165,6 +165,16 @@ def test_values_of_sbatch_lines_are_quoted(tmp_path: Path, monkeypatch: pytest.M
         ("sbatch: error: Batch job submission failed: Invalid account specified", 2),
         ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", 1),
         ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", 1),
+        (
+            "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+            "sbatch: error: fetch_config: DNS SRV lookup failed\n"
+            "sbatch: fatal: Could not establish a configuration source",
+            1,
+        ),
+        ("sbatch: error: Batch job submission failed: Protocol authentication error", 1),
+        ("sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received", 1),
+        ("sbatch: error: Batch job submission failed: Requested node configuration is not available", 2),
+        ("sbatch: error: invalid partition specified: gpuu", 2),
     ],
 )
 def test_code_of_a_refused_submission(
@@ -176,4 +186,5 @@ def test_code_of_a_refused_submission(
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert longcat(["slurm", "model=debug", f"run.dir={tmp_path}/runs", "--submit"]) == code
-    assert said.rpartition(": ")[2] in capfd.readouterr().err
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: sbatch ") and said.rpartition(": ")[2] in line
