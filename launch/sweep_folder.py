@@ -13,13 +13,14 @@ from launch.rendezvous import slurm_nodes
 from launch.slurm.sweep_jobs import refuse_waiting
 from longcat.errors import ConfigError, FolderInUseError
 from longcat.json_text import dumps
-from train.checkpoint.files import PARTIAL, write_synced
+from train.checkpoint.files import PARTIAL, read_text, write_synced
 from train.compose import as_hydra_reads, compose_tree, one_line
 from train.run_dir import LOCK, lock
 from train.sweep_results import MULTIRUN, numbered, read_result, results
 
 SWEEP = "sweep.json"  # the command's overrides, and whether all of its runs are final
 STOPPED_MARK = "stopped"  # a run of this start was stopped: no further one begins
+LAUNCHING = ("hydra/", "hydra.launcher.", "hydra.sweeper.")  # how runs are chosen and started
 LAUNCHER = ("hydra/launcher", "hydra.launcher.")  # where the runs go may change while the sweep is not finished
 
 
@@ -91,7 +92,14 @@ def _place(overrides: list[str]) -> tuple[Path, str]:
 
     try:
         parsed = OverridesParser.create().parse_overrides([as_hydra_reads(each) for each in overrides])
-        tree = compose_tree([each.input_line or "" for each in parsed if not each.is_sweep_override()])
+        fixed = [each.input_line or "" for each in parsed if not each.is_sweep_override()]
+        tree = compose_tree(fixed, sweep=True)
+        for each in parsed:  # what the file of one run says of the sweep comes too late
+            if each.key_or_group == "experiment" and each.is_sweep_override():
+                for choice in each.sweep_string_iterator():
+                    compose_tree([*(word for word in fixed if not word.startswith(LAUNCHING)), f"experiment={choice}"])
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(one_line(error)) from error
     if tree.launch.nodes > 1 or slurm_nodes(os.environ) is not None:
@@ -99,7 +107,7 @@ def _place(overrides: list[str]) -> tuple[Path, str]:
             "a sweep trains each run on one node: start longcat train -m once, without srun and launch.nodes; "
             "hydra/launcher=submitit_slurm spreads its runs over nodes"
         )
-    return Path(str(tree.run.dir)), str(tree.run.name)
+    return Path(os.path.expanduser(str(tree.run.dir))), str(tree.run.name)
 
 
 def _same(stored: Any, overrides: list[str]) -> bool:
@@ -109,7 +117,7 @@ def _same(stored: Any, overrides: list[str]) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):  # of an older version, or half written
         return {}
     return value if isinstance(value, dict) else {}

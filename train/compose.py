@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from dataclasses import fields, is_dataclass
@@ -11,7 +12,9 @@ from typing import Any
 
 from longcat.config_choices import unknown_choice
 from longcat.errors import ConfigError
+from train.checkpoint.compatibility import flatten
 from train.config import Config, RunConfig
+from train.pruning import SWEEP_FOLDER
 from train.spelling import keep_spelling, text_keys
 from train.suggestions import nearest_key
 
@@ -46,7 +49,7 @@ def with_search_path(arguments: list[str]) -> list[str]:
         return overrides
     if len(folders) > 1:
         raise ConfigError(f"--config-dir is given {len(folders)} times; give one folder")
-    folder = Path(folders[0]) if folders else Path(OWN_FOLDER)
+    folder = Path(os.path.expanduser(folders[0]) if folders else OWN_FOLDER)
     if not folder.is_dir() or folders == [""]:
         if folders:
             raise ConfigError(f"--config-dir {folders[0]} is no folder; give one with experiment/NAME.yaml in it")
@@ -101,8 +104,13 @@ def compose(arguments: list[str]) -> Config:
     return config
 
 
-def compose_tree(overrides: list[str]) -> Any:
-    """The configuration as Hydra's tree, not validated; raises errors of several libraries."""
+def compose_tree(overrides: list[str], sweep: bool = False) -> Any:
+    """The configuration as Hydra's tree, not validated; raises errors of several libraries.
+
+    Raises:
+        ConfigError: an experiment's file sets one of Hydra's own settings, which has no effect; see `check_keys` for
+            those that a ``sweep`` takes.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
@@ -111,7 +119,41 @@ def compose_tree(overrides: list[str]) -> Any:
     GlobalHydra.instance().clear()
     with initialize_config_module("configs", version_base="1.3"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="provider=hydra.searchpath")  # a folder that does not exist
-        return hydra_compose("config", overrides=[as_hydra_reads(override) for override in overrides])
+        tree = hydra_compose("config", overrides=[as_hydra_reads(override) for override in overrides])
+        check_files(overrides, sweep)
+    return tree
+
+
+def check_files(overrides: list[str], sweep: bool) -> None:
+    """Raise ConfigError for a setting of Hydra's in the user's own files that has no effect.
+
+    Hydra must be set up. A sweep's file is also that of its runs, which compose it again.
+    """
+    import yaml
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.types import RunMode
+
+    sweep = sweep or SWEEP_FOLDER in os.environ
+    given = OverridesParser.create().parse_overrides([as_hydra_reads(override) for override in overrides])
+    lists = [each.value() for each in given if each.key_or_group == SEARCH_PATH]
+    searched = [folder for folders in lists if isinstance(folders, list) for folder in folders]
+    if not searched or not any(each.key_or_group == "experiment" for each in given):
+        return  # a file of another group lies below its group and cannot name them
+    loader = GlobalHydra.instance().config_loader()
+    found = loader.compute_defaults_list("config", [each.input_line or "" for each in given], RunMode.RUN)
+    for path in (
+        Path(str(folder).removeprefix("file://")) / f"{one.config_path}.yaml"
+        for folder in searched
+        for one in found.defaults
+    ):
+        settings = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
+        for key in flatten({"hydra": settings["hydra"]}) if "hydra" in settings else ():
+            check_hydra_key(f"{path}: {key}", key, sweep)
+    for one in found.defaults:
+        plain = one.config_path in (None, "hydra/launcher/basic", "hydra/sweeper/basic")
+        if not plain and one.config_path.startswith(("hydra/launcher/", "hydra/sweeper/")):
+            check_hydra_key(f"override /{one.config_path}", one.config_path, sweep)
 
 
 def named_folder(overrides: list[str]) -> Path | None:

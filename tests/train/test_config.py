@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from longcat.config import ModelConfig
 from longcat.errors import ConfigError
 from train.checkpoint.compatibility import differences, flatten
-from train.compose import check_keys, compose, leaf_keys, named_folder
+from train.compose import check_keys, compose, compose_tree, leaf_keys, named_folder, with_search_path
 from train.config import Config
 from train.run_dir import as_mapping, read_config, write_config
 
@@ -284,3 +286,27 @@ def test_choices_are_stored_as_plain_strings() -> None:
     assert {type(value) for value in parallel.values()} <= {str, int, float, bool, list}
     listed = as_mapping(compose(["parallel.recompute=selective", "parallel.recompute_list=[norms]"]))["parallel"]
     assert [type(value) for value in listed["recompute_list"]] == [str]
+
+
+@pytest.mark.parametrize(
+    ("text", "sweep", "refusal"),
+    [
+        ("hydra: {run: {dir: x}}", False, "mine.yaml: hydra.run.dir': Hydra's own settings are fixed"),
+        ("hydra: {run: {dir: x}}", True, "mine.yaml: hydra.run.dir': Hydra's own settings are fixed"),
+        ("hydra: {sweeper: {max_batch_size: 2}}", False, "hydra.sweeper.max_batch_size' says how a sweep runs"),
+        ("hydra: {sweeper: {max_batch_size: 2}}", True, None),
+        ("defaults: [override /hydra/launcher: submitit_local]", False, "submitit_local' says how a sweep runs"),
+        ("defaults: [other]", False, "other.yaml: hydra.mode': Hydra's own settings are fixed"),
+        ("train: {steps: 3}", False, None),
+    ],
+)
+def test_settings_of_hydra_in_a_file_are_not_ignored(
+    text: str, sweep: bool, refusal: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    (folder / "other.yaml").write_text("# @package _global_\nhydra: {mode: MULTIRUN}\n")
+    with pytest.raises(ConfigError, match=re.escape(refusal)) if refusal else nullcontext():
+        compose_tree(with_search_path(["experiment=mine"]), sweep)
