@@ -18,7 +18,7 @@ from parallel.device import fastest_dtype
 from parallel.kernels import install
 from train.checkpoint.offline_reader import Checkpoint, TensorSource, load_model
 from train.config import ComputeDtype
-from train.data.corpus import TOKENIZER_NAME
+from train.data.config import TOKENIZER_NAME, tokenizer_file
 from train.data.tokens import end_of_document_id, load_tokenizer
 from train.huggingface.config_json import CONFIG
 from train.huggingface.import_folder import configuration_of
@@ -85,7 +85,7 @@ def load(options: GenerateOptions) -> tuple[LongCat, Path, int]:
         source = SafetensorsFolder(folder)
         config = configuration_of(source, [], training=False).model
         source.check(config)
-        tokenizer = Path(options.tokenizer or folder / TOKENIZER_NAME)
+        tokenizer = Path(tokenizer_file(options.tokenizer) or folder / TOKENIZER_NAME)
         if not options.tokenizer:
             check_tokenizer(folder, source.record)
         end = end_of_document_id(load_tokenizer(tokenizer), str(tokenizer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from enum import Enum
@@ -12,6 +13,7 @@ from longcat.config_choices import unknown_choice
 from longcat.errors import ConfigError
 
 Options = TypeVar("Options")
+PATHS = ("source", "target", "tokenizer", "proxy", "cluster")  # options that are paths
 
 
 def read_options(kind: type[Options], arguments: list[str]) -> Options:
@@ -43,6 +45,7 @@ def split_options(kind: type[Options], arguments: list[str]) -> tuple[Options, l
         section: Any = options
         for part in sections:
             section = getattr(section, part)
+        text = os.path.expanduser(text) if name in PATHS else text  # some shells expand ~ only where a word begins
         setattr(section, name, convert(key, text, types[key]))
     return options, rest
 

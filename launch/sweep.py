@@ -18,6 +18,7 @@ from launch.sweep_folder import STOPPED_MARK, note_finished, open_folder, remove
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.json_text import NOT_FINITE, dumps
 from train.checkpoint.compatibility import flatten
+from train.checkpoint.files import read_text
 from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, from_tree, one_line, quoted, register
 from train.config import Config
 from train.loggers.jsonl import METRICS, rows
@@ -99,7 +100,7 @@ def run_job(tree: Any, folder: Path, search: list[str]) -> float:
     given = [str(override) for override in hydra.overrides.task if not str(override).startswith("run.name=")]
     path = result_file(folder, number)
     earlier = read_result(path) if path.is_file() else None
-    run = run_folder(Path(tree.run.dir), f"{tree.run.name}-{number}", given, earlier)
+    run = run_folder(Path(os.path.expanduser(tree.run.dir)), f"{tree.run.name}-{number}", given, earlier)
     if earlier and earlier.is_final and earlier.overrides == given and run.is_dir():
         return final_loss(run) if earlier.code == OK else math.inf  # the sweep goes on after it was stopped
     tree.run.name = run.name
@@ -160,7 +161,7 @@ def train(tree: Any, overrides: list[str]) -> tuple[int, str]:
 def ended(run: Path) -> tuple[str, bool]:
     """The message of a run's exit.json, and whether the run was hopeless."""
     try:
-        said = json.loads((run / EXIT).read_text())
+        said = json.loads(read_text(run / EXIT))
         return str(said["message"]), "stopped_early" in said
     except (OSError, ValueError, KeyError, TypeError):
         return f"no {EXIT} in {run}", False

@@ -13,6 +13,7 @@ from parallel.config import AUTO, ExpertsAfter
 from parallel.mesh import Topology
 from parallel.overlap import set_num_chunks
 from parallel.reduce import broadcast
+from train.checkpoint.files import read_text
 from train.checkpoint.manifest import STATE
 from train.config import Config
 from train.run_dir import CONFIG, is_first_rank, read_config
@@ -70,7 +71,7 @@ def kept_chunks(config: Config, checkpoint: Path | None) -> tuple[int, str] | No
     if not config.train.deterministic:
         return None
     if checkpoint is not None:
-        number = stored_chunks(json.loads((checkpoint / STATE).read_text())["configuration"], config)
+        number = stored_chunks(json.loads(read_text(checkpoint / STATE))["configuration"], config)
         if number is not None:
             return number, "checkpoint"
     if (config.run.folder / CONFIG).is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -131,6 +132,9 @@ class CheckpointConfig:
     # checkpoint or of another run to start from
     resume: str = "auto"
 
+    def __post_init__(self) -> None:
+        self.resume = os.path.expanduser(self.resume)
+
     def validate(self) -> None:
         for name in ("every", "every_minutes", "keep", "keep_every", "keep_best"):
             if getattr(self, name) < 0:
@@ -178,6 +182,9 @@ class RunConfig:
     # local ranks that `longcat train` starts, at most one per GPU; -1 = one per GPU, or one on a CPU. torchrun sets its
     # own number
     num_processes: int = -1
+
+    def __post_init__(self) -> None:
+        self.dir = os.path.expanduser(self.dir)
 
     def validate(self) -> None:
         if not re.fullmatch(r"[\w.,=+-]+", self.name) or self.name in (".", ".."):

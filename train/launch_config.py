@@ -9,6 +9,7 @@ from pathlib import Path
 
 from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
+from train.checkpoint.files import read_bytes
 from train.sealed import unseal_line
 
 MAX_PORT = 65535
@@ -107,7 +108,7 @@ def split_address(address: str) -> tuple[str, int]:
 def launch_metrics(folder: Path) -> dict[str, float]:
     """`starts/…` metrics of the starts before this one, from what the supervisor has just written; empty without it."""
     try:
-        line = unseal_line((folder / JOURNAL).read_bytes().splitlines()[-1])
+        line = unseal_line(read_bytes(folder / JOURNAL).splitlines()[-1])
         found = line["so_far"] if line["event"] == "start" else None
     except (OSError, ValueError, KeyError, IndexError):
         return {}

@@ -21,6 +21,7 @@ from longcat.json_text import dumps
 from longcat.refusal import leave_refusal
 from train.checkpoint.compatibility import CORPORA, TOKENIZER, differences
 from train.checkpoint.failures import describe
+from train.checkpoint.files import read_text, regular
 from train.checkpoint.manifest import list_checkpoints
 from train.config import Config
 from train.data.corpus import fingerprints, tokenizer_sha256
@@ -84,7 +85,7 @@ def check_same_configuration(config: Config) -> None:
 def lock(folder: Path) -> IO[str]:
     """Lock the folder while the returned file is open; raises FolderInUseError if another run has it."""
     try:
-        file = (folder / LOCK).open("a")
+        file = open(folder / LOCK, "a", opener=regular)  # noqa: SIM115  it is open as long as the run
     except OSError as error:
         raise ConfigError(
             f"{folder / LOCK} cannot be opened ({error.strerror}), so a second run would go unseen; make it writable "
@@ -129,7 +130,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         "restore it, or remove this file alone: the checkpoints hold the configuration too; or choose another run.name"
     )
     try:
-        stored = yaml.safe_load((folder / CONFIG).read_text())
+        stored = yaml.safe_load(read_text(folder / CONFIG))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{folder / CONFIG} cannot be read ({describe(error)}); {cure}") from error
     if not isinstance(stored, dict):
@@ -150,7 +151,7 @@ def read_unchanged_config(folder: Path) -> dict[str, Any]:
 
 def is_config_changed(folder: Path) -> bool:
     """Whether the text of a run folder's config.yaml is not the one that its run wrote."""
-    return is_yaml_changed((folder / CONFIG).read_text(errors="replace"))
+    return is_yaml_changed(read_text(folder / CONFIG, "replace"))
 
 
 def initial_checkpoint(folder: Path) -> str:
@@ -261,7 +262,7 @@ def write_exit(path: Path, code: int, message: str, details: Mapping[str, Any] =
 def recorded_code(folder: Path, otherwise: int = CRASHED) -> int:
     """The code in exit.json; ``otherwise`` if it cannot be read."""
     try:
-        return int(json.loads((folder / EXIT).read_text())["code"])
+        return int(json.loads(read_text(folder / EXIT))["code"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return otherwise
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from train.checkpoint.failures import describe
-from train.checkpoint.files import PARTIAL, sync_folder, write_synced
+from train.checkpoint.files import PARTIAL, regular, sync_folder, write_synced
 
 Note = Callable[[str], None]  # tells a person
 
@@ -88,7 +88,7 @@ class LineFile:
         if self._descriptor is not None and not self._is_current():
             self._close_file()
         if self._descriptor is None:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = regular(str(self.path), os.O_RDWR | os.O_APPEND | os.O_CREAT)
             self._descriptor = descriptor
             end_torn_line(descriptor, keep=not self._was_open)
             self._was_open = True

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat.json_text import dumps
-from train.checkpoint.files import HASH, new_hash, write_synced
+from train.checkpoint.files import HASH, new_hash, read_text, regular, write_synced
 
 MARK = f', "{HASH}": "'  # begins the hash of a line, its last key
 ENDS_WITH_HASH = re.compile(rb'"[0-9a-f]{32}"\}\s*\Z')  # whatever the name of its key is now
@@ -62,7 +62,7 @@ def unseal_lines(path: Path) -> Iterator[dict[str, Any] | ValueError]:
     Raises:
         OSError: the file cannot be read.
     """
-    with path.open("rb") as lines:
+    with open(path, "rb", opener=regular) as lines:
         for line in lines:
             try:
                 yield unseal_line(line)
@@ -102,7 +102,7 @@ def read_sealed(path: Path, required: bool = True) -> dict[str, Any]:
         DamagedError: it is no such JSON, or its contents have changed.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from error
     if not isinstance(values, dict):

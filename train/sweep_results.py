@@ -10,7 +10,7 @@ from types import NoneType
 from typing import Any
 
 from longcat.errors import CRASHED, OK, UNHEALTHY
-from train.checkpoint.files import PARTIAL, write_synced
+from train.checkpoint.files import PARTIAL, read_bytes, write_synced
 from train.sealed import seal_line, unseal_line
 
 MULTIRUN = "multirun.yaml"  # Hydra writes it before it checks the values
@@ -84,7 +84,7 @@ def numbered(folder: Path) -> list[tuple[int, Path]]:
 def read_result(path: Path) -> Result:
     """The result in a file; a failed one where it cannot be read."""
     try:
-        fields = unseal_line(path.read_bytes())
+        fields = unseal_line(read_bytes(path))
         _check_kinds(fields)
         return Result(**fields)
     except (OSError, ValueError, TypeError) as error:

@@ -23,7 +23,7 @@ from longcat.config_choices import listed
 from longcat.errors import OK, ConfigError
 from longcat.roles import RULES, TRAINED, Role
 from train.checkpoint.compatibility import flatten, given_stages
-from train.checkpoint.files import write_whole
+from train.checkpoint.files import read_text, write_whole
 from train.compose import OWN_FOLDER, compose, from_tree, one_line
 from train.config import Config
 from train.run_dir import CONFIG, EXIT, as_mapping, read_unchanged_config
@@ -123,7 +123,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"proxy={folder} has no {CONFIG}; name the folder of a run, for instance runs/quickstart")
     try:
-        said = json.loads((folder / EXIT).read_text())
+        said = json.loads(read_text(folder / EXIT))
         code, is_early = said["code"], "stopped_early" in said
     except (OSError, ValueError, KeyError, TypeError):
         code, is_early = None, False

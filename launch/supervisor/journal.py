@@ -13,6 +13,7 @@ from typing import Any
 from launch.supervisor.causes import STRIKES, Cause
 from launch.supervisor.nodes import Strike
 from train.checkpoint.failures import is_disk_full
+from train.checkpoint.files import read_text
 from train.checkpoint.manifest import list_checkpoints, step_of, verify
 from train.checkpoint.save_times import SAVES
 from train.launch_config import JOURNAL
@@ -96,7 +97,7 @@ class Journal:
     def exit(self) -> dict[str, Any] | None:
         """exit.json."""
         with suppress(OSError, ValueError):
-            found = json.loads((self.folder / EXIT).read_text())
+            found = json.loads(read_text(self.folder / EXIT))
             return found if isinstance(found, dict) else None
         return None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from train.checkpoint.files import regular
 from train.sealed import unseal_line
 
 WINDOW_BYTES = 4 << 20  # of the file's end that is read when nothing of it is known
@@ -71,7 +72,7 @@ class Progress:
         if stamp == self._stamp:
             return
         now, before = self.clock(), len(self.lines)
-        with self.path.open("rb") as file:
+        with open(self.path, "rb", opener=regular) as file:
             while self.lines and not is_there(file, self.lines[-1]):
                 self.lines.pop()
             if len(self.lines) < before and not self.finished:

@@ -128,7 +128,7 @@ REFUSED = {
     "zero": (["source={run}", "target={new}", "weights=1,0,1,1"], ["above 0"]),
     "target": (["source={run}", "target={run}"], ["exists and is not overwritten"]),
     "other-step": (["source={run}", "target={new}/step-00000009"], ["names another step"]),
-    "inside": (["source={run}", "target={run}/checkpoints/step-00000001/x"], ["is inside a checkpoint"]),
+    "inside": (["source={run}", "target={run}/checkpoints/step-00000001/x"], ["is inside the checkpoint"]),
     "unknown": (["sources={run}"], ["unknown key 'sources'", "'source'"]),
 }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +25,40 @@ BLOCK, READ_AHEAD = 1 << 20, 1 << 24  # bytes hashed at a time; bytes that the d
 SYNC_EVERY = 1 << 26  # bytes after which a second thread syncs them to the disk
 
 
+def regular(path: str, flags: int) -> int:
+    """An opener (see `open`) of files that somebody else may have put there: it never waits.
+
+    Raises:
+        OSError: as `open` does, and for a pipe or a device, which could wait for ever.
+    """
+    special = OSError(errno.EINVAL, "it is no regular file", str(path))
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise special if error.errno == errno.ENXIO else error from None  # a socket, or nobody reads the pipe
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path)) if stat.S_ISDIR(mode) else special
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a regular file in UTF-8; errors as those of `regular`."""
+    with open(path, encoding="utf-8", errors=errors, opener=regular) as file:
+        return file.read()
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a regular file; errors as those of `regular`."""
+    with open(path, "rb", opener=regular) as file:
+        return file.read()
+
+
 def file_hash(path: Path) -> str:
     """`HASH` of a file. The disk reads ahead while a block is hashed."""
     digest, block, position = new_hash(), memoryview(bytearray(BLOCK)), 0
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=regular) as file:
         while count := file.readinto(block):
             position += count
             if hasattr(os, "posix_fadvise"):

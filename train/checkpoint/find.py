@@ -95,6 +95,8 @@ def find_valid(path: Path, key: str = "source", check: Check = problems) -> tupl
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if folder == path and not list_checkpoints(folder):
         status = verify(path, check)
+        if status.problem and (path / "config.yaml").is_file():
+            raise ConfigError(f"{key}={path} is a run without checkpoints; name another")
         if status.problem:
             raise ConfigError(f"{key}={path} is not a valid checkpoint: {status.problem}; name another")
         return path, []

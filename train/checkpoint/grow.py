@@ -24,9 +24,9 @@ from torch import Tensor
 from longcat.errors import ConfigError
 from longcat.growth import Growth, GrowthMethod, layer_of
 from longcat.json_text import dumps
-from train.checkpoint.files import HashedFile, atomic_folder, check_absent
-from train.checkpoint.find import find_valid, is_inside
-from train.checkpoint.manifest import STATE, check_name, step_of, write_manifest
+from train.checkpoint.files import HashedFile, atomic_folder, read_text
+from train.checkpoint.find import find_valid
+from train.checkpoint.manifest import STATE, check_name, check_target, step_of, write_manifest
 from train.checkpoint.offline_reader import report_skipped
 from train.health.state import grown as grown_health
 
@@ -81,24 +81,22 @@ def grow(config: GrowConfig) -> tuple[Path, Growth]:
     """
     config.validate()
     target = Path(config.target)
-    check_absent(target)
+    check_target(target)
     folder, skipped = find_valid(Path(config.source))
     report_skipped(skipped, folder)
     source = read_source(folder, config.growth)
     check_name(target, source.state["counters"]["step"])
-    check_target(target, source)
+    check_not_of_the_run(target, source)
     with atomic_folder(target) as partial:
         check_disk_space(partial, source)
         write(source, partial)
     return source.folder, source.growth
 
 
-def check_target(target: Path, source: GrowthSource) -> None:
+def check_not_of_the_run(target: Path, source: GrowthSource) -> None:
     """Raise ConfigError where the shallow run would take the grown checkpoint for one of its own."""
     if step_of(target) >= 0 and target.resolve().parent == source.folder.resolve().parent:
         raise ConfigError(f"target={target} would be one of the shallow run's own checkpoints; choose another folder")
-    if is_inside(target, source.folder):
-        raise ConfigError(f"target={target} is inside the checkpoint that grows; choose another folder")
 
 
 def check_disk_space(folder: Path, source: GrowthSource) -> None:
@@ -120,7 +118,7 @@ def read_source(folder: Path, options: GrowthOptions) -> GrowthSource:
     from train.checkpoint.shards import ShardReader
 
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = json.loads(read_text(folder / STATE))
         num_layers = int(state["configuration"]["model"]["num_layers"])
         int(state["counters"]["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:

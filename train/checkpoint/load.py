@@ -13,6 +13,7 @@ from parallel.watchdog.spans import wait_span, work_span
 from train.checkpoint.compatibility import TOKENIZER, differences, order_differences
 from train.checkpoint.dcp_tensors import finish_load, loaded
 from train.checkpoint.failures import describe, first_failure
+from train.checkpoint.files import read_text
 from train.checkpoint.manifest import STATE
 from train.checkpoint.shards import ShardReader
 from train.health.ranges import SampleRanges
@@ -37,7 +38,7 @@ def load(
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        stored = json.loads((path / STATE).read_text())
+        stored = json.loads(read_text(path / STATE))
     except OSError as error:
         raise ConfigError(
             f"checkpoint {path} could not be read: {describe(error)}; restore its files or name another"

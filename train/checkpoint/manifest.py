@@ -18,11 +18,12 @@ from pathlib import Path
 
 from longcat.errors import ConfigError
 from longcat.json_text import dumps
-from train.checkpoint.files import HASH, file_hash, sync_folder, write_synced
+from train.checkpoint.files import HASH, PARTIAL, check_absent, file_hash, read_text, sync_folder, write_synced
 
 NAME = re.compile(r"^step-([0-9]{8})\Z")  # the full name: a copy `backup-step-00000002` is not a run's checkpoint
 REMOVED = ".removed"
 MANIFEST, STATE = "manifest.json", "state.json"
+COUNTERS = ("step", "samples", "tokens", "data_start")  # of `train.state.Counters`, in state.json
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def verify(path: Path, check: Check = problems) -> CheckpointStatus:
     """Check every file of a checkpoint against its manifest."""
     step = step_of(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads(read_text(path / MANIFEST))
         kind, files = manifest.get("hash"), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return CheckpointStatus(path, step, f"no readable {MANIFEST}")
@@ -88,10 +89,15 @@ def verify(path: Path, check: Check = problems) -> CheckpointStatus:
 def check_state(path: Path) -> str | None:
     """The problem of a checkpoint whose state.json lacks what readers need, or has another step than its name."""
     try:
-        state = json.loads((path / STATE).read_text())
-        stored, configuration = int(state["counters"]["step"]), state["configuration"]
-    except (OSError, ValueError, KeyError, TypeError):
+        state = json.loads(read_text(path / STATE))
+        counters, configuration = dict(state["counters"]), state["configuration"]
+        stored = counters["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{STATE} does not say the step and the configuration"
+    for name in COUNTERS:
+        count = counters.get(name, 0 if name == "data_start" else None)  # it came later than the other ones
+        if type(count) is not int or count < 0:
+            return f"{STATE} does not say counters.{name} (it is {'missing' if count is None else repr(count)})"
     if not isinstance(configuration, dict):
         return f"{STATE} has no configuration"
     for section in ("model", "data", "train"):
@@ -100,6 +106,18 @@ def check_state(path: Path) -> str | None:
     if not isinstance(state.get("health") or {}, dict):
         return f"{STATE} has no state of the health checks"
     return None if step_of(path) in (-1, stored) else f"it contains step {stored}, which is not the step of its name"
+
+
+def check_target(target: Path) -> None:
+    """Raise ConfigError for a folder to write that exists, or that a run or the next command would remove."""
+    check_absent(target)
+    for folder in Path(os.path.realpath(target)).parents:
+        if (folder / MANIFEST).is_file() and (folder / STATE).is_file():
+            raise ConfigError(
+                f"target={target} is inside the checkpoint {folder} and would go with it; choose another folder"
+            )
+    if target.name.endswith((PARTIAL, REMOVED)):
+        raise ConfigError(f"target={target}: this ending stands for what is half written or removed; choose another")
 
 
 def check_name(target: Path, step: int) -> None:

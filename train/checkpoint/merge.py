@@ -25,9 +25,8 @@ from longcat.json_text import dumps
 from longcat.names import Box
 from parallel.state_store import MOMENTS
 from train.checkpoint.compatibility import TOKENIZER, differences
-from train.checkpoint.files import atomic_folder, check_absent, file_hash
-from train.checkpoint.find import is_inside
-from train.checkpoint.manifest import STATE, check_name, list_checkpoints, step_of, write_manifest
+from train.checkpoint.files import atomic_folder, file_hash, read_text
+from train.checkpoint.manifest import STATE, check_name, check_target, list_checkpoints, step_of, write_manifest
 from train.checkpoint.offline_reader import Checkpoint, full_box
 from train.checkpoint.streamed import LazyTensor, write, zeros
 from train.health.state import grown as left_out_samples
@@ -79,13 +78,13 @@ def merge(config: MergeConfig) -> list[WeightedCheckpoint]:
     """
     config.validate()
     target = Path(config.target)
-    check_absent(target)
+    check_target(target)
     folders = find_folders(config)
     weights = read_weights(config.weights, len(folders))
     sources = [WeightedCheckpoint(Checkpoint(folder), weight) for folder, weight in zip(folders, weights, strict=True)]
     sources.sort(key=lambda source: source.step)
     check_alike(sources)
-    check_target(target, sources)
+    check_not_of_the_run(target, sources)
     with atomic_folder(target) as partial:
         check_disk_space(partial, sources[-1].checkpoint)
         write(merged_state(sources), partial)
@@ -120,7 +119,7 @@ def find_folders(config: MergeConfig) -> list[Path]:
 def stored_step(folder: Path) -> int:
     """The step of a checkpoint, whatever its folder is called; -1 where it cannot be read, which is refused later."""
     try:
-        return int(json.loads((folder / STATE).read_text())["counters"]["step"])
+        return int(json.loads(read_text(folder / STATE))["counters"]["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return -1
 
@@ -168,13 +167,11 @@ def settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return checkpoint.configuration | {"model": dataclasses.asdict(checkpoint.model)}
 
 
-def check_target(target: Path, sources: list[WeightedCheckpoint]) -> None:
+def check_not_of_the_run(target: Path, sources: list[WeightedCheckpoint]) -> None:
     """Raise ConfigError where a run would take the average for one of its own checkpoints, or of another step."""
     check_name(target, sources[-1].step)
     for source in sources:
         folder = source.checkpoint.folder
-        if is_inside(target, folder):
-            raise ConfigError(f"target={target} is inside a checkpoint that is averaged; choose another folder")
         if step_of(target) >= 0 and target.resolve().parent == folder.resolve().parent:
             raise ConfigError(f"target={target} would be one of the run's own checkpoints; choose another folder")
 

@@ -18,9 +18,11 @@ from longcat.errors import ConfigError
 from longcat.model import LongCat
 from longcat.names import Box, stored_state
 from train.checkpoint.compatibility import TOKENIZER
+from train.checkpoint.files import read_text
 from train.checkpoint.find import find_valid
 from train.checkpoint.manifest import STATE, CheckpointStatus
 from train.checkpoint.shards import ShardReader
+from train.data.config import tokenizer_file
 from train.data.corpus import TOKENIZER_NAME, file_sha256, read_info
 from train.data.tokens import end_of_document_id, load_tokenizer
 from train.stages import stored_stage
@@ -49,7 +51,7 @@ class Checkpoint:
         self.folder, skipped = find_valid(folder)
         report_skipped(skipped, self.folder)
         try:
-            stored = json.loads((self.folder / STATE).read_text())
+            stored = json.loads(read_text(self.folder / STATE))
             self.reader = ShardReader(self.folder)
             self.metadata = self.reader.read_metadata()
         except OSError as error:
@@ -122,7 +124,8 @@ class Checkpoint:
         """
         data = self.configuration["data"]
         corpora = [Path(path).parent / TOKENIZER_NAME for path in data["paths"]]
-        candidates = [Path(path) for path in ([given] if given else [data.get("tokenizer"), *corpora]) if path]
+        named = [tokenizer_file(given)] if given else [data.get("tokenizer"), *corpora]
+        candidates = [Path(path) for path in named if path]
         existing = [path for path in candidates if path.is_file()]
         if not existing:
             raise ConfigError(f"no tokenizer at {' or '.join(map(str, candidates))}; name one with {key}=FILE")

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.checkpoint.files import PARTIAL, is_locked
+from train.checkpoint.files import PARTIAL, is_locked, read_text
 from train.checkpoint.find import newest_valid
 from train.checkpoint.manifest import REMOVED, STATE, CheckpointStatus, list_checkpoints, set_aside, step_of
 
@@ -95,7 +95,7 @@ def to_delete(folder: Path, keep: Keep) -> list[Path]:
 def validation_loss(path: Path) -> float | None:
     """The validation loss of a checkpoint's step, if that step was one with validation and it is finite."""
     try:
-        found = json.loads((path / STATE).read_text()).get("val_loss")
+        found = json.loads(read_text(path / STATE)).get("val_loss")
     except (OSError, ValueError, AttributeError):
         return None
     return float(found) if isinstance(found, int | float) and math.isfinite(found) else None  # NaN sorts anywhere

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from train.checkpoint.files import regular
 from train.sealed import seal_line, unseal_lines
 
 SAVES = "saves.jsonl"
@@ -46,7 +47,7 @@ class SaveTimer:
         seconds = (self.clock() if self.end is None else self.end) - self.start
         line = seal_line({"step": self.step, "save_seconds": seconds, "blocked_seconds": self.blocked_seconds})
         try:
-            with (run / SAVES).open("a") as file:
+            with open(run / SAVES, "a", opener=regular) as file:
                 file.write(line + "\n")
         except OSError as error:
             return f"{run / SAVES} cannot be written: {error.strerror or error}"

@@ -16,6 +16,11 @@ PYTHON_SOURCE = "python_source"
 TOKENIZER_NAME = "tokenizer.json"
 
 
+def tokenizer_file(path: str) -> str:
+    """The tokenizer.json that ``path`` names: itself, or the one in that folder."""
+    return os.path.join(path, TOKENIZER_NAME) if path and os.path.isdir(path) else path
+
+
 class Packing(StrEnum):
     """How documents become samples."""
 
@@ -68,9 +73,7 @@ class DataConfig:
         self.out, self.cache_dir = os.path.expanduser(self.out), os.path.expanduser(self.cache_dir)
         self.paths = [os.path.expanduser(path) for path in self.paths]
         if self.tokenizer is not None:
-            self.tokenizer = os.path.expanduser(self.tokenizer)
-            if self.tokenizer and os.path.isdir(self.tokenizer):
-                self.tokenizer = os.path.join(self.tokenizer, TOKENIZER_NAME)
+            self.tokenizer = tokenizer_file(os.path.expanduser(self.tokenizer))
         if not self.paths:
             self.paths = [str(Path(self.out) / "corpus")]
 

@@ -101,6 +101,8 @@ def read_config(folder: Path, num_mtp_layers: int, overridden: Collection[str] =
         found["expected_ffn_experts"] = RELEASED_BUDGETS[sizes]
     positions = tree.get("max_position_embeddings")
     found["positions"] = 0 if positions is None else number(path, "max_position_embeddings", positions)
+    if found["positions"] < 0:
+        raise ConfigError(f"{path}: max_position_embeddings is {positions}; it must not be negative, correct it")
     return found
 
 

@@ -12,7 +12,8 @@ import torch
 from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 from longcat.json_text import dumps
-from train.checkpoint.files import atomic_folder, check_absent, file_hash, write_synced
+from train.checkpoint.files import atomic_folder, file_hash, write_synced
+from train.checkpoint.manifest import check_target
 from train.checkpoint.offline_reader import Checkpoint
 from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import added_tokens, load_tokenizer
@@ -75,7 +76,7 @@ def export(options: ExportOptions) -> tuple[Path, list[str]]:
     """
     options.validate()
     target, form = Path(options.target), options.export
-    check_absent(target)
+    check_target(target)
     checkpoint = Checkpoint(Path(options.source))
     check_expressible(checkpoint.model)
     tokenizer = checkpoint.tokenizer(form.tokenizer, "export.tokenizer")

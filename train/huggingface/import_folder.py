@@ -16,13 +16,14 @@ from longcat.json_text import dumps
 from parallel.state_store import MOMENTS
 from train.balance import build_controller
 from train.checkpoint.compatibility import TOKENIZER, flatten
-from train.checkpoint.files import atomic_folder, check_absent, file_hash
-from train.checkpoint.manifest import check_name, write_manifest
+from train.checkpoint.files import atomic_folder, file_hash
+from train.checkpoint.manifest import check_name, check_target, write_manifest
 from train.checkpoint.offline_reader import key_of, stored_shapes
 from train.checkpoint.streamed import LazyTensor, write, zeros
 from train.compose import compose
 from train.config import Config
 from train.data.corpus import TOKENIZER_NAME, file_sha256, tokenizer_sha256
+from train.data.tokens import load_tokenizer, num_ids
 from train.huggingface.config_json import CONFIG, read_config
 from train.huggingface.layouts import PREDICTION
 from train.huggingface.record import check_tokenizer, merge
@@ -56,11 +57,12 @@ def import_folder(options: ImportOptions, overrides: list[str]) -> tuple[Path, C
     """
     options.validate()
     target = Path(options.target)
-    check_absent(target)
+    check_target(target)
     check_name(target, Counters().step)
     source = SafetensorsFolder(Path(options.source))
     config = configuration_of(source, overrides)
     source.check(config.model)
+    check_vocabulary(config)
     text = {
         "counters": asdict(Counters()),
         "configuration": as_mapping(config) | {TOKENIZER: configured_tokenizer_sha256(config)},
@@ -111,6 +113,13 @@ def configured_tokenizer_sha256(config: Config) -> str | None:
     return file_sha256(Path(path)) if path and Path(path).is_file() else None
 
 
+def check_vocabulary(config: Config) -> None:
+    """Raise ConfigError where `data.tokenizer` is missing, no tokenizer, or has ids that the model has not."""
+    path, size = config.data.tokenizer, config.model.vocab_size
+    if path is not None and (count := num_ids(load_tokenizer(path))) > size:
+        raise ConfigError(f"{path} has {count} ids and the model {size}; name the model's own with data.tokenizer=FILE")
+
+
 def initial_state(config: Config, source: SafetensorsFolder) -> dict[str, Tensor]:
     """The full state at step 0, under a checkpoint's keys."""
     tensors: dict[str, Tensor] = {}
@@ -153,6 +162,8 @@ def how_to_train(target: Path, config: Config) -> list[str]:
         fits = False
     overrides = [quote(f"data.paths=[{','.join(data.paths)}]")]
     lines = []
+    if wanted is None:
+        lines.append("the folder has no tokenizer.json: the corpus must have the ids of the model's own tokenizer")
     if not fits:
         overrides = ["data.out=FOLDER"]
         lines.append("the corpus must have the model's tokenizer; if you have no such corpus, build it first:")

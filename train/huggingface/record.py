@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -73,7 +74,7 @@ def read_record(folder: Path) -> Record | None:
         ConfigError: it is damaged, or of another version of this program.
     """
     path = folder / RECORD
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     tree = read_json(path, REMEDY)
     stored = tree.pop(HASH, None)

@@ -13,6 +13,7 @@ from longcat.errors import ConfigError
 from longcat.json_text import dumps
 from longcat.names import Box, pieces
 from train.checkpoint.files import write_synced
+from train.checkpoint.manifest import MANIFEST
 from train.checkpoint.offline_reader import full_box
 from train.huggingface.layouts import (
     PREDICTION,
@@ -38,6 +39,7 @@ from train.huggingface.values import read_json
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, FP8: torch.float8_e4m3fn}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ROTARY = ".rotary_emb.inv_freq"  # ends the name of a buffer that some programs save; it follows from config.json
 
 
@@ -85,6 +87,32 @@ class ShardWriter:
         write_synced(self.folder / INDEX, dumps(index, indent=2) + "\n")
 
 
+def no_weights(folder: Path) -> str:
+    """Why ``folder`` cannot be imported, and what to do instead."""
+    if not folder.exists():
+        return (
+            f"source={folder} does not exist; name a folder on this machine: models of the hub are downloaded first, "
+            f"for instance with hf download OWNER/NAME --local-dir DIR"
+        )
+    if not folder.is_dir():
+        return f"source={folder} is no folder; name the folder that holds {INDEX} or {SINGLE}"
+    if (folder / MANIFEST).is_file() or (folder / "checkpoints").is_dir():
+        return (
+            f"source={folder} is a checkpoint or a run of this program, which needs no import; train on from it with "
+            f"checkpoint.resume={folder}"
+        )
+    return f"source={folder} has neither {INDEX} nor {SINGLE}; give a folder of safetensors"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what `git clone` writes in place of a large one where Git LFS is not installed."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
 class SafetensorsFolder:
     """A `TensorSource` of a Hugging Face folder; each expert is a box.
 
@@ -111,15 +139,21 @@ class SafetensorsFolder:
             return places
         if (self.folder / SINGLE).is_file():
             return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-        raise ConfigError(f"source={self.folder} has neither {INDEX} nor {SINGLE}; give a folder of safetensors")
+        raise ConfigError(no_weights(self.folder))
 
     def _open(self, file: str) -> Any:
         from safetensors import SafetensorError, safe_open
 
         if file not in self.opened:
+            if (self.folder / file).exists() and not (self.folder / file).is_file():
+                raise ConfigError(f"{self.folder / file} is no regular file; restore it")
             try:
                 self.opened[file] = safe_open(self.folder / file, framework="pt")
             except (OSError, SafetensorError) as error:
+                if is_lfs_pointer(self.folder / file):
+                    raise ConfigError(
+                        f"{self.folder / file} is a pointer of Git LFS and holds no weights; get them with git lfs pull"
+                    ) from error
                 raise ConfigError(f"{self.folder / file} is missing or damaged ({error}); restore it") from error
         return self.opened[file]
 
@@ -172,7 +206,8 @@ class SafetensorsFolder:
         for name, shape in shapes.items():
             if self.shape(name) != shape:
                 raise ConfigError(
-                    f"source={self.folder}: {name} is {list(self.shape(name))} where config.json asks for {list(shape)}"
+                    f"source={self.folder}: {name} is {list(self.shape(name))}, and {list(shape)} by config.json and the "
+                    f"model.* given here"
                 )
         self._check_scales(shapes)
         self._check_embedding(config)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat.errors import ConfigError
+from train.checkpoint.files import read_text
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         return found
 
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_doubles)
+        tree = json.loads(read_text(path), object_pairs_hook=without_doubles)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
     if not isinstance(tree, dict):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
+from train.checkpoint.files import read_text
 from train.config import Config, WandbMode
 from train.run_files import write_file
 
@@ -90,7 +91,7 @@ def run_id_of(folder: Path, note: Any) -> str:
     """The id of this run at wandb: WANDB_RUN_ID, or what an earlier start stored, or a new one, which is stored."""
     path = folder / RUN_ID
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        stored = path.read_text().strip()
+        stored = read_text(path).strip()
         if re.fullmatch(r"[\w.-]+", stored) and not os.environ.get("WANDB_RUN_ID"):
             return stored
     run_id = os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex()

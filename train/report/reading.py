@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longcat.errors import ConfigError
+from train.checkpoint.files import read_bytes, regular
 from train.health.events import HEALTH
 from train.launch_config import JOURNAL
 from train.loggers.jsonl import missing_steps
@@ -237,7 +238,7 @@ def _json_lines(path: Path, run: RunData, every: int = 1) -> Iterator[dict[str, 
     """
     broken = changed = 0
     pending = False
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         for number, line in enumerate(file):
             if number % every or not line.strip():
                 continue
@@ -258,7 +259,7 @@ def _json_lines(path: Path, run: RunData, every: int = 1) -> Iterator[dict[str, 
 def _read_routing(path: Path, run: RunData) -> None:
     if not path.is_file():
         return
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         lines = sum(1 for _ in file)
     shape: tuple[int, ...] | None = None
     steps, counts, biases, odd = [], [], [], 0
@@ -295,7 +296,7 @@ def _read_json(path: Path, run: RunData) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return unseal_line(path.read_bytes())
+        return unseal_line(read_bytes(path))
     except ValueError as error:
         run.notes.append(f"{path.name} is left out: {_one_line(error)}")
         return {}

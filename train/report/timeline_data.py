@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.watchdog.events import ACTIONS, Event, SpanKind, Track, layer_text
+from train.checkpoint.files import read_text
 from train.report.timeline_v1 import is_version_1, upgrade
 
 # Colours of compute; a kind that is not listed has that of REST
@@ -93,7 +94,7 @@ def read_timeline(folder: Path, notes: list[str]) -> StepTimeline | None:
     if not files:
         return None
     try:
-        found = json.loads(files[-1].read_text())
+        found = json.loads(read_text(files[-1]))
         ranks = [_rank(upgrade(row) if is_version_1(row) else row) for row in found["ranks"]]
         if not ranks or any(rank.duration <= 0 for rank in ranks):
             raise ValueError("no rank")

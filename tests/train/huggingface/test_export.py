@@ -249,9 +249,28 @@ def test_what_cannot_be_exported_is_refused(checkpoint: Path, corpus: Path, tmp_
     refused(["export", source, target, "export.tokenizer=nowhere.json"], "nowhere.json", "export.tokenizer=FILE")
     refused(["export", f"source={corpus.parent}", target], "no readable manifest.json")
     refused(["export", f"source={tmp_path / 'nothing'}", target], "no folder")
+    before = sorted(checkpoint.iterdir())
+    refused(["export", source, f"target={checkpoint / 'hf'}"], f"is inside the checkpoint {checkpoint}")
+    assert sorted(checkpoint.iterdir()) == before
+    refused(["export", source, f"target={tmp_path / 'x.partial'}"], "half written")
     (tmp_path / "out.partial").mkdir()
     refused(["export", source, target], "out.partial")
     assert not (tmp_path / "out").exists() and not any((tmp_path / "there").iterdir())
+
+
+def test_paths_of_options_may_begin_with_the_home_folder(
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some shells expand ~ only where a word begins; a folder named ~ surprises."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(checkpoint)
+    (tmp_path / "texts").symlink_to(corpus.parent)  # has the tokenizer.json
+    run_command("export", "source=~/model", "target=~/out", "export.tokenizer=~/texts")
+    assert (tmp_path / "out" / "tokenizer.json").is_file() and not (tmp_path / "~").exists()
+    config = compose(["run.dir=~/runs", "checkpoint.resume=~/model"])
+    assert config.run.folder == tmp_path / "runs" / "default"
+    assert config.checkpoint.resume == str(tmp_path / "model")
 
 
 def test_what_config_json_cannot_say_is_refused(corpus: Path, tmp_path: Path, refused: Refused) -> None:

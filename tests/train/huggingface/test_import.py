@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.support.running import contents, lines, train_here, train_two
 from train.checkpoint import streamed
 from train.checkpoint.files import is_locked
 from train.checkpoint.offline_reader import Checkpoint, full_box
+from train.data.tokens import load_tokenizer
 from train.huggingface import import_folder as import_module
 from train.huggingface.import_folder import model_overrides
 from train.huggingface.safetensors_folder import SafetensorsFolder
@@ -226,7 +228,9 @@ def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused)
     shutil.copytree(export, tmp_path / "e")
     sorted((tmp_path / "e").glob("*.safetensors"))[3].unlink()
     attempt(tmp_path / "e", "missing or damaged")
-    attempt(tmp_path / "nowhere", "neither")
+    attempt(tmp_path / "nowhere", "does not exist", "hf download OWNER/NAME")
+    attempt(export / "config.json", "is no folder", "name the folder")
+    attempt(export.parent, "has neither")
     refused(["import", f"source={export}"], "target=CHECKPOINT")
     refused(["import", f"source={export}", f"target={tmp_path / 'a'}"], "not overwritten")
     step = f"target={tmp_path / 'step-00000500'}"
@@ -235,6 +239,35 @@ def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused)
     refused(["import", f"source={export}", target, "model.no_such=9"], "unknown key")
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob("step*"))
     run_command("import", f"source={own}", target, "model.num_mtp_layers=0")
+
+
+def test_files_without_contents_are_refused(export: Path, checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
+    """A clone without Git LFS, pipes, and a tokenizer that is none or of another model."""
+    target = f"target={tmp_path / 'out'}"
+    refused(["import", f"source={checkpoint}", target], "needs no import", f"checkpoint.resume={checkpoint}")
+    shutil.copytree(export, tmp_path / "copy")
+    source = f"source={tmp_path / 'copy'}"
+
+    def attempt(file: Path, text: str | None, *fragments: str, words: tuple[str, ...] = ()) -> None:
+        before = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file) if text is None else file.write_text(text)
+        refused(["import", source, target, *words], file.name, *fragments)
+        file.unlink()
+        file.write_bytes(before)
+
+    shard = sorted((tmp_path / "copy").glob("*.safetensors"))[0]
+    attempt(shard, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull")
+    attempt(shard, None, "is no regular file")
+    attempt(tmp_path / "copy" / "config.json", None, "it is no regular file")
+    (tmp_path / "copy" / "longcat.json").unlink()
+    tokenizer, budget = tmp_path / "copy" / "tokenizer.json", ("model.expected_ffn_experts=2",)
+    attempt(tokenizer, "{}", "is not a tokenizer.json", words=budget)
+    larger = load_tokenizer(tokenizer)
+    larger.add_tokens(["one more"])
+    attempt(tokenizer, larger.to_str(), "has 513 ids and the model 512", words=budget)
+    refused(["import", source, target, *budget, f"data.tokenizer={tmp_path}/no.json"], "no.json does not exist")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -256,6 +289,7 @@ def test_wrong_files_are_refused(export: Path, tmp_path: Path, refused: Refused)
         ("rope_theta", "x", "rope_theta is 'x'; it must be a number"),
         ("rope_theta", float("nan"), "rope_theta is nan; it must be a number"),
         ("rope_scaling", "linear", "rope_scaling is 'linear'; it must be an object or null"),
+        ("max_position_embeddings", -5, "max_position_embeddings is -5; it must not be negative"),
         ("max_position_embeddings", "many", "max_position_embeddings is 'many'; it must be a whole number"),
         ("moe_topk", "3", "moe_topk is '3'; it must be a whole number"),
     ],
