@@ -206,8 +206,8 @@ class SafetensorsFolder:
         for name, shape in shapes.items():
             if self.shape(name) != shape:
                 raise ConfigError(
-                    f"source={self.folder}: {name} is {list(self.shape(name))}, and {list(shape)} by config.json and the "
-                    f"model.* given here"
+                    f"source={self.folder}: {name} is {list(self.shape(name))} where config.json, or a model.* given "
+                    f"here, asks for {list(shape)}"
                 )
         self._check_scales(shapes)
         self._check_embedding(config)
