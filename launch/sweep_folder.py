@@ -96,8 +96,9 @@ def _place(overrides: list[str]) -> tuple[Path, str]:
         tree = compose_tree(fixed, sweep=True)
         for each in parsed:  # what the file of one run says of the sweep comes too late
             if each.key_or_group == "experiment" and each.is_sweep_override():
+                of_runs = [word for word in fixed if not word.lstrip("+").startswith(LAUNCHING)]
                 for choice in each.sweep_string_iterator():
-                    compose_tree([*(word for word in fixed if not word.startswith(LAUNCHING)), f"experiment={choice}"])
+                    compose_tree([*of_runs, f"experiment={choice}"])
     except ConfigError:
         raise
     except Exception as error:
