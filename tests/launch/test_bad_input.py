@@ -14,7 +14,7 @@ import pytest
 
 from launch.__main__ import main as longcat
 from tests.support.fixtures import Refused, error_line
-from tests.support.running import NARROW, contents, exit_json, finish, program, run_cleanly, train_here
+from tests.support.running import NARROW, contents, exit_json, finish, program, train_here
 from train.__main__ import main as rank_main
 from train.checkpoint.files import file_hash
 from train.checkpoint.manifest import MANIFEST, STATE, list_checkpoints
@@ -242,34 +242,6 @@ def test_wrong_resume_path_is_refused(
     source = trained[1] if where == "valid" else tmp_path / where
     refused([*used[0], "run.name=new", f"checkpoint.resume={source}", *words], *fragments)
     assert list_checkpoints(tmp_path / "new" / "checkpoints") == []
-
-
-DISPENSABLE = ("metrics.jsonl", "routing.jsonl", "health.jsonl", "saves.jsonl", "run.log", "exit.json")
-
-
-def test_pipes_in_place_of_files_hang_nothing(
-    used: tuple[list[str], Path], refused: Refused, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Whoever opens a pipe waits for its other end. Without some files a run goes on, and says so."""
-    words, folder = used
-
-    def replace(name: str) -> None:
-        (folder / name).unlink(missing_ok=True)
-        os.mkfifo(folder / name)
-
-    for name in DISPENSABLE:
-        replace(name)
-    assert longcat(["report", str(folder)]) == 0
-    capfd.readouterr()
-    assert run_cleanly(lambda: longcat([*words, "train.steps=3"])) == 0
-    assert "metrics.jsonl cannot be written: it is no regular file" in capfd.readouterr().out
-    newest = list_checkpoints(folder / "checkpoints")[-1]
-    replace(f"checkpoints/{newest.name}/{STATE}")
-    refused(["export", f"source={newest}", f"target={folder.parent / 'target'}"], f"{STATE} is missing")
-    replace(f"checkpoints/{newest.name}/{MANIFEST}")
-    refused(["export", f"source={newest}", f"target={folder.parent / 'target'}"], f"no readable {MANIFEST}")
-    replace(".lock")
-    refused(words, ".lock cannot be opened (it is no regular file)")
 
 
 # ------------------------------------------------------------------------------------------------ other commands
