@@ -128,6 +128,11 @@ def distribution(key: str, override: Override) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     values = override.value()
+    known = {"log"} if isinstance(values, IntervalSweep) else set()
+    if unknown := getattr(values, "tags", set()) - known:
+        raise ConfigError(
+            f"{override.input_line}: tag({min(unknown)},…) means nothing here; write tag(log,interval(low,high))"
+        )
     if not isinstance(values, IntervalSweep):
         choices = list(dict.fromkeys(override.sweep_string_iterator()))
         numbers = list(values.range()) if isinstance(values, RangeSweep) else []

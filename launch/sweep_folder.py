@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.rendezvous import slurm_nodes
 from launch.slurm.sweep_jobs import refuse_waiting
@@ -17,6 +18,9 @@ from train.checkpoint.files import PARTIAL, read_text, write_synced
 from train.compose import as_hydra_reads, compose_tree, one_line
 from train.run_dir import LOCK, lock
 from train.sweep_results import MULTIRUN, numbered, read_result, results
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 SWEEP = "sweep.json"  # the command's overrides, and whether all of its runs are final
 STOPPED_MARK = "stopped"  # a run of this start was stopped: no further one begins
@@ -93,6 +97,8 @@ def _place(overrides: list[str]) -> tuple[Path, str]:
     try:
         parsed = OverridesParser.create().parse_overrides([as_hydra_reads(each) for each in overrides])
         fixed = [each.input_line or "" for each in parsed if not each.is_sweep_override()]
+        for each in parsed:
+            check_values(each)
         tree = compose_tree(fixed, sweep=True)
         for each in parsed:  # what the file of one run says of the sweep comes too late
             if each.key_or_group == "experiment" and each.is_sweep_override():
@@ -109,6 +115,20 @@ def _place(overrides: list[str]) -> tuple[Path, str]:
             "hydra/launcher=submitit_slurm spreads its runs over nodes"
         )
     return Path(os.path.expanduser(str(tree.run.dir))), str(tree.run.name)
+
+
+def check_values(override: Override) -> None:
+    """Raise ConfigError for choices or a range without an end or without values: no run would start, or none end."""
+    from hydra.core.override_parser.types import RangeSweep, ValueType
+
+    if not override.is_discrete_sweep() or override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+        return
+    values, first = override.value(), None
+    ends = (values.start, values.stop, values.step) if isinstance(values, RangeSweep) else ()
+    if all(end is None or math.isfinite(end) for end in ends) and 0 not in ends[2:]:
+        first = next(override.sweep_string_iterator(), None)
+    if first is None:
+        raise ConfigError(f"{override.input_line} has no values, or no end; give those that runs should have")
 
 
 def _same(stored: Any, overrides: list[str]) -> bool:

@@ -132,6 +132,11 @@ def test_a_refused_sweep_leaves_no_folder(refused: Refused, tmp_path: Path) -> N
     refused([*words, "model=debug,huge"], "'model/huge'")
     refused([*words, "optim.lr=fast,1"], "optim.lr=fast")
     refused([*words, "hydra/launcher=nowhere", "optim.lr=1,2"], "launcher/nowhere")
+    for values in ("range(0)", "range(0,5,0)", "range(0,inf)"):
+        refused([*words, f"train.seed={values}"], f"train.seed={values} has no values, or no end")
+    search = [*words, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1"]
+    refused([*search, "optim.lr=tag(lgo,interval(1e-4,1e-2))"], "tag(lgo,…) means nothing here")
+    refused([*search, "train.seed=tag(log,range(1,5))"], "tag(log,…) means nothing here")
     slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.additional_parameters.hold=true"]
     refused([*words, *slurm, "optim.lr=1,2"], "write +hydra.launcher.additional_parameters.hold=… to add it")
     assert not (tmp_path / "runs").exists()
