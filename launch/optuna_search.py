@@ -129,7 +129,8 @@ def distribution(key: str, override: Override) -> BaseDistribution:
 
     values = override.value()
     known = {"log"} if isinstance(values, IntervalSweep) else set()
-    if unknown := getattr(values, "tags", set()) - known:
+    unknown: set[str] = getattr(values, "tags", set()) - known
+    if unknown:
         raise ConfigError(
             f"{override.input_line}: tag({min(unknown)},…) means nothing here; write tag(log,interval(low,high))"
         )
