@@ -1,4 +1,4 @@
-"""Which store the nodes of a run meet at: numbered files in the run folder, of which the highest holds."""
+"""Leader election by numbered files in the run folder: the highest claim names the first node and its store."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Claims:
         return True
 
     def renew(self, number: int) -> None:
-        """On the first node: a sign of life. Where it fails the lease grows old."""
+        """On the first node: renew the lease. If that fails, it expires."""
         with suppress(OSError):
             os.utime(self._path(number))
 

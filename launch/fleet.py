@@ -1,4 +1,4 @@
-"""The nodes of a run as whoever decides over starts sees them; one incarnation and the exit code that follows."""
+"""The nodes of a run as its leader sees them: assignments, reports, and the exit code of one incarnation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AGREED = (OK, STOPPED, UNHEALTHY, CORRUPT)
 
 @dataclass(frozen=True)
 class Assignment:
-    """What the ranks of one incarnation, that is one start of all ranks, are."""
+    """Which ranks one incarnation has, that is one start of all ranks."""
 
     incarnation: int
     nodes: tuple[str, ...]  # names, in the order of node ranks
@@ -68,7 +68,7 @@ class NodeState:
 
     name: str
     id: int  # Slurm's, or the order of arrival
-    seconds_silent: float  # since its node runner's last sign of life
+    seconds_silent: float  # since its node runner's last heartbeat
     spare: bool = False  # has no ranks in this incarnation
 
 
@@ -113,7 +113,7 @@ class Outcome:
     def message(self) -> str:
         """For an end of which no rank has said why."""
         if self.lost:
-            return f"node {', '.join(self.lost)} gave no sign of life (launch.node_timeout)"
+            return f"node {', '.join(self.lost)} sent no heartbeat (launch.node_timeout)"
         first = self.first_failure
         return describe({} if first is None else {first: self.codes[first]})
 

@@ -1,4 +1,4 @@
-"""A node runner's connection to the run's store: it joins, gives signs of life, and reads and writes shared values."""
+"""A node runner's connection to the run's store: it joins, sends heartbeats, and reads and writes shared values."""
 
 from __future__ import annotations
 

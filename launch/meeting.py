@@ -1,4 +1,4 @@
-"""Where the nodes of a run meet: at the first node's store, and at another's when that store or node is lost."""
+"""How a node joins the run: at the first node's store, or at another's when that store or node is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from longcat.json_text import dumps
 
 RETRY_SECONDS = 0.5
 SILENT_SECONDS = 30.0  # for which what listens at the address may be a store that is only slow
-ALIVE_SECONDS = 2.0  # of silence: the first node gives a sign of life every half second
+ALIVE_SECONDS = 2.0  # of silence: the first node sends a heartbeat every half second
 CHECK_SECONDS = 2.0  # between the first node's looks for a claim above its own
 RENEWALS = 4  # of the lease within the time after which it is old
 TURN_SECONDS = 2.0  # between the attempts of the nodes to become the first one
@@ -36,7 +36,7 @@ class Meeting:
 
     Args:
         claims: of the run folder; None where the loss of the store ends the run.
-        timeout: seconds without an answer or a sign of life after which a store or a node is lost.
+        timeout: seconds without an answer or a heartbeat after which a store or a node is lost.
     """
 
     link: Link
@@ -307,7 +307,7 @@ class Meeting:
             ) from error
         except OSError as error:
             return error
-        return None if self._is_led(link, self._highest()) else OSError("its first node gives no sign of life")
+        return None if self._is_led(link, self._highest()) else OSError("its first node sends no heartbeat")
 
     def _is_led(self, link: Link, number: int) -> bool:
         """Keep a connection whose store's first node lives, or has yet to come.

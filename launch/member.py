@@ -1,4 +1,4 @@
-"""A node runner as a member of the run: it joins, agrees on the configuration, gives signs of life, and leaves."""
+"""A node runner as a member of the run: it joins, agrees on the configuration, sends heartbeats, and leaves."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Member:
         self.link.set(f"{AGREED}{self.id}", self.place.name)
 
     def look(self) -> dict[str, str]:
-        """Give a sign of life; read what is asked of this node.
+        """Send a heartbeat; read what is asked of this node.
 
         Raises:
             StoreLostError: the store, or the first node, is lost.
@@ -157,7 +157,7 @@ class Member:
         self.first_name, self.command = first["name"], first["command"]
         if answer["first_silent"] > self.settings.node_timeout:
             raise StoreLostError(
-                f"the first node gave no sign of life for {self.settings.node_timeout:g} s (launch.node_timeout)"
+                f"the first node sent no heartbeat for {self.settings.node_timeout:g} s (launch.node_timeout)"
             )
         return values
 

@@ -42,7 +42,7 @@ from train.loggers.jsonl import METRICS
 from train.run_dir import claim_exit, recorded_code
 from train.stop import SAVE_SIGNAL
 
-LOOK_SECONDS = 0.5  # between signs of life
+LOOK_SECONDS = 0.5  # between heartbeats
 LOST_SECONDS = 2.0  # for ranks to end by themselves when the store, and theirs with it, is lost
 PORT_SECONDS = 0.1  # between looks for the port of the ranks' store
 

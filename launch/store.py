@@ -35,7 +35,7 @@ Identity = dict[str, str]
 
 
 class Membership:
-    """Names, ids and signs of life of node runners, and the values that they share. One thread uses it."""
+    """Names, ids and heartbeats of node runners, and the values that they share. One thread uses it."""
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout  # seconds of silence after which a node does not count
@@ -127,7 +127,7 @@ class Server:
 
 
 async def main(port: int, idle_seconds: float, identity: Identity) -> int:
-    """Serve until no node has given a sign of life for ``idle_seconds``, until one asks for the end, or SIGKILL.
+    """Serve until no node has sent a heartbeat for ``idle_seconds``, until one asks for the end, or SIGKILL.
 
     Prints `ready`, or `in use` if the port belongs to another process.
     """
@@ -148,7 +148,7 @@ async def main(port: int, idle_seconds: float, identity: Identity) -> int:
 
 
 async def until_idle(members: Membership, ranks_store: RanksStore, idle_seconds: float) -> None:
-    """Return when no node has given a sign of life for so long, one asks for the end, or the ranks' store has ended.
+    """Return when no node has sent a heartbeat for so long, one asks for the end, or the ranks' store has ended.
 
     Without it no ranks can start; the nodes start both anew.
     """

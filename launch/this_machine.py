@@ -1,4 +1,4 @@
-"""One machine as a fleet of one node: its ranks are processes below this one, and meet at a store beside them."""
+"""One machine as a fleet of one node: its ranks, and the process of their store, are children of this process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_here(overrides: list[str], config: Config, processes: int) -> int:
 
 
 class ThisMachine:
-    """The nodes of a run on one machine. `start` returns when the ranks have ended: nobody else has to be asked."""
+    """The one node of a run on one machine. `start` returns when the ranks have ended."""
 
     def __init__(self, signals: Signals) -> None:
         self.signals = signals

@@ -1,8 +1,9 @@
 """Dispatch of tokens to their FFN experts and combine of the results: the interface, and its one-process version.
 
 Dispatch and combine are each a start, which returns at once, and a wait, so that the computation between them overlaps
-the communication. The host needs the numbers of rows from the device: `start_dispatch` exchanges these sizes first,
-and `send_rows` sends the rows at the latest. A host that runs ahead of its device queues other work in between.
+the communication. The host needs the numbers of rows from the device. So `start_dispatch` exchanges these sizes first,
+and `send_rows` sends the rows that it could not send yet; a host that runs ahead of its GPU queues other work in
+between.
 """
 
 # T tokens, K selections per token, D width, P rows for the local experts, E local experts
@@ -39,7 +40,7 @@ class Dispatcher(Protocol):
         """Start sending the tokens x [T, D] of each chunk → its pending state."""
 
     def send_rows(self, pending: Any) -> None:
-        """Send the rows that `start_dispatch` has not sent because the host would have had to wait for their number."""
+        """Send the rows if `start_dispatch` did not, to spare the host a wait for their number."""
 
     def wait_dispatch(self, pending: Any) -> tuple[Tensor, Tensor]:
         """→ rows [P, D] for the local experts, sorted by expert, and the number of each expert's rows [E].

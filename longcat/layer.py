@@ -43,7 +43,7 @@ class ShortcutLayer(nn.Module):
         a, u = add_and_norm(self.post_attention_layernorm[0], x, attention[0](normed, angles, documents))
         pending = moe.dispatch(u.flatten(0, 1), documents)  # dispatch starts ...
         dense = ffn[0](u)
-        moe.send_rows(pending)  # (here at the latest, where the host runs ahead of the device)
+        moe.send_rows(pending)  # (on a GPU, rows are sent only here: the host had to wait for their number)
         if not moe.after_attention:
             pending = moe.compute(pending)  # ... ends, and combine starts
         b, normed = add_and_norm(self.input_layernorm[1], a, dense)

@@ -1,8 +1,8 @@
 """The mixture of experts: router, zero-computation experts, stacked SwiGLU experts.
 
-A layer makes four calls and overlaps them with its dense path: `dispatch` starts sending tokens, `send_rows` sends what
-the host had to wait for, `compute` waits for the rows, runs the experts and starts combine, `combine` waits for the
-results. In one process nothing is sent.
+A layer makes four calls and overlaps them with its dense path: `dispatch` starts sending tokens; `send_rows` sends them
+if the host had to wait for the numbers of rows (on a GPU); `compute` waits for the rows, runs the experts and starts
+combine; `combine` waits for the results. In one process nothing is sent.
 """
 
 # T local tokens, K selections per token, N FFN experts, Z identity experts, E local FFN experts, P rows for them,
@@ -166,7 +166,7 @@ class MoE(SequenceModule, DispatcherModule):
         return PendingMoE(chunks, probabilities, indices, counts, total, padding, num_tokens)
 
     def send_rows(self, pending: PendingMoE) -> None:
-        """Send the rows that `dispatch` did not; the work that overlaps the host's wait for their number is queued."""
+        """Send the rows if `dispatch` did not. Queue work before, which overlaps the host's wait for their number."""
         for chunk in pending.chunks:
             self.dispatcher.send_rows(chunk)
 

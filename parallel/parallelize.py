@@ -42,9 +42,16 @@ def parallelize(
     make_optimizer: MakeOptimizer,
     virtual: VirtualRanks | None = None,
 ) -> tuple[Engine, Store]:
-    """Build this rank's part of a model with its initial values → (what runs it, its state). A collective.
+    """Build this rank's part of a model, with its initial values. A collective.
 
-    ``batch`` is that of one turn, if the data rank runs its virtual ranks in turn.
+    Args:
+        balance_groups: D of the balance loss.
+        batch: the shape of a step's batch on a data rank, or of one turn with ``virtual`` ranks.
+        make_optimizer: builds the optimizer over the sharded parameters.
+        virtual: the virtual data ranks of `train.elastic_bits`; None without.
+
+    Returns:
+        What runs the model, and the store of its state.
     """
     install(topology.device)
     if parallel.sharding != Sharding.fsdp:
@@ -86,7 +93,7 @@ def parallelize(
 
 
 def set_up(model: LongCat, parallel: ParallelConfig, overlap: OverlapConfig, topology: Topology) -> None:
-    """What both sharding engines have done to a model before they take it."""
+    """Apply what comes before the sharding, with FSDP2 and with DeepSpeed: sequence, overlap, recompute, compile."""
     apply_sequence_parallel(model, topology)
     apply_overlap(model, overlap, topology)
     apply_recompute(model, parallel)

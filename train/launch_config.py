@@ -39,7 +39,7 @@ class LaunchConfig:
     # host:port of the first node, the same on all; "" takes the first host of Slurm's job and a port from the job's id
     rendezvous: str = ""
     join_seconds: float = 600.0  # how long nodes wait for each other at the start
-    node_timeout: float = 30.0  # seconds without a sign of life after which a node is lost and the others end
+    node_timeout: float = 30.0  # seconds without a heartbeat after which a node is lost and the others end
     # `longcat train` gives up after this many restarts in a row without a new step; 0 = no restarts
     restarts: int = 0
     backoff_seconds: float = 5.0  # pause after the first start that brought no new step; it doubles, up to 32 times

@@ -25,7 +25,7 @@ class Cause(StrEnum):
     straggler = "straggler"  # a rank was slow for many steps; state is saved
     out_of_memory = "out_of_memory"
     disk_full = "disk_full"
-    node_lost = "node_lost"  # no sign of life for launch.node_timeout
+    node_lost = "node_lost"  # no heartbeat for launch.node_timeout
     store_lost = "store_lost"  # the store that connects the nodes, or that through which ranks meet
     supervisor_lost = "supervisor_lost"  # an earlier command was killed: it left no totals
     crash = "crash"
@@ -96,7 +96,7 @@ def find_fault(
     """Tell the cause.
 
     Args:
-        lost: nodes that gave no sign of life and have not reported.
+        lost: nodes that sent no heartbeat and have not reported.
         exit_json: what this start wrote, None if nothing.
         store_error: why the nodes can no longer be asked, if so.
     """
@@ -119,7 +119,7 @@ def find_fault(
         if not nodes and len(assignment.nodes) == 1:
             nodes = assignment.nodes
     if cause == Cause.node_lost:
-        message = f"no sign of life from {', '.join(lost)}"
+        message = f"no heartbeat from {', '.join(lost)}"
     elif cause == Cause.store_lost and store_error:
         message = f"the store that connects the nodes is lost ({store_error})"
     else:

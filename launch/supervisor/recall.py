@@ -1,4 +1,4 @@
-"""What an earlier first node or command noted of the run's starts in launch.jsonl, for whoever decides after it."""
+"""The history of a run's starts in launch.jsonl, read by a command or a first node that takes over."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def lost_first_node(earlier: Earlier | None, members: Sequence[str]) -> Fault:
         return KILLED
     if earlier.first_node in members:
         return Fault(Cause.store_lost, CRASHED, "the store that connects the nodes is lost")
-    message = f"the first node, {earlier.first_node}, gave no sign of life (launch.node_timeout)"
+    message = f"the first node, {earlier.first_node}, sent no heartbeat (launch.node_timeout)"
     return Fault(Cause.node_lost, CRASHED, message, (), (earlier.first_node,))
 
 

@@ -1,9 +1,9 @@
 """Checksums of what ranks send each other in a step, at both ends, compared without a message of their own.
 
 A sender adds a number made of each checksum to the receiver's cell and to its own, and the receiver subtracts its
-number from both. The cells of all ranks are summed in the exchange that a step makes anyway, modulo 2^40 as exact
-integers in float64: a cell that is not zero names a rank. Only then do ranks exchange their lists, which name the
-transfer. A difference is missed with probability 2^-40.
+number from both. The step's collective sums the cells of all ranks, modulo 2^40 as exact integers in float64: a cell
+that is not zero names a rank. Only then do ranks exchange their lists, which name the transfer. A difference is missed
+with probability 2^-40.
 
 Each rank keeps one ledger, `LEDGER`. Transfers outside a step, of validation for example, are not recorded.
 """

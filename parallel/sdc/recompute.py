@@ -1,8 +1,8 @@
 """Runs one operator call of a step a second time, from permuted operands, and compares the results bit by bit.
 
-The call rotates: check n takes call n modulo the number of calls in a step, so on all ranks of a layout that is not a
-pipeline the same call of the same layer is repeated at once. What differs is computed twice more, plainly and permuted,
-to tell a transient fault from one that lasts, and saved with its operands as a bundle for `longcat replay`.
+The call rotates: check n takes call n modulo the number of calls in a step, so without a pipeline all ranks repeat the
+same call of the same layer at once. A call that differs is computed twice more, plainly and permuted, to tell a
+transient fault from a lasting one, and saved with its operands as a bundle for `longcat replay`.
 
 Calls are pure (`longcat/ops/calls.py`). Collectives are no operators, so a rank repeats a call without its peers.
 """

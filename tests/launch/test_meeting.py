@@ -130,7 +130,7 @@ def test_new_store_at_an_old_address_is_noticed(place: Place) -> None:
 
 
 def test_what_a_node_reads_does_not_grow(place: Place) -> None:
-    """The answer to a sign of life has the same size with 300 nodes as with ten."""
+    """The answer to a heartbeat has the same size with 300 nodes as with ten."""
     sizes = []
     with closing(begun(place, None, 600.0)) as meeting:
         for count in (10, 300):

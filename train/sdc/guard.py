@@ -1,8 +1,8 @@
-"""The checks of a training step: what is recorded, the numbers that ride in the step's exchange, and the verdict.
+"""The checks of a training step: what is recorded, what the step's collective carries, and the diagnosis.
 
 begin_step     checksums of the state exist; from here on messages and gathered weights are recorded
 forward, backward
-numbers        the state's checksums again; this rank's row and its share of the cells  → the step's exchange
+numbers        the state's checksums again; this rank's row and its share of the cells  → the step's collective
 judge          the same sums on every rank: raise on all, or on none; nothing was updated yet
 update
 end_step       checksums of the new state
@@ -42,7 +42,7 @@ COLUMNS = 7
 
 
 class RankReport(NamedTuple):
-    """What one rank tells all others once the sum of their checks is not clean."""
+    """What one rank tells all others when the sum of their checks shows a difference."""
 
     site: Site
     changed: list[str]  # tensors at rest

@@ -93,7 +93,7 @@ def test_too_few_nodes_end_with_a_page(run: Run, tmp_path: Path) -> None:
     code, fleet, _ = run([Ending(3, lost=("b",))], names="ab")
     page = (tmp_path / "run" / "gave_up.txt").read_text()
     assert code == 1 and nodes_of(fleet) == ["ab"]
-    assert "Lost node: no sign of life from b" in page and "1 of the 2 nodes that the run needs" in page
+    assert "Lost node: no heartbeat from b" in page and "1 of the 2 nodes that the run needs" in page
     assert "  b: 1 fault\n" in page and "on every node:\n     longcat train own=1\n" in page
 
 
