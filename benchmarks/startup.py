@@ -4,7 +4,8 @@
     python -m benchmarks.startup --ranks 32 --steps 3 -- model=debug
 
 Every rank starts on this machine. CPU seconds are those of the rank's process when step 1 was logged; with more ranks
-than processors the wall time is mostly their sum divided by the processors.
+than processors the wall time is mostly their sum divided by the processors. `seconds_by_part` is what the first rank
+writes into metrics.jsonl; `seconds_outside` went before its process began and after its step.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import psutil
 
 from longcat.search_path import ROOT
 from train.sealed import intact_lines
+from train.start_clock import PARTS, PREFIX
 
 LIMIT = 900.0  # seconds until a run that does not come to step 1 is given up
 
@@ -66,7 +68,11 @@ def measure(ranks: int, words: list[str], steps: int) -> dict[str, Any]:
             if agent.poll() is None:
                 agent.send_signal(signal.SIGTERM)
         found["seconds_to_end"], found["code"] = time.perf_counter() - started, code
-        found["step_seconds"] = [line["step_seconds"] for line in intact_lines(metrics)]
+        lines = list(intact_lines(metrics))
+        for kind in ("seconds", "cpu_seconds"):
+            found[f"{kind}_by_part"] = {part: lines[0][f"{PREFIX}{part}_{kind}"] for part in PARTS}
+        found["seconds_outside"] = found["seconds_to_step_1"] - sum(found["seconds_by_part"].values())
+        found["step_seconds"] = [line["step_seconds"] for line in lines]
         return found
 
 

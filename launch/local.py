@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.rendezvous import find_place
+from longcat.imports import without_collections
 from longcat.search_path import ROOT, without_current_folder
 from parallel.environment import count_gpus
 from train.check import check, check_corpora
@@ -41,7 +42,8 @@ def run_ranks(overrides: list[str], config: Config) -> int:
     check(config, processes)  # reports a wrong configuration once, before ranks start
     check_corpora(config)
     if processes == 1 and not config.launch.restarts:
-        from train.process import main  # torch
+        with without_collections():
+            from train.process import main  # torch
 
         return main(config)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))

@@ -20,6 +20,7 @@ from typing import Any
 from launch.signals import blocked_requests
 from longcat.json_text import dumps
 from longcat.lasting_streams import to_null_device
+from parallel.environment import lift_descriptor_limit
 from train.stop import REQUESTS
 
 PROTOCOL = "longcat 1"
@@ -210,6 +211,7 @@ def serve_ranks(listening: int, port: int) -> int:
 if __name__ == "__main__":
     for number in REQUESTS:  # Slurm and a terminal signal every process of the job
         signal.signal(number, signal.SIG_IGN)
+    lift_descriptor_limit()
     if sys.argv[1] == FOR_RANKS:
         sys.exit(serve_ranks(int(sys.argv[2]), int(sys.argv[3])))
     sys.exit(asyncio.run(main(int(sys.argv[1]), float(sys.argv[2]), json.loads(sys.argv[3]))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 from longcat.errors import ConfigError
@@ -138,6 +139,13 @@ def raise_descriptor_limit(sizes: MeshSizes, world_size: int, on_gpu: bool, envi
             f"(ulimit -n {needed}), or set TORCH_GLOO_LAZY_INIT=1, with which ranks connect when they talk"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def lift_descriptor_limit() -> None:
+    """Allow this process as many open files as the system lets it have: a store has connections of every rank."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # macOS names a limit that it does not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def check_determinism(environment: Mapping[str, str], on_gpu: bool, compiled: bool) -> None:

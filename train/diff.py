@@ -148,7 +148,7 @@ def compare_metrics(first: dict[int, dict[str, Any]], second: dict[int, dict[str
     """The first common step with metrics that differ; a metric that only one run wrote is not compared."""
     for step in sorted(first.keys() & second.keys()):
         one, two = flatten(first[step]), flatten(second[step])
-        shared = (key for key in one if key in two and not key.startswith("starts/"))
+        shared = (key for key in one if key in two and not key.startswith(("start/", "starts/")))
         common = (key for key in shared if key.partition(".")[0] not in CLOCK_METRICS)
         values = {key: (one[key], two[key]) for key in common if not same_number(one[key], two[key])}
         if values:

@@ -36,6 +36,7 @@ from train.profiling.profiler import Profiler
 from train.pruning import Pruner, StoppedEarly
 from train.run_dir import as_mapping, describe_corpora
 from train.stage_switch import StageSwitch
+from train.start_clock import StartClock
 from train.state import TrainState
 from train.step import NOT_FINITE_BIASES, Stepper, StepRequests, StepResult
 from train.stop import StopSignal
@@ -65,6 +66,7 @@ class Loop:
         terminal: Display,
         stop_signal: StopSignal,
         stages: StageSwitch,
+        clock: StartClock,
     ) -> None:
         self.state, self.stepper, self.validator = state, stepper, validator
         self.config, self.topology, self.peak_flops = config, topology, peak_flops
@@ -87,6 +89,7 @@ class Loop:
         self.first_step = state.counters.step
         self.corpora = CorpusWatch(config.validation.worse_by, self._past_validations())
         self.profiler = Profiler(config.profile, config.run.folder, state.models, topology)
+        self.clock: StartClock | None = clock  # until the first step has ended
         self.launch_metrics = launch_metrics(config.run.folder) if config.launch.restarts and topology.is_first else {}
 
     def _past_validations(self) -> list[dict[str, Any]]:
@@ -206,8 +209,11 @@ class Loop:
         metrics["bias_range"] = float(biases.max() - biases.min())
         metrics["exposed_comm_share"] = self._exposed_share(blocked / seconds)
         metrics["memory_gib"] = peak_memory_gib(self.topology.device)
-        metrics |= self.launch_metrics  # in the first line of a start
-        self.launch_metrics = {}
+        if self.clock is not None:  # in the first line of a start
+            self.clock.end("first_step")
+            metrics |= self.clock.metrics() | self.launch_metrics
+            self.terminal.note(self.clock.text())
+            self.clock = None
 
     def _exposed_share(self, share: float) -> float:
         """Mean over ranks of the share of a step in which a rank waits for others; a collective."""

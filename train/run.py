@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +38,6 @@ from train.loggers.choice import open_loggers
 from train.loggers.interface import MetricsSink, NullSink
 from train.loop import Loop
 from train.optimizer import make_adamw
-from train.report import write_report
 from train.run_dir import (
     CONFIG,
     as_mapping,
@@ -51,6 +51,7 @@ from train.samples import index_folders, open_samples, padding_of
 from train.sealed import seal_line
 from train.stage_switch import StageSwitch
 from train.stages import segments_of, tokens_seen
+from train.start_clock import StartClock
 from train.state import Counters, TrainState
 from train.step import Stepper
 from train.stop import StopSignal
@@ -63,13 +64,21 @@ LOG = "run.log"  # the terminal's lines, of every start of this run
 
 def train(config: Config, stop_signal: StopSignal, on_hang: Callable[[str], None]) -> None:
     """Assemble the run and train. The watchdog calls ``on_hang`` with a message before it ends the process."""
+    clock = StartClock()
+    clock.end("imports")
     set_deterministic_algorithms(False)
     if config.train.deterministic:
         make_deterministic()
     enable_flight_recorder(config.run.folder)
     timeout = config.parallel.timeout_seconds
-    topology = connect(config.parallel, partial(watchdog.start, timeout, on_hang, config.run.folder))
+
+    def on_meeting() -> None:
+        watchdog.start(timeout, on_hang, config.run.folder)
+        clock.end("meeting")
+
+    topology = connect(config.parallel, on_meeting)
     watchdog.set_timeout(timeout)  # of the mesh's groups too
+    clock.end("groups")
     if topology.device.type == "cpu":
         keep_freed_memory()
     count_stream_waits(topology.device)
@@ -77,13 +86,16 @@ def train(config: Config, stop_signal: StopSignal, on_hang: Callable[[str], None
     resolve_dtype(config)
     measured = measure_num_chunks(config, topology)
     state = build_state(config, topology)
+    clock.end("model")
     train_samples, validator = build_data(config, topology)
+    clock.end("data")
     terminal = open_terminal(config, topology)
     try:
         checkpoint = resume(state, config, topology, terminal)
         decide_num_chunks(measured, state, config, checkpoint, terminal)
+        clock.end("checkpoint")
         if state.counters.step < config.train.steps:
-            run_steps(state, train_samples, validator, config, topology, terminal, stop_signal, measured)
+            run_steps(state, train_samples, validator, config, topology, terminal, stop_signal, clock, measured)
         else:
             terminal.note(f"already at step {state.counters.step} of train.steps={config.train.steps}: nothing to do")
     finally:
@@ -98,10 +110,13 @@ def run_steps(
     topology: Topology,
     terminal: Display,
     stop_signal: StopSignal,
+    clock: StartClock,
     chunks: ChunkChoice | None = None,
 ) -> None:
     """Train from the state's step on, log, and write the report however that ends."""
-    peak, peak_source = peak_flops(topology.device, getattr(torch, config.train.dtype))
+    peak, peak_source = math.nan, ""  # the first rank alone writes the MFU
+    if topology.is_first:
+        peak, peak_source = peak_flops(topology.device, getattr(torch, config.train.dtype))
     logger: MetricsSink = NullSink()
     describe = partial(
         write_config, config, derived_values(config, peak, chunks), device_name(topology.device), topology.world_size
@@ -120,7 +135,8 @@ def run_steps(
     if stepper.guard.note:
         terminal.note(stepper.guard.note)
     stages = StageSwitch(config, state, stepper, validator, train_samples, topology)
-    loop = Loop(state, stepper, validator, config, topology, peak, logger, terminal, stop_signal, stages)
+    loop = Loop(state, stepper, validator, config, topology, peak, logger, terminal, stop_signal, stages, clock)
+    clock.end("logs")
     started = time.perf_counter()
     try:
         loop.run()
@@ -168,6 +184,8 @@ def close(logger: MetricsSink, config: Config, terminal: Display) -> None:
 
 
 def report(config: Config, terminal: Display) -> None:
+    from train.report.page import write_report  # no other rank needs it
+
     terminal.note(f"report: {write_report(config.run.folder)}")
 
 

@@ -20,10 +20,10 @@ from train.samples import index_folders
 UNUSED = ("torch._dynamo", "torch._inductor", "datasets", "transformers", "pandas", "deepspeed", "matplotlib", "wandb")
 UNUSED += ("megatron", "triton")  # megatron where the sample index is not cached; it brings triton
 TRAIN = """
-import json, sys
+import gc, json, sys
 from train.__main__ import main
 code = main(sys.argv[1:])
-print(json.dumps([code, sorted(sys.modules)]))
+print(json.dumps([[code, gc.isenabled(), gc.get_freeze_count()], sorted(sys.modules)]))
 """
 
 
@@ -50,8 +50,9 @@ def test_training_imports_neither_compiler_nor_megatron(corpus: Path, tmp_path: 
             cache_dir=index_folders(config)[0],
         )
         assert all(len(samples[index]) == config.train.sequence_length + 1 for index in range(4))
-    code, modules = loaded_by(TRAIN, [*words, "train.steps=2"])
+    (code, collects, frozen), modules = loaded_by(TRAIN, [*words, "train.steps=2"])
     assert code == 0
+    assert collects and frozen > 100_000, "the garbage collector looked through what the imports made"
     assert not modules.intersection(UNUSED), "a start imports what it does not use"
 
 

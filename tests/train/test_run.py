@@ -24,6 +24,8 @@ from tests.support.running import (
 )
 from train.checkpoint.files import HASH
 from train.checkpoint.manifest import list_checkpoints, verify
+from train.start_clock import PARTS as START_PARTS
+from train.start_clock import PREFIX as START
 
 METRICS = {
     "step", "first_sample", "tokens", "loss", "loss_mtp", "loss_balance", "loss_z", "grad_norm", "lr", "step_seconds",
@@ -201,11 +203,14 @@ def test_every_documented_metric_is_written(finished: Path) -> None:
         norms = {key: value for key, value in row.items() if key.startswith("grad_norm/")}
         parts = PARTS if row["step"] in (1, 2, 4, 6) else set()
         assert norms.keys() == {f"grad_norm/{part}" for part in parts}
-        others = {key for key in row if "/" in key and key not in norms}
+        start = {key for key in row if key.startswith(START)}
+        named = START_PARTS if row["step"] == 1 else ()
+        assert start == {f"{START}{part}_{kind}" for part in named for kind in ("seconds", "cpu_seconds")}
+        others = {key for key in row if "/" in key and key not in norms and key not in start}
         assert others == ({f"grad_rms/{part}" for part in parts} | BY_LAYER if parts else set())
         if norms:
             assert sum(norm**2 for norm in norms.values()) == pytest.approx(row["grad_norm"] ** 2, rel=1e-9)
-        assert row.keys() - norms.keys() - others == expected
+        assert row.keys() - norms.keys() - others - start == expected
         assert all(row[key] is None for key in NEED_A_WINDOW)
         numbers = {key: value for key, value in row.items() if key not in {"state_hash", HASH, *NEED_A_WINDOW}}
         assert all(isinstance(value, int | float) for value in numbers.values()), numbers

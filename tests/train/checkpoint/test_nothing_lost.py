@@ -98,7 +98,7 @@ def test_failing_report_does_not_hide_the_exit(
     def fail(folder: Path) -> Path:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("train.run.write_report", fail)
+    monkeypatch.setattr("train.report.page.write_report", fail)
     assert train_here([*narrow, "train.stop_after_seconds=0.01"]) == 3
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 3
     assert "no report: RuntimeError: no ink" in capfd.readouterr().out
