@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from parallel.watchdog.spans import wait_span
 
 
 @contextmanager
-def mesh_groups_of_members(backend: str | None) -> Iterator[None]:
+def mesh_groups_of_members(backend: str | None, timeout: timedelta | None = None) -> Iterator[None]:
     """Meshes made inside create a group by its members alone, with one backend of the default group's.
 
     A mesh has every rank call `new_group` for every group of every axis, 8,192 times for an axis of one rank, and gives
@@ -24,6 +25,7 @@ def mesh_groups_of_members(backend: str | None) -> Iterator[None]:
 
     Args:
         backend: such as `nccl`; None for the default group's.
+        timeout: of making them and of their collectives; None for torch's, half an hour with gloo.
     """
     plain_new, plain_split = device_mesh.new_group, device_mesh.split_group
 
@@ -31,12 +33,17 @@ def mesh_groups_of_members(backend: str | None) -> Iterator[None]:
         if dist.get_rank() not in ranks:
             return dist.GroupMember.NON_GROUP_MEMBER
         chosen = {**options, "backend": options.get("backend") or backend, "use_local_synchronization": True}
+        chosen["timeout"] = options.get("timeout") or timeout
         with wait_span(Event(SpanKind.MESH_GROUPS)):
             return plain_new(ranks=ranks, **chosen)
 
     def split_group(**options: Any) -> Any:
         with wait_span(Event(SpanKind.MESH_GROUPS)):
-            return plain_split(**{**options, "backend": None if backend is None else f"cuda:{backend}"})
+            own = {
+                "backend": None if backend is None else f"cuda:{backend}",
+                "timeout": options.get("timeout") or timeout,
+            }
+            return plain_split(**{**options, **own})
 
     setattr(device_mesh, "new_group", new_group)  # noqa: B010 (no attributes for mypy)
     setattr(device_mesh, "split_group", split_group)  # noqa: B010

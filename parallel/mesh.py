@@ -80,10 +80,16 @@ class Topology:
         return self.coordinate(Axis.DP) == 0
 
 
-def make_topology(sizes: MeshSizes, rank: int, world_size: int, device: torch.device) -> Topology:
-    """Create the mesh and the meshes derived from it, on GPUs with NCCL alone. A collective of all ranks."""
+def make_topology(
+    sizes: MeshSizes, rank: int, world_size: int, device: torch.device, timeout: timedelta | None = None
+) -> Topology:
+    """Create the mesh and the meshes derived from it, on GPUs with NCCL alone. A collective of all ranks.
+
+    Args:
+        timeout: of making the groups and of their collectives; None for torch's, half an hour with gloo.
+    """
     lengths = tuple(getattr(sizes, axis.value) for axis in Axis)
-    with mesh_groups_of_members("nccl" if device.type == "cuda" else None):
+    with mesh_groups_of_members("nccl" if device.type == "cuda" else None, timeout):
         mesh = init_device_mesh(device.type, lengths, mesh_dim_names=tuple(axis.value for axis in Axis))
         dense = flatten_mesh(mesh[Axis.FSDP, Axis.CP], "fsdp_cp")
         replicated = flatten_mesh(mesh[Axis.FSDP, Axis.CP, Axis.TP], "fsdp_cp_tp")
@@ -95,8 +101,8 @@ def make_topology(sizes: MeshSizes, rank: int, world_size: int, device: torch.de
         replicated=replicated,
         experts=experts,
         shared=shared,
-        expert_exchange=_separate_group(experts["ep"], "expert exchange"),
-        context_exchange=_separate_group(shared, "context exchange"),
+        expert_exchange=_separate_group(experts["ep"], "expert exchange", timeout),
+        context_exchange=_separate_group(shared, "context exchange", timeout),
         sizes=sizes,
         rank=rank,
         world_size=world_size,
@@ -104,7 +110,7 @@ def make_topology(sizes: MeshSizes, rank: int, world_size: int, device: torch.de
     )
 
 
-def _separate_group(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
+def _separate_group(mesh: DeviceMesh, what: str, timeout: timedelta | None) -> dist.ProcessGroup:
     """A second group of a mesh's ranks, on GPUs with NCCL streams of high priority. A collective of these ranks.
 
     Meshes with the same ranks share a group, and collectives in one group wait for each other.
@@ -112,17 +118,19 @@ def _separate_group(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
     if mesh.size() == 1:
         return mesh.get_group()
     with wait_span(Event(SpanKind.MESH_GROUPS)):
-        return _second_group(mesh, what)
+        return _second_group(mesh, what, timeout)
 
 
-def _second_group(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
+def _second_group(mesh: DeviceMesh, what: str, timeout: timedelta | None) -> dist.ProcessGroup:
     options = None
     if mesh.device_type == "cuda":
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     if options is not None and bound_device() is not None:
         # All ranks must split a communicator together; both kinds of groups are ranks in a row
         every = torch.arange(dist.get_world_size()).view(-1, mesh.size()).tolist()
-        split = dist.split_group(split_ranks=every, pg_options=options, group_desc=what, backend="cuda:nccl")
+        split = dist.split_group(
+            split_ranks=every, timeout=timeout, pg_options=options, group_desc=what, backend="cuda:nccl"
+        )
         assert split is not None
         return split
     return dist.new_group(
@@ -131,6 +139,7 @@ def _second_group(mesh: DeviceMesh, what: str) -> dist.ProcessGroup:
         pg_options=options,
         use_local_synchronization=True,
         group_desc=what,
+        timeout=timeout,
     )
 
 
@@ -225,6 +234,7 @@ def connect(config: ParallelConfig, on_meeting: Callable[[], None] = lambda: Non
     """
     rank, local_rank, world_size = world_from_environment()
     sizes = resolve_sizes(config, world_size)
+    timeout = timedelta(seconds=config.timeout_seconds)
     cuda = torch.cuda.is_available()
     device = own_gpu(local_rank, torch.cuda.device_count()) if cuda else torch.device("cpu")
     raise_descriptor_limit(sizes, world_size, cuda, os.environ)
@@ -233,7 +243,6 @@ def connect(config: ParallelConfig, on_meeting: Callable[[], None] = lambda: Non
     if world_size == 1:  # it needs no store
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:
-        timeout = timedelta(seconds=config.timeout_seconds)
 
         def arrive() -> dist.Store:
             store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
@@ -264,4 +273,4 @@ def connect(config: ParallelConfig, on_meeting: Callable[[], None] = lambda: Non
             ) from error
     on_meeting()
     with wait_span(Event(SpanKind.MESH_GROUPS)):
-        return make_topology(sizes, rank, world_size, device)
+        return make_topology(sizes, rank, world_size, device, timeout)

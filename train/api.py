@@ -8,7 +8,8 @@
         session.save()
 
 Under torchrun every rank runs the same lines: all methods of a session are collectives. Nothing is printed and there is
-no watchdog, metrics file or report; for these use ``longcat train``.
+no watchdog (it ends the process), metrics file or report; for these use ``longcat train``. Waits for a lost rank end in
+an error after ``parallel.timeout_seconds`` at most.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ watchdog's threads read a state that is at most one change old.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
@@ -68,6 +68,7 @@ class SpanStack:
         "innermost",
         "last_change",
         "last_wait",
+        "launched",
         "outermost_wait",
         "progress",
         "recorder",
@@ -93,6 +94,7 @@ class SpanStack:
         self.failed: tuple[BaseException, Span] | None = None  # an error and the innermost span that it left
         self.outermost_wait: Span | None = None
         self.blocked_seconds = 0.0  # of this step, in outermost waits
+        self.launched: set[dist.ProcessGroup | tuple[int, ...] | None] = set()  # groups and peers, on a GPU
 
 
 SPANS = SpanStack()
@@ -148,15 +150,32 @@ class Span:
 def launching(event: Event, group: Group = None) -> Iterator[None]:
     """Around the launch of a collective or message, whose wait is a span: an error is the collective's, named as there.
 
-    Gloo raises at the launch where it knows already that a rank is lost.
+    Gloo raises at the launch where it knows already that a rank is lost. NCCL connects the ranks of a group at its
+    first launch, and the host waits for all of them: that launch is a wait.
     """
+    first = wait_span(event, _ranks_of(group)) if _is_first_launch(group) else nullcontext()
     try:
-        yield
+        with first:
+            yield
     except BaseException as error:
         span = wait_span(event, group)
         span.outer = SPANS.innermost
         span.note_failure(error)
         raise
+
+
+def _is_first_launch(group: Group) -> bool:
+    """Whether a GPU's collective is the first of its group, or a message the first to these peers."""
+    key = group if group is None or isinstance(group, dist.ProcessGroup) else tuple(group)
+    if SPANS.progress is None or key in SPANS.launched:
+        return False
+    SPANS.launched.add(key)
+    return True
+
+
+def _ranks_of(group: Group) -> Iterable[int] | None:
+    """The wait for a connection is no collective, and `Progress` must not count it as the group's."""
+    return dist.get_process_group_ranks(group) if isinstance(group, dist.ProcessGroup) else group
 
 
 def wait_span(event: Event, group: Group = None) -> Span:

@@ -115,3 +115,32 @@ def test_the_innermost_of_launches_and_waits_is_named(world: dist.ProcessGroup) 
     with launching(GATHER, world):
         assert status()[:2] == (RankState.WORKING, None), "a launch is no wait"
     assert status().state == RankState.WORKING
+
+
+class Counted:
+    """In place of a GPU's counts."""
+
+    def __init__(self) -> None:
+        self.collectives = 0
+
+    def issued(self, group: dist.ProcessGroup) -> None:
+        self.collectives += 1
+
+
+@pytest.mark.parametrize("group", ["world", "peers", "all"])
+def test_the_first_launch_of_a_group_on_a_gpu_is_a_wait(world: dist.ProcessGroup, group: str) -> None:
+    """NCCL connects the ranks there: a rank that does not come would leave the others working, as it seems."""
+    SPANS.progress = counted = Counted()  # type: ignore[assignment]
+    chosen = {"world": world, "peers": [2], "all": None}[group]
+    try:
+        with launching(GATHER, chosen):
+            assert status()[:2] == (RankState.WAITING, GATHER)
+            assert status().group == {"world": list(range(RANKS)), "peers": [2], "all": None}[group]
+        assert counted.collectives == 0, "its own wait counts the collective"
+        with launching(GATHER, chosen):
+            assert status()[:2] == (RankState.WORKING, None)
+        with pytest.raises(RuntimeError), launching(SENT, [3]):
+            lost()
+        assert status()[:2] == (RankState.FAILED, SENT)
+    finally:
+        SPANS.progress = None
