@@ -291,7 +291,7 @@ NOTES = [
     "gets and waits grow, by one each with every doubling of the ranks: gloo's trees have a further peer.",
     "Projected: requests × processor seconds of one request, measured at the store's process. One thread serves all: "
     "this is the least time that the store needs; clients wait for it, and they were on the same machine.",
-    f"{RANKS_OF_A_NODE} ranks a node; {NODE_REQUESTS} requests of a node until its ranks start. While they run it gives "
+    f"{RANKS_OF_A_NODE} ranks a node, {NODE_REQUESTS} requests of a node until its ranks start; then it gives "
     "a sign of life half a second after the answer to the last one, or later where the store is slow.",
     "Layouts: "
     + "; ".join(f"{world:,} ranks with pp={one.pp}, cp={one.cp}, ep={one.ep}" for world, one in PROJECTED.items()),
