@@ -42,7 +42,7 @@ def run_ranks(overrides: list[str], config: Config) -> int:
     check(config, processes)  # reports a wrong configuration once, before ranks start
     check_corpora(config)
     if processes == 1 and not config.launch.restarts:
-        with without_collections():
+        with without_collections("train.process"):
             from train.process import main  # torch
 
         return main(config)

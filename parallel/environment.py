@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from longcat.errors import ConfigError
+from longcat.imports import without_collections
 from parallel.sizes import MeshSizes
 
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvhost-gpu")  # NVIDIA's, AMD's, WSL's, Jetson's
@@ -27,7 +28,8 @@ def count_gpus() -> int:
     """
     if not has_driver(os.environ):
         return 0
-    import torch
+    with without_collections("torch"):
+        import torch
 
     return torch.cuda.device_count()
 

@@ -39,7 +39,7 @@ def run(overrides: list[str]) -> int:
         check_sizes(config, world_from_environment()[2])
     except ConfigError as error:
         return refuse(config.run.folder, error)
-    with without_collections():
+    with without_collections("train.process"):
         from train.process import main as train  # torch
 
     return train(config)

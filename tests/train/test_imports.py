@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from longcat.imports import without_collections
 from parallel import environment
 from tests.support.running import TINY
 from train.compose import compose
@@ -54,6 +56,14 @@ def test_training_imports_neither_compiler_nor_megatron(corpus: Path, tmp_path: 
     assert code == 0
     assert collects and frozen > 100_000, "the garbage collector looked through what the imports made"
     assert not modules.intersection(UNUSED), "a start imports what it does not use"
+
+
+def test_a_later_run_of_a_process_keeps_no_garbage() -> None:
+    """What a sweep's former run has left may be a model."""
+    frozen = gc.get_freeze_count()
+    with without_collections("train.run"):
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
 
 
 WRONG = {
