@@ -41,7 +41,7 @@ def test_the_first_clock_of_a_process_begins_with_it() -> None:
     assert lines[2].startswith("start: 0.0 s (0.0 CPU s): imports 0.0, meeting 0.0") and "first step 0.0" in lines[2]
 
 
-def test_without_linux_files_the_clock_begins_no_earlier_than_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_linux_files_it_begins_with_the_cpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start_clock, "PROCESS", start_clock.PROCESS.with_name("none"))
     monkeypatch.setattr(StartClock, "_is_first", True)
     clock = StartClock()
