@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SWEEP = "sweep.json"  # the command's overrides, and whether all of its runs are final
 STOPPED_MARK = "stopped"  # a run of this start was stopped: no further one begins
+BATCH_SIZE = "hydra.sweeper.max_batch_size"
 LAUNCHING = ("hydra/", "hydra.launcher.", "hydra.sweeper.")  # how runs are chosen and started
 LAUNCHER = ("hydra/launcher", "hydra.launcher.")  # where the runs go may change while the sweep is not finished
 
@@ -118,9 +119,12 @@ def _place(overrides: list[str]) -> tuple[Path, str]:
 
 
 def check_values(override: Override) -> None:
-    """Raise ConfigError for choices or a range without an end or without values: no run would start, or none end."""
+    """Raise ConfigError for choices or a range without values or an end, and for batches of no runs."""
     from hydra.core.override_parser.types import RangeSweep, ValueType
 
+    size = override.value() if override.key_or_group == BATCH_SIZE else None
+    if isinstance(size, int) and size < 1:
+        raise ConfigError(f"{BATCH_SIZE}={size} must be at least 1, or null for all runs at once")
     if not override.is_discrete_sweep() or override.value_type == ValueType.GLOB_CHOICE_SWEEP:
         return
     values, first = override.value(), None
