@@ -37,7 +37,7 @@ class Losses(NamedTuple):
     token_losses: Tensor  # [B, q] -log p(label), 0 where invalid; carries no gradient
     hidden_norm: Tensor  # likewise Σ of ‖z‖₂; carries no gradient
     counts: Tensor  # [L, N + Z] int64 selections by the local tokens, without padding
-    balance_slope: Tensor  # [L, N + Z] see RoutingStatistics
+    balance_grad: Tensor  # [L, N + Z] see RoutingStatistics
     ffn_experts: Tensor  # [L, B, s] number of FFN experts of each token; 0 at padding
     hidden: Tensor  # [B, s, D] the residual stream after the last local layer; with the head it carries no gradient
 
@@ -153,7 +153,7 @@ class LongCat(SequenceModule, VocabularyModule):
             token_losses=token_losses,
             hidden_norm=norm,
             counts=torch.stack([s.counts for s in statistics]),
-            balance_slope=torch.stack([s.balance_slope.detach() for s in statistics]),
+            balance_grad=torch.stack([s.balance_grad.detach() for s in statistics]),
             ffn_experts=torch.stack([s.ffn_experts for s in statistics]).view(-1, *z.shape[:2]),
             hidden=z if self.norm is None else z.detach(),
         )

@@ -35,7 +35,7 @@ class RoutingStatistics(NamedTuple):
     """One layer's statistics of one micro-batch; returned, not stored, so that a recomputed layer counts once."""
 
     balance: Tensor  # scalar, the local tokens' part of Σ_j f_j P_j, the balance loss without its weight α
-    balance_slope: Tensor  # [N + Z], its derivative by the mean probability of each expert: f of its group
+    balance_grad: Tensor  # [N + Z], its derivative by the mean probability P of each expert: f of its group
     counts: Tensor  # [N + Z] int64, selections of each expert by local tokens
     ffn_experts: Tensor  # [T] int64, number of FFN experts of each token
 
@@ -50,9 +50,9 @@ class Router(nn.Module):
         self.config = config
         self.classifier = Linear(config.hidden_size, config.num_routed)
         self.register_buffer("e_score_correction_bias", torch.empty(config.num_routed))
-        self.gate_slope: Tensor | None = None  # if set to zeros [N + Z], the backward adds Σ_t ∂loss/∂R_t
-        self.slope_unit = 0.0  # if set, each backward's slopes are rounded to multiples of it, which add in any order
-        self.direction: Tensor | None = None  # [D] float64, if gate_slope is set: Σ of the classifier's normalised rows
+        self.probability_grad: Tensor | None = None  # if set to zeros [N + Z], the backward adds Σ_t ∂loss/∂R_t
+        self.grad_unit = 0.0  # if set, each backward's sum is rounded to multiples of it, which add in any order
+        self.direction: Tensor | None = None  # [D] float64, Σ of the classifier's normalised rows; with the former
         self.margins: Tensor | None = None  # if set to zeros [N + Z, bins], the backward adds `count_margins`
 
     def forward(self, u: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +62,7 @@ class Router(nn.Module):
         only padding uses, so that the model needs none and no count of an expert includes padding.
         """
         weight = local_tensor(self.classifier.weight).float()
-        if self.gate_slope is not None and self.direction is None:
+        if self.probability_grad is not None and self.direction is None:
             self.direction = torch.nn.functional.normalize(weight.detach().double(), dim=1).sum(0)
         logits = fp32_linear(u, weight)
         probabilities = torch.softmax(logits, -1)
@@ -70,9 +70,9 @@ class Router(nn.Module):
             scores = probabilities + self.e_score_correction_bias
             indices = torch.topk(scores, self.config.top_k, -1, sorted=False).indices
         gating = probabilities
-        if self.gate_slope is not None and probabilities.requires_grad:
+        if self.probability_grad is not None and probabilities.requires_grad:
             gating = probabilities.view_as(probabilities)
-            gating.register_hook(self._add_to_slope)
+            gating.register_hook(self._add_to_probability_grad)
             if self.margins is not None:
                 gating.register_hook(partial(self._add_to_margins, probabilities.detach(), padding))
         gates = selected_gates(gating, indices) * self.config.routed_scaling_factor
@@ -81,10 +81,10 @@ class Router(nn.Module):
             indices, gates = indices.masked_fill(rows, self.config.num_routed), gates.masked_fill(rows, 0.0)
         return probabilities, indices, gates
 
-    def _add_to_slope(self, grad: Tensor) -> None:
-        if self.gate_slope is not None:
-            slope = grad.sum(0)
-            self.gate_slope += round_to(slope, self.slope_unit) if self.slope_unit else slope
+    def _add_to_probability_grad(self, grad: Tensor) -> None:
+        if self.probability_grad is not None:
+            total = grad.sum(0)
+            self.probability_grad += round_to(total, self.grad_unit) if self.grad_unit else total
 
     def _add_to_margins(self, probabilities: Tensor, padding: Tensor | None, _: Tensor) -> None:
         """In the backward, as a recomputed forward runs twice."""
@@ -186,13 +186,13 @@ class MoE(SequenceModule, DispatcherModule):
         num_tokens, probabilities = pending.num_tokens, pending.probabilities
         if pending.padding is not None:
             probabilities = probabilities.masked_fill(pending.padding[:, None], 0.0)
-        slope = balance_slope(total, num_tokens, self.config, self.balance_groups)
-        balance = (probabilities.sum(0) / num_tokens * slope).sum()
+        loads = group_loads(total, num_tokens, self.config, self.balance_groups)
+        balance = (probabilities.sum(0) / num_tokens * loads).sum()
         ffn_experts = (pending.indices < self.config.num_experts).sum(1)
-        return out, RoutingStatistics(balance, slope, pending.counts, ffn_experts)
+        return out, RoutingStatistics(balance, loads, pending.counts, ffn_experts)
 
 
-def balance_slope(counts: Tensor, num_tokens: int | Tensor, config: ModelConfig, num_groups: int) -> Tensor:
+def group_loads(counts: Tensor, num_tokens: int | Tensor, config: ModelConfig, num_groups: int) -> Tensor:
     """f of each expert's group [N + Z] in the device-level balance loss Σ_j f_j P_j (section 5).
 
     ``counts`` [N + Z] are the selections of the micro-batch's ``num_tokens``. Without identity experts, or with none
@@ -201,9 +201,9 @@ def balance_slope(counts: Tensor, num_tokens: int | Tensor, config: ModelConfig,
     num_experts, expected = config.num_experts, config.expected_ffn_experts
     size = num_experts // num_groups
     by_group = counts[:num_experts].view(num_groups, size).sum(1).float()
-    slope = (by_group * (num_groups / (expected * num_tokens))).repeat_interleave(size)
-    identity = torch.zeros(config.num_zero_experts, device=slope.device)
+    ffn = (by_group * (num_groups / (expected * num_tokens))).repeat_interleave(size)
+    identity = torch.zeros(config.num_zero_experts, device=ffn.device)
     if config.top_k > expected:
         share = counts[num_experts:].sum().float() / ((config.top_k - expected) * num_tokens)
         identity = identity + share
-    return torch.cat((slope, identity))
+    return torch.cat((ffn, identity))

@@ -45,7 +45,7 @@ class StepSums:
 
     sums: Tensor  # [5] float64: lm, mtp, balance, hidden z, hidden norm
     counts: Tensor  # [L, N + Z] int64
-    balance_gradient: Tensor  # [L, N + Z] Σ ∂(balance loss)/∂P by the mean router probabilities P, without its weight
+    balance_grad: Tensor  # [L, N + Z] Σ ∂(balance loss)/∂P by the mean router probabilities P, without its weight
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,22 @@ class StepRequests:
     wait_pending: bool = False  # check how the asynchronous save ended
 
 
+@dataclass(frozen=True)
+class StepTotals:
+    """A step's sums over all ranks, the same on every rank; the update does not wait for the last ones."""
+
+    sums: list[float]  # [5] as in `StepSums`
+    grad_norm: float  # before clipping
+    counts: Tensor  # [L, N + Z] int64
+    margins: Tensor  # [L, N + Z, bins] int64 histograms for the bias controller
+    requests: StepRequests
+    statistics: PendingSum  # `_probability_grads`, `_directions`, squared gradient norms by part
+
+
 NONE = StepRequests()
 # With train.elastic_bits these sums are added in multiples of a unit, so that their order does not matter
-SLOPE_UNIT = 2.0**-44  # of the routers' gate slopes: exact below 512
-BALANCE_UNIT = 2.0**-32  # of the balance loss's slopes, at most the number of groups a micro-batch: exact below 2^21
+PROBABILITY_GRAD_UNIT = 2.0**-44  # of the gradients of routers' probabilities: exact below 512
+BALANCE_GRAD_UNIT = 2.0**-32  # of the balance loss's, at most the number of groups a micro-batch: exact below 2^21
 NOT_FINITE_BIASES = "a selection bias or the bias controller's state is not finite"
 
 
@@ -100,7 +112,7 @@ class Stepper:
         """Train on the next global batch.
 
         No weight is updated if the loss, a gradient or a new bias is not finite, or if the step is a spike that
-        `health.on_spike` leaves out. The counters advance in any case: data and schedule go on behind such a step.
+        `health.on_spike` leaves out. The counters advance in any case, so data and schedule continue after such a step.
 
         Raises:
             CorruptionError: on every rank, if a check found silent data corruption; nothing was updated.
@@ -113,11 +125,26 @@ class Stepper:
         use_mtp = self._uses_mtp()
         self._inputs = batches, divisors, use_mtp
         local = self._backward(*self._inputs) if not self.guard.replays else self._backward_with_replay()
+        totals = self._reduce(local, requests)
+        factor = rate_factor(config.schedule, counters.step + 1)
+        spike, problem = self._judge_and_update(totals, totals.sums[0] / max(divisors.valid_tokens, 1), factor)
+        statistics = totals.statistics.wait()
+        self.guard.end_step()
+        counters.step += 1
+        counters.samples += config.train.global_batch_size
+        counters.tokens += divisors.tokens + divisors.padding
+        return self._result(totals, statistics, divisors, factor, use_mtp, spike, problem)
 
+    def _reduce(self, local: StepSums, requests: StepRequests) -> StepTotals:
+        """Sum over ranks what the update depends on, in one collective, and start summing the statistics.
+
+        Raises:
+            CorruptionError: on every rank, if a check found silent data corruption.
+        """
+        device = self.topology.device
         with work_span(Event(SpanKind.GRADIENT_NORM)):
-            squares = self.state.store.gradient_squares()
-            device = self.topology.device
-            squares = to_device(squares, device)
+            squares = to_device(self.state.store.gradient_squares(), device)
+            self._first_sums = local.sums, squares
             wanted = torch.tensor([float(request) for request in astuple(requests)], dtype=torch.float64)
             numbers = torch.cat((squares[:1], to_device(local.sums, device), to_device(wanted, device)))
             # Integers below 2^53, and zeros but for one rank's: they are exact in float64
@@ -125,57 +152,64 @@ class Stepper:
                 numbers, local.counts, self._margins(), self.guard.numbers()
             )
             self.guard.judge(checks)
-            counts, margins = counts.long(), margins.long()
-            # Nothing before the update needs these: they are summed meanwhile
-            statistics = PendingSum(self._probability_gradients(local), self._directions(), squares[1:])
-        global_square, *sums = scalars[: -wanted.numel()].tolist()
-        norm = math.sqrt(global_square)
-        problem = (
-            ""
-            if all(map(math.isfinite, (norm, *sums)))
-            else f"loss {sums[0] / max(divisors.valid_tokens, 1)}, gradient norm {norm}"
-        )
-        factor = rate_factor(config.schedule, counters.step + 1)
-        loss = sums[0] / max(divisors.valid_tokens, 1)
+            statistics = PendingSum(self._probability_grads(local), self._directions(), squares[1:])
+        square, *sums = scalars[: -wanted.numel()].tolist()
+        requested = StepRequests(*(count > 0 for count in scalars[-wanted.numel() :].tolist()))
+        return StepTotals(sums, math.sqrt(square), counts.long(), margins.long(), requested, statistics)
+
+    def _judge_and_update(self, totals: StepTotals, loss: float, factor: float) -> tuple[Spike | None, str]:
+        """Update weights and biases, unless something is not finite or the step is a spike that is left out.
+
+        Returns the spike, if the step is one, and what is not finite.
+        """
+        state, counters, norm = self.state, self.state.counters, totals.grad_norm
         if self._starts_mtp() or self._starts_stage():
-            self.state.health.forget()
-        self._first_sums = local.sums, squares
+            state.health.forget()
         spike = self.monitor.judge(counters.step + 1, counters.position, loss, norm)
         if spike is not None and not spike.updates:
-            problem = ""
-            self.state.store.drop_gradients()
-        elif not problem:
-            biases = self.state.controller.update(counts, margins)
-            if not is_finite(biases, self.state.controller):
-                problem = NOT_FINITE_BIASES
-        if not problem and (spike is None or spike.updates):
-            with work_span(Event(SpanKind.OPTIMIZER)):
-                self._update(norm, factor, biases)
-        gradients, directions, part_squares = statistics.wait()
+            state.store.drop_gradients()
+            return spike, ""
+        if not all(map(math.isfinite, (norm, *totals.sums))):
+            return spike, f"loss {loss}, gradient norm {norm}"
+        biases = state.controller.update(totals.counts, totals.margins)
+        if not is_finite(biases, state.controller):
+            return spike, NOT_FINITE_BIASES
+        with work_span(Event(SpanKind.OPTIMIZER)):
+            self._update(norm, factor, biases)
+        return spike, ""
+
+    def _result(
+        self,
+        totals: StepTotals,
+        statistics: list[Tensor],
+        divisors: Divisors,
+        factor: float,
+        use_mtp: bool,
+        spike: Spike | None,
+        problem: str,
+    ) -> StepResult:
+        """The step's metrics, after the counters have advanced. ``statistics`` are the sums of `StepTotals`'."""
+        config, model, counts = self.config, self.config.model, totals.counts
+        grads, directions, part_squares = statistics
         if self.elastic:
-            gradients[1] = self._weigh_balance(gradients[1])
-        self.guard.end_step()
-        counters.step += 1
-        counters.samples += config.train.global_batch_size
-        counters.tokens += divisors.tokens + divisors.padding
-        similarities = figures.similarities_by_layer(directions, config.model.num_routed)
-        metrics = self._metrics(sums, divisors, norm, factor, counts, gradients, use_mtp)
+            grads[1] = self._weigh_balance(grads[1])
+        similarities = figures.similarities_by_layer(directions, model.num_routed)
+        metrics = self._metrics(totals, divisors, factor, grads, use_mtp)
         metrics["router_similarity"] = max(similarities)
         if config.data.packing == Packing.best_fit:
             metrics["padding_share"] = divisors.padding / (divisors.tokens + divisors.padding)
         if self.guard.replays:
             metrics["replay_seconds"] = self._replay_seconds
-        rms = figures.gradient_rms(part_squares, norm, config.model, config.optim.grad_clip, use_mtp)
-        metrics |= self.monitor.observe(counters.step, counts, metrics["hidden_norm"], rms)
+        rms = figures.gradient_rms(part_squares, totals.grad_norm, model, config.optim.grad_clip, use_mtp)
+        metrics |= self.monitor.observe(self.state.counters.step, counts, metrics["hidden_norm"], rms)
         if spike is not None:
             metrics["spike_action"] = str(spike.action)
         by_layer = figures.named("router_similarity", similarities)
-        by_layer |= figures.named("router_grad_ratio", figures.ratios_by_layer(gradients))
-        by_layer |= figures.named("expert_load_max_over_mean", figures.loads_by_layer(counts, config.model))
+        by_layer |= figures.named("router_grad_ratio", figures.ratios_by_layer(grads))
+        by_layer |= figures.named("expert_load_max_over_mean", figures.loads_by_layer(counts, model))
         by_layer |= {f"grad_rms/{part}": value for part, value in rms.items()}
-        asked = StepRequests(*(count > 0 for count in scalars[-wanted.numel() :].tolist()))
         norms = norms_by_part(part_squares, use_mtp)
-        return StepResult(metrics, divisors.tokens, counts, norms, problem, asked, by_layer, spike)
+        return StepResult(metrics, divisors.tokens, counts, norms, problem, totals.requests, by_layer, spike)
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> StepSums:
         self._reset_routers()
@@ -269,10 +303,10 @@ class Stepper:
             by_micro_batch.append(torch.stack([torch.stack([x.double() for x in row]) for row in rows]))
             total.sums += by_micro_batch[-1].sum(0) * weights
             total.counts[layers] += torch.stack([one.counts for one in losses]).sum(0)
-            slopes = torch.stack([one.balance_slope for one in losses])
-            slopes = round_to(slopes, BALANCE_UNIT) if self.elastic else slopes
-            total.balance_gradient[layers] += slopes.sum(0)
-        total.balance_gradient *= counts_balance
+            grads = torch.stack([one.balance_grad for one in losses])
+            grads = round_to(grads, BALANCE_GRAD_UNIT) if self.elastic else grads
+            total.balance_grad[layers] += grads.sum(0)
+        total.balance_grad *= counts_balance
         if self.elastic:
             total.sums = sum_exactly((torch.cat(by_micro_batch) * weights).cpu())
         return total
@@ -289,8 +323,8 @@ class Stepper:
         """Let the routers accumulate Σ_t ∂loss/∂R_t in this step's backward."""
         for _, router in self.state.routers():
             float_type = torch.float64 if self.elastic else torch.float32
-            router.gate_slope = torch.zeros_like(router.e_score_correction_bias, dtype=float_type)
-            router.slope_unit, router.direction = SLOPE_UNIT if self.elastic else 0.0, None
+            router.probability_grad = torch.zeros_like(router.e_score_correction_bias, dtype=float_type)
+            router.grad_unit, router.direction = PROBABILITY_GRAD_UNIT if self.elastic else 0.0, None
             if bins := self.state.controller.margin_bins:
                 bias = router.e_score_correction_bias
                 router.margins = torch.zeros(len(bias), bins, dtype=torch.int64, device=bias.device)
@@ -313,33 +347,26 @@ class Stepper:
             sums[number] = router.direction * float(self.topology.holds_first_shards)
         return sums
 
-    def _probability_gradients(self, local: StepSums) -> Tensor:
+    def _probability_grads(self, local: StepSums) -> Tensor:
         """This rank's part of ∇_P of the task's loss and of the balance loss: [2, L, N+Z].
 
-        With train.elastic_bits the second is divided when it is summed: a quotient would not add exactly.
+        With train.elastic_bits the second is divided after it is summed: quotients would not add exactly.
         """
-        task = torch.zeros_like(local.balance_gradient)
+        task = torch.zeros_like(local.balance_grad)
         for number, router in self.state.routers():
-            assert router.gate_slope is not None
-            task[number] = router.gate_slope
-        balance = local.balance_gradient if self.elastic else self._weigh_balance(local.balance_gradient)
+            assert router.probability_grad is not None
+            task[number] = router.probability_grad
+        balance = local.balance_grad if self.elastic else self._weigh_balance(local.balance_grad)
         return torch.stack((task, balance))
 
-    def _weigh_balance(self, gradient: Tensor) -> Tensor:
-        """Σ of the balance loss's slopes → their share in the step's loss, a mean with a weight."""
-        return gradient / self.reader.num_micro_batches * self.config.balance.group_loss_weight
+    def _weigh_balance(self, grad: Tensor) -> Tensor:
+        """Σ of the balance loss's gradients → that of its term in the step's loss, a weighted mean."""
+        return grad / self.reader.num_micro_batches * self.config.balance.group_loss_weight
 
     def _metrics(
-        self,
-        sums: list[float],
-        divisors: Divisors,
-        norm: float,
-        factor: float,
-        counts: Tensor,
-        gradients: Tensor,
-        use_mtp: bool,
+        self, totals: StepTotals, divisors: Divisors, factor: float, grads: Tensor, use_mtp: bool
     ) -> dict[str, Any]:
-        config, counters = self.config, self.state.counters
+        config, counters, sums, counts = self.config, self.state.counters, totals.sums, totals.counts
         used = float(counts[:, : config.model.num_experts].sum()) / (config.model.num_layers * divisors.tokens)
         keys = divisors.attended / divisors.tokens
         per_token = flops_per_token(config.model, config.train.sequence_length, used, mtp=use_mtp, keys=keys)
@@ -351,11 +378,11 @@ class Stepper:
             "loss_mtp": sums[1] / max(divisors.mtp_tokens, 1) if use_mtp else None,
             "loss_balance": config.balance.group_loss_weight * sums[2] / divisors.micro_batches,
             "loss_z": config.loss.hidden_z_weight * sums[3] / divisors.tokens,
-            "grad_norm": norm,
+            "grad_norm": totals.grad_norm,
             "lr": config.optim.lr * factor,
             "ffn_experts_per_token": used,
             "expert_load_max_over_mean": max(figures.loads_by_layer(counts, config.model)),
-            "router_grad_ratio": max(figures.ratios_by_layer(gradients)),
+            "router_grad_ratio": max(figures.ratios_by_layer(grads)),
             "hidden_norm": sums[4] / divisors.tokens,
             "flops": divisors.tokens * per_token,
         }

@@ -192,7 +192,7 @@ def stretches(trace: Traced) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Blame:
+class Suspect:
     """A rank that computed something else than others did."""
 
     rank: int
@@ -206,7 +206,7 @@ class Blame:
         return self.what.startswith(RECEIVED), self.at
 
 
-def blamed(computations: Sequence[Computation]) -> list[Blame]:
+def find_suspects(computations: Sequence[Computation]) -> list[Suspect]:
     """Who computed otherwise than the majority of ranks, the likeliest cause first.
 
     A wrong value travels: to later modules, and in messages to other ranks. So the first is the rank whose own
@@ -215,7 +215,7 @@ def blamed(computations: Sequence[Computation]) -> list[Blame]:
     by_batch: dict[int, list[Computation]] = defaultdict(list)
     for one in computations:
         by_batch[one.of].append(one)
-    found: dict[int, list[Blame]] = defaultdict(list)
+    found: dict[int, list[Suspect]] = defaultdict(list)
     wrong: Counter[int] = Counter()  # computations, by rank
     repeated: dict[int, bool] = defaultdict(bool)  # whether it computed the same wrong bits twice
     for same in by_batch.values():
@@ -235,12 +235,12 @@ def blamed(computations: Sequence[Computation]) -> list[Blame]:
                 times = sum((one.by, one.total) == (rank, total) for one in same)
                 wrong[rank] += times
                 repeated[rank] |= times > 1
-                found[rank].append(Blame(rank, at, what, most > second or bool(unsteady)))
-    sure = {rank for rank, blames in found.items() if any(one.certain for one in blames)}
+                found[rank].append(Suspect(rank, at, what, most > second or bool(unsteady)))
+    sure = {rank for rank, suspects in found.items() if any(one.certain for one in suspects)}
     passes = Counter(one.by for one in computations)
     firsts = [
-        replace(min(blames, key=Blame.order), lasting=repeated[rank] or wrong[rank] == passes[rank])
-        for rank, blames in found.items()
+        replace(min(suspects, key=Suspect.order), lasting=repeated[rank] or wrong[rank] == passes[rank])
+        for rank, suspects in found.items()
         if not sure or rank in sure
     ]
     return sorted(firsts, key=lambda one: (one.order(), one.rank))
@@ -258,7 +258,7 @@ def first_difference(one: Computation, other: Computation) -> tuple[int, str]:
 
 def replay_finding(step: int, computations: Sequence[Computation], every: int = 1) -> Finding:
     """The finding of a replay whose traces differ, from both rounds; the replay before was ``every`` steps ago."""
-    found, since = blamed(computations), max(1, step - every + 1)
+    found, since = find_suspects(computations), max(1, step - every + 1)
     if not found:
         everyone = tuple(sorted({one.by for one in computations}))
         detail = "differed in a replay, and nothing differed when it was repeated; the fault is transient"

@@ -71,14 +71,14 @@ def test_a_padded_sequence_is_the_sequence_without_padding(name: str) -> None:
         model = LongCat(config, balance_groups=2)
         initialise(model, config, 0)
         for router in model.routers():
-            router.gate_slope = torch.zeros(config.num_routed)
+            router.probability_grad = torch.zeros(config.num_routed)
             router.margins = torch.zeros(config.num_routed, 64, dtype=torch.int64) if counts_margins else None
         losses = losses_of(model, numbers[:, : length + 1], ids[:, : length + 1], may_pad=length == LENGTH)
         (losses.lm + losses.mtp + losses.balance + 0.1 * losses.hidden_z).backward()
         gradients = {key: weight.grad for key, weight in model.named_parameters()}
         results.append((losses, gradients, model))
     (padded, gradients, model), (plain, expected, other) = results
-    for key in ("lm", "mtp", "balance", "hidden_z", "hidden_norm", "balance_slope"):
+    for key in ("lm", "mtp", "balance", "hidden_z", "hidden_norm", "balance_grad"):
         torch.testing.assert_close(getattr(padded, key), getattr(plain, key), rtol=1e-5, atol=1e-6)
     assert torch.equal(padded.counts, plain.counts)
     assert padded.counts.sum(1).tolist() == [config.top_k * TEXT] * config.num_layers
@@ -90,7 +90,7 @@ def test_a_padded_sequence_is_the_sequence_without_padding(name: str) -> None:
         scale = torch.maximum(expected[key].norm(), 1e-3 * total)
         assert (gradient - expected[key]).norm() <= 1e-4 * scale, key
     for one, two in zip(model.routers(), other.routers(), strict=True):
-        torch.testing.assert_close(one.gate_slope, two.gate_slope, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one.probability_grad, two.probability_grad, rtol=1e-4, atol=1e-6)
     if counts_margins:
         pairs = zip(margins_of(model), margins_of(other), strict=True)
         assert all(torch.equal(one, two) and one.any() for one, two in pairs)

@@ -64,8 +64,8 @@ def device_of(stepper: Stepper, patch: pytest.MonkeyPatch) -> Iterator[None]:
         found = plain_run(*arguments)
         copies.clear()  # a layer's are counted below
         for _, router in stepper.state.routers():
-            assert router.gate_slope is not None and router.direction is not None
-            router.gate_slope, router.direction = on_device(router.gate_slope), on_device(router.direction)
+            assert router.probability_grad is not None and router.direction is not None
+            router.probability_grad, router.direction = on_device(router.probability_grad), on_device(router.direction)
         return [[Losses(*map(on_device, one)) for one in part] for part in found]
 
     def zeros_like_device(*arguments: Any, device: Any = None, **options: Any) -> Tensor:

@@ -103,7 +103,7 @@ def test_losses_and_counts_equal_one_process(case: Case) -> None:
         parts = [by_data_rank[first, stage][number] for stage in range(stages)]
         assert torch.equal(torch.cat([part["counts"] for part in parts]), full["counts"])
         assert torch.equal(torch.cat([part["ffn_experts"] for part in parts]), full["ffn_experts"])
-        assert torch.allclose(torch.cat([part["balance_slope"] for part in parts]), full["balance_slope"])
+        assert torch.allclose(torch.cat([part["balance_grad"] for part in parts]), full["balance_grad"])
         assert float(sum(part["balance"] for part in parts)) == pytest.approx(float(full["balance"]), rel=1e-5)
 
 

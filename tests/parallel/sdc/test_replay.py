@@ -1,4 +1,4 @@
-"""Who is blamed when ranks that computed the same step differ; whose step a rank replays."""
+"""Who is find_suspects when ranks that computed the same step differ; whose step a rank replays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from parallel.mesh import MeshSizes
 from parallel.sdc.ledger import RECEIVED
-from parallel.sdc.replay import Computation, Neighbours, Traced, blamed, replay_finding, total_of
+from parallel.sdc.replay import Computation, Neighbours, Traced, find_suspects, replay_finding, total_of
 
 NAMES = ["layers.0.self_attn.0", f"{RECEIVED}expert dispatch", "layers.0.mlp.experts", "losses"]
 Fault = Callable[[int, int, int], int | None]  # (who computes, whose batch, which pass) → from where it is wrong
@@ -78,17 +78,17 @@ def test_victims_of_a_message_come_after_its_sender() -> None:
     victim = [sound[0], (NAMES[1], 79), (NAMES[2], 2), (NAMES[3], 80)]
     computations = [computation(of, by, sound) for of in (0, 1) for by in (of + 2, of + 4)]
     computations += [computation(0, 0, victim), computation(1, 1, sender)]
-    assert [(one.rank, one.what) for one in blamed(computations)] == [(1, NAMES[2]), (0, NAMES[1])]
+    assert [(one.rank, one.what) for one in find_suspects(computations)] == [(1, NAMES[2]), (0, NAMES[1])]
     assert replay_finding(3, computations).suspects == (1,)
 
 
-def test_no_difference_blames_nobody() -> None:
-    assert blamed(rounds(4, lambda by, of, turn: None)) == []
+def test_no_difference_has_no_suspect() -> None:
+    assert find_suspects(rounds(4, lambda by, of, turn: None)) == []
 
 
 def test_longer_trace_differs_at_its_end() -> None:
     sound: Traced = [(name, i) for i, name in enumerate(NAMES)]
-    found = blamed([computation(0, 0, sound[:2]), computation(0, 1, sound), computation(0, 2, sound)])
+    found = find_suspects([computation(0, 0, sound[:2]), computation(0, 1, sound), computation(0, 2, sound)])
     assert [(one.rank, one.at, one.what) for one in found] == [(0, 2, "the number of calls")]
 
 
