@@ -13,8 +13,7 @@ from train.config import Config
 from train.data.corpus import read_info
 from train.data.ids import check_ids, unused_ids
 from train.run_dir import check_not_another_run
-from train.samples import find_padding
-from train.summary import size_rows
+from train.samples import find_padding, size_rows
 
 
 def check(config: Config) -> list[tuple[str, str]]:

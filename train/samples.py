@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from longcat.counts import human
 from train.config import Config
 from train.data.config import Packing
-from train.data.samples import TokenSamples
+from train.stages import list_stages
+
+if TYPE_CHECKING:  # a wrong configuration is answered without torch
+    from train.data.samples import TokenSamples
 
 
 def index_folders(config: Config) -> list[Path]:
@@ -24,6 +28,8 @@ def open_samples(config: Config, split: Literal["train", "validation"], writes: 
     Raises:
         ConfigError: a corpus is missing, damaged, too small where it has a share, or does not fit the vocabulary.
     """
+    from train.data.samples import TokenSamples
+
     folders = index_folders(config)
     return TokenSamples(
         config.data,
@@ -69,3 +75,20 @@ def padding_of(samples: TokenSamples, stage: int = 0) -> Padding:
         return Padding()
     count, share = samples.padding(stage)
     return Padding(share, f"{share:.2%} of the positions, by the sample index", count)
+
+
+def size_rows(config: Config, padding: Padding) -> list[tuple[str, str]]:
+    """Rows (name, value) for people: batch, steps, what of it is padding, and stages."""
+    train = config.train
+    tokens = train.global_batch_size * train.sequence_length
+    rows = [
+        ("batch", f"{train.global_batch_size} × {train.sequence_length} = {human(tokens)} tokens per step"),
+        ("steps", f"{train.steps}, {human(train.steps * tokens)} tokens"),
+    ]
+    if padding.source:
+        rows.append(("padding", padding.source))
+    if padding.num_samples and not config.data.stages:
+        text, samples = train.steps * tokens * (1 - padding.share), train.steps * train.global_batch_size
+        epochs = samples / padding.num_samples
+        rows.append(("text", f"{human(text)} tokens; {epochs:.3g} epochs of {padding.num_samples:,} samples"))
+    return [*rows, *list_stages(config)]

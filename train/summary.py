@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from longcat.counts import active_range, count_parameters, describe, flops_per_token, human
+from longcat.counts import active_range, count_parameters, describe, flops_per_token
 from longcat.model import LongCat, ModelPart
 from parallel.chunks import ChunkChoice
 from parallel.environment import describe_environment
@@ -13,8 +13,7 @@ from parallel.memory import in_a_step, state_bytes
 from parallel.mesh import Topology
 from train.check import batch_shape
 from train.config import Config
-from train.samples import Padding
-from train.stages import list_stages
+from train.samples import Padding, size_rows
 
 
 def derived_values(config: Config, peak: float, chunks: ChunkChoice | None = None) -> dict[str, Any]:
@@ -35,23 +34,6 @@ def layers_of(part: ModelPart) -> str:
     names = ["embedding"] if part.embedding else []
     names.append(f"layers {part.first}-{part.last - 1}" if part.last - part.first > 1 else f"layer {part.first}")
     return ", ".join([*names, *(["head"] if part.head else [])])
-
-
-def size_rows(config: Config, padding: Padding) -> list[tuple[str, str]]:
-    """Rows (name, value) for people: batch, steps, what of it is padding, and stages."""
-    train = config.train
-    tokens = train.global_batch_size * train.sequence_length
-    rows = [
-        ("batch", f"{train.global_batch_size} × {train.sequence_length} = {human(tokens)} tokens per step"),
-        ("steps", f"{train.steps}, {human(train.steps * tokens)} tokens"),
-    ]
-    if padding.source:
-        rows.append(("padding", padding.source))
-    if padding.num_samples and not config.data.stages:
-        text, samples = train.steps * tokens * (1 - padding.share), train.steps * train.global_batch_size
-        epochs = samples / padding.num_samples
-        rows.append(("text", f"{human(text)} tokens; {epochs:.3g} epochs of {padding.num_samples:,} samples"))
-    return [*rows, *list_stages(config)]
 
 
 def header(
