@@ -66,7 +66,7 @@ def floors(sizes: Sizes, num_bytes: int = 2) -> dict[str, Floor]:
         "gather_rows": Floor((T + P) * D * b, 0.0),
         "sum_rows": Floor((P + T) * D * b, P * D),
         "combine_rows": Floor((P + 2 * T) * D * b, 2 * (P + T) * D),
-        "combine_rows_backward": Floor((2 * P + 3 * T) * D * b, 3 * (P + T) * D),
+        "combine_rows_backward": Floor((P + 3 * T) * D * b, (P + 3 * T) * D),
         "embedding_gradient": Floor((T + V) * D * b, T * D),
     }
 
@@ -110,9 +110,7 @@ def results(sizes: Sizes, held: Inputs) -> dict[str, Any]:
         "gather_rows": lambda: ops.gather_rows(held.x, plan.token),
         "sum_rows": lambda: ops.sum_rows(held.rows, plan.row_index),
         "combine_rows": lambda: ops.combine_rows(held.rows, held.gates, plan.row_index, held.x),
-        "combine_rows_backward": lambda: ops.combine_rows_backward(
-            held.grad, held.rows, held.gates, *plan_tensors, held.x
-        ),
+        "combine_rows_backward": lambda: ops.combine_rows_backward(held.grad, held.gates, *plan_tensors, held.x),
         "embedding_gradient": lambda: ops.embedding_gradient(held.grad, held.ids, sizes.vocabulary),
     }
 

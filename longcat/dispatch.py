@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longcat.ops.grouped import padded_capacity
-from longcat.ops.permute import Permutation, combine, permute, plan_permutation
+from longcat.ops.permute import Permutation, combine, log_gates, permute, plan_permutation
 from longcat.ops.recomputed import recomputable
 from longcat.recompute_values import Value
 
@@ -42,8 +42,8 @@ class Dispatcher(Protocol):
     def send_rows(self, pending: Any) -> None:
         """Send the rows if `start_dispatch` did not, to spare the host a wait for their number."""
 
-    def wait_dispatch(self, pending: Any) -> tuple[Tensor, Tensor]:
-        """→ rows [P, D] for the local experts, sorted by expert, and the number of each expert's rows [E].
+    def wait_dispatch(self, pending: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """→ rows [P, D] for the local experts, sorted by expert, the number of each expert's rows [E], `log_gates` [P].
 
         Padding rows may follow an expert's own rows: their results are not used.
         """
@@ -93,10 +93,11 @@ class LocalDispatcher:
             plan = plan if capacity is None else plan.pad_to_capacity(capacity, routing.num_experts)
             pending.plan, pending.rows = plan, recomputable(Value.expert_input, permute, pending.x, plan)
 
-    def wait_dispatch(self, pending: LocalPending) -> tuple[Tensor, Tensor]:
+    def wait_dispatch(self, pending: LocalPending) -> tuple[Tensor, Tensor, Tensor]:
         self.send_rows(pending)
         assert pending.plan is not None and pending.rows is not None
-        return pending.rows, pending.plan.counts[: pending.routing.num_experts]
+        counts = pending.plan.counts[: pending.routing.num_experts]
+        return pending.rows, counts, log_gates(pending.routing.gates, pending.plan, pending.x.dtype)
 
     def start_combine(self, rows: Tensor, pending: LocalPending) -> LocalPending:
         pending.rows = rows

@@ -107,19 +107,15 @@ class Experts(WeightGradModule):
         self.gate_up = nn.Parameter(torch.empty(num, 2 * hidden, width))
         self.down = nn.Parameter(torch.empty(num, width, hidden))
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows [P, D] sorted by expert, counts [E] → [P, D]."""
+    def forward(self, rows: Tensor, counts: Tensor, log_gates: Tensor | None = None) -> Tensor:
+        """rows [P, D] sorted by expert, counts [E] → [P, D]; ``log_gates`` [P] as `Dispatcher.wait_dispatch` gives."""
         ends = counts.cumsum(0).to(torch.int32)
         gate_up = recomputable(Value.expert_hidden, self.project, rows, ends)
-        return recomputable(Value.expert_output, self.project_back, gate_up, ends)  # type: ignore[no-any-return]
+        return grouped_gated_linear(gate_up, local_tensor(self.down), ends, grad_store(self, "down"), log_gates)
 
     def project(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [P, D], ``ends`` [E] the row after each expert's last → gate and up [P, 2F]."""
         return grouped_linear(rows, local_tensor(self.gate_up), ends, grad_store(self, "gate_up"))
-
-    def project_back(self, gate_up: Tensor, ends: Tensor) -> Tensor:
-        """gate and up [P, 2F] → [P, D]."""
-        return grouped_gated_linear(gate_up, local_tensor(self.down), ends, grad_store(self, "down"))
 
 
 @dataclass
@@ -174,8 +170,8 @@ class MoE(SequenceModule, DispatcherModule):
         """Wait for the rows, run the experts on them and start combine."""
         with self.expert_stream():
             for number, chunk in enumerate(pending.chunks):
-                rows, counts = self.dispatcher.wait_dispatch(chunk)
-                pending.chunks[number] = self.dispatcher.start_combine(self.experts(rows, counts), chunk)
+                arrived = self.dispatcher.wait_dispatch(chunk)
+                pending.chunks[number] = self.dispatcher.start_combine(self.experts(*arrived), chunk)
         return pending
 
     def combine(self, pending: PendingMoE) -> tuple[Tensor, RoutingStatistics]:

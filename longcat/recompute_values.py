@@ -15,4 +15,3 @@ class Value(StrEnum):
     ffn_up = "ffn_up"
     expert_input = "expert_input"  # tokens in the order of their experts
     expert_hidden = "expert_hidden"  # the experts' projections before SwiGLU
-    expert_output = "expert_output"  # the experts' results, which the gates' gradient needs

@@ -54,7 +54,7 @@ class Recompute(StrEnum):
 VALUES: dict[Recompute, tuple[Value, ...]] = {
     Recompute.none: (),
     Recompute.light: (Value.norms, Value.expert_input),
-    Recompute.selective: (Value.norms, Value.expansion, Value.expert_input, Value.expert_output),
+    Recompute.selective: (Value.norms, Value.expansion, Value.expert_input, Value.ffn_up),
     Recompute.full: (),  # whole layers instead
 }  # what each preset computes again
 
@@ -93,10 +93,10 @@ class ParallelConfig:
     offload: Offload = Offload.none
     offload_path: str = ""  # folder on a fast disk for offload=nvme
     # what the backward computes again: none; light = norms and the experts' input; selective = also queries, keys and
-    # values from their latents, and the experts' output; full = whole layers
+    # values from their latents, and the dense FFNs' up projections; full = whole layers
     recompute: Recompute = Recompute.none
     # recompute=selective only: the values to compute again, in place of its own: norms, expansion, attention, ffn_gate,
-    # ffn_up, expert_input, expert_hidden, expert_output; the experts' input and output only with ep=1
+    # ffn_up, expert_input, expert_hidden; the experts' input only with ep=1
     recompute_list: list[Value] = field(default_factory=list)
     compile: bool = False  # fuse norms, SwiGLU, softmax and cross-entropy with torch.compile
     # dispatcher of tokens to experts: all_to_all, or all_gather (with reduce-scatter back)
@@ -143,19 +143,11 @@ class ParallelConfig:
                 f"parallel.recompute_list needs parallel.recompute=selective, not {self.recompute}; set that, or drop "
                 f"the list"
             )
-        if Value.expert_output in self.recompute_list and self.sharding == Sharding.zero3:
-            raise ConfigError(
-                "parallel.recompute_list has expert_output, which parallel.sharding=zero3 cannot compute again: it has "
-                "released the experts' weights; drop it, or use parallel.sharding=fsdp or zero2"
-            )
 
     @property
     def recomputed_values(self) -> tuple[Value, ...]:
         """The values that the backward computes again; none under full, which repeats whole layers."""
-        values = tuple(self.recompute_list) or VALUES[self.recompute]
-        if self.sharding == Sharding.zero3:
-            return tuple(value for value in values if value != Value.expert_output)
-        return values
+        return tuple(self.recompute_list) or VALUES[self.recompute]
 
 
 @dataclass

@@ -49,7 +49,7 @@ def programs(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], Callable[[], An
         "gather_rows": (lambda: ops.gather_rows(x, plan.token), lambda: x.index_select(0, plan.token)),
         "sum_rows": (lambda: ops.sum_rows(rows, plan.row_index), lambda: sums.index_add_(0, plan.token, rows)),
         "combine_rows": (lambda: ops.combine_rows(rows, gates, plan.row_index, x), None),
-        "combine_rows_backward": (lambda: ops.combine_rows_backward(grad, rows, gates, *plan_tensors, x), None),
+        "combine_rows_backward": (lambda: ops.combine_rows_backward(grad, gates, *plan_tensors, x), None),
         "embedding_gradient": (
             lambda: ops.embedding_gradient(grad, ids, sizes.vocabulary),
             lambda: backward(grad, ids, sizes.vocabulary, -1, False),

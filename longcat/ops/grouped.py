@@ -31,6 +31,7 @@ from longcat.ops.matmul import (
     upcast,
 )
 from longcat.ops.permuted import along, is_permuting, matmul, rolled
+from longcat.ops.rows import row_products
 from longcat.ops.torch_library import operator
 
 BLOCK = 16  # rows; the GEMMs' shapes are multiples of it
@@ -161,7 +162,13 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, ends: Tensor, store: StoreWeightGrad | None, gated: bool, x: Tensor
+        ctx: Any,
+        weight: Tensor,
+        ends: Tensor,
+        store: StoreWeightGrad | None,
+        gated: bool,
+        x: Tensor,
+        log_scale: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(weight, ends, x)
         ctx.store, ctx.gated = store, gated
@@ -171,17 +178,20 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, ends, x = ctx.saved_tensors
-        grad, grad_x = grads[0].contiguous(), None
-        if ctx.needs_input_grad[4]:
+        grad, grad_x, grad_scale = grads[0].contiguous(), None, None
+        if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
             grad_x = passed(Place.gradient, "experts", grouped_product(grad, weight.to(grad.dtype), ends))
             if ctx.gated:
-                grad_x, x = joined_swiglu_backward(grad_x, x)
+                grad_hidden = grad_x
+                grad_x, x = joined_swiglu_backward(grad_hidden, x)
+                if ctx.needs_input_grad[5]:
+                    grad_scale = row_products(grad_hidden, x)
         elif ctx.gated:
             x = joined_swiglu(x)
         grad_w = None
         if ctx.store is not None or ctx.needs_input_grad[0]:
             grad_w = compute_or_store(ctx.store, lambda: _weight_gradient(grad, x, ends))
-        return grad_w, None, None, None, grad_x
+        return grad_w, None, None, None, grad_x, grad_scale
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, store: StoreWeightGrad | None = None) -> Tensor:
@@ -192,18 +202,35 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, store: StoreWeightGr
     return _grouped(x, weight, ends, store, gated=False)
 
 
-def grouped_gated_linear(gate_up: Tensor, weight: Tensor, ends: Tensor, store: StoreWeightGrad | None = None) -> Tensor:
-    """`grouped_linear` of x = silu(gate) · up [P, I], which autograd does not save; gate_up [P, 2I] has both."""
-    return _grouped(gate_up, weight, ends, store, gated=True)
+def grouped_gated_linear(
+    gate_up: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    store: StoreWeightGrad | None = None,
+    log_scale: Tensor | None = None,
+) -> Tensor:
+    """`grouped_linear` of x = silu(gate) · up [P, I], which autograd does not save; gate_up [P, 2I] has both.
+
+    ``log_scale`` [P] float32 are zeros: the logarithm of a factor of each row of the result. Its gradient, Σ grad ·
+    result, is found as Σ grad_x · x, without the result.
+    """
+    return _grouped(gate_up, weight, ends, store, True, log_scale)
 
 
-def _grouped(x: Tensor, weight: Tensor, ends: Tensor, store: StoreWeightGrad | None, gated: bool) -> Tensor:
+def _grouped(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    store: StoreWeightGrad | None,
+    gated: bool,
+    log_scale: Tensor | None = None,
+) -> Tensor:
     weight = detach_if_deferred(weight, store, x)
     width, height = weight.shape[2], weight.shape[1]
     align = 16 // x.element_size()  # grouped_mm needs rows of a multiple of 16 bytes
     pad_in, pad_out = -width % align, -height % align
     if not pad_in and not pad_out:
-        return _GroupedLinear.apply(weight, ends, store, gated, x)
+        return _GroupedLinear.apply(weight, ends, store, gated, x, log_scale)
 
     def store_unpadded(compute: Callable[[], Tensor]) -> None:
         assert store is not None
@@ -215,5 +242,6 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor, store: StoreWeightGrad | N
         None if store is None else store_unpadded,
         gated,
         pad(x.unflatten(-1, (2 if gated else 1, width)), (0, pad_in)).flatten(-2),
+        log_scale,
     )
     return padded[:, :height]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from longcat.faults import Place, passed, passed_all
 from longcat.ops.calls import observed
@@ -113,7 +114,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) -> Tensor:
         rows, gates, x = rows.contiguous(), gates.contiguous(), None if x is None else x.contiguous()
-        ctx.save_for_backward(rows, gates, plan.token, plan.selection, plan.row_index, x)
+        ctx.save_for_backward(gates, plan.token, plan.selection, plan.row_index, x)
         return passed(Place.activation, "combine", combine_rows(rows, gates, plan.row_index, x))
 
     @staticmethod
@@ -130,5 +131,40 @@ def combine(rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) ->
 
     ``gates`` [T, K] float32 are γ·R of the selections (section 3 of the model's equations). Without ``x`` the
     identity experts are left out.
+
+    The results are not saved: the gates of FFN experts get their gradients by `log_gates` alone.
     """
     return _Combine.apply(rows, gates, plan, x)
+
+
+@observed("log_gates")
+class _LogGates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, plan: Permutation, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(gates, plan.row_index)
+        ctx.dtype = dtype
+        return gates.new_zeros(plan.token.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        gates, row_index = ctx.saved_tensors
+        return passed(Place.gradient, "gates", gate_gradients(grads[0], gates, row_index, ctx.dtype)), None, None
+
+
+def gate_gradients(grad: Tensor, gates: Tensor, row_index: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradients of ``gates`` [T, K] from ``grad`` [P], those of their logarithms; zero where a gate is zero.
+
+    `combine` rounds the gates to ``dtype``.
+    """
+    of_selection = pad(grad, (0, 1)).index_select(0, row_index.clamp_min(0).reshape(-1)).view_as(gates)
+    rounded = gates.to(dtype).to(gates.dtype)
+    return torch.where((row_index >= 0) & (rounded != 0), of_selection / rounded, 0.0)
+
+
+def log_gates(gates: Tensor, plan: Permutation, dtype: torch.dtype) -> Tensor:
+    """log(gate / its value) of each FFN selection, [P] float32 in the order of `permute`: zeros, whose gradient counts.
+
+    `grouped_gated_linear` finds it without the experts' results, which would otherwise be saved for the gates' gradient
+    alone: ∂loss/∂log gate, from which follows ∂loss/∂gate. ``dtype`` is that of the results.
+    """
+    return _LogGates.apply(gates.contiguous(), plan, dtype)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from longcat.ops.fusion import Fusible
+from longcat.ops.fusion import Fusible, Permutable
+from longcat.ops.permuted import along
 from longcat.ops.torch_internals import sparse_row_sums
 from longcat.ops.torch_library import accumulate_dtype, num_partial_sums, operator, sum_into_partials, tree_sum
 
@@ -70,23 +71,21 @@ def _add_identity(out: Tensor, x: Tensor, gate: Tensor) -> None:
 
 
 def _partials(like: Tensor) -> Tensor:
-    """A buffer for the partial sums that `_weighted_backward` writes for each row of ``like`` [R, D]."""
+    """A buffer for the partial sums of each row's dot product, for rows ``like`` [R, D]."""
     num_partials = min(MIN_VECTOR_WIDTH, num_partial_sums(like.shape[1]))
     return like.new_empty(like.shape[0], num_partials, dtype=accumulate_dtype(like.dtype))
 
 
 @Fusible
-def _weighted_backward(
-    grad: Tensor, token: Tensor | None, rows: Tensor, weight: Tensor, grad_rows: Tensor, partials: Tensor
-) -> None:
-    """Write the gradients of r rows [r, D], and partial sums of their products with ``grad``, to the last 2 arguments.
+def _add_products(a: Tensor, b: Tensor, partials: Tensor) -> None:
+    """Write partial sums of the products of a and b [r, D] to ``partials`` [r, n]."""
+    partials.copy_(tree_sum(sum_into_partials(a.to(partials.dtype) * b), partials.shape[1]))
 
-    ``grad`` is [r, D], or [T, D] with the ``token`` [r] of each row; ``weight`` [r, 1].
-    """
-    grad_of_row = grad if token is None else grad.index_select(0, token)
-    torch.mul(grad_of_row, weight, out=grad_rows)
-    product = rows.to(partials.dtype) * grad_of_row
-    partials.copy_(tree_sum(sum_into_partials(product), partials.shape[1]))
+
+@Fusible
+def _weighted(grad: Tensor, token: Tensor | None, weight: Tensor, out: Tensor) -> None:
+    """Write weight [r, 1] · ``grad`` [r, D], or [T, D] with the ``token`` [r] of each row, to ``out`` [r, D]."""
+    torch.mul(grad if token is None else grad.index_select(0, token), weight, out=out)
 
 
 def _sum_partials(partials: Tensor) -> Tensor:
@@ -121,29 +120,47 @@ def combine_rows(rows: Tensor, gates: Tensor, row_index: Tensor, x: Tensor | Non
 
 
 @operator(
-    "combine_rows_backward(Tensor grad, Tensor rows, Tensor gates, Tensor token, Tensor selection, Tensor row_index, "
-    "Tensor? x) -> (Tensor, Tensor, Tensor)"
+    "combine_rows_backward(Tensor grad, Tensor gates, Tensor token, Tensor selection, Tensor row_index, Tensor? x) -> "
+    "(Tensor, Tensor, Tensor)"
 )
 def combine_rows_backward(
-    grad: Tensor, rows: Tensor, gates: Tensor, token: Tensor, selection: Tensor, row_index: Tensor, x: Tensor | None
+    grad: Tensor, gates: Tensor, token: Tensor, selection: Tensor, row_index: Tensor, x: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [T, D] → the gradients of rows [P, D], gates [T, K] and x [T, D] (no elements without ``x``).
 
-    A gate's gradient is the dot product of two rows: partial sums, then their tree sum. A padding row (token and
-    selection are -1) gets zeros.
+    Of the gates, only those of identity experts get one, the dot product of two rows; the others zero. A padding row
+    (token and selection are -1) gets zeros.
     """
     token = token.clamp_min(0)
-    weight = pad(gates.reshape(-1), (0, 1))[selection].to(rows.dtype)[:, None]  # -1, a padding row: zero
-    grad_rows, partials = torch.empty_like(rows), _partials(rows)
-    for part in row_chunks(rows):
-        _weighted_backward(grad, token[part], rows[part], weight[part], grad_rows[part], partials[part])
-    gate_grad_of_row, gate_grad_of_token = _sum_partials(partials).to(gates.dtype), gates.new_zeros(gates.shape[0], 1)
-    grad_x = grad.new_empty(0)
-    if x is not None:
-        identity, grad_x, partials = _identity_gates(gates, row_index), torch.empty_like(x), _partials(x)
-        for part in row_chunks(x):
-            _weighted_backward(grad[part], None, x[part], identity[part], grad_x[part], partials[part])
-        gate_grad_of_token = _sum_partials(partials).to(gates.dtype)[:, None]
-    grad_gates = pad(torch.where(row_index >= 0, 0.0, gate_grad_of_token).reshape(-1), (0, 1))
-    grad_gates[selection] = gate_grad_of_row
-    return grad_rows, grad_gates[:-1].view_as(gates), grad_x
+    weight = pad(gates.reshape(-1), (0, 1))[selection].to(grad.dtype)[:, None]  # -1, a padding row: zero
+    grad_rows = grad.new_empty(token.shape[0], grad.shape[1])
+    for part in row_chunks(grad_rows):
+        _weighted(grad, token[part], weight[part], grad_rows[part])
+    if x is None:
+        return grad_rows, torch.zeros_like(gates), grad.new_empty(0)
+    identity, grad_x = _identity_gates(gates, row_index), torch.empty_like(x)
+    for part in row_chunks(x):
+        _weighted(grad[part], None, identity[part], grad_x[part])
+    gate_grad = dot_rows(grad, x).to(gates.dtype)[:, None]
+    return grad_rows, torch.where(row_index >= 0, 0.0, gate_grad), grad_x
+
+
+@operator("dot_rows(Tensor a, Tensor b) -> Tensor")
+def dot_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a, b [R, D] → the dot product of each pair of rows [R], float32: partial sums, then their tree sum."""
+    partials = _partials(a)
+    for part in row_chunks(a):
+        _add_products(a[part], b[part], partials[part])
+    return _sum_partials(partials)
+
+
+@Permutable
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """`dot_rows`, called inside autograd functions."""
+    return dot_rows(a, b)  # type: ignore[no-any-return]
+
+
+@row_products.permuted_by
+def _row_products_permuted(a: Tensor, b: Tensor) -> Tensor:
+    """The sums over a row keep their order."""
+    return along(0, row_products.compute, a, b)  # type: ignore[no-any-return]

@@ -133,6 +133,16 @@ def _record_received(collective: Collective, result: Tensor, number: int) -> Non
             LEDGER.receive(collective.event.text, channel, number, ranks[rank], part)
 
 
+@dataclass
+class Unsent:
+    """In place of a forward collective whose result is known here; its gradient is sent."""
+
+    result: Tensor
+
+    def wait(self, on_side: bool = False) -> Tensor:
+        return self.result
+
+
 _regions: list[list[InFlight]] = []  # what has been launched inside each open `wait_for_all`, outermost first
 
 
@@ -159,7 +169,7 @@ class AsyncCollective:
     autograd_token: Tensor | None = None  # no elements: it ties `wait` to `start` in autograd's graph
     collective: Collective | None = None
     reorders: tuple[Reorder, Reorder] | None = None  # before and after; until `wait`
-    forward: InFlight | None = None
+    forward: InFlight | Unsent | None = None
     backward: InFlight | None = None
 
 
@@ -232,6 +242,14 @@ def launch_staged(
     with torch.no_grad():
         pending.forward = InFlight.launch(collective, pending.x, before.forward, after.forward, pending.streams)
     pending.x = None
+    return pending
+
+
+def send_gradient_alone(
+    pending: AsyncCollective, collective: Collective, result: Tensor, before: Reorder, after: Reorder
+) -> AsyncCollective:
+    """`launch_staged` of a collective with a known ``result``: nothing is sent forward, only its gradient back."""
+    pending.collective, pending.reorders, pending.forward, pending.x = collective, (before, after), Unsent(result), None
     return pending
 
 

@@ -27,7 +27,9 @@ from longcat.ops.permute import (
     Permutation,
     _Combine,
     combine,
+    gate_gradients,
     gather_rows_padded,
+    log_gates,
     padded_positions,
     permute,
     plan_permutation,
@@ -39,6 +41,7 @@ from parallel.collectives.async_collective import (
     AsyncCollective,
     Reorder,
     launch_staged,
+    send_gradient_alone,
     stage_input,
     start,
     wait,
@@ -169,6 +172,10 @@ class ReceiveOrder:
         shift = by.flatten().repeat_interleave(counts.flatten(), output_size=self.num_rows)
         return shift.add_(torch.arange(self.num_rows, device=shift.device))
 
+    def reorder_gradients(self) -> Reorder:
+        """Gradients of one number a row, from the order of the experts back to the order of arrival."""
+        return Reorder(lambda x: x, lambda grad, order: grad.index_select(0, order), lambda: (self.order[1],))
+
     def reorder(self, to_experts: bool) -> Reorder:
         """Received rows to the order of the experts, or the experts' results back to the order of arrival."""
         to_theirs = in_order if self.capacity is None else in_order_with_zeros
@@ -200,6 +207,7 @@ class PendingAllToAll:
     sizes: SplitSizes
     number: int
     collective: AsyncCollective
+    gates: AsyncCollective
     plan: Permutation | None = None
     receive_order: ReceiveOrder | None = None
     counts: Tensor | None = None  # [E]
@@ -216,11 +224,11 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
     """A row for each FFN selection goes to the rank of its expert."""
 
     def start_dispatch(self, chunks: list[tuple[Tensor, Routing]]) -> list[PendingAllToAll]:
-        staged = [stage_input(x, self.streams) for x, _ in chunks]
+        staged = [(stage_input(x, self.streams), stage_input(routing.gates, self.streams)) for x, routing in chunks]
         sizes = SplitSizes([routing for _, routing in chunks], self.group, self.streams, self.layer)
         pending = [
-            PendingAllToAll(x, routing, sizes, number, collective)
-            for number, ((x, routing), collective) in enumerate(zip(chunks, staged, strict=True))
+            PendingAllToAll(x, routing, sizes, number, *collectives)
+            for number, ((x, routing), collectives) in enumerate(zip(chunks, staged, strict=True))
         ]
         if not self.streams.is_async_host:
             for chunk in pending:
@@ -246,11 +254,27 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
             pending.counts = receive_order.counts
         pending.plan, pending.receive_order = plan, receive_order
 
-    def wait_dispatch(self, pending: PendingAllToAll) -> tuple[Tensor, Tensor]:
+    def wait_dispatch(self, pending: PendingAllToAll) -> tuple[Tensor, Tensor, Tensor]:
         self.send_rows(pending)
+        gates = self._log_gates(pending)  # first, so that the backward sends the rows' gradients before the gates'
         rows = wait(pending.collective)
         assert pending.counts is not None
-        return rows, pending.counts  # also kept in `pending` until the combine starts
+        return rows, pending.counts, gates  # also kept in `pending` until the combine starts
+
+    def _log_gates(self, pending: PendingAllToAll) -> Tensor:
+        """`log_gates` of the rows here: zeros, so nothing is sent, but their gradients go back to the tokens' ranks."""
+        there, plan, receive_order = pending.collective.collective, pending.plan, pending.receive_order
+        assert isinstance(there, AllToAll) and plan is not None and receive_order is not None
+        gates, dtype = pending.routing.gates, pending.x.dtype
+        back = AllToAll(Event(SpanKind.EXPERT_GATES, self.layer), self.group, there.sent, there.received)
+
+        def to_gates(grad: Tensor, gates: Tensor, row_index: Tensor) -> Tensor:
+            return gate_gradients(grad, gates, row_index, dtype)
+
+        before = Reorder(lambda x: x, to_gates, lambda: (gates, plan.row_index))
+        zeros = torch.zeros(receive_order.order[0].shape[0], dtype=gates.dtype, device=gates.device)
+        send_gradient_alone(pending.gates, back, zeros, before, receive_order.reorder_gradients())
+        return wait(pending.gates)
 
     def start_combine(self, rows: Tensor, pending: PendingAllToAll) -> PendingAllToAll:
         dispatch, receive_order = pending.collective.collective, pending.receive_order
@@ -375,7 +399,7 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
     def send_rows(self, pending: PendingAllGather) -> None:
         pass
 
-    def wait_dispatch(self, pending: PendingAllGather) -> tuple[Tensor, Tensor]:
+    def wait_dispatch(self, pending: PendingAllGather) -> tuple[Tensor, Tensor, Tensor]:
         choices, number = pending.choices, pending.number
         num_rows = None if choices.num_rows is None else choices.num_rows[number]
         wait_on_stream(choices.event, self.group, self.streams, choices.indices)
@@ -384,11 +408,12 @@ class AllGatherDispatcher(ExpertParallelDispatcher):
         capacity = None if self.streams.is_async_host else padded_capacity(plan.counts[:size], pending.x)
         pending.plan = plan if capacity is None else plan.pad_to_capacity(capacity, size)
         pending.all_gates = wait(pending.gates).flatten(0, 1)
-        return permute(wait(pending.tokens).flatten(0, 1), pending.plan), pending.plan.counts[:size]
+        rows = permute(wait(pending.tokens).flatten(0, 1), pending.plan)
+        return rows, pending.plan.counts[:size], log_gates(pending.all_gates, pending.plan, pending.x.dtype)
 
     def start_combine(self, rows: Tensor, pending: PendingAllGather) -> PendingAllGather:
         assert pending.all_gates is not None and pending.plan is not None
-        partial = combine(rows, pending.all_gates, pending.plan, None)
+        partial = combine(rows, pending.all_gates.detach(), pending.plan, None)
         scatter = ReduceScatter(Event(SpanKind.EXPERT_COMBINE, self.layer), self.group)
         whole = partial.view(dist.get_world_size(self.group), *pending.x.shape)
         pending.tokens = start(whole, scatter, StreamContext(self.streams.blocking))

@@ -30,6 +30,7 @@ def install(device: torch.device) -> bool:
             rows.sum_rows,
             rows.combine_rows,
             rows.combine_rows_backward,
+            rows.dot_rows,
             embedding.embedding_gradient,
             grouped.grouped_rows,
             grouped.grouped_sums,

@@ -99,7 +99,7 @@ def combine_rows(rows: Tensor, gates: Tensor, row_index: Tensor, x: Tensor | Non
 
 @triton.jit
 def combine_backward_kernel(
-    grad, rows, gates, row_index, x, grad_rows, grad_gates, grad_x, width,
+    grad, gates, row_index, x, grad_rows, grad_gates, grad_x, width,
     K: tl.constexpr, KP: tl.constexpr, GATE_STEPS: tl.constexpr, PARTIALS: tl.constexpr, STEPS: tl.constexpr,
     IDENTITY: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +110,6 @@ def combine_backward_kernel(
     gate = tl.load(gates + token * K + choice, mask=choice < K, other=0.0)
     is_ffn = row >= 0
     weight = rounded(gate, DTYPE).to(tl.float32)
-    partials = tl.zeros((KP, PARTIALS), tl.float32)
     identity_partials = tl.zeros((1, PARTIALS), tl.float32)
     identity = tl.sum(tree_sum(tl.reshape(tl.where(is_ffn, 0.0, gate), (1, KP)), 1, GATE_STEPS), axis=0)
     for start in range(0, width, PARTIALS):
@@ -119,34 +118,57 @@ def combine_backward_kernel(
         token_grad = tl.load(grad + token * width + column, mask=in_bounds, other=0.0).to(tl.float32)
         offsets = row[:, None] * width + column[None, :]
         mask = is_ffn[:, None] & in_bounds[None, :]
-        value = tl.load(rows + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_rows + offsets, rounded(token_grad[None, :] * weight[:, None], DTYPE), mask=mask)
-        partials += value * token_grad[None, :]
         if IDENTITY:
             token_x = tl.load(x + token * width + column, mask=in_bounds, other=0.0).to(tl.float32)
             identity_partials += (token_x * token_grad)[None, :]
             tl.store(grad_x + token * width + column, rounded(token_grad * identity, DTYPE), mask=in_bounds)
-    gate_grad = tree_sum(partials, KP, STEPS)
-    identity_gate_grad = tl.sum(tree_sum(identity_partials, 1, STEPS), axis=0)
-    tl.store(grad_gates + token * K + choice, tl.where(is_ffn, gate_grad, identity_gate_grad), mask=choice < K)
+    gate_grad = tl.sum(tree_sum(identity_partials, 1, STEPS), axis=0)
+    tl.store(grad_gates + token * K + choice, tl.where(is_ffn, 0.0, gate_grad), mask=choice < K)
 
 
 def combine_rows_backward(
-    grad: Tensor, rows: Tensor, gates: Tensor, token: Tensor, selection: Tensor, row_index: Tensor, x: Tensor | None
+    grad: Tensor, gates: Tensor, token: Tensor, selection: Tensor, row_index: Tensor, x: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad [T, D] → the gradients of rows [P, D], gates [T, K] and x [T, D] (no elements without ``x``).
+    """grad [T, D] → the gradients of rows [P, D], identity gates [T, K] and x [T, D] (no elements without ``x``).
 
     Only the plain version needs ``token`` and ``selection``: a program finds its token's rows in ``row_index``.
     """
     num_tokens, top_k = row_index.shape
     width = grad.shape[1]
-    grad_rows, grad_gates = torch.empty_like(rows), torch.empty_like(gates)
+    grad_rows, grad_gates = grad.new_empty(token.shape[0], width), torch.empty_like(gates)
     grad_x = grad.new_empty(0) if x is None else torch.empty_like(x)
     if num_tokens:
         padded, partials = power_of_two(top_k), num_partial_sums(width)
         combine_backward_kernel[(num_tokens,)](
-            grad, rows, gates, row_index, grad if x is None else x, grad_rows, grad_gates, grad_x, width,
+            grad, gates, row_index, grad if x is None else x, grad_rows, grad_gates, grad_x, width,
             K=top_k, KP=padded, GATE_STEPS=padded.bit_length() - 1, PARTIALS=partials, STEPS=partials.bit_length() - 1,
             IDENTITY=x is not None, **UNFUSED,
         )  # fmt: skip
     return grad_rows, grad_gates, grad_x
+
+
+@triton.jit
+def dot_kernel(a, b, out, width, PARTIALS: tl.constexpr, STEPS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    partials = tl.zeros((1, PARTIALS), tl.float32)
+    for start in range(0, width, PARTIALS):
+        column = start + tl.arange(0, PARTIALS)
+        in_bounds = column < width
+        first = tl.load(a + row * width + column, mask=in_bounds, other=0.0).to(tl.float32)
+        second = tl.load(b + row * width + column, mask=in_bounds, other=0.0).to(tl.float32)
+        partials += (first * second)[None, :]
+    tl.store(out + row, tl.sum(tree_sum(partials, 1, STEPS), axis=0))
+
+
+def dot_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a, b [R, D] → the dot product of each pair of rows [R], float32."""
+    num_rows, width = a.shape
+    out = a.new_empty(num_rows, dtype=torch.float32)
+    if num_rows:
+        partials = num_partial_sums(width)
+        dot_kernel[(num_rows,)](
+            a.contiguous(), b.contiguous(), out, width,
+            PARTIALS=partials, STEPS=partials.bit_length() - 1, **UNFUSED,
+        )  # fmt: skip
+    return out

@@ -23,9 +23,10 @@ def _plan(indices: Tensor, num_experts: int, num_routed: int, num_rows: int | No
 
 
 def _combine_rows_backward(
-    grad: Tensor, values: Tensor, gates: Tensor, token: Tensor, selection: Tensor, row_index: Tensor, x: Tensor | None
+    grad: Tensor, gates: Tensor, token: Tensor, selection: Tensor, row_index: Tensor, x: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(values), torch.empty_like(gates), grad.new_empty(0) if x is None else torch.empty_like(x)
+    grad_rows = grad.new_empty(token.shape[0], grad.shape[1])
+    return grad_rows, torch.empty_like(gates), grad.new_empty(0) if x is None else torch.empty_like(x)
 
 
 def _join_keys(k_nope: Tensor, k_rope: Tensor, angles: Tensor) -> Tensor:
@@ -48,6 +49,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "sum_rows": lambda x, index: x.new_empty(index.shape[0], x.shape[1]),
     "combine_rows": lambda values, gates, index, x: values.new_empty(gates.shape[0], values.shape[1]),
     "combine_rows_backward": _combine_rows_backward,
+    "dot_rows": lambda a, b: a.new_empty(a.shape[0], dtype=torch.float32),
     "grouped_rows": lambda a, b, ends: a.new_empty(a.shape[0], b.shape[2]),
     "grouped_sums": lambda a, b, ends: a.new_empty(ends.shape[0], a.shape[1], b.shape[1]),
     "norm_rows": lambda x, gain, eps: (x.new_empty(x.shape), x.new_empty(x.shape[0], 1, dtype=torch.float32)),

@@ -194,11 +194,12 @@ def combine_rows_on_gpu(recorder: AllocationRecorder) -> tuple[Callable[..., Any
         return out
 
     def backward(
-        grad: Tensor, rows: Tensor, gates: Tensor, token: Tensor, selection: Tensor, index: Tensor, x: Tensor | None
+        grad: Tensor, gates: Tensor, token: Tensor, selection: Tensor, index: Tensor, x: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_rows = grad.new_empty(token.shape[0], grad.shape[1])
         grad_x = grad.new_empty(0) if x is None else torch.empty_like(x)
-        recorder.count(0.0, nbytes(grad, rows, rows, grad_x), rows.dtype)
-        return torch.empty_like(rows), torch.empty_like(gates), grad_x
+        recorder.count(0.0, nbytes(grad, grad_rows, *([] if x is None else [x, grad_x])), grad.dtype)
+        return grad_rows, torch.empty_like(gates), grad_x
 
     return combine_rows, backward
 

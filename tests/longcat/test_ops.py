@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import silu
 
 from longcat.documents import Documents
 from longcat.ops.attention import causal_attention
@@ -17,7 +18,7 @@ from longcat.ops.cross_entropy import linear_cross_entropy
 from longcat.ops.elementwise import rms_norm
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
 from longcat.ops.matmul import cpu_multiplies_bfloat16, gated_linear, linear, product
-from longcat.ops.permute import combine, permute, plan_permutation
+from longcat.ops.permute import combine, log_gates, permute, plan_permutation
 from longcat.ops.rotation import rotary
 from longcat.rope import rotary_angles
 
@@ -74,7 +75,7 @@ def test_gated_products_save_only_gate_and_up(width: int) -> None:
     gate, up, one, several = draw(0, 4, width), draw(1, 4, width), draw(2, 7, width), draw(3, 2, 7, width)
 
     def x() -> Tensor:
-        return torch.nn.functional.silu(gate) * up
+        return silu(gate) * up
 
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
@@ -159,19 +160,38 @@ def test_permute_and_combine_equal_a_loop_over_tokens(tokens: int, experts: int,
     scores = torch.rand(tokens, experts + zero, generator=generator)
     indices = scores.topk(top_k).indices
     x, gates = draw(seed + 1, tokens, 3), draw(seed + 2, tokens, top_k)
-    scale = draw(seed + 3, experts)
-    plan = plan_permutation(indices, experts, experts + zero)
-    of_row = torch.repeat_interleave(torch.arange(experts), plan.counts[:experts])
-    ours = combine(permute(x, plan) * scale[of_row, None], gates, plan, x)
-    rows = []
-    for token in range(tokens):
-        total = torch.zeros(3)
-        for choice, expert in enumerate(indices[token].tolist()):
-            factor = scale[expert] if expert < experts else 1.0
-            total = total + gates[token, choice] * factor * x[token]
-        rows.append(total)
-    reference = torch.stack(rows)
-    assert plan.counts.tolist() == torch.bincount(indices.flatten(), minlength=experts + zero).tolist()
-    torch.testing.assert_close(ours, reference)
-    if bool((plan.row_index >= 0).any()):
-        assert_same(ours, reference, [x, gates, scale])
+    into, back = draw(seed + 3, experts, 8, 3), draw(seed + 4, experts, 3, 4)
+    plain = plan_permutation(indices, experts, experts + zero)
+    assert plain.counts.tolist() == torch.bincount(indices.flatten(), minlength=experts + zero).tolist()
+
+    def result(expert: int, row: Tensor) -> Tensor:
+        if expert >= experts:
+            return row
+        gate, up = (into[expert] @ row).chunk(2)
+        return back[expert] @ (silu(gate) * up)
+
+    def of_token(token: int) -> Tensor:
+        return sum(
+            (gates[token, choice] * result(expert, x[token]) for choice, expert in enumerate(indices[token].tolist())),
+            torch.zeros(3),
+        )
+
+    has_rows = bool((plain.row_index >= 0).any())
+    most = int(plain.counts[:experts].max())
+    for plan in (plain, plain.pad_to_capacity(most + 1, experts)) if has_rows else (plain,):
+        reference = torch.stack([of_token(token) for token in range(tokens)])
+        ends = plan.counts[:experts].cumsum(0).to(torch.int32)
+        hidden = grouped_linear(permute(x, plan), into, ends)
+        results = grouped_gated_linear(hidden, back, ends, log_scale=log_gates(gates, plan, x.dtype))
+        ours = combine(results, gates, plan, x)
+        torch.testing.assert_close(ours, reference)
+        if has_rows:
+            assert_same(ours, reference, [x, gates, into, back])
+
+
+def test_a_gate_of_zero_has_no_gradient() -> None:
+    """Its logarithm has none; a softmax that selects it gives more than zero."""
+    plan = plan_permutation(torch.tensor([[0, 1]]), 2, 2)
+    gates = torch.tensor([[0.0, 2.0]], requires_grad=True)
+    log_gates(gates, plan, torch.float32).backward(torch.tensor([5.0, 3.0]))
+    assert gates.grad is not None and gates.grad.tolist() == [[0.0, 1.5]]

@@ -108,7 +108,7 @@ def check_sum(case: Case) -> None:
 
 
 def check_combine(case: Case, identity: bool) -> None:
-    from parallel.kernels.rows import combine_rows, combine_rows_backward
+    from parallel.kernels.rows import combine_rows, combine_rows_backward, dot_rows
 
     plan, plain = case.plan, torch.ops.longcat
     rows = case.draw(plan.token.shape[0], case.width)
@@ -121,8 +121,10 @@ def check_combine(case: Case, identity: bool) -> None:
         combine_rows(rows, gates, plan.row_index, x), plain.combine_rows(*cpu_inputs, plan.row_index.cpu(), cpu_x)
     )
     indices = plan.token, plan.selection, plan.row_index
-    ours = combine_rows_backward(grad, rows, gates, *indices, x)
-    expected = plain.combine_rows_backward(grad.cpu(), *cpu_inputs, *(part.cpu() for part in indices), cpu_x)
+    ours = combine_rows_backward(grad, gates, *indices, x)
+    expected = plain.combine_rows_backward(grad.cpu(), gates.cpu(), *(part.cpu() for part in indices), cpu_x)
+    other = case.draw(*rows.shape)
+    assert_bits(dot_rows(rows, other), plain.dot_rows(rows.cpu(), other.cpu()))
     for mine, wanted in zip(ours, expected, strict=True):
         assert_bits(mine, wanted)
 

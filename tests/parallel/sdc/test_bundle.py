@@ -18,7 +18,7 @@ from longcat.ops.cross_entropy import linear_cross_entropy
 from longcat.ops.elementwise import added_norm, rms_norm
 from longcat.ops.grouped import grouped_gated_linear
 from longcat.ops.matmul import linear, rotated_linear
-from longcat.ops.permute import combine, permute, plan_permutation
+from longcat.ops.permute import combine, log_gates, permute, plan_permutation
 from longcat.ops.rotation import expanded_keys
 from longcat.ops.selections import selected_gates
 from longcat.rope import rotary_angles
@@ -60,7 +60,8 @@ def some_calls() -> list[Difference]:
     try:
         selected = selected_gates(draw(48, 6), plan.row_index.new_tensor([[0, 1], [2, 5], [4, 3]]).repeat(16, 1))
         rows = combine(permute(linear(x, weight), plan), gates + selected, plan, None)
-        experts = grouped_gated_linear(linear(x, draw(64, 64)), stack, ends)
+        logs = log_gates(gates + selected, plan, x.dtype)
+        experts = grouped_gated_linear(linear(x, draw(64, 64)), stack, ends, log_scale=logs[:48])
         loss = linear_cross_entropy(x, head, torch.arange(48), torch.ones(48, dtype=torch.bool))[0]
         attended = causal_attention(query, query, query, 0.3, None)
         angles = rotary_angles(torch.arange(48), 8, 1e4)
