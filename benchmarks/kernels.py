@@ -32,6 +32,7 @@ class Sizes:
     experts: int
     zero: int
     width: int
+    expert_width: int
     vocabulary: int
     ffn_experts: float  # per token, on average
 
@@ -46,8 +47,8 @@ class Sizes:
         return (torch.rand(self.tokens, generator=generator) ** 4 * self.vocabulary).long()
 
 
-FLASH = Sizes(4096, 12, 512, 256, 6144, 131072, 8.0)
-SMALL = Sizes(2048, 6, 32, 16, 512, 32768, 4.0)
+FLASH = Sizes(4096, 12, 512, 256, 6144, 2048, 131072, 8.0)
+SMALL = Sizes(2048, 6, 32, 16, 512, 256, 32768, 4.0)
 
 
 class Floor(NamedTuple):
@@ -58,8 +59,8 @@ class Floor(NamedTuple):
 
 
 def floors(sizes: Sizes, num_bytes: int = 2) -> dict[str, Floor]:
-    """By operator, for numbers of ``num_bytes`` each; T tokens, P = T · K_e rows, D width."""
-    T, K, D, V = sizes.tokens, sizes.top_k, sizes.width, sizes.vocabulary
+    """By operator, for numbers of ``num_bytes`` each; T tokens, P = T · K_e rows, D width, F expert width."""
+    T, K, D, F, V = sizes.tokens, sizes.top_k, sizes.width, sizes.expert_width, sizes.vocabulary
     P, b = T * sizes.ffn_experts, num_bytes
     return {
         "plan": Floor(8.0 * (2 * T * K + 2 * P), 0.0),
@@ -67,6 +68,7 @@ def floors(sizes: Sizes, num_bytes: int = 2) -> dict[str, Floor]:
         "sum_rows": Floor((P + T) * D * b, P * D),
         "combine_rows": Floor((P + 2 * T) * D * b, 2 * (P + T) * D),
         "combine_rows_backward": Floor((P + 3 * T) * D * b, (P + 3 * T) * D),
+        "dot_rows": Floor(2 * P * F * b, 2 * P * F),
         "embedding_gradient": Floor((T + V) * D * b, T * D),
     }
 
@@ -84,6 +86,7 @@ class Inputs(NamedTuple):
     rows: Tensor
     gates: Tensor
     grad: Tensor
+    hidden: tuple[Tensor, Tensor]
     ids: Tensor
 
 
@@ -97,7 +100,8 @@ def inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
     gates = torch.rand(sizes.tokens, sizes.top_k, generator=generator)
     rows = draw(plan.token.shape[0], sizes.width)
     x, grad = (draw(sizes.tokens, sizes.width) for _ in range(2))
-    return Inputs(plan, x, rows, gates, grad, sizes.ids())
+    hidden = draw(len(rows), sizes.expert_width), draw(len(rows), sizes.expert_width)
+    return Inputs(plan, x, rows, gates, grad, hidden, sizes.ids())
 
 
 def results(sizes: Sizes, held: Inputs) -> dict[str, Any]:
@@ -111,6 +115,7 @@ def results(sizes: Sizes, held: Inputs) -> dict[str, Any]:
         "sum_rows": lambda: ops.sum_rows(held.rows, plan.row_index),
         "combine_rows": lambda: ops.combine_rows(held.rows, held.gates, plan.row_index, held.x),
         "combine_rows_backward": lambda: ops.combine_rows_backward(held.grad, held.gates, *plan_tensors, held.x),
+        "dot_rows": lambda: ops.dot_rows(*held.hidden),
         "embedding_gradient": lambda: ops.embedding_gradient(held.grad, held.ids, sizes.vocabulary),
     }
 
@@ -123,12 +128,21 @@ def errors(sizes: Sizes, dtype: torch.dtype) -> dict[str, float]:
     """
     held = inputs(sizes, dtype)
     exact = held._replace(
-        x=held.x.double(), rows=held.rows.double(), gates=held.gates.double(), grad=held.grad.double()
+        x=held.x.double(),
+        rows=held.rows.double(),
+        gates=held.gates.double(),
+        grad=held.grad.double(),
+        hidden=(held.hidden[0].double(), held.hidden[1].double()),
     )
-    size = exact._replace(x=exact.x.abs(), rows=exact.rows.abs(), grad=exact.grad.abs())
+    size = exact._replace(
+        x=exact.x.abs(),
+        rows=exact.rows.abs(),
+        grad=exact.grad.abs(),
+        hidden=(exact.hidden[0].abs(), exact.hidden[1].abs()),
+    )
     found: dict[str, float] = {}
     calls, references, sizes_of = results(sizes, held), results(sizes, exact), results(sizes, size)
-    for name in ("sum_rows", "combine_rows", "combine_rows_backward", "embedding_gradient"):
+    for name in ("sum_rows", "combine_rows", "combine_rows_backward", "dot_rows", "embedding_gradient"):
         ours, wanted, scale = calls[name](), references[name](), sizes_of[name]()
         if isinstance(ours, Tensor):
             ours, wanted, scale = [ours], [wanted], [scale]
@@ -165,8 +179,8 @@ def main() -> None:
         print_table(
             f"plain versions on this CPU, {dtype}, 2,048 tokens of width 512", ["operator", "ms", "floor, ms"], rows
         )
-    shapes = {"512 wide": SMALL, "768 wide": Sizes(1024, 12, 64, 32, 768, 4096, 8.0),
-              "6144 wide": Sizes(128, 12, 512, 256, 6144, 1024, 8.0)}  # fmt: skip
+    shapes = {"512 wide": SMALL, "768 wide": Sizes(1024, 12, 64, 32, 768, 256, 4096, 8.0),
+              "6144 wide": Sizes(128, 12, 512, 256, 6144, 2048, 1024, 8.0)}  # fmt: skip
     ulp = {
         f"{label}, {str(dtype).removeprefix('torch.')}": errors(sizes, dtype)
         for label, sizes in shapes.items()

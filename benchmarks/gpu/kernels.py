@@ -39,6 +39,7 @@ def programs(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], Callable[[], An
     num_rows = plan.token.shape[0]
     x, grad = (torch.randn(sizes.tokens, sizes.width, device=device).bfloat16() for _ in range(2))
     rows = torch.randn(num_rows, sizes.width, device=device).bfloat16()
+    hidden = [torch.randn(num_rows, sizes.expert_width, device=device).bfloat16() for _ in range(2)]
     gates = torch.rand(sizes.tokens, sizes.top_k, device=device)
     ids = sizes.ids().to(device)
     sums = torch.zeros_like(x)
@@ -50,6 +51,7 @@ def programs(sizes: Sizes) -> dict[str, tuple[Callable[[], Any], Callable[[], An
         "sum_rows": (lambda: ops.sum_rows(rows, plan.row_index), lambda: sums.index_add_(0, plan.token, rows)),
         "combine_rows": (lambda: ops.combine_rows(rows, gates, plan.row_index, x), None),
         "combine_rows_backward": (lambda: ops.combine_rows_backward(grad, gates, *plan_tensors, x), None),
+        "dot_rows": (lambda: ops.dot_rows(*hidden), None),
         "embedding_gradient": (
             lambda: ops.embedding_gradient(grad, ids, sizes.vocabulary),
             lambda: backward(grad, ids, sizes.vocabulary, -1, False),

@@ -149,9 +149,8 @@ def _experts(
         backward = backward_of(times, max(ratio - recomputes, 0.5))
         exposed = recomputes * once
         exposed += waiting_seconds(chunks, backward) if step.config.overlap.enabled else once
-    num_bytes = sum(
-        summary.of("bytes", stage, kind, one.value) for one in (SpanKind.EXPERT_DISPATCH, SpanKind.EXPERT_COMBINE)
-    )
+    kinds = SpanKind.EXPERT_DISPATCH, SpanKind.EXPERT_COMBINE, SpanKind.EXPERT_GATES
+    num_bytes = sum(summary.of("bytes", stage, kind, one.value) for one in kinds)
     messages = 2 * (1 + (kind != FORWARD and step.config.parallel.recompute == Recompute.full))
     count = step.batch.num_micro_batches
     taken = layers * messages * (times.message + chunks * times.per_message)
