@@ -37,7 +37,8 @@ from longcat.ops.torch_internals import storage_key
 from longcat.ops.torch_library import PLAIN
 from longcat.recompute_values import Value
 from parallel.collectives.point_to_point import Messages
-from parallel.expert.dispatchers import SplitSizes
+from parallel.expert import split_sizes
+from parallel.expert.split_sizes import SplitSizes
 from parallel.kernels.shapes import SHAPES
 from parallel.plan.recorder import AllocationRecorder
 
@@ -288,7 +289,7 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
 
         stack.enter_context(shapes_of_routing(assumed))
         put(rows, "_sum_rows", sum_rows)
-        for module in (rows, permute, selections, embedding, longcat.moe, dispatchers):
+        for module in (rows, permute, selections, embedding, longcat.moe, dispatchers, split_sizes):
             for name, value in list(vars(module).items()):
                 if callable(value) and value in PLAIN:
                     put(module, name, instead.get(value, PLAIN[value]))

@@ -75,8 +75,8 @@ def test_eight_gpus_start_the_same_collectives(quick: list[dict[int, Found]]) ->
     for one in found.values():
         check(one, 1)
     assert differences(found) == []
-    # Sizes of rows; dispatch and combine, forward and backward
-    assert len(of_kind(found[3], "alltoall", [0, 1, 2, 3])) == 1 + 4
+    # Sizes of rows; dispatch and combine, forward and backward; gradients of gates
+    assert len(of_kind(found[3], "alltoall", [0, 1, 2, 3])) == 1 + 4 + 1
     # Two sums a step over all ranks, which no other collective of their kind joins
     assert [one.split("[")[0] for one in of_kind(found[3], "allreduce_", list(range(8)))] == ["allreduce_ float64"] * 2
 
@@ -86,7 +86,7 @@ def test_flash_layer_among_2048_gpus(quick: list[dict[int, Found]]) -> None:
     for one in found.values():
         check(one, 1)
     assert differences(found) == []
-    assert len(of_kind(found[77], "alltoall", list(range(64, 128)))) == 1 + 4
+    assert len(of_kind(found[77], "alltoall", list(range(64, 128)))) == 1 + 4 + 1
     assert len(of_kind(found[77], "allreduce_ float64", list(range(2048)))) == 2
 
 

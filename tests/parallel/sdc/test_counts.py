@@ -15,7 +15,8 @@ from longcat.errors import LocalCorruptionError
 from longcat.faults import Place, install_hook
 from parallel.collectives.streams import CURRENT_STREAM
 from parallel.expert import dispatchers
-from parallel.expert.dispatchers import AllToAllDispatcher, SplitSizes
+from parallel.expert.dispatchers import AllToAllDispatcher
+from parallel.expert.split_sizes import SplitSizes
 from parallel.pipeline.engine import unwrapped_errors
 from parallel.sdc.finding import Site
 from parallel.sdc.inject import corrupt

@@ -14,7 +14,8 @@ from longcat.dispatch import Routing
 from parallel.collectives.async_collective import start
 from parallel.collectives.collective import AllToAll
 from parallel.collectives.streams import CURRENT_STREAM
-from parallel.expert.dispatchers import GatheredRouting, SplitSizes
+from parallel.expert.dispatchers import GatheredRouting
+from parallel.expert.split_sizes import SplitSizes
 from parallel.fsdp.collectives import DeferredReduceScatter, PendingReductions, TracedAllGather
 from parallel.pipeline.spans import traced
 from parallel.reduce import PendingSum
