@@ -14,7 +14,7 @@ from longcat.dispatch import Routing
 from longcat.errors import LocalCorruptionError
 from longcat.faults import Place, install_hook
 from parallel.collectives.streams import CURRENT_STREAM
-from parallel.expert import dispatchers
+from parallel.expert import split_sizes
 from parallel.expert.dispatchers import AllToAllDispatcher
 from parallel.expert.split_sizes import SplitSizes
 from parallel.pipeline.engine import unwrapped_errors
@@ -74,9 +74,9 @@ def dispatched(wrong: list[int]) -> dict[str, Any]:
     """The finding of a dispatch whose ranks count their selections wrongly, by so much for each FFN expert."""
     LEDGER.begin(dist.get_rank(), 7, recording=False)
     assert dist.group.WORLD is not None
-    plain = dispatchers.count_selections
+    plain = split_sizes.count_selections
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatchers, "count_selections", lambda *given: plain(*given) + torch.tensor([*wrong, 0, 0]))
+        patch.setattr(split_sizes, "count_selections", lambda *given: plain(*given) + torch.tensor([*wrong, 0, 0]))
         try:
             AllToAllDispatcher(dist.group.WORLD, 3).start_dispatch([(torch.randn(2, 4), one) for one in routings()])
         except LocalCorruptionError as error:
