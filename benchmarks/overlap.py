@@ -58,7 +58,7 @@ def measure(words: list[str]) -> list[dict[str, Any]]:
 
 def together(ranks: list[dict[str, Any]], part: str, name: str) -> dict[str, float]:
     """Medians over rounds, means over ranks, in seconds."""
-    kinds = ("step", "blocked", "network", "counts", "dispatch", "combine")
+    kinds = ("step", "blocked", "network", "counts", "dispatch", "combine", "gates")
     found = {
         kind: statistics.mean(statistics.median(row[place] for row in one[part][name]) for one in ranks)
         for place, kind in enumerate(kinds)
@@ -67,7 +67,7 @@ def together(ranks: list[dict[str, Any]], part: str, name: str) -> dict[str, flo
 
 
 def show(title: str, measured: dict[str, dict[str, float]]) -> None:
-    kinds = ("step", "blocked", "counts", "dispatch", "combine", "network")
+    kinds = ("step", "blocked", "counts", "dispatch", "combine", "gates", "network")
     rows = [
         [name, f"{one['share']:.1%}", *(f"{one[kind] * 1e3:.0f}" for kind in kinds)] for name, one in measured.items()
     ]

@@ -37,7 +37,7 @@ from train.profiling.recorder import StepRecorder
 
 CHUNKS = (1, 2, 4, 8)
 SPEEDS = (0.5, 1.0, 2.0, 4.0)  # relative to the chosen speed
-WAITS = (SpanKind.EXPERT_COUNTS, SpanKind.EXPERT_DISPATCH, SpanKind.EXPERT_COMBINE)
+WAITS = (SpanKind.EXPERT_COUNTS, SpanKind.EXPERT_DISPATCH, SpanKind.EXPERT_COMBINE, SpanKind.EXPERT_GATES)
 Row = list[float]  # seconds of a step, blocked, CPU seconds of the network threads, blocked in each of WAITS
 
 

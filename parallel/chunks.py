@@ -83,11 +83,12 @@ def layer_seconds(num_chunks: int, times: LayerTimes) -> float:
 def backward_of(times: LayerTimes, factor: float = BACKWARD) -> LayerTimes:
     """The backward of a forward: gradients of the results travel first, and what was computed last comes first.
 
-    The messages are as long as the forward's; computing takes ``factor`` times as long.
+    The messages are as long as the forward's, with a third short one, the gates' gradients; computing takes ``factor``
+    times as long.
     """
     experts, per_call = times.experts * factor, times.per_call * factor
     before, after = times.after * factor, times.before * factor
-    return LayerTimes(times.message, times.per_message, experts, per_call, before, after)
+    return LayerTimes(times.message, 1.5 * times.per_message, experts, per_call, before, after)
 
 
 def waiting_seconds(num_chunks: int, times: LayerTimes) -> float:

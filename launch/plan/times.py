@@ -152,9 +152,10 @@ def _experts(
     kinds = SpanKind.EXPERT_DISPATCH, SpanKind.EXPERT_COMBINE, SpanKind.EXPERT_GATES
     num_bytes = sum(summary.of("bytes", stage, kind, one.value) for one in kinds)
     messages = 2 * (1 + (kind != FORWARD and step.config.parallel.recompute == Recompute.full))
+    short = kind != FORWARD  # the gates' gradients, a number a row
     count = step.batch.num_micro_batches
-    taken = layers * messages * (times.message + chunks * times.per_message)
-    sent = layers * messages * chunks * count
+    taken = layers * (messages * times.message + (messages + short) * chunks * times.per_message)
+    sent = layers * (messages + short) * chunks * count
     step.add("ep", "dispatch and combine", num_bytes * count, taken * count, layers * exposed * count, sent)
     return layers * exposed
 

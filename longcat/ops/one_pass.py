@@ -84,7 +84,7 @@ def add_norm_rows_backward(
 
 @operator("add_three(Tensor x, Tensor y, Tensor z) -> Tensor")
 def add_three(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """x, y, z [R, D] → x + y, rounded to their dtype, + z, rounded."""
+    """x, y, z [..., D] → x + y, rounded to their dtype, + z, rounded."""
     return (x + y) + z
 
 

@@ -148,7 +148,7 @@ class _LogGates(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         gates, row_index = ctx.saved_tensors
-        return passed(Place.gradient, "gates", gate_gradients(grads[0], gates, row_index, ctx.dtype)), None, None
+        return passed(Place.gradient, "log_gates", gate_gradients(grads[0], gates, row_index, ctx.dtype)), None, None
 
 
 def gate_gradients(grad: Tensor, gates: Tensor, row_index: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,9 +32,10 @@ def add_kernel(x, y, z, out, width, x_stride, y_stride, z_stride, BLOCK: tl.cons
 
 
 def add_three(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """x, y, z [R, D] → x + y, rounded to their dtype, + z, rounded."""
-    x, y, z, (num_rows, width) = _rows(x), _rows(y), _rows(z), x.shape
-    out = x.new_empty(num_rows, width)
+    """x, y, z [..., D] → x + y, rounded to their dtype, + z, rounded."""
+    out = x.new_empty(x.shape)
+    x, y, z = (_rows(one.reshape(-1, one.shape[-1])) for one in (x, y, z))
+    num_rows, width = x.shape
     if out.numel():
         block = min(BLOCK, power_of_two(width))
         add_kernel[(num_rows, triton.cdiv(width, block))](

@@ -280,6 +280,7 @@ def shapes_only(assumed: RoutingAssumption, recorder: AllocationRecorder, on_gpu
     instead: dict[Any, Any] = {permute._plan: plan, embedding.embedding_gradient: embedding_gradient}
     if on_gpu:
         instead[rows.combine_rows], instead[rows.combine_rows_backward] = combine_rows_on_gpu(recorder)
+        instead[rows.dot_rows] = one_kernel(recorder, "dot_rows")
     dispatchers = parallel.expert.dispatchers
     gathering = (parallel.collectives.point_to_point, parallel.collectives.collective, parallel.fsdp.collectives)
     with ExitStack() as stack:

@@ -50,7 +50,7 @@ class SpanKind(StrEnum):
     # Collectives of the experts
     EXPERT_COUNTS = "expert_counts", Track.DISPATCH, "ep"
     EXPERT_ROUTING = "expert_routing", Track.DISPATCH, "ep"
-    EXPERT_GATES = "expert_gates", Track.DISPATCH, "ep", "gradients of expert gates"
+    EXPERT_GATES = "expert_gates", Track.DISPATCH, "ep", "expert gates' gradients"
     EXPERT_DISPATCH = "expert_dispatch", Track.DISPATCH, "ep"
     EXPERT_COMBINE = "expert_combine", Track.COMBINE, "ep"
     # of a sequence and a vocabulary that are sharded

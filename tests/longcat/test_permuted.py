@@ -83,6 +83,7 @@ def operators(dtype: torch.dtype, size: int) -> dict[str, tuple[list[Tensor], ob
     v = leaf(2, size, 4, 16, dtype=dtype, seed=12)
     halves = leaf(size, 24, dtype=dtype, seed=13)  # of odd vectors
     thin = leaf(4, 20, 12, dtype=torch.float32, seed=14)
+    zeros = torch.zeros(len(rows), requires_grad=True)
     documents = Documents.of((torch.arange(size) // 7).expand(2, -1))
     angles = torch.polar(torch.ones(size, 12), torch.randn(size, 12))
     labels, valid = torch.arange(size) % 96, torch.arange(size) % 5 > 0
@@ -92,8 +93,8 @@ def operators(dtype: torch.dtype, size: int) -> dict[str, tuple[list[Tensor], ob
         "router": ([rows, narrow], lambda: fp32_linear(rows, narrow)),
         "experts": ([rows, stack], lambda: grouped_linear(rows, stack, ends)),
         "gated experts": (
-            [rows, other, stack],
-            lambda: grouped_gated_linear(torch.cat((rows, other), -1), stack, ends),
+            [rows, other, stack, zeros],
+            lambda: grouped_gated_linear(torch.cat((rows, other), -1), stack, ends, log_scale=zeros),
         ),
         "halves": ([halves, thin], lambda: grouped_gated_linear(halves, thin, ends)),
         "norm": ([x, gain], lambda: rms_norm(x, gain, 1e-6)),

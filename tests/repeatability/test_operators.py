@@ -80,7 +80,8 @@ def run_grouped(gated: bool, equal: bool) -> tuple[Tensor, list[Tensor]]:
     x, up, weight = draw(0, sum(counts), WIDTH), draw(1, sum(counts), WIDTH), draw(2, EXPERTS, HEIGHT, WIDTH)
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     if gated:
-        return grouped_gated_linear(torch.cat((x, up), -1), weight, ends), [x, up, weight]
+        zeros = torch.zeros(len(x), requires_grad=True)
+        return grouped_gated_linear(torch.cat((x, up), -1), weight, ends, log_scale=zeros), [x, up, weight, zeros]
     return grouped_linear(x, weight, ends), [x, weight]
 
 
@@ -171,6 +172,7 @@ PLANTS = [
     Plant("grouped_linear", torch, "matmul", unordered.product),
     Plant("grouped_linear_batched", torch, "matmul", unordered.product),
     Plant("grouped_gated_linear", torch, "matmul", unordered.product),
+    Plant("grouped_gated_linear", longcat.ops.rows, "tree_sum", unordered.columns),
     Plant("permute", longcat.ops.rows, "embedding_bag", unordered.bags),
     Plant("permute_bfloat16", longcat.ops.rows, "sparse_row_sums", unordered.sparse_rows),
     Plant("combine", longcat.ops.rows, "embedding_bag", unordered.bags),

@@ -209,6 +209,7 @@ def check_sums(case: Case) -> None:
     x, y, z = (case.draw(case.tokens, case.width + 3)[:, : case.width] for _ in range(3))
     plain = torch.ops.longcat.add_three(x.cpu(), y.cpu(), z.cpu())
     assert_bits(add_three(x, y, z), plain)
+    assert_bits(add_three(*(one[None] for one in (x, y, z)))[0], plain)
     assert_bits(permuted(elementwise, (add_three,), "sum_of_three", x, y, z), plain)
     whole = case.draw(case.tokens, case.width + 1, dtype=torch.float32)[:, 1:]
     plain = torch.ops.longcat.split_rows(whole.cpu())

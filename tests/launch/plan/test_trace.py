@@ -9,6 +9,7 @@ import torch
 
 from launch.plan.trace import Scope, reaching_into, trace
 from longcat.errors import ConfigError
+from longcat.ops import rows
 from longcat.ops.fp32_linear import fp32_linear
 from longcat.ops.torch_internals import fake_tensor_mode
 from parallel.plan.rates import Rates
@@ -122,3 +123,14 @@ def test_a_gpus_router_multiplies_bfloat16_parts() -> None:
         fp32_linear(x, weight).sum().backward()
     work = recorder.phases[OUTSIDE]
     assert work.flops == 2 * 64 * 32 * 8 * (3 + 3 + 6) and work.seconds < 1
+
+
+def test_sums_over_rows_are_one_kernel_on_a_gpu() -> None:
+    """Their plain versions are many operators, each of which would count as a call."""
+    inf = float("inf")
+    recorder, mode = AllocationRecorder(Rates(inf, inf, inf, call=1.0)), fake_tensor_mode()
+    with shapes_only(RoutingAssumption(2.0), recorder, True), mode, recorder:
+        hidden = torch.empty(4096, 2048, dtype=torch.bfloat16)
+        before = recorder.phases[OUTSIDE].seconds
+        rows.dot_rows(hidden, hidden)
+    assert recorder.phases[OUTSIDE].seconds - before == pytest.approx(1.0, abs=1e-9)

@@ -53,11 +53,13 @@ def compilations() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
         for weighted, identity in ((False, False), (True, False), (True, True)):
             constants = {"K": 12, "KP": 16, "STEPS": 4, "BLOCK": 1024, "WEIGHTED": weighted, "IDENTITY": identity}
             found[f"sum-{weighted}-{identity}-{dtype}"] = rows.sum_kernel, sums, constants
-        backward = {"grad": row, "rows": row, "gates": "*fp32", "row_index": index, "x": row}
+        backward = {"grad": row, "gates": "*fp32", "row_index": index, "x": row}
         backward |= {"grad_rows": row, "grad_gates": "*fp32", "grad_x": row, "width": "i32"}
         for identity in (False, True):
             constants = {"K": 12, "KP": 16, "GATE_STEPS": 4, "PARTIALS": 256, "STEPS": 8, "IDENTITY": identity}
             found[f"combine_backward-{identity}-{dtype}"] = rows.combine_backward_kernel, backward, constants
+        dot = {"a": row, "b": row, "out": "*fp32", "width": "i32"}
+        found[f"dot-{dtype}"] = rows.dot_kernel, dot, {"PARTIALS": 256, "STEPS": 8}
         gather = {"source": row, "index": index, "out": row, "width": "i32"}
         found[f"gather-{dtype}"] = rows.gather_kernel, gather, {"BLOCK": 1024}
         run = {"ids": index, "first": index, "last": index, "partial": "*fp32", "out": row}
