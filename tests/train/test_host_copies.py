@@ -154,7 +154,7 @@ def test_a_layer_reads_nothing_but_split_sizes() -> None:
     for found in pool(2).run(reads_of_layers, overrides):
         of_layers = {name: count for name, count in found.items() if not any(word in name for word in CPU_ONLY)}
         once = 2 * 2  # layers, micro-batches
-        assert of_layers == {"tolist in dispatchers.py:sent": once, "tolist in dispatchers.py:received": 2 * once}
+        assert of_layers == {"tolist in split_sizes.py:sent": once, "tolist in split_sizes.py:received": 2 * once}
 
 
 def pending(rank_values: list[float]) -> list[list[float]]:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -153,13 +154,22 @@ def _put_in_place(temporary: Path, folder: Path, names: Sequence[str]) -> bool:
             return True
         try:
             read_index(folder, names)
-        except FileNotFoundError:
-            if os.path.lexists(folder):  # a file of this name
+        except FileNotFoundError:  # another rank put it aside, and perhaps its own in place since
+            if _is_no_folder(folder):
                 raise
         except DamagedError:
             _remove(folder)
         else:
             return False
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Whether something else than a folder has this name."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISDIR(mode) and not path.is_dir()
 
 
 def _remove(folder: Path) -> None:

@@ -107,21 +107,21 @@ def test_unused_resume_path_is_reported_and_must_exist(narrow: list[str], tmp_pa
 # ------------------------------------------------------------------------------------- a disk that fails
 
 
-@pytest.mark.parametrize("call", ["stat", "open"])
+@pytest.mark.parametrize(("where", "call"), [(Path, "stat"), (os, "open")])
 def test_unreadable_file_makes_its_checkpoint_invalid(
-    call: str, narrow: list[str], tmp_path: Path, capfd: Said, monkeypatch: pytest.MonkeyPatch
+    where: Any, call: str, narrow: list[str], tmp_path: Path, capfd: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, plain = tmp_path / "run", getattr(Path, call)
+    run, plain = tmp_path / "run", getattr(where, call)
     assert train_here([*narrow, "train.steps=2", "checkpoint.every=1"]) == 0
 
-    def fail(self: Path, *arguments: Any, **named: Any) -> Any:
-        if self.suffix == ".distcp" and self.parent.name == "step-00000002":
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
-        return plain(self, *arguments, **named)
+    def fail(path: Any, *arguments: Any, **named: Any) -> Any:
+        if str(path).endswith(".distcp") and Path(path).parent.name == "step-00000002":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return plain(path, *arguments, **named)
 
     problem = "__0_0.distcp cannot be read (Input/output error)"
     with monkeypatch.context() as patch:
-        patch.setattr(Path, call, fail)
+        patch.setattr(where, call, fail)
         capfd.readouterr()
         assert longcat(["checkpoint", "verify", str(run)]) == 2
         assert problem in capfd.readouterr().out

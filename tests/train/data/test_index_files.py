@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -70,6 +70,23 @@ def test_ranks_that_repair_at_once_leave_one_valid_index(tmp_path: Path) -> None
             list(pool.map(lambda _: publish_index(folder, ARRAYS), range(4)))
         np.testing.assert_array_equal(read_index(folder)[2], ARRAYS[2])
     assert [path.name for path in tmp_path.iterdir()] == ["epoch"]
+
+
+def test_an_index_that_was_put_aside_and_written_again_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two looks of this rank another one has repaired it."""
+    folder = tmp_path / "epoch"
+    publish_index(folder, ARRAYS)
+    found = iter([FileNotFoundError(folder)])
+
+    def read(*arguments: Any) -> Any:
+        for error in found:
+            raise error
+        return read_index(*arguments)
+
+    monkeypatch.setattr(index_files, "read_index", read)
+    assert not publish_index(folder, ARRAYS)
 
 
 def unexpected(text: str) -> None:
