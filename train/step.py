@@ -16,7 +16,6 @@ from longcat.counts import flops_per_token
 from longcat.documents import to_device
 from longcat.model import Losses
 from longcat.moe import round_to
-from longcat.names import OTHER_PARTS
 from longcat.ops.calls import unobserved
 from parallel.elastic import sum_exactly
 from parallel.mesh import Axis, Topology
@@ -208,7 +207,7 @@ class Stepper:
         by_layer |= figures.named("router_grad_ratio", figures.ratios_by_layer(grads))
         by_layer |= figures.named("expert_load_max_over_mean", figures.loads_by_layer(counts, model))
         by_layer |= {f"grad_rms/{part}": value for part, value in rms.items()}
-        norms = norms_by_part(part_squares, use_mtp)
+        norms = figures.norms_by_part(part_squares, use_mtp)
         return StepResult(metrics, divisors.tokens, counts, norms, problem, totals.requests, by_layer, spike)
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> StepSums:
@@ -386,13 +385,6 @@ class Stepper:
             "hidden_norm": sums[4] / divisors.tokens,
             "flops": divisors.tokens * per_token,
         }
-
-
-def norms_by_part(squares: Tensor, use_mtp: bool) -> dict[str, float | None]:
-    """Gradient norms as metrics, from their squares by `part_number`; MTP's is None while it is off."""
-    names = [f"grad_norm/{part}" for part in figures.part_names(len(squares) - len(OTHER_PARTS))]
-    norms: dict[str, float | None] = dict(zip(names, squares.sqrt().tolist(), strict=True))
-    return norms if use_mtp else norms | {"grad_norm/mtp": None}
 
 
 def is_finite(biases: Tensor, controller: BiasController) -> bool:

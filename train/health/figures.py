@@ -20,6 +20,13 @@ def part_names(num_layers: int) -> list[str]:
     return [*(f"layer_{number}" for number in range(num_layers)), *OTHER_PARTS]
 
 
+def norms_by_part(squares: Tensor, use_mtp: bool) -> dict[str, float | None]:
+    """Gradient norms as metrics, from their squares by `part_number`; MTP's is None while it is off."""
+    names = [f"grad_norm/{part}" for part in part_names(len(squares) - len(OTHER_PARTS))]
+    norms: dict[str, float | None] = dict(zip(names, squares.sqrt().tolist(), strict=True))
+    return norms if use_mtp else norms | {"grad_norm/mtp": None}
+
+
 def part_sizes(model: ModelConfig) -> list[int]:
     """Parameters of each part of a model by `part_number`."""
     counts = count_parameters(model)
