@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.rendezvous import find_place
-from longcat.imports import without_collections
+from longcat.garbage import import_without_collections
 from longcat.search_path import ROOT, without_current_folder
 from parallel.environment import count_gpus
 from train.check import check, check_corpora
@@ -42,7 +42,7 @@ def run_ranks(overrides: list[str], config: Config) -> int:
     check(config, processes)  # reports a wrong configuration once, before ranks start
     check_corpora(config)
     if processes == 1 and not config.launch.restarts:
-        with without_collections("train.process"):
+        with import_without_collections("train.process"):
             from train.process import main  # torch
 
         return main(config)

@@ -8,6 +8,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from longcat.errors import CORRUPT, OK, ConfigError
+from longcat.garbage import import_without_collections
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -270,9 +271,10 @@ def plan(arguments: list[str]) -> int:
     of a rank for each place in the pipeline are built, and a step's forward and backward run, on tensors without
     memory, in a world of ranks that do not exist. Prints memory, FLOPs, messages, step time and availability.
     """
-    from launch.plan.nearest import fitting_near, plan_or_nearest
-    from launch.plan.plan import read
-    from launch.plan.show import as_json, table
+    with import_without_collections("launch.plan.plan"):
+        from launch.plan.nearest import fitting_near, plan_or_nearest
+        from launch.plan.plan import read
+        from launch.plan.show import as_json, table
 
     words = [argument for argument in arguments if argument != "--json"]
     if words[:1] == ["search"]:

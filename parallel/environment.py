@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from longcat.errors import ConfigError
-from longcat.imports import without_collections
+from longcat.garbage import import_without_collections
 from parallel.sizes import MeshSizes
 
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvhost-gpu")  # NVIDIA's, AMD's, WSL's, Jetson's
@@ -28,7 +28,7 @@ def count_gpus() -> int:
     """
     if not has_driver(os.environ):
         return 0
-    with without_collections("torch"):
+    with import_without_collections("torch"):
         import torch
 
     return torch.cuda.device_count()

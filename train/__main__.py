@@ -14,7 +14,7 @@ finally:
     del sys.path[0]
 
 from longcat.errors import ConfigError
-from longcat.imports import without_collections
+from longcat.garbage import import_without_collections
 from longcat.lasting_streams import lasting_streams
 from parallel.sizes import world_from_environment
 from train.check import check_sizes
@@ -39,7 +39,7 @@ def run(overrides: list[str]) -> int:
         check_sizes(config, world_from_environment()[2])
     except ConfigError as error:
         return refuse(config.run.folder, error)
-    with without_collections("train.process"):
+    with import_without_collections("train.process"):
         from train.process import main as train  # torch
 
     return train(config)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from launch.plan.cluster import Cluster
 from launch.plan.summary import FEW, Summary, between, extend, summarise
 from launch.plan.trace import Scope, trace
+from longcat.garbage import no_collections
 from parallel.mesh import MeshSizes
 from parallel.pipeline.stages import num_stages, split, stages_of
 from train.config import Config
@@ -44,7 +45,8 @@ def _of_places(
         if (kind, most) not in kept:
             scope = Scope(rank=place * (ranks // sizes.pp), imbalance=factor, on_gpu=cluster.on_gpu)
             scope = replace(scope, rates=cluster.rates(), micro_batches=2, layers=most)
-            kept[kind, most] = summarise(trace(config, ranks, scope), place)
+            with no_collections():  # of a million objects; tensors are freed without one
+                kept[kind, most] = summarise(trace(config, ranks, scope), place)
         return kept[kind, most]
 
     found = []

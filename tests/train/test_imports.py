@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from longcat.imports import without_collections
+from longcat.garbage import import_without_collections
 from parallel import environment
 from tests.support.running import TINY
 from train.compose import compose
@@ -61,7 +61,7 @@ def test_training_imports_neither_compiler_nor_megatron(corpus: Path, tmp_path: 
 def test_a_later_run_of_a_process_keeps_no_garbage() -> None:
     """What a sweep's former run has left may be a model."""
     frozen = gc.get_freeze_count()
-    with without_collections("train.run"):
+    with import_without_collections("train.run"):
         assert gc.isenabled()
     assert gc.get_freeze_count() == frozen
 
