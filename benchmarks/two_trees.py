@@ -6,7 +6,7 @@
 
 Both run with this Python, and what follows the benchmark's name is for it. The order changes from turn to turn. Of each
 number in the line of JSON that a benchmark prints, the table has the median over turns, and the least and the most; of
-a list of numbers, its median first.
+a list of numbers, its median first; other lists have a number for each place.
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ def measure(tree: Path, words: list[str]) -> dict[str, float]:
 
 
 def numbers(tree: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """(dotted name, value) of each number; a list of numbers has one, its median."""
+    """(dotted name, value) of each number; a list of numbers has one, its median; in other lists places are names."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from numbers(value, f"{name}.{key}" if name else key)
     elif isinstance(tree, list) and tree and all(_is_number(one) for one in tree):
         yield name, float(statistics.median(tree))
+    elif isinstance(tree, list):
+        for index, one in enumerate(tree):
+            yield from numbers(one, f"{name}.{index}")
     elif _is_number(tree):
         yield name, float(tree)
 

@@ -15,7 +15,8 @@ import json, pathlib, sys
 log = pathlib.Path("{log}")
 log.write_text(log.read_text() + "{tree} ")
 print(json.dumps({{"benchmark": "fake", "machine": {{"threads": 1}}, "rounds": 3, "same": True,
-                  "{own}": 1, "seconds": {{"words": sys.argv[1:], "a": [{value}, 100, 0]}}}}))
+                  "{own}": 1, "seconds": {{"words": sys.argv[1:], "a": [{value}, 100, 0]}},
+                  "dtypes": [{{"dtype": "float32", "seconds": {value}}}, "words"]}}))
 """
 
 
@@ -37,7 +38,8 @@ def test_trees_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     shown = capsys.readouterr().out
     printed = json.loads(shown.splitlines()[-1])
     assert printed["words"] == ["--rounds", "9"]
-    assert printed["values"] == {"seconds.a": {"before": [2.0] * 3, "now": [1.5] * 3}}, "rounds are the same in both"
+    values = {"before": [2.0] * 3, "now": [1.5] * 3}
+    assert printed["values"] == {"seconds.a": values, "dtypes.0.seconds": values}, "rounds are the same in both"
     assert "-25.0%" in shown
 
 
