@@ -1,8 +1,7 @@
 """Every private name of torch that parallel/ and train/ use, each behind a typed function or alias.
 
-Tried on torch 2.13.0; short runs on 2.14.1.
-When another release moves one of these names, this is the only file to mend; the twin for the
-model is `longcat/ops/torch_internals.py`.
+Tried on torch 2.13.0; short runs on 2.14.1. When another release moves one of these names, this is the only file to
+mend; the twin for the model is `longcat/ops/torch_internals.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d
 from torch.distributed._shard._utils import narrow_tensor_by_index as narrow_tensor_by_index
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -379,6 +379,9 @@ def never_compiled(*functions: Any) -> None:
 
 
 # --- checkpoint files ---------------------------------------------------------------------------------------------
+
+
+record_place: Any = _StorageInfo  # (file, offset, length): where a record lies, as torch's index lists it
 
 
 def file_view(file: Any, offset: int, length: int) -> Any:

@@ -128,7 +128,7 @@ def trace(config: Config, world_size: int, scope: Scope | None = None) -> Traced
             stages_without_values(scope.layers) if sizes.pp > 1 else nullcontext(),
         ):
             stack.enter_context(context)
-        state = _build(config, topology, traced_batch, recorder, mode)  # with moments, which the engine does not keep
+        state = build(config, topology, traced_batch, recorder, mode)  # with moments, which the engine does not keep
         engine, held = state.engine, recorder.now
         tokens = config.train.global_batch_size * batch.length
         divisors = Divisors(tokens, tokens, tokens, 1)
@@ -160,7 +160,7 @@ def _fewer(batch: BatchShape, parallel: ParallelConfig, sizes: MeshSizes, scope:
     return replace(batch, num_micro_batches=min(batch.num_micro_batches, max(scope.micro_batches, fewest)))
 
 
-def _build(config: Config, topology: Topology, batch: BatchShape, recorder: AllocationRecorder, mode: Any) -> Any:
+def build(config: Config, topology: Topology, batch: BatchShape, recorder: AllocationRecorder, mode: Any) -> Any:
     if config.parallel.sharding != Sharding.fsdp:
         return ZeroModel(config, topology, recorder, mode)
     with patch("train.run.batch_shape", lambda *_: batch):

@@ -74,7 +74,7 @@ class SpanKind(StrEnum):
     END_OF_RUN = "end_of_run", Track.GRADIENTS, "", "end of the run"
     MESH_GROUPS = "mesh_groups", Track.GRADIENTS, "", "process groups of the mesh"
     NEW_GROUP = "new_group", Track.GRADIENTS, "", "new process group for checkpoints"
-    CHECKPOINT_WRITE_ALL = "checkpoint_write_all", Track.GRADIENTS, "", "write of the checkpoint by all ranks"
+    CHECKPOINT_GATHER = "checkpoint_gather", Track.GRADIENTS, "", "parts of the checkpoint's index"
     CHECKPOINT_READ_ALL = "checkpoint_read_all", Track.GRADIENTS, "", "read of the checkpoint by all ranks"
     UNTRACED = "untraced", Track.GRADIENTS, "", "a collective outside any span"
     # Transfers between pipeline stages

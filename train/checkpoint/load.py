@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from longcat.errors import ConfigError
+from parallel.reduce import all_gather_object
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
 from train.checkpoint.compatibility import TOKENIZER, differences, order_differences
@@ -60,14 +62,18 @@ def load(
         )
     with work_span(Event(SpanKind.CHECKPOINT_READ), slow=True):
         tensors, boxes = loaded(state)
-    try:
-        with wait_span(Event(SpanKind.CHECKPOINT_READ_ALL)):
-            dcp.load(tensors, storage_reader=TracedReader(path))
+    failure = None
+    try:  # alone: with all ranks, the first one would receive every rank's list of boxes and send it back
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that it loads in one process
+            dcp.load(tensors, storage_reader=TracedReader(path), no_dist=True)
     except CheckpointException as error:
-        failed = first_failure({rank: describe(cause) for rank, (cause, _) in error.failures.items()})
-        raise ConfigError(
-            f"checkpoint {path} could not be read: {failed}; restore its files or name another"
-        ) from error
+        failure = describe(next(iter(error.failures.values()))[0])
+    with wait_span(Event(SpanKind.CHECKPOINT_READ_ALL)):
+        failures = all_gather_object(failure)
+    if any(failures):
+        failed = first_failure({rank: text for rank, text in enumerate(failures) if text})
+        raise ConfigError(f"checkpoint {path} could not be read: {failed}; restore its files or name another")
     finish_load(state, boxes)
     for name, value in counters.items():
         setattr(state.counters, name, value)

@@ -33,6 +33,7 @@ from train.checkpoint.dcp_tensors import Take, box_values, saved, values_here
 from train.checkpoint.failures import describe, first_failure, is_disk_full
 from train.checkpoint.files import PARTIAL, HashedFile
 from train.checkpoint.find import describe_last_valid
+from train.checkpoint.index import Entries, Placement, entries, gather, items_to_write, write_index
 from train.checkpoint.manifest import commit
 from train.checkpoint.retention import Keep, make_space, prune_after_commit
 from train.sdc.at_rest import Checksums, changed_in_snapshot, snapshot_boxes
@@ -49,6 +50,7 @@ class Snapshot:
     tensors: dict[str, Tensor]
     num_bytes: int  # that this rank writes
     text: str  # of state.json
+    placement: Placement
     expected: Checksums | None = None  # of the tensors since the last update; None where none were taken
 
     @classmethod
@@ -69,7 +71,8 @@ class Snapshot:
             "configuration": configuration,
             "val_loss": val_loss,
         }
-        return cls(state.counters.step, tensors, num_bytes, dumps(text), state.checksums)
+        placement = Placement.of(topology, state.store.has_replicas)
+        return cls(state.counters.step, tensors, num_bytes, dumps(text), placement, state.checksums)
 
 
 class SaveContext:
@@ -245,24 +248,28 @@ def recreate(partial: Path) -> None:
 
 
 def write_shards(snapshot: Snapshot, partial: Path, context: SaveContext) -> dict[str, str]:
-    """Write this rank's files; returns name → hash."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
+    """Write this rank's files, and on the first rank the index of all ranks'; returns name → hash of this rank's."""
+    from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 
     hashes: dict[str, str] = {}
-    try:
-        with context.waits(Event(SpanKind.CHECKPOINT_WRITE_ALL)):
-            dcp.save(
-                snapshot.tensors, storage_writer=shard_writer(partial, hashes, context), process_group=context.group
-            )
-    except CheckpointException as error:
-        raise SaveError(
-            first_failure({rank: describe(cause) for rank, (cause, _) in error.failures.items()})
-        ) from error
-    return {name: value for name, value in hashes.items() if name.endswith(".distcp")}
+    own: Entries = {}
+    writer, planner = shard_writer(partial, hashes), DefaultSavePlanner(flatten_state_dict=False)
+
+    def write_own() -> None:
+        items = items_to_write(snapshot.tensors, snapshot.placement)
+        planner.set_up_planner(snapshot.tensors)
+        writer.set_up_storage_writer(False, rank=dist.get_rank(), use_collectives=False)  # the index is ours
+        plan = writer.prepare_local_plan(SavePlan(items))
+        own.update(entries(items, writer.write_data(plan, planner).value()))
+
+    context.run_on_all_ranks(SpanKind.CHECKPOINT_WRITE, write_own)
+    with context.waits(Event(SpanKind.CHECKPOINT_GATHER)):
+        parts = gather(own, context.group)
+    context.run_on_all_ranks(SpanKind.CHECKPOINT_INDEX, lambda: write_index(parts, partial) if parts else None)
+    return hashes
 
 
-def shard_writer(folder: Path, hashes: dict[str, str], context: SaveContext) -> Any:
+def shard_writer(folder: Path, hashes: dict[str, str]) -> Any:
     """Torch's writer of shards, which puts each file's hash into ``hashes``.
 
     The checksums of torch's own format are left out: they take ten times as long as writing, and the hashes replace
@@ -280,16 +287,7 @@ def shard_writer(folder: Path, hashes: dict[str, str], context: SaveContext) -> 
             if is_active():
                 damage_file(Path(path))
 
-    class Writer(FileSystemWriter):
-        def write_data(self, *args: Any, **keywords: Any) -> Any:
-            torch.serialization.set_crc32_options(False)
-            with context.works(SpanKind.CHECKPOINT_WRITE):
-                return super().write_data(*args, **keywords)
-
-        def finish(self, *args: Any, **keywords: Any) -> None:
-            with context.works(SpanKind.CHECKPOINT_INDEX):
-                super().finish(*args, **keywords)
-
-    writer = Writer(folder)
+    torch.serialization.set_crc32_options(False)
+    writer = FileSystemWriter(folder)
     writer.fs = Hashing()
     return writer

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorP
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
+from longcat.garbage import no_collections
 from parallel.torch_internals import file_view, narrow_tensor_by_index, offset_in_archive
 
 METADATA = ".metadata"  # torch's name of a checkpoint's list of tensors
@@ -125,7 +126,7 @@ class ShardReader(FileSystemReader):
         Raises:
             OSError: the file cannot be read.
         """
-        with (Path(self.path) / METADATA).open("rb") as file:
+        with (Path(self.path) / METADATA).open("rb") as file, no_collections():
             metadata: Metadata = MetadataUnpickler(file).load()
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()

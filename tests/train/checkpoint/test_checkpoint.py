@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from longcat.errors import ConfigError, UnhealthyError
 from parallel.mesh import Topology, connect
@@ -93,7 +92,7 @@ def cut_at(patch: pytest.MonkeyPatch, holder: object, name: str, when: Callable[
 
 
 POINTS: dict[str, tuple[object, str, Callable[..., bool]]] = {
-    "before-the-shards": (dcp, "save", lambda *_: True),
+    "before-the-shards": (saving, "items_to_write", lambda *_: True),
     "after-the-shards": (manifest, "file_hash", lambda *_: True),
     "before-the-state": (manifest, "write_synced", lambda path, _: path.name == "state.json"),
     "before-the-manifest": (manifest, "write_synced", lambda path, _: path.name == "manifest.json"),
