@@ -38,7 +38,9 @@ from parallel.environment import lift_descriptor_limit
 from parallel.mesh import background_group, connect
 from parallel.sizes import resolve_sizes
 from parallel.watchdog import watchdog
+from parallel.watchdog.heartbeats import HeartbeatStore
 from parallel.watchdog.timing import Timing
+from parallel.watchdog.turns import READERS
 
 COUNTED = (4, 8, 16, 32)
 PROJECTED = {1024: ParallelConfig(pp=4, fsdp=-1, cp=8, ep=32), 10240: ParallelConfig(pp=8, fsdp=-1, cp=8, ep=32)}
@@ -70,6 +72,12 @@ class CountingStore(dist.Store):
 
     def add(self, key: str, value: int) -> Any:
         return self._pass("add", key, value)
+
+    def append(self, key: str, value: str) -> Any:
+        return self._pass("append", key, value)
+
+    def compare_set(self, key: str, expected: str, wanted: str) -> Any:
+        return self._pass("compare_set", key, expected, wanted)
 
     def check(self, keys: list[str]) -> Any:
         return self._pass("check", keys)
@@ -150,7 +158,7 @@ def processor_seconds(process: psutil.Process, found: dict[str, float], name: st
 def store_costs(connections: int) -> dict[str, float]:
     """Processor seconds of the ranks' store for each request, with so many open connections."""
     found: dict[str, float] = {}
-    keys = [f"watch/0/{rank}" for rank in range(max(PROJECTED))]
+    keys, nodes = [f"watch/0/{rank}" for rank in range(max(PROJECTED))], REQUESTS // RANKS_OF_A_NODE
     with RanksStore("127.0.0.1") as store:
         client: Any = dist.TCPStore("127.0.0.1", store.port)
         server = psutil.Process(store.process.pid)
@@ -164,6 +172,8 @@ def store_costs(connections: int) -> dict[str, float]:
             "check": lambda one, number: one.check([VERDICT_KEY]),
             "wait": lambda one, number: one.wait([keys[number]]),
             "add": lambda one, number: one.add("count", 1),
+            "append": lambda one, number: one.append(f"on/{number % nodes}", "10000 "),
+            "compare_set": lambda one, number: one.compare_set("turn", "", str(number)),
         }
         for kind, ask in kinds.items():
             with processor_seconds(server, found, kind, REQUESTS):
@@ -249,6 +259,37 @@ def requests_of_a_rank(counted: dict[int, dict[str, int]], kind: str, world: int
     return counted[few].get(kind, 0) + grown * math.log2(world / few) / doublings
 
 
+def looks() -> list[Counter[str]]:
+    """What a waiting rank asks of the store when its wait gets long, and at each later heartbeat; not a reader's."""
+    made: Counter[str] = Counter()
+    store = kept(CountingStore(dist.HashStore(), made))
+    ranks = [watchdog.Watchdog(HeartbeatStore(store, rank, COUNTED[-1]), TIMEOUT, print) for rank in range(READERS + 1)]
+    for one in ranks:
+        one.store.publish(one.heartbeat())
+        one.store.register(one.machine)
+        one.wait_turn.take(0.0, TIMEOUT)
+    found = []
+    for _ in range(2):
+        made.clear()
+        ranks[-1]._look(ranks[-1].wait_turn, 1.0, lambda: True)
+        found.append(Counter(made))
+    return found
+
+
+def diagnosis_costs(world: int, costs: dict[str, float]) -> dict[str, float]:
+    """Of a hang of so many ranks: seconds of the store's thread; its share while ranks wait for the diagnosis."""
+    one = costs[EVERYONE] / max(PROJECTED)
+    first, later = (
+        sum(number * (RANKS_OF_A_NODE * one if kind == EVERYONE else costs[kind]) for kind, number in asked.items())
+        for asked in looks()
+    )
+    interval = Timing.of(TIMEOUT, world).heartbeat
+    return {
+        "diagnosis_seconds": world * (first + 2 * READERS * one),
+        "waiting_share": world * (costs["set"] + costs["check"] + later) / interval,
+    }
+
+
 def project(world: int, counted: dict[int, dict[str, int]], costs: dict[str, float], beat: float) -> dict[str, float]:
     """Seconds of a start of ``world`` ranks on GPUs that the stores and this rank's own groups take, by part."""
     nodes = -(-world // RANKS_OF_A_NODE)
@@ -268,6 +309,7 @@ def project(world: int, counted: dict[int, dict[str, int]], costs: dict[str, flo
         "heartbeat_interval": interval,
         "heartbeat_share": world * (costs["set"] + costs["check"]) / interval,
         "reading_all_heartbeats_seconds": costs[EVERYONE] * world / max(PROJECTED),
+        **diagnosis_costs(world, costs),
     }
 
 
@@ -283,6 +325,8 @@ ROWS = [  # figure, what it is, how it was found; of each number of ranks
     ("heartbeat_interval", "s between heartbeats of a rank", "by the rule"),
     ("heartbeat_share", "heartbeats' share of the store's thread", "projected"),
     ("reading_all_heartbeats_seconds", "one rank reads all heartbeats, s of the store's thread", "projected"),
+    ("diagnosis_seconds", "all ranks hang, and a few read all heartbeats, s of the store's thread", "projected"),
+    ("waiting_share", "waiting ranks' share of the store's thread, with heartbeats", "projected"),
     ("nodes_meet_seconds", "nodes join and agree, s of the nodes' store", "projected"),
     ("nodes_round_seconds", "a sign of life of every node, s of the nodes' store", "projected"),
 ]
@@ -293,6 +337,8 @@ NOTES = [
     "this is the least time that the store needs; clients wait for it, and they were on the same machine.",
     f"{RANKS_OF_A_NODE} ranks a node, {NODE_REQUESTS} requests of a node until its ranks start; then it gives "
     "a sign of life half a second after the answer to the last one, or later where the store is slow.",
+    f"A hang: every rank reads the heartbeats of its node's {RANKS_OF_A_NODE} ranks and asks for a turn; {READERS} "
+    "ranks read all, twice; the others look at each heartbeat whether the reader that they wait for lives.",
     "Layouts: "
     + "; ".join(f"{world:,} ranks with pp={one.pp}, cp={one.cp}, ep={one.ep}" for world, one in PROJECTED.items()),
     "Not in it: NCCL's communicators (two requests a rank and group, when each is first used), the network, reading "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,8 +10,8 @@ from typing import Any
 
 from parallel.watchdog.events import RankState
 from parallel.watchdog.heartbeats import Heartbeat
-from parallel.watchdog.progress import find_behind, stuck_group
-from parallel.watchdog.wait_graph import decode_ranks, wait_ends, wait_path
+from parallel.watchdog.progress import GroupCounts
+from parallel.watchdog.wait_graph import decode_ranks, ranks_reached, wait_ends, wait_path
 
 IF_SLOW = "raise parallel.timeout_seconds if it is only slow"
 IF_KILLED = "if the kernel killed it for lack of memory, its machine's log says so"
@@ -73,16 +73,45 @@ def diagnose(
     return diagnose_working(start, [rank for (rank,) in ends], heartbeats)
 
 
+def diagnoses(
+    this_rank: int, own: Diagnosis | None, heartbeats: Mapping[int, Heartbeat], seconds: float
+) -> Iterator[tuple[int, Diagnosis]]:
+    """The reader's own diagnosis, then those that other ranks would make: the one that it waits for may be excused.
+
+    With the rank from whose wait each begins: one of each call that ranks have waited in for longer than ``seconds``,
+    longest first, unless an earlier one waits for it.
+    """
+    if own is None:
+        return
+    yield this_rank, own
+    if own.cause not in (Cause.STRAGGLER, Cause.UNKNOWN):
+        return  # these do not depend on who looks
+    long = {rank: one for rank, one in heartbeats.items() if one.is_waiting and one.idle_seconds > seconds}
+    covered = ranks_reached(this_rank, heartbeats) if heartbeats[this_rank].is_waiting else set()
+    for rank in sorted(long, key=lambda rank: (-long[rank].idle_seconds, rank)):
+        if rank not in covered:
+            found = diagnose(rank, heartbeats, set(), set(), 0.0)
+            assert found is not None  # this rank waits
+            yield rank, found
+            covered |= ranks_reached(rank, heartbeats)
+
+
 def diagnose_device(this_rank: int, waiting: list[int], heartbeats: Mapping[int, Heartbeat]) -> Diagnosis | None:
     """Which ranks have not issued the collective that other ranks' devices wait for; None if the counts do not say.
 
-    The span that a rank waits in may be another group's: the host runs ahead of the device.
+    The span that a rank waits in may be another group's: the host runs ahead of the device. Ranks in a slow span come
+    last.
     """
-    progress = {rank: heartbeat.groups for rank, heartbeat in heartbeats.items() if heartbeat.groups}
-    for start in sorted(waiting, key=lambda rank: (rank != this_rank, rank)):
-        found = find_behind(start, progress)
-        if found is None:
-            continue
+    counts = GroupCounts({rank: heartbeat.groups for rank, heartbeat in heartbeats.items() if heartbeat.groups})
+    starts = sorted(waiting, key=lambda rank: (rank != this_rank, rank))
+    found = None
+    for start in starts:
+        one = counts.find_behind(start)
+        found = found or one
+        if one is not None and any(heartbeats[rank].slow_seconds_ago > 0 for rank in one.ranks):
+            found = one
+            break
+    if found is not None:
         ranks = sorted(found.ranks, key=lambda rank: (heartbeats[rank].step, heartbeats[rank].sequence, rank))
         straggler, number = heartbeats[ranks[0]], found.group.completed + 1
         reason = (
@@ -91,7 +120,7 @@ def diagnose_device(this_rank: int, waiting: list[int], heartbeats: Mapping[int,
             f"(for {straggler.idle_seconds:.0f} s at {straggler.location})"
         )
         return Diagnosis(Cause.STRAGGLER, tuple(ranks), reason)
-    stuck = stuck_group(progress)
+    stuck = counts.stuck_group()
     if stuck is None:
         return None
     reason = (

@@ -89,7 +89,7 @@ class Announcement:
 
 
 class HeartbeatStore:
-    """Each rank writes its own key; a diagnosis reads all. It uses connections of its own, so training never waits.
+    """Each rank writes its own key; few ranks read all (turns.py). Its own connections: training never waits for it.
 
     Args:
         incarnation: the same on all ranks of one start, and no other start's: a launcher's store outlives its ranks,
@@ -102,17 +102,33 @@ class HeartbeatStore:
     def __init__(self, store: dist.Store, rank: int, world_size: int, incarnation: str = "0") -> None:
         self.rank, self.world_size = rank, world_size
         self.writing, self.reading = store.clone(), store.clone()  # type: ignore[attr-defined]
-        self.keys = [f"watch/{incarnation}/{number}" for number in range(world_size)]
-        self.diagnosis_key = f"watch/{incarnation}/diagnosis"
-        self.known: dict[int, Heartbeat] = {}  # what was read last
+        self.prefix = f"watch/{incarnation}"
+        self.diagnosis_key = f"{self.prefix}/diagnosis"
+        self.known: dict[int, Heartbeat] = {}  # what was read last; replaced, never changed: threads read it
         self.at_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+
+    @property
+    def keys(self) -> list[str]:
+        """Of all ranks' heartbeats."""
+        return [self.key(rank) for rank in range(self.world_size)]
+
+    def key(self, rank: int) -> str:
+        """Of one rank's heartbeat."""
+        return f"{self.prefix}/{rank}"
+
+    def register(self, machine: str) -> None:
+        """Let the ranks of this machine find this one, which has published. Raises what a lost store raises."""
+        self.writing.append(self._machine_key(machine), f"{self.rank} ")
+
+    def _machine_key(self, machine: str) -> str:
+        return f"{self.prefix}/on/{machine}"
 
     def publish(self, heartbeat: Heartbeat) -> Announcement | None:
         """Write this rank's heartbeat and return the diagnosis if a rank has announced one.
 
         Raises what a lost store raises.
         """
-        self.writing.set(self.keys[self.rank], heartbeat.to_json())
+        self.writing.set(self.key(self.rank), heartbeat.to_json())
         if not self.writing.check([self.diagnosis_key]):
             return None
         return Announcement(**json.loads(self.writing.get(self.diagnosis_key)))
@@ -124,20 +140,36 @@ class HeartbeatStore:
 
     def cache_rank_0(self) -> None:
         """Keep rank 0's heartbeat where the store would be lost with it."""
-        if self.at_rank_0 and self.rank != 0 and self.writing.check(self.keys[:1]):
-            self.known[0] = Heartbeat.from_json(self.writing.get(self.keys[0]))
+        if self.at_rank_0 and self.rank != 0 and self.writing.check([self.key(0)]):
+            self.known = self.known | {0: self.heartbeat_of(0, self.writing)}
+
+    def heartbeat_of(self, rank: int, store: dist.Store | None = None) -> Heartbeat:
+        """A rank's newest heartbeat. Raises what a lost store raises."""
+        return Heartbeat.from_json((store or self.reading).get(self.key(rank)))
+
+    def read_machine(self, machine: str) -> dict[int, Heartbeat]:
+        """The newest heartbeats of the ranks that have registered on a machine. Raises what a lost store raises."""
+        key = self._machine_key(machine)
+        if not self.reading.check([key]):
+            return {}
+        ranks = self.reading.get(key).split()
+        texts = self.reading.multi_get([self.key(int(rank)) for rank in ranks])
+        found = {heartbeat.rank: heartbeat for heartbeat in map(Heartbeat.from_json, texts)}
+        self.known = self.known | found
+        return found
 
     def read(self, seconds: float) -> dict[int, Heartbeat] | None:
         """Every rank's newest heartbeat; None if the store does not answer within ``seconds``."""
         answer = within(seconds, self._read)
         if answer is not None:
-            self.known = dict(answer)  # a copy: `cache_rank_0` writes into it
+            self.known = answer
         return answer
 
     def _read(self) -> dict[int, Heartbeat]:
         # Two requests for all ranks; a key each only while some rank has published nothing yet
-        all_there = self.reading.check(self.keys)
-        keys = self.keys if all_there else [key for key in self.keys if self.reading.check([key])]
+        keys = self.keys
+        if not self.reading.check(keys):
+            keys = [key for key in keys if self.reading.check([key])]
         texts = self.reading.multi_get(keys) if keys else []
         return {heartbeat.rank: heartbeat for heartbeat in map(Heartbeat.from_json, texts)}
 

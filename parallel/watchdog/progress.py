@@ -124,49 +124,59 @@ class Behind(NamedTuple):
     waiting: tuple[int, ...]
 
 
-def find_behind(start: int, progress: Mapping[int, tuple[GroupProgress, ...]]) -> Behind | None:
-    """Follow ``start``, whose device waits, to ranks that have not issued the collective and wait for none themselves.
+class GroupCounts:
+    """The counts of all ranks, by group."""
 
-    None if no group of ``start`` lacks a rank, or the chain leads back.
-    """
-    seen, rank, found = {start}, start, None
-    while True:
-        step = _lacking(rank, progress)
-        if step is None:
-            return found
-        found = step
-        further = [one for one in step.ranks if one not in seen and _lacking(one, progress) is not None]
-        if not further or any(_lacking(one, progress) is None for one in step.ranks):
-            own = tuple(one for one in step.ranks if _lacking(one, progress) is None)
-            return step._replace(ranks=own) if own else None
-        rank = further[0]
-        seen.add(rank)
+    def __init__(self, progress: Mapping[int, tuple[GroupProgress, ...]]) -> None:
+        self.progress = progress
+        self.groups: dict[tuple[str, str], dict[int, GroupProgress]] = {}  # with those of the members that have it
+        for rank, counts in progress.items():
+            for own in counts:
+                self.groups.setdefault(own.group, {})[rank] = own
+        self._behind: dict[tuple[str, str, int], Behind | None] = {}  # by group and what is completed
 
+    def issued(self, group: tuple[str, str]) -> dict[int, int]:
+        """Of each member that has counts: 0 where it has none of this group."""
+        theirs, members = self.groups[group], decode_ranks(group[1]) & self.progress.keys()
+        return {rank: theirs[rank].issued if rank in theirs else 0 for rank in members}
 
-def _lacking(rank: int, progress: Mapping[int, tuple[GroupProgress, ...]]) -> Behind | None:
-    """The group in which this rank's device waits for the furthest behind, with those that have issued less."""
-    best: Behind | None = None
-    for own in progress.get(rank, ()):
-        if own.completed >= own.issued:
-            continue
-        issued = {}
-        for other in decode_ranks(own.ranks) & progress.keys():
-            theirs = next((one for one in progress[other] if one.group == own.group), None)
-            issued[other] = 0 if theirs is None else theirs.issued
-        behind = tuple(sorted(other for other, count in issued.items() if count <= own.completed))
-        if behind and (best is None or len(behind) < len(best.ranks)):
-            waiting = tuple(sorted(other for other, count in issued.items() if count > own.completed))
-            best = Behind(behind, own, waiting)
-    return best
+    def find_behind(self, start: int) -> Behind | None:
+        """Follow ``start``, whose device waits, to ranks that have not issued the collective and wait for none.
 
+        None if no group of ``start`` lacks a rank, or the chain leads back.
+        """
+        seen, rank, found = {start}, start, None
+        while True:
+            step = self._lacking(rank)
+            if step is None:
+                return found
+            found = step
+            further = [one for one in step.ranks if one not in seen and self._lacking(one) is not None]
+            if not further or any(self._lacking(one) is None for one in step.ranks):
+                own = tuple(one for one in step.ranks if self._lacking(one) is None)
+                return step._replace(ranks=own) if own else None
+            rank = further[0]
+            seen.add(rank)
 
-def stuck_group(progress: Mapping[int, tuple[GroupProgress, ...]]) -> GroupProgress | None:
-    """A group whose members have all issued a collective that none of them has completed."""
-    for counts in progress.values():
-        for own in counts:
-            members = decode_ranks(own.ranks) & progress.keys()
-            theirs = [one for rank in members for one in progress[rank] if one.group == own.group]
-            least = min(one.issued for one in theirs)
-            if len(theirs) == len(members) and all(one.completed < least for one in theirs):
-                return own
-    return None
+    def _lacking(self, rank: int) -> Behind | None:
+        """The group in which this rank's device waits for the furthest behind, with those that have issued less."""
+        waiting = (own for own in self.progress.get(rank, ()) if own.completed < own.issued)
+        found = [behind for own in waiting if (behind := self._behind_in(own)) is not None]
+        return min(found, key=lambda behind: len(behind.ranks), default=None)
+
+    def _behind_in(self, own: GroupProgress) -> Behind | None:
+        key = (*own.group, own.completed)
+        if key not in self._behind:
+            issued = self.issued(own.group)
+            behind = tuple(sorted(rank for rank, count in issued.items() if count <= own.completed))
+            waiting = tuple(sorted(rank for rank, count in issued.items() if count > own.completed))
+            self._behind[key] = Behind(behind, own, waiting) if behind else None
+        return self._behind[key]
+
+    def stuck_group(self) -> GroupProgress | None:
+        """A group whose members have all issued a collective that none of them has completed."""
+        for group, theirs in self.groups.items():
+            least = min(self.issued(group).values())
+            if all(one.completed < least for one in theirs.values()):
+                return next(iter(theirs.values()))
+        return None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch.distributed as dist
 
 from parallel.watchdog.events import Event, RankState, SpanKind
+from parallel.watchdog.wait_graph import encode_ranks
 
 WAITING, WORKING = RankState.WAITING, RankState.WORKING
 Group = dist.ProcessGroup | Iterable[int] | None  # the ranks of a collective; None is all
@@ -176,6 +177,13 @@ def _is_first_launch(group: Group) -> bool:
 def _ranks_of(group: Group) -> Iterable[int] | None:
     """The wait for a connection is no collective, and `Progress` must not count it as the group's."""
     return dist.get_process_group_ranks(group) if isinstance(group, dist.ProcessGroup) else group
+
+
+def group_text(group: Group) -> str:
+    """The ranks of a span's group, as a heartbeat carries them."""
+    if group is None:
+        return ""
+    return encode_ranks(dist.get_process_group_ranks(group) if isinstance(group, dist.ProcessGroup) else group)
 
 
 def wait_span(event: Event, group: Group = None) -> Span:

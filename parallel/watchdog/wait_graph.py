@@ -34,9 +34,15 @@ class WaitGraph:
         self.present: dict[Node, set[int]] = {}  # ranks that have entered it
         for rank, node in self.node.items():
             self.present.setdefault(node, set()).add(rank)
+        self._missing: dict[Node, set[int]] = {}
 
     def missing(self, node: Node) -> set[int]:
         """Ranks that those in the collective wait for."""
+        if node not in self._missing:
+            self._missing[node] = self._find_missing(node)
+        return self._missing[node]
+
+    def _find_missing(self, node: Node) -> set[int]:
         heartbeat = self.heartbeats[next(iter(self.present[node]))]
         if not heartbeat.is_waiting:
             return set()
@@ -89,6 +95,12 @@ def wait_ends(start: int, heartbeats: Mapping[int, Waiter]) -> list[tuple[int, .
     if working:
         return [(rank,) for rank in working]
     return [tuple(sorted(rank for node in graph.cycle(graph.node[start]) for rank in graph.present[node]))]
+
+
+def ranks_reached(start: int, heartbeats: Mapping[int, Waiter]) -> set[int]:
+    """The ranks in the call of ``start``, which waits, and those that it waits for, through others too."""
+    graph = WaitGraph(heartbeats)
+    return {rank for node in graph.reachable(graph.node[start], graph.successors) for rank in graph.present[node]}
 
 
 def wait_path(start: int, end: int, heartbeats: Mapping[int, Waiter]) -> tuple[int, ...]:

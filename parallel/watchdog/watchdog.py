@@ -1,9 +1,10 @@
 """The watchdog: when ranks wait too long for each other, one message says which rank delays them, and all end.
 
 A thread writes each rank's open spans (parallel/watchdog/spans.py) to the process group's store about once a second.
-When a collective has been waited for long, the heartbeats of all ranks are read, parallel/watchdog/diagnosis.py finds
-the rank that delays the others, and the process ends: Python cannot interrupt a collective that is stuck in C++. This
-begins early enough that all processes have ended after `parallel.timeout_seconds` (`Timing`).
+When a collective has been waited for long, a few of the waiting ranks (parallel/watchdog/turns.py) read the heartbeats
+of all, parallel/watchdog/diagnosis.py finds the rank that delays the others, they announce it, and all processes end:
+Python cannot interrupt a collective that is stuck in C++. This begins early enough that all processes have ended after
+`parallel.timeout_seconds` (`Timing`).
 
 On GPUs NCCL's flight recorder runs too, and a hang writes its record to the run's folder. That part has never run on a
 GPU: kernels wait there, not the host, so a hang shows at the host's next wait for the device.
@@ -29,15 +30,17 @@ from longcat.errors import CRASHED
 from parallel.mesh import BACKGROUND, ask_store
 from parallel.reduce import broadcast
 from parallel.torch_internals import default_store, process_groups, set_group_timeout
-from parallel.watchdog.diagnosis import Cause, Diagnosis, as_finding, diagnose, format_message, reporter
+from parallel.watchdog.diagnosis import Cause, Diagnosis, as_finding, diagnose, diagnoses, format_message, reporter
 from parallel.watchdog.errors import causes, first_sentence, is_lost_rank
 from parallel.watchdog.events import Event, RankState, SpanKind
 from parallel.watchdog.flight_recorder import dump_flight_record, flight_record_path
-from parallel.watchdog.heartbeats import Announcement, Heartbeat, HeartbeatStore, has_ended, this_machine
+from parallel.watchdog.heartbeats import Announcement, Heartbeat, HeartbeatStore, has_ended, this_machine, within
 from parallel.watchdog.progress import DeviceProgress, cuda_progress
-from parallel.watchdog.spans import SPANS, Group, status, wait_span
+from parallel.watchdog.spans import SPANS, group_text, status, wait_span
 from parallel.watchdog.timing import GROUP_FACTOR, Timing, max_wait_seconds
-from parallel.watchdog.wait_graph import encode_ranks
+from parallel.watchdog.turns import Turn
+
+Look = tuple[dict[int, Heartbeat], Diagnosis | None]  # the heartbeats of the ranks that were read, what they say
 
 
 class Watchdog:
@@ -58,9 +61,12 @@ class Watchdog:
         self.store, self.on_hang, self.record = store, on_hang, record
         self.timing = Timing.of(timeout_seconds, store.world_size)
         self.machine = this_machine()
+        self.neighbours: dict[int, Heartbeat] = {}  # of the ranks on this machine, when a wait got long
         self.count = 0  # of heartbeats
         self.stopped = threading.Event()
-        self.announced = threading.Event()  # another rank has announced a diagnosis
+        self.wait_turn, self.failure_turn = Turn(store, "wait"), Turn(store, "failure")
+        self.announced = threading.Event()  # a rank has announced a diagnosis
+        self.announcement: Announcement | None = None
         self.ending = threading.RLock()  # one thread at a time decides how the run ends
         self.finding: dict[str, Any] | None = None  # the diagnosis, for exit.json
         self.threads = [
@@ -104,7 +110,7 @@ class Watchdog:
         """One line for an error that a lost rank or a time-out caused; None for any other error.
 
         The diagnosis takes as long as confirming that a rank has stopped, less where the lost process ran on this
-        machine. All other ranks are told.
+        machine. Few ranks make it; the others wait for what these announce.
         """
         lost = next((cause for cause in causes(error) if is_lost_rank(cause)), None)
         if lost is None:
@@ -114,7 +120,14 @@ class Watchdog:
                 span = SPANS.failed[1] if SPANS.failed else wait_span(Event(SpanKind.UNTRACED))
                 SPANS.failed = (error, span)
             SPANS.innermost = None  # this thread has left every span
-            heartbeats, found = self._diagnose(lambda: not self.announced.is_set())
+            began, look = time.monotonic(), None
+            while look is None and not self.announced.is_set():
+                look = self._look(self.failure_turn, began, lambda: not self.announced.is_set())
+                if look is None:
+                    self._pause(lambda: not self.announced.is_set(), self.timing.heartbeat)
+            if self.announcement is not None or look is None:
+                return self._heard()
+            heartbeats, found = look
             diagnosis = found or Diagnosis(Cause.UNKNOWN, (), "every rank answers", "check the network between them")
             message = f"{format_message(heartbeats.get(self.store.rank), diagnosis)} ({first_sentence(lost)})"
             self.finding = as_finding(diagnosis, heartbeats)
@@ -130,10 +143,10 @@ class Watchdog:
             except (RuntimeError, OSError, ValueError):
                 return  # reported when a wait gets too long; each further try would log a page of text
             if announced is not None and not self.stopped.is_set():
+                self.announcement = announced
                 self.announced.set()
                 with self.ending:
-                    self.finding = announced.finding
-                    self._end(announced.message)
+                    self._end(self._heard())
 
     def _check(self) -> None:
         pause = self.timing.heartbeat / 4
@@ -142,6 +155,8 @@ class Watchdog:
             if time.monotonic() - last_change > self.timing.investigate:
                 with self.ending:
                     pause = self._investigate(last_change)
+            elif self.wait_turn.is_held:
+                within(self.timing.heartbeat, self.wait_turn.release)
 
     def _investigate(self, last_change: float) -> float:
         """End the run if a rank has waited for too long, or a rank is lost that no rank waits for.
@@ -149,15 +164,27 @@ class Watchdog:
         Returns the seconds until the next check.
         """
         timing = self.timing
-        pause = timing.timeout / 16  # long work is no fault: spare the store
 
         def still_idle() -> bool:
             return SPANS.last_change == last_change and not self.stopped.is_set() and not self.announced.is_set()
 
-        heartbeats, diagnosis = self._diagnose(still_idle)
-        if diagnosis is None or not still_idle():
-            return timing.heartbeat if diagnosis else pause
-        reporting = reporter(self.store.rank, heartbeats, diagnosis)
+        look = self._look(self.wait_turn, last_change, still_idle)
+        if look is None or not still_idle():
+            return timing.heartbeat
+        heartbeats, own = look
+        pause = timing.timeout / 16  # long work is no fault: spare the store
+        for rank, diagnosis in diagnoses(self.store.rank, own, heartbeats, timing.investigate):
+            pause = min(pause, self._end_if_over(rank, diagnosis, heartbeats))
+        self.wait_turn.due = time.monotonic() + pause
+        return min(pause, timing.heartbeat)
+
+    def _end_if_over(self, rank: int, diagnosis: Diagnosis, heartbeats: dict[int, Heartbeat]) -> float:
+        """End the run if ``rank``, from whose wait the diagnosis begins, has waited for too long, or a rank is lost.
+
+        Returns the seconds until the next reading.
+        """
+        timing = self.timing
+        reporting = reporter(rank, heartbeats, diagnosis)
         slow_ago = min(heartbeats[rank].slow_seconds_ago for rank in diagnosis.ranks or heartbeats)
         is_over = (
             reporting is not None
@@ -173,7 +200,7 @@ class Watchdog:
             self._end(message, lambda: self._announce(message, heartbeats, diagnosis))
         if diagnosis.cause == Cause.UNRESPONSIVE:
             return timing.heartbeat
-        return min(pause, timing.investigate - slow_ago) if 0 < slow_ago < timing.investigate else pause
+        return timing.investigate - slow_ago if 0 < slow_ago < timing.investigate else float("inf")
 
     def _too_long(self, seconds: float, slow_ago: float, diagnosis: Diagnosis) -> bool:
         """Whether a wait of ``seconds`` ends the run; the diagnosed rank was in a slow span ``slow_ago`` seconds ago.
@@ -186,18 +213,43 @@ class Watchdog:
             return may_be_slow and seconds > self.timing.slow_limit
         return seconds > self.timing.investigate
 
-    def _diagnose(self, still_idle: Callable[[], bool]) -> tuple[dict[int, Heartbeat], Diagnosis | None]:
+    def _look(self, turn: Turn, wait: float, still_idle: Callable[[], bool]) -> Look | None:
+        """What this machine's processes say, or all heartbeats; None where it is not this rank's turn to read them.
+
+        Args:
+            wait: when this rank's wait began.
+        """
+        this_rank, confirm, is_new = self.store.rank, self.timing.confirm, wait != turn.wait
+        if self.store.at_rank_0 and 0 in self._dead(self.store.known):
+            return self._diagnose_without_store()
+
+        def ask() -> bool:
+            if is_new or self._dead(self.neighbours):
+                self.neighbours = self.store.read_machine(self.machine)
+            return not self._dead(self.neighbours) and turn.take(wait, confirm)
+
+        is_ours = within(confirm, ask)
+        if is_ours is None:
+            return self._diagnose_without_store()
+        if dead := self._dead(self.neighbours):  # whoever sees it needs no other heartbeats
+            heartbeats = self.neighbours | {this_rank: self.heartbeat()}
+            return heartbeats, diagnose(this_rank, heartbeats, set(), dead, time.time())
+        return self._diagnose(still_idle) if is_ours else None
+
+    def _pause(self, still_idle: Callable[[], bool], seconds: float) -> None:
+        """Wait for so long, or until a process of this machine is known to have ended."""
+        until = time.monotonic() + seconds
+        while still_idle() and time.monotonic() < until and not self._dead(self.store.known):
+            time.sleep(self.timing.heartbeat / 10)
+
+    def _diagnose(self, still_idle: Callable[[], bool]) -> Look:
         """Read all heartbeats, twice if no process is known to have ended, and find the rank that delays the others."""
         this_rank, seconds = self.store.rank, self.timing.confirm
-        rank_0_is_dead = self.store.at_rank_0 and 0 in self._dead(self.store.known)
-        first = None if rank_0_is_dead else self.store.read(seconds)
+        first = self.store.read(seconds)
         if first is None:
             return self._diagnose_without_store()
+        self._pause(still_idle, seconds)
         dead = self._dead(first)
-        until = time.monotonic() + seconds
-        while not dead and still_idle() and time.monotonic() < until:
-            time.sleep(self.timing.heartbeat / 10)
-            dead = self._dead(first)
         second = self.store.read(seconds)
         if second is None:
             return self._diagnose_without_store()
@@ -212,7 +264,7 @@ class Watchdog:
             if rank != self.store.rank and has_ended(heartbeat, self.machine)
         }
 
-    def _diagnose_without_store(self) -> tuple[dict[int, Heartbeat], Diagnosis]:
+    def _diagnose_without_store(self) -> Look:
         """The store does not answer: its host delays the others, as far as the last heartbeats say."""
         heartbeats = self.store.known | {self.store.rank: self.heartbeat()}
         dead = self._dead(heartbeats)
@@ -229,12 +281,22 @@ class Watchdog:
         unresponsive = diagnosis.ranks if diagnosis.cause == Cause.UNRESPONSIVE else ()
         if not (self.store.at_rank_0 and 0 in diagnosis.ranks):  # else the store's host has stopped or died
             self.store.announce(Announcement(message, as_finding(diagnosis, heartbeats)))
-        if self.store.at_rank_0 and self.store.rank == 0:
-            time.sleep(1.5 * self.timing.heartbeat)  # the store ends with this process: let the others hear first
+        self._let_others_hear()
         for rank in unresponsive:
             if rank in heartbeats and heartbeats[rank].machine == self.machine:
                 with contextlib.suppress(OSError):
                     os.kill(heartbeats[rank].pid, signal.SIGKILL)  # torchrun would wait half a minute for it
+
+    def _heard(self) -> str:
+        """The message that another rank has announced."""
+        assert self.announcement is not None
+        self.finding = self.announcement.finding
+        self._let_others_hear()
+        return self.announcement.message
+
+    def _let_others_hear(self) -> None:
+        if self.store.at_rank_0 and self.store.rank == 0:
+            time.sleep(1.5 * self.timing.heartbeat)  # the store ends with this process
 
     def _end(self, message: str, announce: Callable[[], None] = lambda: None) -> None:
         """Report the message and end this process."""
@@ -247,13 +309,6 @@ class Watchdog:
                 dump_flight_record(self.record)
         finally:
             exit_process(CRASHED)
-
-
-def group_text(group: Group) -> str:
-    """The ranks of a span's group, as a heartbeat carries them."""
-    if group is None:
-        return ""
-    return encode_ranks(dist.get_process_group_ranks(group) if isinstance(group, dist.ProcessGroup) else group)
 
 
 def exit_process(code: int) -> NoReturn:
@@ -293,6 +348,7 @@ def start(timeout_seconds: float, on_hang: Callable[[str], None], folder: Path) 
         store = HeartbeatStore(default_store(), rank, dist.get_world_size(), incarnation)
         found = Watchdog(store, timeout_seconds, on_hang, record)
         store.publish(found.heartbeat())  # so that the others can name this rank
+        store.register(found.machine)
         return found
 
     _current = ask_store(published, timeout_seconds)
