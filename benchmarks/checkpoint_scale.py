@@ -159,7 +159,7 @@ def by_us(tensors: list[dict[str, Tensor]], folder: Path) -> dict[str, float]:
     for rank, own in enumerate(tensors):
         with timer.part("every"):
             items = items_to_write(own, Placement(0, 1, first_of_stage=rank == 0, first=rank == 0))
-            parts.append(pickle.dumps(entries(items, results_of(rank, items))))
+            parts.append(pickle.dumps(entries(own, items, results_of(rank, items))))
     with timer.part("first"):
         write_index([pickle.loads(part) for part in parts], folder)
     timer.seconds["every"] /= len(tensors)

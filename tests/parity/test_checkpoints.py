@@ -11,12 +11,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from parallel.mesh import Topology, background_group, make_topology, resolve_sizes, world_from_environment
@@ -25,6 +23,7 @@ from tests.support.comparison import LATER, largest
 from tests.support.measure import MODEL, Piece, assemble, logical, samples
 from tests.support.pool import close_pools, pool
 from train.batches import BatchReader
+from train.checkpoint import load as loading
 from train.checkpoint.load import load
 from train.checkpoint.retention import Keep
 from train.checkpoint.save import SaveContext, Snapshot, write
@@ -168,12 +167,12 @@ def load_in(overrides: list[str], paths: list[Path], left_out: list[str]) -> lis
 @contextmanager
 def forgetting(state: TrainState, what: str) -> Iterator[None]:
     """Make loading omit tensors whose key starts with ``what``, or one part of its work; "" omits nothing."""
-    samples, read = state.counters.samples, dcp.load
+    samples, read = state.counters.samples, loading.read
 
-    def without(tensors: dict[str, Any], **named: Any) -> None:
-        read({key: value for key, value in tensors.items() if not (what and key.startswith(what))}, **named)
+    def without(tensors: dict[str, Tensor], path: Path) -> Exception | None:
+        return read({key: one for key, one in tensors.items() if not (what and key.startswith(what))}, path)
 
-    with patch.object(dcp, "load", without), ExitStack() as more:
+    with patch.object(loading, "read", without), ExitStack() as more:
         if what == "engine's own copies":
             more.enter_context(patch.object(state.store, "refresh"))
         if what == "routers' biases":

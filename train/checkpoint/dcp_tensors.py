@@ -5,12 +5,15 @@ Every sharding engine's state has this form, so checkpoints are resharded on loa
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint import DefaultLoadPlanner, StorageReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from longcat.names import Box
@@ -112,6 +115,27 @@ def loaded(state: TrainState) -> tuple[dict[str, Tensor], list[LocalBox]]:
     boxes = list(replace_values(state.store.local_boxes(write=True), clone if state.store.transient else identity))
     steps = {f"optimizer_step/{name}": step for name, step in state.store.steps(write=True)}
     return by_key(boxes) | steps | dict(state.replicated()), boxes
+
+
+def read_values(tensors: dict[str, Tensor], reader: StorageReader, metadata: Metadata) -> None:
+    """Fill ``tensors``, by key, with a checkpoint's values: of sharded ones this rank's boxes.
+
+    Raises:
+        RuntimeError: a tensor is not in the checkpoint.
+        ValueError: it has another shape there, or only a part of a box is there.
+        OSError: a file is missing, cannot be read or is too short.
+    """
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner({**tensors}, metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    plan = reader.prepare_local_plan(planner.create_local_plan())
+    found: Counter[str] = Counter()
+    for item in plan.items:
+        found[item.dest_index.fqn] += math.prod(item.lengths)
+    for key, tensor in tensors.items():
+        if found[key] != sum(values.numel() for values in values_here({key: tensor})):
+            raise ValueError(f"it contains only parts of {key}")
+    reader.read_data(plan, planner).wait()
 
 
 @torch.no_grad()

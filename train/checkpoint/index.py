@@ -82,10 +82,12 @@ Written = tuple[tuple[int, ...], tuple[int, ...], str, int, int]  # offset, size
 Entries = dict[str, tuple[torch.dtype, tuple[int, ...], list[Written]]]  # key → dtype, full shape, boxes
 
 
-def entries(items: Iterable[WriteItem], results: Iterable[WriteResult]) -> Entries:
-    """This rank's part of the index."""
+def entries(tensors: dict[str, Tensor], items: Iterable[WriteItem], results: Iterable[WriteResult]) -> Entries:
+    """This rank's part of the index, with the sharded ``tensors`` of which it writes nothing: another one has to."""
     places = {result.index: result.storage_data for result in results}
-    found: Entries = {}
+    found: Entries = {
+        key: (one.dtype, tuple(one.shape), []) for key, one in tensors.items() if isinstance(one, DcpTensor)
+    }
     for item in items:
         data, place = item.tensor_data, places[item.index]
         assert data is not None

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from longcat.errors import ConfigError
 from parallel.reduce import all_gather_object
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
 from train.checkpoint.compatibility import TOKENIZER, differences, order_differences
-from train.checkpoint.dcp_tensors import finish_load, loaded
+from train.checkpoint.dcp_tensors import finish_load, loaded, read_values
 from train.checkpoint.failures import describe, first_failure
 from train.checkpoint.files import read_text
 from train.checkpoint.manifest import STATE
@@ -36,9 +37,6 @@ def load(
         ConfigError: the checkpoint is of another model or of other data (with the differing keys), or a rank could
             not read it.
     """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-
     try:
         stored = json.loads(read_text(path / STATE))
     except OSError as error:
@@ -62,24 +60,32 @@ def load(
         )
     with work_span(Event(SpanKind.CHECKPOINT_READ), slow=True):
         tensors, boxes = loaded(state)
-    failure = None
-    try:  # alone: with all ranks, the first one would receive every rank's list of boxes and send it back
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that it loads in one process
-            dcp.load(tensors, storage_reader=TracedReader(path), no_dist=True)
-    except CheckpointException as error:
-        failure = describe(next(iter(error.failures.values()))[0])
+        cause = read(tensors, path)
     with wait_span(Event(SpanKind.CHECKPOINT_READ_ALL)):
-        failures = all_gather_object(failure)
-    if any(failures):
-        failed = first_failure({rank: text for rank, text in enumerate(failures) if text})
-        raise ConfigError(f"checkpoint {path} could not be read: {failed}; restore its files or name another")
+        failures = all_gather_object(describe(cause) if cause else None)
+    if failed := {rank: text for rank, text in enumerate(failures) if text}:
+        raise ConfigError(
+            f"checkpoint {path} could not be read: {first_failure(failed)}; restore its files or name another"
+        ) from cause
     finish_load(state, boxes)
     for name, value in counters.items():
         setattr(state.counters, name, value)
     state.health.restore(stored.get("health"))
     if new_data:
         state.health.forget(data=True)
+
+
+def read(tensors: dict[str, Tensor], path: Path) -> Exception | None:
+    """Fill this rank's boxes of ``tensors``, without the other ranks; returns what prevented it.
+
+    In torch's own load with all ranks, the first one would receive every rank's list of boxes and send it back.
+    """
+    try:
+        reader = ShardReader(path)
+        read_values(tensors, reader, reader.read_metadata())
+    except Exception as error:
+        return error
+    return None
 
 
 def check_model(
@@ -110,11 +116,3 @@ def check_tokenizer(path: Path, stored: dict[str, Any], configuration: dict[str,
             f"{configuration['data']['paths']} with that of {ours[:12]}…, so token ids mean other text; build the "
             f"corpus with the checkpoint's tokenizer (longcat data build data.tokenizer=FILE) or name one that was"
         )
-
-
-class TracedReader(ShardReader):
-    """Tells the watchdog that reading may take long."""
-
-    def read_data(self, *args: Any, **keywords: Any) -> Any:
-        with work_span(Event(SpanKind.CHECKPOINT_READ), slow=True):
-            return super().read_data(*args, **keywords)

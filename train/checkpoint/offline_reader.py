@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,22 +91,16 @@ class Checkpoint:
         Raises:
             ConfigError: the tensor or a part of it is missing, or a file can no longer be read.
         """
-        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-
-        from train.checkpoint.dcp_tensors import DcpTensor
+        from train.checkpoint.dcp_tensors import DcpTensor, read_values
 
         stored = self._stored(key)
         kind = dtype or stored.properties.dtype
         values = torch.zeros([stop - start for start, stop in box], dtype=kind)
         wanted: dict[str, Any] = {key: DcpTensor(tuple(stored.size), [(box, values)], kind)}
-        planner = DefaultLoadPlanner()
-        planner.set_up_planner(wanted, self.metadata, is_coordinator=True)
-        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
-        plan = self.reader.prepare_local_plan(planner.create_local_plan())
-        if sum(math.prod(item.lengths) for item in plan.items) != values.numel():
-            raise ConfigError(f"{self.folder} contains only parts of {key}; use another checkpoint")
         try:
-            self.reader.read_data(plan, planner).wait()
+            read_values(wanted, self.reader, self.metadata)
+        except ValueError as error:
+            raise ConfigError(f"checkpoint {self.folder} cannot be used: {error}; use another one") from error
         except OSError as error:
             raise gone(self.folder, error) from error
         return values

@@ -260,7 +260,7 @@ def write_shards(snapshot: Snapshot, partial: Path, context: SaveContext) -> dic
         planner.set_up_planner(snapshot.tensors)
         writer.set_up_storage_writer(False, rank=dist.get_rank(), use_collectives=False)  # the index is ours
         plan = writer.prepare_local_plan(SavePlan(items))
-        own.update(entries(items, writer.write_data(plan, planner).value()))
+        own.update(entries(snapshot.tensors, items, writer.write_data(plan, planner).value()))
 
     context.run_on_all_ranks(SpanKind.CHECKPOINT_WRITE, write_own)
     with context.waits(Event(SpanKind.CHECKPOINT_GATHER)):

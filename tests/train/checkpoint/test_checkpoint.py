@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from train.checkpoint.load import load
 from train.checkpoint.manifest import list_checkpoints, verify
 from train.checkpoint.retention import Keep, cleanup
 from train.checkpoint.save import save
+from train.checkpoint.shards import ShardReader
 from train.checkpoint.state_hash import state_hash
 from train.compose import compose
 from train.config import Config
@@ -279,6 +282,28 @@ def test_shard_damaged_after_verification_is_named(saver: Saver) -> None:
     with shard(path).open("r+b") as file:
         file.truncate(shard(path).stat().st_size // 2)
     with pytest.raises(ConfigError, match=r"step-00000001 could not be read: rank 0: .*; restore its files"):
+        saver.load(path)
+
+
+def test_tensor_with_a_missing_box_is_not_loaded(saver: Saver) -> None:
+    """Its values would stay what they were."""
+    path = saver.save(1)
+    index = pickle.loads((path / ".metadata").read_bytes())
+    key = next(key for key in index.state_dict_metadata if key.startswith("weight/"))
+    index.state_dict_metadata[key].chunks.clear()
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ConfigError, match=f"could not be read: rank 0: ValueError: .* only parts of {re.escape(key)};"):
+        saver.load(path)
+
+
+def test_stop_while_loading_is_no_damage(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saver.save(1)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardReader, "read_data", stop)
+    with pytest.raises(KeyboardInterrupt):
         saver.load(path)
 
 

@@ -1,8 +1,14 @@
-"""Each element of a checkpoint is written by one rank, which knows so without the others; the index lists them all."""
+"""Each element of a checkpoint is written by one rank, which knows so without the others; the index lists them all.
+
+What fails on one rank, all ranks learn.
+"""
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,13 +20,17 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.storage import WriteResult
 
+from longcat.errors import ConfigError, SaveError
 from longcat.names import Box
 from parallel.torch_internals import record_place
 from tests.support.distributed import run_ranks
 from tests.support.running import TINY, trained_state
+from train.checkpoint import save as saving
 from train.checkpoint.dcp_tensors import DcpTensor, saved
 from train.checkpoint.index import Entries, Placement, entries, items_to_write, num_bytes, write_index
+from train.checkpoint.load import load
 from train.checkpoint.save import save
+from train.checkpoint.shards import ShardReader
 from train.run_dir import as_mapping
 
 ALONE = Placement(replica=0, replicas=1, first_of_stage=True, first=True)
@@ -69,11 +79,20 @@ def test_what_all_have_is_written_once() -> None:
 
 
 def parts() -> list[Entries]:
-    items = [
-        items_to_write(tensors_of(0), ALONE),
-        items_to_write(tensors_of(1), replace(ALONE, first_of_stage=False, first=False)),
-    ]
-    return [entries(one, results_of(one)) for one in items]
+    places = [ALONE, replace(ALONE, first_of_stage=False, first=False)]
+    found = []
+    for shard, place in enumerate(places):
+        items = items_to_write(tensors_of(shard), place)
+        found.append(entries(tensors_of(shard), items, results_of(items)))
+    return found
+
+
+def test_tensor_that_no_rank_writes_is_no_checkpoint(tmp_path: Path) -> None:
+    """Each of two replicas takes the other's turn, so no rank writes their tensor."""
+    tensors: dict[str, Tensor] = {"weight/0": boxed(3, 0, 3)}
+    nothing = entries(tensors, items_to_write(tensors, replace(ALONE, replica=1, replicas=2)), [])
+    with pytest.raises(ValueError, match="weight/0: 0 boxes of 0 values in all were written for 12"):
+        write_index([nothing, nothing], tmp_path)
 
 
 def test_a_gap_or_a_box_written_twice_is_no_checkpoint(tmp_path: Path) -> None:
@@ -111,3 +130,63 @@ def save_and_read(folder: Path, words: list[str]) -> list[str]:
 )
 def test_torchs_reader_finds_every_value(words: list[str], tmp_path: Path) -> None:
     assert run_ranks(save_and_read, 2, tmp_path, words) == [[], []]
+
+
+def failing(plain: Callable[..., Any], on: int, error: Exception, times: int = 2) -> Callable[..., Any]:
+    """``plain``, which on one rank raises ``error`` the first ``times`` times."""
+    left = [times if dist.get_rank() == on else 0]
+
+    @wraps(plain)  # torch asks for the signature
+    def call(*arguments: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+        return plain(*arguments, **named)
+
+    return call
+
+
+def fail_on_one_rank(folder: Path) -> list[str]:
+    """What this rank says of saves and loads that fail on one rank, and what is left of the saves."""
+    state, topology, config = trained_state(TINY, 1)
+    said: list[str] = []
+    full, torn = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error")
+    for plain, rank, error in [
+        (items_to_write, 1, full),
+        (items_to_write, 0, ZeroDivisionError("a bug")),
+        (write_index, 0, full),
+    ]:
+        with patch.object(saving, plain.__name__, failing(plain, rank, error)), pytest.raises(SaveError) as caught:
+            save(state, folder, as_mapping(config), topology)
+        dist.barrier()  # the first rank removes what is there
+        said.append(f"{caught.value} {caught.value.is_disk_full} {[path.name for path in folder.iterdir()]}")
+        dist.barrier()
+    path = save(state, folder, as_mapping(config), topology)
+    plain_index, plain_data = ShardReader.read_metadata, ShardReader.read_data
+    for torn_index, error in [(True, torn), (False, torn), (False, ZeroDivisionError("a bug"))]:
+        with (
+            patch.object(ShardReader, "read_metadata", failing(plain_index, 1, torn, int(torn_index))),
+            patch.object(ShardReader, "read_data", failing(plain_data, 1, error)),
+            pytest.raises(ConfigError) as refused,
+        ):
+            load(state, path, as_mapping(config))
+        said.append(str(refused.value))
+    dist.destroy_process_group()
+    return said
+
+
+def test_all_ranks_learn_what_fails_on_one(tmp_path: Path) -> None:
+    """Of a save nothing is left."""
+    first, second = run_ranks(fail_on_one_rank, 2, tmp_path)
+    unsaved = "the checkpoint of step 1 is not saved:"
+    unread = f"checkpoint {tmp_path / 'step-00000001'} could not be read: rank 1:"
+    advice = "; restore its files or name another"
+    assert first == second
+    assert first == [
+        f"{unsaved} rank 1: No space left on device True []",
+        f"{unsaved} rank 0: ZeroDivisionError: a bug False []",
+        f"{unsaved} rank 0: No space left on device True []",
+        f"{unread} Input/output error{advice}",
+        f"{unread} Input/output error{advice}",
+        f"{unread} ZeroDivisionError: a bug{advice}",
+    ]
