@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.local import num_processes
+from launch.local import num_processes, num_ranks
 from longcat.counts import describe, flops_row, human
 from parallel.memory import in_a_step, mib, state_bytes
 from parallel.sizes import resolve_sizes
@@ -22,9 +22,9 @@ def check(config: Config) -> list[tuple[str, str]]:
     Raises:
         ConfigError: the run would be refused: sizes, layout, memory, corpora or run folder do not fit.
     """
-    processes, train = num_processes(config), config.train
-    needed, has = check_sizes(config, processes)
-    sizes = resolve_sizes(config.parallel, processes)
+    ranks, train = num_ranks(config), config.train
+    needed, has = check_sizes(config, ranks, num_processes(config))
+    sizes = resolve_sizes(config.parallel, ranks)
     state = state_bytes(config.model, sizes, config.parallel.sharding, [None])
     micro_batches = batch_shape(config, sizes).num_micro_batches
     step = in_a_step(config.model, sizes, config.parallel, [None], micro_batches, train.dtype)
@@ -36,7 +36,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         *describe(config.model),
         flops_row(config.model, train.sequence_length, config.data.mask_documents),
         *size_rows(config, padding),
-        ("ranks", f"{processes} ({axes})"),
+        ("ranks", f"{ranks} ({axes})"),
         ("memory per rank", f"{state}, by formula" + (", before stages are divided" if sizes.pp > 1 else "")),
         *([("in a step", step)] if step else []),
         ("memory needed", f"at least {mib(needed)} of {mib(has)}; activations inside a layer come on top"),

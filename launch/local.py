@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch.rendezvous import find_place
+from launch.rendezvous import find_place, num_nodes
 from longcat.garbage import import_without_collections
 from longcat.search_path import ROOT, without_current_folder
 from parallel.environment import count_gpus
@@ -23,6 +23,11 @@ def num_processes(config: Config) -> int:
     if requested == -1:
         return max(1, gpus)
     return min(requested, gpus) if gpus else requested
+
+
+def num_ranks(config: Config) -> int:
+    """Ranks of the run, on all its nodes."""
+    return num_nodes(config.launch, os.environ) * num_processes(config)
 
 
 def run_ranks(overrides: list[str], config: Config) -> int:

@@ -52,14 +52,23 @@ def slurm_nodes(environment: Mapping[str, str]) -> int | None:
     return nodes
 
 
+def num_nodes(config: LaunchConfig, environment: Mapping[str, str]) -> int:
+    """Nodes that train: `launch.nodes`, or those of the Slurm step, or one."""
+    return config.nodes or slurm_nodes(environment) or 1
+
+
 def find_place(config: LaunchConfig, environment: Mapping[str, str]) -> Place | None:
     """Read keys and Slurm's environment; None for a run on one machine.
 
     Raises:
-        ConfigError: no rendezvous is given and Slurm gives none, or Slurm has another number of nodes.
+        ConfigError: no rendezvous is given and Slurm gives none, or no number of nodes beside it, or Slurm has another.
     """
-    in_step = slurm_nodes(environment)
-    nodes = config.nodes or in_step or 1
+    in_step, nodes = slurm_nodes(environment), num_nodes(config, environment)
+    if config.rendezvous and not config.nodes and "SLURM_NODEID" not in environment:
+        raise ConfigError(
+            f"launch.rendezvous={config.rendezvous} is for several nodes; give their number too, launch.nodes=N, or "
+            f"leave it out"
+        )
     if nodes == 1:
         return None
     hosts = tuple(expand_hosts(environment.get("SLURM_STEP_NODELIST", ""))) if in_step is not None else ()

@@ -280,12 +280,16 @@ def plan(arguments: list[str]) -> int:
     if words[:1] == ["search"]:
         from launch.plan.cluster import find_cluster
         from launch.plan.search import lines, search
+        from launch.plan.show import search_as_json
 
         config, options = read(words[1:])
-        found, cluster = search(config, options), find_cluster(options.cluster)
-        print("\n".join(lines(found, options, cluster.capacity)))
+        found, cluster, nearest = search(config, options), find_cluster(options.cluster), ""
         if found.refusal or not found.fitting:
-            print(fitting_near(config, options, cluster) or "No layout near it fits, nor on 16 times as many GPUs.")
+            nearest = fitting_near(config, options, cluster) or "No layout near it fits, nor on 16 times as many GPUs."
+        if "--json" in arguments:
+            print(search_as_json(found, nearest))
+        else:
+            print("\n".join([*lines(found, options, cluster.capacity), *([nearest] if nearest else [])]))
         return OK
     planned = plan_or_nearest(*read(words))
     print(as_json(planned) if "--json" in arguments else "\n".join(table(planned)))

@@ -39,8 +39,11 @@ def check_corpora(config: Config) -> None:
         raise
 
 
-def check_sizes(config: Config, world_size: int) -> tuple[float, float]:
+def check_sizes(config: Config, world_size: int, local_ranks: int | None = None) -> tuple[float, float]:
     """Check what needs no file, in every stage of `data.stages`.
+
+    Args:
+        local_ranks: ranks on this machine; None: those that torchrun or `longcat train` names, else all.
 
     Returns the bytes that ranks of this machine need at least, and what it has.
 
@@ -49,17 +52,17 @@ def check_sizes(config: Config, world_size: int) -> tuple[float, float]:
     """
     prepare_environment(os.environ, config.train.deterministic)  # before the first question to CUDA
     sizes = resolve_sizes(config.parallel, world_size)
-    found = check_each_stage(config, lambda resolved: _check_memory(resolved, sizes, world_size))
+    local = local_ranks or number_in_environment("LOCAL_WORLD_SIZE", world_size)
+    found = check_each_stage(config, lambda resolved: _check_memory(resolved, sizes, local))
     if config.train.deterministic:
         check_determinism(os.environ, count_gpus() > 0, config.parallel.compile)
     check_streams(os.environ, count_gpus() > 0, config.overlap.experts_stream)
     return max(found)
 
 
-def _check_memory(config: Config, sizes: MeshSizes, world_size: int) -> tuple[float, float]:
+def _check_memory(config: Config, sizes: MeshSizes, local_ranks: int) -> tuple[float, float]:
     """As `check_sizes`, for the configuration of one stage."""
     batch = check_batch(config, sizes)
-    local_ranks = number_in_environment("LOCAL_WORLD_SIZE", world_size)
     return check_memory(config.model, config.parallel, sizes, batch, local_ranks)
 
 

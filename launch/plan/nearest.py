@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 
-from launch.local import num_processes
+from launch.local import num_ranks
 from launch.plan.cluster import Cluster
 from launch.plan.plan import Planned, PlanOptions, check, plan
 from launch.plan.search import Candidate, estimate, layouts, least_bytes
@@ -17,12 +17,13 @@ from train.config import Config
 
 AXES = ("pp", "cp", "tp", "ep")
 MOST_TRACES = 4  # of near layouts, by formula small enough, to find one that fits
+AROUND = 8  # numbers of ranks below and above that are tried
 MORE_RANKS = (2, 4, 8, 16)
 
 
 def plan_or_nearest(config: Config, options: PlanOptions) -> Planned:
     """`plan`, whose refusal of a layout ends with the nearest one that a run would accept."""
-    ranks = options.ranks or num_processes(config)
+    ranks = options.ranks or num_ranks(config)
     try:
         check(config, ranks)
     except ConfigError as error:
@@ -35,7 +36,8 @@ def plan_or_nearest(config: Config, options: PlanOptions) -> Planned:
 
 def accepted_near(config: Config, ranks: int) -> str:
     """Overrides of the nearest layout that a run would accept, on as many ranks, or on the nearest number of them."""
-    for count in sorted(range(max(1, ranks // 2), 2 * ranks + 1), key=lambda count: (abs(count - ranks), count))[:17]:
+    near = range(max(1, ranks - AROUND), ranks + AROUND + 1)
+    for count in sorted(near, key=lambda count: (abs(count - ranks), count)):
         for layout in _by_distance(config, count):
             try:
                 check(layout, count)

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
-from launch.local import num_processes
+from launch.local import num_ranks
 from launch.options import split_options
 from launch.plan.cluster import Cluster, find_cluster
 from launch.plan.ranks import summaries
-from launch.plan.summary import peak_bytes
+from launch.plan.summary import Summary, peak_bytes
 from launch.plan.times import StepTimes, predict
 from launch.plan.trace import check_traceable
+from longcat.config_limits import check_at_most, check_numbers
 from longcat.counts import flops_per_token
 from longcat.errors import ConfigError
-from parallel.config import Recompute
+from parallel.config import AUTO, Recompute
 from parallel.device import fastest_dtype
 from parallel.mesh import MeshSizes, resolve_sizes
 from train.check import batch_shape, check_batch
@@ -28,6 +29,7 @@ from train.stages import check_each_stage, segments_of, stage_config
 
 IMBALANCES = (1.0, 1.5, 2.0)  # rows that a rank's experts receive, over their fair share
 ENOUGH = 2  # changes that fit
+MAX_RANKS = 1_000_000  # of a mesh that this process lays out
 SECONDS_A_YEAR = 365 * 86400.0
 
 
@@ -99,6 +101,7 @@ class Planned:
     availability: Availability
     knobs: list[Knob]
     stage: str = ""  # of data.stages, which is planned; empty without stages
+    chooses_chunks: bool = False  # overlap.num_chunks=auto, for which `config` has the number that a run would choose
 
     @property
     def peak(self) -> float:
@@ -127,11 +130,17 @@ def read(arguments: list[str]) -> tuple[Config, PlanOptions]:
 
 def check_options(options: PlanOptions) -> PlanOptions:
     """Raise ConfigError for numbers that cannot be."""
-    for name, least in (("ranks", 0), ("faults_per_gpu_year", 0), ("save_seconds", 0), ("candidates", 1)):
-        if not getattr(options, name) >= least:
+    check_numbers({f"plan.{name}": value for name, value in vars(options).items() if isinstance(value, int | float)})
+    for name, least in (
+        ("ranks", 0),
+        ("faults_per_gpu_year", 0),
+        ("save_seconds", 0),
+        ("restart_seconds", 0),
+        ("candidates", 1),
+    ):
+        if getattr(options, name) < least:
             raise ConfigError(f"plan.{name}={getattr(options, name)} must be at least {least}")
-    if not options.restart_seconds >= 0:
-        raise ConfigError(f"plan.restart_seconds={options.restart_seconds} must not be negative")
+    check_at_most("plan.ranks", options.ranks, MAX_RANKS)
     return options
 
 
@@ -155,18 +164,26 @@ def plan(
     if config.train.dtype == ComputeDtype.auto:
         dtype = ComputeDtype.bfloat16 if cluster.on_gpu else str(fastest_dtype()).removeprefix("torch.")
         config.train.dtype = ComputeDtype(dtype)
-    ranks = options.ranks or num_processes(config)
+    ranks = options.ranks or num_ranks(config)
     sizes = check(config, ranks)
     stage = "" if number is None else f"{number} of data.stages; plan.stage=N plans another one"
     padding = find_padding(config, number or 0) if padding is None else padding
     config = stage_config(config, number or 0)
     batch = batch_shape(config, sizes)
     factors = factors if sizes.ep > 1 else (1.0,)
-    found_by = summaries(config, ranks, sizes, cluster, options.exact, factors)
-    times = {
-        factor: predict(config, sizes, batch, cluster, found, factor, padding.share)
-        for factor, found in found_by.items()
-    }
+
+    def predicted() -> tuple[dict[float, list[Summary]], dict[float, StepTimes]]:
+        traced = summaries(config, ranks, sizes, cluster, options.exact, factors)
+        return traced, {
+            factor: predict(config, sizes, batch, cluster, one, factor, padding.share) for factor, one in traced.items()
+        }
+
+    chooses = config.overlap.num_chunks == AUTO
+    config.overlap.num_chunks = config.overlap.decided_chunks
+    found_by, times = predicted()
+    if chooses and config.overlap.enabled and times[1.0].chunks != config.overlap.num_chunks:
+        config.overlap.num_chunks = times[1.0].chunks
+        found_by, times = predicted()
     train = config.train
     hidden = batch.sequences * batch.length // (sizes.cp * sizes.tp) * config.model.hidden_size
     hidden_bytes = hidden * (2 if train.dtype == ComputeDtype.bfloat16 else 4)
@@ -199,6 +216,7 @@ def plan(
         availability(options, ranks, times[1.0].seconds),
         [],
         stage,
+        chooses,
     )
     return replace(found, knobs=knobs(found)) if with_knobs and not found.fits() else found
 

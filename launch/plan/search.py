@@ -93,10 +93,9 @@ def layouts(config: Config, ranks: int) -> Iterator[Config]:
             for tp in SIZES:
                 if ranks % (pp * cp * tp):
                     continue
-                shards = ranks // pp
-                for ep in (
-                    size for size in range(1, shards + 1) if not (shards % size or config.model.num_experts % size)
-                ):
+                shards, experts = ranks // pp, config.model.num_experts
+                most = min(shards, experts)
+                for ep in (size for size in range(1, most + 1) if not (shards % size or experts % size)):
                     for recompute in Recompute:
                         layout = copy.deepcopy(config)
                         parallel = layout.parallel

@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.plan.links import where
 from launch.plan.plan import Planned
+from launch.plan.search import Found
 from longcat.counts import count_parameters, human
 from longcat.json_text import dumps
 from parallel.memory import mib
@@ -18,6 +19,17 @@ WIDTH = 96
 
 def as_json(found: Planned) -> str:
     """The plan for machines: bytes, seconds, FLOPs."""
+    return dumps(_as_mapping(found), indent=2)
+
+
+def search_as_json(found: Found, nearest: str) -> str:
+    """A search for machines: each traced layout as `as_json` has it, the fastest first; ``nearest`` is a sentence."""
+    layouts = {name: [_as_mapping(one) for one in getattr(found, name)] for name in ("fitting", "too_large")}
+    numbers = {name: getattr(found, name) for name in ("accepted", "refused", "refusal")}
+    return dumps({**numbers, "nearest": nearest, **layouts}, indent=2)
+
+
+def _as_mapping(found: Planned) -> dict[str, Any]:
     times = {
         str(factor): {
             **{
@@ -29,13 +41,15 @@ def as_json(found: Planned) -> str:
         }
         for factor, one in found.times.items()
     }
-    content: dict[str, Any] = {
+    return {
         "model": found.config.model.name,
         "ranks": found.ranks,
         "mesh": asdict(found.sizes),
         "micro_batches": found.micro_batches,
         "padding": asdict(found.padding),
         "dtype": str(found.config.train.dtype),
+        "recompute": str(found.config.parallel.recompute),
+        "num_chunks": found.config.overlap.num_chunks,
         "cluster": asdict(found.cluster),
         "memory": [asdict(one) for one in found.memory],
         "needed_bytes": found.needed,
@@ -46,7 +60,6 @@ def as_json(found: Planned) -> str:
         "availability": asdict(found.availability),
         "knobs": [asdict(one) for one in found.knobs],
     }
-    return dumps(content, indent=2)
 
 
 def table(found: Planned) -> list[str]:
@@ -133,14 +146,14 @@ def _speed(found: Planned) -> list[str]:
             lines.append(_row(f"at {factor:g}×", f"{one.seconds:.3g} s, {one.tokens_per_gpu:,.0f} tokens/s a GPU"))
     if even.layer is not None:
         at = ", ".join(f"{count}: {share:.0%}" for count, share in even.exposed.items())
-        chunks = found.config.overlap.num_chunks
+        chunks, taken = found.config.overlap.num_chunks, "auto takes" if found.chooses_chunks else "set"
         lines.append(
             _row(
                 "overlap",
                 f"a layer's dispatch {1e3 * even.layer.message:.2f} ms beside {1e3 * even.layer.before:.2f} ms;",
             )
         )
-        lines.append(_row("", f"waiting by overlap.num_chunks {at}; best {even.chunks}, set {chunks}"))
+        lines.append(_row("", f"waiting by overlap.num_chunks {at}; best {even.chunks}, {taken} {chunks}"))
     return lines
 
 

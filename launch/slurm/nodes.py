@@ -43,10 +43,30 @@ def check(options: SlurmOptions, config: Config) -> list[str]:
     Raises:
         ConfigError: layout, batch and number of ranks do not fit together.
     """
+    check_meeting(options, config)
     local = ranks_per_node(options, config)
     sizes = resolve_sizes(config.parallel, options.nodes * local)
     check_each_stage(config, lambda resolved: check_batch(resolved, sizes))
     return [note(axis, sizes, local, spanned) for axis, spanned in spans(sizes, local).items() if spanned > 1]
+
+
+def check_meeting(options: SlurmOptions, config: Config) -> None:
+    """Refuse keys that would win over those by which the script lets the nodes meet.
+
+    Raises:
+        ConfigError: launch.nodes or launch.rendezvous.
+    """
+    launch = config.launch
+    if launch.nodes not in (0, options.nodes):
+        raise ConfigError(
+            f"launch.nodes={launch.nodes} and slurm.nodes={options.nodes} differ; leave launch.nodes out: the script "
+            f"sets it"
+        )
+    if launch.rendezvous:
+        raise ConfigError(
+            f"launch.rendezvous={launch.rendezvous}: Slurm chooses the nodes; leave it out: the script sets it at each "
+            f"start"
+        )
 
 
 def spans(sizes: MeshSizes, local: int) -> dict[str, int]:

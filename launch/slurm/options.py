@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -15,6 +16,7 @@ PREFIX = "slurm."
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 NAME = re.compile(r"[A-Za-z_]\w*")
 LINE = re.compile(r"[a-z][a-z0-9-]*")
+PATHS = ("container", "venv", "measured", "script")
 # Lines that the script has anyway, and whose change would break it
 OWN_LINES = {
     "job-name": "slurm.job_name",
@@ -156,11 +158,18 @@ def split_slurm_options(arguments: list[str]) -> tuple[SlurmOptions, list[str]]:
         if section in ("env", "sbatch") and entry:
             getattr(options, section)[entry] = text
         elif name in types and equals:
-            setattr(options, name, convert(key, text, types[name]))
+            setattr(options, name, convert(key, with_home(name, text), types[name]))
         else:
             raise ConfigError(unknown(argument, key, [*types, "env.NAME", "sbatch.NAME"]))
     options.validate()
     return options, rest
+
+
+def with_home(name: str, text: str) -> str:
+    """The option's text with `~` as a home folder where it begins a path: shells expand it only where a word begins."""
+    if name == "mounts":
+        return ",".join(map(os.path.expanduser, text.split(",")))
+    return os.path.expanduser(text) if name in PATHS else text
 
 
 def unknown(argument: str, key: str, names: list[str]) -> str:

@@ -155,6 +155,7 @@ def environment(options: SlurmOptions) -> str:
     if not (options.container or options.venv or options.program) and not is_installed():
         lines.append(f"export PYTHONPATH={shlex.quote(ROOT)}${{PYTHONPATH:+:$PYTHONPATH}}")
     lines += ["export PYTHONUNBUFFERED=1", "export PYTHONSAFEPATH=1   # a train.py in this folder is not ours"]
+    lines.append("export SLURM_EXPORT_ENV=ALL   # srun takes all of it to the nodes, also after sbatch --export=NONE")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in options.env.items()]
     return "\n".join(lines) + "\n"
 

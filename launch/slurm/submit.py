@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -48,7 +47,7 @@ def slurm(arguments: list[str]) -> int:
     check_not_another_run(config)
     run = config.run.folder
     signal = signal_time(options, run)
-    path = Path(os.path.expanduser(options.script)) if options.script else run / SCRIPT
+    path = Path(options.script) if options.script else run / SCRIPT
     text = render(options, with_search_path(overrides), config, path, signal)
     notes += [f"Slurm signals {signal.seconds} s before the time limit: {signal.reason}", *write(path, text)]
     run.mkdir(parents=True, exist_ok=True)  # slurmd does not make the folder of the log

@@ -170,6 +170,15 @@ def test_check_shows_sizes_memory_and_data(
     assert contents(tmp_path) == before, "check writes nothing"
 
 
+def test_check_counts_the_ranks_of_all_nodes(
+    overrides: list[str], refused: Refused, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nodes = ["launch.nodes=2", "launch.rendezvous=a:29500", "run.num_processes=2", "train.global_batch_size=8"]
+    assert longcat(["check", *overrides, *nodes]) == 0
+    assert "4 (fsdp 4)" in capfd.readouterr().out
+    refused(["check", *overrides, *nodes, "launch.nodes=3"], "6 data-parallel ranks")
+
+
 def test_check_counts_padding(
     overrides: list[str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -304,6 +304,11 @@ def test_one_machine_without_slurm() -> None:
     assert find_place(LaunchConfig(), {"SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1"}) is None
     with pytest.raises(ConfigError, match=r"needs launch\.rendezvous"):
         find_place(LaunchConfig(nodes=2), {})
+    alone = LaunchConfig(rendezvous="a:29500")  # each node trained by itself, into one run folder
+    with pytest.raises(ConfigError, match=r"launch\.rendezvous=a:29500 is for several nodes; .* launch\.nodes=N"):
+        find_place(alone, {})
+    assert find_place(LaunchConfig(nodes=1, rendezvous="a:29500"), {}) is None
+    assert find_place(alone, {"SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1"}) is None
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from launch.__main__ import main
+from launch.local import num_ranks
 from launch.plan.cluster import PRESETS, find_cluster
 from launch.plan.links import Group, Pattern, seconds
+from launch.plan.nearest import plan_or_nearest
 from launch.plan.plan import PlanOptions, availability, plan, read
-from launch.plan.search import layouts, lines, search
-from launch.plan.show import as_json, table
+from launch.plan.search import Found, layouts, lines, search
+from launch.plan.show import as_json, search_as_json, table
 from launch.plan.summary import peak_bytes, summarise
 from launch.plan.trace import Scope, trace
 from longcat.errors import BAD_INPUT, OK, ConfigError
@@ -103,6 +105,19 @@ def test_lines_are_narrow_and_numbers_add_up() -> None:
     assert times["mfu"] == pytest.approx(numbers["model_flops"] / times["seconds"] / 2 / peak)
     assert {line["axis"] for line in times["links"]} == {"ep", "fsdp"}
     assert numbers["memory"][0]["peak"]["2.0"] > numbers["memory"][0]["peak"]["1.0"]
+
+
+def test_auto_plans_the_number_that_it_would_choose(tmp_path: Path) -> None:
+    """It planned one chunk's time and memory, whatever the links."""
+    slow = tmp_path / "slow.yaml"
+    rates = "bfloat16: 1.0e11\nmemory: 1.0e11\nnetwork: 3.0e7\nnetwork_latency: 0\ncall: 0\n"
+    slow.write_text(f"like: h800\ngpus_per_node: 1\n{rates}")
+    words = ["parallel.ep=2", "plan.ranks=2", f"plan.cluster={slow}"]
+    both = ([*words, f"overlap.num_chunks={value}"] for value in ("auto", 2))
+    (((lines, auto), (_, two)),) = run_ranks(planned_both, 1, *both, timeout=LONG)
+    assert any("best 2, auto takes 2" in line for line in lines)
+    assert auto["num_chunks"] == 2
+    assert auto == two
 
 
 def planned_both(here: Sequence[str], gone: Sequence[str]) -> list[tuple[list[str], dict[str, Any]]]:
@@ -193,6 +208,11 @@ def test_wrong_cluster_is_one_line(tmp_path: Path, text: str, said: str) -> None
         (["plan.speed=1"], "unknown key 'plan.speed'; longcat plan has plan.ranks"),
         (["plan.ranks=x"], "plan.ranks=x must be a whole number"),
         (["plan.ranks=-1"], "plan.ranks=-1 must be at least 0"),
+        (["plan.ranks=1000000007"], "plan.ranks=1000000007 must be at most 1000000"),
+        (["plan.ranks=999983"], "which 999983 data-parallel ranks cannot share"),
+        (["plan.restart_seconds=-1"], "plan.restart_seconds=-1.0 must be at least 0"),
+        (["plan.save_seconds=nan"], "plan.save_seconds=nan must be a finite number"),
+        (["plan.faults_per_gpu_year=inf"], "plan.faults_per_gpu_year=inf must be a finite number"),
         (["plan.ranks=3", "parallel.pp=2"], "does not give the 3 ranks"),
         (["plan.ranks=3", "train.global_batch_size=4"], "which 3 data-parallel ranks cannot share equally"),
         (["plan.cluster=none.yaml"], "plan.cluster=none.yaml is no file"),
@@ -216,23 +236,43 @@ def test_help_names_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("plan key=value")
 
 
-def searched(overrides: Sequence[str]) -> tuple[list[str], list[tuple[bool, float]], int]:
-    """(the table, whether each layout on it fits with its step's seconds, refused layouts)."""
+def searched(overrides: Sequence[str]) -> tuple[list[str], list[tuple[bool, float]], dict[str, Any]]:
+    """(the table, whether each layout on it fits with its step's seconds, the same as JSON)."""
     config, options = read([*COMMON, *overrides])
     found = search(config, options)
     fitting = [(one.fits(), one.times[1.0].seconds) for one in found.fitting]
-    return lines(found, options, find_cluster(options.cluster).capacity), fitting, found.refused
+    shown = lines(found, options, find_cluster(options.cluster).capacity)
+    return shown, fitting, json.loads(search_as_json(found, "none"))
 
 
 def test_search_ranks_what_fits() -> None:
     """One rank: three recomputations, of which two are traced."""
     overrides = ["plan.ranks=1", "plan.candidates=2", "model.num_layers=2", "train.global_batch_size=2"]
-    ((shown, fitting, refused),) = run_ranks(searched, 1, overrides, timeout=LONG)
-    assert refused == 0
+    ((shown, fitting, numbers),) = run_ranks(searched, 1, overrides, timeout=LONG)
+    assert (numbers["refused"], numbers["too_large"], numbers["nearest"]) == (0, [], "none")
+    assert [one["times"]["1.0"]["seconds"] for one in numbers["fitting"]] == [seconds for _, seconds in fitting]
     assert len(fitting) == 2 and all(fits for fits, _ in fitting)
     assert fitting == sorted(fitting, key=lambda one: one[1])
     assert max(map(len, shown)) <= 100
     assert shown[-2].startswith("The fastest: parallel.pp=1 parallel.fsdp=1")
+
+
+def test_search_prints_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It printed the table."""
+    monkeypatch.setattr("launch.plan.search.search", lambda config, options: Found([], [], 3, 1, "why"))
+    monkeypatch.setattr("launch.plan.nearest.fitting_near", lambda config, options, cluster: "near")
+    assert main(["plan", "search", "model=debug", "plan.ranks=2", "--json"]) == OK
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers == {
+        "accepted": 3, "refused": 1, "refusal": "why", "nearest": "near", "fitting": [], "too_large": [],
+    }  # fmt: skip
+
+
+def test_plan_counts_the_ranks_of_all_nodes() -> None:
+    config, _ = read([*COMMON, "launch.nodes=3", "launch.rendezvous=a:1", "run.num_processes=2"])
+    assert num_ranks(config) == 6
+    with pytest.raises(ConfigError, match="6 data-parallel ranks"):
+        plan_or_nearest(config, PlanOptions())
 
 
 def test_search_tries_every_axis() -> None:

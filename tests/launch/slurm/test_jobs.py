@@ -15,7 +15,7 @@ import pytest
 from launch.__main__ import main as longcat
 from tests.launch.slurm.conftest import Submit
 from tests.support.running import NARROW, exact, exit_json, train_two, wait_for_step
-from tests.support.slurm import Slurm, log_of, wait
+from tests.support.slurm import ENDED, Slurm, log_of, wait
 
 pytestmark = pytest.mark.alone  # Slurm calls nodes lost that answer late
 TWO = ["slurm.nodes=2"]
@@ -75,6 +75,20 @@ echo '{{"code": 0}}' >exit.json
     assert first != second and (tmp_path / "run" / "slurm.bad_nodes").read_text() == f"{first}\n", log_of(ended)
     expected = ("0", "(null)") if spares else ("1", first)
     assert (ended["Restarts"], ended["ExcNodeList"]) == expected, log_of(ended)
+
+
+def test_environment_reaches_the_ranks(
+    slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clusters that set SBATCH_EXPORT=NONE let srun take nothing along, not even PATH: no node answered the script."""
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/bash\necho \"$COLOUR $PYTHONSAFEPATH\" >'{tmp_path}/seen'\n")
+    program.chmod(0o755)
+    job = submit([*words, f"slurm.program={program}", "slurm.env.COLOUR=dark red", "slurm.max_requeues=0"])
+    log = log_of(slurm.wait_for_state(job, *ENDED))
+    assert (tmp_path / "seen").is_file(), log
+    assert (tmp_path / "seen").read_text() == "dark red 1\n"
 
 
 def test_submission_that_slurm_refuses(slurm: Slurm, words: list[str], capfd: pytest.CaptureFixture[str]) -> None:

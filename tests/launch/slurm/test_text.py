@@ -139,6 +139,9 @@ def test_wrong_jobs_are_refused(refused: Refused, tmp_path: Path, monkeypatch: p
     refused([*words, "slurm.nodes=2", "parallel.tp=3"], "parallel.tp=3")
     refused([*words, "slurm.nodes=3"], "train.global_batch_size=8")
     refused([*words, "slurm.gpus_per_node=4", "run.num_processes=8"], "run.num_processes=8")
+    refused([*words, "slurm.nodes=2", "launch.nodes=4"], "launch.nodes=4 and slurm.nodes=2 differ")
+    refused([*words, "launch.nodes=4", "launch.rendezvous=a:1"], "launch.nodes=4 and slurm.nodes=1 differ")
+    refused([*words, "slurm.nodes=2", "launch.rendezvous=a:1"], "launch.rendezvous=a:1", "leave it out")
     refused([*words, "-m", "optim.lr=1,2"], "submitit_slurm")
     refused([*words, f"slurm.measured={tmp_path}"], "slurm.measured")
     refused([*words, f"slurm.measured={tmp_path}", "slurm.signal_seconds=60"], "both say when Slurm signals")
@@ -146,6 +149,16 @@ def test_wrong_jobs_are_refused(refused: Refused, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "runs").exists()
     monkeypatch.setenv("PATH", "/nowhere")
     assert longcat([*words, "--submit"]) == 2
+
+
+def test_home_is_found_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bash and zsh leave `~` as it is behind `slurm.venv=`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    options, _ = split_slurm_options(["slurm.container=~/a.sif", "slurm.mounts=~/data,/b,~/c:/d", "slurm.measured=~/r"])
+    assert (options.container, options.measured) == ("/home/me/a.sif", "/home/me/r")
+    assert options.mounts == "/home/me/data,/b,/home/me/c:/d"
+    options, _ = split_slurm_options(["slurm.venv=~/venv", "slurm.script=~/job.sh", "slurm.job_name=~x"])
+    assert (options.venv, options.script, options.job_name) == ("/home/me/venv", "/home/me/job.sh", "~x")
 
 
 def test_values_of_sbatch_lines_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
