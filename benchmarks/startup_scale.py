@@ -4,7 +4,7 @@
 
 Counted on real gloo ranks: requests to the ranks' store, connections and descriptors until the groups are made and
 the watchdog runs, as on CPUs and as on GPUs, where gloo connects pairs of ranks when they talk. Timed: the processor
-seconds of the store's one thread for each request, of the nodes' store for each sign of life, and of one rank for the
+seconds of the store's one thread for each request, of the nodes' store for each heartbeat, and of one rank for the
 mesh and for gloo at the full number of ranks, whose others do not exist. Projected: everything else. NCCL, the network
 and the file system are not in it.
 """
@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,15 @@ from unittest.mock import patch
 import psutil
 import torch.distributed as dist
 
-from launch.link import Link
+from benchmarks.counting_store import CountingStore, kept
+from launch.fleet import Assignment
+from launch.link import Link, StoreFleet
 from launch.meeting import free_port, start_store
+from launch.node import LOOK_SECONDS
+from launch.pace import leader_pause, node_pause
 from launch.plan.trace import fake_topology
 from launch.store import RanksStore
+from launch.supervisor.loop import POLL_SECONDS
 from parallel.config import ParallelConfig
 from parallel.environment import lift_descriptor_limit
 from parallel.mesh import background_group, connect
@@ -41,6 +45,7 @@ from parallel.watchdog import watchdog
 from parallel.watchdog.heartbeats import HeartbeatStore
 from parallel.watchdog.timing import Timing
 from parallel.watchdog.turns import READERS
+from train.launch_config import LaunchConfig
 
 COUNTED = (4, 8, 16, 32)
 PROJECTED = {1024: ParallelConfig(pp=4, fsdp=-1, cp=8, ep=32), 10240: ParallelConfig(pp=8, fsdp=-1, cp=8, ep=32)}
@@ -51,57 +56,6 @@ HEARTBEAT = b"x" * 600  # about as long as one
 EVERYONE = "multi_get"  # of the heartbeats of all ranks
 VERDICT_KEY = "watch/0/diagnosis"
 NODE_REQUESTS = 6  # to join, agree on the configuration, read the assignment and the ranks' port
-
-
-class CountingStore(dist.Store):
-    """Passes requests on to another store and counts them by kind."""
-
-    def __init__(self, store: Any, made: Counter[str]) -> None:
-        super().__init__()
-        self.store, self.made = store, made
-
-    def _pass(self, kind: str, *arguments: Any) -> Any:
-        self.made[kind] += 1
-        return getattr(self.store, kind)(*arguments)
-
-    def set(self, key: str, value: Any) -> Any:
-        return self._pass("set", key, value)
-
-    def get(self, key: str) -> Any:
-        return self._pass("get", key)
-
-    def add(self, key: str, value: int) -> Any:
-        return self._pass("add", key, value)
-
-    def append(self, key: str, value: str) -> Any:
-        return self._pass("append", key, value)
-
-    def compare_set(self, key: str, expected: str, wanted: str) -> Any:
-        return self._pass("compare_set", key, expected, wanted)
-
-    def check(self, keys: list[str]) -> Any:
-        return self._pass("check", keys)
-
-    def wait(self, *arguments: Any) -> Any:
-        return self._pass("wait", *arguments)
-
-    def multi_get(self, keys: list[str]) -> Any:
-        return self._pass("multi_get", keys)
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        self.store.set_timeout(timeout)
-
-    def clone(self) -> CountingStore:
-        self.made["connection"] += 1
-        return kept(CountingStore(self.store.clone(), self.made))
-
-
-_KEPT: list[CountingStore] = []  # C++ holds no reference to what Python has overridden
-
-
-def kept(store: CountingStore) -> CountingStore:
-    _KEPT.append(store)
-    return store
 
 
 def start_as(rank: int, world: int, port: int, lazy: bool, answers: Any) -> None:
@@ -119,7 +73,7 @@ def start_as(rank: int, world: int, port: int, lazy: bool, answers: Any) -> None
     with patch.object(dist, "rendezvous", counted):
         topology = connect(ParallelConfig(fsdp=-1, ep=2), partial(watchdog.start, TIMEOUT, print, Path()))
         background_group(TIMEOUT)
-    watchdog.stop()  # its next sign of life comes within a second
+    watchdog.stop()  # its next heartbeat comes within a second
     found = {**made, "descriptors": len(os.listdir("/proc/self/fd")) - files}
     answers.put((topology.rank, found))
     answers.close()
@@ -185,27 +139,45 @@ def store_costs(connections: int) -> dict[str, float]:
     return found
 
 
-def node_costs(nodes: int) -> float:
-    """Processor seconds of the nodes' store for one request, with so many nodes."""
-    identity, port, found = {"run": "measured"}, free_port(), {}
+def node_costs(nodes: int) -> dict[str, float]:
+    """Processor seconds of the nodes' store for a request, and for a look of the first node at all of so many nodes."""
+    identity, port, found = {"run": "measured"}, free_port(), dict[str, float]()
     process = start_store(port, 600.0, identity)
     assert process is not None
     try:
-        links = [Link("127.0.0.1", port, identity, 60.0) for _ in range(nodes)]
-        ids = [
-            link.request(join={"token": str(number), "name": f"node{number}", "wanted": None})["id"]
-            for number, link in enumerate(links)
-        ]
-        with processor_seconds(psutil.Process(process.pid), found, "beat", REQUESTS):
+        links, names = [Link("127.0.0.1", port, identity, 60.0) for _ in range(nodes)], []
+        for number, link in enumerate(links):
+            names.append(link.request(join={"token": str(number), "name": f"node{number}", "wanted": number})["name"])
+            link.set(f"agreed/{number}", names[-1])
+        fleet, server = StoreFleet(links[0], 600.0), psutil.Process(process.pid)
+        fleet.start(Assignment(1, tuple(names), RANKS_OF_A_NODE, ()))
+        with processor_seconds(server, found, "beat", REQUESTS):
             for number in range(REQUESTS):
                 place = number % nodes
-                links[place].request(beat=ids[place], read=["job/", "1/control/"])
+                links[place].request(beat=place, read=["job/", "1/control/"])
+        with processor_seconds(server, found, "look", REQUESTS // 20):
+            for _ in range(REQUESTS // 20):
+                fleet.reports(1)
+                assert len(fleet.nodes()) == nodes
         for link in links:
             link.end()
     finally:
         process.kill()
         process.wait()
-    return found["beat"]
+    return found
+
+
+def node_shares(nodes: int, of_nodes: dict[str, float]) -> dict[str, float]:
+    """What so many nodes take of their store's thread while ranks train."""
+    beat, most = of_nodes["beat"], max(PROJECTED) // RANKS_OF_A_NODE
+    interval = node_pause(LOOK_SECONDS, nodes, LaunchConfig().node_timeout)
+    return {
+        "nodes_meet_seconds": nodes * NODE_REQUESTS * beat,
+        "nodes_round_seconds": nodes * beat,
+        "nodes_interval": interval,
+        "nodes_share": nodes * beat / interval,
+        "look_share": of_nodes["look"] * nodes / most / leader_pause(POLL_SECONDS, nodes),
+    }
 
 
 def mesh_costs(world: int) -> dict[str, float]:
@@ -290,7 +262,9 @@ def diagnosis_costs(world: int, costs: dict[str, float]) -> dict[str, float]:
     }
 
 
-def project(world: int, counted: dict[int, dict[str, int]], costs: dict[str, float], beat: float) -> dict[str, float]:
+def project(
+    world: int, counted: dict[int, dict[str, int]], costs: dict[str, float], of_nodes: dict[str, float]
+) -> dict[str, float]:
     """Seconds of a start of ``world`` ranks on GPUs that the stores and this rank's own groups take, by part."""
     nodes = -(-world // RANKS_OF_A_NODE)
     of_rank = {kind: requests_of_a_rank(counted, kind, world) for kind in costs}
@@ -301,8 +275,7 @@ def project(world: int, counted: dict[int, dict[str, int]], costs: dict[str, flo
         "nodes": nodes,
         "store_requests_a_rank": sum(number for kind, number in of_rank.items() if kind != "connection"),
         "store_connections": world * of_rank["connection"],
-        "nodes_meet_seconds": nodes * NODE_REQUESTS * beat,
-        "nodes_round_seconds": nodes * beat,
+        **node_shares(nodes, of_nodes),
         "connect_seconds": seconds.pop("connection"),
         "request_seconds": sum(seconds.values()),
         **own,
@@ -328,15 +301,17 @@ ROWS = [  # figure, what it is, how it was found; of each number of ranks
     ("diagnosis_seconds", "all ranks hang, and a few read all heartbeats, s of the store's thread", "projected"),
     ("waiting_share", "waiting ranks' share of the store's thread, with heartbeats", "projected"),
     ("nodes_meet_seconds", "nodes join and agree, s of the nodes' store", "projected"),
-    ("nodes_round_seconds", "a sign of life of every node, s of the nodes' store", "projected"),
+    ("nodes_round_seconds", "a heartbeat of every node, s of the nodes' store", "projected"),
+    ("nodes_interval", "s between heartbeats of a node", "by the rule"),
+    ("nodes_share", "nodes' heartbeats' share of their store's thread", "projected"),
+    ("look_share", "the first node's looks at all nodes, share of it", "projected"),
 ]
 NOTES = [
     f"Counted on {', '.join(map(str, COUNTED))} gloo ranks with TORCH_GLOO_LAZY_INIT=1, as a run on GPUs sets it. Only "
     "gets and waits grow, by one each with every doubling of the ranks: gloo's trees have a further peer.",
     "Projected: requests × processor seconds of one request, measured at the store's process. One thread serves all: "
     "this is the least time that the store needs; clients wait for it, and they were on the same machine.",
-    f"{RANKS_OF_A_NODE} ranks a node, {NODE_REQUESTS} requests of a node until its ranks start; then it gives "
-    "a sign of life half a second after the answer to the last one, or later where the store is slow.",
+    f"{RANKS_OF_A_NODE} ranks a node, {NODE_REQUESTS} requests of a node until its ranks start; then only heartbeats.",
     f"A hang: every rank reads the heartbeats of its node's {RANKS_OF_A_NODE} ranks and asks for a turn; {READERS} "
     "ranks read all, twice; the others look at each heartbeat whether the reader that they wait for lives.",
     "Layouts: "
@@ -373,14 +348,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for docs/measurements")
     options = parser.parse_args()
     lift_descriptor_limit()
-    costs, beat = store_costs(options.connections), node_costs(max(PROJECTED) // RANKS_OF_A_NODE)
+    costs, of_nodes = store_costs(options.connections), node_costs(max(PROJECTED) // RANKS_OF_A_NODE)
     gpu = {world: count(world, lazy=True) for world in COUNTED}
     found = {
         "as_on_gpus": gpu,
         "as_on_cpus": {world: count(world, lazy=False) for world in COUNTED},
         "store_seconds": costs,
-        "node_store_seconds": beat,
-        "projected": {world: project(world, gpu, costs, beat) for world in PROJECTED},
+        "node_store_seconds": of_nodes,
+        "projected": {world: project(world, gpu, costs, of_nodes) for world in PROJECTED},
     }
     print(json.dumps(found, indent=1))
     if options.out:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from launch.local import exit_written
+from launch.pace import leader_pause
 from launch.supervisor.causes import describe
 from launch.supervisor.recall import Leader
 from longcat.errors import BAD_INPUT, CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY, ConfigError, FolderInUseError
@@ -137,7 +138,7 @@ def run_incarnation(fleet: Fleet, assignment: Assignment) -> Outcome:
             fleet.stop_ranks(assignment.incarnation, GRACE_SECONDS)
         if silent == lost:
             return Outcome(tuple(reports), tuple(node for node in assignment.nodes if node in lost))
-        time.sleep(POLL_SECONDS)
+        time.sleep(leader_pause(POLL_SECONDS, len(assignment.nodes)))
 
 
 def exit_code(outcome: Outcome, folder: Path, exit_before: tuple[int, int] | None) -> int:

@@ -18,7 +18,7 @@ from longcat.json_text import dumps
 HELLO_SECONDS = 5.0
 REQUEST_SECONDS = 10.0
 RETRY_SECONDS = 0.5
-# Every node reads what is below job/ twice a second, so that is short and does not grow with their number
+# Every node reads what is below job/ with each heartbeat, so that is short and does not grow with their number
 END, STOP, INCARNATION, ASSIGNMENT = "job/end", "job/stop", "job/incarnation", "assignment"
 
 

@@ -12,6 +12,7 @@ from launch.claims import Claims
 from launch.fleet import GRACE_SECONDS
 from launch.link import END, INCARNATION, STOP, Link, StoreLostError
 from launch.meeting import Meeting, describe_self
+from launch.pace import leader_pause, node_pause
 from launch.rendezvous import Place, find_identity
 from launch.signals import Signals
 from launch.supervisor.recall import Earlier
@@ -47,6 +48,12 @@ class Member:
     @property
     def link(self) -> Link:
         return self.meeting.link
+
+    def pause(self, least: float) -> float:
+        """Seconds until this node's next request. The first node, which all others watch, never waits for longer."""
+        if self.meeting.is_first:
+            return least
+        return node_pause(least, max(self.members, self.place.nodes), self.settings.node_timeout)
 
     def join(self) -> None:
         """Become a member, under the same name and number as before.
@@ -102,7 +109,7 @@ class Member:
                 )
                 self.end_before_ranks(ConfigError.exit_code, message)
                 raise ConfigError(message)
-            time.sleep(0.1)
+            time.sleep(leader_pause(0.1, self.place.nodes))
 
     def end_before_ranks(self, code: int, message: str) -> None:
         """On the first node: all nodes end so."""
@@ -164,8 +171,10 @@ class Member:
     def leave(self, is_first: bool) -> None:
         """Say goodbye; the first node, whose store ends next, waits for the others'."""
         self.link.request(leave=self.id)
-        end = time.monotonic() + LEAVE_SECONDS
+        nodes = max(self.members, self.place.nodes)
+        seconds = max(LEAVE_SECONDS, 2 * node_pause(0.0, nodes, self.settings.node_timeout))
+        end = time.monotonic() + seconds
         while is_first and time.monotonic() < end:
-            if all(silent > LEAVE_SECONDS for _, _, silent in self.link.request(nodes=True)["nodes"]):
+            if all(silent > seconds for _, _, silent in self.link.request(nodes=True)["nodes"]):
                 return
-            time.sleep(POLL_SECONDS)
+            time.sleep(leader_pause(POLL_SECONDS, nodes))

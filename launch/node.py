@@ -42,7 +42,7 @@ from train.loggers.jsonl import METRICS
 from train.run_dir import claim_exit, recorded_code
 from train.stop import SAVE_SIGNAL
 
-LOOK_SECONDS = 0.5  # between heartbeats
+LOOK_SECONDS = 0.5  # between heartbeats of few nodes (launch/pace.py)
 LOST_SECONDS = 2.0  # for ranks to end by themselves when the store, and theirs with it, is lost
 PORT_SECONDS = 0.1  # between looks for the port of the ranks' store
 
@@ -191,7 +191,7 @@ class Node(Member):
             while self.signals.waiting:  # a signal that could not be passed on waits for the next store
                 self.pass_to_others(self.signals.waiting[0])
                 self.signals.waiting.pop(0)
-            time.sleep(POLL_SECONDS if self.incarnation == 0 else LOOK_SECONDS)
+            time.sleep(self.pause(POLL_SECONDS if self.incarnation == 0 else LOOK_SECONDS))
 
     def end_as_all(self, end: dict[str, Any]) -> int:
         """The exit code. A message comes where nodes end before ranks have started."""
@@ -241,7 +241,7 @@ class Node(Member):
                 return None
             if RANKS_PORT in values:
                 return int(values[RANKS_PORT])
-            time.sleep(PORT_SECONDS)
+            time.sleep(self.pause(PORT_SECONDS))
 
     def environment(self, assignment: Assignment, port: int) -> dict[str, str]:
         """What torch.distributed reads. Its keys and those of the watchdog get the incarnation as a prefix."""
@@ -269,7 +269,7 @@ class Node(Member):
                 if number != SAVE_SIGNAL:
                     asked.add(STOP)
             grace = ranks.grace_seconds
-            if lost is None and (now - looked > LOOK_SECONDS or grace < published):
+            if lost is None and (now - looked > self.pause(LOOK_SECONDS) or grace < published):
                 looked = now
                 try:
                     if grace < published:

@@ -15,8 +15,10 @@ import subprocess
 import sys
 import time
 import uuid
+from bisect import bisect_left, insort
 from typing import Any
 
+from launch.pace import node_pause
 from launch.signals import blocked_requests
 from longcat.json_text import dumps
 from longcat.lasting_streams import to_null_device
@@ -35,12 +37,39 @@ BACKLOG = 4096  # ranks that may wait for their store to come up; the system may
 Identity = dict[str, str]
 
 
+class Values:
+    """What nodes share. A read costs what it finds, however much else there is: most ask for a few of thousands."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+        self.keys: list[str] = []  # sorted
+
+    def set(self, key: str, value: str) -> None:
+        if key not in self.values:
+            insort(self.keys, key)
+        self.values[key] = value
+
+    def claim(self, key: str, value: str) -> None:
+        """Set it unless there is one."""
+        if key not in self.values:
+            self.set(key, value)
+
+    def read(self, prefix: str) -> dict[str, str]:
+        """The values whose keys begin so."""
+        found = {}
+        for place in range(bisect_left(self.keys, prefix), len(self.keys)):
+            if not self.keys[place].startswith(prefix):
+                break
+            found[self.keys[place]] = self.values[self.keys[place]]
+        return found
+
+
 class Membership:
     """Names, ids and heartbeats of node runners, and the values that they share. One thread uses it."""
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout  # seconds of silence after which a node does not count
-        self.values: dict[str, str] = {}
+        self.values = Values()
         self.ids: dict[str, int] = {}  # token of a node runner → id
         self.names: dict[int, str] = {}
         self.beats: dict[int, float] = {}
@@ -53,9 +82,9 @@ class Membership:
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Carry out a request. Each may come twice: a runner that lost its connection asks again."""
         for key, value in request.get("set", {}).items():
-            self.values[key] = value
+            self.values.set(key, value)
         for key, value in request.get("claim", {}).items():
-            self.values.setdefault(key, value)
+            self.values.claim(key, value)
         answer: dict[str, Any] = {}
         if "join" in request:
             answer["id"] = number = self._join(**request["join"])
@@ -71,8 +100,9 @@ class Membership:
         if "leave" in request:
             self.beats.pop(request["leave"], None)
         if "read" in request:
-            prefixes = tuple(request["read"])
-            answer["values"] = {key: value for key, value in self.values.items() if key.startswith(prefixes)}
+            answer["values"] = {
+                key: value for prefix in request["read"] for key, value in self.values.read(prefix).items()
+            }
         if request.get("nodes"):
             now = time.monotonic()
             answer["nodes"] = [[number, self.names[number], now - beat] for number, beat in sorted(self.beats.items())]
@@ -91,8 +121,9 @@ class Membership:
         if token in self.ids:
             return self.ids[token]
         now = time.monotonic()
+        departed = max(DEPARTED_SECONDS, 2 * node_pause(0.0, len(self.beats), self.timeout))
         for number, beat in list(self.beats.items()):
-            if self.names[number] == name and now - beat > DEPARTED_SECONDS:
+            if self.names[number] == name and now - beat > departed:
                 del self.beats[number]
         number = wanted if wanted is not None and wanted not in self.names else max(self.names, default=0) + 1
         taken = any(self.names[other] == name for other in self.beats)
@@ -142,7 +173,7 @@ async def main(port: int, idle_seconds: float, identity: Identity) -> int:
     sys.stdout.close()
     to_null_device(1)  # whoever reads this process's output must not wait for its end
     with RanksStore() as ranks_store:
-        server.membership.values[RANKS_PORT] = str(ranks_store.port)
+        server.membership.values.set(RANKS_PORT, str(ranks_store.port))
         await until_idle(server.membership, ranks_store, idle_seconds)
     listening.close()
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from launch.fleet import AGREED, GRACE_SECONDS, SAVE_SECONDS, Assignment, Fleet, NodeReport
 from launch.local import exit_written
+from launch.pace import leader_pause
 from launch.supervisor import ledger
 from launch.supervisor.causes import Cause, Fault, find_fault
 from launch.supervisor.decide import Again, End, Policy, Wait, decide
@@ -174,7 +175,7 @@ class Supervisor:
         while isinstance(found, Wait) and not self.is_stopped():
             if time.monotonic() > end:
                 return End(found.code, found.reason, found.advice, too_few_nodes=True)
-            self.pause(10 * POLL_SECONDS)
+            self.pause(leader_pause(10 * POLL_SECONDS, self.nodes))
             found = self.decide()
         return found
 
@@ -277,7 +278,7 @@ class Supervisor:
                 self.fleet.stop_ranks(number, grace)
                 granted = grace
             self.journal.flush()
-            time.sleep(POLL_SECONDS)
+            time.sleep(leader_pause(POLL_SECONDS, len(assignment.nodes)))
 
     def note(self, fault: Fault, assignment: Assignment, begin: float, before: int, saves: int, newest: int) -> None:
         """Add a start that has ended to the history, the ledger and the journal."""
