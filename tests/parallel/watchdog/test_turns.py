@@ -106,7 +106,7 @@ def test_what_waiting_ranks_read_grows_as_they_do(world_size: int, idle: float) 
         for kept in ranks:
             kept._investigate(idle)
     assert not said
-    readings_of_all = 2 * 2 * READERS  # two, once at once and once because others have come to wait
+    readings_of_all = 2 * 2 * 2  # two ranks read twice, at once and when others have come to wait
     own_machine, list_of_machine, reader_seen = 8, 1, 3
     assert store.values <= world_size * (readings_of_all + own_machine + list_of_machine + reader_seen)
     assert store.requests <= world_size * 12 + 100
