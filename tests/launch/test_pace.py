@@ -145,7 +145,7 @@ def test_a_read_looks_at_few_of_many_values() -> None:
     assert len(values.read("agreed/")) == 5000 and values.read("assignment") == {}
 
 
-def test_a_node_that_is_started_again_is_told_from_one_that_asks_seldom(clock: list[float]) -> None:
+def test_a_node_started_again_is_told_from_one_that_asks_seldom(clock: list[float]) -> None:
     """Of few nodes one that has been silent for 6 s is gone; of 2,000, which ask every 5 s, it may live."""
     for nodes, name in ((3, "node1"), (2000, "node1/2001")):
         membership = Membership(TIMEOUT)
