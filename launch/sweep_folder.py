@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SWEEP = "sweep.json"  # the command's overrides, and whether all of its runs are final
 STOPPED_MARK = "stopped"  # a run of this start was stopped: no further one begins
+PARAMS = "hydra.sweeper.params"
 BATCH_SIZE = "hydra.sweeper.max_batch_size"
 LAUNCHING = ("hydra/", "hydra.launcher.", "hydra.sweeper.")  # how runs are chosen and started
 LAUNCHER = ("hydra/launcher", "hydra.launcher.")  # where the runs go may change while the sweep is not finished
@@ -100,6 +101,7 @@ def _place(overrides: list[str]) -> tuple[Path, str]:
         fixed = [each.input_line or "" for each in parsed if not each.is_sweep_override()]
         for each in parsed:
             check_values(each)
+        refuse_empty_params(parsed)
         tree = compose_tree(fixed, sweep=True)
         for each in parsed:  # what the file of one run says of the sweep comes too late
             if each.key_or_group == "experiment" and each.is_sweep_override():
@@ -133,6 +135,17 @@ def check_values(override: Override) -> None:
         first = next(override.sweep_string_iterator(), None)
     if first is None:
         raise ConfigError(f"{override.input_line} has no values, or no end; give those that runs should have")
+
+
+def refuse_empty_params(parsed: list[Override]) -> None:
+    """Hydra's own sweeper has no mapping of parameters that a command line could add to, which it says by a bug."""
+    basic = not any(each.key_or_group == "hydra/sweeper" and each.value() != "basic" for each in parsed)
+    for each in parsed:
+        if basic and f"{each.key_or_group}.".startswith(f"{PARAMS}."):
+            raise ConfigError(
+                f"{each.input_line}: {PARAMS} can be set in a configuration file, and here with hydra/sweeper=optuna; "
+                f"give values as optim.lr=1e-3,2e-3"
+            )
 
 
 def _same(stored: Any, overrides: list[str]) -> bool:
