@@ -86,12 +86,11 @@ def decide(
             return End(fault.code, f"the same numbers came again from {_checkpoints(len(tries))}", advice)
         before_step = min((start.base for start in tries), default=None)
         if before_step is not None and not any(step < before_step for step in checkpoints):
-            return End(
-                fault.code,
-                f"the same numbers came again from {_checkpoints(len(tries))}, and no earlier one is kept "
-                f"(checkpoint.keep)",
-                advice,
-            )
+            reason = f"the same numbers came again from {_checkpoints(len(tries))}, and no earlier one is kept "
+            reason += "(checkpoint.keep)"
+            if not checkpoints:
+                reason = "the same numbers came again, and there is no checkpoint"
+            return End(fault.code, reason, advice)
     if fault.cause == Cause.out_of_memory and fruitless:
         return End(fault.code, "a start without a new step ran out of memory", advice)
     if fruitless > policy.restarts:

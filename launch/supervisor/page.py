@@ -37,7 +37,9 @@ def page(
     lines += ["What happened", *_wrapped(_capital(last.headline if last else "no ranks were started"))]
     lines += _wrapped(_capital(end.reason)) if end.reason else []
     if history:
-        lines += [f"  The run got to step {history[-1].step}; its newest checkpoint is that of step {lives[-1].kept}."]
+        kept = lives[-1].kept
+        newest = f"its newest checkpoint is that of step {kept}" if kept else "it has no checkpoint"
+        lines += [f"  The run got to step {history[-1].step}; {newest}."]
     lines += ["", "What to do", *_to_do(command, last, lives, end, several=choice.counts[0] > 1)]
     lines += _last_lines(last) if last else []
     if history:

@@ -85,6 +85,9 @@ def test_no_earlier_checkpoint_is_the_end() -> None:
     history = [start(Cause.unhealthy, 0, 56), start(Cause.unhealthy, 56, 56, 50)]
     decision = decide(history, "a", Policy(9, 0.0, True), checkpoints=[50])
     assert isinstance(decision, End) and "checkpoint.keep" in decision.reason
+    none = [start(Cause.unhealthy, 0, 1), start(Cause.unhealthy, 1, 1)]
+    decision = decide(none, "a", Policy(9, 0.0, True))
+    assert isinstance(decision, End) and decision.reason == "the same numbers came again, and there is no checkpoint"
 
 
 @pytest.mark.parametrize(

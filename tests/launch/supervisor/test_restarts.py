@@ -78,6 +78,7 @@ def test_a_start_that_cannot_go_well_ends_with_a_page(overrides: list[str], tmp_
     code, errors = finish(program("launch", "train", *run), 300)
     assert code == 4, errors
     text = (tmp_path / "run" / "gave_up.txt").read_text()
+    assert "it has no checkpoint." in text  # it named that of step 0
     assert "What happened\n  Unhealthy numbers: " in text and "What to do\n  1. Look at the loss" in text
     causes = [line["cause"] for line in journal(tmp_path / "run") if line["event"] == "end"]
     assert causes == ["unhealthy"]
