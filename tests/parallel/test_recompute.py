@@ -154,7 +154,7 @@ def test_presets_keep_less_of_a_flash_layer() -> None:
 
 def test_kept_bytes_are_what_autograd_saves() -> None:
     """Without recomputation: a small layer's storages that autograd saves, counted by its own hooks."""
-    torch.manual_seed(0)  # with few values drawn all tokens choose identity experts
+    torch.manual_seed(0)  # for some values all tokens choose identity experts
     config = debug_config()
     layer = ShortcutLayer(config, 1).to(torch.bfloat16)
     for weight in layer.parameters():
