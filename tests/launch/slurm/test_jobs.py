@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -161,7 +162,6 @@ def test_time_limit(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Pa
     assert "USR1: the ranks save and stop" in log and "queued again: stopped for the time limit, saved" in log
 
 
-@pytest.mark.long
 def test_cancelled_job(slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path) -> None:
     """It saves and is not queued again; the next job goes on where it stopped."""
     job = submit([*words, *TWO])
@@ -175,10 +175,17 @@ def test_cancelled_job(slurm: Slurm, submit: Submit, words: list[str], tmp_path:
     assert not (tmp_path / "run" / "superseded.jsonl").exists()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("spares", [0, 1])
-@pytest.mark.parametrize("position", [0, 1], ids=["first node", "second node"])
-@pytest.mark.parametrize("kind", ["slurmd", "machine", "down"])
+NODES = ("first node", "second node")
+IN_EVERY_RUN = (("slurmd", 1, 1), ("down", 1, 1))  # of the tests; the others wait minutes for Slurm
+LOSSES = [
+    pytest.param(
+        *case, marks=[] if case in IN_EVERY_RUN else [pytest.mark.long], id=f"{case[0]}-{NODES[case[1]]}-{case[2]}"
+    )
+    for case in itertools.product(("slurmd", "machine", "down"), (0, 1), (0, 1))
+]
+
+
+@pytest.mark.parametrize(("kind", "position", "spares"), LOSSES)
 def test_lost_node(
     kind: str, position: int, spares: int, slurm: Slurm, submit: Submit, words: list[str], tmp_path: Path
 ) -> None:
