@@ -43,8 +43,8 @@ from parallel.plan.recorder import AllocationRecorder, recording
 from parallel.sizes import resolve_sizes
 from parallel.torch_internals import record_place
 from train.check import batch_shape
-from train.checkpoint.dcp_tensors import DcpTensor
-from train.checkpoint.index import STEP, Placement, entries, items_to_write, write_index
+from train.checkpoint.dcp_tensors import STEP, DcpTensor
+from train.checkpoint.index import Placement, entries, items_to_write, write_index
 from train.checkpoint.shards import METADATA, ShardReader
 from train.config import Config
 from train.data.index_files import publish_index, read_index

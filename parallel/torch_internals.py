@@ -380,7 +380,6 @@ def never_compiled(*functions: Any) -> None:
 
 # --- checkpoint files ---------------------------------------------------------------------------------------------
 
-
 record_place: Any = _StorageInfo  # (file, offset, length): where a record lies, as torch's index lists it
 
 

@@ -21,6 +21,8 @@ from parallel.state_store import LocalBox
 from parallel.torch_internals import make_wrapper_subclass
 from train.state import TrainState
 
+STEP = "optimizer_step/"  # begins the keys of AdamW's step counts, which all ranks of a pipeline stage have
+
 
 class DcpTensor(Tensor):
     """A wrapper of the full shape, without memory, over the boxes of it that this rank stores."""
@@ -78,7 +80,7 @@ def saved(state: TrainState, take: Take | None = None) -> dict[str, Tensor]:
     """The full state as a checkpoint stores it, each tensor as ``take`` returns it."""
     if take is None:
         take = clone if state.store.transient else identity
-    steps = {f"optimizer_step/{name}": take(step) for name, step in state.store.steps()}
+    steps = {STEP + name: take(step) for name, step in state.store.steps()}
     replicated = {name: take(tensor) for name, tensor in state.replicated()}
     return by_key(replace_values(state.store.local_boxes(), take)) | steps | replicated
 
@@ -113,7 +115,7 @@ def values_here(tensors: dict[str, Tensor]) -> Iterator[Tensor]:
 def loaded(state: TrainState) -> tuple[dict[str, Tensor], list[LocalBox]]:
     """Tensors to load a checkpoint into, and the boxes among them; call `finish_load` afterwards."""
     boxes = list(replace_values(state.store.local_boxes(write=True), clone if state.store.transient else identity))
-    steps = {f"optimizer_step/{name}": step for name, step in state.store.steps(write=True)}
+    steps = {STEP + name: step for name, step in state.store.steps(write=True)}
     return by_key(boxes) | steps | dict(state.replicated()), boxes
 
 

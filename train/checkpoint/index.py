@@ -30,11 +30,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from longcat.garbage import no_collections
 from parallel.mesh import Axis, Topology
 from parallel.torch_internals import record_place
-from train.checkpoint.dcp_tensors import DcpTensor
+from train.checkpoint.dcp_tensors import STEP, DcpTensor
 from train.checkpoint.files import HashedFile
 from train.checkpoint.shards import METADATA
-
-STEP = "optimizer_step/"  # begins the keys of AdamW's step counts, which all ranks of a pipeline stage have
 
 
 @dataclass(frozen=True)
