@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ PIXELS, WIDE_PIXELS = 240, 360
 RATE = "optim.lr"
 LOG_FROM = 8.0  # largest over smallest value of a setting, from which its axis is logarithmic
 TICK_GAP = 0.14  # of the width, between two numbers
+MANY_DIGITS = re.compile(r"-?\d*\.\d*[1-9]\d{5,}(e[-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Contestant:
 def letter(index: int) -> str:
     """Return A, B, … Z, AA: the short name of a run on this page."""
     return (letter(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+
+
+def short(text: str) -> str:
+    """A setting for people: a number with many digits, such as a search proposes, to four; others as they are."""
+    return exact(float(text)) if MANY_DIGITS.fullmatch(text) else text
 
 
 class Differences:
@@ -84,14 +91,17 @@ def sweep_charts(runs: list[Contestant], differing: Differences, judged_by: str)
     return f"<div class=grid>{figures}</div>" if figures else ""
 
 
-def sweep_chart(runs: list[Contestant], differing: Differences, judged_by: str) -> str:
-    """Return one wide picture: the final loss over the swept rate, or else over the number with the most values."""
+def sweep_chart(runs: list[Contestant], differing: Differences, judged_by: str) -> tuple[str, dict[int, int]]:
+    """One wide picture: the final loss over the swept rate, or else over the number with the most values.
+
+    Returns also the number of the colour that each run's point and line have, by the run's index.
+    """
     keys = [key for key in differing.settings if key != SEED and differing.numbers(key) is not None]
     if not keys:
-        return sweep_charts(runs, differing, judged_by)
+        return sweep_charts(runs, differing, judged_by), {}
     key = max(keys, key=lambda key: (key.startswith(RATE), len(set(differing.settings[key]))))
     figure = _chart(runs, differing, key, judged_by, is_alone=True)
-    return f"<div class=grid>{figure}</div>" if figure else ""
+    return (f"<div class=grid>{figure}</div>", _colours(runs, differing, key)) if figure else ("", {})
 
 
 def _can_draw(differing: Differences, key: str) -> bool:
@@ -101,21 +111,22 @@ def _can_draw(differing: Differences, key: str) -> bool:
 def _chart(runs: list[Contestant], differing: Differences, key: str, judged_by: str, is_alone: bool = False) -> str:
     """The picture over one setting; one that is alone on its page takes its width and names each line's lowest."""
     texts, numbers = differing.settings[key], differing.numbers(key)
-    choices = sorted(set(texts)) if numbers is None else []
+    choices = sorted(set(texts), key=_in_order) if numbers is None else []
     x = np.array([float(choices.index(text)) for text in texts] if numbers is None else numbers)
     losses = np.array([one.loss for one in runs])
     kept = np.isfinite(losses) & np.isfinite(x)
     if len(set(x[kept].tolist())) < 2:
         return ""
     across, up = _across(x[kept], numbers is None), _up(losses[kept])
-    groups = _groups(differing, key, kept)
-    colours = {index: number % 8 for number, members in enumerate(groups.values()) for index in members}
+    groups, colours = _groups(differing, key, kept), _colours(runs, differing, key)
     pixels = WIDE_PIXELS if is_alone else PIXELS
     lines, labels, lowest = _lines(groups, x, losses, across, up) if len(groups) <= MAX_LINES else ("", [], [])
     indices: list[int] = np.flatnonzero(kept).tolist()
     dots = "".join(_dot(runs[i], key, texts[i], float(x[i]), across, up, colours.get(i, 0)) for i in indices)
     best = indices[int(losses[kept].argmin())]
-    sentence = f"Final {judged_by} of each run; the lowest is {losses[best]:.3f} at {texts[best]} ({letter(best)})."
+    sentence = (
+        f"Final {judged_by} of each run; the lowest is {losses[best]:.3f} at {short(texts[best])} ({letter(best)})."
+    )
     if labels:
         sentence += f" A line for each {' · '.join(other for other, _ in next(iter(groups)))}"
         sentence += f"; lowest at {', '.join(lowest)}." if is_alone else "."
@@ -124,7 +135,7 @@ def _chart(runs: list[Contestant], differing: Differences, key: str, judged_by: 
     kind = "log axis" if across.log else ""
     return (
         f'<figure class="chart sweep{" wide" if is_alone else ""}"><figcaption><h3>{escape(key)}</h3>'
-        f"<b class=value>{escape(texts[best])}</b>"
+        f"<b class=value>{escape(short(texts[best]))}</b>"
         f'<p>{escape(sentence)}</p></figcaption><div class="frame{" labelled" if labels else ""}" style=--h:{pixels}px>'
         f"<div class=up>{numbers_up(up)}</div><div class=plot>{svg(grid + lines, sentence)}{dots}</div>"
         f"<div class=across>{numbers_below}</div><div class=ends>{place_labels(labels, up, pixels)}</div>"
@@ -159,12 +170,19 @@ def _groups(
     return dict(sorted(groups.items(), key=lambda group: [_in_order(value) for _, value in group[0]]))
 
 
-def _in_order(text: str) -> tuple[bool, float, str]:
-    """Sorts numbers by size, before words."""
+def _colours(runs: list[Contestant], differing: Differences, key: str) -> dict[int, int]:
+    """{index of a run: number of its line's colour} of the runs with a loss."""
+    kept = np.isfinite(np.array([one.loss for one in runs]))
+    groups = _groups(differing, key, kept)
+    return {index: number % 8 for number, members in enumerate(groups.values()) for index in members}
+
+
+def _in_order(text: str) -> tuple[bool, float, list[tuple[str, int]]]:
+    """Sorts numbers by size, before words; numbers in words by size too: w32, w64, w128."""
     try:
-        return False, float(text.replace(",", "")), text
+        return False, float(text.replace(",", "")), []
     except ValueError:
-        return True, 0.0, text
+        return True, 0.0, [(word, int(digits or 0)) for word, digits in re.findall(r"([^0-9]*)([0-9]*)", text)]
 
 
 def _lines(
@@ -184,7 +202,7 @@ def _lines(
         line = path(across.share(np.array(at)), up.share(np.array(means)))
         drawing += f'<path class="curve c{number % 8}" d="{line}"/>'
         if len(groups) > 1:
-            text = " · ".join(value for _, value in others)
+            text = " · ".join(short(value) for _, value in others)
             labels.append(Label(text, means[-1], f"class=c{number % 8}"))
             lowest.append(f"{exact(at[means.index(min(means))])} ({text})")
     return drawing, labels, lowest

@@ -9,11 +9,11 @@ from html import escape
 from pathlib import Path
 
 from longcat.errors import ConfigError
-from train.report.comparison import PALETTE, in_order, scrolled
+from train.report.comparison import in_order, scrolled
 from train.report.numbers import DASH, fixed
 from train.report.page import footer, write_page
 from train.report.reading import RunData, read_run
-from train.report.sweep import SEED, Contestant, Differences, letter, sweep_chart
+from train.report.sweep import SEED, Contestant, Differences, letter, short, sweep_chart
 from train.sweep_results import Result, results
 
 REPORT = "report.html"
@@ -41,12 +41,12 @@ def write_sweep_report(folder: Path) -> Path:
     runs = [_read(result, folder) for result in found]
     judged_by, entries = _ranked(found, runs, target)
     done = [entry for entry in entries if not entry.state]
-    drawn = sweep_chart([entry.one for entry in done], _differences(done), judged_by)
+    drawn, colours = sweep_chart([entry.one for entry in done], _differences(done), judged_by)
     lead = f"{_counts(entries)} {_verdict(done, judged_by)}".strip()
     body = (
         f"<header><p class=kind>Sweep</p><h1>{escape(folder.resolve().name)}</h1>"
         f"<p class=lead>{escape(lead)}</p></header><section><h2>Loss</h2>{drawn}</section>"
-        f"<section><h2>Runs</h2>{_table(entries, judged_by)}{_messages(entries)}</section>"
+        f"<section><h2>Runs</h2>{_table(entries, judged_by, colours)}{_messages(entries)}</section>"
     )
     notes = [f"{entry.one.run.name}: {note}" for entry in entries for note in entry.one.run.notes]
     return write_page(target, folder.resolve().name, body + footer(notes), several=True)
@@ -127,13 +127,16 @@ def _verdict(done: list[Entry], judged_by: str) -> str:
         return "No run has a final loss yet."
     best = min(means, key=lambda settings: sum(means[settings]) / len(means[settings]))
     losses = means[best]
-    at = f" at {', '.join(f'{key}={value}' for key, value in best)}" if best else ""
+    at = f" at {', '.join(f'{key}={short(value)}' for key, value in best)}" if best else ""
     mean = f"mean {judged_by} of {len(losses)} seeds" if len(losses) > 1 else judged_by
     return f"Lowest {mean}: {sum(losses) / len(losses):.3f}{at}."
 
 
-def _table(entries: list[Entry], judged_by: str) -> str:
-    """One row for each run: its loss, the settings that differ, and what kept it from its last step."""
+def _table(entries: list[Entry], judged_by: str, colours: dict[int, int]) -> str:
+    """One row for each run: its loss, the settings that differ, and what kept it from its last step.
+
+    A run's letter has the colour of its point in the picture; that of a run without a point has none.
+    """
     settings = _columns(entries)
     has_states = any(entry.state for entry in entries)
     losses = [entry.one.loss for entry in entries if not entry.state and math.isfinite(entry.one.loss)]
@@ -144,11 +147,18 @@ def _table(entries: list[Entry], judged_by: str) -> str:
         best = " class=best" if losses and not entry.state and loss == min(losses) else ""
         name = escape(one.run.name).replace("_", "_<wbr>")
         name = f'<a href="{escape(one.link)}">{name}</a>' if one.link else name
-        cells = [f'<td><span class="tag c{one.number % PALETTE}">{letter(one.number)}</span>{name}</td>']
-        cells += [f"<td{best}>{text}</td>", *(f"<td>{escape(values[index])}</td>" for values in settings.values())]
+        colour = f" c{colours[index]}" if index in colours else ""
+        cells = [f'<td><span class="tag{colour}">{letter(one.number)}</span>{name}</td>']
+        cells += [f"<td{best}>{text}</td>", *(_setting(values[index]) for values in settings.values())]
         cells += [f"<td>{escape(entry.state)}</td>"] if has_states else []
         rows.append(f"<tr data-run={index}>{''.join(cells)}</tr>")
     return scrolled(["run", judged_by, *settings, *(["state"] if has_states else [])], rows)
+
+
+def _setting(text: str) -> str:
+    """A cell; the pointer shows all digits of a number that is shortened."""
+    title = "" if short(text) == text else f' title="{escape(text)}"'
+    return f"<td{title}>{escape(short(text))}</td>"
 
 
 def _messages(entries: list[Entry]) -> str:

@@ -86,6 +86,29 @@ def test_a_line_for_each_width_over_the_rates(html: str) -> None:
     assert "lowest at 0.002 (64), 0.002 (128), 0.002 (256), 0.002 (512)." in html
 
 
+def test_letters_have_the_colour_of_their_line(html: str) -> None:
+    """A reader finds the line of a row by its colour; a run that is not in the picture has none."""
+    rows_by_run = dict(re.findall(r'<tr data-run=(\d+)><td><span class="tag ?(c?\d?)">', html))
+    dots = {run: colour for colour, run in re.findall(r'class="dot (c\d)" data-run=(\d+)', html)}
+    assert len(rows_by_run) == 24 and len(dots) == 21 and len(set(dots.values())) == 4
+    assert {run: colour for run, colour in rows_by_run.items() if colour} == dots
+
+
+def test_lines_of_presets_come_by_size_and_long_numbers_are_short(tmp_path: Path) -> None:
+    folder = tmp_path / "w-sweep"
+    folder.mkdir()
+    rates = (0.0031622776601683794, 0.001)
+    for number, (model, rate) in enumerate(itertools.product(("w128", "w64", "w96"), rates)):
+        fabricate(tmp_path / f"w-{number}", 60, seed=number, extras=False, routing_rows=0)
+        words = [f"model={model}", f"optim.lr={rate}"]
+        write_result(folder, number, Result(str(tmp_path / f"w-{number}"), 0, "done", "", words))
+    assert longcat(["report", str(folder)]) == 0
+    html = (folder / "report.html").read_text()
+    assert re.search(r"lowest at \S+ \(w64\), \S+ \(w96\), \S+ \(w128\)\.", html)
+    assert {row[3] for row in rows(html)} == {"0.003162", "0.001"}
+    assert html.count('<td title="0.0031622776601683794">0.003162</td>') == 3
+
+
 def test_the_lowest_is_a_mean_over_seeds(tmp_path: Path) -> None:
     folder = tmp_path / "s-sweep"
     folder.mkdir()
