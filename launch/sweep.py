@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.sweep_folder import STOPPED_MARK, note_finished, open_folder, remove_if_unused, resume
+from launch.sweep_folder import STOPPED_MARK, is_unfinished, note_finished, open_folder, remove_if_unused, resume
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.json_text import NOT_FINITE, dumps
 from train.checkpoint.compatibility import flatten
@@ -213,6 +213,13 @@ def best_run(folder: Path) -> Path | None:
             f"runs: {named}"
         )
     return chosen[0][1]
+
+
+def describe_choice(folder: Path) -> str:
+    """What `best_run` chose from, and whether the sweep may yet have a better run."""
+    reached = sum(result.reached_end for result in results(folder))
+    rest = "; the sweep has not finished" if is_unfinished(folder) else ""
+    return f"lowest loss, by the mean over seeds, of the {reached} runs of {folder} that reached their last step{rest}"
 
 
 def model_sizes(run: Path) -> str:

@@ -79,6 +79,11 @@ def note_finished(folder: Path, overrides: list[str], finished: bool) -> None:
     partial.replace(folder / SWEEP)
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether the same command would go on in the sweep's folder."""
+    return _read(folder / SWEEP).get("finished") is False
+
+
 def remove_if_unused(made: list[Path]) -> None:
     """Remove the folders that a start has ``made``, if its sweep was refused before its first run."""
     if not made or results(made[0]):

@@ -248,11 +248,15 @@ def transfer(arguments: list[str]) -> int:
     from train.transfer import transfer as write
 
     options, overrides = split_options(TransferConfig, arguments)
+    choice = ""
     if options.proxy and not (Path(options.proxy) / "config.yaml").is_file():
-        from launch.sweep import best_run
+        from launch.sweep import best_run, describe_choice
 
-        options.proxy = str(best_run(Path(options.proxy)) or options.proxy)
-    path, width = write(options, overrides)
+        sweep = Path(options.proxy)
+        if (best := best_run(sweep)) is not None:
+            options.proxy, choice = str(best), describe_choice(sweep)
+            print(f"proxy {best}: {choice}")
+    path, width = write(options, overrides, choice)
     folder = "" if str(path.parent.parent) == OWN_FOLDER else f" --config-dir {quote(str(path.parent.parent))}"
     print(f"{path}: {options.proxy} carried to s = {width:g} times its width")
     print(f"train it with longcat train {quote(f'experiment={path.stem}')}{folder}")

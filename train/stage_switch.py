@@ -35,26 +35,31 @@ class StageSwitch:
     ) -> None:
         self.config, self.state, self.topology = config, state, topology
         self.stepper, self.validator, self.samples = stepper, validator, samples
+        self.mixtures = segments_of(config)
         # Those that begin with a step and change more than the mixture
-        self.segments = [one for one in segments_of(config) if one.stage is None or one.stage.changes_training]
+        self.segments = [one for one in self.mixtures if one.stage is None or one.stage.changes_training]
         self.present = self.segments[0]
+        self.announced = self.mixtures[0]
 
     def enter(self) -> str | None:
-        """Go over to the next sample's stage → a line on it; None if the run is there already.
+        """Go over to the next sample's stage → a line on a stage that begins with the next step; None if none does.
+
+        A stage that changes the mixture alone may begin inside the step; the readers know when.
 
         Raises:
             ConfigError: a step would reach over the beginning of the next stage, or begin inside one of its stage.
         """
-        if len(self.segments) == 1:
+        skipped, position = self.state.health.skipped, self.state.counters.position
+        if len(self.segments) > 1:
+            segment = segment_of(self.segments, sample := skipped.place(position))
+            self._check_steps(segment, sample)
+            if segment is not self.present:
+                self._enter(segment, sample)
+        last = segment_of(self.mixtures, skipped.place(position + self.present.batch - 1))
+        if last is self.announced:
             return None
-        sample = self.state.health.skipped.place(self.state.counters.position)
-        segment = segment_of(self.segments, sample)
-        self._check_steps(segment, sample)
-        if segment is self.present:
-            return None
-        self._enter(segment, sample)
-        step = self.state.counters.step + 1
-        return f"stage {segment.number} from step {step:,}: {describe(self.config, segment)}"
+        self.announced = last
+        return f"stage {last.number} from step {self.state.counters.step + 1:,}: {describe(self.config, last)}"
 
     def _check_steps(self, segment: Segment, sample: int) -> None:
         """Raise ConfigError unless whole steps lead from ``sample`` to the next stage, or from the last one's start."""

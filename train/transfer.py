@@ -28,7 +28,7 @@ from train.compose import OWN_FOLDER, compose, from_tree, one_line
 from train.config import Config
 from train.run_dir import CONFIG, EXIT, as_mapping, read_unchanged_config
 
-SECTIONS = ("optim", "schedule", "loss", "balance")  # carried whole; of `data` what is no default
+SECTIONS = ("optim", "schedule", "loss", "balance")  # carried whole; of `data` and `CARRIED` what is no default
 BATCH = ("train.sequence_length", "train.global_batch_size")
 MICRO_BATCH = "train.micro_batch_size"  # the balance loss is a mean over the tokens of a micro-batch
 KEYS = ("train.steps", *BATCH, MICRO_BATCH)
@@ -37,6 +37,7 @@ DEPTH = ("num_layers", "num_mtp_layers")
 SPARSITY = ("num_experts", "num_zero_experts", "top_k", "expected_ffn_experts")
 CONSTANT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "routed_scaling_factor")
 PROPORTIONAL = ("num_heads", "q_lora_rank", "kv_lora_rank", "ffn_hidden_size", "expert_hidden_size")
+CARRIED = ("rope_theta", "rope_scaling", "rms_norm_eps", "latent_norm_eps")  # no sizes: the proxy's, if not given
 ALLOWED = ("depth", "sparsity", "batch", "shape", "vocabulary")
 
 
@@ -75,8 +76,10 @@ class Value:
     origin: str
 
 
-def transfer(options: TransferConfig, overrides: list[str]) -> tuple[Path, float]:
+def transfer(options: TransferConfig, overrides: list[str], choice: str = "") -> tuple[Path, float]:
     """Write the target's configuration; returns its path and s. ``overrides`` name the target's model and other keys.
+
+    ``choice`` says why it is this proxy, for the header.
 
     Raises:
         ConfigError: the proxy has no finished run; depth, sparsity, batch or shape differ and are not allowed to; or
@@ -98,7 +101,8 @@ def transfer(options: TransferConfig, overrides: list[str]) -> tuple[Path, float
     given = given_keys(overrides, full, plain)
     width = check_scope(stored, full, given, options.allowed)
     values = carried(stored, plain, width, proxy) | given
-    write(path, header(proxy, stored, full, width, options.allowed), model, values)
+    comment = header(proxy, stored, full, width, options.allowed) + ([f"The proxy: {choice}."] if choice else [])
+    write(path, comment, model, values)
     try:
         compose([f"experiment={path.stem}", f"--config-dir={path.parent.parent}"])
     except ConfigError:
@@ -197,7 +201,8 @@ def carried(stored: dict[str, Any], plain: Config, width: float, proxy: Path) ->
     """The target's values by dotted key: the proxy's, changed where the width changes them."""
     flat, default = flatten(stored), flatten(as_mapping(plain))
     kept = [key for key in flat if key in KEYS or key.partition(".")[0] in SECTIONS]
-    kept += [key for key in flat if key.startswith("data.") and flat[key] != default[key]]
+    carried_too = ("data.", *(f"model.{name}" for name in CARRIED))
+    kept += [key for key in flat if key.startswith(carried_too) and flat[key] != default[key]]
     values = {key: Value(flat[key], f"as {proxy}") for key in kept}
     return values | scaled(flat, width)
 

@@ -12,6 +12,8 @@ import yaml
 
 from launch.__main__ import main as longcat
 from launch.sweep import Result, best_run
+from launch.sweep_folder import note_finished
+from longcat.config import ModelConfig
 from longcat.init import initialise
 from longcat.json_text import dumps
 from longcat.model import LongCat
@@ -24,6 +26,7 @@ from train.compose import compose
 from train.config import Config
 from train.optimizer import RateScales, make_adamw
 from train.run_dir import CONFIG, EXIT, as_mapping
+from train.transfer import CARRIED, CONSTANT, DEPTH, PROPORTIONAL, SPARSITY
 
 # Sizes of a proxy; a width s times as large has s times the heads, ranks and inner widths
 SIZES = {
@@ -244,6 +247,37 @@ def test_the_best_run_of_a_sweep_by_its_mean_over_seeds(tmp_path: Path) -> None:
     assert best_run(folder) == Path("runs/rates-0").absolute()
     assert longcat(["transfer", "proxy=runs/rates-sweep", *sizes(2)]) == 0
     assert compose(["experiment=debug-from-rates-0"]).optim.lr == 1e-3
+
+
+def test_the_header_says_what_a_sweeps_best_run_is_the_best_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """A better run may come where a sweep has not finished: the command says so too."""
+    folder = Path("runs/rates-sweep")
+    folder.mkdir(parents=True)
+    finished(Path("runs/rates-0"), sizes(1))
+    Path("runs/rates-0/metrics.jsonl").write_text(dumps({"step": 1, "loss": 3.0}) + "\n")
+    (folder / "0.json").write_text(dumps(asdict(Result("runs/rates-0", 0, "", ""))))
+    (folder / "1.json").write_text(dumps(asdict(Result("runs/rates-1", None, "", ""))))
+    for name, is_done in (("early", False), ("late", True)):
+        note_finished(folder, [], is_done)
+        target = Path(f"conf/experiment/{name}.yaml")
+        assert longcat(["transfer", "proxy=runs/rates-sweep", f"target={target}", *sizes(2)]) == 0
+        sentence = "of the 1 runs of runs/rates-sweep that reached their last step"
+        sentence += "" if is_done else "; the sweep has not finished"
+        assert f"# The proxy: lowest loss, by the mean over seeds, {sentence}.\n" in target.read_text()
+        assert f"{sentence}\n" in capsys.readouterr().out
+
+
+def test_keys_of_the_model_that_are_no_sizes_are_the_proxys() -> None:
+    """Found by looking: a proxy's RoPE base gave way to the preset's, without a word."""
+    given = ["model.rope_theta=1e4", "model.rope_scaling={factor: 4, original_max_position_embeddings: 32}"]
+    proxy = finished(Path("runs/proxy"), [*sizes(1), *given, "model.rms_norm_eps=1e-3", "model.latent_norm_eps=1e-4"])
+    target = transferred(2, "model.latent_norm_eps=1e-2")
+    assert (target.model.rope_theta, target.model.rope_scaling) == (1e4, proxy.model.rope_scaling)
+    assert (target.model.rms_norm_eps, target.model.latent_norm_eps) == (1e-3, 1e-2)
+    assert "rope_theta: 10000.0  # as runs/proxy\n" in Path(TARGET).read_text()
+    scaled = {rule.initial.value for rule in RULES.values()}
+    known = {"name", "hidden_size", "vocab_size", *DEPTH, *SPARSITY, *CONSTANT, *PROPORTIONAL, *CARRIED, *scaled}
+    assert {field.name for field in fields(ModelConfig)} <= known, "a key of the model that a transfer would lose"
 
 
 def test_proxy_768_to_the_560b_model(capsys: pytest.CaptureFixture[str]) -> None:
