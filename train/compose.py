@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,7 +17,7 @@ from train.checkpoint.compatibility import flatten
 from train.config import Config, RunConfig
 from train.pruning import SWEEP_FOLDER
 from train.spelling import keep_spelling, text_keys
-from train.suggestions import nearest_key
+from train.suggestions import closest, nearest_key
 
 GROUPS = ("model", "data", "schedule", "experiment")  # folders of configs/; each of their files is a choice
 CONFIG_DIR = ("--config-dir", "-cd")  # Hydra's names
@@ -306,6 +307,10 @@ def one_line(error: BaseException) -> str:
     if "Key 'experiment' not in 'Config'" in text:
         return "a file of experiment/ starts with the line `# @package _global_`, or its keys go below `experiment`"
     lines = [line.strip() for line in text.splitlines()]
+    if unknown := re.search(r"Key '(.*?)' not in '(\w+)'", text):
+        return unknown_in_mapping(unknown[1], unknown[2], lines)
+    if missing := re.search(r"missing mandatory value: .*\s+full_key: (\S+)", text):
+        return f"{missing[1]} is missing; give it a value"
     skip = ("object_type", "reference_type", "Set the environment", "See https", "To append", "Did you mean")
     kept = [line.rstrip(".;") for line in lines if line and not line.startswith(skip)]
     if not kept:
@@ -317,6 +322,30 @@ def one_line(error: BaseException) -> str:
     if key and "is not in struct" in text:  # an open mapping of Hydra's, such as a launcher's additional parameters
         return f"{': '.join(kept)}; write +{key}=… to add it"
     return ": ".join(kept) + ("" if not key else f"; {default_of(key)}")
+
+
+def unknown_in_mapping(name: str, kind: str, lines: list[str]) -> str:
+    """An unknown key of a mapping, given as a value or in a file, and the nearest one that its ``kind`` has."""
+    key = next((line.partition(": ")[2] for line in lines if line.startswith("full_key")), name)
+    place = next((found[1] for line in lines if (found := re.match("(?:Could not override|In) '(.*?)'", line))), "")
+    where = f" in {place}" if place and not key.startswith(f"{place}.") else ""
+    section, dot, _ = key.rpartition(".")
+    known = {one.__name__: [field.name for field in fields(one)] for one in kinds_of_sections(Config)}
+    if kind not in known:
+        return f"unknown key '{key}'{where}; leave it out"
+    return f"unknown key '{key}'{where}; the nearest is '{section}{dot}{closest(name, known[kind])}'"
+
+
+def kinds_of_sections(kind: Any) -> Iterator[Any]:
+    """A dataclass and all that its fields hold, in lists too."""
+    from typing import get_args, get_type_hints
+
+    if is_dataclass(kind):
+        yield kind
+        for annotation in get_type_hints(kind).values():
+            yield from kinds_of_sections(annotation)
+    for argument in get_args(kind):
+        yield from kinds_of_sections(argument)
 
 
 def default_of(key: str) -> str:

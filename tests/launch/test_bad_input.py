@@ -32,6 +32,18 @@ CONFIGURATION = {
     "indexed-key": (["data.paths[0]=x"], ["unknown key 'data.paths[0]'", "'data.paths'"]),
     "no-equals-sign": (["train.steps"], ["'train.steps' is no override", "write key=value"]),
     "flag": (["--steps"], ["'--steps' is no override", "write key=value"]),
+    # unknown keys of a mapping that is given as a value
+    "typo-in-mapping": (["optim={lrr: 1}"], ["unknown key 'optim.lrr'; the nearest is 'optim.lr'"]),
+    "typo-in-inner-mapping": (["model.rope_scaling={facter: 4}"], ["the nearest is 'model.rope_scaling.factor'"]),
+    "typo-in-stage": (
+        ["data.stages=[{start_tokens: 512, sequence_lenght: 64}]"],
+        ["unknown key 'sequence_lenght' in data.stages; the nearest is 'sequence_length'"],
+    ),
+    "typo-inside-a-stage": (
+        ["data.stages=[{start_tokens: 5, rope_scaling: {facter: 2}}]"],
+        ["unknown key 'rope_scaling.facter' in data.stages; the nearest is 'rope_scaling.factor'"],
+    ),
+    "stage-without-start": (["data.stages=[{}]"], ["data.stages[0].start_tokens is missing"]),
     # wrong types
     "text-for-int": (["train.steps=many"], ["train.steps=many", "Integer", "default of train.steps is 1000"]),
     "fraction-for-int": (["train.steps=1.5"], ["train.steps=1.5", "Integer", "default"]),

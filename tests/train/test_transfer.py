@@ -249,7 +249,7 @@ def test_the_best_run_of_a_sweep_by_its_mean_over_seeds(tmp_path: Path) -> None:
     assert compose(["experiment=debug-from-rates-0"]).optim.lr == 1e-3
 
 
-def test_the_header_says_what_a_sweeps_best_run_is_the_best_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_header_says_what_the_best_run_is_best_of(capsys: pytest.CaptureFixture[str]) -> None:
     """A better run may come where a sweep has not finished: the command says so too."""
     folder = Path("runs/rates-sweep")
     folder.mkdir(parents=True)
@@ -267,7 +267,7 @@ def test_the_header_says_what_a_sweeps_best_run_is_the_best_of(capsys: pytest.Ca
         assert f"{sentence}\n" in capsys.readouterr().out
 
 
-def test_keys_of_the_model_that_are_no_sizes_are_the_proxys() -> None:
+def test_model_keys_that_are_no_sizes_are_the_proxys() -> None:
     """Found by looking: a proxy's RoPE base gave way to the preset's, without a word."""
     given = ["model.rope_theta=1e4", "model.rope_scaling={factor: 4, original_max_position_embeddings: 32}"]
     proxy = finished(Path("runs/proxy"), [*sizes(1), *given, "model.rms_norm_eps=1e-3", "model.latent_norm_eps=1e-4"])

@@ -94,7 +94,7 @@ def test_letters_have_the_colour_of_their_line(html: str) -> None:
     assert {run: colour for run, colour in rows_by_run.items() if colour} == dots
 
 
-def test_lines_of_presets_come_by_size_and_long_numbers_are_short(tmp_path: Path) -> None:
+def test_presets_come_by_size_and_long_numbers_are_short(tmp_path: Path) -> None:
     folder = tmp_path / "w-sweep"
     folder.mkdir()
     rates = (0.0031622776601683794, 0.001)
