@@ -304,6 +304,8 @@ def one_line(error: BaseException) -> str:
         text = f"{text}\n{cause}"
     if (override := getattr(error, "override", None)) and override not in text:
         text = f"{override}: {text}"
+    if "does not support sweep type" in text:
+        return "interval(…) is for a search: add hydra/sweeper=optuna, or give values, for instance optim.lr=1e-3,3e-3"
     if "Key 'experiment' not in 'Config'" in text:
         return "a file of experiment/ starts with the line `# @package _global_`, or its keys go below `experiment`"
     lines = [line.strip() for line in text.splitlines()]

@@ -137,6 +137,7 @@ def test_a_refused_sweep_leaves_no_folder(refused: Refused, tmp_path: Path) -> N
     refused([*words, "train.seed=1,2", "hydra.sweeper.max_batch_size=0"], "max_batch_size=0 must be at least 1")
     for given in ("params={optim.lr:1e-3}", "params.optim.lr=1"):
         refused([*words, f"hydra.sweeper.{given}"], "hydra.sweeper.params can be set in a configuration file")
+    refused([*words, "optim.lr=interval(1e-4,1e-2)"], "interval(…) is for a search: add hydra/sweeper=optuna")
     search = [*words, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1"]
     refused([*search, "optim.lr=tag(lgo,interval(1e-4,1e-2))"], "tag(lgo,…) means nothing here")
     refused([*search, "train.seed=tag(log,range(1,5))"], "tag(log,…) means nothing here")
