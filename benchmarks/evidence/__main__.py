@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 
 from benchmarks.common import print_table
 from benchmarks.evidence import widths
@@ -27,8 +28,9 @@ def status(claims: list[Claim]) -> int:
         jobs = {job.key: job for _, job in wanted(claim)}
         results = [job.result for job in jobs.values() if job.result]
         hours = sum(result.seconds for result in results) / 3600
-        verdicts = ", ".join(verdict for _, verdict in look(claim, seeds_wanted(claim))) or widths.verdict()
-        rows.append([claim.name, f"{len(results)} of {len(jobs)}", f"{hours:.1f}", verdicts])
+        verdicts = Counter(verdict for _, verdict in look(claim, seeds_wanted(claim)))
+        text = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()) or widths.verdict()
+        rows.append([claim.name, f"{len(results)} of {len(jobs)}", f"{hours:.1f}", text])
     print_table("evidence", ["claim", "runs", "hours of one core", "comparisons"], rows)
     return OK
 
@@ -40,6 +42,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--hours", type=float, default=1e6, help="save and stop after this long")
     arguments = parser.parse_args()
+    if arguments.workers < 1 or not arguments.hours > 0:
+        parser.error("--workers must be at least 1 and --hours above 0, or nothing would run")
     try:
         known = load() | {widths.NAME: widths.load().claim}
         if unknown := set(arguments.claims) - set(known):

@@ -125,7 +125,10 @@ class Runner:
             if not self.running:
                 if self.failed:
                     return 1
-                return STOPPED if self.stopping and left else OK
+                if self.stopping and left:
+                    return STOPPED
+                print("every run that is wanted has its result; one whose file is removed is made again")
+                return OK
             time.sleep(1.0)
 
     def start(self, job: Job) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import benchmarks.evidence.__main__ as evidence
 from benchmarks.evidence import jobs, run, token_kinds, widths
 from benchmarks.evidence.claims import Claim, Comparison, Expectation, load
 from benchmarks.evidence.measures import MEASURES, Interval, Verdict, interval, judge, t_quantile
@@ -31,6 +32,15 @@ def test_every_arm_is_a_valid_run(claim: Claim) -> None:
         jobs.Job(claim, arm, 1, value).config.validate()
         assert not arm.variant or arm.variant in VARIANTS
     assert all(one.measure in MEASURES for one in claim.comparisons)
+
+
+@pytest.mark.parametrize("words", [["--workers", "0"], ["--workers=-2"], ["--hours", "0"], ["--hours", "nan"]])
+def test_a_runner_that_could_start_nothing_is_refused(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended with 0, as if every run had its result."""
+    monkeypatch.setattr("sys.argv", ["evidence", "run", *words])
+    monkeypatch.setattr(evidence, "run", lambda *_: 0)
+    with pytest.raises(SystemExit, match="2"):
+        evidence.main()
 
 
 def test_equal_runs_are_made_once() -> None:
