@@ -30,8 +30,8 @@ from longcat.interfaces import local_tensor
 from longcat.json_text import dumps
 from longcat.model import LongCat
 from train.api import build_session, compose
-from train.checkpoint.compatibility import flatten
 from train.config import Config
+from train.dotted_keys import flatten
 from train.run_dir import as_mapping
 from train.transfer import PROPORTIONAL, check_scope, scaled
 

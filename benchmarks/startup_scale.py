@@ -30,12 +30,12 @@ import torch.distributed as dist
 
 from benchmarks.counting_store import CountingStore, kept
 from launch.fleet import Assignment
-from launch.link import Link, StoreFleet
-from launch.meeting import free_port, start_store
-from launch.node import LOOK_SECONDS
+from launch.nodes.link import Link, StoreFleet
+from launch.nodes.meeting import free_port, start_store
+from launch.nodes.node import LOOK_SECONDS
+from launch.nodes.store import RanksStore
 from launch.pace import leader_pause, node_pause
 from launch.plan.trace import fake_topology
-from launch.store import RanksStore
 from launch.supervisor.loop import POLL_SECONDS
 from parallel.config import ParallelConfig
 from parallel.environment import lift_descriptor_limit

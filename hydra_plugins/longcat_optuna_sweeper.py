@@ -1,6 +1,6 @@
 """`hydra/sweeper=optuna`: Hydra takes plug-ins from this package alone, and imports them at each start.
 
-So this file is small, and what it does is in `launch/optuna_search.py`. Hydra runs it before the module has a place in
+So this file is small; `launch/sweeps/optuna_search.py` has the rest. Hydra runs it before the module has a place in
 `sys.modules`, where a dataclass would look its annotations up if they were text (`from __future__ import annotations`).
 """
 
@@ -49,7 +49,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from launch.optuna_search import Settings, search
+        from launch.sweeps.optuna_search import Settings, search
 
         search(self, Settings(**self.settings), arguments)
 

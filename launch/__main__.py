@@ -18,8 +18,8 @@ import errno
 import shlex
 from collections.abc import Callable
 
-from launch import checkpoint_verbs, verbs
 from launch.signals import ignore_requests
+from launch.verbs import VERBS
 from longcat import __version__
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.lasting_streams import lasting_streams
@@ -124,25 +124,6 @@ def check_current_folder() -> None:
         raise ConfigError("the current folder has been removed; change to one that exists") from error
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {
-    "train": verbs.train,
-    "slurm": verbs.slurm,
-    "plan": verbs.plan,
-    "check": verbs.check,
-    "data": verbs.data,
-    "report": verbs.report,
-    "diff": verbs.diff,
-    "replay": verbs.replay,
-    "checkpoint": verbs.checkpoint,
-    "grow": checkpoint_verbs.grow,
-    "merge": checkpoint_verbs.merge,
-    "transfer": verbs.transfer,
-    "counts": verbs.counts,
-    "export": verbs.export,
-    "import": verbs.import_,
-    "generate": verbs.generate,
-    "completion": verbs.completion,
-}
 # Words of other programs
 MEANT = {
     "average": "merge",

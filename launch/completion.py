@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import get_type_hints
@@ -53,28 +54,26 @@ complete -c longcat -n "__fish_seen_subcommand_from {keyed}" -f -a "{words}"
 """
 
 
-def script(shell: str) -> str:
-    """The completion script for ``shell``.
+def script(shell: str, verbs: Iterable[str]) -> str:
+    """The completion script of the program's ``verbs`` for ``shell``.
 
     Raises:
         ConfigError: another shell than bash, zsh or fish.
     """
-    from launch.__main__ import VERBS
-
     if shell not in SHELLS:
         raise ConfigError(f"{shell!r} has no completion here; say longcat completion {', '.join(SHELLS)}")
-    verbs, words = " ".join(VERBS), " ".join([*FLAGS, *values()])
+    names, words = " ".join(verbs), " ".join([*FLAGS, *values()])
     if shell == "fish":
         commands = "\n".join(
             f'complete -c longcat -n "__fish_seen_subcommand_from {verb}" -f -a "{" ".join(names)}"'
             for verb, names in COMMANDS.items()
         )
-        return FISH.format(verbs=verbs, keyed="train plan check counts data", words=words, commands=commands)
+        return FISH.format(verbs=names, keyed="train plan check counts data", words=words, commands=commands)
     commands = "\n".join(
         f'            {verb}) words="{" ".join(names)}{" " + words if verb in ("data", "plan") else ""}" ;;'
         for verb, names in COMMANDS.items()
     )
-    bash = BASH.format(verbs=verbs, keyed="train|check|counts", words=words, commands=commands)
+    bash = BASH.format(verbs=names, keyed="train|check|counts", words=words, commands=commands)
     return bash if shell == "bash" else ZSH + bash
 
 

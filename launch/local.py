@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import site
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from launch.rendezvous import find_place, num_nodes
+from launch.nodes.rendezvous import find_place, num_nodes
 from longcat.garbage import import_without_collections
-from longcat.search_path import ROOT, without_current_folder
+from longcat.search_path import found_by_children
 from parallel.environment import count_gpus
 from train.check import check, check_corpora
 from train.config import Config
-from train.run_dir import EXIT
 
 
 def num_processes(config: Config) -> int:
@@ -39,7 +35,7 @@ def run_ranks(overrides: list[str], config: Config) -> int:
     processes = num_processes(config)
     place = find_place(config.launch, os.environ)
     if place is not None:
-        from launch.node import run_node
+        from launch.nodes.node import run_node
 
         return run_node(overrides, config, place, processes)
     if Path("/sys/class/net/lo").exists():
@@ -56,30 +52,3 @@ def run_ranks(overrides: list[str], config: Config) -> int:
 
     with found_by_children():
         return run_here(overrides, config, processes)
-
-
-@contextmanager
-def found_by_children() -> Iterator[None]:
-    """Let Pythons that are started with `-P` find this program, also in a checkout and beside a user's train.py."""
-    name = "PYTHONPATH"
-    before = os.environ.get(name)
-    entries = without_current_folder(before.split(os.pathsep) if before else [])
-    if ROOT not in (*site.getsitepackages(), site.getusersitepackages()):
-        entries.insert(0, ROOT)  # a folder of installed packages must not come before the standard library
-    os.environ[name] = os.pathsep.join(entries)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
-
-
-def exit_written(folder: Path) -> tuple[int, int] | None:
-    """Identity of the exit.json in the folder, or None."""
-    try:
-        status = (folder / EXIT).stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns

@@ -8,10 +8,11 @@ import sys
 import time
 from contextlib import ExitStack
 
-from launch.fleet import GRACE_SECONDS, Assignment, NodeReport, NodeState, decide_end
+from launch.fleet import GRACE_SECONDS, Assignment, NodeReport, NodeState
+from launch.leader import decide_end
+from launch.nodes.store import RanksStore
 from launch.ranks import LocalRanks
 from launch.signals import Signals
-from launch.store import RanksStore
 from train.config import Config
 
 HOST = "127.0.0.1"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from launch import checkpoint_verbs
 from longcat.errors import CORRUPT, OK, ConfigError
 from longcat.garbage import import_without_collections
 
@@ -37,7 +39,7 @@ def train(arguments: list[str]) -> int:
     shows, arguments = split_cfg(arguments)
     multirun = any(argument in MULTIRUN for argument in arguments)
     if multirun and not shows:
-        from launch.sweep import run_sweep
+        from launch.sweeps.sweep import run_sweep
 
         return run_sweep(with_search_path([argument for argument in arguments if argument not in MULTIRUN]))
     if multirun:
@@ -120,7 +122,7 @@ def completion(arguments: list[str]) -> int:
 
     if len(arguments) != 1:
         raise ConfigError("longcat completion needs the name of a shell: bash, zsh or fish")
-    print(script(arguments[0]), end="")
+    print(script(arguments[0], VERBS), end="")
     return 0
 
 
@@ -152,7 +154,7 @@ def report(arguments: list[str]) -> int:
     longcat report runs/a runs/b    writes comparison.html beside the first
     """
     from train.report import write_comparison, write_report, write_sweep_report
-    from train.sweep_results import is_sweep
+    from train.sweeps.results import is_sweep
 
     if not arguments:
         raise ConfigError("longcat report needs a run folder, for instance runs/quickstart")
@@ -250,7 +252,7 @@ def transfer(arguments: list[str]) -> int:
     options, overrides = split_options(TransferConfig, arguments)
     choice = ""
     if options.proxy and not (Path(options.proxy) / "config.yaml").is_file():
-        from launch.sweep import best_run, describe_choice
+        from launch.sweeps.sweep import best_run, describe_choice
 
         sweep = Path(options.proxy)
         if (best := best_run(sweep)) is not None:
@@ -372,3 +374,24 @@ def generate(arguments: list[str]) -> int:
     print(options.prompt + text)
     print(f"\n{summary(made, seconds)}")
     return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "slurm": slurm,
+    "plan": plan,
+    "check": check,
+    "data": data,
+    "report": report,
+    "diff": diff,
+    "replay": replay,
+    "checkpoint": checkpoint,
+    "grow": checkpoint_verbs.grow,
+    "merge": checkpoint_verbs.merge,
+    "transfer": transfer,
+    "counts": counts,
+    "export": export,
+    "import": import_,
+    "generate": generate,
+    "completion": completion,
+}

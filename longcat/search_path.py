@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import site
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # holds this program's packages
 
@@ -23,6 +26,24 @@ def leave_out_in_children() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
     if "PYTHONPATH" in os.environ:
         os.environ["PYTHONPATH"] = os.pathsep.join(without_current_folder(os.environ["PYTHONPATH"].split(os.pathsep)))
+
+
+@contextmanager
+def found_by_children() -> Iterator[None]:
+    """Let Pythons that are started with `-P` find this program, also in a checkout and beside a user's train.py."""
+    name = "PYTHONPATH"
+    before = os.environ.get(name)
+    entries = without_current_folder(before.split(os.pathsep) if before else [])
+    if ROOT not in (*site.getsitepackages(), site.getusersitepackages()):
+        entries.insert(0, ROOT)  # a folder of installed packages must not come before the standard library
+    os.environ[name] = os.pathsep.join(entries)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def without_current_folder(entries: list[str]) -> list[str]:

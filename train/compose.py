@@ -13,11 +13,11 @@ from typing import Any
 
 from longcat.config_choices import unknown_choice
 from longcat.errors import ConfigError
-from train.checkpoint.compatibility import flatten
 from train.config import Config, RunConfig
-from train.pruning import SWEEP_FOLDER
+from train.dotted_keys import flatten
 from train.spelling import keep_spelling, text_keys
 from train.suggestions import closest, nearest_key
+from train.sweeps.results import SWEEP_FOLDER
 
 GROUPS = ("model", "data", "schedule", "experiment")  # folders of configs/; each of their files is a choice
 CONFIG_DIR = ("--config-dir", "-cd")  # Hydra's names

@@ -15,17 +15,17 @@ from longcat.config_limits import INT32_MAX, INT64_MAX, check_at_most, check_ite
 from longcat.errors import ConfigError
 from parallel.config import DispatcherKind, OverlapConfig, ParallelConfig
 from train.balance import BalanceConfig
-from train.checkpoint.compatibility import flatten
 from train.data.config import DataConfig
+from train.dotted_keys import flatten
 from train.health.config import HealthConfig, OnSpike
 from train.launch_config import LaunchConfig
 from train.objective import LossConfig
 from train.optimizer import OptimConfig
 from train.profiling.config import ProfileConfig
-from train.pruning import PruningConfig
 from train.schedule import ScheduleConfig
 from train.sdc.config import SdcConfig
 from train.stages import check_stages
+from train.sweeps.config import PruningConfig
 
 MAX_LENGTH = 2**24
 MAX_PROCESSES = 4096

@@ -15,9 +15,10 @@ from torch import Tensor
 from longcat.errors import ConfigError
 from longcat.growth import layer_of
 from longcat.names import Box, pieces
-from train.checkpoint.compatibility import ADDED, FIXED_KEYS, corpora_differences, flatten
+from train.checkpoint.compatibility import ADDED, FIXED_KEYS, corpora_differences
 from train.checkpoint.manifest import list_checkpoints, step_of
 from train.checkpoint.offline_reader import Checkpoint, full_box
+from train.dotted_keys import flatten
 from train.health.state import HealthState
 from train.loggers.jsonl import METRICS, ROUTING, step_of_row
 from train.run_dir import CONFIG, is_config_changed, read_config

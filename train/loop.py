@@ -33,7 +33,6 @@ from train.launch_config import OnStraggler, launch_metrics
 from train.loggers.interface import MetricsSink
 from train.loggers.jsonl import METRICS, rows
 from train.profiling.profiler import Profiler
-from train.pruning import Pruner, StoppedEarly
 from train.run_dir import as_mapping, describe_corpora
 from train.stage_switch import StageSwitch
 from train.start_clock import StartClock
@@ -41,6 +40,7 @@ from train.state import TrainState
 from train.step import NOT_FINITE_BIASES, Stepper, StepRequests, StepResult
 from train.stop import StopSignal
 from train.stragglers import Straggler, StragglerWatch, as_finding, name_hosts, own_seconds
+from train.sweeps.pruning import Pruner, StoppedEarly
 from train.terminal import Display
 from train.validation import Validator
 

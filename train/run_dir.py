@@ -1,23 +1,20 @@
-"""The run folder: checks, lock, config.yaml, and exit.json with how the run ended."""
+"""The run folder: checks, lock, config.yaml, and refusals before it has a run."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import importlib.metadata
-import json
 import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from longcat.errors import CRASHED, ConfigError, FolderInUseError, LongCatError
-from longcat.json_text import dumps
+from longcat.errors import ConfigError, FolderInUseError, LongCatError
 from longcat.refusal import leave_refusal
 from train.checkpoint.compatibility import CORPORA, TOKENIZER, differences
 from train.checkpoint.failures import describe
@@ -26,14 +23,13 @@ from train.checkpoint.manifest import list_checkpoints
 from train.config import Config
 from train.data.corpus import fingerprints, tokenizer_sha256
 from train.environment import software
+from train.exit_file import EXIT, write_exit
 from train.git import git_commit
-from train.launch_config import GAVE_UP
-from train.run_files import Note, remove_quietly, write_file
+from train.run_files import Note, write_file
 from train.sealed import is_yaml_changed, seal_yaml
 
-CONFIG, EXIT, LOCK = "config.yaml", "exit.json", ".lock"
+CONFIG, LOCK = "config.yaml", ".lock"
 FIRST_RANK_PRINTS_SECONDS = 20.0
-NO_DETAILS = LongCatError.details
 PACKAGES = ("torch", "numpy", "megatron-core", "datasets", "tokenizers", "hydra-core", "wandb", "safetensors")
 
 
@@ -208,63 +204,6 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def forget_exit(folder: Path) -> None:
-    """Remove the exit.json of an earlier start, and the page of one that gave up.
-
-    Raises:
-        ConfigError: it cannot be removed, so that it would speak for this start.
-    """
-    try:
-        (folder / EXIT).unlink(missing_ok=True)
-        (folder / GAVE_UP).unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder / EXIT} cannot be removed ({error.strerror}); remove it, or choose another run.name"
-        ) from error
-
-
-def claim_exit(folder: Path, code: int, message: str, details: Mapping[str, Any] = NO_DETAILS) -> bool:
-    """Write exit.json unless another rank has; True if this rank wrote it and must print the message.
-
-    ``details`` are further keys, for machines.
-    """
-    mine = folder / f".{EXIT}-{uuid.uuid4().hex}"
-    try:
-        write_exit(mine, code, message, details)
-        os.link(mine, folder / EXIT)  # atomic
-    except FileExistsError:
-        return False
-    except OSError:
-        return create_exit(folder / EXIT, code, message, details)
-    finally:
-        remove_quietly(mine)
-    return True
-
-
-def create_exit(path: Path, code: int, message: str, details: Mapping[str, Any] = NO_DETAILS) -> bool:
-    """As `claim_exit` on a file system without links; where nothing can be written, every rank speaks for itself."""
-    try:
-        with path.open("x") as file:
-            file.write(dumps({"code": code, "message": message, **details}))
-    except FileExistsError:
-        return False
-    except OSError:
-        remove_quietly(path)
-    return True
-
-
-def write_exit(path: Path, code: int, message: str, details: Mapping[str, Any] = NO_DETAILS) -> None:
-    path.write_text(dumps({"code": code, "message": message, **details}))
-
-
-def recorded_code(folder: Path, otherwise: int = CRASHED) -> int:
-    """The code in exit.json; ``otherwise`` if it cannot be read."""
-    try:
-        return int(json.loads(read_text(folder / EXIT))["code"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return otherwise
 
 
 def refuse(folder: Path | None, error: LongCatError) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from longcat.errors import ConfigError
-from train.data.stages import Segment, TrainingStage, check_segments, segment_of, segments
+from train.data.stages import Segment, check_segments, segment_of, segments
 from train.health.ranges import SampleRanges
 
 if TYPE_CHECKING:
@@ -110,44 +110,6 @@ def _derived(config: Config, resolved: Config) -> str:
         f" (with sequence_length={new.sequence_length}, train.global_batch_size={old.global_batch_size} becomes "
         f"{new.global_batch_size} and train.micro_batch_size={old.micro_batch_size} becomes {new.micro_batch_size})"
     )
-
-
-def stored_segments(configuration: dict[str, Any]) -> list[Segment]:
-    """As `segments_of`, for a configuration that a checkpoint or config.yaml stores.
-
-    Raises:
-        KeyError, TypeError: it is not one of this version.
-    """
-    train = configuration["train"]
-    stages = [TrainingStage.from_mapping(stage) for stage in configuration["data"].get("stages", [])]
-    return segments(stages, train["sequence_length"], train["global_batch_size"])
-
-
-def stored_lengths(configuration: dict[str, Any]) -> list[tuple[int, int]]:
-    """(first sample, tokens per sample) wherever the length of a sample changes, as of `stored_segments`."""
-    found: list[tuple[int, int]] = []
-    for segment in stored_segments(configuration):
-        if not found or found[-1][1] != segment.length:
-            found.append((segment.start, segment.length))
-    return found
-
-
-def stored_stage(stored: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """(section `model`, sequence length) of the stage of a checkpoint's last sample, from its state.json.
-
-    Raises:
-        KeyError, TypeError: it is not one of this version.
-    """
-    configuration, counters = stored["configuration"], stored["counters"]
-    model, parts = dict(configuration["model"]), stored_segments(configuration)
-    position = counters["samples"] - counters.get("data_start", 0)
-    skipped = SampleRanges((start, stop) for start, stop in (stored.get("health") or {}).get("skipped", []))
-    last = segment_of(parts, skipped.place(position - 1) if position else 0)
-    for segment in parts[: last.number + 1]:
-        for key in ("rope_theta", "rope_scaling"):
-            if segment.stage is not None and (value := getattr(segment.stage, key)) is not None:
-                model[key] = value if key == "rope_theta" else asdict(value)
-    return model, last.length
 
 
 def tokens_seen(parts: list[Segment], position: int, skipped: SampleRanges) -> int:

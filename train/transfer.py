@@ -22,11 +22,13 @@ from longcat.config import ModelConfig
 from longcat.config_choices import listed
 from longcat.errors import OK, ConfigError
 from longcat.roles import RULES, TRAINED, Role
-from train.checkpoint.compatibility import flatten, given_stages
+from train.checkpoint.compatibility import given_stages
 from train.checkpoint.files import read_text, write_whole
 from train.compose import OWN_FOLDER, compose, from_tree, one_line
 from train.config import Config
-from train.run_dir import CONFIG, EXIT, as_mapping, read_unchanged_config
+from train.dotted_keys import flatten
+from train.exit_file import EXIT
+from train.run_dir import CONFIG, as_mapping, read_unchanged_config
 
 SECTIONS = ("optim", "schedule", "loss", "balance")  # carried whole; of `data` and `CARRIED` what is no default
 BATCH = ("train.sequence_length", "train.global_batch_size")

@@ -16,8 +16,9 @@ from collections import Counter
 from benchmarks.common import print_table
 from benchmarks.evidence import widths
 from benchmarks.evidence.claims import Claim, load
+from benchmarks.evidence.looks import look, seeds_wanted
 from benchmarks.evidence.page import draw
-from benchmarks.evidence.run import look, run, seeds_wanted, wanted
+from benchmarks.evidence.run import run, wanted
 from longcat.errors import OK, LongCatError
 
 

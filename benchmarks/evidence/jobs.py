@@ -12,11 +12,11 @@ from typing import Any
 
 from benchmarks.evidence.claims import FOLDER, Arm, Claim
 from longcat.json_text import dumps
-from train.checkpoint.compatibility import flatten
 from train.checkpoint.grow import GrowConfig, GrowthOptions, grow
 from train.checkpoint.manifest import list_checkpoints
 from train.compose import compose
 from train.config import Config
+from train.dotted_keys import flatten
 from train.git import git_commit
 from train.run_dir import describe_corpora
 from train.sealed import intact_lines

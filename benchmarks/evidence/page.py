@@ -9,9 +9,10 @@ from pathlib import Path
 from benchmarks.evidence import token_kinds, widths
 from benchmarks.evidence.claims import FOLDER, Claim, Comparison, Expectation
 from benchmarks.evidence.jobs import RESULTS
+from benchmarks.evidence.looks import OVERALL, best_value, level, look, seeds_wanted
 from benchmarks.evidence.measures import MEASURES, Interval, Verdict
 from benchmarks.evidence.picture import draw_claim, draw_kinds, draw_widths
-from benchmarks.evidence.run import OVERALL, best_value, level, look, seeds_wanted, wanted
+from benchmarks.evidence.run import wanted
 from longcat.errors import ConfigError
 
 PAGE = Path("docs/evidence.md")

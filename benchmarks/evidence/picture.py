@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.evidence.claims import Claim, Expectation
 from benchmarks.evidence.jobs import COLUMNS
+from benchmarks.evidence.looks import differences, judged_job, level
 from benchmarks.evidence.measures import MEASURES, interval
-from benchmarks.evidence.run import differences, judged_job, level
 from benchmarks.evidence.token_kinds import KINDS, Registered
 from benchmarks.evidence.widths import PARAMETERISATIONS, TABLE, Sweep
 from benchmarks.growth_picture import INK, SOFT, STYLE, few_colours

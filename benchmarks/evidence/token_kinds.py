@@ -21,6 +21,7 @@ import yaml
 
 from benchmarks.evidence.claims import FOLDER, Comparison, Expectation, load
 from benchmarks.evidence.jobs import Job
+from benchmarks.evidence.looks import judged_job
 from benchmarks.evidence.measures import Interval, Verdict, interval, judge
 from longcat.json_text import dumps
 
@@ -51,8 +52,6 @@ class Registered:
 
     def jobs(self) -> list[Job | None]:
         """The measured run of each seed; None while its tuned value is not known."""
-        from benchmarks.evidence.run import judged_job
-
         claim = load()[self.tree["claim"]]
         return [judged_job(claim, self.tree["arm"], seed) for seed in range(1, self.tree["seeds"] + 1)]
 

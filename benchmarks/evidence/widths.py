@@ -17,8 +17,8 @@ from benchmarks.evidence.measures import MEASURES, Verdict
 from longcat.config import ModelConfig
 from longcat.counts import active_parameters
 from longcat.json_text import dumps
-from train.checkpoint.compatibility import flatten
 from train.compose import compose
+from train.dotted_keys import flatten
 from train.run_dir import as_mapping
 from train.transfer import PROPORTIONAL, scaled
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from itertools import islice
 
 from launch.local import num_ranks
+from launch.plan.candidates import Candidate, estimate, layouts, least_bytes
 from launch.plan.cluster import Cluster
 from launch.plan.plan import Planned, PlanOptions, check, plan
-from launch.plan.search import Candidate, estimate, layouts, least_bytes
 from longcat.errors import ConfigError
 from parallel.memory import mib
 from train.config import Config

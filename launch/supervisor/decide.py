@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from launch.supervisor.causes import ADVICE, Cause
-from launch.supervisor.nodes import Choice, Start, choose_nodes, struck
+from launch.supervisor.node_choice import Choice, Start, choose_nodes, struck
 
 MAX_PAUSE_FACTOR = 32  # the longest pause before a start, in `launch.backoff_seconds`
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.supervisor.causes import STRIKES, Cause
-from launch.supervisor.nodes import Strike
+from launch.supervisor.node_choice import Strike
 from train.checkpoint.failures import is_disk_full
 from train.checkpoint.files import read_text
 from train.checkpoint.manifest import list_checkpoints, step_of, verify
 from train.checkpoint.save_times import SAVES
+from train.exit_file import EXIT
 from train.launch_config import JOURNAL
-from train.run_dir import EXIT
 from train.run_files import LineFile, Note, remove_quietly
 from train.sealed import DamagedError, seal_line, unseal_lines
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from launch.fleet import AGREED, GRACE_SECONDS, SAVE_SECONDS, Assignment, Fleet, NodeReport
-from launch.local import exit_written
 from launch.pace import leader_pause
 from launch.supervisor import ledger
 from launch.supervisor.causes import Cause, Fault, find_fault
@@ -20,7 +19,7 @@ from launch.supervisor.decide import Again, End, Policy, Wait, decide
 from launch.supervisor.journal import Journal
 from launch.supervisor.layouts import layouts
 from launch.supervisor.ledger import Life
-from launch.supervisor.nodes import Choice, Start
+from launch.supervisor.node_choice import Choice, Start
 from launch.supervisor.page import page
 from launch.supervisor.progress import Progress
 from launch.supervisor.prometheus import serving
@@ -30,9 +29,10 @@ from train.checkpoint.find import is_inside
 from train.checkpoint.manifest import step_of
 from train.compose import quoted
 from train.config import Config
+from train.exit_file import claim_exit, exit_written, forget_exit
 from train.launch_config import GAVE_UP, JOURNAL, OnStraggler, OnUnhealthy
 from train.report import write_report
-from train.run_dir import claim_exit, forget_exit, lock
+from train.run_dir import lock
 from train.run_files import remove_quietly
 
 STOPPED_BETWEEN = "stopped while no ranks trained; the same command resumes from the last checkpoint"

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from launch.supervisor.causes import ADVICE, Fault
 from launch.supervisor.decide import End
 from launch.supervisor.ledger import Life, describe, summary
-from launch.supervisor.nodes import Choice, Start, strikes_of, struck
+from launch.supervisor.node_choice import Choice, Start, strikes_of, struck
 
 SHOWN = 20  # newest starts on the page, and nodes
 WIDTH = 110

@@ -12,7 +12,7 @@ from typing import Any
 from launch.supervisor.causes import Cause, Fault
 from launch.supervisor.journal import read_lines
 from launch.supervisor.ledger import Life, after
-from launch.supervisor.nodes import Start
+from launch.supervisor.node_choice import Start
 from longcat.errors import CRASHED
 from train.loggers.jsonl import rows
 from train.run_files import Note
@@ -31,7 +31,7 @@ class Earlier:
 class Leader:
     """The first node of several, which decides."""
 
-    claim: int  # number of its claim on the run (`launch.claims`)
+    claim: int  # number of its claim on the run (`launch.nodes.claims`)
     check: Callable[[], None]  # raises ConnectionError once another node has become the first one
     command: str  # identifies what was started on all nodes, in each line of launch.jsonl
     earlier: Earlier | None = None

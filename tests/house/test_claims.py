@@ -38,7 +38,7 @@ def missing(reference: str) -> str | None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         return None if words[1] in targets else f"target {words[1]}"
     if words[0] == "longcat":
-        from launch.__main__ import VERBS
+        from launch.verbs import VERBS
 
         return None if words[1] in VERBS else f"verb {words[1]}"
     path, _, test = next((word for word in words if "/" in word), words[0]).partition("::")

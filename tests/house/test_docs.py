@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from launch.__main__ import VERBS
 from launch.options import split_options
 from launch.plan.plan import Arguments
 from launch.slurm.options import split_slurm_options
+from launch.verbs import VERBS
 from longcat import errors
 from parallel.sizes import resolve_sizes
 from tests.house import picture, reference

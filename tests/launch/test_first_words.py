@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.__main__ import VERBS
 from launch.__main__ import main as longcat
+from launch.verbs import VERBS
 from longcat import __version__
 from longcat.counts import human
 from tests.support.fixtures import Refused

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.fleet import Assignment, NodeReport, Outcome, exit_code, run_incarnation
-from launch.link import STOP, Link, StoreFleet, StoreLostError
-from launch.meeting import start_store
+from launch.fleet import Assignment, NodeReport
+from launch.leader import Outcome, exit_code, run_incarnation
+from launch.nodes.link import STOP, Link, StoreFleet, StoreLostError
+from launch.nodes.meeting import start_store
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED
 from tests.support.running import free_ports
-from train.run_dir import claim_exit
+from train.exit_file import claim_exit
 
 IDENTITY = {"run folder": "/run"}
 

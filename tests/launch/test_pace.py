@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from launch.fleet import Assignment, NodeReport, NodeState, run_incarnation
-from launch.link import END
-from launch.node import Node
+from launch.fleet import Assignment, NodeReport, NodeState
+from launch.leader import run_incarnation
+from launch.nodes.link import END
+from launch.nodes.node import Node
+from launch.nodes.rendezvous import Place
+from launch.nodes.store import Membership, Values
 from launch.pace import ENTRIES_PER_SECOND, HEARTBEATS, REQUESTS_PER_SECOND, leader_pause, node_pause
-from launch.rendezvous import Place
 from launch.signals import Signals
-from launch.store import Membership, Values
 from train.compose import compose
 
 SECONDS, TIMEOUT = 100.0, 30.0  # watched; launch.node_timeout

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.claims import Claims
-from launch.meeting import Meeting
-from launch.rendezvous import Place
+from launch.nodes.claims import Claims
+from launch.nodes.meeting import Meeting
+from launch.nodes.rendezvous import Place
 from tests.support.running import free_ports
 
 IDENTITY = {"run folder": "/run"}

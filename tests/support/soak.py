@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 
-from launch.claims import Claims
-from launch.link import Link
-from launch.rendezvous import find_identity
+from launch.nodes.claims import Claims
+from launch.nodes.link import Link
+from launch.nodes.rendezvous import find_identity
 from tests.support.running import ROOT, free_ports, ranks_below
 from train.checkpoint.manifest import list_checkpoints
 
@@ -282,7 +282,7 @@ def lose_first_node(soak: Soak, rank: int, pid: int, node: str, is_over: Callabl
 
 def is_store(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
-        return "launch.store" in process.cmdline()
+        return "launch.nodes.store" in process.cmdline()
     return False
 
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from parallel.mesh import connect
-from train.checkpoint.compatibility import flatten
 from train.checkpoint.find import find_start
 from train.checkpoint.load import load
 from train.compose import compose
+from train.dotted_keys import flatten
 from train.run import build_data, build_state
 from train.run_dir import read_config
 

@@ -16,8 +16,8 @@ import pytest
 
 import train.run_files
 from tests.support.running import NARROW, exit_json, lines, train_here
+from train.exit_file import claim_exit, recorded_code
 from train.loggers.jsonl import JsonLines
-from train.run_dir import claim_exit, recorded_code
 from train.run_files import LineFile, write_file
 
 

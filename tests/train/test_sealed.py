@@ -20,7 +20,7 @@ from train.loggers.jsonl import METRICS, move_after, rows
 from train.report.reading import read_run
 from train.run_dir import CONFIG
 from train.sealed import DamagedError, intact_lines, is_yaml_changed, read_sealed, seal_line, seal_yaml, unseal_line
-from train.sweep_results import Result, read_result, result_file, write_result
+from train.sweeps.results import Result, read_result, result_file, write_result
 from train.transfer import finished_run
 
 FILES = (METRICS, "routing.jsonl", "health.jsonl", SAVES, "text.json", "baselines.json", CONFIG)

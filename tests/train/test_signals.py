@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from launch import local
 from launch.__main__ import main as longcat
 from launch.this_machine import run_here
+from longcat.search_path import found_by_children
 from tests.support.running import (
     NARROW,
     exact,
@@ -246,9 +246,9 @@ def test_first_failing_rank_decides_the_code(
     """The others, which have not met yet, are ended."""
     (tmp_path / "train.py").write_text(script)
     config = compose([*overrides, "run.num_processes=2"])
-    monkeypatch.setattr(local, "ROOT", str(tmp_path))
+    monkeypatch.setattr("longcat.search_path.ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with local.found_by_children():
+    with found_by_children():
         assert run_cleanly(lambda: run_here([], config, 2)) == code
 
 

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from launch.__main__ import main as longcat
-from launch.sweep import Result, best_run
-from launch.sweep_folder import note_finished
+from launch.sweeps.folder import note_finished
+from launch.sweeps.sweep import Result, best_run
 from longcat.config import ModelConfig
 from longcat.init import initialise
 from longcat.json_text import dumps
@@ -24,8 +24,9 @@ from tests.support.fixtures import Refused
 from tests.support.running import run_cleanly
 from train.compose import compose
 from train.config import Config
+from train.exit_file import EXIT
 from train.optimizer import RateScales, make_adamw
-from train.run_dir import CONFIG, EXIT, as_mapping
+from train.run_dir import CONFIG, as_mapping
 from train.transfer import CARRIED, CONSTANT, DEPTH, PROPORTIONAL, SPARSITY
 
 # Sizes of a proxy; a width s times as large has s times the heads, ranks and inner widths

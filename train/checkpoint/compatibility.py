@@ -8,7 +8,8 @@ from typing import Any
 
 from longcat.rope import RopeScaling
 from train.data.stages import TrainingStage
-from train.stages import stored_segments
+from train.dotted_keys import flatten
+from train.stored_stages import stored_segments
 
 # Keys that decide the results. The others (how long, where, on how many ranks, what is logged) may change.
 FIXED_KEYS = (
@@ -55,16 +56,6 @@ ORDER_KEYS = ("train.sequence_length", "data.weights", "data.validation_fraction
 ADDED = {f"model.rope_scaling.{name}": value for name, value in asdict(RopeScaling()).items()}
 ADDED["train.elastic_bits"] = 0
 ADDED["data.packing"] = "concatenate"
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings → {dotted key: leaf}."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
 
 
 def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str, ...] = FIXED_KEYS) -> list[str]:

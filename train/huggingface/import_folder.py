@@ -15,7 +15,7 @@ from longcat.errors import ConfigError
 from longcat.json_text import dumps
 from parallel.state_store import MOMENTS
 from train.balance import build_controller
-from train.checkpoint.compatibility import TOKENIZER, flatten
+from train.checkpoint.compatibility import TOKENIZER
 from train.checkpoint.files import atomic_folder, file_hash
 from train.checkpoint.manifest import check_name, check_target, write_manifest
 from train.checkpoint.offline_reader import key_of, stored_shapes
@@ -24,6 +24,7 @@ from train.compose import compose
 from train.config import Config
 from train.data.corpus import TOKENIZER_NAME, file_sha256, tokenizer_sha256
 from train.data.tokens import load_tokenizer, num_ids
+from train.dotted_keys import flatten
 from train.huggingface.config_json import CONFIG, read_config
 from train.huggingface.layouts import PREDICTION
 from train.huggingface.record import check_tokenizer, merge

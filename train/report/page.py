@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.compatibility import flatten
 from train.checkpoint.files import write_whole
+from train.dotted_keys import flatten
 from train.report import health, learning, routing
 from train.report.axes import Axes
 from train.report.chart import Chart, Page

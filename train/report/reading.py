@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from longcat.errors import ConfigError
 from train.checkpoint.files import read_bytes, regular
+from train.exit_file import EXIT
 from train.health.events import HEALTH
 from train.launch_config import JOURNAL
 from train.loggers.jsonl import missing_steps
-from train.run_dir import EXIT, is_config_changed
+from train.run_dir import is_config_changed
 from train.sealed import DamagedError, unseal_line
 
 Array = NDArray[np.float64]

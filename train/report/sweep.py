@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from train.checkpoint.compatibility import CORPORA, TOKENIZER, flatten
+from train.checkpoint.compatibility import CORPORA, TOKENIZER
+from train.dotted_keys import flatten
 from train.report.chart import Label, place_labels, svg
 from train.report.numbers import exact, fixed
 from train.report.page import show

@@ -14,7 +14,7 @@ from train.report.numbers import DASH, fixed
 from train.report.page import footer, write_page
 from train.report.reading import RunData, read_run
 from train.report.sweep import SEED, Contestant, Differences, letter, short, sweep_chart
-from train.sweep_results import Result, results
+from train.sweeps.results import Result, results
 
 REPORT = "report.html"
 

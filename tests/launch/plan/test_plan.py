@@ -14,11 +14,12 @@ import pytest
 
 from launch.__main__ import main
 from launch.local import num_ranks
+from launch.plan.candidates import layouts
 from launch.plan.cluster import PRESETS, find_cluster
 from launch.plan.links import Group, Pattern, seconds
 from launch.plan.nearest import plan_or_nearest
 from launch.plan.plan import PlanOptions, availability, plan, read
-from launch.plan.search import Found, layouts, lines, search
+from launch.plan.search import Found, lines, search
 from launch.plan.show import as_json, search_as_json, table
 from launch.plan.summary import peak_bytes, summarise
 from launch.plan.trace import Scope, trace

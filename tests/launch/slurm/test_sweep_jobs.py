@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm.sweep_jobs import refuse_waiting, without_result
-from launch.sweep_folder import resume
+from launch.sweeps.folder import resume
 from longcat.errors import ConfigError, FolderInUseError
 
 Queue = Callable[[str], None]

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 
 from launch.__main__ import main as longcat
-from launch.sweep import results
+from launch.sweeps.sweep import results
 from tests.support.running import NARROW, finish, lines, program, run_cleanly
 from tests.support.slurm import Slurm
 

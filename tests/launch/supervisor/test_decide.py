@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from launch.supervisor.causes import STRIKES, Cause, Fault
 from launch.supervisor.decide import MAX_PAUSE_FACTOR, Again, End, Policy, Wait, count_fruitless, decide
-from launch.supervisor.nodes import Choice, Start, Strike, choose_nodes, struck
+from launch.supervisor.node_choice import Choice, Start, Strike, choose_nodes, struck
 
 CODES = {
     Cause.done: 0,

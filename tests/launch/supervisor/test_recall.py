@@ -13,7 +13,7 @@ from launch.supervisor.causes import Cause, Fault
 from launch.supervisor.decide import Again, Policy, decide, unhealthy_tries
 from launch.supervisor.ledger import PARTS
 from launch.supervisor.loop import supervise
-from launch.supervisor.nodes import Start
+from launch.supervisor.node_choice import Start
 from launch.supervisor.recall import Earlier, Leader
 from tests.launch.supervisor.fake_fleet import Ending, FakeFleet
 from train.compose import compose

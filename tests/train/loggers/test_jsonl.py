@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch.sweep import final_loss
+from launch.sweeps.sweep import final_loss
 from longcat.json_text import dumps
 from train.loggers.jsonl import METRICS, missing_steps, move_after, rows, step_of_line
 from train.report.reading import read_run

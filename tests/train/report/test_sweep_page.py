@@ -15,7 +15,7 @@ from tests.support.fabricate_run import fabricate
 from tests.support.fixtures import Refused
 from tests.train.report.html_page import ends, read
 from train.report.numbers import DASH
-from train.sweep_results import Result, write_result
+from train.sweeps.results import Result, write_result
 
 WIDTHS, RATES = (64, 128, 256, 512), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 REFUSED, DIVERGED, RUNNING = 5, 23, 22

@@ -8,18 +8,18 @@ import time
 import uuid
 from typing import Any
 
-from launch.claims import Claims
 from launch.fleet import GRACE_SECONDS
-from launch.link import END, INCARNATION, STOP, Link, StoreLostError
-from launch.meeting import Meeting, describe_self
+from launch.nodes.claims import Claims
+from launch.nodes.link import END, INCARNATION, STOP, Link, StoreLostError
+from launch.nodes.meeting import Meeting, describe_self
+from launch.nodes.rendezvous import Place, find_identity
 from launch.pace import leader_pause, node_pause
-from launch.rendezvous import Place, find_identity
 from launch.signals import Signals
 from launch.supervisor.recall import Earlier
 from longcat.errors import STOPPED, ConfigError
 from longcat.json_text import dumps
-from train.checkpoint.compatibility import flatten
 from train.config import Config
+from train.dotted_keys import flatten
 from train.run_dir import as_mapping
 
 POLL_SECONDS = 0.05

@@ -13,12 +13,12 @@ from unittest.mock import Mock
 
 import pytest
 
-import launch.node
-from launch.claims import Claim, ClaimError, Claims
-from launch.link import Link, StoreLostError
-from launch.meeting import Meeting, start_store
-from launch.node import Node
-from launch.rendezvous import Place
+import launch.nodes.node
+from launch.nodes.claims import Claim, ClaimError, Claims
+from launch.nodes.link import Link, StoreLostError
+from launch.nodes.meeting import Meeting, start_store
+from launch.nodes.node import Node
+from launch.nodes.rendezvous import Place
 from launch.signals import Signals
 from launch.supervisor.journal import Journal
 from launch.supervisor.recall import read_starts
@@ -147,7 +147,7 @@ def node(tmp_path: Path, place: Place) -> Node:
 
 
 def test_an_end_that_cannot_be_claimed_is_published(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.node, "decide_end", lambda *_: 7)
+    monkeypatch.setattr(launch.nodes.node, "decide_end", lambda *_: 7)
     node.meeting.end = Mock(side_effect=ClaimError("no space"))  # type: ignore[method-assign]
     link = Mock()
     node.decide(link, ["a"])

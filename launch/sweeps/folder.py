@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.rendezvous import slurm_nodes
+from launch.nodes.rendezvous import slurm_nodes
 from launch.slurm.sweep_jobs import refuse_waiting
 from longcat.errors import ConfigError, FolderInUseError
 from longcat.json_text import dumps
 from train.checkpoint.files import PARTIAL, read_text, write_synced
 from train.compose import as_hydra_reads, compose_tree, one_line
 from train.run_dir import LOCK, lock
-from train.sweep_results import MULTIRUN, numbered, read_result, results
+from train.sweeps.results import MULTIRUN, numbered, read_result, results
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

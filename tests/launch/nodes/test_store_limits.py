@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from launch.store import RanksStore
+from launch.nodes.store import RanksStore
 
 SOFT, RANKS = 64, 96  # of open files where the store starts; connections
 

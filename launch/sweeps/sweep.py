@@ -14,17 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.sweep_folder import STOPPED_MARK, is_unfinished, note_finished, open_folder, remove_if_unused, resume
+from launch.sweeps.folder import STOPPED_MARK, is_unfinished, note_finished, open_folder, remove_if_unused, resume
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
 from longcat.json_text import NOT_FINITE, dumps
-from train.checkpoint.compatibility import flatten
 from train.checkpoint.files import read_text
 from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, from_tree, one_line, quoted, register
 from train.config import Config
+from train.dotted_keys import flatten
+from train.exit_file import EXIT
 from train.loggers.jsonl import METRICS, rows
-from train.pruning import SWEEP_FOLDER
-from train.run_dir import EXIT, lock, read_unchanged_config
-from train.sweep_results import Result, read_result, result_file, results, write_result
+from train.run_dir import lock, read_unchanged_config
+from train.sweeps.results import SWEEP_FOLDER, Result, read_result, result_file, results, write_result
 from train.transfer import CONSTANT, DEPTH, PROPORTIONAL, SPARSITY
 
 SECTIONS = tuple(section.name for section in fields(Config))

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.claims import Claims
+from launch.nodes.claims import Claims
 from launch.supervisor.ledger import PARTS
 from tests.support.running import NARROW, exact, exit_json, finish, free_ports, lines, node, train_two
 from tests.support.soak import kill_tree
@@ -42,7 +42,7 @@ def start(words: list[str], names: str) -> dict[str, subprocess.Popen[str]]:
 def stores(runner: subprocess.Popen[str]) -> list[psutil.Process]:
     """The store's process, without its child."""
     try:
-        return [each for each in psutil.Process(runner.pid).children() if "launch.store" in each.cmdline()]
+        return [each for each in psutil.Process(runner.pid).children() if "launch.nodes.store" in each.cmdline()]
     except psutil.NoSuchProcess:
         return []
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from launch.store import RanksStore
+from launch.nodes.store import RanksStore
 from parallel.watchdog import watchdog
 from tests.support.distributed import inherit, rank_context, set_rank_environment
 from tests.support.running import NARROW, exit_json

@@ -13,13 +13,10 @@ import traceback
 from contextlib import suppress
 from typing import Any
 
-from launch.claims import ClaimError
-from launch.fleet import (
-    Assignment,
-    NodeReport,
-    decide_end,
-)
-from launch.link import (
+from launch.fleet import Assignment, NodeReport
+from launch.leader import decide_end
+from launch.nodes.claims import ClaimError
+from launch.nodes.link import (
     ASSIGNMENT,
     END,
     INCARNATION,
@@ -28,18 +25,18 @@ from launch.link import (
     StoreFleet,
     StoreLostError,
 )
-from launch.local import exit_written, found_by_children
-from launch.member import BEFORE_RANKS, POLL_SECONDS, Member
+from launch.nodes.member import BEFORE_RANKS, POLL_SECONDS, Member
+from launch.nodes.rendezvous import Place
+from launch.nodes.store import RANKS_PORT
 from launch.ranks import LocalRanks
-from launch.rendezvous import Place
 from launch.signals import Signals
-from launch.store import RANKS_PORT
 from launch.supervisor.recall import Earlier, Leader
 from longcat.errors import CRASHED, STOPPED, ConfigError, LongCatError
 from longcat.json_text import dumps
+from longcat.search_path import found_by_children
 from train.config import Config
+from train.exit_file import claim_exit, exit_written, recorded_code
 from train.loggers.jsonl import METRICS
-from train.run_dir import claim_exit, recorded_code
 from train.stop import SAVE_SIGNAL
 
 LOOK_SECONDS = 0.5  # between heartbeats of few nodes (launch/pace.py)

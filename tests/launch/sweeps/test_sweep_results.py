@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-import launch.sweep
-from launch.sweep import best_run, final_loss, run_sweep
+import launch.sweeps.sweep
+from launch.sweeps.sweep import best_run, final_loss, run_sweep
 from longcat.errors import ConfigError
-from train.sweep_results import Result, results, write_result
+from train.sweeps.results import Result, results, write_result
 
 
 def test_a_diverged_run_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +27,7 @@ def test_a_diverged_run_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 5.0}) + "\n")
         return codes[tree.optim.lr], "ended"
 
-    monkeypatch.setattr(launch.sweep, "train", train)
+    monkeypatch.setattr(launch.sweeps.sweep, "train", train)
     words = [f"run.dir={tmp_path}", "run.name=rates", "model=debug", "optim.lr=1e-3,1.0,3e-3"]
     folder = tmp_path / "rates-sweep"
     assert run_sweep(words) == 4 and started == [1e-3, 1.0, 3e-3]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from longcat.counts import count_parameters
 from longcat.errors import OK, ConfigError, LongCatError
+from train.checkpoint.compatibility import ADDED, corpora_differences
+from train.config import Config
+from train.dotted_keys import value_at
+from train.loggers.jsonl import METRICS, rows
+from train.run_dir import as_mapping, read_unchanged_config
+from train.stored_stages import stored_lengths
+from train.sweeps.results import SWEEP_FOLDER, numbered, read_result
 
-if TYPE_CHECKING:
-    from train.config import Config
-
-SWEEP_FOLDER = "LONGCAT_SWEEP_FOLDER"  # environment of a sweep's runs, and so of their ranks
 COMPARED = (  # keys of config.yaml that decide, with the corpora, what a validation loss at a step means
     "derived.parameters",
     "data.weights",
@@ -26,25 +31,6 @@ COMPARED = (  # keys of config.yaml that decide, with the corpora, what a valida
     "train.global_batch_size",
     "validation.batches",
 )
-
-
-@dataclass
-class PruningConfig:
-    """Early end of hopeless runs of a sweep, by the percentile rule of Optuna's pruners (docs/guide/sweeps.md)."""
-
-    # end a run whose validation loss is above this percentile of the finished runs' at the same step; 50 = median,
-    # 0 = off. Only runs of as many parameters, the same held-out text and batches are compared
-    percentile: float = 0.0
-    min_runs: int = 5  # finished runs to compare with, from which on runs end early
-    min_steps: int = 0  # steps that every run makes
-
-    def validate(self) -> None:
-        if not 0 <= self.percentile < 100:
-            raise ConfigError(f"pruning.percentile={self.percentile} must be below 100, or 0 for off")
-        if self.min_runs < 1:
-            raise ConfigError(f"pruning.min_runs={self.min_runs} must be at least 1")
-        if self.min_steps < 0:
-            raise ConfigError(f"pruning.min_steps={self.min_steps} must not be negative")
 
 
 class StoppedEarly(LongCatError):
@@ -72,8 +58,6 @@ class Pruner:
 
     def judge(self, step: int, loss: float) -> str:
         """Why the run ends at ``step`` with validation ``loss`` (nats per token); empty if it goes on."""
-        import numpy as np
-
         settings = self.config.pruning
         if self.sweep is None or step < settings.min_steps:
             return ""
@@ -90,8 +74,6 @@ class Pruner:
 
     def _finished(self, sweep: Path) -> list[dict[int, float]]:
         """The validation losses of each comparable run that reached its last step."""
-        from train.sweep_results import numbered, read_result
-
         own = self.config.run.folder.resolve()
         for number, path in numbered(sweep):
             if number in self._curves or (result := read_result(path)).code != OK:
@@ -103,10 +85,6 @@ class Pruner:
 
     def _is_comparable(self, folder: Path) -> bool:
         """Whether the run has as many parameters, and validates on the same sequences at the same tokens."""
-        from train.checkpoint.compatibility import ADDED, corpora_differences
-        from train.run_dir import read_unchanged_config
-        from train.stages import stored_lengths
-
         try:
             stored = read_unchanged_config(folder)
         except ConfigError:
@@ -115,29 +93,17 @@ class Pruner:
             same = stored_lengths(stored) == stored_lengths(self._own)
         except (KeyError, TypeError):
             return False  # a config.yaml of another version, or edited by hand
-        same = same and all(_value(stored, key, ADDED.get(key)) == _value(self._own, key) for key in COMPARED)
+        same = same and all(value_at(stored, key, ADDED.get(key)) == value_at(self._own, key) for key in COMPARED)
         return same and not corpora_differences(stored, self._own)
 
     @cached_property
     def _own(self) -> dict[str, Any]:
         """What this run's config.yaml says of the compared keys."""
-        from longcat.counts import count_parameters
-        from train.run_dir import as_mapping
-
         derived = {"parameters": count_parameters(self.config.model).total}
         return as_mapping(self.config) | self.corpora | {"derived": derived}
 
 
-def _value(tree: object, dotted: str, otherwise: object = None) -> object:
-    """A value of nested mappings by its dotted key; ``otherwise`` where there is none."""
-    for part in dotted.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return otherwise if tree is None else tree
-
-
 def _losses(folder: Path) -> dict[int, float]:
     """{step: validation loss} of a run, the finite ones."""
-    from train.loggers.jsonl import METRICS, rows
-
     found = {row["step"]: row.get("val_loss") for row in rows(folder / METRICS)}
     return {step: loss for step, loss in found.items() if isinstance(loss, float) and math.isfinite(loss)}

@@ -13,14 +13,14 @@ from contextlib import closing
 
 import pytest
 
-import launch.link
-import launch.meeting
-from launch.claims import Claim, Claims
+import launch.nodes.link
+import launch.nodes.meeting
 from launch.fleet import Assignment
-from launch.link import Link, StoreFleet, StoreLostError
-from launch.meeting import describe_self, start_store
-from launch.rendezvous import Place
-from launch.store import PROTOCOL
+from launch.nodes.claims import Claim, Claims
+from launch.nodes.link import Link, StoreFleet, StoreLostError
+from launch.nodes.meeting import describe_self, start_store
+from launch.nodes.rendezvous import Place
+from launch.nodes.store import PROTOCOL
 from tests.support.meetings import IDENTITY, begun
 from tests.support.meetings import claims as claims
 from tests.support.meetings import dead_pid as dead_pid
@@ -85,8 +85,8 @@ def left(place: Place, dead_pid: int) -> Iterator[Link]:
 
 
 def test_new_start_ends_a_store_that_is_left(place: Place, left: Link, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.meeting, "ALIVE_SECONDS", -1.0)
-    monkeypatch.setattr(launch.meeting, "DEPARTED_SECONDS", 0.5)
+    monkeypatch.setattr(launch.nodes.meeting, "ALIVE_SECONDS", -1.0)
+    monkeypatch.setattr(launch.nodes.meeting, "DEPARTED_SECONDS", 0.5)
     with closing(begun(place, None)) as meeting:
         assert meeting.is_first
         assert meeting.link.request(about=True)["first"] is None
@@ -95,7 +95,7 @@ def test_new_start_ends_a_store_that_is_left(place: Place, left: Link, monkeypat
 
 
 def test_store_that_greets_and_never_answers_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.link, "REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr(launch.nodes.link, "REQUEST_SECONDS", 0.1)
     greeting = json.dumps({"longcat": PROTOCOL, "identity": IDENTITY, "store": "x"}).encode() + b"\n"
     open_connections = []
 

@@ -15,14 +15,14 @@ import yaml
 from hydra.errors import HydraException
 
 from launch.__main__ import main as longcat
-from launch.sweep import report, results, run_sweep
-from launch.sweep_folder import SWEEP, note_finished
+from launch.sweeps.folder import SWEEP, note_finished
+from launch.sweeps.sweep import report, results, run_sweep
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, lines, run_cleanly
-from train.pruning import SWEEP_FOLDER, Pruner
 from train.run_dir import lock
 from train.stop import Interrupted
-from train.sweep_results import Result, write_result
+from train.sweeps.pruning import Pruner
+from train.sweeps.results import SWEEP_FOLDER, Result, write_result
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, int], list[str]]:
             raise Interrupted(signal.SIGINT)
         return code, "said"
 
-    monkeypatch.setattr("launch.sweep.train", train)
+    monkeypatch.setattr("launch.sweeps.sweep.train", train)
     return codes, started
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-import launch.meeting
+import launch.nodes.meeting
 from launch.__main__ import main
-from launch.link import Link
-from launch.meeting import start_store
-from launch.node import Node
-from launch.rendezvous import Place, expand_hosts, find_identity, find_place
+from launch.nodes.link import Link
+from launch.nodes.meeting import start_store
+from launch.nodes.node import Node
+from launch.nodes.rendezvous import Place, expand_hosts, find_identity, find_place
 from launch.signals import Signals
 from longcat.errors import ConfigError
 from tests.support.running import (
@@ -166,7 +166,7 @@ def join_here(words: list[str], signals: Signals | None = None) -> int:
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 400 Bad Request\r\n\r\n", None], ids=["closes", "http", "silent"])
 def test_port_of_another_program(answer: bytes | None, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It may close the connection, answer in its own way, or never; nobody waits for launch.join_seconds."""
-    monkeypatch.setattr(launch.meeting, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(launch.nodes.meeting, "SILENT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other, ExitStack() as kept:
 
         def serve() -> None:

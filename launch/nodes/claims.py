@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from launch.store import Identity
+from launch.nodes.store import Identity
 from longcat.errors import LongCatError
 from longcat.json_text import dumps
 

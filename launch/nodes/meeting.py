@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from launch.claims import Claim, ClaimError, Claims
-from launch.link import Link, OtherProgramError, StoreLostError, difference
-from launch.rendezvous import Place
+from launch.nodes.claims import Claim, ClaimError, Claims
+from launch.nodes.link import Link, OtherProgramError, StoreLostError, difference
+from launch.nodes.rendezvous import Place
+from launch.nodes.store import DEPARTED_SECONDS, IN_USE, READY, Identity
 from launch.signals import blocked_requests
-from launch.store import DEPARTED_SECONDS, IN_USE, READY, Identity
 from longcat.errors import ConfigError
 from longcat.json_text import dumps
 
@@ -360,7 +360,7 @@ def start_store(port: int, idle_seconds: float, identity: Identity) -> subproces
     Raises:
         ConfigError: this machine cannot listen on the port.
     """
-    words = [sys.executable, "-P", "-m", "launch.store", str(port), str(idle_seconds), dumps(identity)]
+    words = [sys.executable, "-P", "-m", "launch.nodes.store", str(port), str(idle_seconds), dumps(identity)]
     with blocked_requests():
         process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True, text=True

@@ -1,4 +1,4 @@
-"""`python -m launch.store`: where the nodes of a run meet, in a process that outlives ranks and node runners.
+"""`python -m launch.nodes.store`: where the nodes of a run meet, in a process that outlives ranks and node runners.
 
 It serves node runners by lines of JSON. The ranks' TCPStore is in a child process, whose port is under `job/ranks`:
 importing torch takes seconds. Its socket listens before, so ranks can start at once.
@@ -205,7 +205,7 @@ class RanksStore:
             found = [str(listening.fileno()), str(self.port)]
             with blocked_requests():
                 self.process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "launch.store", FOR_RANKS, *found],
+                    [sys.executable, "-P", "-m", "launch.nodes.store", FOR_RANKS, *found],
                     stdin=subprocess.PIPE,
                     pass_fds=[listening.fileno()],
                     start_new_session=True,

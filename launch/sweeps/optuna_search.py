@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.sweep import final_loss
-from launch.sweep_folder import STOPPED_MARK
+from launch.sweeps.folder import STOPPED_MARK
+from launch.sweeps.sweep import final_loss
 from longcat.errors import OK, UNHEALTHY, ConfigError
-from train.sweep_results import MULTIRUN, Result, read_result, result_file
+from train.sweeps.results import MULTIRUN, Result, read_result, result_file
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -14,6 +14,7 @@ from train.checkpoint.files import PARTIAL, read_bytes, write_synced
 from train.sealed import seal_line, unseal_line
 
 MULTIRUN = "multirun.yaml"  # Hydra writes it before it checks the values
+SWEEP_FOLDER = "LONGCAT_SWEEP_FOLDER"  # environment of a sweep's runs, and so of their ranks
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 
 from launch.__main__ import main as longcat
 from tests.support.fixtures import Refused
-from train.sweep_results import results
+from train.sweeps.results import results
 
 Loss = Callable[[Any], float]
 RATE = "optim.lr=tag(log,interval(1e-5,1e-1))"
@@ -32,7 +32,7 @@ def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int
             (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": value}) + "\n")
             return (int(-value), "failed") if value < 0 else (0, "")
 
-        monkeypatch.setattr("launch.sweep.train", train)
+        monkeypatch.setattr("launch.sweeps.sweep.train", train)
         return longcat(["train", "-m", "hydra/sweeper=optuna", f"run.dir={tmp_path}", "run.name=found", *words])
 
     started: list[str] = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from launch.store import RanksStore
+from launch.nodes.store import RanksStore
 from longcat.errors import MissingRanksError, SilentStoreError
 from parallel.config import ParallelConfig
 from parallel.mesh import HERE, connect, missing_keys

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.store import Identity
+from launch.nodes.store import Identity
 from longcat.errors import ConfigError
 from train.launch_config import LaunchConfig, split_address
 

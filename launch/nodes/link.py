@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from launch.fleet import Assignment, NodeReport, NodeState
-from launch.store import PROTOCOL, Identity
+from launch.nodes.store import PROTOCOL, Identity
 from longcat.errors import ConfigError
 from longcat.json_text import dumps
 

@@ -12,9 +12,9 @@ from longcat.json_text import dumps
 from tests.support.fixtures import Refused
 from train.compose import compose
 from train.config import Config
-from train.pruning import SWEEP_FOLDER, Pruner
 from train.run_dir import as_mapping
-from train.sweep_results import Result, read_result, write_result
+from train.sweeps.pruning import Pruner
+from train.sweeps.results import SWEEP_FOLDER, Result, read_result, write_result
 
 WORDS = ["model=debug", "pruning.percentile=50", "pruning.min_runs=3", "run.name=s-9"]
 
@@ -146,7 +146,7 @@ def test_a_result_is_read_once_when_its_run_has_ended(sweep: Sweep, monkeypatch:
         read.append(path.name)
         return read_result(path)
 
-    monkeypatch.setattr("train.sweep_results.read_result", reading)
+    monkeypatch.setattr("train.sweeps.pruning.read_result", reading)
     pruner = sweep.pruner()
     pruner.judge(100, 2.1)
     assert sorted(read) == ["0.json", "1.json", "2.json", "3.json"]
