@@ -83,7 +83,7 @@ def main() -> None:
                 pieces, bounds = reader._pack()
                 seconds = time.perf_counter() - start
                 padding = share_padded(pieces, bounds, length)
-                name = f"{int(reader._is_wanted.sum())} of {split}"
+                name = f"{int(reader.documents().sum())} of {split}"
                 computed, for_padding = attention_shares(reader, length)
                 shares = [f"{share_cut(plain, length):.0%}", f"{padding:.2%}", f"{computed:.1%}", f"{for_padding:.2%}"]
                 rows.append([name, str(length), *shares, f"{seconds:.2f}"])

@@ -117,8 +117,7 @@ def check_corpus(prefix: str | Path) -> None:
     """
     idx, data = find_pair(prefix)
     index = read_index(idx)
-    tokens = int(index.lengths.sum(dtype=np.int64))
-    if tokens == 0:
+    if (tokens := index.num_tokens) == 0:
         raise ConfigError(f"the corpus {prefix} is empty (0 tokens); {_HOW_TO_BUILD}")
     expected, actual = tokens * index.dtype.itemsize, data.stat().st_size
     if expected != actual:
@@ -180,6 +179,7 @@ class Index:
     """The content of an `.idx`, mapped into memory."""
 
     dtype: np.dtype[Any]  # of the token ids
+    num_tokens: int
     lengths: np.ndarray  # tokens of each sequence, int32 [sequences]
     pointers: np.ndarray  # first byte of each sequence, int64 [sequences]
     bounds: np.ndarray  # first sequence of each document, and the end of the last one, int64 [documents + 1]
@@ -209,10 +209,24 @@ def read_index(idx: Path) -> Index:
         stop = start + np.dtype(dtype).itemsize * count
         parts.append(content[start:stop].view(dtype))
         start = stop
-    index = Index(np.dtype(_DTYPES[code]), *parts)
-    if sequences and int(index.lengths.min()) < 0:
+    status = idx.stat()
+    shortest, tokens = _lengths(idx, sequences, (status.st_ino, status.st_size, status.st_mtime_ns))
+    if shortest < 0:
         raise ConfigError(f"{bad}: it holds negative lengths; {_HOW_TO_BUILD}")
-    return index
+    return Index(np.dtype(_DTYPES[code]), tokens, *parts)
+
+
+@functools.lru_cache(maxsize=256)
+def _lengths(idx: Path, sequences: int, version: tuple[int, ...]) -> tuple[int, int]:
+    """The least of the lengths of an index and their sum; read once in each process, which opens it several times.
+
+    Args:
+        version: tells a file from a later one of the same name.
+    """
+    if not sequences:
+        return 0, 0
+    lengths = np.memmap(idx, "<i4", "r", _HEADER.size, (sequences,))
+    return int(lengths.min()), int(lengths.sum(dtype=np.int64))
 
 
 def _check_structure(idx: Path) -> None:

@@ -26,6 +26,7 @@ from train.data.index_files import NAMES, first_to_build, publish_index, read_in
 from train.sealed import DamagedError
 
 SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation")
 SPLIT_SEED = 20_250_917
 _KEPT_EPOCHS = 2
 
@@ -93,9 +94,11 @@ class CorpusReader:
         self._writes = writes
         self._index = read_corpus_index(Path(f"{prefix}.idx"))
         self._tokens = BinReader(Path(f"{prefix}.bin"), self._index.dtype, block_hashes(prefix, info))
-        self.validation_documents, self._is_wanted, self._sequences = self._split(validation_fraction)
-        self.num_tokens = int(self._index.lengths[self._sequences].sum(dtype=np.int64))
         self._fraction = validation_fraction
+        self.validation_documents, tokens = self._read_or_build(
+            "split", [*self._file(), validation_fraction, SPLIT_SEED], ("validation", "tokens"), self._build_split
+        )
+        self.num_tokens = int(tokens[SPLITS.index(split)])
         self._set_length(sequence_length)
 
     def of_length(self, sequence_length: int) -> CorpusReader:
@@ -175,17 +178,31 @@ class CorpusReader:
         offset = int(self._index.pointers[sequence]) + start * self._index.dtype.itemsize
         return self._tokens.read(stop - start, offset).astype(np.int64)
 
-    def _split(self, fraction: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Numbers of the validation documents; of this reader's split a mask of documents, and numbers of sequences."""
-        bounds = np.asarray(self._index.bounds)
-        documents = len(bounds) - 1
+    def _build_split(self) -> tuple[np.ndarray, ...]:
+        """Numbers of the validation documents, ascending, and the tokens of each of `SPLITS`."""
+        documents = len(self._index.bounds) - 1
         if documents < 2:
             raise ConfigError(f"the corpus {self.prefix} has {documents} document; a validation split needs at least 2")
-        count = min(max(1, round(fraction * documents)), documents - 1)
-        chosen = np.zeros(documents, dtype=bool)
-        chosen[np.random.RandomState(SPLIT_SEED).permutation(documents)[:count]] = True
-        wanted = chosen if self.split == "validation" else ~chosen
-        return np.flatnonzero(chosen), wanted, np.flatnonzero(np.repeat(wanted, np.diff(bounds)))
+        count = min(max(1, round(self._fraction * documents)), documents - 1)
+        chosen = np.sort(np.random.RandomState(SPLIT_SEED).permutation(documents)[:count])
+        in_validation = np.zeros(documents, dtype=bool)
+        in_validation[chosen] = True
+        validation = int(self._index.lengths[self._in_sequences(in_validation)].sum(dtype=np.int64))
+        return chosen, np.array([self._index.num_tokens - validation, validation])
+
+    def _in_sequences(self, of_documents: np.ndarray) -> np.ndarray:
+        """A mask of documents as one of their sequences."""
+        return np.repeat(of_documents, np.diff(self._index.bounds))
+
+    def documents(self) -> np.ndarray:
+        """Whether each document is in this split, bool [documents]."""
+        in_validation = np.zeros(len(self._index.bounds) - 1, dtype=bool)
+        in_validation[self.validation_documents] = True
+        return in_validation if self.split == "validation" else ~in_validation
+
+    def _sequences(self) -> np.ndarray:
+        """Numbers of this split's sequences, ascending. Not kept: only who builds an index needs them."""
+        return np.flatnonzero(self._in_sequences(self.documents()))
 
     def _too_small(self, fraction: float, key: str) -> str:
         need = self._sequence_length + 1
@@ -198,10 +215,12 @@ class CorpusReader:
 
     def _describe(self, fraction: float) -> list[Any]:
         """Everything but the seed that the order of an epoch depends on."""
+        return [*self._file(), self.split, fraction, self._sequence_length, SPLIT_SEED]
+
+    def _file(self) -> list[Any]:
+        """What another corpus would have otherwise."""
         status = Path(f"{self.prefix}.idx").stat()
-        where = str(Path(self.prefix).resolve())
-        file = [where, status.st_size, status.st_mtime_ns]
-        return [*file, self.split, fraction, self._sequence_length, SPLIT_SEED]
+        return [str(Path(self.prefix).resolve()), status.st_size, status.st_mtime_ns]
 
     def _epoch(self, epoch: int) -> EpochIndex:
         if epoch not in self._epochs:
@@ -214,7 +233,7 @@ class CorpusReader:
         def build() -> EpochIndex:
             from train.data.megatron_index import build_index
 
-            return build_index(self.prefix, self._sequences, self._sequence_length, seed, self.split == "train")
+            return build_index(self.prefix, self._sequences(), self._sequence_length, seed, self.split == "train")
 
         return self._read_or_build("epoch", [*self._identity, seed], NAMES, build)
 

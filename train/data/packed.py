@@ -42,7 +42,7 @@ class PackedReader(CorpusReader):
         """Pack the documents in a random order, so that those of one length in a sample have different sources."""
         bounds = np.asarray(self._index.bounds)
         tokens = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self._index.lengths, dtype=np.int64)])
-        documents = np.random.RandomState(SPLIT_SEED).permutation(np.flatnonzero(self._is_wanted))
+        documents = np.random.RandomState(SPLIT_SEED).permutation(np.flatnonzero(self.documents()))
         starts = tokens[bounds[documents]]
         return pack(starts, tokens[bounds[documents + 1]] - starts, self._sequence_length)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support.corpora import unique_documents, write_corpus
-from train.data.epochs import CorpusReader
+from train.data.epochs import SPLIT_SEED, SPLITS, CorpusReader
 from train.data.megatron import GPTDataset, GPTDatasetConfig, IndexedDataset, Split
 from train.data.megatron_index import _NoPadding
+from train.data.packed import PackedReader
 
 
 @pytest.mark.parametrize("sequences_each", [1, 3])
@@ -36,7 +38,7 @@ def test_windows_equal_those_of_megatron(tmp_path: Path, sequences_each: int) ->
             eod_mask_loss=False,
             create_attention_mask=False,
         )
-        theirs = GPTDataset(IndexedDataset(prefix), prefix, reader._sequences, None, Split.train, config)
+        theirs = GPTDataset(IndexedDataset(prefix), prefix, reader._sequences(), None, Split.train, config)
         assert len(theirs) >= reader.samples_per_epoch > 20
         for number in range(reader.samples_per_epoch):
             item = theirs[number]
@@ -44,3 +46,62 @@ def test_windows_equal_those_of_megatron(tmp_path: Path, sequences_each: int) ->
             assert ours.dtype == np.int64
             np.testing.assert_array_equal(ours[:-1], item["tokens"].numpy())
             np.testing.assert_array_equal(ours[1:], item["labels"].numpy())
+
+
+@pytest.mark.parametrize("reader_type", [CorpusReader, PackedReader])
+def test_ranks_share_what_grows_with_the_corpus(tmp_path: Path, reader_type: type[CorpusReader]) -> None:
+    """Once an index is written, a reader keeps no array of its own with an item for each document or sample."""
+    prefix = write_corpus(tmp_path / "c" / "corpus", unique_documents(400, 7))
+
+    def open_reader() -> CorpusReader:
+        reader = reader_type(
+            prefix,
+            sequence_length=10,
+            seed=3,
+            split="train",
+            validation_fraction=0.1,
+            cache_dirs=[tmp_path / "index"],
+            info=None,
+        )
+        reader.open_index(0)
+        return reader
+
+    first, second = open_reader(), open_reader()
+    assert first.num_tokens == second.num_tokens
+    np.testing.assert_array_equal(first.validation_documents, second.validation_documents)
+    for reader in (first, second):
+        own = [array for array in arrays_in(vars(reader)) if array.size > 8 and not is_mapped(array)]
+        assert not own
+
+
+def arrays_in(value: object) -> Iterator[np.ndarray]:
+    """Every array in attributes, mappings and tuples."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from arrays_in(item)
+    elif hasattr(value, "__dict__"):
+        yield from arrays_in(vars(value))
+
+
+def is_mapped(array: object) -> bool:
+    """Whether an array is a view of a file."""
+    while array is not None:
+        if isinstance(array, np.memmap):
+            return True
+        array = getattr(array, "base", None)
+    return False
+
+
+def test_split_is_the_one_of_before_its_index(tmp_path: Path) -> None:
+    """The documents of each split, and their tokens, are fixed by the corpus and the fraction alone."""
+    documents = unique_documents(50, 7)
+    prefix = write_corpus(tmp_path / "c" / "corpus", documents, 3)
+    chosen = np.sort(np.random.RandomState(SPLIT_SEED).permutation(50)[:10])
+    for split in SPLITS:
+        wanted = {"prefix": prefix, "sequence_length": 10, "seed": 3, "validation_fraction": 0.2, "info": None}
+        reader = CorpusReader(split=split, cache_dirs=[tmp_path / "index"], **wanted)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(reader.validation_documents, chosen)
+        numbers = chosen if split == "validation" else np.setdiff1d(np.arange(50), chosen)
+        assert reader.num_tokens == sum(reader.document(number).size for number in numbers)
