@@ -11,8 +11,8 @@ TESTS ?= tests
 PYTEST_ARGS ?=
 # `make test` gives whole files of tests to this many processes; one test has up to four ranks, each of one thread
 TEST_PROCESSES ?= 2
-# All benchmark programs but growth, which needs an argument, and those over a slow link, which need root
-BENCH ?= $(filter-out growth overlap optimistic,$(basename $(notdir $(shell grep -l __main__ benchmarks/*.py))))
+# All benchmark programs but growth and two_trees, which need arguments, and those over a slow link, which need root
+BENCH ?= $(filter-out growth two_trees overlap optimistic,$(basename $(notdir $(shell grep -l __main__ benchmarks/*.py))))
 
 # A working NVIDIA driver means cuda. requirements.lock pins torch's version; pip's index decides which build it gets.
 DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -45,7 +45,7 @@ train: install  ## build the default corpus and train the default model on 2 loc
 	@$(BIN)/longcat data build data=python_source model=tiny
 	@$(BIN)/longcat train experiment=quickstart
 
-test: install  ## run the tests that take seconds; TESTS=path selects some
+test: install  ## run the test suite (25 to 30 minutes on 2 cores); TESTS=path selects some
 	@$(LOCAL_RANKS) $(BIN)/python -m pytest $(TESTS) -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # GPU_PARTS="attention training" selects some
