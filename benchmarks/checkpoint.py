@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import _resident_gib, print_json, print_table
+from benchmarks.common import print_json, print_table, resident_gib
 from parallel.mesh import Topology, connect
 from parallel.reduce import all_gather_object
 from tests.support.distributed import run_ranks
@@ -78,12 +78,12 @@ class PeakMemory(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.before = self.peak = _resident_gib("VmRSS")
+        self.before = self.peak = resident_gib("VmRSS")
         self.over = threading.Event()
 
     def run(self) -> None:
         while not self.over.wait(0.01):
-            self.peak = max(self.peak, _resident_gib("VmRSS"))
+            self.peak = max(self.peak, resident_gib("VmRSS"))
 
     def __enter__(self) -> PeakMemory:
         self.start()

@@ -86,10 +86,10 @@ def peak_memory_gib(program: Callable[[], Any]) -> float | None:
     if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
     _give_freed_memory_back()
-    before = _resident_gib("VmRSS")
+    before = resident_gib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current size
     program()
-    return _resident_gib("VmHWM") - before
+    return resident_gib("VmHWM") - before
 
 
 def _give_freed_memory_back() -> None:
@@ -99,7 +99,7 @@ def _give_freed_memory_back() -> None:
         trim(0)
 
 
-def _resident_gib(key: str) -> float:
+def resident_gib(key: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) / 2**20

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.common import print_json, print_table
 from longcat.documents import PADDING, Documents
-from longcat.ops.attention import _blocks, _first_keys
+from longcat.ops.attention import first_keys, query_blocks
 from train.data.corpus import read_info
 from train.data.epochs import CorpusReader, SplitName
 from train.data.packed import PackedReader
@@ -45,8 +45,8 @@ def attention_shares(reader: PackedReader, length: int) -> tuple[float, float]:
     without, computed, padding, bounds = 0, 0, 0, [(0, length)]
     for number in range(reader.samples_per_epoch):
         numbers = torch.from_numpy(reader.sample_with_documents(number)[1, None, :length])
-        firsts = _first_keys(Documents.of(numbers), bounds, length)
-        for _, start, stop, first in _blocks(bounds, length, firsts):
+        firsts = first_keys(Documents.of(numbers), bounds, length)
+        for _, start, stop, first in query_blocks(bounds, length, firsts):
             without += (stop - start) * stop
             computed += (stop - start) * (stop - first)
             padding += int((numbers[0, start:stop] == PADDING).sum()) * (stop - first)

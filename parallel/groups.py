@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed import device_mesh
 
@@ -21,13 +20,14 @@ def mesh_groups_of_members(backend: str | None, timeout: timedelta | None = None
 
     A mesh has every rank call `new_group` for every group of every axis, 8,192 times for an axis of one rank, and gives
     each a gloo full mesh too where the default group has gloo. No public argument changes either. For the watchdog
-    each group is a wait of its own.
+    each group is a wait of its own. The default group must not be bound to a device (`device_id`): torch would then
+    split its communicator, in which all ranks have to take part.
 
     Args:
         backend: such as `nccl`; None for the default group's.
         timeout: of making them and of their collectives; None for torch's, half an hour with gloo.
     """
-    plain_new, plain_split = device_mesh.new_group, device_mesh.split_group
+    plain_new = device_mesh.new_group
 
     def new_group(ranks: list[int], **options: Any) -> Any:
         if dist.get_rank() not in ranks:
@@ -37,23 +37,8 @@ def mesh_groups_of_members(backend: str | None, timeout: timedelta | None = None
         with wait_span(Event(SpanKind.MESH_GROUPS)):
             return plain_new(ranks=ranks, **chosen)
 
-    def split_group(**options: Any) -> Any:
-        with wait_span(Event(SpanKind.MESH_GROUPS)):
-            own = {
-                "backend": None if backend is None else f"cuda:{backend}",
-                "timeout": options.get("timeout") or timeout,
-            }
-            return plain_split(**{**options, **own})
-
     setattr(device_mesh, "new_group", new_group)  # noqa: B010 (no attributes for mypy)
-    setattr(device_mesh, "split_group", split_group)  # noqa: B010
     try:
         yield
     finally:
         setattr(device_mesh, "new_group", plain_new)  # noqa: B010
-        setattr(device_mesh, "split_group", plain_split)  # noqa: B010
-
-
-def bound_device() -> torch.device | None:
-    """The GPU that the default group is bound to by `device_id`; torch then splits NCCL's communicator for new ones."""
-    return getattr(dist.group.WORLD, "bound_device_id", None)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longcat.errors import ConfigError, MissingRanksError, SilentStoreError
 from parallel.config import ParallelConfig
 from parallel.environment import raise_descriptor_limit
-from parallel.groups import bound_device, mesh_groups_of_members
+from parallel.groups import mesh_groups_of_members
 from parallel.sizes import Axis, MeshSizes, resolve_sizes, world_from_environment
 from parallel.torch_internals import flatten_mesh, unflatten_mesh
 from parallel.watchdog.events import Event, SpanKind
@@ -125,14 +125,6 @@ def _second_group(mesh: DeviceMesh, what: str, timeout: timedelta | None) -> dis
     options = None
     if mesh.device_type == "cuda":
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    if options is not None and bound_device() is not None:
-        # All ranks must split a communicator together; both kinds of groups are ranks in a row
-        every = torch.arange(dist.get_world_size()).view(-1, mesh.size()).tolist()
-        split = dist.split_group(
-            split_ranks=every, timeout=timeout, pg_options=options, group_desc=what, backend="cuda:nccl"
-        )
-        assert split is not None
-        return split
     return dist.new_group(
         mesh.mesh.flatten().tolist(),
         backend="gloo" if options is None else "nccl",

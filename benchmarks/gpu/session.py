@@ -100,8 +100,8 @@ def gloo_alone() -> Iterator[None]:
 
     groups, start = parallel.mesh.mesh_groups_of_members, dist.init_process_group
     with (
-        patch.object(parallel.mesh, "mesh_groups_of_members", lambda _: groups("gloo")),
-        patch.object(parallel.mesh, "_separate_group", lambda mesh, _: mesh.get_group()),
+        patch.object(parallel.mesh, "mesh_groups_of_members", lambda _, timeout: groups("gloo", timeout)),
+        patch.object(parallel.mesh, "_separate_group", lambda mesh, *_: mesh.get_group()),
         patch.object(dist, "init_process_group", lambda _, **options: start("gloo", **options)),
     ):
         yield

@@ -58,7 +58,7 @@ def causal_attention(
         return fused_attention(query, key, value, scale, documents, ranges, value_width)
     heads_first = [recomputable(Value.expansion, _heads_first, x) for x in (query, key, value)]
     numbers = None if documents is None else documents.numbers
-    firsts = None if documents is None else _first_keys(documents, ranges, key.shape[1])
+    firsts = None if documents is None else first_keys(documents, ranges, key.shape[1])
     out = _BlockedAttention.apply(*heads_first, scale, numbers, ranges, firsts)
     return out.transpose(1, 2)  # type: ignore[no-any-return]
 
@@ -67,13 +67,15 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous()
 
 
-def _first_keys(documents: Documents, ranges: Ranges, num_keys: int) -> list[int]:
+def first_keys(documents: Documents, ranges: Ranges, num_keys: int) -> list[int]:
     """By block of queries, the first key that it reads: no query of the block sees an earlier one."""
-    starts = (start for _, start, _, _ in _blocks(ranges, num_keys))
+    starts = (start for _, start, _, _ in query_blocks(ranges, num_keys))
     return [documents.first_key(start) // KEY_ALIGNMENT * KEY_ALIGNMENT for start in starts]
 
 
-def _blocks(ranges: Ranges, num_keys: int, firsts: list[int] | None = None) -> Iterator[tuple[slice, int, int, int]]:
+def query_blocks(
+    ranges: Ranges, num_keys: int, firsts: list[int] | None = None
+) -> Iterator[tuple[slice, int, int, int]]:
     """Each block's slice of the local queries, their (start, stop) in the sequence, and the first key that is read."""
     size, local, number = QUERY_BLOCK if num_keys < LONG_SEQUENCE else 2 * QUERY_BLOCK, 0, 0
     for range_start, range_stop in ranges:
@@ -140,7 +142,7 @@ class _BlockedAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.ranges, ctx.firsts, ctx.shape = scale, ranges, firsts, query.shape[:2]
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-        shape, blocks = ctx.shape, list(_blocks(ranges, key.shape[1], firsts))
+        shape, blocks = ctx.shape, list(query_blocks(ranges, key.shape[1], firsts))
 
         def attend(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> tuple[Tensor, ...]:
             """→ the result, and the probabilities of each block if they are saved."""
@@ -167,7 +169,7 @@ class _BlockedAttention(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros_like(key, dtype=torch.float32)
         grad_value = torch.zeros_like(value, dtype=torch.float32)
-        blocks = _blocks(ctx.ranges, key.shape[1], ctx.firsts)
+        blocks = query_blocks(ctx.ranges, key.shape[1], ctx.firsts)
         for number, (local, start, stop, first) in enumerate(blocks):
             grad = grad_out[:, local]
             if saved:

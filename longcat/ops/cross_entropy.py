@@ -36,7 +36,7 @@ def chunk_rows(weight: Tensor) -> int:
 
 
 @Fusible
-def _softmax_loss(logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_loss(logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """logits [T, V], which may be overwritten → losses [T] float32, and the gradient of their sum in two parts:
     for every logit as if it were not its token's label [T, V], and for the labels' logits [T, 1].
     """
@@ -50,11 +50,11 @@ def _softmax_loss(logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dt
     return ((total.log() - label_logits) * mask)[:, 0], exponentials.mul_(inverse_total).to(dtype), label_grad.to(dtype)
 
 
-@_softmax_loss.permuted_by
+@softmax_loss.permuted_by
 def _softmax_loss_permuted(
     logits: Tensor, labels: Tensor, valid: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _softmax_loss.compute
+    run = softmax_loss.compute
     if not can_permute(logits[:, :1].float()):  # the labels' logits, one a row
         return run(logits, labels, valid, dtype)
     return along(0, lambda x, label, mask: run(x, label, mask, dtype), logits, labels, valid)  # type: ignore[no-any-return]
@@ -62,7 +62,7 @@ def _softmax_loss_permuted(
 
 def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits_product(hidden, weight.t())
-    losses, grad, label_grad = _softmax_loss(logits, labels, valid, hidden.dtype)
+    losses, grad, label_grad = softmax_loss(logits, labels, valid, hidden.dtype)
     grad[torch.arange(grad.shape[0], device=grad.device), labels] = label_grad[:, 0]  # scatter_ would copy
     return passed(Place.activation, "cross-entropy", losses), grad
 

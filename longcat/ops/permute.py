@@ -110,7 +110,7 @@ def permute(x: Tensor, plan: Permutation) -> Tensor:
 
 
 @observed("combine")
-class _Combine(torch.autograd.Function):
+class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) -> Tensor:
         rows, gates, x = rows.contiguous(), gates.contiguous(), None if x is None else x.contiguous()
@@ -134,7 +134,7 @@ def combine(rows: Tensor, gates: Tensor, plan: Permutation, x: Tensor | None) ->
 
     The results are not saved: the gates of FFN experts get their gradients by `log_gates` alone.
     """
-    return _Combine.apply(rows, gates, plan, x)
+    return Combine.apply(rows, gates, plan, x)
 
 
 @observed("log_gates")

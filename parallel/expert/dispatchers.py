@@ -24,8 +24,8 @@ from torch import Tensor
 from longcat.dispatch import Routing
 from longcat.ops.grouped import padded_capacity
 from longcat.ops.permute import (
+    Combine,
     Permutation,
-    _Combine,
     combine,
     gate_gradients,
     gather_rows_padded,
@@ -227,7 +227,7 @@ class _CombineOnSideStream(torch.autograd.Function):
     ) -> Tensor:
         ctx.streams = streams
         with streams.on_side_stream():
-            out = _Combine.forward(ctx, rows, gates, plan, x)
+            out = Combine.forward(ctx, rows, gates, plan, x)
         wait_on_stream(collective.event, collective.group, streams, out)
         return out
 

@@ -209,3 +209,17 @@ def test_private_names_of_torch_are_in_one_file_per_package() -> None:
     wrong = private_name_figures(SOURCES, ROOT)["private_names"]
     assert not wrong["torch"], "put these into parallel/torch_internals.py or longcat/ops/torch_internals.py"
     assert all(name.startswith("parallel/deepspeed/") for name in wrong["deepspeed"]), wrong["deepspeed"]
+
+
+def test_no_module_imports_a_private_name_of_another() -> None:
+    """What two modules need is public."""
+    ours = {*PACKAGES, "benchmarks", "tests"}
+    wrong = [
+        f"{_relative(path)}:{node.lineno} imports {alias.name} of {node.module}"
+        for path in EVERYTHING
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ours
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert not wrong

@@ -13,7 +13,7 @@ import longcat.ops.fp32_linear
 from longcat.documents import Documents
 from longcat.ops import fusion
 from longcat.ops.attention import causal_attention
-from longcat.ops.cross_entropy import _softmax_loss, linear_cross_entropy
+from longcat.ops.cross_entropy import linear_cross_entropy, softmax_loss
 from longcat.ops.elementwise import added_norm, residual_sum, rms_norm, swiglu, swiglu_backward
 from longcat.ops.fp32_linear import fp32_linear
 from longcat.ops.grouped import grouped_gated_linear, grouped_linear
@@ -199,7 +199,7 @@ def test_rests_behind_whole_vectors_are_not_moved(rows: int, width: int) -> None
         labels, valid = torch.arange(rows) % width, torch.ones(rows, dtype=torch.bool)
 
         def run() -> list[Tensor]:
-            loss = _softmax_loss(gate.clone(), labels, valid, torch.float32)  # noqa: B023
+            loss = softmax_loss(gate.clone(), labels, valid, torch.float32)  # noqa: B023
             return [swiglu(gate, up), *swiglu_backward(grad, gate, up), *loss]  # noqa: B023
 
         first = run()

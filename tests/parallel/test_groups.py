@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed import device_mesh
 
-import parallel.mesh
 from parallel.config import ParallelConfig
 from parallel.mesh import background_group, make_topology
 from parallel.sizes import resolve_sizes
@@ -27,7 +25,7 @@ WORLDS = {
 
 
 @contextmanager
-def counting(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, bound: bool) -> Iterator[Counter[str]]:
+def counting(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> Iterator[Counter[str]]:
     """A fake world; calls that make groups, by backend, are counted and make fake groups."""
     made: Counter[str] = Counter()
     new_group, start = dist.new_group, start_fake_world
@@ -38,12 +36,6 @@ def counting(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, bound: bool
         kept = {key: options[key] for key in ("group_desc", "use_local_synchronization") if key in options}
         return new_group(ranks, backend="fake", **kept)
 
-    def fake_split(split_ranks: list[list[int]], **options: Any) -> Any:
-        made[f"split {options['backend']}"] += 1
-        assert sorted(chain.from_iterable(split_ranks)) == list(range(world)), "not every rank is in a part"
-        (own,) = (part for part in split_ranks if rank in part)
-        return new_group(own, backend="fake", use_local_synchronization=True)
-
     start(rank, world)
     default = dist.group.WORLD
     assert default is not None
@@ -53,9 +45,6 @@ def counting(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, bound: bool
     monkeypatch.setattr(dist, "ProcessGroupNCCL", Options, raising=False)
     for module in (device_mesh, dist):
         monkeypatch.setattr(module, "new_group", fake_group)
-        monkeypatch.setattr(module, "split_group", fake_split)
-    if bound:
-        monkeypatch.setattr(parallel.mesh, "bound_device", lambda: torch.device("cuda", 0))
     try:
         yield made
     finally:
@@ -79,7 +68,7 @@ Options.Options = Options
 def test_axes_have_nccl_alone(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
     """As many calls at 8,192 ranks as at 8, each by the group's members; gloo is for a thread's group alone."""
     sizes = resolve_sizes(WORLDS[world], world)
-    with counting(monkeypatch, world // 2, world, bound=False) as made:
+    with counting(monkeypatch, world // 2, world) as made:
         make_topology(sizes, world // 2, world, torch.device("cuda", 0))
         assert set(made) == {"new nccl"}
         assert made["new nccl"] <= 12  # five axes, three foldings, efsdp and ep, two second groups
@@ -89,20 +78,7 @@ def test_axes_have_nccl_alone(monkeypatch: pytest.MonkeyPatch, world: int) -> No
 
 def test_cpu_axes_keep_the_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = resolve_sizes(WORLDS[8], 8)
-    with counting(monkeypatch, 5, 8, bound=False) as made:
+    with counting(monkeypatch, 5, 8) as made:
         make_topology(sizes, 5, 8, torch.device("cpu"))
     assert set(made) == {"new None", "new gloo"}  # the second groups ask for gloo
     assert made["new gloo"] == 2
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_second_groups_split_a_bound_communicator(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
-    """With `device_id` all ranks split together: members alone would wait for the others."""
-    sizes = resolve_sizes(WORLDS[world], world)
-    with counting(monkeypatch, 3, world, bound=True) as made:
-        topology = make_topology(sizes, 3, world, torch.device("cuda", 0))
-        assert made["split cuda:nccl"] == 2
-        members = dist.get_process_group_ranks(topology.expert_exchange)
-        assert members == dist.get_process_group_ranks(topology.experts["ep"].get_group())
-        shared = dist.get_process_group_ranks(topology.context_exchange)
-        assert shared == dist.get_process_group_ranks(topology.shared.get_group())

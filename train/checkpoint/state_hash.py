@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from longcat.names import pieces
+from parallel.checksum import MASK, mix
 from parallel.mesh import Topology
 from parallel.reduce import sum_over_ranks
 from parallel.state_store import LocalBox
 from train.state import TrainState
 
 COLUMNS = 1 << 15  # C; a product of bits and B stays in the processor's cache
-MASK = (1 << 64) - 1
 
 
 def state_hash(state: TrainState, topology: Topology) -> str:
@@ -83,23 +83,15 @@ def hash_range(values: Tensor, start: int) -> int:
     return total & MASK
 
 
-def splitmix(number: int) -> int:
-    """The finaliser of splitmix64: 64 well mixed bits."""
-    number = (number + 0x9E3779B97F4A7C15) & MASK
-    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & MASK
-    return number ^ (number >> 31)
-
-
 @cache
 def column_keys() -> Tensor:
     """B(0..C-1), odd, as int64."""
-    return torch.tensor([signed(splitmix(column) | 1) for column in range(COLUMNS)], dtype=torch.int64)
+    return torch.tensor([signed(mix(column) | 1) for column in range(COLUMNS)], dtype=torch.int64)
 
 
 def row_key(row: int) -> int:
     """A(row), odd."""
-    return splitmix(row + (1 << 32)) | 1
+    return mix(row + (1 << 32)) | 1
 
 
 def name_key(name: str) -> int:

@@ -13,7 +13,7 @@ from train.data.megatron import GPTDataset, GPTDatasetConfig, IndexedDataset, In
 logging.getLogger(GPTDataset.__module__).setLevel(logging.ERROR)
 
 
-class _NoPadding:
+class NoPadding:
     """The part of a tokenizer that GPTDataset uses: no id is padding, so none is rewritten."""
 
     vocab_size = None
@@ -33,7 +33,7 @@ def build_index(
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
-        tokenizer=_NoPadding(),
+        tokenizer=NoPadding(),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,

@@ -29,7 +29,7 @@ class MetricsSink(Protocol):
 
 
 class NullSink:
-    """The sink of every rank but the first: it writes nothing."""
+    """Writes nothing: the sink of every rank but the first, and the base class of loggers that need not all methods."""
 
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None: ...
 
@@ -86,11 +86,11 @@ class Guarded:
 
     def flush(self) -> None:
         if (sink := self.sink) is not None:
-            self._try(sink.flush)
+            self._try(lambda: sink.flush())
 
     def close(self) -> None:
         if (sink := self.sink) is not None:
-            self._try(sink.close)
+            self._try(lambda: sink.close())
 
     def _try(self, action: Callable[[], None]) -> None:
         try:

@@ -26,13 +26,16 @@ UNSTARTED_SECONDS = 10.0  # that it waits for a wandb that has not started
 
 
 class WandbLogger:
-    """Sends metrics in the order of the steps; `write` and `close` raise what went wrong in the thread.
+    """Sends metrics as they come; `write` and `close` raise what went wrong in the thread.
+
+    wandb silently drops a row whose number is not above that of the last one. So rows of steps that are trained again
+    get new numbers, and charts have the metric `step` as their axis.
 
     The thread is a daemon: a wandb that hangs does not keep the process from ending.
     """
 
     def __init__(self, config: Config, note: Any) -> None:
-        self.queue: queue.SimpleQueue[tuple[dict[str, Any], int] | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.started = threading.Event()
         self.is_first = True
         self.error: BaseException | None = None
@@ -41,8 +44,7 @@ class WandbLogger:
         self.thread.start()
 
     def write(self, metrics: dict[str, Any], counts: Tensor, biases: Tensor) -> None:
-        known = {key: value for key, value in metrics.items() if value is not None and key != "step"}
-        self.queue.put((known, metrics["step"]))
+        self.queue.put({key: value for key, value in metrics.items() if value is not None})
         if self.is_first:
             self.is_first = False
             with work_span(Event(SpanKind.REPORT), slow=True):  # other ranks wait for this one
@@ -50,7 +52,7 @@ class WandbLogger:
         self._check()
 
     def rewind(self, step: int) -> None:
-        """Nothing to do: wandb's steps only grow. It keeps what it has, and drops steps until there are newer ones."""
+        """Nothing to do: wandb keeps the rows that it has, and gets the steps again in new rows."""
 
     def flush(self) -> None:
         """Nothing to do: the run folder's readers do not read wandb's files."""
@@ -73,9 +75,12 @@ class WandbLogger:
         try:
             run = start_wandb(config, run_id)
             self.started.set()
-            while (item := self.queue.get()) is not None:
-                metrics, step = item
-                run.log(metrics, step=step)
+            run.define_metric("*", step_metric="step")
+            row = run.starting_step  # of a resumed run: after its last row
+            while (metrics := self.queue.get()) is not None:
+                row = max(row, metrics["step"])
+                run.log(metrics, step=row)
+                row += 1
             run.finish()
         except Exception as error:
             self.error = error

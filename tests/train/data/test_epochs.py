@@ -11,7 +11,7 @@ import pytest
 from tests.support.corpora import unique_documents, write_corpus
 from train.data.epochs import SPLIT_SEED, SPLITS, CorpusReader
 from train.data.megatron import GPTDataset, GPTDatasetConfig, IndexedDataset, Split
-from train.data.megatron_index import _NoPadding
+from train.data.megatron_index import NoPadding
 from train.data.packed import PackedReader
 
 
@@ -32,7 +32,7 @@ def test_windows_equal_those_of_megatron(tmp_path: Path, sequences_each: int) ->
         config = GPTDatasetConfig(
             random_seed=3 + epoch,
             sequence_length=10,
-            tokenizer=_NoPadding(),
+            tokenizer=NoPadding(),
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,

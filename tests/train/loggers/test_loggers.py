@@ -19,20 +19,31 @@ from tests.support.fixtures import error_line
 from tests.support.running import NARROW, exit_json, lines, train_here
 from train.compose import compose
 from train.loggers import wandb_logger
+from train.loggers.interface import Guarded, SinkGroup
 from train.loggers.tensorboard_logger import TensorBoardLogger
 from train.loggers.wandb_logger import RUN_ID
 
 
 class FakeRun:
-    """A wandb run that remembers what it got."""
+    """A wandb run that remembers what it got; like wandb's it drops a row whose number is not above the last one's."""
 
-    def __init__(self, fails_at: int = 0) -> None:
-        self.fails_at, self.logged, self.finished = fails_at, {}, False
+    def __init__(self, fails_at: int = 0, starting_step: int = 0) -> None:
+        self.fails_at, self.starting_step = fails_at, starting_step
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.axes: dict[str, str] = {}
+        self.finished = False
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axes[name] = step_metric
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        if step == self.fails_at:
+        if metrics["step"] == self.fails_at:
             raise ConnectionResetError("Connection lost")
-        self.logged[step] = metrics
+        if step >= max(self.starting_step, *self.rows, 0):
+            self.rows[step] = metrics
+
+    def steps(self) -> list[int]:
+        return [row["step"] for row in self.rows.values()]
 
     def finish(self) -> None:
         self.finished = True
@@ -41,11 +52,11 @@ class FakeRun:
 @pytest.fixture
 def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """A module `wandb` whose `init` keeps its arguments; `runs` has a run for each start."""
-    fake = types.SimpleNamespace(calls=[], runs=[], is_logged_in=True, fails_at=0)
+    fake = types.SimpleNamespace(calls=[], runs=[], is_logged_in=True, fails_at=0, starting_step=0)
 
     def init(**keywords: Any) -> FakeRun:
         fake.calls.append(keywords)
-        fake.runs.append(FakeRun(fake.fails_at))
+        fake.runs.append(FakeRun(fake.fails_at, fake.starting_step))
         return fake.runs[-1]
 
     fake.init, fake.teardown = init, lambda: None
@@ -69,9 +80,33 @@ def test_restart_continues_the_same_wandb_run(
     for call in (first, second):
         assert call["resume"] == "allow" and call["group"] == "g" and call["tags"] == ["a", "b"]
         assert call["entity"] == "team" and call["project"] == "mine"
-    assert [sorted(run.logged) for run in fake_wandb.runs] == [[1, 2], [3, 4]]
+    assert [run.steps() for run in fake_wandb.runs] == [[1, 2], [3, 4]]
     assert all(run.finished for run in fake_wandb.runs)
-    assert fake_wandb.runs[0].logged[2]["loss"] == lines(tmp_path / "run")[1]["loss"]
+    assert fake_wandb.runs[0].rows[2]["loss"] == lines(tmp_path / "run")[1]["loss"]
+
+
+def test_wandb_gets_steps_that_are_trained_again(
+    fake_wandb: types.SimpleNamespace, overrides: list[str], tmp_path: Path
+) -> None:
+    """After a rollback, and where a run that had reached step 60 resumes from the checkpoint of step 50."""
+    (tmp_path / "run").mkdir()
+    fake_wandb.starting_step, none = 61, torch.zeros(0)
+    logger = wandb_logger.WandbLogger(compose([*overrides, "logging.wandb=offline"]), print)
+    for step in (51, 52, 53):
+        logger.write({"step": step, "loss": 1.0}, none, none)
+    logger.rewind(51)
+    for step in (52, 53):
+        logger.write({"step": step, "loss": 2.0}, none, none)
+    logger.close()
+    (run,) = fake_wandb.runs
+    assert [(row["step"], row["loss"]) for row in run.rows.values()] == [
+        (51, 1.0),
+        (52, 1.0),
+        (53, 1.0),
+        (52, 2.0),
+        (53, 2.0),
+    ]
+    assert run.axes == {"*": "step"}
 
 
 @pytest.mark.parametrize("key,variable,project", [("", "", "longcat"), ("", "env", "env"), ("key", "env", "key")])
@@ -192,6 +227,35 @@ def test_wandb_that_fails_later_is_left_out_once(
     assert train_here([*overrides, *NARROW, "train.steps=5", "logging.wandb=offline"]) == 0
     assert capfd.readouterr().out.count("Connection lost; training continues without wandb") == 1
     assert len(lines(tmp_path / "run")) == 5
+
+
+@pytest.mark.parametrize("method", ["write", "rewind", "flush", "close"])
+def test_logger_without_a_method_is_left_out_once(method: str) -> None:
+    """Whatever of its interface it lacks."""
+    notes: list[str] = []
+    lacking = types.SimpleNamespace(
+        **{name: lambda *_: None for name in ("write", "rewind", "flush", "close") if name != method}
+    )
+    sink, none = Guarded("mine", lambda: lacking, notes.append), torch.zeros(0)
+    for _ in range(2):
+        sink.write({"step": 1}, none, none)
+        sink.rewind(0)
+        sink.flush()
+    sink.close()
+    assert len(notes) == 1 and "training continues without mine" in notes[0]
+
+
+def test_the_guide_s_logger_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """It overrides one method and inherits the others."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "guide" / "reports.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    sink, none = SinkGroup([names["PrintLoss"]()]), torch.zeros(0)
+    sink.write({"step": 1, "loss": 2.5}, none, none)
+    sink.rewind(0)
+    sink.flush()
+    sink.close()
+    assert capsys.readouterr().out == "1 2.5\n"
 
 
 def test_tensorboard_without_its_package_is_refused(
