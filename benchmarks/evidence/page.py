@@ -11,7 +11,7 @@ from benchmarks.evidence.claims import FOLDER, Claim, Comparison, Expectation
 from benchmarks.evidence.jobs import RESULTS
 from benchmarks.evidence.looks import OVERALL, best_value, level, look, seeds_wanted
 from benchmarks.evidence.measures import MEASURES, Interval, Verdict
-from benchmarks.evidence.picture import draw_claim, draw_kinds, draw_widths
+from benchmarks.evidence.picture import draw_claim, draw_kinds, draw_overview, draw_widths
 from benchmarks.evidence.run import wanted
 from longcat.errors import ConfigError
 
@@ -61,6 +61,8 @@ def draw(claims: list[Claim]) -> int:
     text = "\n".join(widths.section(drawn_widths))
     parts.append(Part(sweep.title, sweep.report, widths.verdict(), *progress(sweep), text))
     parts.sort(key=lambda part: part.verdict == Verdict.UNFINISHED)
+    overview = Path("docs/images/evidence/overview.png")
+    drawn = draw_overview(claims, overview)
     head = HEAD.format(
         overall=f"{OVERALL:.0%}".replace("%", " %"),
         hours=f"{sum(result.seconds for result in results) / 3600:.1f}",
@@ -69,6 +71,11 @@ def draw(claims: list[Claim]) -> int:
         experiment="../configs/experiment/evidence.yaml",
         verdicts="\n".join(
             ["| claim | in the report | here | runs |", "|---|---|---|---|", *(part.row for part in parts)]
+        )
+        + (
+            f"\n\n![Differences in loss with their intervals, by claim]({overview.relative_to('docs')})"
+            if drawn
+            else ""
         ),
     )
     PAGE.write_text("\n".join([head, *(part.text for part in parts)]), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The picture of one claim: each arm's validation loss over training, and the paired differences with intervals."""
+"""Pictures: all differences in loss; of one claim each arm's loss over training and the paired differences."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from typing import Any
 
 from benchmarks.evidence.claims import Claim, Expectation
 from benchmarks.evidence.jobs import COLUMNS
-from benchmarks.evidence.looks import differences, judged_job, level
-from benchmarks.evidence.measures import MEASURES, interval
+from benchmarks.evidence.looks import FINAL, differences, judged_job, level, look, seeds_wanted
+from benchmarks.evidence.measures import MEASURES, Verdict, interval
 from benchmarks.evidence.token_kinds import KINDS, Registered
 from benchmarks.evidence.widths import PARAMETERISATIONS, TABLE, Sweep
 from benchmarks.growth_picture import INK, SOFT, STYLE, few_colours
 from train.report.theme import PALETTE_LIGHT
 
 TINT = "#e9eef5"  # the margin within which a difference counts as none
+MARGIN = 0.01  # nats: the size of the effects that the report counts as gains
+COLOURS = {
+    Verdict.SHOWN: PALETTE_LIGHT[2],
+    Verdict.NOT_SHOWN: SOFT,
+    Verdict.REFUTED: PALETTE_LIGHT[1],
+    Verdict.UNFINISHED: "#c3c8d0",
+}
 
 
 def draw_claim(claim: Claim, seeds: int, target: Path) -> bool:
@@ -43,6 +50,42 @@ def draw_claim(claim: Claim, seeds: int, target: Path) -> bool:
             if pairs == [(one.first, one.second) for one in chosen]:
                 axis.set_yticklabels([])  # as in the chart to its left
             pairs = [(one.first, one.second) for one in chosen]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=130)
+        plt.close(figure)
+    few_colours(target)
+    return True
+
+
+def draw_overview(claims: list[Claim], target: Path) -> bool:
+    """Every judged difference in loss, one under another; False where none has two seeds yet."""
+    rows = []
+    for claim in claims:
+        for one, (bounds, verdict) in zip(claim.comparisons, look(claim, seeds_wanted(claim)), strict=True):
+            if one.measure == FINAL and one.expect != Expectation.open and not math.isnan(bounds.low):
+                rows.append((claim, one, bounds, verdict))
+    if not rows:
+        return False
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8.4, 1.1 + 0.36 * len(rows)), layout="constrained")
+        axis.axvspan(-MARGIN, MARGIN, color=TINT, zorder=0)
+        axis.axvline(0, color=SOFT, linewidth=1)
+        for place, (_, _, bounds, verdict) in enumerate(rows):
+            colour = COLOURS[verdict]
+            axis.plot([bounds.low, bounds.high], [place, place], color=colour, linewidth=2)
+            axis.plot([bounds.mean], [place], "D", color=colour, markersize=6)
+        axis.set_yticks(range(len(rows)), [f"{claim.title}:  {one.first} − {one.second}" for claim, one, _, _ in rows])
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel(f"difference in loss, nats per token (tinted: ±{MARGIN})")
+        found = {verdict for *_, verdict in rows}
+        handles = [axis.plot([], [], "D-", color=COLOURS[one], label=one)[0] for one in COLOURS if one in found]
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=8)
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=130)
         plt.close(figure)
