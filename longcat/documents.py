@@ -19,10 +19,11 @@ PADDING = -1  # the document number of positions that hold no text
 
 @dataclass(frozen=True)
 class Segments:
-    """The stretches in which a range of queries attends: one for each document and sequence that the range touches.
+    """Where each document begins among the queries and keys of a range, for a kernel that attends within documents.
 
-    The queries ``start`` … ``stop`` of all sequences in one row, and the keys from ``firsts[b]`` to ``stop`` of
-    sequence b likewise, fall into segments that end together: within one, the last query sees all keys.
+    The queries ``start`` … ``stop`` - 1 of all sequences follow one another in one row, and so do the keys
+    ``firsts[b]`` … ``stop`` - 1 of each sequence b. A segment is one document in one sequence: its queries attend only
+    to its keys. Its last query and its last key are at the same position, so the last query attends to all its keys.
     """
 
     firsts: tuple[int, ...]  # by sequence: the first key that any query of the range sees

@@ -146,7 +146,9 @@ class LongCat(SequenceModule, VocabularyModule):
             norms = torch.linalg.vector_norm(z.detach().float(), dim=-1)
             norm = (norms if padding is None else norms.masked_fill_(padding, 0.0)).sum()
         return Losses(
-            lm=lm.clone(),  # FSDP2 gathers for the backward wherever an output was made: all after the MTP layers
+            # FSDP2 gathers weights when the backward comes to the node of an output. The clone's node is made after the
+            # MTP layers, so the backward comes to every output before it runs any layer.
+            lm=lm.clone(),
             mtp=mtp_loss,
             balance=torch.stack([s.balance for s in statistics]).sum(),
             hidden_z=z_loss,

@@ -50,9 +50,10 @@ class Router(nn.Module):
         self.config = config
         self.classifier = Linear(config.hidden_size, config.num_routed)
         self.register_buffer("e_score_correction_bias", torch.empty(config.num_routed))
+        # Accumulators of a step, which the trainer sets before its first micro-batch
         self.probability_grad: Tensor | None = None  # if set to zeros [N + Z], the backward adds Σ_t ∂loss/∂R_t
         self.grad_unit = 0.0  # if set, each backward's sum is rounded to multiples of it, which add in any order
-        self.direction: Tensor | None = None  # [D] float64, Σ of the classifier's normalised rows; with the former
+        self.direction: Tensor | None = None  # [D] float64, Σ of the classifier's normalised rows in this step
         self.margins: Tensor | None = None  # if set to zeros [N + Z, bins], the backward adds `count_margins`
 
     def forward(self, u: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

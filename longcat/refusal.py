@@ -1,4 +1,4 @@
-"""Why a program refused its configuration, left in a file for the script of a scheduler that started it."""
+"""A file that tells a scheduler's batch script why the program that it started refused its configuration."""
 
 from __future__ import annotations
 

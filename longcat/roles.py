@@ -1,4 +1,4 @@
-"""Roles of parameters: what each one's initial value, weight decay and transfer to another width go by.
+"""Roles of parameters: a role sets the initial values, the weight decay, and how both change with the model's width.
 
 The one table that initial values (longcat/init.py), the optimizer's groups (train/optimizer.py) and `longcat transfer`
 (train/transfer.py) read.

@@ -97,7 +97,7 @@ def ramp(width: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
     """The pairs up to which frequencies are kept, and from which on they are divided by the factor."""
 
     def pair_with(rotations: float) -> float:
-        """The pair, as a real number, that turns this often within the original context."""
+        """The pair whose rotation turns ``rotations`` times within the original context, as a real number."""
         length = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return width * math.log(length) / (2 * math.log(theta))
 

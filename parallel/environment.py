@@ -22,9 +22,10 @@ def has_driver(environment: Mapping[str, str]) -> bool:
 
 
 def count_gpus() -> int:
-    """GPUs that torch can use, asked of the driver's library: CUDA does not start, which reads its variables once.
+    """The number of GPUs that torch can use, by the driver's management library.
 
-    torch is imported only where a driver is there and the environment hides no device.
+    CUDA does not start, because it reads its environment variables only once. torch is imported only where a driver
+    is there and the environment does not hide all devices.
     """
     if not has_driver(os.environ):
         return 0

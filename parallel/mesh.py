@@ -163,7 +163,7 @@ def own_gpu(local_rank: int, visible: int) -> torch.device:
 
 
 def incarnation() -> str:
-    """What tells this start of all ranks from others in a launcher's store, which outlives ranks and keeps keys."""
+    """A prefix for the keys of this start of all ranks: a launcher's store keeps those of earlier starts."""
     return "/".join(os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
 
 
@@ -176,7 +176,7 @@ def ask_store(call: Callable[[], T], seconds: float, waits: int = 1) -> T:
     """The result of requests to the ranks' store. torch waits without a limit for answers to some of them.
 
     Args:
-        waits: how often the call may wait for ``seconds`` for something else than the store.
+        waits: the number of other waits, of up to ``seconds`` each, that the requests contain.
 
     Raises:
         SilentStoreError: it takes longer; the requests are left behind in a thread.

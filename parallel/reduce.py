@@ -68,7 +68,7 @@ def sum_scalars(values: list[float]) -> list[float]:
 
 
 def to_host(values: Tensor) -> Tensor:
-    """A tensor's values on the host, when the device has come so far; the watchdog sees the wait."""
+    """Copy a tensor to the host; waits until the device has computed it, in a span that the watchdog sees."""
     if values.device.type == "cpu":
         return values.cpu()
     with device_span():

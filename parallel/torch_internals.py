@@ -209,9 +209,9 @@ def wrap_batch_p2p(wrapper: Callable[[BatchP2P], BatchP2P]) -> None:
 
 @contextmanager
 def without_connection_check() -> Iterator[None]:
-    """Let schedules trust the shapes that stages were given: they learn by messages whether all ranks were.
+    """Let schedules take for granted that every rank was given its stages' shapes.
 
-    Before their first step they send a number around and read it, and tensors without memory have none.
+    Otherwise ranks send each other a number before the first step and read it; a tensor without memory has no value.
     """
     from torch.distributed.pipelining import schedules
 

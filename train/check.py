@@ -29,7 +29,7 @@ def check_corpora(config: Config) -> None:
     """Check that the files of the corpora are there, before torch is imported; the ranks look into them.
 
     Raises:
-        ConfigError: one is missing. exit.json says so too, as for what ranks find.
+        ConfigError: one is missing; exit.json then has the message.
     """
     try:
         for prefix in config.data.paths:

@@ -1,4 +1,4 @@
-"""exit.json in the run folder: how the run ended, written once by the first who knows."""
+"""exit.json in the run folder: how the run ended, written by the first process that knows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def forget_exit(folder: Path) -> None:
     """Remove the exit.json of an earlier start, and the page of one that gave up.
 
     Raises:
-        ConfigError: it cannot be removed, so that it would speak for this start.
+        ConfigError: it cannot be removed; readers would take it for this start's.
     """
     try:
         (folder / EXIT).unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def claim_exit(folder: Path, code: int, message: str, details: Mapping[str, Any]
 
 
 def create_exit(path: Path, code: int, message: str, details: Mapping[str, Any] = NO_DETAILS) -> bool:
-    """As `claim_exit` on a file system without links; where nothing can be written, every rank speaks for itself."""
+    """As `claim_exit`, on a file system without links; True too where the file cannot be written: each rank prints."""
     try:
         with path.open("x") as file:
             file.write(dumps({"code": code, "message": message, **details}))

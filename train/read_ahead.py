@@ -22,25 +22,25 @@ class ReadAhead:
         self._asked: tuple[tuple[int, ...], Future[Windows]] | None = None
 
     def ask(self, numbers: Sequence[int]) -> None:
-        """Read these samples; the ones asked for before are given up."""
+        """Let the thread read these samples; drop an earlier request."""
         self.forget()
         self._asked = tuple(numbers), self._submit(tuple(numbers))
 
     def take(self, numbers: Sequence[int]) -> Windows:
-        """These samples: those asked for, if they are the same ones, else read now. Raises what ``read`` raises."""
+        """Return these samples: those of the last `ask` if it was for the same, else read now; raises as ``read``."""
         asked, self._asked = self._asked, None
         if asked is not None and asked[0] == tuple(numbers) and asked[1].exception() is None:
             return asked[1].result()
         return self.read(numbers)
 
     def read(self, numbers: Sequence[int]) -> Windows:
-        """Other samples, now; what was asked for stays."""
+        """Read samples now; the request of `ask` stays."""
         if self._thread is None:
             return self._windows(tuple(numbers))
         return self._thread.submit(self._windows, tuple(numbers)).result()
 
     def forget(self) -> None:
-        """Give up what was asked for."""
+        """Drop the request of `ask`."""
         if self._asked is not None:
             self._asked[1].cancel()
         self._asked = None

@@ -57,7 +57,7 @@ def unseal_line(line: str | bytes) -> dict[str, Any]:
 
 
 def unseal_lines(path: Path) -> Iterator[dict[str, Any] | ValueError]:
-    """The objects of a .jsonl file, in the order of its lines, and the error of each line that is none.
+    """Each line of a .jsonl file in order: its object, or the error why it has none.
 
     Raises:
         OSError: the file cannot be read.

@@ -27,7 +27,7 @@ class Counters:
 
     @property
     def position(self) -> int:
-        """Samples of the present data that were read, over all ranks: the next one's number, if none is left out."""
+        """Samples that all ranks have read of the present data; the next sample's number unless some are left out."""
         return self.samples - self.data_start
 
 

@@ -77,7 +77,7 @@ def add_norm_rows(x: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tenso
 def add_norm_rows_backward(
     grad_total: Tensor, grad: Tensor, total: Tensor, gain: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """→ the gradients of x, which is that of y too, and of the gain; ``grad_total`` is that of x + y by others."""
+    """→ the gradients of x, which is that of y too, and of the gain; ``grad_total`` is that of x + y's other uses."""
     grad_x, grad_gain = _norm_rows_backward(grad, total, gain, inverse)
     return grad_total + grad_x, grad_gain
 

@@ -162,9 +162,9 @@ def gate_gradients(grad: Tensor, gates: Tensor, row_index: Tensor, dtype: torch.
 
 
 def log_gates(gates: Tensor, plan: Permutation, dtype: torch.dtype) -> Tensor:
-    """log(gate / its value) of each FFN selection, [P] float32 in the order of `permute`: zeros, whose gradient counts.
+    """Zeros [P] float32, one for each row of `permute`; their gradient is ∂loss/∂log gate of the row's selection.
 
-    `grouped_gated_linear` finds it without the experts' results, which would otherwise be saved for the gates' gradient
-    alone: ∂loss/∂log gate, from which follows ∂loss/∂gate. ``dtype`` is that of the results.
+    `grouped_gated_linear` computes that gradient without the experts' results, which would otherwise be saved for it
+    alone; ∂loss/∂gate follows from it (`gate_gradients`). ``dtype`` is that of the results.
     """
     return _LogGates.apply(gates.contiguous(), plan, dtype)

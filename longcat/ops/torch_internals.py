@@ -145,7 +145,7 @@ class EfficientAttention:
 
 
 class QuickFakeTensorMode(FakeTensorMode):
-    """Looks operators up by less of their arguments, which takes a third of the time.
+    """A fake tensor mode with a smaller key for its cache of operators: a look-up takes a third of the time.
 
     torch's key has twenty fields of each tensor, for sparse, quantised and symbolic ones; ours are plain.
     """
@@ -188,7 +188,7 @@ def fake_tensor_mode() -> FakeTensorMode:
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """What is equal for two views of one memory; a storage without memory has no address."""
+    """A key that all views of one storage share; storages without memory have no address to compare."""
     return storage._cdata
 
 

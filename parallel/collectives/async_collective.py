@@ -135,7 +135,7 @@ def _record_received(collective: Collective, result: Tensor, number: int) -> Non
 
 @dataclass
 class Unsent:
-    """In place of a forward collective whose result is known here; its gradient is sent."""
+    """Stands in for a forward collective whose result this rank knows: only its backward communicates."""
 
     result: Tensor
 

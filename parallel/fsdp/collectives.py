@@ -204,7 +204,7 @@ def install_collectives(
 def count_stream_waits(model: LongCat) -> None:
     """Count where FSDP2 makes the compute stream wait: for gathered weights, and for sums at the end of a backward.
 
-    The copies out of the gathered buffers are in it too.
+    The counted time includes the copies out of the gathered buffers.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

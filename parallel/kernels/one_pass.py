@@ -134,7 +134,7 @@ def norm_rows_backward(grad: Tensor, x: Tensor, gain: Tensor, inverse: Tensor) -
 def add_norm_rows_backward(
     grad_total: Tensor, grad: Tensor, total: Tensor, gain: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """→ the gradients of x, which is that of y too, and of the gain; ``grad_total`` is that of x + y by others."""
+    """→ the gradients of x, which is that of y too, and of the gain; ``grad_total`` is that of x + y's other uses."""
     return _norm_backward(grad_total, grad, total, gain, inverse)
 
 

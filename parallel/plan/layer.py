@@ -17,7 +17,7 @@ from parallel.recompute import recompute_layer
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Of one layer, one micro-batch and one rank that has all experts."""
+    """Memory and FLOPs of one layer for one micro-batch, on a rank that has all experts."""
 
     kept_bytes: int  # that live between the forward and the backward, with the layer's output and without its input
     flops: float  # of matrix products and attention, forward and backward

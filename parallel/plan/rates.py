@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Rates:
-    """What a rank reaches, not what its maker states."""
+    """Speeds that a rank reaches in practice; data sheets state higher ones."""
 
     bfloat16: float  # FLOP/s of matrix products
     float32: float

@@ -73,7 +73,7 @@ class Traffic:
 
 
 class AllocationRecorder(TorchDispatchMode):
-    """Counts every storage that an operator returns, from then until nothing refers to it, and what operators do.
+    """Records the work of every operator, and the bytes of every storage that one returns until it is freed.
 
     Sizes are those that tensors ask for. An allocator that rounds up, or caches what was freed, takes more. FSDP2
     frees gathered weights by resizing their storage to zero, which no operator shows: see `watch_resizing`.

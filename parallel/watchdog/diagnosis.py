@@ -76,10 +76,11 @@ def diagnose(
 def diagnoses(
     this_rank: int, own: Diagnosis | None, heartbeats: Mapping[int, Heartbeat], seconds: float
 ) -> Iterator[tuple[int, Diagnosis]]:
-    """The reader's own diagnosis, then those that other ranks would make: the one that it waits for may be excused.
+    """Yield (rank whose wait it explains, diagnosis): the reader's own first, then those of other waiting ranks.
 
-    With the rank from whose wait each begins: one of each call that ranks have waited in for longer than ``seconds``,
-    longest first, unless an earlier one waits for it.
+    Others are needed where the rank that the reader waits for may take longer (a slow span). They are the ranks that
+    have waited for longer than ``seconds``, longest first; a rank on the chain of waits of an earlier one is
+    left out.
     """
     if own is None:
         return

@@ -47,9 +47,9 @@ class Picker(Protocol):
 
 
 class Blend:
-    """Samples of several corpora in fixed shares, by Megatron's greedy blending, of those with a share alone.
+    """Samples of several corpora in fixed shares, by Megatron's greedy blending.
 
-    The blending gives the first corpus the ties, and so a sample also where its share is 0.
+    Only corpora with a share above 0 are blended: ties go to the first one, which would get a sample at share 0 too.
     """
 
     def __init__(self, weights: list[float]) -> None:

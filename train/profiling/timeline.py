@@ -104,7 +104,7 @@ def subtract(slices: list[Slice], gaps: list[Interval]) -> list[Slice]:
 
 
 def outermost(operators: list[Operator]) -> list[Operator]:
-    """Those that are in no other one, in order of time."""
+    """The operators that no other operator contains, in order of time."""
     found: list[Operator] = []
     for one in sorted(operators, key=lambda operator: (operator.start, -operator.end)):
         if not found or one.start >= found[-1].end:

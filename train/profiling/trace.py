@@ -29,7 +29,7 @@ class TorchEvents:
 
     @property
     def operators(self) -> list[Operator]:
-        """Those that compute, with autograd's numbers."""
+        """The events of operators, with autograd's sequence numbers."""
         made = []
         for event in self.compute:
             if event["cat"] in ("cpu_op", *ON_DEVICE):
