@@ -7,16 +7,17 @@ import json
 import os
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from longcat.config import ModelConfig
-from longcat.errors import ConfigError
+from longcat.errors import ConfigError, LongCatError
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 
@@ -31,6 +32,15 @@ class Rounds:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program's ``main`` and exit with its code; a wrong key or input is one line and the code of its kind."""
+    try:
+        raise SystemExit(main())
+    except LongCatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 def device() -> torch.device:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import print_table
+from benchmarks.common import print_table, run_main
 from benchmarks.context_picture import draw
 from longcat.config import ModelConfig
 from longcat.json_text import dumps
@@ -141,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import print_table
+from benchmarks.common import print_table, run_main
 from benchmarks.coordinate_picture import draw
 from longcat.interfaces import local_tensor
 from longcat.json_text import dumps
@@ -230,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

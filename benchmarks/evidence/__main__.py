@@ -10,16 +10,15 @@ A claim is registered by its file in docs/evidence/claims, which is committed be
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 
-from benchmarks.common import print_table
+from benchmarks.common import print_table, run_main
 from benchmarks.evidence import widths
 from benchmarks.evidence.claims import Claim, load
 from benchmarks.evidence.looks import look, seeds_wanted
 from benchmarks.evidence.page import draw
 from benchmarks.evidence.run import run, wanted
-from longcat.errors import OK, LongCatError
+from longcat.errors import OK
 
 
 def status(claims: list[Claim]) -> int:
@@ -45,18 +44,14 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.workers < 1 or not arguments.hours > 0:
         parser.error("--workers must be at least 1 and --hours above 0, or nothing would run")
-    try:
-        known = load() | {widths.NAME: widths.load().claim}
-        if unknown := set(arguments.claims) - set(known):
-            parser.error(f"unknown claims {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-        claims = [known[name] for name in arguments.claims or known]
-        if arguments.action == "run":
-            return run(claims, arguments.workers, arguments.hours)
-        return status(claims) if arguments.action == "status" else draw(list(load().values()))
-    except LongCatError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    known = load() | {widths.NAME: widths.load().claim}
+    if unknown := set(arguments.claims) - set(known):
+        parser.error(f"unknown claims {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    claims = [known[name] for name in arguments.claims or known]
+    if arguments.action == "run":
+        return run(claims, arguments.workers, arguments.hours)
+    return status(claims) if arguments.action == "status" else draw(list(load().values()))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -15,7 +15,7 @@ from benchmarks.evidence.claims import Claim
 from benchmarks.evidence.jobs import Job
 from benchmarks.evidence.looks import judged_job, seeds_wanted
 from benchmarks.evidence.widths import register_forecast
-from longcat.errors import OK, STOPPED, UNHEALTHY, LongCatError
+from longcat.errors import OK, STOPPED, UNHEALTHY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,8 +113,4 @@ class Runner:
 
 
 def run(claims: list[Claim], workers: int, hours: float) -> int:
-    try:
-        return Runner(claims, workers, time.monotonic() + hours * 3600).run()
-    except LongCatError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return Runner(claims, workers, time.monotonic() + hours * 3600).run()
