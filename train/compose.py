@@ -120,9 +120,8 @@ def compose_tree(overrides: list[str], sweep: bool = False) -> Any:
     GlobalHydra.instance().clear()
     with initialize_config_module("configs", version_base="1.3"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="provider=hydra.searchpath")  # a folder that does not exist
-        tree = hydra_compose("config", overrides=[as_hydra_reads(override) for override in overrides])
         check_files(overrides, sweep)
-    return tree
+        return hydra_compose("config", overrides=[as_hydra_reads(override) for override in overrides])
 
 
 def check_files(overrides: list[str], sweep: bool) -> None:

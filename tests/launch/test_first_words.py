@@ -240,7 +240,7 @@ def complete(line: str, folder: Path) -> set[str]:
 def script_for(shell: str) -> str:
     from launch.completion import script
 
-    return script(shell)
+    return script(shell, VERBS)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -293,6 +293,7 @@ def test_choices_are_stored_as_plain_strings() -> None:
     ("text", "sweep", "refusal"),
     [
         ("hydra: {run: {dir: x}}", False, "mine.yaml: hydra.run.dir': Hydra's own settings are fixed"),
+        ("hydra: null", False, "mine.yaml: hydra': Hydra's own settings are fixed"),
         ("hydra: {run: {dir: x}}", True, "mine.yaml: hydra.run.dir': Hydra's own settings are fixed"),
         ("hydra: {sweeper: {max_batch_size: 2}}", False, "hydra.sweeper.max_batch_size' says how a sweep runs"),
         ("hydra: {sweeper: {max_batch_size: 2}}", True, None),
