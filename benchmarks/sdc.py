@@ -6,6 +6,7 @@ It shows the seconds that a rank spends in each kind of check as a share of its 
 step: such a share resolves a tenth of a per cent, where two step times on a shared machine differ by several. Rows
 `every N` are computed from the default's; `period` are the steps until each operator call had its turn, which bound
 the delay in which a lasting fault is found. A replay is a forward and backward more: 100 / `sdc.replay_every` %.
+`--releases` has the time in which a gathered parameter is compared, by the number of its owners, in place of these.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,10 @@ from longcat.ops.calls import set_observer
 from parallel.checksum import digest, keyed_sum
 from parallel.device import keep_freed_memory, make_deterministic
 from parallel.mesh import connect
+from parallel.sdc.ledger import LEDGER
+from parallel.torch_internals import start_fake_world
 from tests.support.distributed import run_ranks
+from tests.support.gathered_units import gathered_unit
 from tests.support.running import RandomSamples
 from train.batches import BatchReader
 from train.checkpoint.state_hash import bits, hash_range
@@ -90,8 +95,9 @@ def install(timer: Timer, stepper: Stepper) -> None:
     import parallel.sdc.ledger as ledger
     import train.sdc.guard as guard
 
-    gathered.digest = timer.around("gathered weights", gathered.digest)  # type: ignore[attr-defined]
-    ledger.digest = timer.around("messages", ledger.digest)  # type: ignore[attr-defined]
+    for module, kind in ((gathered, "gathered weights"), (ledger, "messages")):
+        for name in ("digest", "digests"):
+            setattr(module, name, timer.around(kind, getattr(module, name)))
     ledger.LEDGER.cells = timer.around("messages", ledger.LEDGER.cells)  # type: ignore[method-assign]
     guard.checksums = timer.around("at rest", guard.checksums)  # type: ignore[attr-defined]
     stepper.guard.judge = timer.around("verdict", stepper.guard.judge)  # type: ignore[method-assign]
@@ -146,6 +152,44 @@ def train(words: list[str], rounds: int) -> list[dict[str, Any]]:
     return found
 
 
+def release_times(owners: int, as_on_gpu: bool, rounds: int) -> tuple[float, float]:
+    """Milliseconds, on one thread, to release a gathered parameter of 4096 x 1024 bfloat16 and to sum its cells."""
+    import parallel.sdc.gathered as gathered
+
+    torch.set_num_threads(1)
+    plain = gathered.digest, gathered.digests
+    if as_on_gpu:
+        gathered.digest, gathered.digests = (partial(one, as_on_gpu=True) for one in plain)  # type: ignore[assignment]
+    start_fake_world(0, owners)
+    unit, weights = gathered_unit({"weight": (4096, 1024)}, torch.bfloat16), gathered.GatheredWeights()
+    seconds: list[tuple[float, float]] = []
+    for _ in range(rounds + 1):
+        LEDGER.begin(0, 1, recording=True)
+        start = time.perf_counter()
+        weights._release(unit)
+        middle = time.perf_counter()
+        LEDGER.cells(owners)
+        seconds.append((middle - start, time.perf_counter() - middle))
+    torch.distributed.destroy_process_group()
+    gathered.digest, gathered.digests = plain
+    releases, cells = zip(*seconds[1:], strict=True)
+    return 1e3 * statistics.median(releases), 1e3 * statistics.median(cells)
+
+
+def print_releases(rounds: int) -> None:
+    """The table of `--releases`."""
+    found = [
+        [name, owners, *release_times(owners, as_on_gpu, rounds)]
+        for name, as_on_gpu in (("XXH3", False), ("keyed sum (GPUs')", True))
+        for owners in (8, 64, 1024)
+    ]
+    columns = ["checksum", "owners", "release ms", "cells ms"]
+    print_table(
+        "8 MiB of a parameter", columns, [[str(row[0]), str(row[1]), *(f"{x:.2f}" for x in row[2:])] for row in found]
+    )
+    print_json("sdc_release", {"columns": columns, "rows": found})
+
+
 def rows(measured: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Variant → seconds of a step, per cent of it in each kind of check, and until when a lasting fault is found."""
 
@@ -182,7 +226,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=13312, help="a rank a step")
     parser.add_argument("--micro-batch-tokens", type=int, default=6656)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--releases", action="store_true", help="only time releases by their number of owners")
     arguments = parser.parse_args()
+    if arguments.releases:
+        return print_releases(50 * arguments.rounds)
     speeds = hash_speeds(64 * MIB, 9)
     length = 512
     words = [

@@ -13,17 +13,24 @@ that does not depend on how a tensor is sharded, see `train/checkpoint/state_has
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Any, overload
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
+
+from longcat.documents import to_device
 
 COLUMNS = 1 << 12  # 32-bit words in a row
 ROWS_ON_GPU, ROWS_IN_CACHE = 1 << 10, 1 << 6  # widened at once: 32 MiB on a GPU, 2 MiB in a CPU's cache
 MASK = (1 << 64) - 1
+Words = NDArray[np.uint64]
 Digest = int | Tensor  # a GPU's is a tensor [] int64 on it, until `resolve` fetches it: no wait in between
+Digests = Digest | Words  # one checksum, or of n parts [n], on a GPU int64
 
 
 def digest(tensor: Tensor, as_on_gpu: bool = False) -> Digest:
@@ -34,13 +41,50 @@ def digest(tensor: Tensor, as_on_gpu: bool = False) -> Digest:
     Raises:
         TypeError: the tensor has no memory of its own that can be read (meta, sparse, or a wrapper like DTensor).
     """
+    plain = _plain(tensor)
+    if plain.is_cpu and not as_on_gpu:
+        return xxhash.xxh3_64_intdigest(_memory(plain))
+    return keyed_sum(plain)
+
+
+def digests(
+    parts: Tensor | Sequence[Tensor],
+    sizes: Sequence[int] | None = None,
+    skip: int | None = None,
+    as_on_gpu: bool = False,
+) -> Digests:
+    """The `digest` of each of ``parts`` [n, ...] → [n]. On a GPU the number of kernels does not depend on n.
+
+    An expanded tensor, the same part n times, has one checksum. On a CPU parts may be tensors of their own.
+    ``sizes`` [n]: parts of so many rows follow each other; a GPU's checksums are then sums over rows, not `digest`'s.
+    ``skip``: a part that is left out.
+
+    Raises:
+        TypeError: as `digest`.
+    """
+    if not isinstance(parts, Tensor):
+        return _words([digest(part) for number, part in enumerate(parts) if number != skip])
+    if sizes is None and len(parts) > 1 and not parts.stride(0):
+        return digest(parts[0], as_on_gpu)
+    plain = _plain(parts)
+    if not plain.is_cpu or as_on_gpu:
+        found = keyed_sums(plain) if sizes is None else _segment_sums(plain, sizes)
+        return found if skip is None else torch.cat((found[:skip], found[skip + 1 :]))
+    memory, end, checksums = memoryview(_memory(plain)), 0, []
+    row = plain.nbytes // max(len(plain), 1)
+    for number, size in enumerate([1] * len(plain) if sizes is None else sizes):
+        start, end = end, end + size * row
+        if number != skip:
+            checksums.append(xxhash.xxh3_64_intdigest(memory[start:end]))
+    return _words(checksums)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor in row-major order, copied if it is not."""
     if tensor.layout is not torch.strided or tensor.is_meta or type(tensor).__name__ == "DTensor":
         raise TypeError(f"a checksum needs a tensor's own memory, not a {type(tensor).__name__} on {tensor.device}")
     in_order = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    plain = tensor if in_order else tensor.detach().resolve_conj().resolve_neg().contiguous()
-    if plain.is_cpu and not as_on_gpu:
-        return xxhash.xxh3_64_intdigest(_memory(plain))
-    return keyed_sum(plain.detach().reshape(-1))
+    return (tensor if in_order else tensor.resolve_conj().resolve_neg().contiguous()).detach()
 
 
 def _memory(plain: Tensor) -> ctypes.Array[ctypes.c_char] | bytes:
@@ -50,31 +94,67 @@ def _memory(plain: Tensor) -> ctypes.Array[ctypes.c_char] | bytes:
     return (ctypes.c_char * size).from_address(plain.data_ptr())
 
 
+def _words(checksums: Sequence[Digest]) -> Words:
+    return np.array(checksums, dtype=np.uint64)
+
+
 def keyed_sum(values: Tensor) -> Tensor:
-    """The checksum for GPUs of a flat tensor, as an int64 [] on its device."""
-    num_bytes, device = values.nbytes, values.device
-    raw = values.view(torch.uint8)
-    padding = -num_bytes % 4
-    if padding:
+    """The checksum for GPUs of a contiguous tensor, as an int64 [] on its device."""
+    return keyed_sums(values[None])[0]
+
+
+def keyed_sums(parts: Tensor) -> Tensor:
+    """The checksum for GPUs of each of contiguous ``parts`` [n, ...] → [n] int64 on their device.
+
+    The kernels are as many for many parts as for one, but for one more for each 16 MiB (1 MiB on a CPU).
+    """
+    count, device = len(parts), parts.device
+    num_bytes = parts.nbytes // max(count, 1)
+    if not num_bytes:
+        return torch.zeros(count, dtype=torch.int64, device=device)
+    raw = parts.reshape(-1).view(torch.uint8).view(count, num_bytes)
+    if padding := -num_bytes % 4:
         raw = torch.nn.functional.pad(raw, (0, padding))
-    words = raw.view(torch.int32)
-    columns = keys(COLUMNS, 0, device)
-    whole = words.numel() // COLUMNS * COLUMNS
+    elif raw.storage_offset() % 4:  # begins inside a word of its storage
+        raw = raw.clone()
+    words = raw.view(torch.int32)  # [n, w]
     at_once = ROWS_ON_GPU if device.type == "cuda" else ROWS_IN_CACHE
-    sums = [_row_sums(rows, columns) for rows in words[:whole].view(-1, COLUMNS).split(at_once)] if whole else []
-    if whole < words.numel():
-        sums.append(_row_sums(words[whole:][None], columns[: words.numel() - whole]))
-    if not sums:
-        return torch.full((), num_bytes, dtype=torch.int64, device=device)
-    by_row = torch.cat(sums)
-    row_keys = keys(1 << (by_row.numel() - 1).bit_length(), 1, device)[: by_row.numel()]
-    return (by_row * row_keys).sum() + num_bytes
+    columns = keys(COLUMNS, 0, device)
+    blocks = words.split(max(1, at_once * COLUMNS // words.shape[1]))
+    by_row = _joined([_row_sums(block, columns, at_once) for block in blocks], 0)  # [n, rows of a part]
+    row_keys = keys(1 << (by_row.shape[1] - 1).bit_length(), 1, device)[: by_row.shape[1]]
+    return (by_row * row_keys).sum(1) + num_bytes
 
 
-def _row_sums(rows: Tensor, columns: Tensor) -> Tensor:
-    """Σ over columns of word · key, [rows] int64. CUDA has no integer matrix product."""
-    wide = rows.to(torch.int64)
-    return (wide * columns).sum(1) if rows.is_cuda else torch.mv(wide, columns)
+def _row_sums(words: Tensor, columns: Tensor, at_once: int) -> Tensor:
+    """Σ over columns of word · key, of words [n, w], the last row perhaps shorter → [n, rows] int64."""
+    whole = words.shape[1] // COLUMNS * COLUMNS
+    rows = list(words[:, :whole].unflatten(1, (-1, COLUMNS)).split(at_once, 1)) if whole else []  # [n, ≤ at_once, C]
+    if whole < words.shape[1]:
+        rows.append(words[:, None, whole:])
+    return _joined([_products(some, columns[: some.shape[2]]) for some in rows], 1)
+
+
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
+    """Σ over columns, [n, rows] int64. CUDA has no integer matrix product."""
+    if not rows.is_cpu:
+        return (rows * columns).sum(2)  # widened as it is multiplied
+    return torch.mv(rows.to(torch.int64).reshape(-1, rows.shape[2]), columns).view(rows.shape[:2])
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _segment_sums(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Checksums [n] of parts of ``sizes`` rows each: Σ of the rows' checksums times a key of the place in the part."""
+    device, ends = rows.device, np.cumsum(sizes, dtype=np.int64)
+    bounds = to_device(torch.from_numpy(np.stack((ends - np.array(sizes, dtype=np.int64), ends))), device)  # [2, n]
+    starts = torch.repeat_interleave(bounds[0], bounds[1] - bounds[0], output_size=len(rows))
+    places = torch.arange(len(rows), device=device) - starts
+    row_keys = keys(1 << len(rows).bit_length(), 2, device)
+    until = torch.nn.functional.pad((keyed_sums(rows) * row_keys[places]).cumsum(0), (1, 0))  # modulo 2^64: exact
+    return until[bounds[1]] - until[bounds[0]]
 
 
 @cache
@@ -85,12 +165,17 @@ def keys(count: int, stream: int, device: torch.device) -> Tensor:
     return (drawn | 1).to(device)
 
 
-def resolve(digests: Iterable[Digest]) -> list[int]:
-    """The checksums as numbers from 0 to 2^64 - 1; those on a GPU come in one copy."""
-    found = list(digests)
-    on_device = [one for one in found if isinstance(one, Tensor)]
-    fetched = iter(torch.stack(on_device).tolist() if on_device else ())
-    return [(next(fetched) if isinstance(one, Tensor) else one) & MASK for one in found]
+def resolve(checksums: Iterable[Digests]) -> list[int]:
+    """The checksums as numbers from 0 to 2^64 - 1, one after the other; those on a GPU come in one copy."""
+    return [number for one in fetched(list(checksums)) for number in one.tolist()]
+
+
+def fetched(checksums: Sequence[Digests]) -> list[Words]:
+    """Each as an array [n] on the host, one checksum as [1]; those on a GPU come in one copy."""
+    on_device = [one.reshape(-1) for one in checksums if isinstance(one, Tensor)]
+    copied = torch.cat(on_device).cpu().numpy().view(np.uint64) if on_device else np.zeros(0, np.uint64)
+    pieces = iter(np.split(copied, np.cumsum([len(one) for one in on_device])))
+    return [next(pieces) if isinstance(one, Tensor) else np.array(one, np.uint64, ndmin=1) for one in checksums]
 
 
 def combined(checksums: Iterable[int]) -> int:
@@ -101,8 +186,12 @@ def combined(checksums: Iterable[int]) -> int:
     return number
 
 
-def mix(number: int) -> int:
-    """64 well mixed bits (the finaliser of splitmix64)."""
+@overload
+def mix(number: int) -> int: ...
+@overload
+def mix(number: Words) -> Words: ...
+def mix(number: Any) -> Any:
+    """64 well mixed bits (the finaliser of splitmix64), of a number or of each in an array."""
     number = (number + 0x9E3779B97F4A7C15) & MASK
     number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & MASK

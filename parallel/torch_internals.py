@@ -162,14 +162,14 @@ def on_gradients(group: Any, wanted: Callable[[], bool], complete: Callable[[str
     group.post_backward = with_gradients
 
 
-def gathered_parts(group: Any) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-    """(parameter's name, each owner's padded part of it, in the order of shard ranks) of a group that is gathered."""
+def gathered_parts(group: Any) -> Iterator[tuple[str, Tensor]]:
+    """(parameter's name, each owner's padded part of it [owners, …], by shard ranks) of a group that is gathered."""
     ranks = group.mesh_info.shard_mesh_size
     for parameter in group.fsdp_params:
         (gathered,) = parameter.all_gather_outputs
         dim, shape = parameter.fsdp_placement.dim, list(parameter.padded_sharded_param_size)
-        shape[dim] *= ranks
-        yield parameter._param_fqn, gathered.view(shape).chunk(ranks, dim)
+        shape.insert(dim, ranks)
+        yield parameter._param_fqn, gathered.view(shape).movedim(dim, 0)
 
 
 def local_shard(tensor: DTensor) -> Tensor:

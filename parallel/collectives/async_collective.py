@@ -21,7 +21,7 @@ from torch import Tensor
 
 from parallel.collectives.collective import Collective
 from parallel.collectives.streams import CURRENT_STREAM, StreamContext
-from parallel.sdc.ledger import LEDGER, group_ranks
+from parallel.sdc.ledger import LEDGER
 from parallel.watchdog.events import Event
 from parallel.watchdog.spans import launching, record_launch, wait_span
 
@@ -117,20 +117,14 @@ class InFlight:
 
 def _record_sent(collective: Collective, x: Tensor) -> int:
     """Record what a collective takes to other ranks; returns its number in its group."""
-    if not LEDGER.watches_sends:
+    if not LEDGER.watches_sends or (parts := collective.outgoing(x)) is None:
         return 0
-    channel, ranks = collective.group.group_name, group_ranks(collective.group)
-    number = LEDGER.number(channel)
-    for receivers, part in collective.outgoing(x):
-        LEDGER.send(collective.event.text, channel, number, [ranks[rank] for rank in receivers], part)
-    return number
+    return LEDGER.send_parts(collective.event.text, collective.group, *parts)
 
 
 def _record_received(collective: Collective, result: Tensor, number: int) -> None:
-    if LEDGER.is_watching:
-        channel, ranks = collective.group.group_name, group_ranks(collective.group)
-        for rank, part in collective.incoming(result):
-            LEDGER.receive(collective.event.text, channel, number, ranks[rank], part)
+    if LEDGER.is_watching and (parts := collective.incoming(result)) is not None:
+        LEDGER.receive_parts(collective.event.text, collective.group, number, *parts)
 
 
 @dataclass

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch.distributed as dist
@@ -35,17 +34,13 @@ class Collective(ABC):
     def reverse(self) -> Collective:
         """The collective of the gradients."""
 
-    def outgoing(self, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        """(ranks of the group, what each of them must receive from here) for all other ranks; nothing for sums."""
-        yield from ()
+    def outgoing(self, x: Tensor) -> tuple[Tensor, list[int] | None] | None:
+        """What each rank of the group must receive from here, as in `Ledger.send_parts`; None for sums."""
+        return None
 
-    def incoming(self, out: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(rank of the group, what arrived from it) for each other rank; nothing for sums."""
-        yield from ()
-
-    def _others(self, parts: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        own = self.group.rank()
-        return ((rank, part) for rank, part in enumerate(parts) if rank != own)
+    def incoming(self, out: Tensor) -> tuple[Tensor, list[int] | None] | None:
+        """What arrived from each rank of the group, likewise."""
+        return None
 
 
 class AllToAll(Collective):
@@ -65,11 +60,11 @@ class AllToAll(Collective):
     def reverse(self) -> Collective:
         return AllToAll(self.event, self.group, self.received, self.sent)
 
-    def outgoing(self, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        return (([rank], part) for rank, part in self._others(x.split(self.sent)))
+    def outgoing(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        return x, self.sent
 
-    def incoming(self, out: Tensor) -> Iterator[tuple[int, Tensor]]:
-        return self._others(out.split(self.received))
+    def incoming(self, out: Tensor) -> tuple[Tensor, list[int]]:
+        return out, self.received
 
 
 class AllGather(Collective):
@@ -85,12 +80,11 @@ class AllGather(Collective):
     def reverse(self) -> Collective:
         return ReduceScatter(self.event, self.group)
 
-    def outgoing(self, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        own = self.group.rank()
-        yield [rank for rank in range(self.group.size()) if rank != own], x
+    def outgoing(self, x: Tensor) -> tuple[Tensor, None]:
+        return x.expand(self.group.size(), *x.shape), None
 
-    def incoming(self, out: Tensor) -> Iterator[tuple[int, Tensor]]:
-        return self._others(out.unbind())
+    def incoming(self, out: Tensor) -> tuple[Tensor, None]:
+        return out, None
 
 
 class ReduceScatter(Collective):

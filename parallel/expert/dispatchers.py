@@ -255,7 +255,7 @@ class GatheredRouting:
             self.indices = self.chosen.new_empty(dist.get_world_size(group), *self.chosen.shape)  # [n, T, K]
             with launching(self.event, group):
                 self.work = all_gather(self.indices, self.chosen, group)
-            self.number = LEDGER.send_parts(self.event.text, group, [self.chosen] * dist.get_world_size(group))
+            self.number = LEDGER.send_parts(self.event.text, group, self.chosen.expand_as(self.indices))
             self.chunks = self.indices.split([len(routing.indices) for routing in routings], 1)
             if streams.is_async_host:
                 self.work.wait()

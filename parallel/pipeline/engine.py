@@ -287,7 +287,7 @@ class PipelineEngine:
                     dist.recv(theirs, peer, group=self.group)
         label = Event(SpanKind.EMBEDDING_GRADIENTS).text
         number = LEDGER.number(label)  # a replay exchanges them too
-        LEDGER.send(label, label, number, [peer], mine)
+        LEDGER.send(label, label, number, peer, mine)
         LEDGER.receive(label, label, number, peer, theirs)
         return theirs
 

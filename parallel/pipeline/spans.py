@@ -114,7 +114,7 @@ def traced(batch: Callable[..., list[dist.Work]]) -> Callable[..., list[Any]]:
                 record_send(_event(one), one.tensor.numel() * one.tensor.element_size(), one.peer)
                 if LEDGER.watches_sends:
                     number = LEDGER.number(f"to {one.peer}")
-                    LEDGER.send(_event(one).text, CHANNEL, number, [one.peer], one.tensor)
+                    LEDGER.send(_event(one).text, CHANNEL, number, one.peer, one.tensor)
         single = len(works) == len(operations)  # NCCL makes one work of several operations
         groups = [[one] for one in operations] if single else [operations] * len(works)
         return [_trace(work, group) for work, group in zip(works, groups, strict=True)]

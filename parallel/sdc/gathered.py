@@ -3,7 +3,7 @@
 Each rank of a shard group has gathered every owner's shard and used it. Before FSDP2 frees the memory, the rank
 takes the checksum of each owner's part, and each owner that of its own shard, as it is gathered. So a fault on the
 way, in the copy, or in the memory while the weight is in use is noticed in the same step. An owner's checksum is
-computed once per update: its shard does not change in between.
+computed once per update: its shard does not change in between. All parts of a parameter are read in one batch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from longcat.faults import Place, is_active, passed
 from longcat.model import LongCat
-from parallel.checksum import Digest, digest
-from parallel.sdc.ledger import LEDGER, Entry, group_ranks
+from parallel.checksum import Digest, digest, digests
+from parallel.sdc.ledger import LEDGER
 from parallel.torch_internals import gathered_parts, on_gather_and_release, owned_shards, parameter_groups_of
 
 CHANNEL = "gathered weight"
@@ -52,15 +52,14 @@ class GatheredWeights:
     def _release(self, group: Any) -> None:
         if not LEDGER.recording:
             return
-        ranks = group_ranks(group.mesh_info.shard_process_group)
+        ranks = LEDGER.peers(group.mesh_info.shard_process_group, with_self=True)
         for name, parts in gathered_parts(group):
             if name not in self.owned:
                 self.owned |= {key: digest(shard) for key, shard in owned_shards(group).items()}
             channel = f"{CHANNEL} {name}"
             number = LEDGER.number(channel)
-            LEDGER.put(Entry(name, channel, number, LEDGER.rank, tuple(ranks), True, self.owned[name]))
-            for owner, part in zip(ranks, parts, strict=True):
-                LEDGER.put(Entry(name, channel, number, owner, (LEDGER.rank,), False, digest(part)))
+            LEDGER.put(name, channel, number, ranks, self.owned[name], is_sender=True)
+            LEDGER.put(name, channel, number, ranks, digests(parts), is_sender=False)
 
 
 GATHERED = GatheredWeights()

@@ -26,11 +26,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from parallel.checksum import Digest, combined, digest, resolve
+from parallel.checksum import Digests, combined, digest, fetched
 from parallel.mesh import MeshSizes
 from parallel.reduce import all_gather_object
 from parallel.sdc.finding import Finding, layer_of
-from parallel.sdc.ledger import LEDGER, RECEIVED, Entry
+from parallel.sdc.ledger import LEDGER, RECEIVED
 from parallel.torch_internals import on_gradients, parameter_groups_of
 from parallel.watchdog.events import Event, SpanKind
 
@@ -45,7 +45,7 @@ class Trace:
     """What this rank's models compute while it records."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[str, Digest]] | None = None
+        self._entries: list[tuple[str, Digests]] | None = None
         self._watched: weakref.WeakSet[Any] = weakref.WeakSet()  # modules and groups of parameters
 
     def watch(self, models: Sequence[nn.Module]) -> None:
@@ -61,9 +61,9 @@ class Trace:
                         on_gradients(group, lambda: self._entries is not None, self._note_gradient)
 
     @contextmanager
-    def recorded(self) -> Iterator[list[tuple[str, Digest]]]:
+    def recorded(self) -> Iterator[list[tuple[str, Digests]]]:
         """Record what is computed meanwhile into the list."""
-        entries: list[tuple[str, Digest]] = []
+        entries: list[tuple[str, Digests]] = []
         self._entries = entries
         LEDGER.on_transfer = self._note_transfer
         try:
@@ -79,9 +79,9 @@ class Trace:
 
         return note
 
-    def _note_transfer(self, name: str, checksum: Digest) -> None:
+    def _note_transfer(self, name: str, checksums: Digests) -> None:
         if self._entries is not None and not name.partition(" ")[2].startswith(SUMS):
-            self._entries.append((name, checksum))
+            self._entries.append((name, checksums))
 
     def _note_gradient(self, name: str, gradient: Tensor) -> None:
         if self._entries is not None:
@@ -91,9 +91,10 @@ class Trace:
 TRACE = Trace()
 
 
-def resolved(entries: list[tuple[str, Digest]]) -> Traced:
-    """The entries with their checksums as numbers."""
-    return list(zip((name for name, _ in entries), resolve(value for _, value in entries), strict=True))
+def resolved(entries: list[tuple[str, Digests]]) -> Traced:
+    """The entries with their checksums as numbers; those of a collective's parts are one entry each."""
+    found = fetched([value for _, value in entries])
+    return [(name, value) for (name, _), values in zip(entries, found, strict=True) for value in values.tolist()]
 
 
 @contextmanager
@@ -141,8 +142,8 @@ class Neighbours:
 
 def record(neighbours: Neighbours, rank: int, own: Traced, theirs: Traced) -> None:
     """Enter this rank's two traces into the ledger, which compares them with those of its two neighbours."""
-    LEDGER.put(Entry(CHANNEL, CHANNEL, 1, rank, (neighbours.rank(rank, -1),), True, total_of(own)))
-    LEDGER.put(Entry(CHANNEL, CHANNEL, 1, neighbours.rank(rank, 1), (rank,), False, total_of(theirs)))
+    LEDGER.put(CHANNEL, CHANNEL, 1, [neighbours.rank(rank, -1)], total_of(own), is_sender=True)
+    LEDGER.put(CHANNEL, CHANNEL, 1, [neighbours.rank(rank, 1)], total_of(theirs), is_sender=False)
 
 
 @dataclass(frozen=True)

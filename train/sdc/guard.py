@@ -10,7 +10,7 @@ end_step       checksums of the new state
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +46,7 @@ class RankReport(NamedTuple):
 
     site: Site
     changed: list[str]  # tensors at rest
-    entries: list[Entry]  # of its ledger
+    entries: list[Entry]  # of its ledger, of suspected senders
     checksums: Checksums  # of its state
     operator: OperatorReport | None
     updated: str | None  # a parameter of which a tile of the last update differs
@@ -135,14 +135,14 @@ class Guard:
         if not rows.numel():
             return
         at_rest, in_transfer = bool(rows[:, 0].any()), differs(rows[:, 3:5])
-        replicas = self._split(rows[:, 1]) or len(set(rows[:, 2].tolist())) > 1
+        replicas = self._split(rows[:, 1]) or bool((rows[:, 2] != rows[0, 2]).any())
         in_operators, in_update = bool(rows[:, 5].any()), bool(rows[:, 6].any())
         if not (at_rest or in_transfer or replicas or in_operators or in_update):
             return
         report = RankReport(
             Site.here(self.topology.rank, self.topology.device),
             self.changed,
-            LEDGER.entries if in_transfer else [],
+            LEDGER.entries(rows[:, 3:5]) if in_transfer else [],
             (self.state.checksums if self.checks_state else None) or {},
             self.operators.report(),
             self.updated,
@@ -231,21 +231,15 @@ class Guard:
             combined = mix(combined ^ value)
         return combined >> 12
 
-    def _replica_groups(self) -> list[list[int]]:
-        """Ranks whose weights and moments are equal: those that differ in dp alone."""
+    def _by_replica(self, by_rank: Tensor) -> Tensor:
+        """[ranks] → [groups of ranks whose weights and moments are equal: those that differ in dp alone, dp]."""
         sizes = self.topology.sizes
-        groups: dict[int, list[int]] = defaultdict(list)
-        inner = sizes.fsdp * sizes.cp * sizes.tp
-        for rank in range(self.topology.world_size):
-            groups[rank // (inner * sizes.dp) * inner + rank % inner].append(rank)
-        return [ranks for ranks in groups.values() if sizes.dp > 1]
+        return by_rank.view(-1, sizes.dp, sizes.fsdp * sizes.cp * sizes.tp).transpose(1, 2).flatten(0, 1)
 
     def _split(self, totals: Tensor) -> bool:
         """Whether replicas differ. Under DeepSpeed no two ranks have the same part."""
-        values = totals.tolist()
-        return self.state.store.has_replicas and any(
-            len({values[rank] for rank in ranks}) > 1 for ranks in self._replica_groups()
-        )
+        values = self._by_replica(totals)
+        return self.state.store.has_replicas and bool((values != values[:, :1]).any())
 
     def _state_finding(self, changed_by_rank: list[list[str]]) -> Finding:
         ranks = tuple(rank for rank, names in enumerate(changed_by_rank) if names)
@@ -288,7 +282,8 @@ class Guard:
     def _replica_finding(self, states: list[Checksums]) -> Finding:
         everywhere = list(range(len(states)))
         shared: set[Key] = {(name, ()) for name, _ in (*self.state.replicated(), *self.state.store.replicas())}
-        replicas = self._replica_groups() if self.state.store.has_replicas else []
+        has_replicas = self.state.store.has_replicas
+        replicas = self._by_replica(torch.arange(len(states))).tolist() if has_replicas else []
         compared: list[tuple[list[int], set[Key]]] = [(ranks, set(states[ranks[0]])) for ranks in replicas]
         for ranks, keys in (*compared, (everywhere, shared)):
             for key in sorted(keys):

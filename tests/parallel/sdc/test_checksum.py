@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.checksum import COLUMNS, ROWS_IN_CACHE, Digest, digest, keyed_sum, resolve
+from parallel.checksum import COLUMNS, ROWS_IN_CACHE, Digest, digest, digests, keyed_sum, resolve
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64)
 SIZES = (1, 2, 3, 7, COLUMNS - 1, COLUMNS, COLUMNS + 1, 3 * COLUMNS + 5)
@@ -104,3 +104,70 @@ def test_keyed_sum_does_not_depend_on_rows_at_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("parallel.checksum.ROWS_IN_CACHE", 2)
     assert int(keyed_sum(x)) == expected
     assert int(keyed_sum(x[: 9 * COLUMNS])) != expected
+
+
+@pytest.mark.parametrize("as_on_gpu", [False, True], ids=["xxh3", "keyed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batched_checksums_are_those_of_each_part(dtype: torch.dtype, as_on_gpu: bool) -> None:
+    torch.manual_seed(2)
+    for count in (1, 3, 70):
+        for size in (0, *SIZES[:5], COLUMNS + 1):
+            parts = values(count * size, dtype).view(count, size)
+            expected = resolve(digest(part.clone(), as_on_gpu) for part in parts)
+            assert resolve([digests(parts, as_on_gpu=as_on_gpu)]) == expected
+            assert resolve([digests(parts, skip=0, as_on_gpu=as_on_gpu)]) == expected[1:]
+    parts = values(6 * 40, dtype).view(5, 8, -1)[:, 1:5]
+    assert resolve([digests(parts, as_on_gpu=as_on_gpu)]) == resolve(digest(part, as_on_gpu) for part in parts)
+
+
+def test_parts_of_more_than_a_batch_have_their_own_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = torch.randn(5, 3 * COLUMNS + 7)
+    expected = resolve(keyed_sum(part) for part in parts)
+    for rows in (1, 2, 3, 8):
+        monkeypatch.setattr("parallel.checksum.ROWS_IN_CACHE", rows)
+        assert resolve([digests(parts, as_on_gpu=True)]) == expected
+
+
+@pytest.mark.parametrize("as_on_gpu", [False, True], ids=["xxh3", "keyed"])
+def test_parts_of_unequal_rows_are_told_apart(as_on_gpu: bool) -> None:
+    """A part's checksum depends on its own rows and their order alone; an empty part has one too."""
+    torch.manual_seed(3)
+    sizes = [3, 0, 5, 1]
+    rows = torch.randn(sum(sizes), 9).bfloat16()
+    found = resolve([digests(rows, sizes, as_on_gpu=as_on_gpu)])
+    for part, checksum in zip(rows.split(sizes), found, strict=True):
+        assert resolve([digests(part.clone(), [len(part)], as_on_gpu=as_on_gpu)]) == [checksum]
+    assert resolve([digests(rows, sizes, skip=2, as_on_gpu=as_on_gpu)]) == found[:2] + found[3:]
+    assert len(set(found)) == 4
+    for first, second in ((3, 4), (3, 7)):  # rows of the third part
+        changed = rows.clone()
+        changed[[first, second]] = rows[[second, first]]
+        now = resolve([digests(changed, sizes, as_on_gpu=as_on_gpu)])
+        assert [a == b for a, b in zip(now, found, strict=True)] == [True, True, False, True]
+    zeros = torch.zeros(9, 4)
+    assert len(set(resolve([digests(zeros, sizes, as_on_gpu=as_on_gpu)]))) == 4
+
+
+def test_every_flipped_bit_changes_its_parts_checksum_alone() -> None:
+    torch.manual_seed(4)
+    sizes = [2, 3, 1]
+    rows = values(6 * 5, torch.bfloat16).view(6, 5)
+    for kind in (None, sizes):
+        before, raw = resolve([digests(rows, kind, as_on_gpu=True)]), rows.view(torch.uint8)
+        for row in range(6):
+            for bit in range(8):
+                raw[row, 3] ^= 1 << bit
+                now = resolve([digests(rows, kind, as_on_gpu=True)])
+                raw[row, 3] ^= 1 << bit
+                changed = [i for i, (a, b) in enumerate(zip(now, before, strict=True)) if a != b]
+                assert changed == [row if kind is None else (0, 0, 1, 1, 1, 2)[row]]
+
+
+def test_same_part_for_all_is_read_once() -> None:
+    x = torch.randn(6)
+    assert resolve([digests(x.expand(4, 6))]) == [digest(x)]
+
+
+def test_tensor_that_begins_inside_a_word_has_the_checksum_of_its_copy() -> None:
+    x = torch.randn(9).bfloat16()[1:]
+    assert resolve([keyed_sum(x)]) == resolve([keyed_sum(x.clone())])

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from parallel.sdc.ledger import Entry, mismatches, suspects
+from zlib import crc32
+
+import pytest
+import torch
+
+from parallel.checksum import mix
+from parallel.sdc.ledger import Entry, Ledger, differs, mismatches, modulus, suspects
 
 
 def ends(sender: int, receiver: int, sent: int, arrived: int) -> tuple[Entry, Entry]:
@@ -43,3 +49,63 @@ def test_receiver_that_alone_differs_is_suspected() -> None:
     arrived = [Entry("weight", "gather", 1, 0, (rank,), False, 8 if rank == 2 else 7) for rank in range(3)]
     (found,) = mismatches([[sent, arrived[0]], [arrived[1]], [arrived[2]]])
     assert suspects(found) == (2,)
+
+
+def ledger(rank: int) -> Ledger:
+    made = Ledger()
+    made.begin(rank, 1, recording=True)
+    return made
+
+
+def test_cells_are_the_sums_of_each_transfers_number() -> None:
+    world, checksums = 4, [2**64 - 1, 5, 1 << 63]
+    one = ledger(2)
+    one.put("dispatch", "ep", 7, [0, 1, 3], torch.tensor([-1, 5, -(1 << 63)]), is_sender=True)
+    one.put("weight", "gather", 1, [0, 1, 2, 3], 9, is_sender=True)
+    one.put("weight", "gather", 1, [3, 0], torch.tensor([4, 9]), is_sender=False)
+    expected = [[0, 0] for _ in range(world)]
+    sent = [(7, "ep", 2, peer, value) for peer, value in zip((0, 1, 3), checksums, strict=True)]
+    sent += [(1, "gather", 2, peer, 9) for peer in range(4)]
+    arrived = [(1, "gather", 3, 2, 4), (1, "gather", 0, 2, 9)]
+    for sign, transfers in ((1, sent), (-1, arrived)):
+        for number, channel, sender, receiver, checksum in transfers:
+            value = sign * mix(checksum ^ mix(crc32(channel.encode()) << 32 | number))
+            expected[sender][0] += value
+            expected[receiver][1] += value
+    assert one.cells(world).tolist() == [[value % (1 << 40) for value in row] for row in expected]
+
+
+@pytest.mark.parametrize("world", [1, 2, 8192, 8193, 10_240, 100_000])
+def test_sum_of_all_ranks_cells_is_exact(world: int) -> None:
+    """Of a weight that a rank sends to all others: no false alarm, and an alarm if the last receiver differs."""
+    ranks = range(world)
+    sender, receiver, wrong = ledger(0), ledger(1), ledger(1)
+    sender.put("weight", "gather", 1, ranks, 77, is_sender=True)
+    receiver.put("weight", "gather", 1, [0], 77, is_sender=False)
+    wrong.put("weight", "gather", 1, [0], 76, is_sender=False)
+    own, theirs, other = (float(one.cells(max(world, 2))[0, 0]) for one in (sender, receiver, wrong))
+    total = own
+    for _ in range(world - 1):
+        total += theirs
+    cells = torch.zeros(max(world, 2), 2, dtype=torch.float64)
+    for last, alarm in ((theirs, False), (other, True)):
+        cells[0, 0] = total + last
+        assert differs(cells) == alarm
+    assert world * (modulus(world) - 1) <= 1 << 53
+
+
+def test_cells_that_are_no_number_differ() -> None:
+    """As a flipped bit in the sum may leave them."""
+    for value in (float("nan"), float("inf"), 0.5):
+        assert differs(torch.tensor([[value, 0.0]], dtype=torch.float64))
+    assert not differs(torch.tensor([[0.0, 3.0 * modulus(1)]], dtype=torch.float64))
+
+
+def test_only_suspected_senders_transfers_are_listed() -> None:
+    receiver = ledger(1)
+    receiver.put("weight", "gather", 1, [0, 1, 2], torch.tensor([5, 6, 7]), is_sender=False)
+    receiver.put("weight", "gather", 1, [0, 1, 2], 6, is_sender=True)
+    cells = receiver.cells(3)
+    assert len(receiver.entries(cells)) == 6
+    cells[:2, 0] = 0.0
+    assert receiver.entries(cells) == [Entry("weight", "gather", 1, 2, (1,), False, 7)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from longcat.errors import CorruptionError
+from parallel.mesh import MeshSizes
 from tests.support.running import NARROW, TINY, RandomSamples, exit_json, finish, program, trained_state
 from train.batches import BatchReader
+from train.sdc.guard import Guard
 from train.step import Stepper
 
 
@@ -44,3 +47,16 @@ def test_corrupt_counts_end_both_ranks_with_code_5(overrides: list[str], tmp_pat
     assert errors.count("silent data corruption in step 3: expert counts, layer 0 on rank 0 (") == 1
     record = exit_json(tmp_path / "run")
     assert record["code"] == 5 and [one["rank"] for one in record["finding"]["suspects"]] == [0, 1]
+
+
+def test_replicas_are_the_ranks_that_differ_in_dp_alone() -> None:
+    guard = Guard.__new__(Guard)
+    guard.state = SimpleNamespace(store=SimpleNamespace(has_replicas=True))  # type: ignore[assignment]
+    sizes = MeshSizes(dp=2, fsdp=3, cp=1, tp=2, pp=2, ep=1)
+    guard.topology = SimpleNamespace(sizes=sizes)  # type: ignore[assignment]
+    groups = [[rank, rank + 6] for stage in (0, 12) for rank in range(stage, stage + 6)]
+    assert guard._by_replica(torch.arange(24)).tolist() == groups
+    totals = torch.arange(24, dtype=torch.float64) % 6
+    assert not guard._split(totals)
+    totals[13] += 1
+    assert guard._split(totals)
