@@ -184,3 +184,16 @@ def test_checks_for_corruption_wait_a_few_times() -> None:
     (found,) = rehearsals([{"overrides": overrides, "world_size": 8, "ranks": [3]}])
     print(found[3]["copies"])
     assert sum(found[3]["copies"].values()) < 40
+
+
+@pytest.mark.long
+def test_checks_of_transfers_hardly_grow_with_owners() -> None:
+    """Of the weights of a layer: 64 owners, and 512, whose parts are shorter than a row more often."""
+    checks = ["sdc.every=1", "sdc.at_rest=false", "sdc.replay_every=0"]
+    kept = [*FLASH, *checks, "model.num_layers=1", "parallel.tp=4", "parallel.ep=64"]
+    totals = []
+    for ranks in (256, 2048):
+        overrides = [*kept, f"train.global_batch_size={ranks // 4}"]
+        (found,) = rehearsals([{"overrides": overrides, "world_size": ranks, "ranks": [76], "length": 4096}])
+        totals.append(sum(found[76]["operators"].values()))
+    assert totals[1] < 1.2 * totals[0]
