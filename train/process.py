@@ -25,7 +25,7 @@ from longcat.errors import (
 )
 from parallel.sizes import world_from_environment
 from parallel.watchdog import watchdog
-from parallel.watchdog.diagnosis import Cause
+from parallel.watchdog.diagnosis import HangCause
 from parallel.watchdog.errors import causes
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span
@@ -119,7 +119,7 @@ def hang_details(finding: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Fields of exit.json for a run that the watchdog ends: `hang`, or a lost store as the cause."""
     if finding is None:
         return {}
-    return SilentStoreError.details if finding["kind"] == Cause.STORE_LOST else {"hang": finding}
+    return SilentStoreError.details if finding["kind"] == HangCause.STORE_LOST else {"hang": finding}
 
 
 _REPORTING = threading.Lock()

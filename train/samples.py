@@ -45,15 +45,15 @@ def open_samples(config: Config, split: Literal["train", "validation"], writes: 
 
 
 @dataclass(frozen=True)
-class Padding:
-    """Of packed samples (`data.packing=best_fit`): it is computed, but is no token of text and in no FLOPs."""
+class PaddingShare:
+    """Padding of packed samples (`data.packing=best_fit`): it is computed, and counts as no tokens and no FLOPs."""
 
     share: float = 0.0  # of the positions
     source: str = ""  # where the share is from, for people; empty without packing
     num_samples: int = 0  # of one epoch of every corpus, where they were counted
 
 
-def find_padding(config: Config, stage: int = 0) -> Padding:
+def find_padding(config: Config, stage: int = 0) -> PaddingShare:
     """The padding in stage ``stage`` of `data.stages` (0 = before the first). Writes nothing.
 
     None is assumed where a corpus is not on this machine.
@@ -62,22 +62,22 @@ def find_padding(config: Config, stage: int = 0) -> Padding:
         ConfigError: the corpora are here, and a run would refuse them.
     """
     if config.data.packing != Packing.best_fit:
-        return Padding()
+        return PaddingShare()
     missing = [prefix for prefix in config.data.paths if not Path(f"{prefix}.idx").exists()]
     if missing:
-        return Padding(source=f"none assumed: {missing[0]} is not here")
+        return PaddingShare(source=f"none assumed: {missing[0]} is not here")
     return padding_of(open_samples(config, "train", writes=False), stage)
 
 
-def padding_of(samples: TokenSamples, stage: int = 0) -> Padding:
+def padding_of(samples: TokenSamples, stage: int = 0) -> PaddingShare:
     """The padding of samples that are open; see `find_padding`."""
     if not samples.is_packed:
-        return Padding()
+        return PaddingShare()
     count, share = samples.padding(stage)
-    return Padding(share, f"{share:.2%} of the positions, by the sample index", count)
+    return PaddingShare(share, f"{share:.2%} of the positions, by the sample index", count)
 
 
-def size_rows(config: Config, padding: Padding) -> list[tuple[str, str]]:
+def size_rows(config: Config, padding: PaddingShare) -> list[tuple[str, str]]:
     """Rows (name, value) for people: batch, steps, what of it is padding, and stages."""
     train = config.train
     tokens = train.global_batch_size * train.sequence_length

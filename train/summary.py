@@ -13,7 +13,7 @@ from parallel.memory import in_a_step, state_bytes
 from parallel.mesh import Topology
 from train.check import batch_shape
 from train.config import Config
-from train.samples import Padding, size_rows
+from train.samples import PaddingShare, size_rows
 
 
 def derived_values(config: Config, peak: float, chunks: ChunkChoice | None = None) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def header(
     parts: list[LongCat],
     peak: float,
     peak_source: str,
-    padding: Padding,
+    padding: PaddingShare,
     chunks: ChunkChoice | None = None,
 ) -> list[tuple[str, str]]:
     """(name, value) lines of the terminal's panel."""

@@ -71,7 +71,7 @@ class TransferConfig:
 
 
 @dataclass(frozen=True)
-class Value:
+class TransferredValue:
     """A value of the target's configuration, and where it comes from."""
 
     value: Any
@@ -154,18 +154,18 @@ def finished_run(folder: Path) -> dict[str, Any]:
     return as_mapping(config)
 
 
-def given_keys(overrides: list[str], full: Config, plain: Config) -> dict[str, Value]:
+def given_keys(overrides: list[str], full: Config, plain: Config) -> dict[str, TransferredValue]:
     """The keys that the command line sets, and those of the choices that it makes, for instance schedule=cosine."""
     named = {text.partition("=")[0].lstrip("+") for text in overrides if "=" in text} - {"model"}
     before, after = flatten(as_mapping(plain)), flatten(as_mapping(full))
     return {
-        key: Value(value, "given on the command line")
+        key: TransferredValue(value, "given on the command line")
         for key, value in after.items()
         if value != before[key] or any(key == name or key.startswith(f"{name}.") for name in named)
     }
 
 
-def check_scope(stored: dict[str, Any], full: Config, given: dict[str, Value], allowed: list[str]) -> float:
+def check_scope(stored: dict[str, Any], full: Config, given: dict[str, TransferredValue], allowed: list[str]) -> float:
     """s; raises ConfigError where the models differ in more than their width, unless that is allowed."""
     old, new = ModelConfig.from_mapping(stored["model"]), full.model
     width = Fraction(new.hidden_size, old.hidden_size)
@@ -199,32 +199,32 @@ def check_scope(stored: dict[str, Any], full: Config, given: dict[str, Value], a
     return float(width)
 
 
-def carried(stored: dict[str, Any], plain: Config, width: float, proxy: Path) -> dict[str, Value]:
+def carried(stored: dict[str, Any], plain: Config, width: float, proxy: Path) -> dict[str, TransferredValue]:
     """The target's values by dotted key: the proxy's, changed where the width changes them."""
     flat, default = flatten(stored), flatten(as_mapping(plain))
     kept = [key for key in flat if key in KEYS or key.partition(".")[0] in SECTIONS]
     carried_too = ("data.", *(f"model.{name}" for name in CARRIED))
     kept += [key for key in flat if key.startswith(carried_too) and flat[key] != default[key]]
-    values = {key: Value(flat[key], f"as {proxy}") for key in kept}
+    values = {key: TransferredValue(flat[key], f"as {proxy}") for key in kept}
     return values | scaled(flat, width)
 
 
-def scaled(flat: dict[str, Any], width: float) -> dict[str, Value]:
+def scaled(flat: dict[str, Any], width: float) -> dict[str, TransferredValue]:
     """The values that change with the width: initial scales, rates by role, weight decay and ε."""
     values = {}
     for role in TRAINED:
         rule, key = RULES[role], f"optim.lr_scale.{role.value}"
         source = "Table 1" if rule.in_table else "not in Table 1"
         origin = f"{flat[key]:g}{times(rule.rate)} ({source})"
-        values[key] = Value(product(flat[key], width**rule.rate), origin)
+        values[key] = TransferredValue(product(flat[key], width**rule.rate), origin)
     for role in (Role.embedding, Role.hidden):
         rule, key = RULES[role], f"model.{RULES[role].initial.value}"
         origin = f"{flat[key]:g}{times(rule.variance, '√')} (Table 1: initial variance)"
-        values[key] = Value(product(flat[key], width ** (rule.variance / 2)), origin)
+        values[key] = TransferredValue(product(flat[key], width ** (rule.variance / 2)), origin)
     for key, power, why in (("weight_decay", 1, "rate × decay stays"), ("eps", -1, "gradients shrink")):
         old = flat[f"optim.{key}"]
         origin = f"{old:g}{times(power)}: {why} (not in Table 1)"
-        values[f"optim.{key}"] = Value(product(old, width**power), origin)
+        values[f"optim.{key}"] = TransferredValue(product(old, width**power), origin)
     return values
 
 
@@ -253,16 +253,16 @@ def header(proxy: Path, stored: dict[str, Any], full: Config, width: float, allo
     return lines
 
 
-def write(path: Path, comment: list[str], model: str, values: dict[str, Value]) -> None:
+def write(path: Path, comment: list[str], model: str, values: dict[str, TransferredValue]) -> None:
     """Write the experiment: comment, model, values by section, each with its origin."""
     lines = ["# @package _global_", *(f"# {line}" for line in comment)]
     lines += ["defaults:", f"  - override /model: {model}"]
-    values = {**values, "run.name": values.get("run.name", Value(path.stem, "this file's name"))}
+    values = {**values, "run.name": values.get("run.name", TransferredValue(path.stem, "this file's name"))}
     lines += nested(values)
     write_whole(path, "\n".join(lines) + "\n")
 
 
-def nested(values: dict[str, Value]) -> Iterator[str]:
+def nested(values: dict[str, TransferredValue]) -> Iterator[str]:
     """Dotted keys as lines of nested YAML, sections in the order of the configuration."""
     order = {key: number for number, key in enumerate(flatten(as_mapping(Config())))}
     opened: list[str] = []

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from launch.nodes.claims import Claim, ClaimError, Claims
 from launch.nodes.link import Link, OtherProgramError, StoreLostError, difference
-from launch.nodes.rendezvous import Place
+from launch.nodes.rendezvous import RendezvousParameters
 from launch.nodes.store import DEPARTED_SECONDS, IN_USE, READY, Identity
 from launch.signals import blocked_requests
 from longcat.errors import ConfigError
@@ -42,7 +42,12 @@ class Meeting:
     link: Link
 
     def __init__(
-        self, place: Place, identity: Identity, claims: Claims | None, timeout: float, stopped: Callable[[], bool]
+        self,
+        place: RendezvousParameters,
+        identity: Identity,
+        claims: Claims | None,
+        timeout: float,
+        stopped: Callable[[], bool],
     ) -> None:
         self.place, self.identity, self.claims, self.timeout, self.stopped = place, identity, claims, timeout, stopped
         self.server: subprocess.Popen[str] | None = None

@@ -12,7 +12,7 @@ from launch.fleet import GRACE_SECONDS
 from launch.nodes.claims import Claims
 from launch.nodes.link import END, INCARNATION, STOP, Link, StoreLostError
 from launch.nodes.meeting import Meeting, describe_self
-from launch.nodes.rendezvous import Place, find_identity
+from launch.nodes.rendezvous import RendezvousParameters, find_identity
 from launch.pace import leader_pause, node_pause
 from launch.signals import Signals
 from launch.supervisor.recall import Earlier
@@ -31,7 +31,7 @@ BEFORE_RANKS = "stopped before the ranks started; nothing was trained"
 class Member:
     """This node among the nodes of the run."""
 
-    def __init__(self, config: Config, place: Place, processes: int, signals: Signals) -> None:
+    def __init__(self, config: Config, place: RendezvousParameters, processes: int, signals: Signals) -> None:
         self.config, self.place, self.processes = config, place, processes
         self.signals, self.settings = signals, config.launch
         self.identity = find_identity(config.run.folder, os.environ)

@@ -26,7 +26,7 @@ from launch.nodes.link import (
     StoreLostError,
 )
 from launch.nodes.member import BEFORE_RANKS, POLL_SECONDS, Member
-from launch.nodes.rendezvous import Place
+from launch.nodes.rendezvous import RendezvousParameters
 from launch.nodes.store import RANKS_PORT
 from launch.ranks import LocalRanks
 from launch.signals import Signals
@@ -44,7 +44,7 @@ LOST_SECONDS = 2.0  # for ranks to end by themselves when the store, and theirs 
 PORT_SECONDS = 0.1  # between looks for the port of the ranks' store
 
 
-def run_node(overrides: list[str], config: Config, place: Place, processes: int) -> int:
+def run_node(overrides: list[str], config: Config, place: RendezvousParameters, processes: int) -> int:
     """Train with this node's share of the ranks; returns the run's exit code, the same on every node."""
     from train.check import check
 
@@ -62,7 +62,9 @@ def run_node(overrides: list[str], config: Config, place: Place, processes: int)
 class Node(Member):
     """This node's part in the run: it does what assignments say, and on the first node a thread decides on them."""
 
-    def __init__(self, overrides: list[str], config: Config, place: Place, processes: int, signals: Signals) -> None:
+    def __init__(
+        self, overrides: list[str], config: Config, place: RendezvousParameters, processes: int, signals: Signals
+    ) -> None:
         super().__init__(config, place, processes, signals)
         self.overrides = tuple(overrides)
         self.exit_before = exit_written(config.run.folder)

@@ -19,8 +19,8 @@ SLURM_START = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
 
 
 @dataclass(frozen=True)
-class Place:
-    """This node's place in the job. ``id`` is Slurm's, None where the order of arrival decides."""
+class RendezvousParameters:
+    """Where this node meets the others, and as what; ``id`` is Slurm's, None where the order of arrival decides."""
 
     nodes: int
     name: str
@@ -57,7 +57,7 @@ def num_nodes(config: LaunchConfig, environment: Mapping[str, str]) -> int:
     return config.nodes or slurm_nodes(environment) or 1
 
 
-def find_place(config: LaunchConfig, environment: Mapping[str, str]) -> Place | None:
+def find_place(config: LaunchConfig, environment: Mapping[str, str]) -> RendezvousParameters | None:
     """Read keys and Slurm's environment; None for a run on one machine.
 
     Raises:
@@ -80,7 +80,7 @@ def find_place(config: LaunchConfig, environment: Mapping[str, str]) -> Place | 
         )
     identity = int(environment["SLURM_NODEID"]) if in_step is not None else None
     if config.rendezvous:
-        return Place(nodes, name, *split_address(config.rendezvous), identity, hosts)
+        return RendezvousParameters(nodes, name, *split_address(config.rendezvous), identity, hosts)
     if in_step is None:
         raise ConfigError(
             f"launch.nodes={nodes} needs launch.rendezvous=HOST:PORT, the first node's address, the same on every node"
@@ -90,7 +90,7 @@ def find_place(config: LaunchConfig, environment: Mapping[str, str]) -> Place | 
     port = FIRST_PORT + (job * 64 + restart * 8 + step) % NUM_PORTS
     if not hosts:
         raise ConfigError("Slurm names no nodes (SLURM_STEP_NODELIST); give launch.rendezvous=HOST:PORT")
-    return Place(nodes, name, hosts[0], port, identity, hosts)
+    return RendezvousParameters(nodes, name, hosts[0], port, identity, hosts)
 
 
 def find_identity(folder: Path, environment: Mapping[str, str]) -> Identity:

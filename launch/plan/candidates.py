@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from launch.plan.cluster import Cluster
-from launch.plan.links import Pattern, group_of, seconds
+from launch.plan.links import TrafficPattern, group_of, seconds
 from launch.plan.plan import check
 from longcat.counts import flops_per_token
 from parallel.capacity import needs
@@ -83,17 +83,17 @@ def estimate(config: Config, ranks: int, cluster: Cluster) -> Candidate:
     rows = positions * model.expected_ffn_experts * model.hidden_size * 2
     messages = 4 * layers * again * count
     sent = rows * (1 - 1 / sizes.ep) * 4 * layers * again
-    total = seconds(cluster, group_of("ep", sizes), Pattern.all_to_all, sent, messages)
+    total = seconds(cluster, group_of("ep", sizes), TrafficPattern.all_to_all, sent, messages)
     latents = 2 * (model.kv_lora_rank + model.qk_rope_head_dim) * positions * (sizes.cp - 1) * 4 * layers
-    total += seconds(cluster, group_of("cp", sizes), Pattern.ring, latents, 4 * layers * count)
+    total += seconds(cluster, group_of("cp", sizes), TrafficPattern.ring, latents, 4 * layers * count)
     columns = 2 * model.hidden_size * positions * (sizes.tp - 1) * 8 * layers
-    total += seconds(cluster, group_of("tp", sizes), Pattern.ring, columns, 8 * layers * count)
+    total += seconds(cluster, group_of("tp", sizes), TrafficPattern.ring, columns, 8 * layers * count)
     counted, times = elements(model), 2 * count + 2 if sizes.pp == 1 else 3  # gradients are float32: two gathers
     experts = 2 * counted.experts / sizes.ep / sizes.pp * (1 - 1 / sizes.efsdp) * times
     dense = (
         2 * (counted.tp_sharded / sizes.tp + counted.tp_replicated) / sizes.pp * (1 - 1 / sizes.dense_shards) * times
     )
-    sharding = seconds(cluster, group_of("efsdp", sizes), Pattern.ring, experts, layers * times)
-    sharding += seconds(cluster, group_of("fsdp", sizes), Pattern.ring, dense, layers * times)
+    sharding = seconds(cluster, group_of("efsdp", sizes), TrafficPattern.ring, experts, layers * times)
+    sharding += seconds(cluster, group_of("fsdp", sizes), TrafficPattern.ring, dense, layers * times)
     total += max(0.0, sharding - compute) if sizes.pp == 1 else sharding
     return Candidate(config, sizes, compute + bubble + total)

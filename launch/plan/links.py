@@ -9,7 +9,7 @@ from launch.plan.cluster import Cluster
 from parallel.mesh import MeshSizes
 
 
-class Pattern(StrEnum):
+class TrafficPattern(StrEnum):
     """How a group's messages use links."""
 
     all_to_all = "all_to_all"  # as many bytes to each rank
@@ -42,7 +42,7 @@ def group_of(axis: str, sizes: MeshSizes) -> Group:
     }[axis]
 
 
-def seconds(cluster: Cluster, group: Group, pattern: Pattern, num_bytes: float, count: float = 1.0) -> float:
+def seconds(cluster: Cluster, group: Group, pattern: TrafficPattern, num_bytes: float, count: float = 1.0) -> float:
     """Seconds in which a rank sends ``num_bytes`` to others of its group, in ``count`` messages."""
     if group.size == 1 or not count:
         return 0.0
@@ -53,12 +53,12 @@ def seconds(cluster: Cluster, group: Group, pattern: Pattern, num_bytes: float, 
     if here == group.size:
         return num_bytes / inside + latency
     # On CPUs a rank sends to each other one (parallel/collectives/point_to_point.py)
-    if pattern == Pattern.all_to_all or (pattern == Pattern.ring and not cluster.on_gpu):
+    if pattern == TrafficPattern.all_to_all or (pattern == TrafficPattern.ring and not cluster.on_gpu):
         others = group.size - 1
         return (
             max(num_bytes * (here - 1) / others / inside, num_bytes * (others - here + 1) / others / network) + latency
         )
-    if pattern == Pattern.ring:  # the node's ranks share what comes over the network
+    if pattern == TrafficPattern.ring:  # the node's ranks share what comes over the network
         return max(num_bytes * (here > 1) / inside, num_bytes / here / network) + latency
     return num_bytes / network + latency
 

@@ -24,7 +24,7 @@ from parallel.mesh import MeshSizes, resolve_sizes
 from train.check import batch_shape, check_batch
 from train.compose import compose
 from train.config import ComputeDtype, Config
-from train.samples import Padding, find_padding
+from train.samples import PaddingShare, find_padding
 from train.stages import check_each_stage, segments_of, stage_config
 
 IMBALANCES = (1.0, 1.5, 2.0)  # rows that a rank's experts receive, over their fair share
@@ -94,7 +94,7 @@ class Planned:
     sizes: MeshSizes
     micro_batches: int  # of a data rank
     memory: list[Memory]
-    padding: Padding  # of packed samples: planned like text, but not counted
+    padding: PaddingShare  # of packed samples: planned like text, but not counted
     flops: float  # the model's, of a step, all ranks: 6 per active parameter and token of text, and causal attention
     executed: float  # what the ranks compute, with recomputation
     times: dict[float, StepTimes]  # by imbalance
@@ -149,7 +149,7 @@ def plan(
     options: PlanOptions,
     with_knobs: bool = True,
     factors: tuple[float, ...] = IMBALANCES,
-    padding: Padding | None = None,
+    padding: PaddingShare | None = None,
 ) -> Planned:
     """Plan a run at the imbalances ``factors``, 1 among them. Process groups of this process must not exist.
 

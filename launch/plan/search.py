@@ -14,8 +14,8 @@ from train.config import Config
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search has seen."""
+class SearchResult:
+    """The layouts that a search has tried."""
 
     fitting: list[Planned]  # the fastest first
     too_large: list[Planned]  # traced, and more than a GPU has
@@ -24,7 +24,7 @@ class Found:
     refusal: str  # of the layout that was asked for, if it is refused, with what works; "" otherwise
 
 
-def search(config: Config, options: PlanOptions) -> Found:
+def search(config: Config, options: PlanOptions) -> SearchResult:
     """Try the layouts of ``options.ranks`` GPUs; by formula first, then the best of them by their traces.
 
     Raises:
@@ -58,10 +58,10 @@ def search(config: Config, options: PlanOptions) -> Found:
         padding = traced[-1].padding
     order = sorted(traced, key=lambda found: found.times[1.0].seconds)
     fitting, too_large = ([found for found in order if found.fits() is fits] for fits in (True, False))
-    return Found(fitting, too_large, len(candidates), refused, refusal)
+    return SearchResult(fitting, too_large, len(candidates), refused, refusal)
 
 
-def lines(found: Found, options: PlanOptions, memory: float) -> list[str]:
+def lines(found: SearchResult, options: PlanOptions, memory: float) -> list[str]:
     """The table of a search."""
     rows = [
         f"{options.ranks:,} × {options.cluster}: {found.accepted:,} layouts are possible, {found.refused:,} refused."

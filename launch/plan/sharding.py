@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from launch.plan.links import Pattern, group_of, seconds
+from launch.plan.links import TrafficPattern, group_of, seconds
 from launch.plan.step import BACKWARD, FORWARD, PhaseTimes, Step
 from launch.plan.summary import Summary
 from longcat.counts import count_parameters
@@ -96,6 +96,6 @@ def expert_share(step: Step, root: bool = True) -> float:
 def _seconds(step: Step, num_bytes: float, count: float, experts: float) -> float:
     """Seconds of collectives of weights or gradients: the share ``experts`` over efsdp, the others over all shards."""
     return sum(
-        seconds(step.cluster, group_of(axis, step.sizes), Pattern.ring, num_bytes * part, count * part)
+        seconds(step.cluster, group_of(axis, step.sizes), TrafficPattern.ring, num_bytes * part, count * part)
         for axis, part in (("efsdp", experts), ("fsdp", 1 - experts))
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.plan.links import where
 from launch.plan.plan import Planned
-from launch.plan.search import Found
+from launch.plan.search import SearchResult
 from longcat.counts import count_parameters, human
 from longcat.json_text import dumps
 from parallel.memory import mib
@@ -22,7 +22,7 @@ def as_json(found: Planned) -> str:
     return dumps(_as_mapping(found), indent=2)
 
 
-def search_as_json(found: Found, nearest: str) -> str:
+def search_as_json(found: SearchResult, nearest: str) -> str:
     """A search for machines: each traced layout as `as_json` has it, the fastest first; ``nearest`` is a sentence."""
     layouts = {name: [_as_mapping(one) for one in getattr(found, name)] for name in ("fitting", "too_large")}
     numbers = {name: getattr(found, name) for name in ("accepted", "refused", "refusal")}

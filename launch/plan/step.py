@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from launch.plan.cluster import Cluster
-from launch.plan.links import Group, Pattern, group_of, seconds, where
+from launch.plan.links import Group, TrafficPattern, group_of, seconds, where
 from longcat.counts import count_parameters
 from parallel.layout import BatchShape
 from parallel.mesh import MeshSizes
@@ -18,7 +18,7 @@ FORWARD, BACKWARD = SpanKind.FORWARD.value, SpanKind.BACKWARD.value
 
 
 @dataclass
-class Line:
+class AxisTraffic:
     """What a rank sends in a step over one mesh axis, and what it costs."""
 
     axis: str
@@ -39,7 +39,7 @@ class Step:
     batch: BatchShape
     cluster: Cluster
     imbalance: float = 1.0
-    lines: dict[str, Line] = field(default_factory=dict)
+    lines: dict[str, AxisTraffic] = field(default_factory=dict)
 
     @cached_property
     def one_node(self) -> Cluster:
@@ -53,7 +53,7 @@ class Step:
         return max(1.0, ranks / self.cluster.cores) if self.cluster.cores else 1.0
 
     def send(
-        self, axis: str, what: str, pattern: Pattern, num_bytes: float, count: float, window: float, times: float
+        self, axis: str, what: str, pattern: TrafficPattern, num_bytes: float, count: float, window: float, times: float
     ) -> float:
         """Count messages that overlap with ``window`` seconds, ``times`` a step → their exposed seconds, once."""
         group = group_of(axis, self.sizes)
@@ -65,11 +65,11 @@ class Step:
     def add(self, axis: str, what: str, num_bytes: float, taken: float, exposed: float, count: float) -> None:
         if not num_bytes:
             return
-        line = self.lines.setdefault(what, Line(axis, what, group_of(axis, self.sizes)))
+        line = self.lines.setdefault(what, AxisTraffic(axis, what, group_of(axis, self.sizes)))
         line.num_bytes += num_bytes
         line.seconds += taken
         line.exposed += exposed
-        line.work += seconds(self.one_node, line.group, Pattern.ring, num_bytes, count)
+        line.work += seconds(self.one_node, line.group, TrafficPattern.ring, num_bytes, count)
 
     def seconds_on(self, link: str) -> float:
         """Seconds of a step in which what was added so far uses a link, as `where` names it."""

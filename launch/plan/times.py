@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launch.plan.cluster import Cluster
-from launch.plan.links import Pattern, group_of, seconds, where
+from launch.plan.links import TrafficPattern, group_of, seconds, where
 from launch.plan.sharding import exposed_sharding, pipeline_sharding
-from launch.plan.step import FORWARD, Line, PhaseTimes, Step
+from launch.plan.step import FORWARD, AxisTraffic, PhaseTimes, Step
 from launch.plan.summary import Summary, backward_kinds
 from longcat.counts import count_parameters, flops_per_token
 from parallel.chunks import LayerTimes, backward_of, choose_chunks, exposed_share, waiting_seconds
@@ -36,7 +36,7 @@ class StepTimes:
     seconds: float
     compute: float  # seconds in which the busiest rank computes
     bubble: float  # share of the pipeline's time in which a rank waits for others, on average
-    lines: list[Line]
+    lines: list[AxisTraffic]
     layer: LayerTimes | None  # of one shortcut layer's forward, if its experts are on several ranks
     chunks: int  # that choose_chunks takes for it
     exposed: dict[int, float]  # by the number of chunks: the share of a layer in which nothing is computed
@@ -179,8 +179,8 @@ def layer_times(step: Step, summary: Summary, stage: int = 0) -> LayerTimes | No
     kinds = SpanKind.EXPERT_DISPATCH.value
     num_bytes = summary.of("bytes", stage, FORWARD, kinds) / layers * step.imbalance
     group = group_of("ep", step.sizes)
-    fixed = seconds(step.cluster, group, Pattern.all_to_all, 0.0)
-    message = seconds(step.cluster, group, Pattern.all_to_all, num_bytes) - fixed
+    fixed = seconds(step.cluster, group, TrafficPattern.all_to_all, 0.0)
+    message = seconds(step.cluster, group, TrafficPattern.all_to_all, num_bytes) - fixed
     after_attention = step.config.overlap.experts_after == ExpertsAfter.attention
     before, after = (dense + attention, dense) if after_attention else (dense, attention + dense)
     return LayerTimes(message, fixed, experts * scale, 6 * step.cluster.call, before * scale, after * scale)
@@ -201,7 +201,7 @@ def _sequence(step: Step, summary: Summary, stage: int, kind: str, layers: int) 
     exposed = step.send(
         "cp",
         "attention latents",
-        Pattern.ring,
+        TrafficPattern.ring,
         summary.of("bytes", stage, kind, latents),
         summary.of("count", stage, kind, latents),
         window,
@@ -209,7 +209,7 @@ def _sequence(step: Step, summary: Summary, stage: int, kind: str, layers: int) 
     )
     for one in TP_KINDS:
         num_bytes, messages = (summary.of(name, stage, kind, one.value) for name in ("bytes", "count"))
-        exposed += step.send("tp", "sequence and vocabulary", Pattern.ring, num_bytes, messages, 0.0, count)
+        exposed += step.send("tp", "sequence and vocabulary", TrafficPattern.ring, num_bytes, messages, 0.0, count)
     return exposed
 
 
@@ -220,10 +220,12 @@ def _ends(step: Step, summary: Summary) -> float:
     share = shard_elements(config, sizes) / sizes.pp
     if sizes.dp > 1:
         num_bytes = 2 * share * 4 * (sizes.dp - 1) / sizes.dp
-        exposed += step.send("dp", "sum over replicas", Pattern.ring, num_bytes, 1.0, 0.0, 1.0)
+        exposed += step.send("dp", "sum over replicas", TrafficPattern.ring, num_bytes, 1.0, 0.0, 1.0)
     if config.parallel.sharding != Sharding.fsdp:
         num_bytes = 4 * (4 if config.parallel.sharding == Sharding.zero2 else 3) * share
-        exposed += step.send("fsdp", "ZeRO's sums and weights", Pattern.ring, num_bytes * sizes.data_ranks, 1, 0, 1)
+        exposed += step.send(
+            "fsdp", "ZeRO's sums and weights", TrafficPattern.ring, num_bytes * sizes.data_ranks, 1, 0, 1
+        )
     return exposed + _update_seconds(step)
 
 
@@ -249,7 +251,7 @@ def _pipeline(step: Step, spent: Sequence[Mapping[tuple[int, str], PhaseTimes]],
     parallel, pp = step.config.parallel, step.sizes.pp
     own = [stages_of(parallel.schedule, pp, place) for place in range(pp)]
     hidden = step.positions * step.config.model.hidden_size * (2 if step.config.train.dtype == "bfloat16" else 4)
-    transfer = seconds(step.cluster, group_of("pp", step.sizes), Pattern.neighbour, hidden)
+    transfer = seconds(step.cluster, group_of("pp", step.sizes), TrafficPattern.neighbour, hidden)
     names = {"F": FORWARD, "B": "backward", "I": "input_gradients", "W": "weight_gradients"}
 
     def of(place: int, action: Action) -> float:

@@ -21,7 +21,7 @@ from launch.supervisor.layouts import layouts
 from launch.supervisor.ledger import Life
 from launch.supervisor.node_choice import Choice, Start
 from launch.supervisor.page import page
-from launch.supervisor.progress import Progress
+from launch.supervisor.progress import RunProgress
 from launch.supervisor.prometheus import serving
 from launch.supervisor.recall import Leader, Unfinished, lost_first_node, recall, thinned
 from longcat.errors import CRASHED, OK, STOPPED, ConfigError, FolderInUseError
@@ -60,7 +60,7 @@ def supervise(
         wait_seconds: how long to wait for nodes where too few can be used.
         leader: this node's part as the first of several.
     """
-    progress = Progress(config.run.folder / "metrics.jsonl")
+    progress = RunProgress(config.run.folder / "metrics.jsonl")
     supervisor = Supervisor(config, overrides, processes, fleet, nodes, progress, leader)
     with serving(config.launch.metrics_port, supervisor.gauges), progress:
         return supervisor.run(wait_seconds)
@@ -81,7 +81,7 @@ class Supervisor:
         processes: int,
         fleet: Fleet,
         nodes: int,
-        progress: Progress,
+        progress: RunProgress,
         leader: Leader | None = None,
     ) -> None:
         self.config, self.overrides, self.processes, self.fleet = config, tuple(overrides), processes, fleet

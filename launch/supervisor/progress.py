@@ -29,7 +29,7 @@ class Line:
     digest: bytes
 
 
-class Progress:
+class RunProgress:
     """The newest step of a run, and when each step since the last `begin` was finished.
 
     A resume first takes the steps after its checkpoint out of the file; steps are finished from then on. It may have
@@ -128,7 +128,7 @@ class Progress:
         while not self._stopped.wait(POLL_SECONDS):
             self.look()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> RunProgress:
         self._thread.start()
         return self
 

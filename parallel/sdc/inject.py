@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longcat.faults import Place, install_hook, passed
-from parallel.sdc.spec import Fault, Pattern
+from parallel.sdc.spec import InjectedFault, Pattern
 
 LANE, TILE = 16, 16  # elements
 WITH_A_CHECKPOINT = (Place.snapshot, Place.file)  # strike while the first checkpoint from their step on is written
@@ -23,10 +23,10 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 
 @dataclass(frozen=True)
-class Strike:
+class AppliedFault:
     """A fault that has changed something."""
 
-    fault: Fault
+    fault: InjectedFault
     step: int
     name: str  # of the operator, tensor, transfer or file
     changed: int  # elements with other bits
@@ -35,10 +35,10 @@ class Strike:
 class Injector:
     """Applies this rank's faults to what passes `longcat.faults.passed`."""
 
-    def __init__(self, faults: Sequence[Fault], rank: int) -> None:
+    def __init__(self, faults: Sequence[InjectedFault], rank: int) -> None:
         self.faults = [fault for fault in faults if fault.rank == rank]
         self.step, self.calls = 0, Counter[int]()
-        self.strikes: list[Strike] = []
+        self.strikes: list[AppliedFault] = []
 
     def install(self) -> None:
         """Let operators and transfers pass their results through this injector; without faults, through none."""
@@ -63,11 +63,11 @@ class Injector:
             if once or (fault.persistent and self.step >= fault.step):
                 changed = corrupt(tensor, fault)
                 if changed:
-                    self.strikes.append(Strike(fault, self.step, name, changed))
+                    self.strikes.append(AppliedFault(fault, self.step, name, changed))
 
 
 @torch.no_grad()
-def corrupt(tensor: Tensor, fault: Fault) -> int:
+def corrupt(tensor: Tensor, fault: InjectedFault) -> int:
     """Change a tensor's values in place by a fault's pattern; returns how many elements have other bits."""
     if not tensor.numel():
         return 0
@@ -86,7 +86,7 @@ def _bits(values: Tensor) -> Tensor:
     return flat.view(INTEGERS[flat.element_size()])
 
 
-def _flip_bits(values: Tensor, fault: Fault, draw: list[float]) -> None:
+def _flip_bits(values: Tensor, fault: InjectedFault, draw: list[float]) -> None:
     words = _bits(values)
     width = 8 * words.element_size()
     generator = torch.Generator().manual_seed(fault.seed + 1)
@@ -94,7 +94,7 @@ def _flip_bits(values: Tensor, fault: Fault, draw: list[float]) -> None:
     words[int(draw[0] * words.numel())] ^= _mask(chosen, words.dtype)
 
 
-def _stick_lane(values: Tensor, fault: Fault, draw: list[float]) -> None:
+def _stick_lane(values: Tensor, fault: InjectedFault, draw: list[float]) -> None:
     words = _bits(values)
     width = 8 * words.element_size()
     mask = _mask([int(draw[1] * width)], words.dtype)
@@ -105,14 +105,14 @@ def _stick_lane(values: Tensor, fault: Fault, draw: list[float]) -> None:
         lane &= ~mask
 
 
-def _scale_tile(values: Tensor, fault: Fault, draw: list[float]) -> None:
+def _scale_tile(values: Tensor, fault: InjectedFault, draw: list[float]) -> None:
     rows = _rows(values)
     top, left = (int(at * max(1, size - TILE + 1)) for at, size in zip(draw, rows.shape, strict=False))
     tile = rows[top : top + TILE, left : left + TILE]
     tile.copy_((tile.double() * fault.factor).to(tile.dtype))
 
 
-def _wrong_row(values: Tensor, fault: Fault, draw: list[float]) -> None:
+def _wrong_row(values: Tensor, fault: InjectedFault, draw: list[float]) -> None:
     rows = _rows(values)
     count = rows.shape[0]
     if count > 1:

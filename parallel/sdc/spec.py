@@ -24,8 +24,8 @@ class Pattern(StrEnum):
 
 
 @dataclass(frozen=True)
-class Fault:
-    """One fault: where, how, when."""
+class InjectedFault:
+    """One fault to inject: where, how and when."""
 
     place: str
     pattern: str
@@ -39,7 +39,7 @@ class Fault:
     persistent: bool = False  # strike every matching call from that step on, at the same position
 
     def __str__(self) -> str:
-        default = Fault(self.place, self.pattern)
+        default = InjectedFault(self.place, self.pattern)
         changed = [
             f"{one.name}:{getattr(self, one.name)}"
             for one in fields(self)[2:-1]
@@ -51,7 +51,7 @@ class Fault:
 NUMBERS = {"step": 1, "rank": 0, "call": 1, "count": 1, "seed": 0}  # key → the least value
 
 
-def parse_faults(given: object) -> list[Fault]:
+def parse_faults(given: object) -> list[InjectedFault]:
     """The faults that `sdc.inject` describes: one text, or a list of them.
 
     Raises:
@@ -63,7 +63,7 @@ def parse_faults(given: object) -> list[Fault]:
     return [parse_fault(text.strip()) for text in texts if text.strip()]
 
 
-def parse_fault(text: str) -> Fault:
+def parse_fault(text: str) -> InjectedFault:
     """One fault from its description. Raises ConfigError."""
     place, *rest = text.split("/")
     if place not in list(Place):
@@ -87,7 +87,7 @@ def parse_fault(text: str) -> Fault:
                 f"sdc.inject={text}: {setting!r} is no setting; use persistent, name:TEXT or a number for one of "
                 f"{', '.join((*NUMBERS, 'factor'))}, as in step:5"
             )
-    return Fault(place, pattern, **values)  # type: ignore[arg-type]
+    return InjectedFault(place, pattern, **values)  # type: ignore[arg-type]
 
 
 def _number(text: str, key: str, value: str) -> float | int:

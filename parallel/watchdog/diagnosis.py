@@ -18,8 +18,8 @@ IF_KILLED = "if the kernel killed it for lack of memory, its machine's log says 
 MAX_LISTED = 4  # ranks that a message lists one by one
 
 
-class Cause(StrEnum):
-    """Why ranks wait in vain."""
+class HangCause(StrEnum):
+    """Why a collective does not end."""
 
     DEAD = "dead"  # a process has ended
     UNRESPONSIVE = "unresponsive"  # a rank's heartbeats have stopped
@@ -32,7 +32,7 @@ class Cause(StrEnum):
 class Diagnosis:
     """Which ranks hold the others up, with a reason and an advice for the message."""
 
-    cause: Cause
+    cause: HangCause
     ranks: tuple[int, ...]  # the first one is named in the message
     reason: str
     advice: str = IF_SLOW
@@ -56,7 +56,7 @@ def diagnose(
         dead: ranks whose process is known to have ended.
         now: seconds since 1970, for the age of the last heartbeats.
     """
-    for cause, ranks in ((Cause.DEAD, dead), (Cause.UNRESPONSIVE, unresponsive)):
+    for cause, ranks in ((HangCause.DEAD, dead), (HangCause.UNRESPONSIVE, unresponsive)):
         lost = sorted(ranks & heartbeats.keys(), key=lambda rank: _order_of_loss(heartbeats[rank]))
         if lost:
             return diagnose_lost(cause, lost, heartbeats, now)
@@ -85,7 +85,7 @@ def diagnoses(
     if own is None:
         return
     yield this_rank, own
-    if own.cause not in (Cause.STRAGGLER, Cause.UNKNOWN):
+    if own.cause not in (HangCause.STRAGGLER, HangCause.UNKNOWN):
         return  # these do not depend on who looks
     long = {rank: one for rank, one in heartbeats.items() if one.is_waiting and one.idle_seconds > seconds}
     covered = ranks_reached(this_rank, heartbeats) if heartbeats[this_rank].is_waiting else set()
@@ -120,7 +120,7 @@ def diagnose_device(this_rank: int, waiting: list[int], heartbeats: Mapping[int,
             f"{list_ranks(found.waiting)} {'waits' if len(found.waiting) == 1 else 'wait'} for on the device "
             f"(for {straggler.idle_seconds:.0f} s at {straggler.location})"
         )
-        return Diagnosis(Cause.STRAGGLER, tuple(ranks), reason)
+        return Diagnosis(HangCause.STRAGGLER, tuple(ranks), reason)
     stuck = counts.stuck_group()
     if stuck is None:
         return None
@@ -128,7 +128,7 @@ def diagnose_device(this_rank: int, waiting: list[int], heartbeats: Mapping[int,
         f"all ranks of the group {stuck.name} ({list_ranks(decode_ranks(stuck.ranks))}) have issued its collective "
         f"{stuck.completed + 1}, and no device has completed it: check the network between them, and their GPUs"
     )
-    return Diagnosis(Cause.UNKNOWN, (), reason)
+    return Diagnosis(HangCause.UNKNOWN, (), reason)
 
 
 def _order_of_loss(heartbeat: Heartbeat) -> tuple[bool, float]:
@@ -136,9 +136,9 @@ def _order_of_loss(heartbeat: Heartbeat) -> tuple[bool, float]:
     return heartbeat.state == RankState.FAILED, heartbeat.timestamp
 
 
-def diagnose_lost(cause: Cause, ranks: list[int], heartbeats: Mapping[int, Heartbeat], now: float) -> Diagnosis:
+def diagnose_lost(cause: HangCause, ranks: list[int], heartbeats: Mapping[int, Heartbeat], now: float) -> Diagnosis:
     """`rank 0 (process 7 on host) has died (its last heartbeat 3 s ago: …)`, and which other ranks have."""
-    verb, advice = ("has died", IF_KILLED) if cause == Cause.DEAD else ("has stopped answering", IF_SLOW)
+    verb, advice = ("has died", IF_KILLED) if cause == HangCause.DEAD else ("has stopped answering", IF_SLOW)
     first, others = heartbeats[ranks[0]], ranks[1:]
     more = f", and so {'has' if len(others) == 1 else 'have'} {list_ranks(others)}" if others else ""
     age = max(0.0, now - first.timestamp)
@@ -159,7 +159,7 @@ def diagnose_working(start: int, ranks: list[int], heartbeats: Mapping[int, Hear
     straggler = min(ranks, key=order)
     seconds, location = heartbeats[straggler].idle_seconds, heartbeats[straggler].location
     reason = f"{delay_text(start, straggler, heartbeats)} (for {seconds:.0f} s at {location})"
-    return Diagnosis(Cause.STRAGGLER, (straggler,), reason)
+    return Diagnosis(HangCause.STRAGGLER, (straggler,), reason)
 
 
 def diagnose_cycle(start: int, ranks: tuple[int, ...], heartbeats: Mapping[int, Heartbeat]) -> Diagnosis:
@@ -167,7 +167,7 @@ def diagnose_cycle(start: int, ranks: tuple[int, ...], heartbeats: Mapping[int, 
     calls = [heartbeats[rank].call for rank in ranks]
     if len(set(calls)) == 1:
         reason = "every rank waits in the same collective: check the network between them"
-        return Diagnosis(Cause.UNKNOWN, (), reason)
+        return Diagnosis(HangCause.UNKNOWN, (), reason)
 
     def order(rank: int) -> tuple[int, int, int, bool, int]:
         heartbeat = heartbeats[rank]
@@ -179,7 +179,7 @@ def diagnose_cycle(start: int, ranks: tuple[int, ...], heartbeats: Mapping[int, 
     reason = f"{delay_text(start, straggler, heartbeats)}: it waits at {heartbeats[straggler].location}"
     if other != start:  # the message begins with where ``start`` is
         reason += f", while {rank_text(heartbeats[other])} waits at {heartbeats[other].location}"
-    return Diagnosis(Cause.STRAGGLER, (straggler,), reason)
+    return Diagnosis(HangCause.STRAGGLER, (straggler,), reason)
 
 
 def delay_text(start: int, straggler: int, heartbeats: Mapping[int, Heartbeat]) -> str:
@@ -213,7 +213,7 @@ def format_message(reporting: Heartbeat | None, diagnosis: Diagnosis) -> str:
 
 
 def as_finding(diagnosis: Diagnosis, heartbeats: Mapping[int, Heartbeat]) -> dict[str, Any]:
-    """The diagnosis for machines: `kind` (a `Cause`) and `ranks`, each with its host."""
+    """The diagnosis for machines: `kind` (a `HangCause`) and `ranks`, each with its host."""
     hosts = {rank: heartbeats[rank].machine.partition("/")[0] for rank in diagnosis.ranks if rank in heartbeats}
     return {"kind": str(diagnosis.cause), "ranks": [{"rank": rank, "host": host} for rank, host in hosts.items()]}
 

@@ -30,7 +30,7 @@ from longcat.errors import CRASHED
 from parallel.mesh import BACKGROUND, ask_store
 from parallel.reduce import broadcast
 from parallel.torch_internals import default_store, process_groups, set_group_timeout
-from parallel.watchdog.diagnosis import Cause, Diagnosis, as_finding, diagnose, diagnoses, format_message, reporter
+from parallel.watchdog.diagnosis import Diagnosis, HangCause, as_finding, diagnose, diagnoses, format_message, reporter
 from parallel.watchdog.errors import causes, first_sentence, is_lost_rank
 from parallel.watchdog.events import Event, RankState, SpanKind
 from parallel.watchdog.flight_recorder import dump_flight_record, flight_record_path
@@ -128,7 +128,7 @@ class Watchdog:
             if self.announcement is not None or look is None:
                 return self._heard()
             heartbeats, found = look
-            diagnosis = found or Diagnosis(Cause.UNKNOWN, (), "every rank answers", "check the network between them")
+            diagnosis = found or Diagnosis(HangCause.UNKNOWN, (), "every rank answers", "check their network")
             message = f"{format_message(heartbeats.get(self.store.rank), diagnosis)} ({first_sentence(lost)})"
             self.finding = as_finding(diagnosis, heartbeats)
             self._announce(message, heartbeats, diagnosis)
@@ -193,12 +193,12 @@ class Watchdog:
         )
         # Torch waits outside of spans, too, and a rank that does not answer for a moment is not lost
         last = min((heartbeats[rank].timestamp for rank in diagnosis.ranks), default=time.time())
-        is_silent = diagnosis.cause == Cause.UNRESPONSIVE and time.time() - last > timing.investigate
-        if is_over or is_silent or diagnosis.cause == Cause.DEAD:
+        is_silent = diagnosis.cause == HangCause.UNRESPONSIVE and time.time() - last > timing.investigate
+        if is_over or is_silent or diagnosis.cause == HangCause.DEAD:
             message = format_message(reporting or heartbeats[self.store.rank], diagnosis)
             self.finding = as_finding(diagnosis, heartbeats)
             self._end(message, lambda: self._announce(message, heartbeats, diagnosis))
-        if diagnosis.cause == Cause.UNRESPONSIVE:
+        if diagnosis.cause == HangCause.UNRESPONSIVE:
             return timing.heartbeat
         return timing.investigate - slow_ago if 0 < slow_ago < timing.investigate else float("inf")
 
@@ -209,7 +209,7 @@ class Watchdog:
         usual one after its last heartbeat, since slow work may keep it from answering for a moment.
         """
         if slow_ago <= self.timing.investigate:
-            may_be_slow = diagnosis.cause in (Cause.STRAGGLER, Cause.UNKNOWN, Cause.STORE_LOST)
+            may_be_slow = diagnosis.cause in (HangCause.STRAGGLER, HangCause.UNKNOWN, HangCause.STORE_LOST)
             return may_be_slow and seconds > self.timing.slow_limit
         return seconds > self.timing.investigate
 
@@ -273,12 +273,12 @@ class Watchdog:
         host = "rank 0" if self.store.at_rank_0 else "the launcher on the first host"
         lost = f"{host}, which holds the heartbeat store, does not answer"
         if found is None:
-            return heartbeats, Diagnosis(Cause.STORE_LOST, (), lost, "look at its process and machine")
+            return heartbeats, Diagnosis(HangCause.STORE_LOST, (), lost, "look at its process and machine")
         return heartbeats, Diagnosis(found.cause, found.ranks, f"{found.reason}; {lost}", found.advice)
 
     def _announce(self, message: str, heartbeats: dict[int, Heartbeat], diagnosis: Diagnosis) -> None:
         """Tell the other ranks; kill those on this machine that have stopped and cannot hear it."""
-        unresponsive = diagnosis.ranks if diagnosis.cause == Cause.UNRESPONSIVE else ()
+        unresponsive = diagnosis.ranks if diagnosis.cause == HangCause.UNRESPONSIVE else ()
         if not (self.store.at_rank_0 and 0 in diagnosis.ranks):  # else the store's host has stopped or died
             self.store.announce(Announcement(message, as_finding(diagnosis, heartbeats)))
         self._let_others_hear()

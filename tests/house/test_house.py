@@ -223,3 +223,13 @@ def test_no_module_imports_a_private_name_of_another() -> None:
         if alias.name.startswith("_") and not alias.name.startswith("__")
     ]
     assert not wrong
+
+
+def test_no_class_name_stands_twice() -> None:
+    """A reader who meets a name finds one class for it in the four packages."""
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{_relative(path)}:{node.lineno}")
+    assert not {name: found for name, found in places.items() if len(found) > 1}

@@ -11,7 +11,7 @@ from launch.fleet import Assignment, NodeReport, NodeState
 from launch.leader import run_incarnation
 from launch.nodes.link import END
 from launch.nodes.node import Node
-from launch.nodes.rendezvous import Place
+from launch.nodes.rendezvous import RendezvousParameters
 from launch.nodes.store import Membership, Values
 from launch.pace import ENTRIES_PER_SECOND, HEARTBEATS, REQUESTS_PER_SECOND, leader_pause, node_pause
 from launch.signals import Signals
@@ -70,7 +70,10 @@ class StandInRanks:
 def node_of(nodes: int, clock: list[float], words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Node, Any]:
     """One of ``nodes`` nodes, not the first, and its stand-in connection."""
     config = compose([*words, f"launch.node_timeout={TIMEOUT}"])
-    node, link = Node([], config, Place(nodes, "b", "127.0.0.1", 1, None), 8, Signals()), StandInLink(clock, nodes)
+    node, link = (
+        Node([], config, RendezvousParameters(nodes, "b", "127.0.0.1", 1, None), 8, Signals()),
+        StandInLink(clock, nodes),
+    )
     monkeypatch.setattr(node.meeting, "link", link, raising=False)
     node.id = 1
     return node, link

@@ -20,7 +20,7 @@ from longcat.errors import CorruptionError
 from longcat.faults import Place, install_hook
 from parallel.mesh import make_topology, resolve_sizes, world_from_environment
 from parallel.sdc.recompute import Recomputer
-from parallel.sdc.spec import Fault, Pattern
+from parallel.sdc.spec import InjectedFault, Pattern
 from parallel.watchdog.events import Event, SpanKind
 from tests.support.running import TINY, PaddedSamples, RandomSamples
 from train.batches import BatchReader
@@ -98,7 +98,7 @@ class Rank:
         yield from (tensor for _, tensor in self.state.replicated())
 
     @torch.no_grad()
-    def stepper(self, faults: tuple[Fault, ...]) -> Stepper:
+    def stepper(self, faults: tuple[InjectedFault, ...]) -> Stepper:
         self.config.sdc.inject = [str(fault) for fault in faults]
         return Stepper(self.state, self.reader, self.config, self.topology)
 
@@ -133,7 +133,7 @@ class Rank:
             install_hook(None)
         return found
 
-    def attempt(self, layout: str, fault: Fault, clean: str) -> Trial:
+    def attempt(self, layout: str, fault: InjectedFault, clean: str) -> Trial:
         """Train with one fault. A collective; the record is this rank's, complete on the rank that was struck."""
         self.restore()
         first = self.state.counters.step
@@ -159,7 +159,7 @@ class Rank:
         return trial
 
 
-def draw(chance: random.Random, calls: list[Counter[str]], first: int, places: tuple[Place, ...]) -> Fault:
+def draw(chance: random.Random, calls: list[Counter[str]], first: int, places: tuple[Place, ...]) -> InjectedFault:
     """A random fault that some rank meets in a step after ``first``; ``calls`` are each rank's in a step."""
     place = chance.choice([one for one in places if any(found[one] for found in calls)])
     rank = chance.choice([number for number, found in enumerate(calls) if found[place]])
@@ -170,7 +170,7 @@ def draw(chance: random.Random, calls: list[Counter[str]], first: int, places: t
         names = sorted(one for one in calls[rank] if one.startswith(f"{place} ") and COUNTS not in one)
         key = chance.choice(names)
         name = key.removeprefix(f"{place} ")
-    return Fault(
+    return InjectedFault(
         place,
         chance.choice(list(Pattern)),
         step=first + chance.randint(1, 2),

@@ -11,15 +11,15 @@ import pytest
 
 from launch.nodes.claims import Claims
 from launch.nodes.meeting import Meeting
-from launch.nodes.rendezvous import Place
+from launch.nodes.rendezvous import RendezvousParameters
 from tests.support.running import free_ports
 
 IDENTITY = {"run folder": "/run"}
 
 
 @pytest.fixture
-def place() -> Place:
-    return Place(2, "a", "127.0.0.1", free_ports(1)[0], None)
+def place() -> RendezvousParameters:
+    return RendezvousParameters(2, "a", "127.0.0.1", free_ports(1)[0], None)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def claims(tmp_path: Path) -> Claims:
     return Claims(tmp_path / "run")
 
 
-def begun(place: Place, claims: Claims | None, timeout: float = 5.0) -> Meeting:
+def begun(place: RendezvousParameters, claims: Claims | None, timeout: float = 5.0) -> Meeting:
     meeting = Meeting(place, IDENTITY, claims, timeout, lambda: False)
     meeting.begin(time.monotonic() + 120)
     return meeting

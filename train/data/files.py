@@ -24,7 +24,7 @@ _OF_CORPUS = (*_CORPUS, f"corpus{SUFFIX}", TOKENIZER_NAME)
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceFiles:
     """Files of one kind (`parquet`, `json` or `text`) in the order in which they are read, and what was left out."""
 
     kind: str
@@ -32,7 +32,7 @@ class Found:
     left_out: str = ""  # what else is there, such as `.csv 3`; empty = nothing
 
 
-def find_files(source: str) -> Found | None:
+def find_files(source: str) -> SourceFiles | None:
     """The files that ``source`` names; None if it names nothing on this machine.
 
     Names are taken as they are: only where nothing has exactly this name is ``source`` a glob.
@@ -97,7 +97,7 @@ def _without_corpora(files: list[Path]) -> tuple[list[Path], dict[str, int]]:
     return kept, {"files of a corpus": len(files) - len(kept)} if len(kept) < len(files) else {}
 
 
-def _in_folder(inside: list[Path], folder: Path, where: str) -> Found:
+def _in_folder(inside: list[Path], folder: Path, where: str) -> SourceFiles:
     """The data files of a folder, or its prose if it has no data."""
     inside, built = _without_corpora(inside)
     kinds = _DATA if any(_suffix(path) in _DATA for path in inside) else _PROSE
@@ -106,7 +106,7 @@ def _in_folder(inside: list[Path], folder: Path, where: str) -> Found:
     return _of_one_kind(files, {**others, **built}, folder, where)
 
 
-def _of_one_kind(files: list[Path], others: dict[str, int], root: Path, where: str) -> Found:
+def _of_one_kind(files: list[Path], others: dict[str, int], root: Path, where: str) -> SourceFiles:
     left_out = ", ".join(f"{name} {count}" for name, count in sorted(others.items()))
     if not files:
         instead = f" (but {left_out})" if left_out else ""
@@ -118,7 +118,7 @@ def _of_one_kind(files: list[Path], others: dict[str, int], root: Path, where: s
         names = ", ".join(path.name for path in kinds.values())
         raise ConfigError(f"{where} mixes kinds of files ({names}); name one kind with a glob such as '*.jsonl'")
     _check_files(files, where)
-    return Found(str(next(iter(kinds))), sorted(files, key=lambda path: order_of(_name(path, root))), left_out)
+    return SourceFiles(str(next(iter(kinds))), sorted(files, key=lambda path: order_of(_name(path, root))), left_out)
 
 
 def _check_files(files: Iterable[Path], where: str) -> None:

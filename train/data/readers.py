@@ -166,7 +166,7 @@ def open_decompressed(path: Path) -> io.BufferedReader:
     suffix = path.suffix.lower()
     if suffix not in COMPRESSED:
         return path.open("rb")
-    return io.BufferedReader(_Chunks(_zstd(path) if suffix == ".zst" else _streams(path, suffix)), _BLOCK)
+    return io.BufferedReader(_IteratorStream(_zstd(path) if suffix == ".zst" else _streams(path, suffix)), _BLOCK)
 
 
 class _Decompressor(Protocol):
@@ -210,7 +210,7 @@ def _zstd(path: Path) -> Generator[bytes, None, None]:
             yield data
 
 
-class _Chunks(io.RawIOBase):
+class _IteratorStream(io.RawIOBase):
     """A readable stream over an iterator of bytes."""
 
     def __init__(self, chunks: Generator[bytes, None, None]) -> None:

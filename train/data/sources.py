@@ -14,7 +14,7 @@ from urllib.request import getproxies
 
 from longcat.errors import ConfigError
 from train.data.config import DataConfig
-from train.data.files import Found, find_files, kind_of
+from train.data.files import SourceFiles, find_files, kind_of
 from train.data.machine_text import MACHINE_TEXT
 from train.data.readers import TEXT_FIELD, DamagedFileError, MissingFieldError, read_rows
 
@@ -56,7 +56,9 @@ class Source:
         self.counts = ReadCounts()
         self._machine = MACHINE_TEXT.get(config.source)
         self._found = (
-            find_files(config.source) if self._machine is None else Found("text", self._machine.files(config.source))
+            find_files(config.source)
+            if self._machine is None
+            else SourceFiles("text", self._machine.files(config.source))
         )
         self._hub: Any = None
         if self._found is None:

@@ -19,7 +19,7 @@ from train.data.corpus import TOKENIZER_NAME
 from train.data.tokens import added_tokens, load_tokenizer
 from train.huggingface.config_json import check_expressible, texts
 from train.huggingface.layouts import Layout, export_dtype, layout_tensors, tensor_sizes
-from train.huggingface.record import RECORD, Record
+from train.huggingface.record import RECORD, ExportRecord
 from train.huggingface.safetensors_folder import ShardWriter
 from train.huggingface.serving import serving_notes
 
@@ -91,7 +91,7 @@ def export(options: ExportOptions) -> tuple[Path, list[str]]:
         files = texts(checkpoint.model, form.layout, form.dtype, end, positions)
         files["tokenizer_config.json"] = tokenizer_settings(tokenizer, end, positions)
         shutil.copyfile(tokenizer, partial / TOKENIZER_NAME)  # unchanged: a checkpoint knows it by its hash
-        record = Record(
+        record = ExportRecord(
             model=asdict(checkpoint.model),
             layout=str(form.layout),
             counters=checkpoint.counters,

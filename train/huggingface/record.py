@@ -34,7 +34,7 @@ class TensorRecord:
 
 
 @dataclass
-class Record:
+class ExportRecord:
     """The contents of longcat.json, without the hash of itself. Exports of before 28 November 2026 have no hashes."""
 
     model: dict[str, Any]  # of ModelConfig
@@ -67,7 +67,7 @@ def tensor_hash(values: Tensor) -> str:
     return str(made.hexdigest())
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Path) -> ExportRecord | None:
     """The record of an export; None where there is none, as in folders of other programs.
 
     Raises:
@@ -80,7 +80,7 @@ def read_record(folder: Path) -> Record | None:
     stored = tree.pop(HASH, None)
     try:
         tree["tensors"] = {name: TensorRecord(*one) for name, one in tree.get("tensors", {}).items()}
-        record = Record(**tree)
+        record = ExportRecord(**tree)
         RopeScaling(**record.model.get("rope_scaling", {}))
         unknown = sorted(record.model.keys() - {one.name for one in fields(ModelConfig)})
     except (TypeError, AttributeError) as error:
@@ -92,7 +92,7 @@ def read_record(folder: Path) -> Record | None:
     return record
 
 
-def merge(path: Path, found: dict[str, Any], record: Record, overridden: Collection[str]) -> dict[str, Any]:
+def merge(path: Path, found: dict[str, Any], record: ExportRecord, overridden: Collection[str]) -> dict[str, Any]:
     """``found`` in config.json at ``path`` and the weights, completed by what only the record has.
 
     ``overridden`` are the keys of the configuration that the user has set.
@@ -115,7 +115,7 @@ def merge(path: Path, found: dict[str, Any], record: Record, overridden: Collect
     return found | ours
 
 
-def check_tokenizer(folder: Path, record: Record | None) -> None:
+def check_tokenizer(folder: Path, record: ExportRecord | None) -> None:
     """Raise ConfigError if the tokenizer of an export is not the one that was exported."""
     path = folder / TOKENIZER_NAME
     if record is None or record.tokenizer is None or not path.is_file():

@@ -23,7 +23,7 @@ NUMBERED = 12  # marks with a number; more would not fit a phone
 
 
 @dataclass(frozen=True)
-class Mark:
+class ChartMark:
     """Something that happened before ``step``: the end of the warm-up, another mixture."""
 
     step: float
@@ -31,7 +31,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Axis:
+class HorizontalAxis:
     """One choice of horizontal axis. ``values`` are, for each run, those at its knots."""
 
     key: str
@@ -48,11 +48,11 @@ class Axes:
     A curve's positions are steps of its run; the tables translate them.
     """
 
-    def __init__(self, runs: Sequence[RunData], marks: Sequence[Mark] = ()) -> None:
+    def __init__(self, runs: Sequence[RunData], marks: Sequence[ChartMark] = ()) -> None:
         runs = [run for run in runs if run.columns]
         self.knots = [_thinned(run.columns["step"]) for run in runs]
         self.numbers = {id(run): number for number, run in enumerate(runs)}
-        self.all: list[Axis] = []
+        self.all: list[HorizontalAxis] = []
         for key, title in (("tokens", "tokens"), ("step", "steps"), ("flops", "FLOPs"), ("seconds", "time")):
             values = [_at(run, key, knots) for run, knots in zip(runs, self.knots, strict=True)]
             if values and all(np.isfinite(one).all() for one in values):
@@ -61,19 +61,19 @@ class Axes:
         self.marks = [mark for mark in marks if mark.step <= last]
 
     @property
-    def default(self) -> Axis:
+    def default(self) -> HorizontalAxis:
         return self.all[0]
 
     def number(self, run: RunData) -> int:
         """The run's place in the tables."""
         return self.numbers[id(run)]
 
-    def share(self, steps: Array | float, run: int = 0, axis: Axis | None = None) -> Array:
+    def share(self, steps: Array | float, run: int = 0, axis: HorizontalAxis | None = None) -> Array:
         """Positions from 0 (left) to 1 (right) of steps of a run."""
         axis = axis or self.default
         return axis.scale.share(np.interp(steps, self.knots[run], axis.values[run]))
 
-    def across(self, axis: Axis | None = None, target: int = 4) -> str:
+    def across(self, axis: HorizontalAxis | None = None, target: int = 4) -> str:
         """The numbers under the frame, to the last one of the data; the axis names itself behind them."""
         axis = axis or self.default
         ticks = end_ticks(axis.scale, target)
@@ -85,11 +85,11 @@ class Axes:
         )
         return f"{spans}<em>{escape(axis.name)}</em>"
 
-    def mark_lines(self, axis: Axis | None = None) -> str:
+    def mark_lines(self, axis: HorizontalAxis | None = None) -> str:
         """Path data of the marks' vertical lines."""
         return "".join(f"M{round(float(self.share(mark.step, 0, axis)) * WIDTH)} 0V1000" for mark in self.marks)
 
-    def mark_numbers(self, axis: Axis | None = None) -> str:
+    def mark_numbers(self, axis: HorizontalAxis | None = None) -> str:
         """The marks' numbers above the frame, never over each other."""
         shares = [float(self.share(mark.step, 0, axis)) for mark in self.marks[:NUMBERED]]
         places = spread(shares, MARK_GAP, 0.0, 1.0)
@@ -139,7 +139,7 @@ def _at(run: RunData, key: str, steps: Array) -> Array:
     return np.interp(steps, run.columns["step"][known], values[known])
 
 
-def _axis(key: str, title: str, values: list[Array]) -> Axis:
+def _axis(key: str, title: str, values: list[Array]) -> HorizontalAxis:
     name, write = {"flops": ("FLOPs", exponent), "step": ("step", _count)}.get(key, (key, _count))
     if key == "seconds":
         longest = max(float(one.max()) for one in values)
@@ -147,7 +147,7 @@ def _axis(key: str, title: str, values: list[Array]) -> Axis:
         values = [one / unit for one in values]
     low, high = extent(np.concatenate(values))
     scale = Scale(0.0 if 0 < low < 0.25 * high else low, high)
-    return Axis(key, name, title, values, scale, write)
+    return HorizontalAxis(key, name, title, values, scale, write)
 
 
 def _count(value: float) -> str:

@@ -23,7 +23,7 @@ GROWTH = 10.0  # of the hidden norm over the second half of the run from which i
 
 
 @dataclass(frozen=True)
-class Finding:
+class HealthRemark:
     """One sentence, and whether somebody should look."""
 
     text: str
@@ -37,22 +37,22 @@ def condition(run: RunData) -> str:
     return f'<ul class=health aria-label="health of the run">{items}</ul>' if items else ""
 
 
-def spikes(run: RunData) -> Finding | None:
+def spikes(run: RunData) -> HealthRemark | None:
     if run.events is None:
         return None
     found = [event for event in run.events if event["event"] == "spike"]
     if not found:
-        return Finding("No spike of the loss or of the gradient norm.")
+        return HealthRemark("No spike of the loss or of the gradient norm.")
     names = {"report": "reported only", "skip": "skipped", "rollback": "rolled back", "stop": "which ended the run"}
     actions = [str(event.get("action")) for event in found]
     last = str(found[-1].get("text", ""))
     if len(found) == 1:
-        return Finding(f"1 spike, {names.get(actions[0], actions[0])}: {last}.", True)
+        return HealthRemark(f"1 spike, {names.get(actions[0], actions[0])}: {last}.", True)
     counts = ", ".join(f"{actions.count(key)} {name}" for key, name in names.items() if key in actions)
-    return Finding(f"{len(found)} spikes: {counts}. The last was {last}.", True)
+    return HealthRemark(f"{len(found)} spikes: {counts}. The last was {last}.", True)
 
 
-def experts(run: RunData) -> Finding | None:
+def experts(run: RunData) -> HealthRemark | None:
     if run.events is None:
         return None
     dead: dict[tuple[Any, Any], Any] = {}
@@ -68,15 +68,15 @@ def experts(run: RunData) -> Finding | None:
         parts = [f"expert {expert} of layer {layer} since step {since}" for (layer, expert), since in dead.items()]
         parts[0] = parts[0].replace(" since", " has received no token since", 1)
         more = f", and {len(dead) - SHOWN} more" if len(dead) > SHOWN else ""
-        return Finding(_capital(", ".join(parts[:SHOWN]) + more + "."), True)
+        return HealthRemark(_capital(", ".join(parts[:SHOWN]) + more + "."), True)
     if revived:
         number = "1 expert" if len(revived) == 1 else f"{len(revived)} experts"
-        return Finding(f"Every expert receives tokens; {number} had none for a time.")
+        return HealthRemark(f"Every expert receives tokens; {number} had none for a time.")
     limit = run.number("health.dead_after")
-    return Finding(f"No expert went without a token for {limit:,.0f} steps.") if limit else None
+    return HealthRemark(f"No expert went without a token for {limit:,.0f} steps.") if limit else None
 
 
-def gradients(run: RunData) -> Finding | None:
+def gradients(run: RunData) -> HealthRemark | None:
     prefix, eps = "grad_rms/", run.number("optim.eps")
     values = {key.removeprefix(prefix): run.last(key) for key in run.columns if key.startswith(prefix)}
     known = {part: value for part, value in values.items() if math.isfinite(value)}
@@ -89,20 +89,20 @@ def gradients(run: RunData) -> Finding | None:
         f"{exact(eps)} is "
     )
     if times >= NEAR_EPS:
-        return Finding(f"{text}{exponent(times)} times smaller or more.")
-    return Finding(f"{text}too near and shrinks the updates: lower optim.eps.", True)
+        return HealthRemark(f"{text}{exponent(times)} times smaller or more.")
+    return HealthRemark(f"{text}too near and shrinks the updates: lower optim.eps.", True)
 
 
-def loads(run: RunData) -> Finding | None:
+def loads(run: RunData) -> HealthRemark | None:
     text, largest = _range(run, "expert_load_max_over_mean", lambda value: f"{value:.2f}")
     if not text:
         return None
     biases, _ = _range(run, "bias_range", lambda value: plain(value, 2))
     also = f"; selection biases span {biases}" if biases else ""
-    return Finding(f"The busiest expert has {text} times its layer's mean load{also}.", largest > UNEVEN)
+    return HealthRemark(f"The busiest expert has {text} times its layer's mean load{also}.", largest > UNEVEN)
 
 
-def routers(run: RunData) -> Finding | None:
+def routers(run: RunData) -> HealthRemark | None:
     cosine, alike = _range(run, "router_similarity", lambda value: plain(value, 2))
     ratio, largest = _range(run, "router_grad_ratio", lambda value: plain(value, 2))
     if not cosine or not ratio:
@@ -111,10 +111,10 @@ def routers(run: RunData) -> Finding | None:
         f"Router: its rows have a mean cosine of {cosine}; the balance loss's gradient is {ratio} of the other losses' "
         f"(wanted: under {RATIO_LIMIT})."
     )
-    return Finding(text, alike > ALIKE or largest > RATIO_LIMIT)
+    return HealthRemark(text, alike > ALIKE or largest > RATIO_LIMIT)
 
 
-def hidden(run: RunData) -> Finding | None:
+def hidden(run: RunData) -> HealthRemark | None:
     values = run.series("hidden_norm")[1]
     if len(values) < 2:
         return None
@@ -123,28 +123,28 @@ def hidden(run: RunData) -> Finding | None:
     before, now = float(np.median(values[middle : middle + few])), float(np.median(values[-few:]))
     growth = now / before if before else math.inf
     trend = "steady since half-way" if 0.9 < growth < 1.1 else f"{plain(growth, 2)} times its value half-way"
-    return Finding(f"Hidden norm: {plain(now)}, {trend}.", growth >= GROWTH)
+    return HealthRemark(f"Hidden norm: {plain(now)}, {trend}.", growth >= GROWTH)
 
 
-def restarts(run: RunData) -> Finding | None:
+def restarts(run: RunData) -> HealthRemark | None:
     found = starts.totals(run.starts)
     share = starts.availability(found)
     if share is None:
         return None
     faults = int(found["faults"])
     text = f"{faults} {'fault' if faults == 1 else 'faults'} ended the ranks" if faults else "No fault ended the ranks"
-    return Finding(f"{text}; availability {percent(share)} of {duration(found['wall_seconds'])}.", faults > 0)
+    return HealthRemark(f"{text}; availability {percent(share)} of {duration(found['wall_seconds'])}.", faults > 0)
 
 
-def stragglers(run: RunData) -> Finding | None:
+def stragglers(run: RunData) -> HealthRemark | None:
     found = [event for event in run.events or () if event["event"] == "straggler"]
     if not found:
         return None
     last = str(found[-1].get("text", ""))
-    return Finding(f"{'1 straggler' if len(found) == 1 else f'{len(found)} times a straggler'}: {last}.", True)
+    return HealthRemark(f"{'1 straggler' if len(found) == 1 else f'{len(found)} times a straggler'}: {last}.", True)
 
 
-def corpora(run: RunData) -> Finding | None:
+def corpora(run: RunData) -> HealthRemark | None:
     worse: dict[str, dict[str, Any]] = {}
     for event in run.events or ():
         if event["event"] == "corpus_worse":
@@ -154,10 +154,10 @@ def corpora(run: RunData) -> Finding | None:
     if not worse:
         return None
     parts = [f"{name} since step {event['step']:,}" for name, event in worse.items()]
-    return Finding(f"The validation loss is above its lowest on {', '.join(parts)}.", True)
+    return HealthRemark(f"The validation loss is above its lowest on {', '.join(parts)}.", True)
 
 
-LOOKS: Sequence[Callable[[RunData], Finding | None]] = (
+LOOKS: Sequence[Callable[[RunData], HealthRemark | None]] = (
     restarts,
     stragglers,
     spikes,

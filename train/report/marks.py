@@ -11,14 +11,14 @@ import numpy as np
 
 from train.data.names import corpus_names
 from train.data.stages import Segment, TrainingStage, segments
-from train.report.axes import NUMBERED, Axes, Mark
+from train.report.axes import NUMBERED, Axes, ChartMark
 from train.report.numbers import percent
 from train.report.reading import RunData
 
 MAX_CORPORA = 6  # named in a mixture
 
 
-def marks_of(run: RunData) -> list[Mark]:
+def marks_of(run: RunData) -> list[ChartMark]:
     """The events of a run that its configuration, metrics and health.jsonl tell, by step."""
     if not run.columns:
         return []
@@ -34,19 +34,19 @@ def marks_legend(axes: Axes) -> str:
     return f'<ol class=marks aria-label="marks in the charts">{"".join(items)}{more}</ol>' if items else ""
 
 
-def _phases(run: RunData) -> list[Mark]:
+def _phases(run: RunData) -> list[ChartMark]:
     name = run.setting("schedule.name")
     warmup, length = run.number("schedule.warmup_steps") or 0, run.number("schedule.decay_steps")
     start = run.number("schedule.decay_start") if name == "wsd" else None
-    found = [Mark(warmup, "Warm-up ends")] if warmup > 0 else []
+    found = [ChartMark(warmup, "Warm-up ends")] if warmup > 0 else []
     if name == "cosine" and length:
-        found.append(Mark(warmup + length, "Cosine decay ends"))
+        found.append(ChartMark(warmup + length, "Cosine decay ends"))
     if start is not None and length:
-        found += [Mark(start, "Decay of the learning rate starts"), Mark(start + length - 1, "Decay ends")]
+        found += [ChartMark(start, "Decay of the learning rate starts"), ChartMark(start + length - 1, "Decay ends")]
     return found
 
 
-def _stages(run: RunData) -> list[Mark]:
+def _stages(run: RunData) -> list[ChartMark]:
     """Stages of `data.stages`, each at the first step that has a sample of it."""
     samples, parts = run.columns.get("first_sample"), _segments(run)
     if samples is None or not parts:
@@ -59,7 +59,7 @@ def _stages(run: RunData) -> list[Mark]:
         later = np.flatnonzero(samples + batch > part.start)
         if len(later) and later[0] > 0 and part.stage is not None:
             text = _stage_text(part.stage, run.setting("data.paths"))
-            found.append(Mark(float(run.columns["step"][later[0]]), text))
+            found.append(ChartMark(float(run.columns["step"][later[0]]), text))
     return found
 
 
@@ -109,22 +109,22 @@ def _shares(paths: Any, weights: Any) -> str:
     return ", ".join(parts[:MAX_CORPORA]) + (", …" if len(parts) > MAX_CORPORA else "")
 
 
-def _spikes(run: RunData) -> list[Mark]:
+def _spikes(run: RunData) -> list[ChartMark]:
     """Batches that were skipped and rollbacks, these where they went back to."""
     found = []
     for event in run.events or []:
         step, back = event["step"], event.get("to_step")
         if event.get("action") == "skip":
-            found.append(Mark(float(step), "Spike: the batch is skipped"))
+            found.append(ChartMark(float(step), "Spike: the batch is skipped"))
         elif event.get("action") == "rollback" and isinstance(back, int):
             gone = f"{event.get('first_sample')} to {event.get('last_sample')}"
-            found.append(Mark(float(back), f"Back from a spike at step {step:,}; samples {gone} are left out"))
+            found.append(ChartMark(float(back), f"Back from a spike at step {step:,}; samples {gone} are left out"))
         elif event.get("action") == "stop":
-            found.append(Mark(float(step), "A spike ends the run"))
+            found.append(ChartMark(float(step), "A spike ends the run"))
     return found
 
 
-def _mtp(run: RunData) -> list[Mark]:
+def _mtp(run: RunData) -> list[ChartMark]:
     steps = run.points("loss_mtp")[0]
     late = len(steps) and steps[0] > run.columns["step"][0]
-    return [Mark(float(steps[0]), "MTP starts")] if late else []
+    return [ChartMark(float(steps[0]), "MTP starts")] if late else []

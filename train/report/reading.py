@@ -27,7 +27,7 @@ MAX_ROUTING_LINES = 480  # read evenly out of any number of them: one line of a 
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingHistory:
     """Selections and biases over time. S rows read, L layers, E = FFN experts then identity experts."""
 
     steps: Array  # [S]
@@ -42,7 +42,7 @@ class RunData:
     path: Path
     config: dict[str, Any]
     columns: dict[str, Array]  # one value for each step, NaN where the key was absent
-    routing: Routing | None = None
+    routing: RoutingHistory | None = None
     baselines: dict[str, float] = field(default_factory=dict)
     documents: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] | None = None  # of health.jsonl, without those of undone steps; None without a file
@@ -282,7 +282,7 @@ def _read_routing(path: Path, run: RunData) -> None:
         run.notes.append(f"{path.name}: {odd} rows are of another shape or not finite and are left out")
     if len(steps) >= 2:
         order = np.argsort(np.array(steps), kind="stable")
-        run.routing = Routing(np.array(steps)[order], np.array(counts)[order], np.array(biases)[order])
+        run.routing = RoutingHistory(np.array(steps)[order], np.array(counts)[order], np.array(biases)[order])
 
 
 def _matrix(value: Any) -> Array | None:

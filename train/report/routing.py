@@ -12,7 +12,7 @@ from train.report.chart import Chart, Guide, Series, svg
 from train.report.curves import settled_from
 from train.report.heatmap import GAP, picture, to_levels
 from train.report.numbers import compact, exact, percent, plain, signed_percent
-from train.report.reading import Array, Routing, RunData
+from train.report.reading import Array, RoutingHistory, RunData
 from train.report.scale import Scale, line_across, numbers_up, path
 
 MAP_COLUMNS, MAP_ROWS = 160, 64
@@ -212,7 +212,7 @@ def _bias_panel(bias: Array, layer: int, ffn: int, steps: Array, axes: Axes, up:
     )
 
 
-def num_ffn(run: RunData, routing: Routing) -> int:
+def num_ffn(run: RunData, routing: RoutingHistory) -> int:
     """Return the number of FFN experts: the model's setting where it fits the width of routing.jsonl."""
     experts = routing.counts.shape[2]
     declared = run.number("model.num_experts")

@@ -20,7 +20,7 @@ REPORT = "report.html"
 
 
 @dataclass(frozen=True)
-class Entry:
+class SweepRow:
     """A row of the table. `state` is empty for a run that reached its last step."""
 
     one: Contestant
@@ -61,19 +61,19 @@ def _read(result: Result, sweep: Path) -> RunData:
         return RunData(folder, {}, {})
 
 
-def _ranked(found: list[Result], runs: list[RunData], target: Path) -> tuple[str, list[Entry]]:
+def _ranked(found: list[Result], runs: list[RunData], target: Path) -> tuple[str, list[SweepRow]]:
     """What the runs are judged by, and the rows of the table in their order."""
     states = {id(run): (_state(result, run), result) for result, run in zip(found, runs, strict=True)}
     groups: tuple[list[RunData], ...] = ([], [], [])
     for run in runs:
         state, result = states[id(run)]
         groups[2 if result.failed else 1 if state else 0].append(run)
-    judged_by, entries = "", list[Entry]()
+    judged_by, entries = "", list[SweepRow]()
     for group in filter(None, groups):
         judged_by, ordered = in_order(group, target, chosen_by=groups[0] or runs)
         for one in ordered:
             state, result = states[id(one.run)]
-            entries.append(Entry(Contestant(len(entries), one.run, one.loss, one.link), result, state))
+            entries.append(SweepRow(Contestant(len(entries), one.run, one.loss, one.link), result, state))
     return judged_by, entries
 
 
@@ -88,11 +88,11 @@ def _state(result: Result, run: RunData) -> str:
     return f"{'failed, ' * result.failed}{'stopped early, ' * result.stopped_early}{text}"
 
 
-def _differences(entries: list[Entry]) -> Differences:
+def _differences(entries: list[SweepRow]) -> Differences:
     return Differences([entry.result.settings() for entry in entries])
 
 
-def _columns(entries: list[Entry]) -> dict[str, list[str]]:
+def _columns(entries: list[SweepRow]) -> dict[str, list[str]]:
     """{key: its value in each row} of the settings that differ; a dash where a result could not be read."""
     known = [index for index, entry in enumerate(entries) if entry.result.overrides]
     columns = {}
@@ -102,7 +102,7 @@ def _columns(entries: list[Entry]) -> dict[str, list[str]]:
     return columns
 
 
-def _counts(entries: list[Entry]) -> str:
+def _counts(entries: list[SweepRow]) -> str:
     """How many runs there are, and how many did not reach their last step."""
     failed = sum(entry.result.failed for entry in entries)
     early = sum(entry.result.stopped_early for entry in entries)
@@ -114,7 +114,7 @@ def _counts(entries: list[Entry]) -> str:
     return f"{', '.join(parts)}."
 
 
-def _verdict(done: list[Entry], judged_by: str) -> str:
+def _verdict(done: list[SweepRow], judged_by: str) -> str:
     """Say which settings end lowest, by the mean over seeds where several were run."""
     means: dict[tuple[tuple[str, str], ...], list[float]] = defaultdict(list)
     differing = _differences(done).settings
@@ -132,7 +132,7 @@ def _verdict(done: list[Entry], judged_by: str) -> str:
     return f"Lowest {mean}: {sum(losses) / len(losses):.3f}{at}."
 
 
-def _table(entries: list[Entry], judged_by: str, colours: dict[int, int]) -> str:
+def _table(entries: list[SweepRow], judged_by: str, colours: dict[int, int]) -> str:
     """One row for each run: its loss, the settings that differ, and what kept it from its last step.
 
     A run's letter has the colour of its point in the picture; that of a run without a point has none.
@@ -161,7 +161,7 @@ def _setting(text: str) -> str:
     return f"<td{title}>{escape(short(text))}</td>"
 
 
-def _messages(entries: list[Entry]) -> str:
+def _messages(entries: list[SweepRow]) -> str:
     """Why runs failed, one paragraph each."""
     return "".join(
         f"<p class=legend><b>{escape(entry.one.run.name)}</b> (exit code {entry.result.code}): "

@@ -14,8 +14,8 @@ from train.report.timeline_data import (
     BLOCKED,
     REST,
     RankTimeline,
-    Slice,
     StepTimeline,
+    TrackSlice,
     Window,
     close_ups,
     read_timeline,
@@ -111,11 +111,11 @@ def close_up(found: StepTimeline, window: Window) -> str:
     return figure(window.title, f"{share_of(share)} exposed", sentence, body)
 
 
-def inside(one: Slice, window: Window) -> bool:
+def inside(one: TrackSlice, window: Window) -> bool:
     return one.end > window.start and one.start < window.end
 
 
-def union_length(slices: list[Slice]) -> float:
+def union_length(slices: list[TrackSlice]) -> float:
     """Return the length of the union of slices, microseconds."""
     length, reached = 0.0, float("-inf")
     for one in sorted(slices, key=lambda one: one.start):
@@ -137,7 +137,7 @@ def rows(rank: RankTimeline, start: float, end: float, names: bool = False) -> s
     return f"<div class=tracks>{text}</div>"
 
 
-def drawing(track: Track, slices: list[Slice], start: float, end: float, names: bool) -> str:
+def drawing(track: Track, slices: list[TrackSlice], start: float, end: float, names: bool) -> str:
     """Return one row as a stretched picture; with ``names`` each slice has a tool tip."""
     shapes = ""
     for key, colour in COLOURS.items():
@@ -173,7 +173,7 @@ def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-def label(one: Slice, start: float, end: float) -> str:
+def label(one: TrackSlice, start: float, end: float) -> str:
     """Return the label of a slice that is wide enough for one."""
     left, right = (units(time, start, end) / WIDTH for time in (one.start, one.end))
     is_action = one.colour in ACTION_NAMES

@@ -34,7 +34,7 @@ DIRECTIONS = (
 
 
 @dataclass(frozen=True)
-class Slice:
+class TrackSlice:
     """An interval of a track. ``colour`` is a key of `timeline.COLOURS`."""
 
     colour: str
@@ -61,7 +61,7 @@ class RankTimeline:
     start: float
     end: float
     exposed_share: float
-    tracks: dict[Track, list[Slice]]  # a track's blocked slices come after those that they cover
+    tracks: dict[Track, list[TrackSlice]]  # a track's blocked slices come after those that they cover
     waits: dict[Track, float]  # blocked microseconds
 
     @property
@@ -105,17 +105,17 @@ def read_timeline(folder: Path, notes: list[str]) -> StepTimeline | None:
 
 
 def _rank(row: dict[str, Any]) -> RankTimeline:
-    tracks: dict[Track, list[Slice]] = {track: [] for track in Track}
+    tracks: dict[Track, list[TrackSlice]] = {track: [] for track in Track}
     waits: dict[Track, float] = defaultdict(float)
     for one in row["compute"]:
         event = Event.parse(one)
         colour = COLOUR_GROUPS.get(event.kind, REST)
-        tracks[Track.COMPUTE].append(Slice(colour, event, event.text, float(one["start"]), float(one["end"])))
+        tracks[Track.COMPUTE].append(TrackSlice(colour, event, event.text, float(one["start"]), float(one["end"])))
     for one in row["actions"]:
         event = Event.parse(one)
-        action = Slice(ACTIONS[event.kind], event, str(event.action), float(one["start"]), float(one["end"]))
+        action = TrackSlice(ACTIONS[event.kind], event, str(event.action), float(one["start"]), float(one["end"]))
         tracks[Track.PIPELINE].append(action)
-    blocked: dict[Track, list[Slice]] = defaultdict(list)
+    blocked: dict[Track, list[TrackSlice]] = defaultdict(list)
     for one in row["communication"]:
         event, track, phase = Event.parse(one), Track(one["track"]), one["phase"]
         text = one.get("text", event.text)
@@ -124,7 +124,7 @@ def _rank(row: dict[str, Any]) -> RankTimeline:
         if one["blocked"] is not None:
             start, end = map(float, one["blocked"])
             waits[track] += end - start
-            wait = Slice(BLOCKED, event, f"blocked: {text}", start, end)
+            wait = TrackSlice(BLOCKED, event, f"blocked: {text}", start, end)
             blocked[track].append(wait)
             blocked[Track.COMPUTE].append(wait)
     for track, found in blocked.items():
@@ -133,10 +133,10 @@ def _rank(row: dict[str, Any]) -> RankTimeline:
     return RankTimeline(int(row["rank"]), float(row["start"]), float(row["end"]), share, tracks, dict(waits))
 
 
-def _communication(row: dict[str, Any], event: Event, text: str, phase: Event | None) -> Slice:
+def _communication(row: dict[str, Any], event: Event, text: str, phase: Event | None) -> TrackSlice:
     text += f": {size(row['bytes'])} sent" if row["bytes"] else ""
     text += "" if phase is None else f", in {phase.text}"
-    return Slice(row["track"], event, text, float(row["start"]), float(row["end"]), phase)
+    return TrackSlice(row["track"], event, text, float(row["start"]), float(row["end"]), phase)
 
 
 def size(num_bytes: float) -> str:
@@ -174,14 +174,14 @@ def close_ups(found: StepTimeline) -> list[Window]:
     return windows
 
 
-def _computed(rank: RankTimeline, event: Event | None) -> list[Slice]:
+def _computed(rank: RankTimeline, event: Event | None) -> list[TrackSlice]:
     return [one for one in rank.tracks[Track.COMPUTE] if one.event == event]
 
 
 def _expert_layers(rank: RankTimeline, phases: Iterable[SpanKind]) -> list[tuple[float, int, Event, float, float]]:
     """(blocked µs, layer, phase, first start, last end) of each layer's dispatch and combine in these phases."""
     slices = rank.tracks[Track.DISPATCH] + rank.tracks[Track.COMBINE]
-    groups: dict[tuple[int, Event], list[Slice]] = defaultdict(list)
+    groups: dict[tuple[int, Event], list[TrackSlice]] = defaultdict(list)
     for one in slices:
         if one.colour != BLOCKED and one.phase is not None and one.phase.kind in phases and one.event.layer is not None:
             groups[one.event.layer, one.phase].append(one)

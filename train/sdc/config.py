@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longcat.errors import ConfigError
-from parallel.sdc.spec import Fault, parse_faults
+from parallel.sdc.spec import InjectedFault, parse_faults
 
 
 @dataclass
@@ -33,6 +33,6 @@ class SdcConfig:
         parse_faults(self.inject)
 
     @property
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[InjectedFault]:
         """The faults that ``inject`` describes."""
         return parse_faults(self.inject)

@@ -18,7 +18,7 @@ from launch.nodes.claims import Claim, ClaimError, Claims
 from launch.nodes.link import Link, StoreLostError
 from launch.nodes.meeting import Meeting, start_store
 from launch.nodes.node import Node
-from launch.nodes.rendezvous import Place
+from launch.nodes.rendezvous import RendezvousParameters
 from launch.signals import Signals
 from launch.supervisor.journal import Journal
 from launch.supervisor.recall import read_starts
@@ -36,10 +36,10 @@ def soon(seconds: float = 1.5) -> float:
     return time.monotonic() + seconds
 
 
-def test_another_run_in_the_folder_is_refused(place: Place, claims: Claims) -> None:
+def test_another_run_in_the_folder_is_refused(place: RendezvousParameters, claims: Claims) -> None:
     """Two Slurm jobs with one run folder: the second ends in one line, and the first never hears of it."""
     with closing(begun(place, claims)) as live:
-        other = Place(2, "x", "127.0.0.1", free_ports(1)[0], 0)
+        other = RendezvousParameters(2, "x", "127.0.0.1", free_ports(1)[0], 0)
         second = Meeting(other, {**IDENTITY, "Slurm job": "2"}, claims, 5.0, lambda: False)
         with pytest.raises(ConfigError, match=r"in use by another run.*Slurm job is none there and 2 here"):
             second.begin(soon(0.1))
@@ -59,7 +59,9 @@ def test_another_run_in_the_folder_is_refused(place: Place, claims: Claims) -> N
     second.close()
 
 
-def test_cut_off_node_deposes_nobody(place: Place, claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut_off_node_deposes_nobody(
+    place: RendezvousParameters, claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It waits for its way to the first node's store, which it takes again."""
     with closing(begun(place, claims)) as first, closing(begun(place, claims)) as cut_off:
         store = cut_off.link.store
@@ -73,7 +75,7 @@ def test_cut_off_node_deposes_nobody(place: Place, claims: Claims, monkeypatch: 
         assert cut_off.link.store == store and not cut_off.is_first
 
 
-def test_restarted_first_node_deposes_nobody(place: Place, claims: Claims, dead_pid: int) -> None:
+def test_restarted_first_node_deposes_nobody(place: RendezvousParameters, claims: Claims, dead_pid: int) -> None:
     """With a live claim that it cannot reach; an old lease, or a process that has ended here, is one to follow."""
     assert claims.take(Claim(3, "b", "127.0.0.1", 1, IDENTITY))
     with pytest.raises(ConfigError, match="no first node"):
@@ -87,7 +89,7 @@ def test_restarted_first_node_deposes_nobody(place: Place, claims: Claims, dead_
         assert meeting.number == 6
 
 
-def test_first_node_by_takeover_replaces_its_store(place: Place, claims: Claims) -> None:
+def test_first_node_by_takeover_replaces_its_store(place: RendezvousParameters, claims: Claims) -> None:
     """At its own address, not that of launch.rendezvous, whose machine may be lost."""
     node = Meeting(place, IDENTITY, claims, 5.0, lambda: False)
     assert node._serve("127.0.0.2", [place.port], 0)
@@ -98,7 +100,7 @@ def test_first_node_by_takeover_replaces_its_store(place: Place, claims: Claims)
         assert node.is_first and node.link.host == "127.0.0.2"
 
 
-def test_own_end_is_no_usurper(place: Place, claims: Claims) -> None:
+def test_own_end_is_no_usurper(place: RendezvousParameters, claims: Claims) -> None:
     with closing(begun(place, claims)) as meeting:
         assert meeting.end(0)
         meeting.check()
@@ -132,7 +134,9 @@ def test_claim_without_space_leaves_nothing(claims: Claims, monkeypatch: pytest.
     assert os.listdir(claims.folder) == []
 
 
-def test_check_outlives_a_file_system_error(place: Place, claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_outlives_a_file_system_error(
+    place: RendezvousParameters, claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with closing(begun(place, claims, 1.0)) as meeting, monkeypatch.context() as broken:
         broken.setattr(os, "listdir", no_space)
         meeting.check()
@@ -141,7 +145,7 @@ def test_check_outlives_a_file_system_error(place: Place, claims: Claims, monkey
 
 
 @pytest.fixture
-def node(tmp_path: Path, place: Place) -> Node:
+def node(tmp_path: Path, place: RendezvousParameters) -> Node:
     config = compose(["model=debug", "run.name=run", f"run.dir={tmp_path}", "launch.restarts=2"])
     return Node([], config, place, 1, Signals())
 
@@ -179,7 +183,7 @@ def test_request_to_save_waits_for_the_next_store(node: Node, monkeypatch: pytes
     assert node.signals.take() == [SAVE_SIGNAL]
 
 
-def test_ended_link_stays_closed(place: Place) -> None:
+def test_ended_link_stays_closed(place: RendezvousParameters) -> None:
     """Another thread may be connecting anew when the connection is ended."""
     store = start_store(place.port, 60.0, IDENTITY)
     assert store is not None

@@ -19,7 +19,7 @@ from launch.fleet import Assignment
 from launch.nodes.claims import Claim, Claims
 from launch.nodes.link import Link, StoreFleet, StoreLostError
 from launch.nodes.meeting import describe_self, start_store
-from launch.nodes.rendezvous import Place
+from launch.nodes.rendezvous import RendezvousParameters
 from launch.nodes.store import PROTOCOL
 from tests.support.meetings import IDENTITY, begun
 from tests.support.meetings import claims as claims
@@ -38,7 +38,7 @@ def test_one_of_many_takes_a_number(claims: Claims) -> None:
     assert sorted(os.listdir(claims.folder)) == ["launch.store-2.json", "launch.store-3.json"]
 
 
-def test_replaced_first_node_starts_nothing(place: Place, claims: Claims) -> None:
+def test_replaced_first_node_starts_nothing(place: RendezvousParameters, claims: Claims) -> None:
     """However late it is told: the claim is read before each start, and its end is not that of the run."""
     with closing(begun(place, claims)) as meeting:
         fleet = StoreFleet(meeting.link, 5.0, meeting.check_before_start)
@@ -50,7 +50,7 @@ def test_replaced_first_node_starts_nothing(place: Place, claims: Claims) -> Non
         assert not meeting.end(0)
 
 
-def test_nodes_meet_at_the_highest_claim(place: Place, claims: Claims) -> None:
+def test_nodes_meet_at_the_highest_claim(place: RendezvousParameters, claims: Claims) -> None:
     """Two that have lost the store: one starts another, and both are connected to it. The end is a claim, too."""
     first = begun(place, claims)
     other = begun(place, claims)
@@ -72,7 +72,7 @@ def test_nodes_meet_at_the_highest_claim(place: Place, claims: Claims) -> None:
 
 
 @pytest.fixture
-def left(place: Place, dead_pid: int) -> Iterator[Link]:
+def left(place: RendezvousParameters, dead_pid: int) -> Iterator[Link]:
     """The store of a run whose first node was killed."""
     store = start_store(place.port, 120.0, IDENTITY)
     assert store is not None
@@ -84,7 +84,9 @@ def left(place: Place, dead_pid: int) -> Iterator[Link]:
     store.wait()
 
 
-def test_new_start_ends_a_store_that_is_left(place: Place, left: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_start_ends_a_store_that_is_left(
+    place: RendezvousParameters, left: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch.nodes.meeting, "ALIVE_SECONDS", -1.0)
     monkeypatch.setattr(launch.nodes.meeting, "DEPARTED_SECONDS", 0.5)
     with closing(begun(place, None)) as meeting:
@@ -116,7 +118,7 @@ def test_store_that_greets_and_never_answers_is_lost(monkeypatch: pytest.MonkeyP
         connection.close()
 
 
-def test_new_store_at_an_old_address_is_noticed(place: Place) -> None:
+def test_new_store_at_an_old_address_is_noticed(place: RendezvousParameters) -> None:
     meeting = begun(place, None)
     link = Link(place.host, place.port, IDENTITY, 5.0)
     meeting.close()
@@ -129,7 +131,7 @@ def test_new_store_at_an_old_address_is_noticed(place: Place) -> None:
     store.wait()
 
 
-def test_what_a_node_reads_does_not_grow(place: Place) -> None:
+def test_what_a_node_reads_does_not_grow(place: RendezvousParameters) -> None:
     """The answer to a heartbeat has the same size with 300 nodes as with ten."""
     sizes = []
     with closing(begun(place, None, 600.0)) as meeting:

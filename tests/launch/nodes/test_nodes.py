@@ -21,7 +21,7 @@ from launch.__main__ import main
 from launch.nodes.link import Link
 from launch.nodes.meeting import start_store
 from launch.nodes.node import Node
-from launch.nodes.rendezvous import Place, expand_hosts, find_identity, find_place
+from launch.nodes.rendezvous import RendezvousParameters, expand_hosts, find_identity, find_place
 from launch.signals import Signals
 from longcat.errors import ConfigError
 from tests.support.running import (
@@ -237,7 +237,7 @@ def test_one_node_too_many(overrides: list[str]) -> None:
     """A third node is refused; the two that wait for each other do not notice."""
     words = [*overrides, *SHORT, "launch.nodes=1", f"launch.rendezvous=127.0.0.1:{free_ports(1)[0]}"]
     config = compose(words)
-    place = Place(1, "a", "127.0.0.1", split_address(config.launch.rendezvous)[1], None)
+    place = RendezvousParameters(1, "a", "127.0.0.1", split_address(config.launch.rendezvous)[1], None)
     identity = find_identity(config.run.folder, {})
     store = start_store(place.port, 60, identity)
     assert store is not None

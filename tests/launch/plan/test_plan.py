@@ -16,10 +16,10 @@ from launch.__main__ import main
 from launch.local import num_ranks
 from launch.plan.candidates import layouts
 from launch.plan.cluster import PRESETS, find_cluster
-from launch.plan.links import Group, Pattern, seconds
+from launch.plan.links import Group, TrafficPattern, seconds
 from launch.plan.nearest import plan_or_nearest
 from launch.plan.plan import PlanOptions, availability, plan, read
-from launch.plan.search import Found, lines, search
+from launch.plan.search import SearchResult, lines, search
 from launch.plan.show import as_json, search_as_json, table
 from launch.plan.summary import peak_bytes, summarise
 from launch.plan.trace import Scope, trace
@@ -168,12 +168,14 @@ def test_daly_interval_costs_least() -> None:
 def test_links_of_a_group() -> None:
     cluster = replace(PRESETS["h800"], links_reached=1.0, inside_latency=0.0, network_latency=0.0)
     sent = 1e9
-    assert seconds(cluster, Group(8, 1), Pattern.ring, sent) == pytest.approx(sent / 200e9)
-    over = seconds(cluster, Group(16, 1), Pattern.all_to_all, sent)
+    assert seconds(cluster, Group(8, 1), TrafficPattern.ring, sent) == pytest.approx(sent / 200e9)
+    over = seconds(cluster, Group(16, 1), TrafficPattern.all_to_all, sent)
     assert over == pytest.approx(sent * 8 / 15 / 50e9)  # to the eight ranks of the other node
-    assert seconds(cluster, Group(16, 1), Pattern.ring, sent) == pytest.approx(sent / 200e9)  # the eighth by network
-    assert seconds(cluster, Group(4, 8), Pattern.ring, sent) == pytest.approx(sent / 50e9)  # one rank a node
-    assert seconds(cluster, Group(1, 1), Pattern.ring, sent) == 0.0
+    assert seconds(cluster, Group(16, 1), TrafficPattern.ring, sent) == pytest.approx(
+        sent / 200e9
+    )  # the eighth by network
+    assert seconds(cluster, Group(4, 8), TrafficPattern.ring, sent) == pytest.approx(sent / 50e9)  # one rank a node
+    assert seconds(cluster, Group(1, 1), TrafficPattern.ring, sent) == 0.0
 
 
 def test_cluster_of_a_file(tmp_path: Path) -> None:
@@ -260,7 +262,7 @@ def test_search_ranks_what_fits() -> None:
 
 def test_search_prints_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """It printed the table."""
-    monkeypatch.setattr("launch.plan.search.search", lambda config, options: Found([], [], 3, 1, "why"))
+    monkeypatch.setattr("launch.plan.search.search", lambda config, options: SearchResult([], [], 3, 1, "why"))
     monkeypatch.setattr("launch.plan.nearest.fitting_near", lambda config, options, cluster: "near")
     assert main(["plan", "search", "model=debug", "plan.ranks=2", "--json"]) == OK
     numbers = json.loads(capsys.readouterr().out)

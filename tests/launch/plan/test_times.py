@@ -11,7 +11,7 @@ import torch
 
 from launch.plan import calibrate
 from launch.plan.cluster import PRESETS, Cluster, find_cluster
-from launch.plan.links import Group, Pattern, seconds
+from launch.plan.links import Group, TrafficPattern, seconds
 from launch.plan.sharding import exposed_sharding
 from launch.plan.step import PhaseTimes, Step
 from launch.plan.summary import Summary, summarise
@@ -129,8 +129,8 @@ def test_on_cores_copies_and_idle_time_add_up(network: float, exposed: tuple[flo
 def test_on_cpus_each_rank_receives_from_each_other_node() -> None:
     """Of four ranks on two nodes; on GPUs a node receives each byte once."""
     node = replace(PRESETS["h800"], gpus_per_node=2, inside=1e30, network=1.0, network_latency=0.0, links_reached=1.0)
-    assert seconds(node, Group(4, 1), Pattern.ring, 3.0) == pytest.approx(1.5)
-    assert seconds(replace(node, on_gpu=False), Group(4, 1), Pattern.ring, 3.0) == pytest.approx(2.0)
+    assert seconds(node, Group(4, 1), TrafficPattern.ring, 3.0) == pytest.approx(1.5)
+    assert seconds(replace(node, on_gpu=False), Group(4, 1), TrafficPattern.ring, 3.0) == pytest.approx(2.0)
 
 
 def test_pipeline_gathers_once_a_step() -> None:
@@ -177,9 +177,9 @@ def test_calibration_finds_what_a_model_reaches(monkeypatch: pytest.MonkeyPatch)
 
 def test_on_cpus_a_message_waits_for_each_peer() -> None:
     node = replace(find_cluster("h100"), inside_latency=1e-3, cores=2, on_gpu=False)
-    of_two, of_four = (seconds(node, Group(size, 1), Pattern.ring, 0.0, count=5.0) for size in (2, 4))
+    of_two, of_four = (seconds(node, Group(size, 1), TrafficPattern.ring, 0.0, count=5.0) for size in (2, 4))
     assert (of_two, of_four) == (pytest.approx(5e-3), pytest.approx(15e-3))
-    assert seconds(replace(node, on_gpu=True), Group(4, 1), Pattern.ring, 0.0, count=5.0) == pytest.approx(5e-3)
+    assert seconds(replace(node, on_gpu=True), Group(4, 1), TrafficPattern.ring, 0.0, count=5.0) == pytest.approx(5e-3)
 
 
 def alone() -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from launch.supervisor.journal import Journal
 from launch.supervisor.ledger import PARTS, Life, parts_of, summary
-from launch.supervisor.progress import Progress
+from launch.supervisor.progress import RunProgress
 from launch.supervisor.prometheus import serving
 from tests.support.running import free_ports
 from train.sealed import intact_lines
@@ -67,7 +67,7 @@ def test_parts_add_up_to_the_wall_clock(lives: list[Life]) -> None:
 
 def test_progress_knows_steps_and_resumes(tmp_path: Path) -> None:
     path, now = tmp_path / "metrics.jsonl", [0.0]
-    progress = Progress(path, lambda: now[0])
+    progress = RunProgress(path, lambda: now[0])
 
     def write(steps: range, rest: str = "") -> None:
         now[0] += 1
@@ -96,7 +96,7 @@ def test_progress_tells_repeated_steps_from_old_ones(tmp_path: Path) -> None:
         path.write_text("".join(kept + [json.dumps({"step": step, "step_seconds": seconds}) + "\n" for step in steps]))
         progress.look()
 
-    progress = Progress(path, lambda: now[0])
+    progress = RunProgress(path, lambda: now[0])
     write(range(1, 6), 1.0)
     assert progress.finished == [(1, 6.0), (2, 7.0), (3, 8.0), (4, 9.0), (5, 10.0)]
     for last in (4, 5, 8):  # before the old newest step, at it, behind it
@@ -105,7 +105,7 @@ def test_progress_tells_repeated_steps_from_old_ones(tmp_path: Path) -> None:
         assert (progress.base, progress.step, progress.best) == (2, last, max(last, 5))
         assert [step for step, _ in progress.finished] == list(range(3, last + 1))
         write(range(3, 6), 1.0)  # a rollback within a start, or its end
-    again = Progress(path, lambda: now[0])
+    again = RunProgress(path, lambda: now[0])
     assert (again.base, again.best, again.finished, again.last_step_time) == (5, 5, [], None)
     path.write_text("")
     again.look()
@@ -120,7 +120,7 @@ def test_progress_of_a_file_too_long_to_read(tmp_path: Path, monkeypatch: pytest
         path.write_text("".join(json.dumps({"step": step, "loss": loss}) + "\n" for step in steps))
 
     write(range(1, 50), 1.5)
-    progress = Progress(path)
+    progress = RunProgress(path)
     assert (progress.step, progress.base) == (49, 49)
     write(range(1, 31), 2.5)
     progress.look()

@@ -13,7 +13,7 @@ import pytest
 from launch.fleet import GRACE_SECONDS, SAVE_SECONDS, Assignment
 from launch.supervisor.ledger import PARTS
 from launch.supervisor.loop import Supervisor, supervise
-from launch.supervisor.progress import Progress
+from launch.supervisor.progress import RunProgress
 from longcat.errors import FolderInUseError
 from tests.launch.supervisor.fake_fleet import Ending, FakeFleet
 from train.checkpoint.manifest import CheckpointStatus
@@ -117,7 +117,7 @@ def test_a_node_lost_while_others_save_shortens_their_time(tmp_path: Path) -> No
 
     graces: list[float] = []
     fleet = LosesB("abc", tmp_path / "run", lambda _: Ending(2, {0: 3}))
-    supervisor = Supervisor(compose([*WORDS, f"run.dir={tmp_path}"]), [], 1, fleet, 3, Progress(tmp_path / "none"))
+    supervisor = Supervisor(compose([*WORDS, f"run.dir={tmp_path}"]), [], 1, fleet, 3, RunProgress(tmp_path / "none"))
     reports, lost = supervisor.watch(Assignment(1, ("a", "b", "c"), 1, ()))
     assert (graces, lost) == ([SAVE_SECONDS, GRACE_SECONDS], ["b"]) and {one.node for one in reports} >= {"a", "c"}
 

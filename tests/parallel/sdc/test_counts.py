@@ -21,7 +21,7 @@ from parallel.pipeline.engine import unwrapped_errors
 from parallel.sdc.finding import Site
 from parallel.sdc.inject import corrupt
 from parallel.sdc.ledger import LEDGER
-from parallel.sdc.spec import Fault, Pattern
+from parallel.sdc.spec import InjectedFault, Pattern
 from tests.support.pool import close_pools, pool
 
 
@@ -63,7 +63,7 @@ def received_struck(pattern: Pattern, seeds: range) -> list[tuple[int, int, bool
     """(seed, elements changed, whether it is found) of faults in the counts that rank 1 receives."""
     found = []
     for seed in seeds:
-        fault = Fault(Place.payload, pattern, seed=seed, factor=(1.0625, 2.0, -1.0)[seed % 3])
+        fault = InjectedFault(Place.payload, pattern, seed=seed, factor=(1.0625, 2.0, -1.0)[seed % 3])
         changed: list[int] = []
         _, finding = counted(lambda tensor: changed.append(corrupt(tensor, fault)))  # noqa: B023
         found.append((seed, sum(changed), bool(finding)))

@@ -9,14 +9,14 @@ from longcat.errors import ConfigError
 from longcat.faults import Place, install_hook, is_active, passed
 from longcat.ops.matmul import linear
 from parallel.sdc.inject import LANE, Injector, corrupt
-from parallel.sdc.spec import Fault, Pattern, parse_fault, parse_faults
+from parallel.sdc.spec import InjectedFault, Pattern, parse_fault, parse_faults
 from train.compose import compose
 
 
 def test_description_is_read_and_written_back() -> None:
     text = "weight/bits/step:5/rank:1/call:2/name:down/count:4/seed:9/persistent"
     fault = parse_fault(text)
-    assert fault == Fault("weight", "bits", 5, 1, 2, "down", 4, seed=9, persistent=True)
+    assert fault == InjectedFault("weight", "bits", 5, 1, 2, "down", 4, seed=9, persistent=True)
     assert str(fault) == text and parse_fault(str(fault)) == fault
     assert compose([f"sdc.inject={text}"]).sdc.faults == [fault]
     assert len(compose([f"sdc.inject=[{text},file/row]"]).sdc.faults) == 2
@@ -49,7 +49,7 @@ def test_pattern_changes_what_it_says(pattern: Pattern, dtype: torch.dtype) -> N
     x = torch.randint(1, 100, (40, 33)).to(dtype)
     for seed in range(5):
         y = x.clone()
-        changed = corrupt(y, Fault("weight", pattern, seed=seed, count=3, factor=2.0))
+        changed = corrupt(y, InjectedFault("weight", pattern, seed=seed, count=3, factor=2.0))
         rows, columns = (x.view(torch.uint8) != y.view(torch.uint8)).view(40, 33, -1).any(2).nonzero().unbind(1)
         assert changed == rows.numel()
         if pattern == Pattern.bits:
@@ -65,7 +65,7 @@ def test_pattern_changes_what_it_says(pattern: Pattern, dtype: torch.dtype) -> N
 
 
 def test_stuck_lane_strikes_the_same_elements_again() -> None:
-    fault = Fault("activation", "lane", seed=3)
+    fault = InjectedFault("activation", "lane", seed=3)
     first, second = torch.randn(64, 16), torch.randn(64, 16)
     masks = []
     for x in (first, second):
@@ -81,12 +81,12 @@ def test_views_with_strides_are_struck_in_place() -> None:
     x = torch.randn(8, 8)
     for pattern in Pattern:
         before = x.clone()
-        assert corrupt(x.t()[2:], Fault("weight", pattern, factor=3.0, seed=1)) > 0
+        assert corrupt(x.t()[2:], InjectedFault("weight", pattern, factor=3.0, seed=1)) > 0
         assert not torch.equal(x, before)
 
 
 def test_fault_strikes_its_rank_step_and_call_only() -> None:
-    fault = Fault("activation", "bits", step=2, rank=1, call=2, name="lin")
+    fault = InjectedFault("activation", "bits", step=2, rank=1, call=2, name="lin")
     assert not Injector([fault], rank=0).faults
     injector = Injector([fault], rank=1)
     for step in (1, 2, 3):
@@ -97,7 +97,7 @@ def test_fault_strikes_its_rank_step_and_call_only() -> None:
 
 
 def test_persistent_fault_strikes_every_call_from_its_step_on() -> None:
-    injector = Injector([Fault("activation", "bits", step=2, persistent=True)], rank=0)
+    injector = Injector([InjectedFault("activation", "bits", step=2, persistent=True)], rank=0)
     for step in (1, 2, 3):
         injector.begin_step(step)
         for _ in range(2):

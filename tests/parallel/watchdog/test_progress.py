@@ -13,7 +13,7 @@ from parallel.pipeline.spans import traced
 from parallel.reduce import to_host
 from parallel.torch_internals import start_fake_world
 from parallel.watchdog import spans
-from parallel.watchdog.diagnosis import Cause, diagnose, format_message
+from parallel.watchdog.diagnosis import HangCause, diagnose, format_message
 from parallel.watchdog.events import Event, RankState, SpanKind
 from parallel.watchdog.heartbeats import Heartbeat
 from parallel.watchdog.progress import DeviceProgress, GroupProgress
@@ -41,10 +41,10 @@ def test_names_the_rank_whose_gather_others_never_see() -> None:
         replace(WORKING, idle_seconds=700.0, groups=(gather(40, 40), experts("2-3:1", 7, 7))),
     )
     without = {rank: replace(one, groups=()) for rank, one in late.items()}
-    assert diagnose(0, without, set(), set(), NOW).cause == Cause.UNKNOWN  # type: ignore[union-attr]
+    assert diagnose(0, without, set(), set(), NOW).cause == HangCause.UNKNOWN  # type: ignore[union-attr]
     found = diagnose(0, late, set(), set(), NOW)
     assert found is not None
-    assert (found.cause, found.ranks) == (Cause.STRAGGLER, (3,))
+    assert (found.cause, found.ranks) == (HangCause.STRAGGLER, (3,))
     said = format_message(late[0], found)
     assert 'rank 0 has waited 30 s in step 12 for "expert counts, layer 3" (ep)' in said
     assert (
@@ -65,14 +65,14 @@ def test_follows_groups_to_the_end_of_the_chain() -> None:
     for start in (0, 1, 3):
         found = diagnose(start, late, set(), set(), NOW)
         assert found is not None
-        assert (found.cause, found.ranks) == (Cause.STRAGGLER, (2,)), start
+        assert (found.cause, found.ranks) == (HangCause.STRAGGLER, (2,)), start
 
 
 def test_all_have_issued_it() -> None:
     """Nobody is late: the network or a GPU is."""
     found = diagnose(0, heartbeats(*[replace(DEVICE, groups=(gather(9, 8),))] * 4), set(), set(), NOW)
     assert found is not None
-    assert (found.cause, found.ranks) == (Cause.UNKNOWN, ())
+    assert (found.cause, found.ranks) == (HangCause.UNKNOWN, ())
     assert "ranks 0, 1, 2, 3) have issued its collective 9, and no device has completed it" in found.reason
 
 
@@ -178,7 +178,7 @@ def test_names_the_stage_that_has_not_sent() -> None:
     )
     found = diagnose(0, late, set(), set(), NOW)
     assert found is not None
-    assert (found.cause, found.ranks) == (Cause.STRAGGLER, (2,))
+    assert (found.cause, found.ranks) == (HangCause.STRAGGLER, (2,))
 
 
 def test_waits_for_the_device_are_spans(monkeypatch: pytest.MonkeyPatch) -> None:

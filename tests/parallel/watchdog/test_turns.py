@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from parallel.watchdog import turns
-from parallel.watchdog.diagnosis import Cause, diagnose, diagnoses
+from parallel.watchdog.diagnosis import HangCause, diagnose, diagnoses
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.heartbeats import Announcement, Heartbeat, HeartbeatStore
 from parallel.watchdog.spans import SPANS, wait_span
@@ -217,7 +217,7 @@ def test_the_ended_process_of_a_neighbour_needs_no_turn(idle: float, monkeypatch
     for kept in (ranks[2], ranks[5], ranks[7]):
         look = kept._look(kept.failure_turn, 1.0, lambda: True)
         assert look is not None and look[1] is not None
-        assert (look[1].cause, look[1].ranks) == (Cause.DEAD, (3,))
+        assert (look[1].cause, look[1].ranks) == (HangCause.DEAD, (3,))
 
 
 def test_a_failed_collective_says_what_the_reader_announces(idle: float) -> None:
@@ -248,7 +248,7 @@ def test_a_rank_that_does_not_reach_the_store_says_so_itself(idle: float, monkey
     kept = watchdogs(store, 8, [])[2]
     monkeypatch.setattr(store, "compare_set", lost)
     look = kept._look(kept.failure_turn, 1.0, lambda: True)
-    assert look is not None and look[1] is not None and look[1].cause == Cause.STORE_LOST
+    assert look is not None and look[1] is not None and look[1].cause == HangCause.STORE_LOST
 
 
 def test_rank_0_with_the_store_lets_others_hear_first(monkeypatch: pytest.MonkeyPatch) -> None:

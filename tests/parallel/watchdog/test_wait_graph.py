@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given as for_all
 from hypothesis import strategies
 
-from parallel.watchdog.diagnosis import Cause, diagnose, format_message, reporter
+from parallel.watchdog.diagnosis import HangCause, diagnose, format_message, reporter
 from parallel.watchdog.events import Event, RankState, SpanKind
 from parallel.watchdog.heartbeats import Heartbeat
 from parallel.watchdog.wait_graph import decode_ranks, encode_ranks, wait_ends, wait_path
@@ -32,7 +32,7 @@ def works(**changes: object) -> Heartbeat:
     return replace(WORKING, event=Event(SpanKind.BACKWARD, micro_batch=2, layers=(2, 3)), **changes)
 
 
-def diagnosed(me: int, store: dict[int, Heartbeat]) -> tuple[Cause, tuple[int, ...], str]:
+def diagnosed(me: int, store: dict[int, Heartbeat]) -> tuple[HangCause, tuple[int, ...], str]:
     diagnosis = diagnose(me, store, set(), set(), NOW)
     assert diagnosis is not None
     return diagnosis.cause, diagnosis.ranks, format_message(reporter(me, store, diagnosis), diagnosis)
@@ -51,7 +51,7 @@ PP4 = heartbeats(
 @pytest.mark.parametrize("me", range(4))
 def test_every_rank_names_the_hanging_pipeline_stage(me: int) -> None:
     kind, ranks, text = diagnosed(me, PP4)
-    assert (kind, ranks) == (Cause.STRAGGLER, (2,))
+    assert (kind, ranks) == (HangCause.STRAGGLER, (2,))
     assert 'for 30 s at step 12, "backward of micro-batch 2 in layers 2 to 3"' in text
 
 
@@ -66,7 +66,7 @@ def test_computing_stage_is_not_named_if_no_rank_waits_for_it() -> None:
     """Rank 3 computes; ranks 0 and 1 wait for each other in different collectives."""
     store = heartbeats(receives(1), receives(0, 2, GRADIENTS), receives(1, 2), works(idle_seconds=40))
     kind, ranks, text = diagnosed(2, store)
-    assert (kind, ranks) == (Cause.STRAGGLER, (0,))
+    assert (kind, ranks) == (HangCause.STRAGGLER, (0,))
     assert "rank 0 (process 40 on host) delays it through rank 1" in text
     assert "while rank 1 (process 41 on host) waits at" in text
 
@@ -75,7 +75,7 @@ def test_both_stages_of_a_cycle_are_named() -> None:
     store = heartbeats(receives(1), receives(2), receives(3), receives(2, 2, GRADIENTS, sequence=60))
     for me in range(4):
         kind, ranks, text = diagnosed(me, store)
-        assert (kind, ranks) == (Cause.STRAGGLER, (3,)), me
+        assert (kind, ranks) == (HangCause.STRAGGLER, (3,)), me
         assert "rank 3 (process 43 on host)" in text and "rank 2" in text
         assert "gradients of micro-batch 2" in text and "hidden states of micro-batch 1" in text
 
@@ -85,7 +85,7 @@ def test_computing_rank_in_an_expert_group_is_named() -> None:
     """Rank 1 hangs inside a layer; rank 0 waits for it in the all-to-all, 2 and 3 for their first stages."""
     store = heartbeats(exchanges(0, 1, sequence=50), works(idle_seconds=31), receives(0, idle_seconds=33), receives(1))
     for me in range(4):
-        assert diagnosed(me, store)[:2] == (Cause.STRAGGLER, (1,)), me
+        assert diagnosed(me, store)[:2] == (HangCause.STRAGGLER, (1,)), me
     assert "rank 1 (process 41 on host) delays it through rank 0" in diagnosed(2, store)[2]
 
 
@@ -95,7 +95,7 @@ def test_mismatch_names_both_ranks_and_collectives() -> None:
     store = heartbeats(receives(2, 1, GRADIENTS), receives(3, 1, GRADIENTS), exchanges(2, 3, layer=4), other)
     for me in range(4):
         kind, ranks, text = diagnosed(me, store)
-        assert (kind, ranks) == (Cause.STRAGGLER, (2,)), me
+        assert (kind, ranks) == (HangCause.STRAGGLER, (2,)), me
         assert "rank 2 (process 42" in text and "rank 3" in text
         assert '"expert dispatch, layer 4"' in text and '"expert combine, layer 5"' in text
 
@@ -103,13 +103,13 @@ def test_mismatch_names_both_ranks_and_collectives() -> None:
 def test_collectives_of_different_groups_are_a_mismatch() -> None:
     store = heartbeats(exchanges(0, 1), replace(WAITING, event=Event(SpanKind.SUM)), exchanges(2, 3), exchanges(2, 3))
     kind, ranks, text = diagnosed(0, store)
-    assert (kind, ranks) == (Cause.STRAGGLER, (1,)) and '"sum over all ranks"' in text
+    assert (kind, ranks) == (HangCause.STRAGGLER, (1,)) and '"sum over all ranks"' in text
 
 
 def test_complete_collective_names_no_rank() -> None:
     store = heartbeats(exchanges(0, 1), exchanges(0, 1), receives(0), receives(1))
     for me in range(4):
-        assert diagnosed(me, store)[:2] == (Cause.UNKNOWN, ()), me
+        assert diagnosed(me, store)[:2] == (HangCause.UNKNOWN, ()), me
 
 
 def test_slow_phase_is_named_only_if_nothing_else_is() -> None:

@@ -20,7 +20,7 @@ import torch
 
 from launch.__main__ import main as longcat
 from parallel.watchdog import watchdog
-from parallel.watchdog.diagnosis import Cause, Diagnosis
+from parallel.watchdog.diagnosis import Diagnosis, HangCause
 from parallel.watchdog.errors import causes, is_lost_rank
 from parallel.watchdog.events import Event, RankState, SpanKind
 from parallel.watchdog.heartbeats import Announcement, HeartbeatStore
@@ -255,7 +255,7 @@ def test_checks_begin_early_enough_to_end_in_time(timeout: float, world_size: in
 
 def test_timeout_restarts_after_a_slow_phase() -> None:
     kept = Watchdog(HeartbeatStore(torch.distributed.HashStore(), 0, 2), 10.0, lambda message: None)
-    late, silent = Diagnosis(Cause.STRAGGLER, (1,), ""), Diagnosis(Cause.UNRESPONSIVE, (1,), "")
+    late, silent = Diagnosis(HangCause.STRAGGLER, (1,), ""), Diagnosis(HangCause.UNRESPONSIVE, (1,), "")
     assert kept._too_long(9.0, float("inf"), late) and not kept._too_long(6.0, float("inf"), late)
     assert not kept._too_long(50.0, 0.0, late) and kept._too_long(58.0, 0.0, late)
     assert not kept._too_long(50.0, 3.0, late) and kept._too_long(50.0, 9.0, late)
@@ -270,7 +270,7 @@ def test_a_rank_that_holds_the_store_never_finds_itself_silent(monkeypatch: pyte
     kept.store.known[0] = kept.heartbeat()  # as after a first look
     monkeypatch.setattr(kept.store, "read", lambda seconds: None)
     _, found = kept._diagnose(lambda: True)
-    assert found is not None and (found.cause, found.ranks) == (Cause.STORE_LOST, ())
+    assert found is not None and (found.cause, found.ranks) == (HangCause.STORE_LOST, ())
     assert kept._too_long(58.0, 0.0, found), "also behind slow work that nobody sees the end of"
 
 

@@ -72,7 +72,7 @@ def hook(kind: str) -> Callable[[str, str, Any], None]:
     """What changes tensors that pass `longcat.faults`: all gradients, or the first tensor at rest."""
     from longcat.faults import Place
     from parallel.sdc.inject import corrupt
-    from parallel.sdc.spec import Fault, Pattern
+    from parallel.sdc.spec import InjectedFault, Pattern
 
     left = [1]
 
@@ -81,7 +81,7 @@ def hook(kind: str) -> Callable[[str, str, Any], None]:
             tensor.data.fill_(float("nan"))
         elif place == kind and left:
             left.clear()
-            corrupt(tensor, Fault(kind, Pattern.bits))
+            corrupt(tensor, InjectedFault(kind, Pattern.bits))
 
     return change
 

@@ -14,7 +14,7 @@ from tests.support.fabricate_run import fabricate
 from tests.train.report.html_page import read
 from train.report import write_report
 from train.report.timeline import merged, union_length
-from train.report.timeline_data import Slice, close_ups, read_timeline
+from train.report.timeline_data import TrackSlice, close_ups, read_timeline
 from train.report.timeline_v1 import upgrade
 
 
@@ -107,7 +107,7 @@ def test_damaged_timeline_is_reported_in_the_footer(run: Path, content: str) -> 
 def test_adjacent_spans_are_drawn_as_one() -> None:
     assert merged([(5, 9), (0, 2), (3, 4), (20, 21)]) == [(0, 9), (20, 21)]
     event = Event(SpanKind.EXPERT_DISPATCH)
-    slices = [Slice("dispatch", event, "", *times) for times in ((0.0, 4.0), (2.0, 5.0), (7.0, 8.0))]
+    slices = [TrackSlice("dispatch", event, "", *times) for times in ((0.0, 4.0), (2.0, 5.0), (7.0, 8.0))]
     assert union_length(slices) == 6.0
 
 

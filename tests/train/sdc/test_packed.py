@@ -10,7 +10,7 @@ import torch
 from longcat.faults import Place, install_hook
 from longcat.ops.calls import set_observer
 from parallel.sdc.replay import TRACE, Traced, traced
-from parallel.sdc.spec import Fault
+from parallel.sdc.spec import InjectedFault
 from tests.support.faults import Everything, Rank
 from tests.support.pool import close_pools, pool
 from train.checkpoint.state_hash import state_hash
@@ -30,7 +30,7 @@ class Step:
     state_hash: str
 
 
-def step(here: Rank, *faults: Fault) -> Step:
+def step(here: Rank, *faults: InjectedFault) -> Step:
     """One step from the same state, in which every call is repeated."""
     here.restore()
     stepper, recomputer = here.stepper(faults), Everything(1)
@@ -61,7 +61,9 @@ def flips() -> tuple[Counter[str], list[str]]:
         name = key.removeprefix(f"{Place.activation} ")
         for seed in range(SEEDS):
             call = 2 * int(torch.randint(count, (1,), generator=chance)) + 1  # behind each call is its repetition
-            fault = Fault(Place.activation, "bits", here.counters["step"] + 1, call=call, name=name, count=1, seed=seed)
+            fault = InjectedFault(
+                Place.activation, "bits", here.counters["step"] + 1, call=call, name=name, count=1, seed=seed
+            )
             found = step(here, fault)
             if found.struck != 1 or len(found.repeated) != 1:
                 wrong.append(f"{fault}: struck {found.struck} times, repetitions that differ: {found.repeated}")
