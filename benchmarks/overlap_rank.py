@@ -32,7 +32,7 @@ from parallel.fsdp.sharding import local_part
 from parallel.mesh import Topology, make_topology, resolve_sizes
 from parallel.overlap import apply_overlap
 from parallel.watchdog.events import SpanKind
-from parallel.watchdog.spans import begin_step, blocked_seconds
+from parallel.watchdog.spans import begin_step, take_blocked_seconds
 from train.profiling.recorder import StepRecorder
 
 CHUNKS = (1, 2, 4, 8)
@@ -123,7 +123,7 @@ class Bench:
         recorder.start()
         start, network = time.perf_counter(), network_seconds()
         self.step()
-        seconds, blocked, network = time.perf_counter() - start, blocked_seconds(), network_seconds() - network
+        seconds, blocked, network = time.perf_counter() - start, take_blocked_seconds(), network_seconds() - network
         recorder.finish()
         by_kind = [sum(one.exposed for one in recorder.comm_spans if one.event.kind is kind) for kind in WAITS]
         return [seconds, blocked, network, *by_kind]

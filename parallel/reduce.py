@@ -39,11 +39,6 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
-def mean_over_ranks(value: float) -> float:
-    """The mean over ranks."""
-    return sum_scalars([value])[0] / dist.get_world_size()
-
-
 def min_over_ranks(value: float) -> float:
     """The minimum over ranks."""
     least = torch.tensor(value, dtype=torch.float64)
@@ -75,21 +70,31 @@ def to_host(values: Tensor) -> Tensor:
         return values.cpu()
 
 
+def own_row(numbers: Tensor) -> Tensor:
+    """``numbers`` [n] in this rank's row, zeros in all others: [W, n] float64, summed over ranks each rank's numbers.
+
+    They arrive unchanged, whatever order the reduction takes.
+    """
+    rows = torch.zeros(dist.get_world_size(), numbers.numel(), dtype=torch.float64, device=numbers.device)
+    rows[dist.get_rank()] = numbers.double()
+    return rows
+
+
+def sum_in_rank_order(rows: Tensor) -> Tensor:
+    """The sum of rows [W, n] → [n], added one row after the other from 0, bit for bit."""
+    return rows.cumsum(0)[-1] + 0.0  # a reduction may add in pairs, a cumulative sum cannot; -0.0 becomes 0.0
+
+
 def sum_in_one_collective(numbers: Tensor, *parts: Tensor) -> list[Tensor]:
     """Sum ``numbers`` [n] and other tensors over all ranks in one collective → float64 on the host, shapes as given.
 
-    The update depends on the numbers, so they are added in the order of ranks. Each rank sends them in its own
-    row, where all others send zeros: they arrive unchanged, whatever order the reduction takes. The collective runs on
-    the device of the numbers, by its backend, and the host reads the result in one copy.
+    The update depends on the numbers, so each rank sends them in a row of its own and they are added in the order of
+    ranks. The collective runs on the device of the numbers, by its backend, and the host reads the result in one copy.
     """
-    rank, world_size, device = dist.get_rank(), dist.get_world_size(), numbers.device
-    rows = torch.zeros(world_size, numbers.numel(), dtype=torch.float64, device=device)
-    rows[rank] = numbers.double()
+    device, rows = numbers.device, own_row(numbers)
     flat = sum_over_ranks(torch.cat([rows.flatten(), *(to_device(part.double(), device).flatten() for part in parts)]))
     summed = to_host(flat).split([rows.numel(), *(part.numel() for part in parts)])
-    total = torch.zeros(numbers.numel(), dtype=torch.float64)
-    for row in summed[0].view(world_size, -1):
-        total += row
+    total = sum_in_rank_order(summed[0].view(rows.shape))
     return [total, *(one.view(part.shape) for one, part in zip(summed[1:], parts, strict=True))]
 
 

@@ -33,6 +33,7 @@ CLOCK_METRICS = frozenset(
         "mfu",
         "exposed_comm_share",
         "memory_gib",
+        "memory_rank",
         "availability",
         "slowest_rank",
         "slowest_rank_ratio",

@@ -15,11 +15,10 @@ from longcat.errors import (
     StopRequested,
     UnhealthyError,
 )
-from parallel.device import peak_memory_gib
 from parallel.mesh import Topology
-from parallel.reduce import broadcast, mean_over_ranks
+from parallel.reduce import broadcast
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import blocked_seconds, work_span
+from parallel.watchdog.spans import work_span
 from train.checkpoint.failures import describe
 from train.checkpoint.find import last_valid
 from train.checkpoint.saver import Saver
@@ -39,7 +38,7 @@ from train.start_clock import StartClock
 from train.state import TrainState
 from train.step import NOT_FINITE_BIASES, Stepper, StepRequests, StepResult
 from train.stop import StopSignal
-from train.stragglers import Straggler, StragglerWatch, as_finding, name_hosts, own_seconds
+from train.stragglers import Straggler, StragglerWatch, as_finding, name_hosts
 from train.sweeps.pruning import Pruner, StoppedEarly
 from train.terminal import Display
 from train.validation import Validator
@@ -129,7 +128,7 @@ class Loop:
             with self.profiler.step(counters.step + 1):
                 start = time.perf_counter()
                 result = self._step(owed_save)
-                seconds, blocked = time.perf_counter() - start, blocked_seconds()
+                seconds = time.perf_counter() - start
             if not result.healthy:
                 raise UnhealthyError(self._describe_bad_step(result))
             with self._advising():  # it may wait for a save
@@ -139,8 +138,8 @@ class Loop:
                 continue
             owed_save = False
             last = counters.step == config.train.steps
-            self._finish_metrics(result, seconds, blocked)
-            slow = self._watch_ranks(result.metrics, seconds, blocked)
+            self._finish_metrics(result, seconds)
+            slow = self._watch_ranks(result)
             restart = bool(slow) and config.launch.on_straggler == OnStraggler.restart and not last
             if due(config.validation.every, counters.step) or (last and config.validation.every):
                 self._validate(result.metrics)
@@ -195,9 +194,9 @@ class Loop:
             )
             raise error.with_advice(f"{outcome}{checkpoint}{doubtful}; {SDC_ADVICE}") from error
 
-    def _finish_metrics(self, result: StepResult, seconds: float, blocked: float) -> None:
-        """Add what needs a clock, the device or the weights; this rank waited ``blocked`` of the ``seconds``."""
-        metrics = result.metrics
+    def _finish_metrics(self, result: StepResult, seconds: float) -> None:
+        """Add what needs a clock or the biases."""
+        metrics, usage = result.metrics, result.usage
         flops = metrics["flops"]
         biases, step = self.state.biases, self.state.counters.step
         if due(self.config.logging.routing_every, step) or (self.config.logging.routing_every and step == 1):
@@ -207,21 +206,18 @@ class Loop:
         metrics["tokens_per_second"] = result.num_tokens / seconds
         metrics["mfu"] = flops / seconds / (self.peak_flops * self.topology.world_size)
         metrics["bias_range"] = float(biases.max() - biases.min())
-        metrics["exposed_comm_share"] = self._exposed_share(blocked / seconds)
-        metrics["memory_gib"] = peak_memory_gib(self.topology.device)
+        metrics["exposed_comm_share"] = usage.blocked_share
+        metrics["memory_rank"] = largest = int(usage.memory_gib.argmax())
+        metrics["memory_gib"] = float(usage.memory_gib[largest])
         if self.clock is not None:  # in the first line of a start
             self.clock.end("first_step")
             metrics |= self.clock.metrics() | self.launch_metrics
             self.terminal.note(self.clock.text())
             self.clock = None
 
-    def _exposed_share(self, share: float) -> float:
-        """Mean over ranks of the share of a step in which a rank waits for others; a collective."""
-        return 0.0 if self.topology.world_size == 1 else mean_over_ranks(share)
-
-    def _watch_ranks(self, metrics: dict[str, Any], seconds: float, blocked: float) -> list[Straggler]:
-        """Compare the ranks' times of a step; the stragglers that are to be named now. A collective."""
-        times = own_seconds(seconds, blocked, self.topology)
+    def _watch_ranks(self, result: StepResult) -> list[Straggler]:
+        """Compare the ranks' times of a step; the stragglers that are to be named now, with a collective if any are."""
+        metrics, times = result.metrics, result.usage.own_seconds
         ratios = self.stragglers.ratios(times)
         metrics["slowest_rank"] = slowest = int(ratios.argmax())
         metrics["slowest_rank_ratio"] = float(ratios[slowest])

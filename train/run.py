@@ -214,7 +214,7 @@ def build_state(config: Config, topology: Topology) -> TrainState:
         partial(make_adamw, config=config.optim),
         virtual_ranks(config.train.elastic_bits, topology.sizes),
     )
-    biases = torch.zeros(config.model.num_layers, config.model.num_routed, device=topology.device)
+    biases = torch.zeros(config.model.num_layers, config.model.num_routed)
     return TrainState(engine, store, build_controller(config.balance, config.model), Counters(), biases)
 
 

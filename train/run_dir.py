@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from longcat.errors import ConfigError, FolderInUseError, LongCatError
 from longcat.refusal import leave_refusal
+from parallel.sizes import number_in_environment
 from train.checkpoint.compatibility import CORPORA, TOKENIZER, differences
 from train.checkpoint.failures import describe
 from train.checkpoint.files import read_text, regular
@@ -36,6 +37,9 @@ PACKAGES = ("torch", "numpy", "megatron-core", "datasets", "tokenizers", "hydra-
 def check_folder(config: Config) -> None:
     """Make the run folder; refuse one that belongs to another run or cannot be written.
 
+    The first rank of each machine tries to write, as machines may mount the folder differently; if it cannot, its
+    launcher ends the machine's other ranks.
+
     Raises:
         ConfigError: with the differing keys; nothing in the folder has changed.
     """
@@ -43,9 +47,10 @@ def check_folder(config: Config) -> None:
     try:
         check_not_another_run(config)
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{uuid.uuid4().hex}"  # ranks of several hosts probe the same folder
-        probe.touch()
-        probe.unlink()
+        if number_in_environment("LOCAL_RANK", 0) == 0:
+            probe = folder / f".probe-{uuid.uuid4().hex}"  # ranks of several hosts probe the same folder
+            probe.touch()
+            probe.unlink()
     except OSError as error:
         raise ConfigError(
             f"run.dir={config.run.dir}: cannot write in {folder} ({error.strerror}); choose another run.dir"

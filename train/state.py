@@ -39,7 +39,8 @@ class TrainState:
     store: Store
     controller: BiasController
     counters: Counters
-    biases: Tensor  # [L, N + Z] of all layers, the same on every rank; `set_biases` copies them to this rank's routers
+    # [L, N + Z] of all layers, on the host, the same on every rank; `set_biases` copies them to this rank's routers
+    biases: Tensor
     health: HealthState = field(default_factory=HealthState)
     # checksum of each tensor since the last update (`train/sdc/at_rest.py`); None after a load, or without checks
     checksums: dict[tuple[str, tuple[int, ...]], int] | None = None
@@ -56,9 +57,12 @@ class TrainState:
 
     def set_biases(self, biases: Tensor) -> None:
         """Set the selection biases [L, N+Z] on every rank: sharding does not manage buffers."""
-        self.biases.copy_(to_device(biases, self.biases.device))
+        self.biases.copy_(biases)
+        copied: Tensor | None = None  # all at once to the device
         for number, router in self.routers():
-            router.e_score_correction_bias.copy_(self.biases[number])
+            bias = router.e_score_correction_bias
+            copied = to_device(self.biases, bias.device) if copied is None else copied
+            bias.copy_(copied[number])
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of the state that every rank has in full: biases and the controller's state."""

@@ -19,7 +19,7 @@ from longcat.moe import round_to
 from longcat.ops.calls import unobserved
 from parallel.elastic import sum_exactly
 from parallel.mesh import Axis, Topology
-from parallel.reduce import PendingSum, sum_in_one_collective
+from parallel.reduce import PendingSum, own_row, sum_in_one_collective
 from parallel.sdc.replay import Traced, traced
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import begin_step, work_span
@@ -32,6 +32,7 @@ from train.health.events import Spike
 from train.health.monitor import HealthMonitor
 from train.objective import Divisors, objective
 from train.optimizer import set_rates
+from train.rank_usage import RankUsage, UsageMeter
 from train.schedule import rate_factor
 from train.sdc.guard import Guard
 from train.stages import segments_of
@@ -65,7 +66,7 @@ class StepTotals:
     counts: Tensor  # [L, N + Z] int64
     margins: Tensor  # [L, N + Z, bins] int64 histograms for the bias controller
     requests: StepRequests
-    statistics: PendingSum  # `_probability_grads`, `_directions`, squared gradient norms by part
+    statistics: PendingSum  # `_probability_grads`, `_directions`, squared gradient norms by part, usage by rank
 
 
 NONE = StepRequests()
@@ -86,6 +87,7 @@ class StepResult:
     problem: str  # what is not finite; then no weight was updated. Empty if all is well
     requests: StepRequests  # set where any rank requested it
     by_layer: dict[str, Any]  # other figures of each layer, as metrics
+    usage: RankUsage
     spike: Spike | None = None  # its action says whether the step was applied
 
     @property
@@ -99,6 +101,7 @@ class Stepper:
     def __init__(self, state: TrainState, reader: BatchReader, config: Config, topology: Topology) -> None:
         self.state, self.reader, self.config, self.topology = state, reader, config, topology
         self.elastic = config.train.elastic_bits > 0
+        self.meter = UsageMeter(topology.device)
         self.guard = Guard(state, config.sdc, topology, config.run.folder / "sdc", repeats=config.train.deterministic)
         self.guard.replay = self._replay
         self.stage_starts = [segment.start for segment in segments_of(config)[1:]]
@@ -118,6 +121,7 @@ class Stepper:
         """
         counters, config = self.state.counters, self.config
         begin_step(counters.step + 1)
+        self.meter.begin_step()
         self.guard.begin_step(counters.step + 1)
         batches = list(self.reader.read(counters.position))
         divisors = self.reader.divisors(batches)
@@ -132,7 +136,9 @@ class Stepper:
         counters.step += 1
         counters.samples += config.train.global_batch_size
         counters.tokens += divisors.tokens + divisors.padding
-        return self._result(totals, statistics, divisors, factor, use_mtp, spike, problem)
+        result = self._result(totals, statistics, divisors, factor, use_mtp, spike, problem)
+        self.meter.end_step()
+        return result
 
     def _reduce(self, local: StepSums, requests: StepRequests) -> StepTotals:
         """Sum over ranks what the update depends on, in one collective, and start summing the statistics.
@@ -151,7 +157,8 @@ class Stepper:
                 numbers, local.counts, self._margins(), self.guard.numbers()
             )
             self.guard.judge(checks)
-            statistics = PendingSum(self._probability_grads(local), self._directions(), squares[1:])
+            usage = own_row(to_device(self.meter.take(), device))
+            statistics = PendingSum(self._probability_grads(local), self._directions(), squares[1:], usage)
         square, *sums = scalars[: -wanted.numel()].tolist()
         requested = StepRequests(*(count > 0 for count in scalars[-wanted.numel() :].tolist()))
         return StepTotals(sums, math.sqrt(square), counts.long(), margins.long(), requested, statistics)
@@ -189,7 +196,7 @@ class Stepper:
     ) -> StepResult:
         """The step's metrics, after the counters have advanced. ``statistics`` are the sums of `StepTotals`'."""
         config, model, counts = self.config, self.config.model, totals.counts
-        grads, directions, part_squares = statistics
+        grads, directions, part_squares, usage = statistics
         if self.elastic:
             grads[1] = self._weigh_balance(grads[1])
         similarities = figures.similarities_by_layer(directions, model.num_routed)
@@ -208,7 +215,8 @@ class Stepper:
         by_layer |= figures.named("expert_load_max_over_mean", figures.loads_by_layer(counts, model))
         by_layer |= {f"grad_rms/{part}": value for part, value in rms.items()}
         norms = figures.norms_by_part(part_squares, use_mtp)
-        return StepResult(metrics, divisors.tokens, counts, norms, problem, totals.requests, by_layer, spike)
+        of_ranks = RankUsage.of(usage)
+        return StepResult(metrics, divisors.tokens, counts, norms, problem, totals.requests, by_layer, of_ranks, spike)
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> StepSums:
         self._reset_routers()

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
-from parallel.mesh import Topology
-from parallel.reduce import all_gather_object, sum_over_ranks
+from parallel.reduce import all_gather_object
 from train.health.events import EventKind, HealthEvent
 from train.launch_config import LaunchConfig
 
@@ -69,13 +67,6 @@ class StragglerWatch:
     @property
     def steps(self) -> int:
         return self.config.straggler_steps
-
-
-def own_seconds(seconds: float, blocked: float, topology: Topology) -> np.ndarray:
-    """Each rank's seconds of a step outside exchanges; a collective: each rank adds its own to zeros."""
-    rows = torch.zeros(topology.world_size, dtype=torch.float64)
-    rows[topology.rank] = max(seconds - blocked, 0.0)
-    return sum_over_ranks(rows).numpy()
 
 
 def name_hosts(found: list[tuple[int, float]], steps: int) -> list[Straggler]:

@@ -94,7 +94,7 @@ class SpanStack:
         self.slow_ended = float("-inf")  # when the last slow span ended
         self.failed: tuple[BaseException, Span] | None = None  # an error and the innermost span that it left
         self.outermost_wait: Span | None = None
-        self.blocked_seconds = 0.0  # of this step, in outermost waits
+        self.blocked_seconds = 0.0  # in outermost waits, since `begin_step` or `take_blocked_seconds`
         self.launched: set[dist.ProcessGroup | tuple[int, ...] | None] = set()  # groups and peers, on a GPU
 
 
@@ -208,7 +208,7 @@ def work_span(event: Event, slow: bool = False) -> Span:
 
 @contextmanager
 def stream_wait() -> Iterator[None]:
-    """Around what makes the compute stream wait for other ranks outside of wait spans; `blocked_seconds` counts it."""
+    """Around a wait of the compute stream for other ranks outside of wait spans; `take_blocked_seconds` counts it."""
     clock = SPANS.stream_clock
     if clock is None or SPANS.outermost_wait is not None:
         yield
@@ -237,12 +237,16 @@ def begin_step(number: int) -> None:
     SPANS.last_change = monotonic()
 
 
-def blocked_seconds() -> float:
-    """How long this rank has waited for other ranks since `begin_step`.
+def take_blocked_seconds() -> float:
+    """How long this rank has waited for other ranks since `begin_step`, or the last call.
 
-    On a CPU the time inside outermost wait spans, on a GPU the time that its compute stream waited.
+    On a CPU the time inside outermost wait spans, on a GPU the time that its compute stream waited, for which the host
+    waits here.
     """
-    return SPANS.blocked_seconds if SPANS.stream_clock is None else _device_seconds(SPANS.stream_clock)
+    if SPANS.stream_clock is not None:
+        return _device_seconds(SPANS.stream_clock)
+    seconds, SPANS.blocked_seconds = SPANS.blocked_seconds, 0.0
+    return seconds
 
 
 def _device_seconds(clock: StreamClock) -> float:

@@ -76,6 +76,7 @@ def calls_of_cuda(synchronized: Callable[[str], None]) -> Iterator[None]:
         "device_count": lambda: 1,
         "set_device": lambda device: None,
         "is_current_stream_capturing": lambda: False,
+        "reset_peak_memory_stats": lambda device=None: None,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,
     }

@@ -1,7 +1,8 @@
-"""How often a step waits for numbers of the device, counted with tensors that stand in for a device's."""
+"""How often a step waits for numbers of the device or for all ranks, with tensors that stand in for a device's."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,15 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import parallel.state_store
+import train.run
 from longcat.model import Losses
 from parallel.reduce import PendingSum, sum_in_one_collective
 from parallel.state_store import members_by_part
+from tests.support.distributed import free_port, run_ranks
+from tests.support.fixtures import corpus, overrides  # noqa: F401  (fixtures)
 from tests.support.pool import close_pools, pool
+from tests.support.running import NARROW
 from tests.support.steppers import make_stepper
 from tests.support.three_steps import MODEL
+from train.compose import compose
+from train.process import main
 from train.step import Stepper
 
 READS = {"cpu", "item", "tolist", "numpy", "nonzero", "__float__", "__int__", "__bool__", "__index__", "__iter__"}
@@ -83,19 +91,73 @@ def device_of(stepper: Stepper, patch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_step_reads_the_device_twice() -> None:
     """Once before the update, once for statistics after it, whatever the number of layers and micro-batches."""
     for layers, micro_batch in ((2, 1), (3, 2)):
-        overrides = [*MODEL, f"model.num_layers={layers}", f"train.micro_batch_size={micro_batch}", "sdc.every=0"]
-        (found,) = pool(1).run(copies_of_a_step, overrides)
+        words = [*MODEL, f"model.num_layers={layers}", f"train.micro_batch_size={micro_batch}", "sdc.every=0"]
+        (found,) = pool(1).run(copies_of_a_step, words)
         assert found == {"cpu in reduce.py:to_host": 2}
 
 
-def copies_of_a_step(overrides: list[str]) -> dict[str, int]:
-    stepper, patch = make_stepper(overrides), pytest.MonkeyPatch()
+def copies_of_a_step(words: list[str]) -> dict[str, int]:
+    stepper, patch = make_stepper(words), pytest.MonkeyPatch()
     assert stepper.step().healthy
     patch.setattr(parallel.state_store.ShardedAdamW, "gradient_squares", squares_of_a_device)
     with device_of(stepper, patch):
         copies.clear()
         assert stepper.step().healthy
     return dict(Counter(copies))
+
+
+def waits_of_loop(words: list[str], port: int) -> list[dict[str, int]]:
+    """Of each step but the last, from its start to that of the next: reads of the device, collectives of all ranks."""
+    patch, zeros, build, step = pytest.MonkeyPatch(), torch.zeros, train.run.build_stepper, Stepper.step
+    collectives: list[str] = []
+    found: list[dict[str, int]] = []
+
+    def zeros_of_state(*arguments: Any, device: Any = None, **options: Any) -> Tensor:
+        made = zeros(*arguments, device=device, **options)
+        return on_device(made) if device is not None and caller() == "run.py:build_state" else made
+
+    def watch(name: str) -> Callable[..., Any]:
+        plain = getattr(dist, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if options.get("group") in (None, dist.group.WORLD):
+                collectives.append(f"{name} in {caller()}")
+            return plain(*arguments, **options)
+
+        return call
+
+    def watched_stepper(*arguments: Any) -> Stepper:
+        stepper = build(*arguments)
+        device_of(stepper, patch).__enter__()
+        for name in ("all_reduce", "all_gather_object", "broadcast", "broadcast_object_list", "barrier"):
+            patch.setattr(dist, name, watch(name))
+        return stepper
+
+    def watched_step(self: Stepper, *arguments: Any) -> Any:
+        found.append(dict(Counter(copies + collectives)))
+        copies.clear()
+        collectives.clear()
+        return step(self, *arguments)
+
+    patch.setattr(torch, "zeros", zeros_of_state)
+    patch.setattr(parallel.state_store.ShardedAdamW, "gradient_squares", squares_of_a_device)
+    patch.setattr(train.run, "build_stepper", watched_stepper)
+    patch.setattr(Stepper, "step", watched_step)
+    os.environ["MASTER_PORT"] = str(port)
+    try:
+        assert main(compose(words)) == 0
+    finally:
+        patch.undo()
+    return found[1:]
+
+
+def test_the_loop_waits_no_more_than_its_steps(overrides: list[str]) -> None:  # noqa: F811
+    """Metrics, stragglers and requests need no collective and no copy of their own."""
+    words = [*overrides, *NARROW, "train.steps=4", "parallel.fsdp=2", "sdc.every=0", "logging.hash_every=0"]
+    words += ["logging.routing_every=1"]
+    sums = {"all_reduce in reduce.py:sum_over_ranks": 1, "all_reduce in reduce.py:__init__": 1}
+    for found in run_ranks(waits_of_loop, 2, words, free_port(), timeout=240):
+        assert found == [{"cpu in reduce.py:to_host": 2, **sums}] * 3
 
 
 def squares_of_a_device(store: Any) -> Tensor:
@@ -114,9 +176,9 @@ def _pools() -> Iterator[None]:
     close_pools()
 
 
-def reads_of_layers(overrides: list[str]) -> dict[str, int]:
+def reads_of_layers(words: list[str]) -> dict[str, int]:
     """Reads of tensors by the host in forward and backward, but those of code that only CPUs run."""
-    stepper = make_stepper(overrides)
+    stepper = make_stepper(words)
     assert stepper.step().healthy
     counted: Counter[str] = Counter()
     patch = pytest.MonkeyPatch()
@@ -150,8 +212,8 @@ CPU_ONLY = ("grouped.py:", "dispatch.py:", "embedding.py:", "rows.py:", "permute
 
 def test_a_layer_reads_nothing_but_split_sizes() -> None:
     """On a GPU they are one copy (`streams.to_host`), here three lists; other reads are in operators for CPUs."""
-    overrides = [*MODEL, "parallel.ep=2", "model.num_experts=4", "model.num_mtp_layers=0"]
-    for found in pool(2).run(reads_of_layers, overrides):
+    words = [*MODEL, "parallel.ep=2", "model.num_experts=4", "model.num_mtp_layers=0"]
+    for found in pool(2).run(reads_of_layers, words):
         of_layers = {name: count for name, count in found.items() if not any(word in name for word in CPU_ONLY)}
         once = 2 * 2  # layers, micro-batches
         assert of_layers == {"tolist in split_sizes.py:sent": once, "tolist in split_sizes.py:received": 2 * once}

@@ -31,7 +31,7 @@ METRICS = {
     "step", "first_sample", "tokens", "loss", "loss_mtp", "loss_balance", "loss_z", "grad_norm", "lr", "step_seconds",
     "tokens_per_second", "mfu", "ffn_experts_per_token", "expert_load_max_over_mean", "bias_range",
     "router_similarity", "router_grad_ratio", "hidden_norm", "exposed_comm_share", "memory_gib", "state_hash", HASH,
-    "flops", "slowest_rank", "slowest_rank_ratio",
+    "memory_rank", "flops", "slowest_rank", "slowest_rank_ratio",
     "loss_deviation", "grad_norm_deviation", "hidden_norm_growth", "dead_experts", "grad_rms_over_eps",
 }  # fmt: skip
 NEED_A_WINDOW = {"loss_deviation", "grad_norm_deviation", "hidden_norm_growth"}

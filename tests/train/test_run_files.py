@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 
 import train.run_files
+from longcat.errors import ConfigError
 from tests.support.running import NARROW, exit_json, lines, train_here
+from train.compose import compose
 from train.exit_file import claim_exit, recorded_code
 from train.loggers.jsonl import JsonLines
+from train.run_dir import check_folder
 from train.run_files import LineFile, write_file
 
 
@@ -253,3 +256,16 @@ def test_checkpoints_that_cannot_be_made_are_refused(overrides: list[str], tmp_p
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "not mounted")
     assert train_here([*overrides, *NARROW]) == 2
     assert "checkpoints cannot be made" in exit_json(tmp_path / "run")["message"]
+
+
+def test_one_rank_of_a_machine_probes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    config = compose(["model=debug", f"run.dir={tmp_path}", "run.name=run"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_folder(config)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match="cannot write in"):
+        check_folder(config)

@@ -10,16 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from longcat.errors import ConfigError, SlowRankError
+from parallel.watchdog.events import Event, SpanKind
+from parallel.watchdog.spans import begin_step, wait_span
 from tests.support.distributed import free_port, run_ranks
 from tests.support.fixtures import corpus, overrides  # noqa: F401  (fixtures)
 from tests.support.running import NARROW, lines
+from train import rank_usage
 from train.checkpoint.manifest import list_checkpoints, step_of
 from train.compose import compose
 from train.launch_config import LaunchConfig
 from train.process import main
+from train.rank_usage import RankUsage, UsageMeter
 from train.step import Stepper
 from train.stragglers import Straggler, StragglerWatch, as_finding
 
@@ -68,21 +73,45 @@ def test_wrong_keys_are_refused(words: list[str], message: str) -> None:
         compose(["model=debug", *words]).validate()
 
 
+def test_usage_counts_what_is_inside_steps() -> None:
+    """From one sum to the next, with the update in between and without what is between two steps."""
+    meter, rows = UsageMeter(torch.device("cpu")), []
+    for _ in range(2):
+        begin_step(1)
+        meter.begin_step()
+        with wait_span(Event(SpanKind.SUM)):
+            time.sleep(0.01)
+        rows.append(meter.take())
+        time.sleep(0.02)  # the update
+        meter.end_step()
+        time.sleep(0.1)  # a validation
+    usage = RankUsage.of(torch.stack(rows))
+    assert np.all(usage.seconds >= [0.01, 0.03]) and usage.seconds[1] < 0.1
+    assert np.all(usage.blocked_seconds >= 0.01) and usage.own_seconds[1] >= 0.02
+    assert 0 < usage.blocked_share < 1 and usage.memory_gib[0] > 0
+
+
+def test_one_process_waits_for_nobody() -> None:
+    assert RankUsage.of(torch.tensor([[1.0, 0.5, 2.0]], dtype=torch.float64)).blocked_share == 0.0
+
+
 def train_with_a_slow_rank(words: list[str], port: int) -> int:
-    """Rank 1 takes long over each step from the third on."""
-    plain = Stepper.step
+    """Rank 1 takes long over each step from the third on, and more memory."""
+    plain, peak = Stepper._backward, rank_usage.peak_memory_gib
 
-    def slow(self: Stepper, requests: Any) -> Any:
+    def slow(self: Stepper, *inputs: Any) -> Any:
         if dist.get_rank() == 1 and self.state.counters.step > 1:
-            time.sleep(0.3)
-        return plain(self, requests)
+            time.sleep(1.0)
+        return plain(self, *inputs)
 
-    Stepper.step = slow  # type: ignore[method-assign]
+    Stepper._backward = slow  # type: ignore[method-assign]
+    rank_usage.peak_memory_gib = lambda device: peak(device) + 100 * dist.get_rank()
     try:
         os.environ["MASTER_PORT"] = str(port)
         return main(compose(words))
     finally:
-        Stepper.step = plain  # type: ignore[method-assign]
+        Stepper._backward = plain  # type: ignore[method-assign]
+        rank_usage.peak_memory_gib = peak
 
 
 def test_a_slow_rank_ends_the_run_with_its_state_saved(overrides: list[str], tmp_path: Path) -> None:  # noqa: F811
@@ -94,6 +123,7 @@ def test_a_slow_rank_ends_the_run_with_its_state_saved(overrides: list[str], tmp
     assert [one["rank"] for one in written["straggler"]["ranks"]] == [1]
     last = lines(tmp_path / "run")[-1]
     assert last["slowest_rank"] == 1 and last["slowest_rank_ratio"] > 2 and last["step"] < 30
+    assert last["memory_rank"] == 1 and last["memory_gib"] > 100
     assert [step_of(path) for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [last["step"]]
     events = [json.loads(line) for line in (tmp_path / "run" / "health.jsonl").read_text().splitlines()]
     found = [event for event in events if event["event"] == "straggler"]

@@ -206,7 +206,7 @@ def test_waits_for_the_device_are_spans(monkeypatch: pytest.MonkeyPatch) -> None
 
     assert to_host(Values()) == "values"  # type: ignore[arg-type, comparison-overlap]
     monkeypatch.setattr(SPANS, "stream_clock", Clock())
-    assert spans.blocked_seconds() == 1.5
+    assert spans.take_blocked_seconds() == 1.5
     spans.begin_step(3)
     assert seen == [Event(SpanKind.DEVICE)] * 3
     assert device_span().event.text == "what is queued on the device"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import SPANS, begin_step, blocked_seconds, wait_span
+from parallel.watchdog.spans import SPANS, begin_step, take_blocked_seconds, wait_span
 from parallel.watchdog.stream_clock import count_stream_waits
 
 DISPATCH = Event(SpanKind.EXPERT_DISPATCH, layer=0)
@@ -42,7 +42,7 @@ def test_device_clock_is_read_once_per_outermost_wait() -> None:
     begin_step(1)
     with wait_span(DISPATCH), wait_span(DISPATCH):
         pass
-    assert blocked_seconds() == 1.5 and clock.calls == ["take", "enter", "leave", "take"]
+    assert take_blocked_seconds() == 1.5 and clock.calls == ["take", "enter", "leave", "take"]
 
 
 @pytest.mark.alone
@@ -51,7 +51,7 @@ def test_cpu_uses_the_host_clock() -> None:
     begin_step(1)
     with wait_span(DISPATCH):
         pass
-    assert SPANS.stream_clock is None and 0 < blocked_seconds() < 0.1
+    assert SPANS.stream_clock is None and 0 < take_blocked_seconds() < 0.1
 
 
 @pytest.mark.gpu
@@ -63,8 +63,8 @@ def test_only_waits_of_the_compute_stream_count() -> None:
         torch.cuda._sleep(200_000_000)
     with wait_span(DISPATCH):
         torch.cuda.current_stream().wait_stream(side)
-    waited = blocked_seconds()
+    waited = take_blocked_seconds()
     assert waited > 0.02
     with torch.cuda.stream(side), wait_span(DISPATCH):
         torch.cuda._sleep(200_000_000)
-    assert blocked_seconds() == 0.0
+    assert take_blocked_seconds() == 0.0

@@ -180,7 +180,8 @@ def test_the_timeline_agrees_with_the_metric(folders: dict[str, Path]) -> None:
     for step in (2, 3):
         ranks = timeline(folders["profiled"], step)["ranks"]
         share = sum(rank["exposed_seconds"] for rank in ranks) / 2 / rows[step]["step_seconds"]
-        assert share == pytest.approx(rows[step]["exposed_comm_share"], rel=0.1)
+        # the row's seconds begin with the update of the step before and end at the sum
+        assert share == pytest.approx(rows[step]["exposed_comm_share"], rel=0.25)
         for rank in ranks:
             busy = sum(one["end"] - one["start"] for one in rank["compute"])
             assert 0 < busy <= rank["end"] - rank["start"] - 1e6 * rank["exposed_seconds"] + 1

@@ -14,7 +14,15 @@ import pytest
 import parallel
 import train
 from parallel.watchdog.events import Event, SpanKind, Track
-from parallel.watchdog.spans import SPANS, begin_step, blocked_seconds, record_launch, record_send, wait_span, work_span
+from parallel.watchdog.spans import (
+    SPANS,
+    begin_step,
+    record_launch,
+    record_send,
+    take_blocked_seconds,
+    wait_span,
+    work_span,
+)
 from train.profiling.recorder import CommSpan, StepRecorder
 
 FORWARD = Event(SpanKind.FORWARD, micro_batch=2)
@@ -58,9 +66,9 @@ def test_outermost_waits_count_once_and_nothing_else() -> None:
         time.sleep(0.02)
         with wait_span(DISPATCH):
             time.sleep(0.01)
-    assert 0.02 <= blocked_seconds() < 0.035
+    assert 0.02 <= take_blocked_seconds() < 0.035
     begin_step(2)
-    assert blocked_seconds() == 0.0
+    assert take_blocked_seconds() == 0.0
 
 
 def test_collective_spans_launch_to_completion() -> None:
