@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -17,13 +16,13 @@ from typing import IO
 
 from launch.fleet import GRACE_SECONDS, grace_seconds
 from launch.signals import blocked_requests
+from longcat.parent import STARTED_BY
 from train.stop import STOP_SIGNALS
 
 LAST_LINES = 40
 STARTING_SECONDS = 1.0  # for ranks that start to end by themselves after a crash of another
 STOPPED_STARTING_SECONDS = 120.0  # for ranks that start to meet after a stop signal; then it saves their first step
 READ_BYTES = 1 << 16
-PR_SET_PDEATHSIG = 1
 
 
 class LocalRanks:
@@ -43,24 +42,18 @@ class LocalRanks:
         self.unsent: dict[int, list[signal.Signals]] = {}
         self.readers: list[threading.Thread] = []
         self.kill_at = self.kill_starting_at = float("inf")  # of time.monotonic
-        libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-        def end_with_parent() -> None:
-            if libc is not None:
-                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
         try:
             with blocked_requests():  # until the rank has handlers for them
                 for local in range(count):
                     rank = first + local
-                    own = {**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(local)}
+                    numbers = {"RANK": str(rank), "LOCAL_RANK": str(local), STARTED_BY: str(os.getpid())}
+                    own = {**os.environ, **environment, **numbers}
                     process = subprocess.Popen(
                         [sys.executable, "-P", "-m", "train", *overrides],
                         env=own,
                         stdin=subprocess.DEVNULL,
                         stderr=subprocess.PIPE,
                         start_new_session=True,  # a terminal's signals come through this process alone
-                        preexec_fn=end_with_parent,
                     )
                     self.processes[rank], self.unsent[rank] = process, []
                     self.lines[rank] = deque(maxlen=LAST_LINES)

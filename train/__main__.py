@@ -7,9 +7,11 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 try:  # for this import alone: a user's longcat/ may come first
+    from longcat.parent import end_with_parent
     from longcat.search_path import leave_out_current_folder, leave_out_in_children
 
     leave_out_current_folder()
+    end_with_parent()  # before the imports that take seconds
 finally:
     del sys.path[0]
 
