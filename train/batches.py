@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -97,6 +97,18 @@ class BatchReader:
                 self.ahead.ask(following)
         for first in range(0, len(windows), self.size):
             yield self.to_batch(torch.from_numpy(np.stack(windows[first : first + self.size])))
+
+    def read_first(self, first_sample: int, end: int) -> list[Batch]:
+        """As `read`, but no label of the samples from ``end`` on counts: engines need whole global batches."""
+        batches = list(self.read(first_sample))
+        if first_sample + self.config.train.global_batch_size <= end:
+            return batches
+        rows = torch.arange(self.size, device=self.topology.device)
+        begins = [first_sample + number * self.size for number in self.numbers(self.topology.data_rank)]
+        return [
+            replace(batch, valid=batch.valid & (rows < end - begin)[:, None], num_labels=None)
+            for begin, batch in zip(begins, batches, strict=True)
+        ]
 
     def close(self) -> None:
         """End the thread that reads ahead."""

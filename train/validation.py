@@ -66,9 +66,9 @@ class Validator:
         return self._full_batches(self.reader, self.config.validation.batches)
 
     def _full_batches(self, reader: BatchReader, batches: int) -> int:
-        """Samples of full global batches, at most as many as the split has, so that no sample counts twice."""
-        size = self.config.train.global_batch_size
-        return min(batches, max(1, reader.samples.num_samples // size)) * size
+        """Samples of full global batches, at most as many as the split has; of one that has fewer samples, all."""
+        size, there = self.config.train.global_batch_size, reader.samples.num_samples
+        return min(batches, there // size) * size or there
 
     def measure(self, state: TrainState) -> ValidationResult:
         """Validation loss, of each corpus too, and bits per byte; a collective of all ranks."""
@@ -82,11 +82,11 @@ class Validator:
         return ValidationResult(nats / tokens, bits, by_corpus)
 
     def _sums(self, state: TrainState, reader: BatchReader, num_samples: int) -> tuple[float, float, float]:
-        """Nats, labels and bytes of their text over the first samples of a reader, of all ranks."""
+        """Nats, labels and bytes of their text over the first samples of a reader, of all ranks; each counts once."""
         nats, tokens, text_bytes = 0.0, 0.0, 0.0
         by_micro_batch: list[float] = []
         for first in range(0, num_samples, self.config.train.global_batch_size):
-            batches = list(reader.read(first))
+            batches = reader.read_first(first, num_samples)
             for losses_of_part in state.engine.evaluate(batches):
                 by_micro_batch += (found := [float(losses.lm) for losses in losses_of_part])
                 nats += sum(found)
