@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
+
 # What gloo, NCCL and the store say when a rank is lost or a collective takes too long
 LOST_RANK_MESSAGES = (
     "closed by peer",
@@ -15,6 +18,7 @@ LOST_RANK_MESSAGES = (
     "unhandled system error",
     "application timeout caused pair closure",
 )
+GLOO_SOURCE = "/gloo/"  # in the source file that gloo's errors begin with
 
 
 def causes(error: BaseException) -> list[BaseException]:
@@ -25,10 +29,22 @@ def causes(error: BaseException) -> list[BaseException]:
     return found
 
 
-def is_lost_rank(error: BaseException) -> bool:
-    """Whether a collective failed because another rank did not answer."""
+def is_lost_rank(error: BaseException, in_wait: bool = False) -> bool:
+    """Whether a collective failed because another rank did not answer.
+
+    A file system and a kernel time out too: the error must be torch.distributed's, gloo's, or have left a wait.
+
+    Args:
+        in_wait: whether the innermost span that the error left was a wait for other ranks.
+    """
     text = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(message in text for message in LOST_RANK_MESSAGES)
+    of_device = isinstance(error, torch.AcceleratorError) or text.startswith("cuda error")
+    of_file = isinstance(error, OSError) and error.filename is not None
+    if of_device or of_file or not any(message in text for message in LOST_RANK_MESSAGES):
+        return False
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError | OSError) and (in_wait or GLOO_SOURCE in text)
+    )
 
 
 def first_sentence(error: BaseException) -> str:

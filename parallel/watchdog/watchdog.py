@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,9 +111,12 @@ class Watchdog:
         """One line for an error that a lost rank or a time-out caused; None for any other error.
 
         The diagnosis takes as long as confirming that a rank has stopped, less where the lost process ran on this
-        machine. Few ranks make it; the others wait for what these announce.
+        machine. Few ranks make it; the others wait for what these announce. Unless a rank has died, those print the
+        error's traceback: another one may explain it better.
         """
-        lost = next((cause for cause in causes(error) if is_lost_rank(cause)), None)
+        chain, failed = causes(error), SPANS.failed
+        in_wait = failed is not None and failed[0] in chain and failed[1].state == RankState.WAITING
+        lost = next((cause for cause in chain if is_lost_rank(cause, in_wait)), None)
         if lost is None:
             return None
         with self.ending:
@@ -131,6 +135,8 @@ class Watchdog:
             diagnosis = found or Diagnosis(HangCause.UNKNOWN, (), "every rank answers", "check their network")
             message = f"{format_message(heartbeats.get(self.store.rank), diagnosis)} ({first_sentence(lost)})"
             self.finding = as_finding(diagnosis, heartbeats)
+            if diagnosis.cause != Cause.DEAD:  # else its end explains the error
+                traceback.print_exception(error)  # before the processes end, which begins when the others hear of it
             self._announce(message, heartbeats, diagnosis)
             return message
 

@@ -234,7 +234,7 @@ def test_a_failed_collective_says_what_the_reader_announces(idle: float) -> None
 
     thread = threading.Thread(target=hear)
     thread.start()
-    assert waiting.explain(RuntimeError("Connection closed by peer")) == "rank 7 has died"
+    assert waiting.explain(dist.DistNetworkError("Connection closed by peer")) == "rank 7 has died"
     assert waiting.finding == finding
     thread.join()
 

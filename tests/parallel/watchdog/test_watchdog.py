@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from launch.__main__ import main as longcat
 from parallel.watchdog import watchdog
@@ -34,6 +35,7 @@ from tests.support.running import NARROW, exit_json, ranks_below, run_cleanly, w
 
 # Seconds allowed for pauses of the machine
 STALL = float(os.environ.get("LONGCAT_STALL", "0"))
+LOST = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:52367"
 AT_MOST = 30.0  # seconds beyond the timeout before the test fails and prints the logs
 
 
@@ -286,10 +288,41 @@ def test_a_rank_that_hears_a_diagnosis_has_all_of_it(monkeypatch: pytest.MonkeyP
     assert heard == [("rank 0 has stopped", finding)]
 
 
+@pytest.mark.parametrize(
+    ("error", "in_wait", "is_lost"),
+    [
+        (RuntimeError(LOST), False, True),
+        (dist.DistBackendError("NCCL: Watchdog caught collective operation timeout"), False, True),
+        (dist.DistStoreError("wait timeout after 1000ms"), False, True),
+        (RuntimeError("Timed out"), True, True),
+        (ConnectionResetError(104, "Connection reset by peer"), True, True),
+        (RuntimeError("the tokenizer's server timed out"), False, False),
+        (OSError(110, "Connection timed out", "/nfs/x.idx"), True, False),
+        (OSError(110, "Connection timed out"), False, False),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), True, False),
+        (torch.AcceleratorError("the launch timed out and was terminated"), True, False),
+    ],
+)
+def test_only_a_wait_for_ranks_loses_a_rank(error: Exception, in_wait: bool, is_lost: bool) -> None:
+    """A mount and a kernel time out too: their ranks would end without a traceback, with a strike for their node."""
+    assert is_lost_rank(error, in_wait) == is_lost
+
+
+def test_an_error_of_a_mount_is_explained_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In work inside of a wait, or after one."""
+    watching = Watchdog(HeartbeatStore(torch.distributed.HashStore(), 0, 2), 10.0, lambda _: None)
+    SPANS.clear()
+    wait, work = wait_span(Event(SpanKind.BROADCAST)), work_span(Event(SpanKind.CORPUS_INDEX))
+    with pytest.raises(OSError, match="timed out") as raised, wait, work:
+        raise OSError(110, "Connection timed out")
+    assert watching.explain(raised.value) is None
+    SPANS.clear()
+
+
 def test_lost_connection_is_recognised_by_the_cause() -> None:
     try:
         try:
-            raise RuntimeError("Connection closed by peer")
+            raise RuntimeError(LOST)
         except RuntimeError as error:
             raise RuntimeError("stage 1 failed to run forward") from error
     except RuntimeError as error:
@@ -302,7 +335,7 @@ def test_single_process_starts_no_watchdog(tmp_path: Path) -> None:
         before = threading.active_count()
         watchdog.start(1.0, lambda message: None, tmp_path)
         assert threading.active_count() == before
-        assert watchdog.explain(RuntimeError("Connection closed by peer")) is None
+        assert watchdog.explain(RuntimeError(LOST)) is None
     finally:
         watchdog.stop()
         torch.distributed.destroy_process_group()
