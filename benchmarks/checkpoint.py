@@ -30,9 +30,10 @@ from train.checkpoint.dcp_tensors import Take, box_values, saved
 from train.checkpoint.find import find_on_all_ranks
 from train.checkpoint.load import load
 from train.checkpoint.retention import Keep, prune
-from train.checkpoint.save import SaveContext, Snapshot, write
+from train.checkpoint.save import Snapshot, write
 from train.checkpoint.saver import Saver
 from train.checkpoint.staging import StagingBuffer
+from train.checkpoint.thread_context import ThreadContext
 from train.compose import compose
 from train.config import Config
 from train.run import build_state
@@ -156,7 +157,7 @@ class Bench:
         return Snapshot.of(self.state, as_mapping(self.config), self.topology, take=take)
 
     def _write(self, snapshot: Snapshot) -> Path:
-        return write(snapshot, self.folder, self.topology, Keep(), SaveContext())
+        return write(snapshot, self.folder, self.topology, Keep(), ThreadContext())
 
     def loads(self, rounds: int, path: Path) -> tuple[dict[str, list[float]], float]:
         """Seconds of a plain read, of loading, verifying and resuming, and the extra memory of loading."""

@@ -74,7 +74,7 @@ class SilentStoreError(LongCatError):
 
 
 class UnhealthyError(LongCatError):
-    """Training became unhealthy (NaN, infinity); exit code 4. The message names the last valid checkpoint."""
+    """Training became unhealthy (NaN, infinity); exit code 4. The message names the last checkpoint."""
 
     exit_code = UNHEALTHY
 

@@ -20,7 +20,7 @@ from parallel.reduce import broadcast
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 from train.checkpoint.failures import describe
-from train.checkpoint.find import last_valid
+from train.checkpoint.find import describe_last, last_committed
 from train.checkpoint.saver import Saver
 from train.checkpoint.state_hash import state_hash
 from train.config import Config
@@ -31,6 +31,7 @@ from train.health.response import SpikeResponse
 from train.launch_config import OnStraggler, launch_metrics
 from train.loggers.interface import MetricsSink
 from train.loggers.jsonl import METRICS, rows
+from train.new_run import new_run
 from train.profiling.profiler import Profiler
 from train.run_dir import as_mapping, describe_corpora
 from train.stage_switch import StageSwitch
@@ -184,8 +185,8 @@ class Loop:
             raise error.with_advice(f"{outcome}the last checkpoint is the one to resume from; {SDC_ADVICE}") from error
         except CorruptionError as error:
             with suppress(LongCatError):  # this finding is the one to report
-                self.saver.wait_pending()  # its state was checked, and may be the last valid checkpoint
-            checkpoint = last_valid(self.config.run.folder / "checkpoints", self.topology)
+                self.saver.wait_pending()  # its state was checked, and may be the last checkpoint
+            checkpoint = describe_last(last_committed(self.config.run.folder / "checkpoints", self.topology))
             since, step = error.details["finding"].get("since"), error.details["finding"]["step"]
             doubtful = (
                 f"; checkpoints of steps {since} to {step - 1} may hold the fault's effect"
@@ -266,11 +267,12 @@ class Loop:
         return "" if self.config.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
 
     def _describe_bad_step(self, result: StepResult) -> str:
-        self.saver.wait_pending()  # the checkpoint being written may be the last valid one
-        checkpoint = last_valid(self.config.run.folder / "checkpoints", self.topology)
-        advice = (
-            "lower balance.ki, balance.kp and balance.kd"
-            if result.problem == NOT_FINITE_BIASES
-            else "lower optim.lr or look at the data"
-        )
-        return f"step {self.state.counters.step}: {result.problem}; nothing was updated and {checkpoint}; {advice}"
+        self.saver.wait_pending()  # the checkpoint being written may be the last one
+        last = last_committed(self.config.run.folder / "checkpoints", self.topology)
+        of_biases = result.problem == NOT_FINITE_BIASES
+        keys = ["balance.ki", "balance.kp", "balance.kd"] if of_biases else ["optim.lr"]
+        advice = new_run(f"a lower {' and '.join(keys)}", *keys, checkpoint=last)
+        if not of_biases:
+            advice = f"look at the data, or {advice}"
+        what = f"step {self.state.counters.step}: {result.problem}"
+        return f"{what}; nothing was updated and {describe_last(last)}; {advice}"

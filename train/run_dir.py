@@ -17,7 +17,7 @@ from typing import IO, Any
 from longcat.errors import ConfigError, FolderInUseError, LongCatError
 from longcat.refusal import leave_refusal
 from parallel.sizes import number_in_environment
-from train.checkpoint.compatibility import CORPORA, TOKENIZER, differences
+from train.checkpoint.compatibility import CORPORA, TOKENIZER, differences, refusal
 from train.checkpoint.failures import describe
 from train.checkpoint.files import read_text, regular
 from train.checkpoint.manifest import list_checkpoints
@@ -76,11 +76,7 @@ def check_same_configuration(config: Config) -> None:
     if (folder / CONFIG).is_file():
         wrong = differences(read_config(folder), as_mapping(config) | describe_corpora(config))
     if wrong:
-        shown = "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-        raise ConfigError(
-            f"{folder} belongs to another configuration, by its {CONFIG}: {shown}; set them back to resume it, or "
-            f"choose another run.name"
-        )
+        raise ConfigError(refusal(f"{folder} belongs to another configuration, by its {CONFIG}", wrong))
 
 
 def lock(folder: Path) -> IO[str]:

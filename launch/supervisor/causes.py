@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from longcat.errors import BAD_INPUT, CORRUPT, CRASHED, OK, STOPPED, UNHEALTHY
+from train.new_run import new_run
 
 if TYPE_CHECKING:
     from launch.fleet import Assignment, NodeReport
@@ -40,12 +41,13 @@ BY_CODE = {
 }
 ADVICE = {
     Cause.configuration: "correct the configuration: the message names the key",
-    Cause.unhealthy: "look at the loss in report.html; lower optim.lr, or resume from an earlier checkpoint",
+    Cause.unhealthy: "look at the loss in report.html and at the data; a lower optim.lr needs a new run, from the last "
+    "checkpoint or an earlier one",
     Cause.corruption: "take the named machine out of the job",
     Cause.hang: "look at the named rank's machine; raise parallel.timeout_seconds if it is only slow",
     Cause.straggler: "look at the named rank's machine, and at the load of its experts in report.html",
-    Cause.out_of_memory: "the same start needs the same memory: set parallel.recompute=full, lower "
-    "train.micro_batch_size, or raise parallel.fsdp",
+    Cause.out_of_memory: "the same start needs the same memory: set parallel.recompute=full or raise parallel.fsdp, or "
+    + new_run("a lower train.micro_batch_size", "train.micro_batch_size"),
     Cause.disk_full: "free space in the run folder's file system, or lower checkpoint.keep",
     Cause.node_lost: "look at the named machine and its network; raise launch.node_timeout if it was only busy",
     Cause.store_lost: "look at the machine of the first node and its network",

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from launch.supervisor.causes import ADVICE, Fault
+from launch.supervisor.causes import ADVICE, Cause, Fault
 from launch.supervisor.decide import End
 from launch.supervisor.ledger import Life, describe, summary
 from launch.supervisor.node_choice import Choice, Start, strikes_of, struck
+from train.new_run import words
 
 SHOWN = 20  # newest starts on the page, and nodes
 WIDTH = 110
@@ -40,7 +41,7 @@ def page(
         kept = lives[-1].kept
         newest = f"its newest checkpoint is that of step {kept}" if kept else "it has no checkpoint"
         lines += [f"  The run got to step {history[-1].step}; {newest}."]
-    lines += ["", "What to do", *_to_do(command, last, lives, end, several=choice.counts[0] > 1)]
+    lines += ["", "What to do", *_to_do(run, command, last, lives, end, several=choice.counts[0] > 1)]
     lines += _last_lines(last) if last else []
     if history:
         lines += ["", f"Starts ({_of(len(history))})", *_starts(history, lives[-len(history) :])]
@@ -52,13 +53,23 @@ def page(
     return "\n".join([*lines, "", "run.log, report.html and launch.jsonl in the run folder say more.", ""])
 
 
-def _to_do(command: Sequence[str], last: Fault | None, lives: Sequence[Life], end: End, several: bool) -> list[str]:
-    """Numbered steps; the last one is the command."""
+def _to_do(
+    run: str, command: Sequence[str], last: Fault | None, lives: Sequence[Life], end: End, several: bool
+) -> list[str]:
+    """Numbered steps; the last one is the command: the same, or a new run's where the same would end the same way."""
     found = [part for part in dict.fromkeys((end.advice, ADVICE.get(last.cause, "") if last else "")) if part]
-    again = "Then start the same command again" + (", on every node" if several else "")
-    found.append(f"{again}; it goes on from step {lives[-1].kept}:" if lives and lives[-1].kept else f"{again}:")
+    kept, typed = lives[-1].kept if lives else 0, shlex.join(["longcat", "train", *command])
+    again = "Then start the same command again"
+    if last and last.cause == Cause.unhealthy:
+        again = "Then start a new run, which may have other values"
+        new = words("optim.lr", checkpoint=shlex.quote(run) if kept else None)
+        keys = tuple(word.partition("=")[0] + "=" for word in new)
+        old = [word for word in command if not word.startswith((*keys, "checkpoint.resume="))]
+        typed = " ".join([shlex.join(["longcat", "train", *old]), *new])
+    again += ", on every node" if several else ""
+    found.append(f"{again}; it goes on from step {kept}:" if kept else f"{again}:")
     lines = [line for number, part in enumerate(found, 1) for line in _wrapped(_capital(part), f"  {number}. ")]
-    return [*lines, f"     {shlex.join(['longcat', 'train', *command])}"]
+    return [*lines, f"     {typed}"]
 
 
 def _last_lines(fault: Fault) -> list[str]:

@@ -26,9 +26,10 @@ from train.batches import BatchReader
 from train.checkpoint import load as loading
 from train.checkpoint.load import load
 from train.checkpoint.retention import Keep
-from train.checkpoint.save import SaveContext, Snapshot, write
+from train.checkpoint.save import Snapshot, write
 from train.checkpoint.staging import StagingBuffer
 from train.checkpoint.state_hash import state_hash
+from train.checkpoint.thread_context import ThreadContext
 from train.compose import compose
 from train.config import Config
 from train.run import build_state
@@ -141,7 +142,7 @@ def write_in(folder: str, overrides: list[str]) -> Written:
     configuration = as_mapping(run.config)
     snapshot = stage.copy(lambda take: Snapshot.of(run.state, configuration, run.topology, take=take))
     before, following = run.hash(), run.step()
-    path = write(snapshot, Path(folder), run.topology, Keep(), SaveContext(background_group(60)))
+    path = write(snapshot, Path(folder), run.topology, Keep(), ThreadContext(background_group(60)))
     run.state.engine.close()
     return Written(path, before, [following])
 

@@ -77,6 +77,12 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any], keys: tuple[str,
     return found
 
 
+def refusal(origin: str, wrong: list[str]) -> str:
+    """Why a run does not go on with other values than those of ``origin``, and what to do."""
+    shown = "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+    return f"{origin}: {shown}; set them back to resume it, or choose another run.name"
+
+
 def given_stages(stages: Any) -> Any:
     """`data.stages` without keys that have their defaults, which other versions may lack."""
     try:

@@ -2,44 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from longcat.errors import ConfigError
+from longcat.errors import ConfigError, LongCatError
 from parallel.mesh import Topology
-from parallel.reduce import all_gather_object, broadcast
-from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import work_span
+from parallel.reduce import broadcast
+from parallel.watchdog.events import SpanKind
 from train.checkpoint.manifest import Check, CheckpointStatus, list_checkpoints, problems, verify
+from train.checkpoint.thread_context import ThreadContext
+
+Found = TypeVar("Found")
 
 
-def find_on_all_ranks(folder: Path, resume: str, topology: Topology) -> tuple[Path | None, list[CheckpointStatus]]:
-    """`find_start` on the first rank, with the hashing divided among all ranks. A collective.
+def find_together(find: Callable[[Check], Found], topology: Topology, context: ThreadContext | None = None) -> Found:
+    """``find`` on the first rank, which passes its argument on to `verify`: all ranks divide the hashing. A collective.
 
     Each rank hashes the files that it will probably read, if as many ranks wrote them: they are then cached in memory.
 
+    Args:
+        context: of the thread that calls this; None = the main one.
+
     Raises:
-        ConfigError: on the first rank, as `find_start` does.
+        LongCatError, OSError: what ``find`` raises, on all ranks.
     """
+    context = context or ThreadContext()
 
     def check_share(path: Path, files: dict[str, str]) -> list[str]:
         share = dict(list(files.items())[topology.rank :: topology.world_size])
-        with work_span(Event(SpanKind.CHECKPOINT_VERIFY), slow=True):
+        with context.works(SpanKind.CHECKPOINT_VERIFY):
             found = problems(path, share)
-        return [problem for part in all_gather_object(found) for problem in part]
+        return [problem for part in context.all_gather_object(found) for problem in part]
 
     def check(path: Path, files: dict[str, str]) -> list[str]:
-        broadcast((path, files))
+        context.broadcast(("check", path, files))
         return check_share(path, files)
 
     if topology.is_first:
-        with work_span(Event(SpanKind.CHECKPOINT_FIND), slow=True):
-            found = find_start(folder, resume, check)
-        return broadcast(found)  # type: ignore[no-any-return]
-    while True:
-        path, files_or_skipped = broadcast(None)
-        if not isinstance(files_or_skipped, dict):  # the result; a dict is the next checkpoint's files
-            return path, files_or_skipped
-        check_share(path, files_or_skipped)
+        result, failure = None, None
+        try:
+            with context.works(SpanKind.CHECKPOINT_FIND):
+                result = find(check)
+        except (LongCatError, OSError) as error:
+            failure = error
+        context.broadcast(("found", result, failure))
+    else:
+        while (message := context.broadcast(None))[0] == "check":
+            check_share(*message[1:])
+        _, result, failure = message
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def find_on_all_ranks(folder: Path, resume: str, topology: Topology) -> tuple[Path | None, list[CheckpointStatus]]:
+    """`find_start`, with the hashing divided among all ranks. A collective; raises what that raises."""
+    return find_together(lambda check: find_start(folder, resume, check), topology)
 
 
 def find_start(folder: Path, resume: str, check: Check = problems) -> tuple[Path | None, list[CheckpointStatus]]:
@@ -125,16 +144,20 @@ def list_problems(skipped: list[CheckpointStatus]) -> str:
     return "; ".join(f"{status.folder.name}: {status.problem}" for status in skipped)
 
 
-def last_valid(folder: Path, topology: Topology) -> str:
-    """A phrase with the newest valid checkpoint, found by the first rank for all: any of them may report it."""
-    with work_span(Event(SpanKind.CHECKPOINT_FIND), slow=True):
-        phrase = describe_last_valid(folder) if topology.is_first else ""
-    return str(broadcast(phrase))
+def newest_committed(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder``, without hashing: a start has renamed those that were not valid then."""
+    return next(reversed(list_checkpoints(folder)), None)
 
 
-def describe_last_valid(folder: Path) -> str:
-    path, _ = newest_valid(folder)
-    return "there is no checkpoint yet" if path is None else f"the last valid checkpoint is {path}"
+def last_committed(folder: Path, topology: Topology) -> Path | None:
+    """`newest_committed`, found by the first rank for all: any of them may report it."""
+    path: Path | None = broadcast(newest_committed(folder) if topology.is_first else None)
+    return path
+
+
+def describe_last(path: Path | None) -> str:
+    """The phrase of messages about `newest_committed`."""
+    return "there is no checkpoint yet" if path is None else f"the last checkpoint is {path}"
 
 
 def is_inside(path: Path, folder: Path) -> bool:

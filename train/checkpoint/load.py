@@ -13,7 +13,7 @@ from longcat.errors import ConfigError
 from parallel.reduce import all_gather_object
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
-from train.checkpoint.compatibility import TOKENIZER, differences, order_differences
+from train.checkpoint.compatibility import TOKENIZER, differences, order_differences, refusal
 from train.checkpoint.dcp_tensors import finish_load, loaded, read_values
 from train.checkpoint.failures import describe, first_failure
 from train.checkpoint.files import read_text
@@ -25,17 +25,17 @@ from train.stored_stages import stored_stage
 
 
 def load(
-    state: TrainState, path: Path, configuration: dict[str, Any], from_start: bool = False, own: bool = True
+    state: TrainState, path: Path, configuration: dict[str, Any], from_start: bool = False, own: bool = False
 ) -> None:
     """Read a checkpoint into ``state``, in place, from any layout into any other.
 
     Args:
         from_start: as `data.from_start`.
-        own: whether it is one of this run's own checkpoints, which count samples of its present data.
+        own: whether it is one of this run's own checkpoints: a run goes on with the configuration that it had.
 
     Raises:
-        ConfigError: the checkpoint is of another model or of other data (with the differing keys), or a rank could
-            not read it.
+        ConfigError: the checkpoint is of another model or of other data, an own one of another configuration (with the
+            differing keys), or a rank could not read it.
     """
     try:
         stored = json.loads(read_text(path / STATE))
@@ -51,6 +51,8 @@ def load(
     new_data = from_start and (bool(wrong) or not own)
     check_model(path, stored, configuration, new_data, bool(wrong))
     check_tokenizer(path, stored["configuration"], configuration)
+    if own:
+        check_unchanged(path, stored, configuration)
     if new_data:
         counters["data_start"] = counters["samples"]
     elif wrong:
@@ -105,6 +107,16 @@ def check_model(
     if wrong:
         where = " in the stage of data.stages that it is in" if wrong != base else ""
         raise ConfigError(f"checkpoint {path} is of another model{where}: {'; '.join(wrong)}; set them equal")
+
+
+def check_unchanged(path: Path, stored: dict[str, Any], configuration: dict[str, Any]) -> None:
+    """Raise ConfigError if a step of this run was trained with other values that decide the results.
+
+    Checkpoints that `longcat grow`, `merge` or `import` put into the folder of a new run are no steps of it.
+    """
+    is_brought = "growth" in stored or "merged" in stored or not stored["counters"]["step"]
+    if not is_brought and (wrong := differences(stored["configuration"], configuration)):
+        raise ConfigError(refusal(f"checkpoint {path} of this run is of another configuration", wrong))
 
 
 def check_tokenizer(path: Path, stored: dict[str, Any], configuration: dict[str, Any]) -> None:

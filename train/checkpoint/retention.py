@@ -10,9 +10,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from longcat.errors import SaveError
+from parallel.mesh import Topology
+from parallel.watchdog.events import SpanKind
+from train.checkpoint.failures import describe
 from train.checkpoint.files import PARTIAL, is_locked, read_text
-from train.checkpoint.find import newest_valid
+from train.checkpoint.find import find_together, newest_valid
 from train.checkpoint.manifest import REMOVED, STATE, CheckpointStatus, list_checkpoints, set_aside, step_of
+from train.checkpoint.thread_context import ThreadContext
+from train.config import CheckpointConfig
 
 SET_ASIDE = re.compile(
     r"step-(?P<step>\d+)\.(?P<why>damaged|abandoned|replaced)(?:-\d+)?"
@@ -26,6 +32,10 @@ class Keep:
     newest: int = 0  # number of newest checkpoints; 0 = all
     every: int = 0  # also those whose step is a multiple of this; 0 = none
     best: int = 0  # also as many with the lowest validation loss
+
+    @classmethod
+    def of(cls, settings: CheckpointConfig) -> Keep:
+        return cls(settings.keep, settings.keep_every, settings.keep_best)
 
 
 def prune(folder: Path, keep: Keep, safe: Path | None = None) -> None:
@@ -72,12 +82,21 @@ def _stands_out(path: Path, step: int, keep: Keep) -> bool:
     return bool(keep.every and step % keep.every == 0) or bool(keep.best and validation_loss(path) is not None)
 
 
-def make_space(folder: Path, keep: Keep) -> None:
-    """`prune` without a new checkpoint: the newest valid one stays, even if newer ones are damaged."""
-    if to_delete(folder, keep):  # otherwise nothing needs hashing
-        valid, _ = newest_valid(folder)
-        if valid is not None:
-            prune(folder, keep, valid)
+def make_space(folder: Path, keep: Keep, topology: Topology, context: ThreadContext) -> None:
+    """`prune` without a new checkpoint: the newest valid one stays, even if newer ones are damaged. A collective.
+
+    Raises:
+        SaveError: a checkpoint could not be looked at or removed.
+    """
+    try:  # if there is nothing to remove, nothing is hashed
+        valid = find_together(
+            lambda check: newest_valid(folder, check)[0] if to_delete(folder, keep) else None, topology, context
+        )
+    except OSError as error:
+        raise SaveError(describe(error)) from error
+    context.run_on_all_ranks(
+        SpanKind.CHECKPOINT_MAKE_SPACE, lambda: prune(folder, keep, valid) if valid and topology.is_first else None
+    )
 
 
 def to_delete(folder: Path, keep: Keep) -> list[Path]:
@@ -114,6 +133,10 @@ def cleanup(folder: Path, resumed: Path | None, skipped: list[CheckpointStatus])
             shutil.rmtree(path)
     renamed = [set_aside(status.folder, "damaged") for status in skipped]
     if resumed is not None and resumed.resolve().parent == folder.resolve():
-        later = [path for path in list_checkpoints(folder) if path.name > resumed.name]
-        renamed += [set_aside(path, "abandoned") for path in later]
+        renamed += abandon_later(folder, step_of(resumed))
     return [path for path in renamed if path is not None]
+
+
+def abandon_later(folder: Path, step: int) -> list[Path | None]:
+    """Rename the checkpoints of later steps: the run goes on from ``step`` and will have others."""
+    return [set_aside(path, "abandoned") for path in list_checkpoints(folder) if step_of(path) > step]

@@ -9,9 +9,8 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,14 @@ from parallel.mesh import Topology
 from parallel.sdc.finding import Finding, Site, layer_of
 from parallel.sdc.inject import damage_file
 from parallel.watchdog.events import Event, SpanKind
-from parallel.watchdog.spans import wait_span, work_span
 from train.checkpoint.dcp_tensors import Take, box_values, saved, values_here
-from train.checkpoint.failures import describe, first_failure, is_disk_full
 from train.checkpoint.files import PARTIAL, HashedFile
-from train.checkpoint.find import describe_last_valid
+from train.checkpoint.find import describe_last, newest_committed
 from train.checkpoint.index import Entries, Placement, entries, gather, items_to_write, write_index
 from train.checkpoint.manifest import commit
 from train.checkpoint.retention import Keep, make_space, prune_after_commit
+from train.checkpoint.thread_context import ThreadContext
+from train.new_run import new_run
 from train.sdc.at_rest import Checksums, changed_in_snapshot, snapshot_boxes
 from train.state import TrainState
 
@@ -75,65 +74,20 @@ class Snapshot:
         return cls(state.counters.step, tensors, num_bytes, dumps(text), placement, state.checksums)
 
 
-class SaveContext:
-    """Runs the steps of a save in the main or a background thread, and lets all ranks agree on each."""
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """With a ``group``: in a background thread, in that process group. Without: in the main thread."""
-        self.group = group
-        self.doing: tuple[tuple[Event, bool], ...] = ()  # in the background: (span, whether it waits for other ranks)
-
-    def waits(self, event: Event) -> AbstractContextManager[Any]:
-        return wait_span(event) if self.group is None else self._note(event, True)
-
-    def works(self, kind: SpanKind) -> AbstractContextManager[Any]:
-        event = Event(kind)
-        return work_span(event, slow=True) if self.group is None else self._note(event, False)
-
-    @contextmanager
-    def _note(self, event: Event, waits: bool) -> Iterator[None]:
-        outer = self.doing
-        self.doing = (*outer, (event, waits))
-        try:
-            yield
-        finally:
-            self.doing = outer
-
-    def wait_for(self, thread: threading.Thread) -> None:
-        """Wait in the main thread for ``thread``, which writes in this context; its spans are shown as the caller's."""
-        while thread.is_alive():
-            with ExitStack() as spans:
-                doing = self.doing
-                for event, waits in doing:
-                    spans.enter_context(wait_span(event) if waits else work_span(event, slow=True))
-                while thread.is_alive() and self.doing is doing:
-                    thread.join(0.01)
-
-    def run_on_all_ranks(self, kind: SpanKind, action: Callable[[], Any]) -> list[Any]:
-        """Every rank's result of ``action``; if it fails on any rank, all ranks raise SaveError."""
-        failure, is_full = None, False
-        with self.works(kind):
-            try:
-                mine = action()
-            except Exception as error:
-                mine, failure, is_full = None, describe(error), is_disk_full(error)
-        found: list[Any] = [None] * dist.get_world_size()
-        with self.waits(Event(SpanKind.OUTCOME, of=kind)):
-            dist.all_gather_object(found, (mine, failure, is_full), group=self.group)
-        failed = {rank: failure for rank, (_, failure, _) in enumerate(found) if failure}
-        if failed:
-            raise SaveError(first_failure(failed), is_disk_full=any(full for _, _, full in found))
-        return [result for result, _, _ in found]
-
-
 def save(
-    state: TrainState, folder: Path, configuration: dict[str, Any], topology: Topology, keep: Keep | None = None
+    state: TrainState,
+    folder: Path,
+    configuration: dict[str, Any],
+    topology: Topology,
+    keep: Keep | None = None,
+    val_loss: float | None = None,
 ) -> Path:
     """Write and commit the present state in the main thread; raises what `write` raises."""
-    return write(Snapshot.of(state, configuration, topology), folder, topology, keep or Keep(), SaveContext())
+    snapshot = Snapshot.of(state, configuration, topology, val_loss)
+    return write(snapshot, folder, topology, keep or Keep(), ThreadContext())
 
 
-def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, context: SaveContext) -> Path:
+def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, context: ThreadContext) -> Path:
     """Write and commit `<folder>/step-…`, then remove the checkpoints that ``keep`` does not select.
 
     Raises:
@@ -150,9 +104,7 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, cont
     first = topology.is_first
     try:
         if missing_space(snapshot, folder, context):  # checkpoint.keep may have been lowered to make space
-            context.run_on_all_ranks(
-                SpanKind.CHECKPOINT_MAKE_SPACE, lambda: make_space(folder, keep) if first else None
-            )
+            make_space(folder, keep, topology, context)
             if lack := missing_space(snapshot, folder, context):
                 raise SaveError(lack, is_disk_full=True)
         context.run_on_all_ranks(SpanKind.CHECKPOINT_FOLDER, lambda: recreate(partial) if first else None)
@@ -184,22 +136,20 @@ def write(snapshot: Snapshot, folder: Path, topology: Topology, keep: Keep, cont
     return target
 
 
-def check_finite(snapshot: Snapshot, folder: Path, topology: Topology, context: SaveContext) -> None:
+def check_finite(snapshot: Snapshot, folder: Path, topology: Topology, context: ThreadContext) -> None:
     def look() -> bool:
         return all(map(is_finite, values_here(snapshot.tensors)))
 
     if all(context.run_on_all_ranks(SpanKind.CHECKPOINT_FINITE, look)):
         return
-    phrases = context.run_on_all_ranks(
-        SpanKind.CHECKPOINT_FIND, lambda: describe_last_valid(folder) if topology.is_first else ""
-    )
+    last = context.broadcast(newest_committed(folder) if topology.is_first else None)
     raise UnhealthyError(
         f"step {snapshot.step}: a weight, a moment or a bias is not finite, so the state is not saved; "
-        f"{phrases[0]}; lower optim.lr or look at the data"
+        f"{describe_last(last)}; look at the data, or {new_run('a lower optim.lr', 'optim.lr', checkpoint=last)}"
     )
 
 
-def check_unchanged(snapshot: Snapshot, topology: Topology, context: SaveContext) -> None:
+def check_unchanged(snapshot: Snapshot, topology: Topology, context: ThreadContext) -> None:
     """After writing: the tensors in memory still have the checksums that were taken right after the update.
 
     They were taken before the tensors were copied for the checkpoint, so no change since then is missed.
@@ -227,7 +177,7 @@ def is_finite(values: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(values))
 
 
-def missing_space(snapshot: Snapshot, folder: Path, context: SaveContext) -> str:
+def missing_space(snapshot: Snapshot, folder: Path, context: ThreadContext) -> str:
     """A message if the file system has less space than the checkpoint takes; else "". Checked before writing."""
 
     def look() -> tuple[int, int]:
@@ -247,7 +197,7 @@ def recreate(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def write_shards(snapshot: Snapshot, partial: Path, context: SaveContext) -> dict[str, str]:
+def write_shards(snapshot: Snapshot, partial: Path, context: ThreadContext) -> dict[str, str]:
     """Write this rank's files, and on the first rank the index of all ranks'; returns name → hash of this rank's."""
     from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 

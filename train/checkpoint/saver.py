@@ -19,11 +19,12 @@ from parallel.watchdog import watchdog
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
 from parallel.watchdog.timing import max_wait_seconds
-from train.checkpoint.find import last_valid
+from train.checkpoint.find import describe_last, last_committed
 from train.checkpoint.retention import Keep
-from train.checkpoint.save import SaveContext, Snapshot, write
+from train.checkpoint.save import Snapshot, write
 from train.checkpoint.save_times import SaveTimer
 from train.checkpoint.staging import StagingBuffer
+from train.checkpoint.thread_context import ThreadContext
 from train.config import Config
 from train.run_dir import as_mapping
 from train.state import TrainState
@@ -42,7 +43,7 @@ class SaveThread(threading.Thread):
         folder: Path,
         topology: Topology,
         keep: Keep,
-        context: SaveContext,
+        context: ThreadContext,
         timer: SaveTimer | None = None,
     ) -> None:
         super().__init__(name="checkpoint", daemon=True)
@@ -79,12 +80,12 @@ class Saver:
         self.corpora = corpora or {}
         settings = config.checkpoint
         self.folder = config.run.folder / "checkpoints"
-        self.keep = Keep(settings.keep, settings.keep_every, settings.keep_best)
+        self.keep = Keep.of(settings)
         self.staging = StagingBuffer(topology.device) if settings.asynchronous else None
-        self.context = SaveContext()
+        self.context = ThreadContext()
         if settings.asynchronous:
             with watchdog.slow_timeout(), wait_span(Event(SpanKind.NEW_GROUP)):
-                self.context = SaveContext(background_group(max_wait_seconds(config.parallel.timeout_seconds)))
+                self.context = ThreadContext(background_group(max_wait_seconds(config.parallel.timeout_seconds)))
         self.thread: SaveThread | None = None
         self.failed: SaveError | None = None  # the newest checkpoint could not be written
         self.last_save = time.monotonic()
@@ -174,5 +175,6 @@ class Saver:
         if error.is_saved:
             self.terminal.note(str(error))
             return
-        self.failed = SaveError(f"{error}; {last_valid(self.folder, self.topology)}", is_disk_full=error.is_disk_full)
+        last = describe_last(last_committed(self.folder, self.topology))
+        self.failed = SaveError(f"{error}; {last}", is_disk_full=error.is_disk_full)
         self.terminal.note(f"NOT SAVED: {self.failed}; training continues and the next save is tried as usual")

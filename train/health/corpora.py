@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from train.health.events import EventKind, HealthEvent
+from train.new_run import new_run
 
 PREFIX = "val_loss/"  # of the metrics with the loss of one corpus
 
@@ -60,7 +61,8 @@ class CorpusWatch:
         if when in self.mean and step in self.mean:
             change = self.mean[step] - self.mean[when]
             text += f", while that of all corpora {'fell' if change < 0 else 'rose'} by {abs(change):.4f}"
-        return HealthEvent(step, kind, f"{text}; raise its share in data.weights or lower optim.lr", fields)
+        advice = new_run("a lower optim.lr, or a larger share of it in a later stage", "optim.lr", "data.stages")
+        return HealthEvent(step, kind, f"{text}; {advice}", fields)
 
 
 def losses_in(row: dict[str, Any]) -> dict[str, float]:

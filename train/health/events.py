@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.health.config import OnSpike
+from train.new_run import new_run
 from train.run_files import LineFile, Note
 from train.sealed import seal_line
 
@@ -88,7 +89,7 @@ def small_gradient(step: int, part: str, rms: float, eps: float) -> HealthEvent:
     times = f"only {rms / eps:.2g} times" if rms > eps else "not above"
     text = (
         f"step {step}: the gradient RMS of {part} is {rms:.2g}, {times} Adam's ε of {eps:.2g}, which then shrinks the "
-        f"updates; lower optim.eps"
+        f"updates; {new_run('a lower optim.eps', 'optim.eps')}"
     )
     return HealthEvent(step, EventKind.small_gradient, text, {"part": part, "grad_rms": rms, "eps": eps})
 
@@ -99,9 +100,10 @@ def gradient_recovered(step: int, part: str, rms: float, eps: float) -> HealthEv
 
 
 def hidden_growth(step: int, norm: float, growth: float, steps: int) -> HealthEvent:
+    keys = ("loss.hidden_z_weight", "optim.lr")
     text = (
         f"step {step}: the hidden norm has grown {growth:.1f}-fold within {steps} steps, to {norm:.3g}, which often "
-        f"precedes loss spikes; raise loss.hidden_z_weight or lower optim.lr"
+        f"precedes loss spikes; {new_run('a higher loss.hidden_z_weight or a lower optim.lr', *keys)}"
     )
     return HealthEvent(step, EventKind.hidden_growth, text, {"hidden_norm": norm, "growth": growth})
 

@@ -8,19 +8,19 @@ from typing import Any
 
 from longcat.errors import UnhealthyError
 from parallel.mesh import Topology
-from parallel.reduce import broadcast
 from parallel.watchdog import watchdog
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
-from train.checkpoint.find import last_valid
+from train.checkpoint.find import describe_last, find_together, last_committed
 from train.checkpoint.load import load
-from train.checkpoint.manifest import list_checkpoints, step_of, verify
+from train.checkpoint.manifest import Check, list_checkpoints, step_of, verify
 from train.checkpoint.retention import cleanup
 from train.config import Config
 from train.data.stages import segment_of
 from train.health.config import OnSpike
 from train.health.events import EventKind, EventLog, HealthEvent, Spike
 from train.health.monitor import HealthMonitor
+from train.new_run import new_run
 from train.run_files import Note
 from train.stages import segments_of
 from train.state import TrainState
@@ -44,17 +44,17 @@ def go_back(
     and tokens are those of the checkpoint; the samples that are left out, and the actions taken, are those of now.
     """
     folder = config.run.folder / "checkpoints"
-    with watchdog.slow_timeout():  # the first rank reads all of a checkpoint
-        with work_span(Event(SpanKind.CHECKPOINT_FIND), slow=True):
-            path = newest_scheduled(folder, spike.step, config.checkpoint.every) if topology.is_first else None
-        path = broadcast(path)
+    with watchdog.slow_timeout():  # they read all of a checkpoint
+        path = find_together(
+            lambda check: newest_scheduled(folder, spike.step, config.checkpoint.every, check), topology
+        )
     if path is None:
         return None
     strikes, ranges = list(state.health.strikes), list(state.health.skipped.ranges)
     place, parts = state.health.skipped.place, segments_of(config)
     end = spike.first_sample + segment_of(parts, place(spike.first_sample)).batch
     with watchdog.slow_timeout():
-        load(state, path, configuration)
+        load(state, path, configuration, own=True)
     start, batches = state.counters.position, config.health.rollback_batches
     state.health.strikes[:] = strikes
     state.health.skipped.replace(ranges)
@@ -70,7 +70,7 @@ def go_back(
     return first, last + 1
 
 
-def newest_scheduled(folder: Path, before: int, every: int) -> Path | None:
+def newest_scheduled(folder: Path, before: int, every: int, check: Check) -> Path | None:
     """The newest valid checkpoint of a step below ``before``, of `checkpoint.every` if there is one.
 
     Checkpoints that a signal or the clock caused come last: a run that was stopped and resumed then goes back to where
@@ -79,7 +79,7 @@ def newest_scheduled(folder: Path, before: int, every: int) -> Path | None:
     earlier = [path for path in list_checkpoints(folder) if step_of(path) < before]
     scheduled = [path for path in earlier if every and step_of(path) % every == 0]
     others = [path for path in earlier if path not in scheduled]
-    return next((path for path in (*scheduled[::-1], *others[::-1]) if verify(path).problem is None), None)
+    return next((path for path in (*scheduled[::-1], *others[::-1]) if verify(path, check).problem is None), None)
 
 
 class SpikeResponse:
@@ -134,14 +134,15 @@ class SpikeResponse:
         return False
 
     def _stop(self, spike: Spike) -> None:
-        self.settle()  # the checkpoint being written may be the last valid one
-        checkpoint = last_valid(self.config.run.folder / "checkpoints", self.topology)
+        self.settle()  # the checkpoint being written may be the last one
+        last = last_committed(self.config.run.folder / "checkpoints", self.topology)
         why = "health.on_spike=stop"
         if self.config.health.on_spike != OnSpike.stop:
             within = f" of the last {self.config.health.forget_after} steps" if self.config.health.forget_after else ""
             why = f"the skips and rollbacks{within} have reached health.max_actions={self.config.health.max_actions}"
         event = spike.event(
-            f"{why}; nothing was updated and {checkpoint}; lower optim.lr, look at the data or change health.on_spike"
+            f"{why}; nothing was updated and {describe_last(last)}; change health.on_spike, look at the data, or "
+            f"{new_run('a lower optim.lr', 'optim.lr', checkpoint=last)}"
         )
         self.report([event], say=False)
         raise UnhealthyError(event.text)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from train.new_run import new_run
 from train.report import starts
 from train.report.numbers import duration, exact, exponent, percent, plain
 from train.report.reading import RunData, tail_length
@@ -90,7 +91,7 @@ def gradients(run: RunData) -> HealthRemark | None:
     )
     if times >= NEAR_EPS:
         return HealthRemark(f"{text}{exponent(times)} times smaller or more.")
-    return HealthRemark(f"{text}too near and shrinks the updates: lower optim.eps.", True)
+    return HealthRemark(f"{text}too near and shrinks the updates: {new_run('a lower optim.eps', 'optim.eps')}.", True)
 
 
 def loads(run: RunData) -> HealthRemark | None:

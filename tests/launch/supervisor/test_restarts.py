@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -82,3 +83,10 @@ def test_a_start_that_cannot_go_well_ends_with_a_page(overrides: list[str], tmp_
     assert "What happened\n  Unhealthy numbers: " in text and "What to do\n  1. Look at the loss" in text
     causes = [line["cause"] for line in journal(tmp_path / "run") if line["event"] == "end"]
     assert causes == ["unhealthy"]
+    (typed,) = (line for line in text.splitlines() if "longcat train " in line and "run.name=" in line)
+    cured = shlex.split(typed.replace("NEW", "cured").replace("optim.lr=…", "optim.lr=0.001 train.steps=2"))[2:]
+    assert [word for word in cured if word.startswith(("run.name=", "optim.lr="))] == [
+        "run.name=cured",
+        "optim.lr=0.001",
+    ]
+    assert finish(program("launch", "train", *cured), 300)[0] == 0, "the page's command"

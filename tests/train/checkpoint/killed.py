@@ -40,7 +40,7 @@ class Fate:
 # the function of train/ by which it must be called to count, if not by any
 PHASES: dict[str, tuple[Any, str, str]] = {
     "staging": (StagingBuffer, "_keep", ""),
-    "planning": (saving.SaveContext, "run_on_all_ranks", ""),
+    "planning": (saving.ThreadContext, "run_on_all_ranks", ""),
     "writing": (HashedFile, "write", ""),
     "committing": (manifest, "write_synced", ""),
     "renaming": (os, "rename", "commit"),

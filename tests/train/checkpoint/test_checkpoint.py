@@ -21,7 +21,7 @@ from tests.support.distributed import run_ranks
 from tests.support.running import TINY, contents, free_ports, trained_state
 from train.checkpoint import manifest
 from train.checkpoint import save as saving
-from train.checkpoint.find import find_on_all_ranks, find_start, last_valid
+from train.checkpoint.find import describe_last, find_on_all_ranks, find_start, last_committed
 from train.checkpoint.load import load
 from train.checkpoint.manifest import list_checkpoints, verify
 from train.checkpoint.retention import Keep, cleanup
@@ -183,7 +183,7 @@ def test_non_finite_state_is_not_saved(saver: Saver) -> None:
     moment.view(-1)[3] = float("nan")
     with pytest.raises(
         UnhealthyError,
-        match=r"step 2: a weight, a moment or a bias is not finite.* last valid checkpoint is .*step-00000001;",
+        match=r"step 2: a weight, a moment or a bias is not finite.* last checkpoint is .*step-00000001;",
     ):
         saver.save(2)
     moment.view(-1)[3] = value
@@ -320,7 +320,7 @@ def test_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
 
 
 def exchange(theirs: str, ours: str, ports: list[int]) -> tuple[str, str, str]:
-    """On two ranks: hashes of the states loaded from ``theirs`` and saved into ``ours``, the newest valid one."""
+    """On two ranks: hashes of the states loaded from ``theirs`` and saved into ``ours``, the newest one."""
     os.environ["MASTER_PORT"] = str(ports[0])
     config = compose([*TINY, "train.seed=9"])
     topology = connect(config.parallel)
@@ -333,7 +333,7 @@ def exchange(theirs: str, ours: str, ports: list[int]) -> tuple[str, str, str]:
     state, topology, config = trained_state([*TINY, "train.seed=7"], steps=2)
     save(state, Path(ours), as_mapping(config), topology)
     trained = state_hash(state, topology)
-    words = last_valid(Path(ours), topology)
+    words = describe_last(last_committed(Path(ours), topology))
     dist.destroy_process_group()
     return loaded, trained, words
 
@@ -384,7 +384,7 @@ def test_checkpoints_load_from_two_ranks_to_one_and_back(saver: Saver, tmp_path:
     expected = saver.hash()
     first, second = run_ranks(exchange, 2, str(path), str(tmp_path / "theirs"), free_ports(2))
     assert first == second, "ranks disagree"
-    assert first[2] == f"the last valid checkpoint is {tmp_path / 'theirs' / 'step-00000002'}"
+    assert first[2] == f"the last checkpoint is {tmp_path / 'theirs' / 'step-00000002'}"
     assert first[0] == expected, "two ranks read another state than one wrote"
     theirs = tmp_path / "theirs" / "step-00000002"
     assert sorted(path.name for path in theirs.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]

@@ -45,6 +45,36 @@ def test_checkpoint_under_another_step_s_name_is_skipped(narrow: list[str], tmp_
     assert "no checkpoint in" in (said := capfd.readouterr().err) and "step-00000500: it contains step 1" in said
 
 
+# ------------------------------------------------------------------------------------- another configuration
+
+
+@pytest.mark.parametrize("change", ["optim.lr=0.5", "train.global_batch_size=8", "train.elastic_bits=2"])
+def test_own_checkpoints_keep_the_configuration(change: str, narrow: list[str], tmp_path: Path, capfd: Said) -> None:
+    """Also after `remove this file alone`, the cure for a config.yaml that cannot be read."""
+    assert train_here([*narrow, "train.steps=2"]) == 0
+    (tmp_path / "run" / "config.yaml").unlink()
+    capfd.readouterr()
+    assert train_here([*narrow, "train.steps=3", change]) == 2
+    said = capfd.readouterr().err
+    assert f"step-00000002 of this run is of another configuration: {change.partition('=')[0]} was " in said
+    assert "set them back to resume it, or choose another run.name" in said
+    assert names(tmp_path / "run") == ["step-00000002"] and len(lines(tmp_path / "run")) == 2
+    assert train_here([*narrow, "train.steps=3", "logging.every=2"]) == 0
+    other = [*narrow, "run.name=other", f"checkpoint.resume={tmp_path / 'run'}", "train.steps=5"]
+    assert train_here([*other, change]) == 0
+
+
+def test_a_checkpoint_put_into_a_new_run_may_change(narrow: list[str], tmp_path: Path) -> None:
+    """`longcat grow` may write where the new run finds its checkpoint: no step of that run was trained."""
+    assert train_here([*narrow, "train.steps=2"]) == 0
+    target = tmp_path / "deep" / "checkpoints" / "step-00000002"
+    assert longcat(["grow", f"source={tmp_path / 'run'}", f"target={target}"]) == 0
+    deep = [*narrow, "model.num_layers=2", "run.name=deep", "optim.lr=0.002"]
+    assert train_here([*deep, "train.steps=3"]) == 0
+    (tmp_path / "deep" / "config.yaml").unlink()
+    assert train_here([*deep, "train.steps=4", "optim.lr=0.004"]) == 2
+
+
 # ------------------------------------------------------------------------------------- checkpoint.resume
 
 
