@@ -9,27 +9,32 @@
 
 Under torchrun every rank runs the same lines: all methods of a session are collectives. Nothing is printed and there is
 no watchdog (it ends the process), metrics file or report; for these use ``longcat train``. Waits for a lost rank end in
-an error after ``parallel.timeout_seconds`` at most.
+an error after ``parallel.timeout_seconds`` at most. A session locks its run folder until `Session.close`.
 """
 
 from __future__ import annotations
 
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from longcat.errors import UnhealthyError
+from longcat.errors import ConfigError, UnhealthyError
 from parallel.chunks import ChunkChoice
 from parallel.config import AUTO
-from parallel.device import keep_freed_memory, make_deterministic
+from parallel.device import device_name, keep_freed_memory, make_deterministic, peak_flops
 from parallel.mesh import Topology, connect, world_from_environment
+from parallel.reduce import broadcast
 from parallel.torch_internals import set_deterministic_algorithms
 from train import compose as composing
 from train import process, run
 from train.checkpoint.find import find_on_all_ranks, is_inside
 from train.checkpoint.load import load
+from train.checkpoint.retention import Keep, abandon_later
 from train.checkpoint.save import save
 from train.checkpoint.state_hash import state_hash
 from train.config import Config
@@ -37,9 +42,11 @@ from train.data.build import build
 from train.data.corpus import CorpusInfo
 from train.health.config import OnSpike
 from train.health.response import go_back
-from train.run_dir import as_mapping, describe_corpora
+from train.run_dir import as_mapping, describe_corpora, lock, write_config
 from train.stage_switch import StageSwitch
 from train.state import TrainState
+from train.stop import deferred_interrupt
+from train.summary import derived_values
 from train.terminal import SilentTerminal
 from train.validation import ValidationResult
 
@@ -71,12 +78,40 @@ def build_session(config: Config) -> Session:
 
     Raises:
         ConfigError: layout, batch sizes, corpora or run folder do not fit; the message names the key.
+        FolderInUseError: a training or another session has the run folder.
     """
     process.check(config, world_from_environment()[2])
     set_deterministic_algorithms(False)
     if config.train.deterministic:
         make_deterministic()
     topology = connect(config.parallel)
+    folder_lock = lock_on_all_ranks(config.run.folder, topology)
+    try:
+        return _build(config, topology, folder_lock)
+    except BaseException:
+        folder_lock.close()
+        raise
+
+
+def lock_on_all_ranks(folder: Path, topology: Topology) -> ExitStack:
+    """`lock` on the first rank, to be closed by the caller; if it fails, all ranks leave the process group and raise.
+
+    Raises:
+        ConfigError: as `lock`.
+    """
+    held, failure = ExitStack(), None
+    if topology.is_first:
+        try:
+            held.enter_context(lock(folder))
+        except ConfigError as error:
+            failure = error
+    if (failure := broadcast(failure)) is not None:
+        dist.destroy_process_group()
+        raise failure
+    return held
+
+
+def _build(config: Config, topology: Topology, folder_lock: ExitStack) -> Session:
     if topology.device.type == "cpu":
         keep_freed_memory()
     run.resolve_dtype(config)
@@ -87,7 +122,7 @@ def build_session(config: Config) -> Session:
     samples, validator = run.build_data(config, topology)
     stepper = run.build_stepper(state, samples, config, topology)
     stages = StageSwitch(config, state, stepper, validator, samples, topology)
-    return Session(config, topology, state, stages, measured, automatic_chunks)
+    return Session(config, topology, state, stages, folder_lock, measured, automatic_chunks)
 
 
 class Session:
@@ -99,12 +134,16 @@ class Session:
         topology: Topology,
         state: TrainState,
         stages: StageSwitch,
+        folder_lock: ExitStack,
         measured_chunks: ChunkChoice | None = None,
         automatic_chunks: bool = False,
     ) -> None:
         self.config, self.topology, self.state = config, topology, state
         self._stages, self._stepper, self._validator = stages, stages.stepper, stages.validator
         self._measured_chunks, self._automatic_chunks = measured_chunks, automatic_chunks
+        self._folder_lock = folder_lock
+        self._is_described = False  # config.yaml is written
+        self._validated: tuple[int, float] | None = None  # (step, loss) of the last `validate`
 
     @property
     def checkpoints(self) -> Path:
@@ -139,16 +178,42 @@ class Session:
 
         It is measured in the stage of ``data.stages`` of the last step, after `resume` in that of the next one.
         """
-        return self._validator.measure(self.state)
+        found = self._validator.measure(self.state)
+        self._validated = self.state.counters.step, found.loss
+        return found
 
     def save(self, folder: Path | None = None) -> Path:
         """Write and commit a checkpoint `step-…` below ``folder`` (default: ``checkpoints``); returns its path.
+
+        In ``checkpoints`` it keeps what ``checkpoint.keep``, ``keep_every`` and ``keep_best`` say and renames those of
+        later steps, which this state does not come from; the first one writes config.yaml. Ctrl-C waits for its end.
 
         Raises:
             SaveError: it could not be written.
             UnhealthyError: a weight, a moment or a bias is not finite.
         """
-        return save(self.state, folder or self.checkpoints, self._description(), self.topology)
+        step, description = self.state.counters.step, self._description()
+        val_loss = self._validated[1] if self._validated and self._validated[0] == step else None
+        with deferred_interrupt():
+            if folder is not None:
+                return save(self.state, folder, description, self.topology, val_loss=val_loss)
+            self._describe()
+            keep = Keep.of(self.config.checkpoint)
+            path = save(self.state, self.checkpoints, description, self.topology, keep, val_loss)
+            if self.topology.is_first:
+                abandon_later(self.checkpoints, step)
+            return path
+
+    def _describe(self) -> None:
+        """Write config.yaml as a run does, on the first rank: the folder has a run from here on."""
+        if self._is_described or not self.topology.is_first:
+            return
+        device = self.topology.device
+        peak, _ = peak_flops(device, getattr(torch, self.config.train.dtype))
+        derived = derived_values(self.config, peak, self._measured_chunks)
+        self._is_described = write_config(
+            self.config, derived, device_name(device), self.topology.world_size, warnings.warn
+        )
 
     def resume(self, checkpoint: Path | None = None) -> Path | None:
         """Load ``checkpoint``, or the newest valid one of this run; returns what was loaded, None if there is none.
@@ -173,7 +238,8 @@ class Session:
         return state_hash(self.state, self.topology)
 
     def close(self) -> None:
-        """Release the model's resources and leave the process group."""
+        """Release the model's resources and the run folder, and leave the process group."""
+        self._folder_lock.close()
         self._stepper.reader.close()
         self.state.engine.close()
         if dist.is_initialized():

@@ -50,6 +50,26 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Inside, Ctrl-C waits until the end, and then raises KeyboardInterrupt: other ranks are in the same collectives.
+
+    Outside of the main thread, or where SIGINT has another handler than Python's own, nothing changes.
+    """
+    came: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def _ignore(number: int, frame: FrameType | None) -> None:
     """A handler that does nothing. Processes that are started meanwhile do not inherit it, as they would SIG_IGN."""
 
