@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from parallel.watchdog.spans import SPANS, WAITING
+
 # What gloo, NCCL and the store say when a rank is lost or a collective takes too long
 LOST_RANK_MESSAGES = (
     "closed by peer",
@@ -45,6 +47,13 @@ def is_lost_rank(error: BaseException, in_wait: bool = False) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError | OSError) and (in_wait or GLOO_SOURCE in text)
     )
+
+
+def find_lost_rank(error: BaseException) -> BaseException | None:
+    """The first of `causes` by which a rank is lost; None for any other error."""
+    found, failed = causes(error), SPANS.failed
+    in_wait = failed is not None and failed[0] in found and failed[1].state is WAITING
+    return next((cause for cause in found if is_lost_rank(cause, in_wait)), None)
 
 
 def first_sentence(error: BaseException) -> str:

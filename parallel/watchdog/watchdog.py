@@ -32,7 +32,7 @@ from parallel.mesh import BACKGROUND, ask_store
 from parallel.reduce import broadcast
 from parallel.torch_internals import default_store, process_groups, set_group_timeout
 from parallel.watchdog.diagnosis import Diagnosis, HangCause, as_finding, diagnose, diagnoses, format_message, reporter
-from parallel.watchdog.errors import causes, first_sentence, is_lost_rank
+from parallel.watchdog.errors import causes, find_lost_rank, first_sentence
 from parallel.watchdog.events import Event, RankState, SpanKind
 from parallel.watchdog.flight_recorder import dump_flight_record, flight_record_path
 from parallel.watchdog.heartbeats import Announcement, Heartbeat, HeartbeatStore, has_ended, this_machine, within
@@ -111,12 +111,9 @@ class Watchdog:
         """One line for an error that a lost rank or a time-out caused; None for any other error.
 
         The diagnosis takes as long as confirming that a rank has stopped, less where the lost process ran on this
-        machine. Few ranks make it; the others wait for what these announce. Unless a rank has died, those print the
-        error's traceback: another one may explain it better.
+        machine. Few ranks make it, and print the traceback unless a rank has died; the others wait for these.
         """
-        chain, failed = causes(error), SPANS.failed
-        in_wait = failed is not None and failed[0] in chain and failed[1].state == RankState.WAITING
-        lost = next((cause for cause in chain if is_lost_rank(cause, in_wait)), None)
+        lost = find_lost_rank(error)
         if lost is None:
             return None
         with self.ending:
@@ -135,7 +132,7 @@ class Watchdog:
             diagnosis = found or Diagnosis(HangCause.UNKNOWN, (), "every rank answers", "check their network")
             message = f"{format_message(heartbeats.get(self.store.rank), diagnosis)} ({first_sentence(lost)})"
             self.finding = as_finding(diagnosis, heartbeats)
-            if diagnosis.cause != Cause.DEAD:  # else its end explains the error
+            if diagnosis.cause != HangCause.DEAD:  # else its end explains the error
                 traceback.print_exception(error)  # before the processes end, which begins when the others hear of it
             self._announce(message, heartbeats, diagnosis)
             return message

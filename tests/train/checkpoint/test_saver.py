@@ -19,7 +19,6 @@ import torch.distributed as dist
 from longcat.errors import ConfigError, UnhealthyError
 from parallel.mesh import connect
 from tests.support.running import NARROW, exact, exit_json, lines, train_here, trained_state, uninterrupted
-from train.checkpoint import manifest
 from train.checkpoint import save as saving
 from train.checkpoint.find import find_start
 from train.checkpoint.manifest import list_checkpoints, verify
@@ -303,32 +302,6 @@ def test_newest_valid_checkpoint_is_never_removed_for_space(narrow: list[str], t
     make_space(run / "checkpoints", Keep(newest=1), topology, ThreadContext())
     dist.destroy_process_group()
     assert steps_there(run) == [2, 3]
-
-
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_a_failed_save_hashes_no_checkpoint(
-    asynchronous: str, narrow: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All ranks would wait while the first one reads the whole of the last one for a name in a message."""
-    hashed: list[Path] = []
-    plain_hash, plain, first = manifest.file_hash, saving.recreate, tmp_path / "run" / "checkpoints" / "step-00000001"
-
-    def noted(path: Path) -> str:
-        hashed.append(path)
-        return plain_hash(path)
-
-    def fail(partial: Path) -> None:
-        if first.is_dir():
-            hashed.clear()
-            raise OSError(28, "No space left on device")
-        plain(partial)
-
-    monkeypatch.setattr(manifest, "file_hash", noted)
-    monkeypatch.setattr(saving, "recreate", fail)
-    words = [*narrow, "train.steps=2", "checkpoint.every=1", f"checkpoint.asynchronous={asynchronous}"]
-    assert train_here(words) == 1
-    assert f"the last checkpoint is {first}" in exit_json(tmp_path / "run")["message"]
-    assert hashed == []
 
 
 def test_checkpoint_that_cannot_be_removed_is_only_reported(
