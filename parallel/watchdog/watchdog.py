@@ -18,7 +18,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,8 +112,7 @@ class Watchdog:
         The diagnosis takes as long as confirming that a rank has stopped, less where the lost process ran on this
         machine. Few ranks make it, and print the traceback unless a rank has died; the others wait for these.
         """
-        lost = find_lost_rank(error)
-        if lost is None:
+        if (lost := find_lost_rank(error)) is None:
             return None
         with self.ending:
             if SPANS.failed is None or SPANS.failed[0] not in causes(error):
@@ -133,7 +131,7 @@ class Watchdog:
             message = f"{format_message(heartbeats.get(self.store.rank), diagnosis)} ({first_sentence(lost)})"
             self.finding = as_finding(diagnosis, heartbeats)
             if diagnosis.cause != HangCause.DEAD:  # else its end explains the error
-                traceback.print_exception(error)  # before the processes end, which begins when the others hear of it
+                sys.excepthook(type(error), error, error.__traceback__)  # before the processes end
             self._announce(message, heartbeats, diagnosis)
             return message
 
