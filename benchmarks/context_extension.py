@@ -24,7 +24,7 @@ from longcat.json_text import dumps
 from train.api import Session, build_session, compose
 from train.config import Config
 from train.run import build_data
-from train.stages import stage_config
+from train.stages.configs import stage_config
 
 FIRST, LATER = 400, 200  # steps before the border and behind it
 SHORT, LONG = 256, 1024  # tokens per sequence

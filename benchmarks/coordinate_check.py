@@ -31,8 +31,8 @@ from longcat.json_text import dumps
 from longcat.model import LongCat
 from train.api import build_session, compose
 from train.config import Config
-from train.dotted_keys import flatten
-from train.run_dir import as_mapping
+from train.keys.dotted import flatten
+from train.run_dir.folder import as_mapping
 from train.transfer import PROPORTIONAL, check_scope, scaled
 
 STEPS = 10

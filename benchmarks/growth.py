@@ -21,7 +21,7 @@ from benchmarks.growth_runs import FACTOR, NAMES, GrowthRun, results
 from longcat.errors import BAD_INPUT, OK, STOPPED, ConfigError
 from train.checkpoint.grow import GrowConfig, GrowthOptions, grow
 from train.checkpoint.manifest import list_checkpoints
-from train.process import main as train_here
+from train.process.rank import main as train_here
 
 
 def train(run: GrowthRun, seconds: float) -> int:

@@ -12,7 +12,7 @@ from longcat.counts import flops_per_token
 from longcat.growth import GrowthMethod
 from train.compose import compose
 from train.config import Config
-from train.sealed import intact_lines
+from train.run_dir.sealed import intact_lines
 
 LAYERS, FACTOR, STEPS = 2, 2, 600  # of the shallow run; and of the run from scratch, which sets the FLOPs
 MOMENTS = (100, 300, 500)  # steps of the shallow run

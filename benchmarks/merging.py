@@ -16,7 +16,7 @@ from benchmarks.common import print_json, print_table
 from train.api import build_session
 from train.api import compose as configuration
 from train.checkpoint.merge import MergeConfig, merge
-from train.process import main as train
+from train.process.rank import main as train
 
 SEEDS = (1, 2, 3)
 STEPS, EVERY, DECAY = 400, 25, 100  # of a run, between checkpoints, of the decay

@@ -23,9 +23,9 @@ from typing import Any
 
 import psutil
 
-from longcat.search_path import ROOT
-from train.sealed import intact_lines
-from train.start_clock import PARTS, PREFIX
+from train.process.search_path import ROOT
+from train.process.start_clock import PARTS, PREFIX
+from train.run_dir.sealed import intact_lines
 
 LIMIT = 900.0  # seconds until a run that does not come to step 1 is given up
 

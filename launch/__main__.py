@@ -7,7 +7,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 try:  # for this import alone: a user's longcat/ may come first
-    from longcat.search_path import leave_out_current_folder, leave_out_in_children
+    from train.process.search_path import leave_out_current_folder, leave_out_in_children
 
     leave_out_current_folder()
 finally:
@@ -22,10 +22,10 @@ from launch.signals import ignore_requests
 from launch.verbs import VERBS
 from longcat import __version__
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED, ConfigError, LongCatError
-from longcat.lasting_streams import lasting_streams
-from longcat.refusal import leave_refusal
-from train.environment import COMMAND
-from train.stop import Interrupted, interruptible
+from train.process.environment import COMMAND
+from train.process.lasting_streams import lasting_streams
+from train.process.refusal import leave_refusal
+from train.process.stop import Interrupted, interruptible
 
 UNUSABLE_PATH = (
     errno.ENAMETOOLONG,

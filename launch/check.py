@@ -12,7 +12,7 @@ from train.check import batch_shape, check_sizes
 from train.config import Config
 from train.data.corpus import read_info
 from train.data.ids import check_ids, unused_ids
-from train.run_dir import check_not_another_run
+from train.run_dir.folder import check_not_another_run
 from train.samples import find_padding, size_rows
 
 

@@ -14,8 +14,8 @@ from launch.supervisor.causes import describe
 from launch.supervisor.recall import Leader
 from longcat.errors import BAD_INPUT, CRASHED, OK, ConfigError, FolderInUseError
 from train.config import Config
-from train.exit_file import claim_exit, exit_written, forget_exit, recorded_code
-from train.run_dir import lock
+from train.run_dir.exit_file import claim_exit, exit_written, forget_exit, recorded_code
+from train.run_dir.folder import lock
 
 POLL_SECONDS = 0.1
 

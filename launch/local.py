@@ -7,10 +7,10 @@ from pathlib import Path
 
 from launch.nodes.rendezvous import find_place, num_nodes
 from longcat.garbage import import_without_collections
-from longcat.search_path import found_by_children
 from parallel.environment import count_gpus
 from train.check import check, check_corpora
 from train.config import Config
+from train.process.search_path import found_by_children
 
 
 def num_processes(config: Config) -> int:
@@ -43,8 +43,8 @@ def run_ranks(overrides: list[str], config: Config) -> int:
     check(config, processes)  # reports a wrong configuration once, before ranks start
     check_corpora(config)
     if processes == 1 and not config.launch.restarts:
-        with import_without_collections("train.process"):
-            from train.process import main  # torch
+        with import_without_collections("train.process.rank"):
+            from train.process.rank import main  # torch
 
         return main(config)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))

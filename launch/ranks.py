@@ -16,8 +16,8 @@ from typing import IO
 
 from launch.fleet import GRACE_SECONDS, grace_seconds
 from launch.signals import blocked_requests
-from longcat.parent import STARTED_BY
-from train.stop import STOP_SIGNALS
+from train.process.parent import STARTED_BY
+from train.process.stop import STOP_SIGNALS
 
 LAST_LINES = 40
 STARTING_SECONDS = 1.0  # for ranks that start to end by themselves after a crash of another

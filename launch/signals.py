@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from train.stop import REQUESTS, SAVE_SIGNAL, STOP_SIGNALS, is_ignored
+from train.process.stop import REQUESTS, SAVE_SIGNAL, STOP_SIGNALS, is_ignored
 
 
 class Signals:

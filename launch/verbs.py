@@ -89,7 +89,7 @@ def as_yaml(config: Config) -> str:
     """The composed configuration as YAML."""
     import yaml
 
-    from train.run_dir import as_mapping
+    from train.run_dir.folder import as_mapping
 
     return yaml.safe_dump(as_mapping(config), sort_keys=False, allow_unicode=True)
 

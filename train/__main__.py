@@ -7,8 +7,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 try:  # for this import alone: a user's longcat/ may come first
-    from longcat.parent import end_with_parent
-    from longcat.search_path import leave_out_current_folder, leave_out_in_children
+    from train.process.parent import end_with_parent
+    from train.process.search_path import leave_out_current_folder, leave_out_in_children
 
     leave_out_current_folder()
     end_with_parent()  # before the imports that take seconds
@@ -17,11 +17,11 @@ finally:
 
 from longcat.errors import ConfigError
 from longcat.garbage import import_without_collections
-from longcat.lasting_streams import lasting_streams
 from parallel.sizes import world_from_environment
 from train.check import check_sizes
 from train.compose import compose, named_folder
-from train.run_dir import refuse
+from train.process.lasting_streams import lasting_streams
+from train.run_dir.folder import refuse
 
 
 def main(overrides: list[str] | None = None) -> int:
@@ -41,8 +41,8 @@ def run(overrides: list[str]) -> int:
         check_sizes(config, world_from_environment()[2])
     except ConfigError as error:
         return refuse(config.run.folder, error)
-    with import_without_collections("train.process"):
-        from train.process import main as train  # torch
+    with import_without_collections("train.process.rank"):
+        from train.process.rank import main as train  # torch
 
     return train(config)
 

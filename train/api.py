@@ -31,7 +31,7 @@ from parallel.mesh import Topology, connect, world_from_environment
 from parallel.reduce import broadcast
 from parallel.torch_internals import set_deterministic_algorithms
 from train import compose as composing
-from train import process, run
+from train import run
 from train.checkpoint.find import find_on_all_ranks, is_inside
 from train.checkpoint.load import load
 from train.checkpoint.retention import Keep, abandon_later
@@ -42,10 +42,11 @@ from train.data.build import build
 from train.data.corpus import CorpusInfo
 from train.health.config import OnSpike
 from train.health.response import go_back
-from train.run_dir import as_mapping, describe_corpora, lock, write_config
-from train.stage_switch import StageSwitch
+from train.process import rank as process
+from train.process.stop import deferred_interrupt
+from train.run_dir.folder import as_mapping, describe_corpora, lock, write_config
+from train.stages.switch import StageSwitch
 from train.state import TrainState
-from train.stop import deferred_interrupt
 from train.summary import derived_values
 from train.terminal import SilentTerminal
 from train.validation import ValidationResult

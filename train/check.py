@@ -11,8 +11,8 @@ from parallel.layout import BatchShape, check_elastic, check_layout
 from parallel.sizes import MeshSizes, number_in_environment, resolve_sizes
 from train.config import Config
 from train.data.corpus import find_pair
-from train.run_dir import check_folder, record_refusal
-from train.stages import check_each_stage
+from train.run_dir.folder import check_folder, record_refusal
+from train.stages.configs import check_each_stage
 
 
 def check(config: Config, world_size: int) -> None:

@@ -16,7 +16,7 @@ from parallel.reduce import broadcast
 from train.checkpoint.files import read_text
 from train.checkpoint.manifest import STATE
 from train.config import Config
-from train.run_dir import CONFIG, is_first_rank, read_config
+from train.run_dir.folder import CONFIG, is_first_rank, read_config
 from train.state import TrainState
 from train.terminal import Display
 

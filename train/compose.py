@@ -14,9 +14,9 @@ from typing import Any
 from longcat.config_choices import unknown_choice
 from longcat.errors import ConfigError
 from train.config import Config, RunConfig
-from train.dotted_keys import flatten
-from train.spelling import keep_spelling, text_keys
-from train.suggestions import closest, nearest_key
+from train.keys.dotted import flatten
+from train.keys.spelling import keep_spelling, text_keys
+from train.keys.suggestions import closest, nearest_key
 from train.sweeps.results import SWEEP_FOLDER
 
 GROUPS = ("model", "data", "schedule", "experiment")  # folders of configs/; each of their files is a choice

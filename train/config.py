@@ -16,15 +16,15 @@ from longcat.errors import ConfigError
 from parallel.config import DispatcherKind, OverlapConfig, ParallelConfig
 from train.balance import BalanceConfig
 from train.data.config import DataConfig
-from train.dotted_keys import flatten
 from train.health.config import HealthConfig, OnSpike
+from train.keys.dotted import flatten
 from train.launch_config import LaunchConfig
 from train.objective import LossConfig
 from train.optimizer import OptimConfig
 from train.profiling.config import ProfileConfig
 from train.schedule import ScheduleConfig
 from train.sdc.config import SdcConfig
-from train.stages import check_stages
+from train.stages.configs import check_stages
 from train.sweeps.config import PruningConfig
 
 MAX_LENGTH = 2**24

@@ -18,11 +18,11 @@ from longcat.names import Box, pieces
 from train.checkpoint.compatibility import ADDED, FIXED_KEYS, corpora_differences
 from train.checkpoint.manifest import list_checkpoints, step_of
 from train.checkpoint.offline_reader import Checkpoint, full_box
-from train.dotted_keys import flatten
 from train.health.state import HealthState
+from train.keys.dotted import flatten
 from train.loggers.jsonl import METRICS, ROUTING, step_of_row
-from train.run_dir import CONFIG, is_config_changed, read_config
-from train.sealed import DamagedError, intact_lines
+from train.run_dir.folder import CONFIG, is_config_changed, read_config
+from train.run_dir.sealed import DamagedError, intact_lines
 
 # Depend on the machine and its load; every other metric is the same bits in a repeated run
 CLOCK_METRICS = frozenset(

@@ -10,7 +10,7 @@ from pathlib import Path
 from longcat.config_choices import check_choice
 from longcat.errors import ConfigError
 from train.checkpoint.files import read_bytes
-from train.sealed import unseal_line
+from train.run_dir.sealed import unseal_line
 
 MAX_PORT = 65535
 GAVE_UP = "gave_up.txt"  # in the run folder: for a person, when restarts were given up

@@ -32,13 +32,13 @@ from train.launch_config import OnStraggler, launch_metrics
 from train.loggers.interface import MetricsSink
 from train.loggers.jsonl import METRICS, rows
 from train.new_run import new_run
+from train.process.start_clock import StartClock
+from train.process.stop import StopSignal
 from train.profiling.profiler import Profiler
-from train.run_dir import as_mapping, describe_corpora
-from train.stage_switch import StageSwitch
-from train.start_clock import StartClock
+from train.run_dir.folder import as_mapping, describe_corpora
+from train.stages.switch import StageSwitch
 from train.state import TrainState
 from train.step import NOT_FINITE_BIASES, Stepper, StepRequests, StepResult
-from train.stop import StopSignal
 from train.stragglers import Straggler, StragglerWatch, as_finding, name_hosts
 from train.sweeps.pruning import Pruner, StoppedEarly
 from train.terminal import Display

@@ -38,7 +38,10 @@ from train.loggers.choice import open_loggers
 from train.loggers.interface import MetricsSink, NullSink
 from train.loop import Loop
 from train.optimizer import make_adamw
-from train.run_dir import (
+from train.process.start_clock import StartClock
+from train.process.stop import StopSignal
+from train.run_dir.files import write_file
+from train.run_dir.folder import (
     CONFIG,
     as_mapping,
     check_same_configuration,
@@ -46,15 +49,12 @@ from train.run_dir import (
     initial_checkpoint,
     write_config,
 )
-from train.run_files import write_file
+from train.run_dir.sealed import seal_line
 from train.samples import index_folders, open_samples, padding_of
-from train.sealed import seal_line
-from train.stage_switch import StageSwitch
-from train.stages import segments_of, tokens_seen
-from train.start_clock import StartClock
+from train.stages.configs import segments_of, tokens_seen
+from train.stages.switch import StageSwitch
 from train.state import Counters, TrainState
 from train.step import Stepper
-from train.stop import StopSignal
 from train.summary import derived_values, header
 from train.terminal import Display, SilentTerminal, Terminal
 from train.validation import Validator

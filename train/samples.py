@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from longcat.counts import human
 from train.config import Config
 from train.data.config import Packing
-from train.stages import list_stages
+from train.stages.configs import list_stages
 
 if TYPE_CHECKING:  # a wrong configuration is answered without torch
     from train.data.samples import TokenSamples

@@ -35,7 +35,7 @@ from train.optimizer import set_rates
 from train.rank_usage import RankUsage, UsageMeter
 from train.schedule import rate_factor
 from train.sdc.guard import Guard
-from train.stages import segments_of
+from train.stages.configs import segments_of
 from train.state import TrainState
 
 

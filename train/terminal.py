@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from longcat.lasting_streams import LastingStream
-from train.run_files import LineFile
+from train.process.lasting_streams import LastingStream
+from train.run_dir.files import LineFile
 
 HEADER_EVERY = 20
 IMBALANCED = 2.0  # busiest expert over mean from which the balance is coloured as a warning

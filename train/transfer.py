@@ -26,9 +26,9 @@ from train.checkpoint.compatibility import given_stages
 from train.checkpoint.files import read_text, write_whole
 from train.compose import OWN_FOLDER, compose, from_tree, one_line
 from train.config import Config
-from train.dotted_keys import flatten
-from train.exit_file import EXIT
-from train.run_dir import CONFIG, as_mapping, read_unchanged_config
+from train.keys.dotted import flatten
+from train.run_dir.exit_file import EXIT
+from train.run_dir.folder import CONFIG, as_mapping, read_unchanged_config
 
 SECTIONS = ("optim", "schedule", "loss", "balance")  # carried whole; of `data` and `CARRIED` what is no default
 BATCH = ("train.sequence_length", "train.global_batch_size")

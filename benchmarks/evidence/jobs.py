@@ -16,10 +16,10 @@ from train.checkpoint.grow import GrowConfig, GrowthOptions, grow
 from train.checkpoint.manifest import list_checkpoints
 from train.compose import compose
 from train.config import Config
-from train.dotted_keys import flatten
-from train.git import git_commit
-from train.run_dir import describe_corpora
-from train.sealed import intact_lines
+from train.keys.dotted import flatten
+from train.process.git import git_commit
+from train.run_dir.folder import describe_corpora
+from train.run_dir.sealed import intact_lines
 
 RESULTS = FOLDER / "runs"
 WITHOUT_EFFECT = ("run", "logging", "launch", "profile", "checkpoint")  # sections that change no number of a run

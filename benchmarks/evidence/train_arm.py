@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.evidence.variants import VARIANTS
 from train.compose import compose
-from train.process import main
+from train.process.rank import main
 
 if __name__ == "__main__":
     variant, *overrides = sys.argv[1:]

@@ -18,8 +18,8 @@ from longcat.config import ModelConfig
 from longcat.counts import active_parameters
 from longcat.json_text import dumps
 from train.compose import compose
-from train.dotted_keys import flatten
-from train.run_dir import as_mapping
+from train.keys.dotted import flatten
+from train.run_dir.folder import as_mapping
 from train.transfer import PROPORTIONAL, scaled
 
 NAME = "width_transfer"

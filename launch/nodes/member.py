@@ -19,8 +19,8 @@ from launch.supervisor.recall import Earlier
 from longcat.errors import STOPPED, ConfigError
 from longcat.json_text import dumps
 from train.config import Config
-from train.dotted_keys import flatten
-from train.run_dir import as_mapping
+from train.keys.dotted import flatten
+from train.run_dir.folder import as_mapping
 
 POLL_SECONDS = 0.05
 LEAVE_SECONDS = 5.0

@@ -33,11 +33,11 @@ from launch.signals import Signals
 from launch.supervisor.recall import Earlier, Leader
 from longcat.errors import CRASHED, STOPPED, ConfigError, LongCatError
 from longcat.json_text import dumps
-from longcat.search_path import found_by_children
 from train.config import Config
-from train.exit_file import claim_exit, exit_written, recorded_code
 from train.loggers.jsonl import METRICS
-from train.stop import SAVE_SIGNAL
+from train.process.search_path import found_by_children
+from train.process.stop import SAVE_SIGNAL
+from train.run_dir.exit_file import claim_exit, exit_written, recorded_code
 
 LOOK_SECONDS = 0.5  # between heartbeats of few nodes (launch/pace.py)
 LOST_SECONDS = 2.0  # for ranks to end by themselves when the store, and theirs with it, is lost

@@ -21,9 +21,9 @@ from typing import Any
 from launch.pace import node_pause
 from launch.signals import blocked_requests
 from longcat.json_text import dumps
-from longcat.lasting_streams import to_null_device
 from parallel.environment import lift_descriptor_limit
-from train.stop import REQUESTS
+from train.process.lasting_streams import to_null_device
+from train.process.stop import REQUESTS
 
 PROTOCOL = "longcat 1"
 READY, IN_USE = "ready", "in use"

@@ -25,7 +25,7 @@ from train.check import batch_shape, check_batch
 from train.compose import compose
 from train.config import ComputeDtype, Config
 from train.samples import PaddingShare, find_padding
-from train.stages import check_each_stage, segments_of, stage_config
+from train.stages.configs import check_each_stage, segments_of, stage_config
 
 IMBALANCES = (1.0, 1.5, 2.0)  # rows that a rank's experts receive, over their fair share
 ENOUGH = 2  # changes that fit

@@ -9,7 +9,7 @@ from longcat.errors import ConfigError
 from parallel.sizes import MeshSizes, resolve_sizes
 from train.check import check_batch
 from train.config import Config
-from train.stages import check_each_stage
+from train.stages.configs import check_each_stage
 
 TRAFFIC = {
     "tp": "every layer gathers and scatters its positions over them",

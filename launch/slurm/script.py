@@ -12,10 +12,10 @@ from pathlib import Path
 
 from launch.slurm.options import ContainerRuntime, SlurmOptions
 from longcat.errors import ConfigError
-from longcat.search_path import ROOT
 from train.checkpoint.save_times import SAVES, slowest_save
 from train.config import Config
 from train.loggers.jsonl import METRICS, rows
+from train.process.search_path import ROOT
 
 TEMPLATE = Path(__file__).with_name("job.sh")
 DEFAULT_SIGNAL_SECONDS = 300

@@ -12,7 +12,7 @@ from launch.slurm.options import split_slurm_options
 from launch.slurm.script import render, signal_time
 from longcat.errors import BAD_INPUT, CRASHED, OK, ConfigError
 from train.compose import compose, with_search_path
-from train.run_dir import check_not_another_run
+from train.run_dir.folder import check_not_another_run
 
 SCRIPT = "slurm.sh"
 SUBMIT = "--submit"

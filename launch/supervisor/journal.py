@@ -16,10 +16,10 @@ from train.checkpoint.failures import is_disk_full
 from train.checkpoint.files import read_text
 from train.checkpoint.manifest import list_checkpoints, step_of, verify
 from train.checkpoint.save_times import SAVES
-from train.exit_file import EXIT
 from train.launch_config import JOURNAL
-from train.run_files import LineFile, Note, remove_quietly
-from train.sealed import DamagedError, seal_line, unseal_lines
+from train.run_dir.exit_file import EXIT
+from train.run_dir.files import LineFile, Note, remove_quietly
+from train.run_dir.sealed import DamagedError, seal_line, unseal_lines
 
 PROBE_BYTES = 1 << 16
 

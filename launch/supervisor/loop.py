@@ -29,11 +29,11 @@ from train.checkpoint.find import is_inside
 from train.checkpoint.manifest import step_of
 from train.compose import quoted
 from train.config import Config
-from train.exit_file import claim_exit, exit_written, forget_exit
 from train.launch_config import GAVE_UP, JOURNAL, OnStraggler, OnUnhealthy
 from train.report import write_report
-from train.run_dir import lock
-from train.run_files import remove_quietly
+from train.run_dir.exit_file import claim_exit, exit_written, forget_exit
+from train.run_dir.files import remove_quietly
+from train.run_dir.folder import lock
 
 STOPPED_BETWEEN = "stopped while no ranks trained; the same command resumes from the last checkpoint"
 NO_SPACE = "no space is left in the run folder's file system, so no rank could write why it ended"

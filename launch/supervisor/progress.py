@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from train.checkpoint.files import regular
-from train.sealed import unseal_line
+from train.run_dir.sealed import unseal_line
 
 WINDOW_BYTES = 4 << 20  # of the file's end that is read when nothing of it is known
 POLL_SECONDS = 0.1

@@ -15,7 +15,7 @@ from launch.supervisor.ledger import Life, after
 from launch.supervisor.node_choice import Start
 from longcat.errors import CRASHED
 from train.loggers.jsonl import rows
-from train.run_files import Note
+from train.run_dir.files import Note
 
 Line = dict[str, Any]  # of launch.jsonl or metrics.jsonl
 

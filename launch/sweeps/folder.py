@@ -16,7 +16,7 @@ from longcat.errors import ConfigError, FolderInUseError
 from longcat.json_text import dumps
 from train.checkpoint.files import PARTIAL, read_text, write_synced
 from train.compose import as_hydra_reads, compose_tree, one_line
-from train.run_dir import LOCK, lock
+from train.run_dir.folder import LOCK, lock
 from train.sweeps.results import MULTIRUN, numbered, read_result, results
 
 if TYPE_CHECKING:

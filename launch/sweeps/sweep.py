@@ -20,10 +20,10 @@ from longcat.json_text import NOT_FINITE, dumps
 from train.checkpoint.files import read_text
 from train.compose import SEARCH_PATH, as_hydra_reads, check_keys, from_tree, one_line, quoted, register
 from train.config import Config
-from train.dotted_keys import flatten
-from train.exit_file import EXIT
+from train.keys.dotted import flatten
 from train.loggers.jsonl import METRICS, rows
-from train.run_dir import lock, read_unchanged_config
+from train.run_dir.exit_file import EXIT
+from train.run_dir.folder import lock, read_unchanged_config
 from train.sweeps.results import SWEEP_FOLDER, Result, read_result, result_file, results, write_result
 from train.transfer import CONSTANT, DEPTH, PROPORTIONAL, SPARSITY
 

@@ -18,7 +18,7 @@ from tests.support.running import NARROW, contents, exit_json, finish, program, 
 from train.__main__ import main as rank_main
 from train.checkpoint.files import file_hash
 from train.checkpoint.manifest import MANIFEST, STATE, list_checkpoints
-from train.run_dir import lock
+from train.run_dir.folder import lock
 
 CONFIGURATION = {
     # unknown keys, with the nearest one
@@ -103,7 +103,7 @@ def test_wrong_configuration_is_refused_before_any_write(
     case: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, fragments = CONFIGURATION[case]
-    monkeypatch.setattr("train.process.main", lambda config: 0)  # a case that is not refused must fail before it trains
+    monkeypatch.setattr("train.process.rank.main", lambda config: 0)  # not refused: it must fail before it trains
     refused(["train", f"run.dir={tmp_path / 'runs'}", *words], *fragments)
     assert not (tmp_path / "runs").exists()
 

@@ -20,8 +20,8 @@ from tests.support.fixtures import Refused
 from tests.support.running import ROOT, contents
 from train.compose import compose, leaf_keys
 from train.config import Config
+from train.keys.suggestions import SYNONYMS
 from train.samples import find_padding
-from train.suggestions import SYNONYMS
 
 FIRST_WORDS = [
     ["--help"], ["--version"], ["trian"], ["train", "--help"], ["train", "optim.learning_rate=1"],

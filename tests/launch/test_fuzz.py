@@ -112,9 +112,9 @@ def run_in_one_process(words: list[str], case: Case, capfd: pytest.CaptureFixtur
 
 
 def _run_pairs(runs: list[list[str]], ports: list[int], folder: str) -> list[int]:
-    import train.run_dir
+    import train.run_dir.folder
 
-    train.run_dir.FIRST_RANK_PRINTS_SECONDS = 0.0  # no agent ends the second rank
+    train.run_dir.folder.FIRST_RANK_PRINTS_SECONDS = 0.0  # no agent ends the second rank
     os.chdir(folder)
     codes = []
     for words, port in zip(runs, ports, strict=True):

@@ -12,7 +12,7 @@ import pytest
 
 from launch.__main__ import main as longcat
 from tests.support.running import exit_json, run_cleanly
-from train.stop import SAVE_SIGNAL, STOP_SIGNALS, interruptible
+from train.process.stop import SAVE_SIGNAL, STOP_SIGNALS, interruptible
 
 
 @pytest.fixture(autouse=True)

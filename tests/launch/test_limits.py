@@ -83,7 +83,7 @@ def test_what_cannot_work_is_refused_before_any_write(
     case: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, fragments = LIMITS[case]
-    monkeypatch.setattr("train.process.main", lambda config: 0)  # a case that is not refused must fail before it trains
+    monkeypatch.setattr("train.process.rank.main", lambda config: 0)  # not refused: it must fail before it trains
     monkeypatch.setattr("launch.this_machine.run_here", lambda *arguments: 0)
     refused(["train", f"run.dir={tmp_path / 'runs'}", *words], *fragments)
     assert not (tmp_path / "runs").exists()

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from launch.ranks import LocalRanks
-from longcat.parent import STARTED_BY
+from train.process.parent import STARTED_BY
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="ranks end with their parent on Linux")
 STARTER = f"""
 import os, subprocess, sys, time
-code = "import longcat.parent, time; longcat.parent.end_with_parent(); print(1, flush=True); time.sleep(99)"
+code = "from train.process.parent import end_with_parent; end_with_parent(); print(1, flush=True); input()"
 child = subprocess.Popen([sys.executable, "-c", code], env={{**os.environ, "{STARTED_BY}": str(os.getpid())}})
 print(child.pid, flush=True)
 time.sleep(99)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.running import NARROW, ROOT, free_ports, lines
-from train.run_dir import read_config
+from train.run_dir.folder import read_config
 
 OWN_FILES = ("train.py", "json.py", "random.py", "torch.py", "parallel.py", "configs.py", "hydra.py")
 OWN_FOLDERS = ("longcat", "datasets", "wandb", "omegaconf")

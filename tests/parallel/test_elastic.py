@@ -25,7 +25,7 @@ from train.check import check_sizes
 from train.checkpoint.compatibility import differences
 from train.compose import compose
 from train.optimizer import OptimConfig, make_adamw
-from train.run_dir import as_mapping
+from train.run_dir.folder import as_mapping
 
 
 @pytest.fixture

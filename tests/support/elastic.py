@@ -24,7 +24,7 @@ from train.checkpoint.state_hash import state_hash
 from train.compose import compose
 from train.data.config import Packing
 from train.run import build_state
-from train.run_dir import as_mapping
+from train.run_dir.folder import as_mapping
 from train.step import Stepper
 from train.validation import Validator
 

@@ -27,11 +27,11 @@ from tests.support.distributed import run_ranks
 from train.batches import BatchReader
 from train.compose import compose
 from train.config import Config
-from train.process import main
+from train.process.rank import main
+from train.process.stop import SAVE_SIGNAL, STOP_SIGNALS
 from train.run import build_state
 from train.state import TrainState
 from train.step import Stepper
-from train.stop import SAVE_SIGNAL, STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
 PORTS = (12000, 28000)  # below what systems give out by themselves

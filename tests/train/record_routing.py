@@ -20,9 +20,9 @@ from parallel.mesh import connect
 from train.checkpoint.find import find_start
 from train.checkpoint.load import load
 from train.compose import compose
-from train.dotted_keys import flatten
+from train.keys.dotted import flatten
 from train.run import build_data, build_state
-from train.run_dir import read_config
+from train.run_dir.folder import read_config
 
 BATCHES, LAYER = 12, "1"
 SKIPPED = ("environment", "derived", "run.num_processes", "data.stages")

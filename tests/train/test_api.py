@@ -18,7 +18,7 @@ from tests.support.running import NARROW, lines, train_here
 from train.api import build_session, compose
 from train.checkpoint import save as saving
 from train.checkpoint.manifest import list_checkpoints, step_of
-from train.run_dir import lock, read_unchanged_config
+from train.run_dir.folder import lock, read_unchanged_config
 
 KEYS = ("loss", "grad_norm", "tokens", "first_sample")
 

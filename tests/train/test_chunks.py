@@ -14,7 +14,7 @@ from parallel.chunks import ChunkChoice, LayerTimes
 from tests.support.running import NARROW, exact, train_two
 from train.chunks import decide_num_chunks, measure_num_chunks
 from train.compose import compose
-from train.run_dir import read_config
+from train.run_dir.folder import read_config
 from train.terminal import SilentTerminal
 
 EP2 = ["model=debug", "model.vocab_size=512", *NARROW, "train.sequence_length=16", "train.dtype=float32"]

@@ -19,8 +19,8 @@ from longcat.errors import ConfigError
 from train.checkpoint.compatibility import differences
 from train.compose import check_keys, compose, compose_tree, leaf_keys, named_folder, with_search_path
 from train.config import Config
-from train.dotted_keys import flatten
-from train.run_dir import as_mapping, read_config, write_config
+from train.keys.dotted import flatten
+from train.run_dir.folder import as_mapping, read_config, write_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

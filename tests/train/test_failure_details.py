@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longcat.errors import SaveError
-from train.process import failure_details
+from train.process.rank import failure_details
 
 
 def raised_from(cause: BaseException) -> RuntimeError:

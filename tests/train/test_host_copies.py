@@ -26,7 +26,7 @@ from tests.support.running import NARROW
 from tests.support.steppers import make_stepper
 from tests.support.three_steps import MODEL
 from train.compose import compose
-from train.process import main
+from train.process.rank import main
 from train.step import Stepper
 
 READS = {"cpu", "item", "tolist", "numpy", "nonzero", "__float__", "__int__", "__bool__", "__index__", "__iter__"}

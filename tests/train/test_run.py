@@ -24,8 +24,8 @@ from tests.support.running import (
 )
 from train.checkpoint.files import HASH
 from train.checkpoint.manifest import list_checkpoints, verify
-from train.start_clock import PARTS as START_PARTS
-from train.start_clock import PREFIX as START
+from train.process.start_clock import PARTS as START_PARTS
+from train.process.start_clock import PREFIX as START
 
 METRICS = {
     "step", "first_sample", "tokens", "loss", "loss_mtp", "loss_balance", "loss_z", "grad_norm", "lr", "step_seconds",

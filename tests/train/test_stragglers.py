@@ -23,7 +23,7 @@ from train import rank_usage
 from train.checkpoint.manifest import list_checkpoints, step_of
 from train.compose import compose
 from train.launch_config import LaunchConfig
-from train.process import main
+from train.process.rank import main
 from train.rank_usage import RankUsage, UsageMeter
 from train.step import Stepper
 from train.stragglers import Straggler, StragglerWatch, as_finding

@@ -45,7 +45,7 @@ def test_rank_beyond_the_world_is_refused(
     overrides: list[str], refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("train.run_dir.FIRST_RANK_PRINTS_SECONDS", 0.0)
+    monkeypatch.setattr("train.run_dir.folder.FIRST_RANK_PRINTS_SECONDS", 0.0)
     refused(["train", *overrides], "RANK=1 and WORLD_SIZE=1", "ranks are 0 to 0", "unset both")
 
 

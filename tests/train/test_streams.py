@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from longcat.lasting_streams import LastingStream
 from tests.support.running import NARROW, ROOT, exit_json, lines, wait_for_step
+from train.process.lasting_streams import LastingStream
 from train.terminal import Terminal
 
 

@@ -24,9 +24,9 @@ from tests.support.fixtures import Refused
 from tests.support.running import run_cleanly
 from train.compose import compose
 from train.config import Config
-from train.exit_file import EXIT
 from train.optimizer import RateScales, make_adamw
-from train.run_dir import CONFIG, as_mapping
+from train.run_dir.exit_file import EXIT
+from train.run_dir.folder import CONFIG, as_mapping
 from train.transfer import CARRIED, CONSTANT, DEPTH, PROPORTIONAL, SPARSITY
 
 # Sizes of a proxy; a width s times as large has s times the heads, ranks and inner widths

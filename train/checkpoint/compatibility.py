@@ -8,8 +8,8 @@ from typing import Any
 
 from longcat.rope import RopeScaling
 from train.data.stages import TrainingStage
-from train.dotted_keys import flatten
-from train.stored_stages import stored_segments
+from train.keys.dotted import flatten
+from train.stages.stored import stored_segments
 
 # Keys that decide the results. The others (how long, where, on how many ranks, what is logged) may change.
 FIXED_KEYS = (

@@ -20,8 +20,8 @@ from train.checkpoint.files import read_text
 from train.checkpoint.manifest import STATE
 from train.checkpoint.shards import ShardReader
 from train.health.ranges import SampleRanges
+from train.stages.stored import stored_stage
 from train.state import Counters, TrainState
-from train.stored_stages import stored_stage
 
 
 def load(

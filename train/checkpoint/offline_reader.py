@@ -24,7 +24,7 @@ from train.checkpoint.shards import ShardReader
 from train.data.config import tokenizer_file
 from train.data.corpus import TOKENIZER_NAME, file_sha256, read_info
 from train.data.tokens import end_of_document_id, load_tokenizer
-from train.stored_stages import stored_stage
+from train.stages.stored import stored_stage
 
 
 class TensorSource(Protocol):

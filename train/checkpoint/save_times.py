@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from train.checkpoint.files import regular
-from train.sealed import seal_line, unseal_lines
+from train.run_dir.sealed import seal_line, unseal_lines
 
 SAVES = "saves.jsonl"
 NEWEST = 20  # saves that count: a run may have moved to another file system

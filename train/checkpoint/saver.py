@@ -26,7 +26,7 @@ from train.checkpoint.save_times import SaveTimer
 from train.checkpoint.staging import StagingBuffer
 from train.checkpoint.thread_context import ThreadContext
 from train.config import Config
-from train.run_dir import as_mapping
+from train.run_dir.folder import as_mapping
 from train.state import TrainState
 from train.terminal import Display
 

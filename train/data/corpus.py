@@ -17,7 +17,7 @@ from longcat.errors import ConfigError
 from train.checkpoint.files import file_hash
 from train.data import blocks
 from train.data.config import TOKENIZER_NAME
-from train.sealed import read_sealed, write_sealed
+from train.run_dir.sealed import read_sealed, write_sealed
 
 END_OF_DOCUMENT = "<|endoftext|>"
 INFO_NAME = "corpus.json"

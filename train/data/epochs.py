@@ -23,7 +23,7 @@ from train.data.blocks import BinReader
 from train.data.corpus import CorpusInfo, block_hashes, note, note_once
 from train.data.corpus import read_index as read_corpus_index
 from train.data.index_files import NAMES, first_to_build, publish_index, read_index
-from train.sealed import DamagedError
+from train.run_dir.sealed import DamagedError
 
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")

@@ -17,7 +17,7 @@ from longcat.errors import ConfigError
 from longcat.json_text import dumps
 from train.data.corpus import TOKENIZER_NAME, check_corpus, note, read_index, read_info
 from train.data.tokens import load_tokenizer, num_ids
-from train.sealed import read_sealed, write_sealed
+from train.run_dir.sealed import read_sealed, write_sealed
 
 SCAN_SECONDS = 60.0  # for all corpora of a start together; ids further on are checked when they are read
 _ANNOUNCED_BYTES = 1 << 32  # a scan of more bytes than this is announced

@@ -17,8 +17,8 @@ from typing import IO
 import numpy as np
 
 from train.checkpoint.files import HashedFile, file_hash, sync_folder
-from train.run_files import Note, remove_quietly
-from train.sealed import DamagedError, read_sealed, write_sealed
+from train.run_dir.files import Note, remove_quietly
+from train.run_dir.sealed import DamagedError, read_sealed, write_sealed
 
 NAMES = ("documents", "samples", "shuffle")  # of an epoch of samples that are cut anywhere
 MANIFEST = "index.json"  # the hash of each file

@@ -10,8 +10,8 @@ from typing import Any
 
 from train.health.config import OnSpike
 from train.new_run import new_run
-from train.run_files import LineFile, Note
-from train.sealed import seal_line
+from train.run_dir.files import LineFile, Note
+from train.run_dir.sealed import seal_line
 
 HEALTH = "health.jsonl"
 

@@ -21,8 +21,8 @@ from train.health.config import OnSpike
 from train.health.events import EventKind, EventLog, HealthEvent, Spike
 from train.health.monitor import HealthMonitor
 from train.new_run import new_run
-from train.run_files import Note
-from train.stages import segments_of
+from train.run_dir.files import Note
+from train.stages.configs import segments_of
 from train.state import TrainState
 from train.step import StepResult
 

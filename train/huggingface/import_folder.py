@@ -24,12 +24,12 @@ from train.compose import compose
 from train.config import Config
 from train.data.corpus import TOKENIZER_NAME, file_sha256, tokenizer_sha256
 from train.data.tokens import load_tokenizer, num_ids
-from train.dotted_keys import flatten
 from train.huggingface.config_json import CONFIG, read_config
 from train.huggingface.layouts import PREDICTION
 from train.huggingface.record import check_tokenizer, merge
 from train.huggingface.safetensors_folder import SafetensorsFolder
-from train.run_dir import as_mapping
+from train.keys.dotted import flatten
+from train.run_dir.folder import as_mapping
 from train.state import Counters
 
 BUDGET = "model.expected_ffn_experts"

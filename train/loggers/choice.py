@@ -7,7 +7,7 @@ from train.loggers.interface import Guarded, MetricsSink, SinkGroup
 from train.loggers.jsonl import JsonLines
 from train.loggers.tensorboard_logger import TensorBoardLogger
 from train.loggers.wandb_logger import WandbLogger
-from train.run_files import Note
+from train.run_dir.files import Note
 
 
 def open_loggers(config: Config, resumed_step: int, note: Note) -> MetricsSink:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from train.checkpoint.failures import describe
-from train.run_files import Note
+from train.run_dir.files import Note
 
 if TYPE_CHECKING:
     from torch import Tensor

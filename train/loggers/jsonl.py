@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from train.checkpoint.files import sync_folder
 from train.config import Config
-from train.run_files import LineFile, Note, remove_quietly
-from train.sealed import DamagedError, seal_line, unseal_line, unseal_lines
+from train.run_dir.files import LineFile, Note, remove_quietly
+from train.run_dir.sealed import DamagedError, seal_line, unseal_line, unseal_lines
 
 if TYPE_CHECKING:
     from torch import Tensor

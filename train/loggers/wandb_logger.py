@@ -14,7 +14,7 @@ from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 from train.checkpoint.files import read_text
 from train.config import Config, WandbMode
-from train.run_files import write_file
+from train.run_dir.files import write_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,7 +28,7 @@ from train.profiling.modules import module_hooks
 from train.profiling.recorder import StepRecorder
 from train.profiling.timeline import compute_slices, outermost, timeline
 from train.profiling.trace import TorchEvents, TraceEvent, moved, rank_events, read_torch, writer
-from train.run_files import remove_quietly
+from train.run_dir.files import remove_quietly
 
 MERGED_RANKS = 8  # in the file of all ranks and in the report's picture; every rank has a file of its own
 MARK, MARKS = "clock of the tracks", 8

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint.files import write_whole
-from train.dotted_keys import flatten
+from train.keys.dotted import flatten
 from train.report import health, learning, routing
 from train.report.axes import Axes
 from train.report.chart import Chart, Page

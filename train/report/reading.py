@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from longcat.errors import ConfigError
 from train.checkpoint.files import read_bytes, regular
-from train.exit_file import EXIT
 from train.health.events import HEALTH
 from train.launch_config import JOURNAL
 from train.loggers.jsonl import missing_steps
-from train.run_dir import is_config_changed
-from train.sealed import DamagedError, unseal_line
+from train.run_dir.exit_file import EXIT
+from train.run_dir.folder import is_config_changed
+from train.run_dir.sealed import DamagedError, unseal_line
 
 Array = NDArray[np.float64]
 LARGEST = 1e100  # beyond it a number is spoilt: a chart could not even scale it

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from train.checkpoint.compatibility import CORPORA, TOKENIZER
-from train.dotted_keys import flatten
+from train.keys.dotted import flatten
 from train.report.chart import Label, place_labels, svg
 from train.report.numbers import exact, fixed
 from train.report.page import show

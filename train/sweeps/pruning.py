@@ -14,10 +14,10 @@ from longcat.counts import count_parameters
 from longcat.errors import OK, ConfigError, LongCatError
 from train.checkpoint.compatibility import ADDED, corpora_differences
 from train.config import Config
-from train.dotted_keys import value_at
+from train.keys.dotted import value_at
 from train.loggers.jsonl import METRICS, rows
-from train.run_dir import as_mapping, read_unchanged_config
-from train.stored_stages import stored_lengths
+from train.run_dir.folder import as_mapping, read_unchanged_config
+from train.stages.stored import stored_lengths
 from train.sweeps.results import SWEEP_FOLDER, numbered, read_result
 
 COMPARED = (  # keys of config.yaml that decide, with the corpora, what a validation loss at a step means

@@ -11,7 +11,7 @@ from typing import Any
 
 from longcat.errors import CRASHED, OK, UNHEALTHY
 from train.checkpoint.files import PARTIAL, read_bytes, write_synced
-from train.sealed import seal_line, unseal_line
+from train.run_dir.sealed import seal_line, unseal_line
 
 MULTIRUN = "multirun.yaml"  # Hydra writes it before it checks the values
 SWEEP_FOLDER = "LONGCAT_SWEEP_FOLDER"  # environment of a sweep's runs, and so of their ranks

@@ -11,12 +11,12 @@ import pytest
 
 from launch.signals import Signals
 from tests.support.running import ROOT
-from train.stop import REQUESTS
+from train.process.stop import REQUESTS
 
 LATE = """
 import os, sys
 import launch.__main__ as program
-from train.stop import REQUESTS
+from train.process.stop import REQUESTS
 code = int(sys.argv.pop())
 program.VERBS["train"] = lambda words: code
 found = program.main()

@@ -29,7 +29,7 @@ from tests.support.meetings import dead_pid as dead_pid
 from tests.support.meetings import place as place
 from tests.support.running import free_ports
 from train.compose import compose
-from train.stop import SAVE_SIGNAL
+from train.process.stop import SAVE_SIGNAL
 
 
 def soon(seconds: float = 1.5) -> float:

@@ -18,7 +18,7 @@ from parallel.watchdog import watchdog
 from tests.support.distributed import inherit, rank_context, set_rank_environment
 from tests.support.running import NARROW, exit_json
 from train.compose import compose
-from train.process import main
+from train.process.rank import main
 
 TIMEOUT = 3.0  # parallel.timeout_seconds from the silence on: busy cores make the start slow
 AT_MOST = 30.0  # seconds beyond it

@@ -9,10 +9,10 @@ import torch
 
 from launch.__main__ import main as longcat
 from longcat.errors import ConfigError, SaveError
-from longcat.refusal import REFUSAL
 from parallel.sdc.finding import Site
-from train.exit_file import EXIT
-from train.run_dir import CONFIG, lock, refuse
+from train.process.refusal import REFUSAL
+from train.run_dir.exit_file import EXIT
+from train.run_dir.folder import CONFIG, lock, refuse
 
 
 def test_rank_that_refuses_leaves_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.fleet import Assignment, NodeReport, NodeState
-from train.exit_file import claim_exit, forget_exit
+from train.run_dir.exit_file import claim_exit, forget_exit
 
 
 @dataclass

@@ -17,7 +17,7 @@ from launch.supervisor.ledger import PARTS, Life, parts_of, summary
 from launch.supervisor.progress import RunProgress
 from launch.supervisor.prometheus import serving
 from tests.support.running import free_ports
-from train.sealed import intact_lines
+from train.run_dir.sealed import intact_lines
 
 
 def test_a_known_run_s_parts() -> None:

@@ -18,7 +18,7 @@ from longcat.errors import FolderInUseError
 from tests.launch.supervisor.fake_fleet import Ending, FakeFleet
 from train.checkpoint.manifest import CheckpointStatus
 from train.compose import compose
-from train.run_dir import lock
+from train.run_dir.folder import lock
 
 Run = Callable[..., tuple[int, FakeFleet, list[dict[str, Any]]]]
 WORDS = ("model=debug", "run.name=run", "launch.backoff_seconds=0")

@@ -17,7 +17,7 @@ from launch.supervisor.node_choice import Start
 from launch.supervisor.recall import Earlier, Leader
 from tests.launch.supervisor.fake_fleet import Ending, FakeFleet
 from train.compose import compose
-from train.sealed import seal_line, unseal_line
+from train.run_dir.sealed import seal_line, unseal_line
 
 DAY = 86400.0
 CRASH = Ending(0, {0: -9})

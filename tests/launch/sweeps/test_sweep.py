@@ -19,8 +19,8 @@ from launch.sweeps.folder import SWEEP, note_finished
 from launch.sweeps.sweep import report, results, run_sweep
 from tests.support.fixtures import Refused
 from tests.support.running import NARROW, lines, run_cleanly
-from train.run_dir import lock
-from train.stop import Interrupted
+from train.process.stop import Interrupted
+from train.run_dir.folder import lock
 from train.sweeps.pruning import Pruner
 from train.sweeps.results import SWEEP_FOLDER, Result, write_result
 

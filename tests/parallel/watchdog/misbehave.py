@@ -19,7 +19,7 @@ from parallel.watchdog import watchdog
 from parallel.watchdog.spans import SPANS
 from tests.support.distributed import inherit, set_rank_environment
 from train.compose import compose
-from train.process import main
+from train.process.rank import main
 
 ACTIONS: dict[str, Callable[[], object]] = {
     "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),

@@ -20,7 +20,7 @@ from train.checkpoint.files import HashedFile
 from train.checkpoint.staging import StagingBuffer
 from train.compose import compose
 from train.data.samples import TokenSamples
-from train.process import main
+from train.process.rank import main
 from train.read_ahead import ReadAhead
 
 GRACE = 5.0  # seconds

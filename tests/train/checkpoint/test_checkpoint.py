@@ -31,7 +31,7 @@ from train.checkpoint.state_hash import state_hash
 from train.compose import compose
 from train.config import Config
 from train.run import build_state
-from train.run_dir import as_mapping, lock
+from train.run_dir.folder import as_mapping, lock
 from train.state import TrainState
 
 

@@ -35,7 +35,7 @@ from train.checkpoint.state_hash import state_hash
 from train.compose import compose
 from train.config import Config
 from train.run import build_state
-from train.run_dir import as_mapping
+from train.run_dir.folder import as_mapping
 from train.state import TrainState
 from train.step import Stepper
 

@@ -31,7 +31,7 @@ from train.checkpoint.index import Entries, Placement, entries, items_to_write, 
 from train.checkpoint.load import load
 from train.checkpoint.save import save
 from train.checkpoint.shards import ShardReader
-from train.run_dir import as_mapping
+from train.run_dir.folder import as_mapping
 
 ALONE = Placement(replica=0, replicas=1, first_of_stage=True, first=True)
 SIZES = (7, 1, 3, 12, 2, 2, 9)  # rows of tensors

@@ -25,7 +25,7 @@ from train.checkpoint.save import save
 from train.checkpoint.state_hash import COLUMNS, hash_range, state_hash
 from train.compose import compose
 from train.run import build_state
-from train.run_dir import as_mapping
+from train.run_dir.folder import as_mapping
 from train.state import TrainState
 
 WORD = 1 << 64

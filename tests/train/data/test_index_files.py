@@ -19,8 +19,8 @@ from tests.support.fixtures import Refused
 from tests.support.running import NARROW, lines, train_here
 from train.data import index_files
 from train.data.index_files import MANIFEST, NAMES, first_to_build, publish_index, read_index
+from train.run_dir.sealed import DamagedError
 from train.samples import index_folders
-from train.sealed import DamagedError
 
 ARRAYS = (np.arange(50), np.arange(60).reshape(30, 2), np.random.default_rng(0).permutation(29))
 

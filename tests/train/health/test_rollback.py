@@ -16,7 +16,7 @@ from train.batches import BatchReader
 from train.checkpoint.manifest import STATE
 from train.compose import compose
 from train.health.ranges import SampleRanges
-from train.process import main
+from train.process.rank import main
 from train.step import Stepper, StepResult
 
 STEPS = 12

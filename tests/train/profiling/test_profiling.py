@@ -18,7 +18,7 @@ from parallel.watchdog.events import Event, SpanKind, Track
 from tests.support.distributed import run_ranks
 from tests.support.running import exact, free_ports, lines, train_here
 from train.compose import compose
-from train.process import main
+from train.process.rank import main
 from train.profiling.config import steps_of
 from train.profiling.recorder import CommSpan, Send, Slice, StepRecorder
 from train.profiling.timeline import Operator, compute_slices, outermost, subtract

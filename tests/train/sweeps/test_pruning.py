@@ -12,7 +12,7 @@ from longcat.json_text import dumps
 from tests.support.fixtures import Refused
 from train.compose import compose
 from train.config import Config
-from train.run_dir import as_mapping
+from train.run_dir.folder import as_mapping
 from train.sweeps.pruning import Pruner
 from train.sweeps.results import SWEEP_FOLDER, Result, read_result, write_result
 

@@ -18,8 +18,16 @@ from train.checkpoint.save_times import SAVES, slowest_save
 from train.diff import compare_runs, describe
 from train.loggers.jsonl import METRICS, move_after, rows
 from train.report.reading import read_run
-from train.run_dir import CONFIG
-from train.sealed import DamagedError, intact_lines, is_yaml_changed, read_sealed, seal_line, seal_yaml, unseal_line
+from train.run_dir.folder import CONFIG
+from train.run_dir.sealed import (
+    DamagedError,
+    intact_lines,
+    is_yaml_changed,
+    read_sealed,
+    seal_line,
+    seal_yaml,
+    unseal_line,
+)
 from train.sweeps.results import Result, read_result, result_file, write_result
 from train.transfer import finished_run
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from train.environment import COMMAND, driver_version, software
-from train.git import git_dirty
+from train.process.environment import COMMAND, driver_version, software
+from train.process.git import git_dirty
 
 
 def test_software_names_the_command_and_python() -> None:

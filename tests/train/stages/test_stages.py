@@ -25,7 +25,7 @@ from train.compose import compose
 from train.config import Config
 from train.data.epochs import CorpusReader, EpochIndex
 from train.health.ranges import SampleRanges
-from train.stages import configs_of_stages, segments_of, stage_config, tokens_seen
+from train.stages.configs import configs_of_stages, segments_of, stage_config, tokens_seen
 
 STEP = 8 * 32  # tokens
 YARN = "{factor: 4, original_max_position_embeddings: 32}"

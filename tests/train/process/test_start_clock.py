@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from longcat.search_path import ROOT
-from train import start_clock
-from train.start_clock import PARTS, StartClock
+from train.process import start_clock
+from train.process.search_path import ROOT
+from train.process.start_clock import PARTS, StartClock
 
 IN_A_NEW_PROCESS = """
 import time
 time.sleep(0.3)
-from train.start_clock import PARTS, StartClock
+from train.process.start_clock import PARTS, StartClock
 for _ in range(2):
     clock = StartClock()
     for part in PARTS:

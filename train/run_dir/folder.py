@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from longcat.errors import ConfigError, FolderInUseError, LongCatError
-from longcat.refusal import leave_refusal
 from parallel.sizes import number_in_environment
 from train.checkpoint.compatibility import CORPORA, TOKENIZER, differences, refusal
 from train.checkpoint.failures import describe
@@ -23,11 +22,12 @@ from train.checkpoint.files import read_text, regular
 from train.checkpoint.manifest import list_checkpoints
 from train.config import Config
 from train.data.corpus import fingerprints, tokenizer_sha256
-from train.environment import software
-from train.exit_file import EXIT, write_exit
-from train.git import git_commit
-from train.run_files import Note, write_file
-from train.sealed import is_yaml_changed, seal_yaml
+from train.process.environment import software
+from train.process.git import git_commit
+from train.process.refusal import leave_refusal
+from train.run_dir.exit_file import EXIT, write_exit
+from train.run_dir.files import Note, write_file
+from train.run_dir.sealed import is_yaml_changed, seal_yaml
 
 CONFIG, LOCK = "config.yaml", ".lock"
 FIRST_RANK_PRINTS_SECONDS = 20.0

@@ -11,7 +11,7 @@ from train.check import batch_shape
 from train.config import Config
 from train.data.samples import TokenSamples
 from train.data.stages import Segment, segment_of
-from train.stages import describe, segments_of, stage_config
+from train.stages.configs import describe, segments_of, stage_config
 from train.state import TrainState
 from train.step import Stepper
 from train.validation import Validator

@@ -13,7 +13,7 @@ from longcat.errors import CRASHED, ConfigError, LongCatError
 from longcat.json_text import dumps
 from train.checkpoint.files import read_text
 from train.launch_config import GAVE_UP
-from train.run_files import remove_quietly
+from train.run_dir.files import remove_quietly
 
 EXIT = "exit.json"
 NO_DETAILS = LongCatError.details

@@ -32,10 +32,10 @@ from parallel.watchdog.spans import wait_span
 from train.check import check
 from train.checkpoint.failures import is_disk_full
 from train.config import Config
-from train.exit_file import claim_exit, forget_exit, recorded_code
+from train.process.stop import Interrupted, StopSignal
 from train.run import train
-from train.run_dir import lock, refuse
-from train.stop import Interrupted, StopSignal
+from train.run_dir.exit_file import claim_exit, forget_exit, recorded_code
+from train.run_dir.folder import lock, refuse
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # begins what torch raises, as a RuntimeError, where memory of a host is out
 

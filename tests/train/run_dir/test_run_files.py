@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-import train.run_files
+import train.run_dir.files
 from longcat.errors import ConfigError
 from tests.support.running import NARROW, exit_json, lines, train_here
 from train.compose import compose
-from train.exit_file import claim_exit, recorded_code
 from train.loggers.jsonl import JsonLines
-from train.run_dir import check_folder
-from train.run_files import LineFile, write_file
+from train.run_dir.exit_file import claim_exit, recorded_code
+from train.run_dir.files import LineFile, write_file
+from train.run_dir.folder import check_folder
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def test_each_error_of_a_disk_is_survived(code: int, tmp_path: Path, monkeypatch
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.run_files.os, "write", fail)
+        patch.setattr(train.run_dir.files.os, "write", fail)
         file.write("one")
         file.write("two")
     assert len(notes) == 1 and os.strerror(code) in notes[0]
@@ -73,7 +73,7 @@ def test_each_error_of_a_disk_is_survived(code: int, tmp_path: Path, monkeypatch
 
 
 def test_lines_that_never_fit_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.run_files, "MAX_PENDING_BYTES", 10)
+    monkeypatch.setattr(train.run_dir.files, "MAX_PENDING_BYTES", 10)
     notes: list[str] = []
     with size_limit(0):
         file = LineFile(tmp_path / "log", notes.append)
@@ -158,7 +158,7 @@ def test_full_disk_in_the_middle_is_made_up_for(
         return plain_write(descriptor, data[:7] if full[0] else data)
 
     monkeypatch.setattr(JsonLines, "write", write)
-    monkeypatch.setattr(train.run_files.os, "write", write_some)
+    monkeypatch.setattr(train.run_dir.files.os, "write", write_some)
     words = [*overrides, *NARROW, "train.steps=7", "logging.routing_every=1"]
     assert train_here(words) == 0
     printed = capfd.readouterr().out

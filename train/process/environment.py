@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.git import git_dirty
+from train.process.git import git_dirty
 
 COMMAND = "LONGCAT_COMMAND"  # environment variable: what a person typed, for the ranks that it starts
 DRIVER = Path("/proc/driver/nvidia/version")

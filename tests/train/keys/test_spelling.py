@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from train.compose import compose
-from train.spelling import keep_spelling, text_keys
+from train.keys.spelling import keep_spelling, text_keys
 
 
 @pytest.mark.parametrize(

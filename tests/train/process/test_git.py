@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import train.git
+import train.process.git
 from tests.support.running import NARROW, train_here
-from train.git import UNKNOWN, git_commit, git_dirty
-from train.run_dir import read_config
+from train.process.git import UNKNOWN, git_commit, git_dirty
+from train.run_dir.folder import read_config
 
 
 def make_repository(folder: Path) -> None:
@@ -36,7 +36,7 @@ def test_git_that_does_not_answer_is_unknown(script: str, tmp_path: Path, monkey
     (tmp_path / "git").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(train.git, "SECONDS", 1.0)
+    monkeypatch.setattr(train.process.git, "SECONDS", 1.0)
     assert git_commit() == UNKNOWN
 
 

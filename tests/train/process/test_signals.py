@@ -14,7 +14,6 @@ import pytest
 
 from launch.__main__ import main as longcat
 from launch.this_machine import run_here
-from longcat.search_path import found_by_children
 from tests.support.running import (
     NARROW,
     exact,
@@ -29,8 +28,9 @@ from tests.support.running import (
 from train.checkpoint.manifest import list_checkpoints, verify
 from train.compose import compose
 from train.loggers.jsonl import JsonLines
+from train.process.search_path import found_by_children
+from train.process.stop import SAVE_SIGNAL, STOP_SIGNALS
 from train.step import StepResult
-from train.stop import SAVE_SIGNAL, STOP_SIGNALS
 
 ENDLESS = "train.steps=100000"
 BLOWS_UP = ["optim.lr=1e30", "optim.grad_clip=0", "schedule.warmup_steps=0"]
@@ -247,7 +247,7 @@ def test_first_failing_rank_decides_the_code(
     """The others, which have not met yet, are ended."""
     (tmp_path / "train.py").write_text(script)
     config = compose([*overrides, "run.num_processes=2"])
-    monkeypatch.setattr("longcat.search_path.ROOT", str(tmp_path))
+    monkeypatch.setattr("train.process.search_path.ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with found_by_children():
         assert run_cleanly(lambda: run_here([], config, 2)) == code

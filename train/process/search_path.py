@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # holds this program's packages
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # holds this program's packages
 
 
 def leave_out_current_folder() -> None:

@@ -10,7 +10,7 @@ from train.health.ranges import SampleRanges
 
 
 def stored_segments(configuration: dict[str, Any]) -> list[Segment]:
-    """The run's samples in order, cut where stages begin, as `train.stages.segments_of`.
+    """The run's samples in order, cut where stages begin, as `train.stages.configs.segments_of`.
 
     Raises:
         KeyError, TypeError: it is not one of this version.

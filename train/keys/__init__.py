@@ -1,0 +1,1 @@
+"""Configuration keys: nested and dotted, how values are spelt, which key was meant."""

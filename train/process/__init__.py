@@ -1,0 +1,1 @@
+"""A process of a run, from its search path and signals to its exit code."""
