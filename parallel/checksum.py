@@ -2,9 +2,9 @@
 
 On a CPU this is XXH3 over the tensor's memory. It reads twice as fast as memory is copied, and misses a change, of one
 bit or of many, with probability 2^-64. On a GPU, where XXH3 has no kernel, it is a keyed sum of the 32-bit words,
-Σ word_i · K(i) modulo 2^64 with odd keys: no change of a single word is missed, and one of several words with
-probability at most 2^-32. Words are widened to 64 bits first: in a sum of 64-bit words, two flips of bit 63 would
-always cancel.
+Σ word_i · K(i) modulo 2^64 with odd keys: no change of a single word is missed, one of several words with probability
+at most 2^-32, and of four in the corners of a rectangle of rows and columns with about 2^-28. Words are widened to 64
+bits first: in a sum of 64-bit words, two flips of bit 63 would always cancel.
 
 The value depends on shape and layout only through the bytes in row-major order, and on the kind of device. For a value
 that does not depend on how a tensor is sharded, see `train/checkpoint/state_hash.py`.
@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longcat.documents import to_device
+from parallel.reduce import to_host
 
 COLUMNS = 1 << 12  # 32-bit words in a row
 ROWS_ON_GPU, ROWS_IN_CACHE = 1 << 10, 1 << 6  # widened at once: 32 MiB on a GPU, 2 MiB in a CPU's cache
+COPIED_BYTES = 1 << 24
 MASK = (1 << 64) - 1
 Words = NDArray[np.uint64]
 Digest = int | Tensor  # a GPU's is a tensor [] int64 on it, until `resolve` fetches it: no wait in between
@@ -66,10 +68,10 @@ def digests(
         return _words([digest(part) for number, part in enumerate(parts) if number != skip])
     if sizes is None and len(parts) > 1 and not parts.stride(0):
         return digest(parts[0], as_on_gpu)
-    plain = _plain(parts)
-    if not plain.is_cpu or as_on_gpu:
-        found = keyed_sums(plain) if sizes is None else _segment_sums(plain, sizes)
+    if not parts.is_cpu or as_on_gpu:
+        found = _sums_in_blocks(parts) if sizes is None else _segment_sums(_plain(parts), sizes)
         return found if skip is None else torch.cat((found[:skip], found[skip + 1 :]))
+    plain = _plain(parts)
     memory, end, checksums = memoryview(_memory(plain)), 0, []
     row = plain.nbytes // max(len(plain), 1)
     for number, size in enumerate([1] * len(plain) if sizes is None else sizes):
@@ -112,6 +114,8 @@ def keyed_sums(parts: Tensor) -> Tensor:
     num_bytes = parts.nbytes // max(count, 1)
     if not num_bytes:
         return torch.zeros(count, dtype=torch.int64, device=device)
+    if parts.numel() == 1:
+        parts = parts.clone(memory_format=torch.contiguous_format)  # one element is contiguous, whatever its stride
     raw = parts.reshape(-1).view(torch.uint8).view(count, num_bytes)
     if padding := -num_bytes % 4:
         raw = torch.nn.functional.pad(raw, (0, padding))
@@ -124,6 +128,13 @@ def keyed_sums(parts: Tensor) -> Tensor:
     by_row = _joined([_row_sums(block, columns, at_once) for block in blocks], 0)  # [n, rows of a part]
     row_keys = keys(1 << (by_row.shape[1] - 1).bit_length(), 1, device)[: by_row.shape[1]]
     return (by_row * row_keys).sum(1) + num_bytes
+
+
+def _sums_in_blocks(parts: Tensor) -> Tensor:
+    """`keyed_sums` of parts [n, ...] of any strides; only so many are copied into row-major order at once."""
+    size = parts.nbytes // max(len(parts), 1)
+    blocks = [parts] if parts.is_contiguous() else parts.split(max(1, COPIED_BYTES // max(size, 1)))
+    return _joined([keyed_sums(_plain(block)) for block in blocks], 0)
 
 
 def _row_sums(words: Tensor, columns: Tensor, at_once: int) -> Tensor:
@@ -173,7 +184,7 @@ def resolve(checksums: Iterable[Digests]) -> list[int]:
 def fetched(checksums: Sequence[Digests]) -> list[Words]:
     """Each as an array [n] on the host, one checksum as [1]; those on a GPU come in one copy."""
     on_device = [one.reshape(-1) for one in checksums if isinstance(one, Tensor)]
-    copied = torch.cat(on_device).cpu().numpy().view(np.uint64) if on_device else np.zeros(0, np.uint64)
+    copied = to_host(torch.cat(on_device)).numpy().view(np.uint64) if on_device else np.zeros(0, np.uint64)
     pieces = iter(np.split(copied, np.cumsum([len(one) for one in on_device])))
     return [next(pieces) if isinstance(one, Tensor) else np.array(one, np.uint64, ndmin=1) for one in checksums]
 

@@ -19,7 +19,8 @@ from parallel.watchdog.spans import take_blocked_seconds
 class RankUsage:
     """Of each rank, from the sum of gradient norms of the step before to that of this step; the same on every rank.
 
-    In a start's first step from its beginning. What is between two steps, as validation, does not count.
+    In a start's first step from its beginning. Seconds and waits between two steps, as in a validation, do not count;
+    the peak of memory includes them.
     """
 
     seconds: np.ndarray  # [W]

@@ -175,7 +175,7 @@ class Ledger:
         self.records = [one._replace(checksums=values) for one, values in zip(self.records, found, strict=True)]
         for is_sender in (True, False):
             if records := [one for one in self.records if one.is_sender == is_sender]:
-                peers, values = np.concatenate([one.peers for one in records]), _values(records)
+                peers, values = np.concatenate([one.peers for one in records]), transfer_numbers(records, self.rank)
                 here, there = (0, 1) if is_sender else (1, 0)
                 add = np.add if is_sender else np.subtract
                 add.at(cells[there], peers, values)
@@ -197,12 +197,19 @@ class Ledger:
 LEDGER = Ledger()
 
 
-def _values(records: list[Record]) -> Words:
-    """The numbers of all transfers of records whose checksums are on the host, one after the other."""
+def transfer_numbers(records: list[Record], rank: int) -> Words:
+    """The numbers of all transfers of a rank's records whose checksums are on the host, one after the other.
+
+    Both ranks of a transfer are in its number: parts that arrive exchanged change the cells of their senders.
+    """
     counts = [len(one.peers) for one in records]
     keys = np.array([crc32(one.channel.encode()) << 32 | one.number for one in records], np.uint64)
+    peers = np.concatenate([one.peers for one in records]).astype(np.uint64)
+    own = np.full_like(peers, rank)
+    is_sender = np.repeat([one.is_sender for one in records], counts)
+    pairs = np.where(is_sender, own << 32 | peers, peers << 32 | own)
     checksums: Words = np.concatenate([_by_peer(one) for one in records])
-    return mix(checksums ^ np.repeat(mix(keys), counts))
+    return mix(checksums ^ mix(np.repeat(mix(keys), counts) ^ pairs))
 
 
 def _by_peer(record: Record) -> Words:

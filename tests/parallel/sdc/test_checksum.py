@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from parallel import checksum
 from parallel.checksum import COLUMNS, ROWS_IN_CACHE, Digest, digest, digests, keyed_sum, resolve
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64)
@@ -135,8 +136,8 @@ def test_parts_of_unequal_rows_are_told_apart(as_on_gpu: bool) -> None:
     sizes = [3, 0, 5, 1]
     rows = torch.randn(sum(sizes), 9).bfloat16()
     found = resolve([digests(rows, sizes, as_on_gpu=as_on_gpu)])
-    for part, checksum in zip(rows.split(sizes), found, strict=True):
-        assert resolve([digests(part.clone(), [len(part)], as_on_gpu=as_on_gpu)]) == [checksum]
+    for part, expected in zip(rows.split(sizes), found, strict=True):
+        assert resolve([digests(part.clone(), [len(part)], as_on_gpu=as_on_gpu)]) == [expected]
     assert resolve([digests(rows, sizes, skip=2, as_on_gpu=as_on_gpu)]) == found[:2] + found[3:]
     assert len(set(found)) == 4
     for first, second in ((3, 4), (3, 7)):  # rows of the third part
@@ -171,3 +172,21 @@ def test_same_part_for_all_is_read_once() -> None:
 def test_tensor_that_begins_inside_a_word() -> None:
     x = torch.randn(9).bfloat16()[1:]
     assert resolve([keyed_sum(x)]) == resolve([keyed_sum(x.clone())])
+
+
+def test_parts_of_any_strides_are_copied_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Owners' parts along another dimension have the checksums of their copies, a few parts at a time."""
+    parts = torch.randn(5, 16, 9).movedim(1, 0)  # 16 parts of 5 × 9
+    monkeypatch.setattr("parallel.checksum.COPIED_BYTES", 2 * parts[0].nbytes)
+    sizes: list[int] = []
+    plain = checksum._plain
+    monkeypatch.setattr(checksum, "_plain", lambda block: sizes.append(len(block)) or plain(block))
+    found = digests(parts, as_on_gpu=True)
+    assert sizes == [2] * 8
+    assert resolve([found]) == resolve(digest(part.contiguous(), as_on_gpu=True) for part in parts)
+
+
+def test_one_element_of_a_strided_view_has_a_checksum() -> None:
+    """Torch calls it contiguous, whatever its stride."""
+    value = torch.randn(2)[1::2]
+    assert resolve([digest(value, as_on_gpu=True)]) == resolve([digest(value.clone(), as_on_gpu=True)])

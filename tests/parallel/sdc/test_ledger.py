@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from zlib import crc32
 
+import numpy as np
 import pytest
 import torch
 
 from parallel.checksum import mix
-from parallel.sdc.ledger import Entry, Ledger, differs, mismatches, modulus, suspects
+from parallel.sdc.ledger import Entry, Ledger, differs, mismatches, modulus, suspects, transfer_numbers
 
 
 def ends(sender: int, receiver: int, sent: int, arrived: int) -> tuple[Entry, Entry]:
@@ -69,7 +70,8 @@ def test_cells_are_the_sums_of_each_transfers_number() -> None:
     arrived = [(1, "gather", 3, 2, 4), (1, "gather", 0, 2, 9)]
     for sign, transfers in ((1, sent), (-1, arrived)):
         for number, channel, sender, receiver, checksum in transfers:
-            value = sign * mix(checksum ^ mix(crc32(channel.encode()) << 32 | number))
+            key = mix(crc32(channel.encode()) << 32 | number) ^ (sender << 32 | receiver)
+            value = sign * mix(checksum ^ mix(key))
             expected[sender][0] += value
             expected[receiver][1] += value
     assert one.cells(world).tolist() == [[value % (1 << 40) for value in row] for row in expected]
@@ -78,18 +80,13 @@ def test_cells_are_the_sums_of_each_transfers_number() -> None:
 @pytest.mark.parametrize("world", [1, 2, 8192, 8193, 10_240, 100_000])
 def test_sum_of_all_ranks_cells_is_exact(world: int) -> None:
     """Of a weight that a rank sends to all others: no false alarm, and an alarm if the last receiver differs."""
-    ranks = range(world)
-    sender, receiver, wrong = ledger(0), ledger(1), ledger(1)
-    sender.put("weight", "gather", 1, ranks, 77, is_sender=True)
-    receiver.put("weight", "gather", 1, [0], 77, is_sender=False)
-    wrong.put("weight", "gather", 1, [0], 76, is_sender=False)
-    own, theirs, other = (float(one.cells(max(world, 2))[0, 0]) for one in (sender, receiver, wrong))
-    total = own
-    for _ in range(world - 1):
-        total += theirs
+    sender = ledger(0)
+    sender.put("weight", "gather", 1, range(world), 77, is_sender=True)
     cells = torch.zeros(max(world, 2), 2, dtype=torch.float64)
-    for last, alarm in ((theirs, False), (other, True)):
-        cells[0, 0] = total + last
+    own = float(sender.cells(max(world, 2))[0, 0])
+    theirs = [-int(value) % modulus(max(world, 2)) for value in transfer_numbers(sender.records, 0)]
+    for change, alarm in ((0, False), (1, True)):
+        cells[0, 0] = own + sum(map(float, theirs)) + change
         assert differs(cells) == alarm
     assert world * (modulus(world) - 1) <= 1 << 53
 
@@ -109,3 +106,32 @@ def test_only_suspected_senders_transfers_are_listed() -> None:
     assert len(receiver.entries(cells)) == 6
     cells[:2, 0] = 0.0
     assert receiver.entries(cells) == [Entry("weight", "gather", 1, 2, (1,), False, 7)]
+
+
+@pytest.mark.parametrize("kind", ["two", "three", "equal"])
+def test_exchanged_parts_name_their_senders(kind: str) -> None:
+    """Parts of rank 1 that arrive at each other's place; equal parts of ranks 0 and 1 exchanged at both receivers."""
+    sent = {(sender, receiver): 10 * sender + receiver for sender in range(4) for receiver in range(4)}
+    if kind == "equal":
+        sent |= {(0, 2): 7, (1, 3): 7, (0, 3): 8, (1, 2): 8}
+    arrived, senders = dict(sent), {1}
+    if kind == "two":
+        arrived |= {(1, 2): sent[1, 3], (1, 3): sent[1, 2]}
+    elif kind == "three":
+        arrived |= {(1, 0): sent[1, 2], (1, 2): sent[1, 3], (1, 3): sent[1, 0]}
+    else:
+        arrived |= {(0, 2): 8, (1, 2): 7, (0, 3): 7, (1, 3): 8}
+        senders = {0, 1}
+    ranks = [ledger(rank) for rank in range(4)]
+    for rank, one in enumerate(ranks):
+        others = [other for other in range(4) if other != rank]
+        one.put("dispatch", "ep", 1, others, words([sent[rank, other] for other in others]), is_sender=True)
+        one.put("dispatch", "ep", 1, others, words([arrived[other, rank] for other in others]), is_sender=False)
+    cells = torch.stack([one.cells(4) for one in ranks]).sum(0)
+    assert differs(cells)
+    found = mismatches(one.entries(cells) for one in ranks)
+    assert {one.sender for one in found} == senders
+
+
+def words(numbers: list[int]) -> np.ndarray:
+    return np.array(numbers, dtype=np.uint64)
