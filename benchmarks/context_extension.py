@@ -39,10 +39,10 @@ RUN = ["experiment=context_4k", "schedule=constant", "optim.lr=4e-3", "train.dty
 Losses = dict[str, list[float]]  # when → nats per token, by bucket of positions
 
 
-def configuration(arm: str, seed: int, runs: Path, steps: int, extra: list[str]) -> Config:
-    """The run of an arm; before the border all arms are the same."""
+def configuration(name: str, arm: str, seed: int, runs: Path, steps: int, extra: list[str]) -> Config:
+    """The run ``name`` of an arm; before the border all arms are the same."""
     start = steps * SHORT * 16
-    words = [f"train.seed={seed}", f"run.dir={runs}", f"run.name=seed{seed}", *extra]
+    words = [f"train.seed={seed}", f"run.dir={runs}", f"run.name={name}", *extra]
     stages = f"data.stages=[{{start_tokens: {start}, sequence_length: {LONG}{ARMS[arm]}}}]"
     return compose(*RUN, *words, "train.global_batch_size=16", stages)
 
@@ -65,7 +65,7 @@ def by_position(session: Session, model: ModelConfig) -> list[float]:
 
 def first_stage(seed: int, runs: Path, steps: int, extra: list[str]) -> Path:
     """The checkpoint on the border, trained if it is not there yet."""
-    with build_session(configuration("unchanged", seed, runs, steps, extra)) as session:
+    with build_session(configuration(f"seed{seed}", "unchanged", seed, runs, steps, extra)) as session:
         path = session.resume()
         if path is not None and session.state.counters.step == steps:
             return path
@@ -77,7 +77,7 @@ def first_stage(seed: int, runs: Path, steps: int, extra: list[str]) -> Path:
 def measure(arm: str, seed: int, runs: Path, steps: int, later: int, extra: list[str]) -> Losses:
     """Losses before the border, right after it and ``later`` steps after it."""
     border = first_stage(seed, runs, steps, extra)
-    config = configuration(arm, seed, runs, steps, extra)
+    config = configuration(f"seed{seed}-{list(ARMS).index(arm)}", arm, seed, runs, steps, extra)
     model = stage_config(config, 1).model
     with build_session(config) as session:
         session.resume(border)

@@ -20,7 +20,7 @@ from parallel.reduce import broadcast
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
 from train.checkpoint.failures import describe
-from train.checkpoint.find import describe_last, last_committed
+from train.checkpoint.find import last_committed
 from train.checkpoint.saver import Saver
 from train.checkpoint.state_hash import state_hash
 from train.config import Config
@@ -186,7 +186,7 @@ class Loop:
         except CorruptionError as error:
             with suppress(LongCatError):  # this finding is the one to report
                 self.saver.wait_pending()  # its state was checked, and may be the last checkpoint
-            checkpoint = describe_last(last_committed(self.config.run.folder / "checkpoints", self.topology))
+            checkpoint = last_committed(self.config.run.folder / "checkpoints", self.topology).phrase
             since, step = error.details["finding"].get("since"), error.details["finding"]["step"]
             doubtful = (
                 f"; checkpoints of steps {since} to {step - 1} may hold the fault's effect"
@@ -271,8 +271,8 @@ class Loop:
         last = last_committed(self.config.run.folder / "checkpoints", self.topology)
         of_biases = result.problem == NOT_FINITE_BIASES
         keys = ["balance.ki", "balance.kp", "balance.kd"] if of_biases else ["optim.lr"]
-        advice = new_run(f"a lower {' and '.join(keys)}", *keys, checkpoint=last)
+        advice = new_run(f"a lower {' and '.join(keys)}", *keys, checkpoint=last.path)
         if not of_biases:
             advice = f"look at the data, or {advice}"
         what = f"step {self.state.counters.step}: {result.problem}"
-        return f"{what}; nothing was updated and {describe_last(last)}; {advice}"
+        return f"{what}; nothing was updated and {last.phrase}; {advice}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+
+from train.compose import PLAIN, quoted
 
 
 def new_run(change: str, *keys: str, checkpoint: Path | str | None = "PATH") -> str:
@@ -18,5 +21,10 @@ def new_run(change: str, *keys: str, checkpoint: Path | str | None = "PATH") -> 
 
 def words(*keys: str, checkpoint: Path | str | None) -> list[str]:
     """The overrides of such a run; a person fills in name and values."""
-    source = [] if checkpoint is None else [f"checkpoint.resume={checkpoint}"]
+    source = [] if checkpoint is None else [typed("checkpoint.resume", str(checkpoint))]
     return ["run.name=NEW", *source, *(f"{key}=…" for key in keys)]
+
+
+def typed(key: str, text: str) -> str:
+    """An override as it is typed in a shell, whatever characters of the shell or of Hydra the value has."""
+    return shlex.quote(f"{key}={text if PLAIN.fullmatch(text) else quoted(text)}")

@@ -260,7 +260,7 @@ def resume(state: TrainState, config: Config, topology: Topology, terminal: Disp
     for status in skipped:
         terminal.note(f"skipped {status.folder}: {status.problem}")
     with work_span(Event(SpanKind.CHECKPOINT_CLEANUP), slow=True):
-        set_aside = cleanup(folder, path, skipped)
+        set_aside = cleanup(folder, path, state.counters.step, skipped)
     for aside in set_aside:
         terminal.note(f"set aside as {aside}")
     if path is not None:

@@ -62,9 +62,9 @@ def _to_do(
     again = "Then start the same command again"
     if last and last.cause == Cause.unhealthy:
         again = "Then start a new run, which may have other values"
-        new = words("optim.lr", checkpoint=shlex.quote(run) if kept else None)
-        keys = tuple(word.partition("=")[0] + "=" for word in new)
-        old = [word for word in command if not word.startswith((*keys, "checkpoint.resume="))]
+        new = words("optim.lr", checkpoint=run if kept else None)
+        replaced = {shlex.split(word)[0].partition("=")[0] for word in new}
+        old = [word for word in command if word.lstrip("+").partition("=")[0] not in replaced]
         typed = " ".join([shlex.join(["longcat", "train", *old]), *new])
     again += ", on every node" if several else ""
     found.append(f"{again}; it goes on from step {kept}:" if kept else f"{again}:")

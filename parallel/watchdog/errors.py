@@ -10,6 +10,7 @@ from parallel.watchdog.spans import SPANS, WAITING
 # What gloo, NCCL and the store say when a rank is lost or a collective takes too long
 LOST_RANK_MESSAGES = (
     "closed by peer",
+    "connection was likely closed",
     "reset by peer",
     "broken pipe",
     "timed out",

@@ -39,7 +39,9 @@ def test_nothing_runs_between_fork_and_exec(monkeypatch: pytest.MonkeyPatch) -> 
 
 @LINUX
 def test_a_rank_whose_starter_is_gone_ends_at_once() -> None:
-    environment = {**os.environ, STARTED_BY: "1"}
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    environment = {**os.environ, STARTED_BY: str(gone.pid)}
     done = subprocess.run([sys.executable, "-P", "-m", "train", "model=nothing"], env=environment, capture_output=True)
     assert done.returncode == -signal.SIGKILL and done.stderr == b""
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from launch.supervisor.causes import Cause, Fault
+from launch.supervisor.decide import End
+from launch.supervisor.ledger import Life
+from launch.supervisor.node_choice import Choice, Start
+from launch.supervisor.page import page
 from tests.support.running import NARROW, exit_json, lines, train_here
+from train.compose import compose
 from train.health.corpora import CorpusWatch
 from train.health.events import hidden_growth, small_gradient
+from train.new_run import words
 
 ADVICE = re.compile(r"run\.name=NEW[^:;,]*")
 BLOWS_UP = ["optim.lr=1e30", "optim.grad_clip=0", "schedule.warmup_steps=0"]
@@ -27,6 +35,26 @@ def with_values(words: list[str], changes: list[str]) -> list[str]:
     """An edited command: each key once."""
     keys = [change.partition("=")[0] for change in changes]
     return [*(word for word in words if word.partition("=")[0] not in keys), *changes]
+
+
+@pytest.mark.parametrize("folder", ["plain/run", "my runs/it's", "lr=0.1,wd=0", "a$b"])
+def test_a_path_is_typed_as_shell_and_program_read_it(folder: str) -> None:
+    text = " ".join(words("optim.lr", checkpoint=f"/{folder}"))
+    found = compose([word.replace("…", "0.1") for word in shlex.split(text)])
+    assert found.checkpoint.resume == f"/{folder}"
+
+
+@pytest.mark.parametrize("kept", [0, 7])
+def test_the_page_keeps_where_an_unhealthy_run_began(kept: int) -> None:
+    """Its own checkpoint replaces that, where it has one; keys that it gives anew are left out."""
+    fault = Fault(Cause.unhealthy, 4, "the loss is not finite")
+    start = Start(fault, 0, 9, 0, ("a",), 2.0)
+    life = Life(1.0, 2.0, (), 0, kept, 0.0, 0, True)
+    command = ["model=debug", "++optim.lr=1", "run.name=old", "checkpoint.resume=/base"]
+    text = page("/runs/old", command, ["a"], [start], [life], End(4, "why"), Choice())
+    resume = "checkpoint.resume=/runs/old" if kept else "checkpoint.resume=/base"
+    (typed,) = (line.split() for line in text.splitlines() if "longcat train" in line and "NEW" in line)
+    assert set(typed[2:]) == {"model=debug", "run.name=NEW", "optim.lr=…", resume}
 
 
 def test_the_cure_for_a_loss_that_is_not_finite_is_accepted(overrides: list[str], tmp_path: Path) -> None:

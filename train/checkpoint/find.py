@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from longcat.errors import ConfigError, LongCatError
 from parallel.mesh import Topology
@@ -144,20 +144,29 @@ def list_problems(skipped: list[CheckpointStatus]) -> str:
     return "; ".join(f"{status.folder.name}: {status.problem}" for status in skipped)
 
 
-def newest_committed(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder``, without hashing: a start has renamed those that were not valid then."""
-    return next(reversed(list_checkpoints(folder)), None)
+class LastCheckpoint(NamedTuple):
+    """What messages say of the newest checkpoint."""
+
+    path: Path | None
+    phrase: str
 
 
-def last_committed(folder: Path, topology: Topology) -> Path | None:
+def newest_committed(folder: Path) -> LastCheckpoint:
+    """The newest checkpoint in ``folder``, without hashing: a start has renamed those that were not valid then.
+
+    Raises nothing: the message that names it is of something else, and other ranks wait for it.
+    """
+    try:
+        path = next(reversed(list_checkpoints(folder)), None)
+    except OSError as error:
+        return LastCheckpoint(None, f"{folder} cannot be read ({error.strerror})")
+    return LastCheckpoint(path, "there is no checkpoint yet" if path is None else f"the last checkpoint is {path}")
+
+
+def last_committed(folder: Path, topology: Topology) -> LastCheckpoint:
     """`newest_committed`, found by the first rank for all: any of them may report it."""
-    path: Path | None = broadcast(newest_committed(folder) if topology.is_first else None)
-    return path
-
-
-def describe_last(path: Path | None) -> str:
-    """The phrase of messages about `newest_committed`."""
-    return "there is no checkpoint yet" if path is None else f"the last checkpoint is {path}"
+    last: LastCheckpoint = broadcast(newest_committed(folder) if topology.is_first else None)
+    return last
 
 
 def is_inside(path: Path, folder: Path) -> bool:

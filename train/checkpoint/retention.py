@@ -120,12 +120,15 @@ def validation_loss(path: Path) -> float | None:
     return float(found) if isinstance(found, int | float) and math.isfinite(found) else None  # NaN sorts anywhere
 
 
-def cleanup(folder: Path, resumed: Path | None, skipped: list[CheckpointStatus]) -> list[Path]:
+def cleanup(folder: Path, resumed: Path | None, step: int, skipped: list[CheckpointStatus]) -> list[Path]:
     """Before a run's first step: leave only checkpoints that it continues from.
 
     Damaged ones, and those past the resumed step, are renamed (returned), so that keeping the newest never means
     keeping those. Folders that a dead process left half written or half removed are deleted; one that a running growth
     or import writes stays.
+
+    Args:
+        step: of ``resumed``, whose name need not say it: it may be one that was set aside, or a copy.
     """
     for path in folder.iterdir():
         leftover = path.name.endswith((PARTIAL, REMOVED)) and path.is_dir() and not path.is_symlink()
@@ -133,7 +136,7 @@ def cleanup(folder: Path, resumed: Path | None, skipped: list[CheckpointStatus])
             shutil.rmtree(path)
     renamed = [set_aside(status.folder, "damaged") for status in skipped]
     if resumed is not None and resumed.resolve().parent == folder.resolve():
-        renamed += abandon_later(folder, step_of(resumed))
+        renamed += abandon_later(folder, step)
     return [path for path in renamed if path is not None]
 
 

@@ -29,7 +29,7 @@ from parallel.sdc.inject import damage_file
 from parallel.watchdog.events import Event, SpanKind
 from train.checkpoint.dcp_tensors import Take, box_values, saved, values_here
 from train.checkpoint.files import PARTIAL, HashedFile
-from train.checkpoint.find import describe_last, newest_committed
+from train.checkpoint.find import newest_committed
 from train.checkpoint.index import Entries, Placement, entries, gather, items_to_write, write_index
 from train.checkpoint.manifest import commit
 from train.checkpoint.retention import Keep, make_space, prune_after_commit
@@ -145,7 +145,7 @@ def check_finite(snapshot: Snapshot, folder: Path, topology: Topology, context: 
     last = context.broadcast(newest_committed(folder) if topology.is_first else None)
     raise UnhealthyError(
         f"step {snapshot.step}: a weight, a moment or a bias is not finite, so the state is not saved; "
-        f"{describe_last(last)}; look at the data, or {new_run('a lower optim.lr', 'optim.lr', checkpoint=last)}"
+        f"{last.phrase}; look at the data, or {new_run('a lower optim.lr', 'optim.lr', checkpoint=last.path)}"
     )
 
 

@@ -19,7 +19,7 @@ from parallel.watchdog import watchdog
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import wait_span, work_span
 from parallel.watchdog.timing import max_wait_seconds
-from train.checkpoint.find import describe_last, last_committed
+from train.checkpoint.find import last_committed
 from train.checkpoint.retention import Keep
 from train.checkpoint.save import Snapshot, write
 from train.checkpoint.save_times import SaveTimer
@@ -175,6 +175,6 @@ class Saver:
         if error.is_saved:
             self.terminal.note(str(error))
             return
-        last = describe_last(last_committed(self.folder, self.topology))
+        last = last_committed(self.folder, self.topology).phrase
         self.failed = SaveError(f"{error}; {last}", is_disk_full=error.is_disk_full)
         self.terminal.note(f"NOT SAVED: {self.failed}; training continues and the next save is tried as usual")

@@ -11,7 +11,7 @@ from parallel.mesh import Topology
 from parallel.watchdog import watchdog
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import work_span
-from train.checkpoint.find import describe_last, find_together, last_committed
+from train.checkpoint.find import find_together, last_committed
 from train.checkpoint.load import load
 from train.checkpoint.manifest import Check, list_checkpoints, step_of, verify
 from train.checkpoint.retention import cleanup
@@ -54,7 +54,7 @@ def go_back(
     place, parts = state.health.skipped.place, segments_of(config)
     end = spike.first_sample + segment_of(parts, place(spike.first_sample)).batch
     with watchdog.slow_timeout():
-        load(state, path, configuration, own=True)
+        load(state, path, configuration, config.data.from_start, own=True)
     start, batches = state.counters.position, config.health.rollback_batches
     state.health.strikes[:] = strikes
     state.health.skipped.replace(ranges)
@@ -66,7 +66,7 @@ def go_back(
     state.health.skipped.add(first, last + 1)
     if topology.is_first:
         with work_span(Event(SpanKind.CHECKPOINT_CLEANUP), slow=True):
-            cleanup(folder, path, [])
+            cleanup(folder, path, state.counters.step, [])
     return first, last + 1
 
 
@@ -141,8 +141,8 @@ class SpikeResponse:
             within = f" of the last {self.config.health.forget_after} steps" if self.config.health.forget_after else ""
             why = f"the skips and rollbacks{within} have reached health.max_actions={self.config.health.max_actions}"
         event = spike.event(
-            f"{why}; nothing was updated and {describe_last(last)}; change health.on_spike, look at the data, or "
-            f"{new_run('a lower optim.lr', 'optim.lr', checkpoint=last)}"
+            f"{why}; nothing was updated and {last.phrase}; change health.on_spike, look at the data, or "
+            f"{new_run('a lower optim.lr', 'optim.lr', checkpoint=last.path)}"
         )
         self.report([event], say=False)
         raise UnhealthyError(event.text)

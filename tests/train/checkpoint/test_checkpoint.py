@@ -21,7 +21,7 @@ from tests.support.distributed import run_ranks
 from tests.support.running import TINY, contents, free_ports, trained_state
 from train.checkpoint import manifest
 from train.checkpoint import save as saving
-from train.checkpoint.find import describe_last, find_on_all_ranks, find_start, last_committed
+from train.checkpoint.find import find_on_all_ranks, find_start, last_committed
 from train.checkpoint.load import load
 from train.checkpoint.manifest import list_checkpoints, verify
 from train.checkpoint.retention import Keep, cleanup
@@ -134,7 +134,7 @@ def test_interrupted_removal_leaves_valid_checkpoints(saver: Saver, monkeypatch:
     assert verify(saver.folder / "step-00000002").problem is None
     assert saver.everything == ["step-00000001.removed", "step-00000002", "step-00000003"]
     (saver.folder / "step-00000009.partial").mkdir()
-    assert cleanup(saver.folder, saver.folder / "step-00000003", []) == []
+    assert cleanup(saver.folder, saver.folder / "step-00000003", 3, []) == []
     assert saver.everything == ["step-00000002", "step-00000003"]
 
 
@@ -333,7 +333,7 @@ def exchange(theirs: str, ours: str, ports: list[int]) -> tuple[str, str, str]:
     state, topology, config = trained_state([*TINY, "train.seed=7"], steps=2)
     save(state, Path(ours), as_mapping(config), topology)
     trained = state_hash(state, topology)
-    words = describe_last(last_committed(Path(ours), topology))
+    words = last_committed(Path(ours), topology).phrase
     dist.destroy_process_group()
     return loaded, trained, words
 

@@ -11,9 +11,9 @@ from longcat.errors import ConfigError
 from parallel.mesh import connect
 from tests.support.distributed import run_ranks
 from tests.support.running import NARROW, TINY, exit_json, train_here
-from train.checkpoint import manifest
+from train.checkpoint import find, manifest
 from train.checkpoint import save as saving
-from train.checkpoint.find import find_on_all_ranks, find_together
+from train.checkpoint.find import find_on_all_ranks, find_together, newest_committed
 from train.compose import compose
 from train.health.response import newest_scheduled
 
@@ -21,6 +21,16 @@ from train.health.response import newest_scheduled
 @pytest.fixture
 def narrow(overrides: list[str]) -> list[str]:
     return [*overrides, *NARROW]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message is of something else, and other ranks wait for it: nothing is raised."""
+
+    def fail(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(find, "list_checkpoints", fail)
+    assert newest_committed(tmp_path) == (None, f"{tmp_path} cannot be read (Permission denied)")
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])

@@ -119,6 +119,16 @@ def test_going_back_to_an_own_step_works_on_another_disk(narrow: list[str], tmp_
     assert names(run) == ["step-00000001", "step-00000002", "step-00000002.abandoned", "step-00000003.abandoned"]
 
 
+def test_going_back_to_an_abandoned_step_keeps_earlier_ones(narrow: list[str], tmp_path: Path) -> None:
+    """The name of a checkpoint that was set aside is not one of a step; the state says which step it is."""
+    run, words = tmp_path / "run", [*narrow, "checkpoint.every=1", "checkpoint.keep=0"]
+    assert train_here([*words, "train.steps=3"]) == 0
+    folder = run / "checkpoints"
+    assert train_here([*words, "train.steps=2", f"checkpoint.resume={folder / 'step-00000001'}"]) == 0
+    assert train_here([*words, "train.steps=4", f"checkpoint.resume={folder / 'step-00000003.abandoned'}"]) == 0
+    assert {"step-00000001", "step-00000002", "step-00000004"} <= set(names(run))
+
+
 def test_unused_resume_path_is_reported_and_must_exist(narrow: list[str], tmp_path: Path, capfd: Said) -> None:
     assert train_here([*narrow, "train.steps=1", "run.name=other"]) == 0
     assert train_here([*narrow, "train.steps=2"]) == 0
