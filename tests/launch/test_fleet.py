@@ -12,7 +12,7 @@ from launch.leader import Outcome, exit_code, run_incarnation
 from launch.nodes.link import STOP, Link, StoreFleet, StoreLostError
 from launch.nodes.meeting import start_store
 from longcat.errors import BAD_INPUT, CRASHED, OK, STOPPED
-from tests.support.running import free_ports
+from tests.support.ports import free_ports
 from train.run_dir.exit_file import claim_exit
 
 IDENTITY = {"run folder": "/run"}

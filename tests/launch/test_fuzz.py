@@ -16,7 +16,8 @@ from launch.__main__ import main as longcat
 from longcat.errors import BAD_INPUT, OK, STOPPED, UNHEALTHY, ConfigError
 from tests.support.distributed import run_ranks
 from tests.support.fuzz import Case, cases, is_quick
-from tests.support.running import free_ports, run_cleanly
+from tests.support.ports import free_ports
+from tests.support.running import run_cleanly
 from train.__main__ import main as rank_main
 from train.check import check_sizes
 from train.compose import compose

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.running import NARROW, ROOT, free_ports, lines
+from tests.support.ports import free_ports
+from tests.support.running import NARROW, ROOT, lines
 from train.run_dir.folder import read_config
 
 OWN_FILES = ("train.py", "json.py", "random.py", "torch.py", "parallel.py", "configs.py", "hydra.py")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +15,8 @@ from queue import Empty
 from typing import Any
 
 import torch
+
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 # What most ranks need; DeepSpeed and torch's compiler are imported by those that use them
@@ -80,13 +81,6 @@ def _rank_main(
         queue.put((rank, answer.getvalue(), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120) -> list[Any]:

@@ -12,7 +12,7 @@ import pytest
 from launch.nodes.claims import Claims
 from launch.nodes.meeting import Meeting
 from launch.nodes.rendezvous import RendezvousParameters
-from tests.support.running import free_ports
+from tests.support.ports import free_ports
 
 IDENTITY = {"run folder": "/run"}
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.support.distributed import free_port, inherit, rank_context, set_rank_environment
+from tests.support.distributed import inherit, rank_context, set_rank_environment
+from tests.support.ports import free_port
 
 
 def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any, environment: dict[str, str]) -> None:

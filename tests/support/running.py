@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import torch.distributed as dist
 from longcat.documents import PADDING
 from parallel.mesh import Topology, connect
 from tests.support.distributed import run_ranks
+from tests.support.ports import free_ports
 from train.batches import BatchReader
 from train.compose import compose
 from train.config import Config
@@ -34,7 +32,6 @@ from train.state import TrainState
 from train.step import Stepper
 
 ROOT = Path(__file__).resolve().parents[2]
-PORTS = (12000, 28000)  # below what systems give out by themselves
 EXACT = ("loss", "grad_norm", "state_hash")
 # One layer with few experts: a step takes some hundredths of a second
 NARROW = ["model.num_layers=1", "model.num_experts=4", "model.num_zero_experts=2"]
@@ -75,20 +72,6 @@ def run_cleanly(action: Callable[[], int]) -> int:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         assert not dist.is_initialized(), "the run left its process group behind"
         assert {number: signal.getsignal(number) for number in SIGNALS} == before, "the run left signal handlers behind"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports for several rendezvous in turn: a store that has just been closed may still hold its port.
-
-    Not from the range from which the system gives ports to other programs, which may take one before its use.
-    """
-    ports: list[int] = []
-    while len(ports) < count:
-        port = random.SystemRandom().randrange(*PORTS)
-        with suppress(OSError), socket.socket() as free:
-            free.bind(("127.0.0.1", port))
-            ports.append(port)
-    return ports
 
 
 def _train_all(runs: list[list[str]], ports: list[int]) -> list[int]:

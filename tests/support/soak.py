@@ -22,7 +22,8 @@ import psutil
 from launch.nodes.claims import Claims
 from launch.nodes.link import Link
 from launch.nodes.rendezvous import find_identity
-from tests.support.running import ROOT, free_ports, ranks_below
+from tests.support.ports import free_ports
+from tests.support.running import ROOT, ranks_below
 from train.checkpoint.manifest import list_checkpoints
 
 PLANTED = ROOT / "tests" / "support" / "planted"

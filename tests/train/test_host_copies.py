@@ -19,9 +19,10 @@ import train.run
 from longcat.model import Losses
 from parallel.reduce import PendingSum, sum_in_one_collective
 from parallel.state_store import members_by_part
-from tests.support.distributed import free_port, run_ranks
+from tests.support.distributed import run_ranks
 from tests.support.fixtures import corpus, overrides  # noqa: F401  (fixtures)
 from tests.support.pool import close_pools, pool
+from tests.support.ports import free_port
 from tests.support.running import NARROW
 from tests.support.steppers import make_stepper
 from tests.support.three_steps import MODEL

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from longcat.errors import ConfigError, SlowRankError
 from parallel.watchdog.events import Event, SpanKind
 from parallel.watchdog.spans import begin_step, wait_span
-from tests.support.distributed import free_port, run_ranks
+from tests.support.distributed import run_ranks
 from tests.support.fixtures import corpus, overrides  # noqa: F401  (fixtures)
+from tests.support.ports import free_port
 from tests.support.running import NARROW, lines
 from train import rank_usage
 from train.checkpoint.manifest import list_checkpoints, step_of

@@ -27,7 +27,7 @@ from tests.support.meetings import IDENTITY, begun
 from tests.support.meetings import claims as claims
 from tests.support.meetings import dead_pid as dead_pid
 from tests.support.meetings import place as place
-from tests.support.running import free_ports
+from tests.support.ports import free_ports
 from train.compose import compose
 from train.process.stop import SAVE_SIGNAL
 

@@ -24,17 +24,8 @@ from launch.nodes.node import Node
 from launch.nodes.rendezvous import RendezvousParameters, expand_hosts, find_identity, find_place
 from launch.signals import Signals
 from longcat.errors import ConfigError
-from tests.support.running import (
-    NARROW,
-    exact,
-    exit_json,
-    finish,
-    free_ports,
-    node,
-    ranks_below,
-    train_two,
-    wait_for_step,
-)
+from tests.support.ports import free_ports
+from tests.support.running import NARROW, exact, exit_json, finish, node, ranks_below, train_two, wait_for_step
 from train.compose import compose
 from train.launch_config import LaunchConfig, split_address
 

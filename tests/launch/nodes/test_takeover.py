@@ -16,7 +16,8 @@ import pytest
 
 from launch.nodes.claims import Claims
 from launch.supervisor.ledger import PARTS
-from tests.support.running import NARROW, exact, exit_json, finish, free_ports, lines, node, train_two
+from tests.support.ports import free_ports
+from tests.support.running import NARROW, exact, exit_json, finish, lines, node, train_two
 from tests.support.soak import kill_tree
 
 STEPS = 60

@@ -16,7 +16,7 @@ from launch.supervisor.journal import Journal
 from launch.supervisor.ledger import PARTS, Life, parts_of, summary
 from launch.supervisor.progress import RunProgress
 from launch.supervisor.prometheus import serving
-from tests.support.running import free_ports
+from tests.support.ports import free_ports
 from train.run_dir.sealed import intact_lines
 
 

@@ -29,8 +29,9 @@ from parallel.watchdog.spans import SPANS, begin_step, status, wait_span, work_s
 from parallel.watchdog.timing import Timing
 from parallel.watchdog.watchdog import Watchdog
 from tests.parallel.watchdog.misbehave import Fault, rank_main
-from tests.support.distributed import free_port, rank_context
+from tests.support.distributed import rank_context
 from tests.support.fixtures import corpus, overrides  # noqa: F401  (fixtures)
+from tests.support.ports import free_port
 from tests.support.running import NARROW, exit_json, ranks_below, run_cleanly, wait_for_step
 
 # Seconds allowed for pauses of the machine

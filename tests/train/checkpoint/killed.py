@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from parallel.watchdog.spans import SPANS
-from tests.support.distributed import free_port, inherit, rank_context, set_rank_environment
+from tests.support.distributed import inherit, rank_context, set_rank_environment
+from tests.support.ports import free_port
 from train.batches import BatchReader
 from train.checkpoint import manifest, shards
 from train.checkpoint import save as saving

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from longcat.errors import ConfigError, UnhealthyError
 from parallel.mesh import Topology, connect
 from tests.support.distributed import run_ranks
-from tests.support.running import TINY, contents, free_ports, trained_state
+from tests.support.ports import free_ports
+from tests.support.running import TINY, contents, trained_state
 from train.checkpoint import manifest
 from train.checkpoint import save as saving
 from train.checkpoint.find import find_on_all_ranks, find_start, last_committed

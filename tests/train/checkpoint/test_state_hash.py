@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from parallel.mesh import connect
 from tests.support.distributed import run_ranks
-from tests.support.running import TINY, free_ports, trained_state
+from tests.support.ports import free_ports
+from tests.support.running import TINY, trained_state
 from train.checkpoint.load import load
 from train.checkpoint.save import save
 from train.checkpoint.state_hash import COLUMNS, hash_range, state_hash

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.support.distributed import run_ranks
-from tests.support.running import EXACT, NARROW, exact, exit_json, free_ports, lines, train_here
+from tests.support.ports import free_ports
+from tests.support.running import EXACT, NARROW, exact, exit_json, lines, train_here
 from tests.train.health.planted import WATCHFUL, plant
 from train.batches import BatchReader
 from train.checkpoint.manifest import STATE

@@ -16,7 +16,7 @@ import torch
 
 from launch.generate import GenerateOptions, generate_text
 from tests.support.exporting import our_logits, run_command, trained
-from tests.support.running import free_ports
+from tests.support.ports import free_ports
 
 PYTHON = "LONGCAT_MLX_PYTHON"  # of an environment with mlx-lm; `make test-long` makes one
 CLIENT = Path(__file__).resolve().parents[2] / "support" / "mlx_client.py"

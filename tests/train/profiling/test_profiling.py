@@ -16,7 +16,8 @@ from longcat.errors import ConfigError
 from longcat.layer import ShortcutLayer
 from parallel.watchdog.events import Event, SpanKind, Track
 from tests.support.distributed import run_ranks
-from tests.support.running import exact, free_ports, lines, train_here
+from tests.support.ports import free_ports
+from tests.support.running import exact, lines, train_here
 from train.compose import compose
 from train.process.rank import main
 from train.profiling.config import steps_of
