@@ -53,13 +53,19 @@ def fastest_dtype() -> torch.dtype:
 
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> tuple[float, str]:
     """FLOP/s of one rank for MFU, and where the figure comes from: a data sheet, or a measured GEMM."""
-    if device.type == "cuda":
-        found = peaks_of(torch.cuda.get_device_name(device))
-        if found is not None:
-            model, (bfloat16, float32) = found
-            return (bfloat16 if dtype is torch.bfloat16 else float32), f"{model} data sheet"
+    if (found := data_sheet_flops(device, dtype)) is not None:
+        return found
     size = 8192 if device.type == "cuda" else 1024
     return measured_gemm_rate(device, dtype, seconds, size), f"measured {size}³ GEMM"
+
+
+def data_sheet_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str] | None:
+    """As `peak_flops`, for a device of `GPU_PEAKS`; None for others, which would have to be measured."""
+    found = peaks_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if found is None:
+        return None
+    model, (bfloat16, float32) = found
+    return (bfloat16 if dtype is torch.bfloat16 else float32), f"{model} data sheet"
 
 
 def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float, size: int) -> float:

@@ -26,17 +26,20 @@ import torch.distributed as dist
 from longcat.errors import ConfigError, UnhealthyError
 from parallel.chunks import ChunkChoice
 from parallel.config import AUTO
-from parallel.device import device_name, keep_freed_memory, make_deterministic, peak_flops
+from parallel.device import data_sheet_flops, device_name, keep_freed_memory, make_deterministic
 from parallel.mesh import Topology, connect, world_from_environment
 from parallel.reduce import broadcast
 from parallel.torch_internals import set_deterministic_algorithms
+from parallel.watchdog.events import SpanKind
 from train import compose as composing
 from train import run
+from train.checkpoint.earlier import EarlierCheckpoints
 from train.checkpoint.find import find_on_all_ranks, is_inside
 from train.checkpoint.load import load
-from train.checkpoint.retention import Keep, abandon_later
+from train.checkpoint.retention import Keep
 from train.checkpoint.save import save
 from train.checkpoint.state_hash import state_hash
+from train.checkpoint.thread_context import ThreadContext
 from train.config import Config
 from train.data.build import build
 from train.data.corpus import CorpusInfo
@@ -78,41 +81,49 @@ def build_session(config: Config) -> Session:
     Sets torch's deterministic mode for the whole process if ``train.deterministic`` is true.
 
     Raises:
-        ConfigError: layout, batch sizes, corpora or run folder do not fit; the message names the key.
+        ConfigError: layout, batch sizes, corpora or run folder do not fit, and the message names the key; or another
+            session is open in this process.
         FolderInUseError: a training or another session has the run folder.
     """
+    if dist.is_initialized():
+        raise ConfigError("this process is in a process group; if another session is open, call its close() first")
     process.check(config, world_from_environment()[2])
     set_deterministic_algorithms(False)
     if config.train.deterministic:
         make_deterministic()
-    topology = connect(config.parallel)
-    folder_lock = lock_on_all_ranks(config.run.folder, topology)
+    held = ExitStack()
+    held.callback(leave_process_group)
     try:
-        return _build(config, topology, folder_lock)
+        topology = connect(config.parallel)
+        lock_on_all_ranks(config.run.folder, topology, held)
+        return _build(config, topology, held)
     except BaseException:
-        folder_lock.close()
+        held.close()
         raise
 
 
-def lock_on_all_ranks(folder: Path, topology: Topology) -> ExitStack:
-    """`lock` on the first rank, to be closed by the caller; if it fails, all ranks leave the process group and raise.
+def leave_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lock_on_all_ranks(folder: Path, topology: Topology, held: ExitStack) -> None:
+    """`lock` on the first rank until ``held`` is closed; if it fails, all ranks raise.
 
     Raises:
         ConfigError: as `lock`.
     """
-    held, failure = ExitStack(), None
+    failure = None
     if topology.is_first:
         try:
             held.enter_context(lock(folder))
         except ConfigError as error:
             failure = error
     if (failure := broadcast(failure)) is not None:
-        dist.destroy_process_group()
         raise failure
-    return held
 
 
-def _build(config: Config, topology: Topology, folder_lock: ExitStack) -> Session:
+def _build(config: Config, topology: Topology, held: ExitStack) -> Session:
     if topology.device.type == "cpu":
         keep_freed_memory()
     run.resolve_dtype(config)
@@ -123,7 +134,7 @@ def _build(config: Config, topology: Topology, folder_lock: ExitStack) -> Sessio
     samples, validator = run.build_data(config, topology)
     stepper = run.build_stepper(state, samples, config, topology)
     stages = StageSwitch(config, state, stepper, validator, samples, topology)
-    return Session(config, topology, state, stages, folder_lock, measured, automatic_chunks)
+    return Session(config, topology, state, stages, held, measured, automatic_chunks)
 
 
 class Session:
@@ -135,16 +146,17 @@ class Session:
         topology: Topology,
         state: TrainState,
         stages: StageSwitch,
-        folder_lock: ExitStack,
+        held: ExitStack,
         measured_chunks: ChunkChoice | None = None,
         automatic_chunks: bool = False,
     ) -> None:
         self.config, self.topology, self.state = config, topology, state
         self._stages, self._stepper, self._validator = stages, stages.stepper, stages.validator
         self._measured_chunks, self._automatic_chunks = measured_chunks, automatic_chunks
-        self._folder_lock = folder_lock
+        self._held = held  # until `close`: the lock and the process group
         self._is_described = False  # config.yaml is written
-        self._validated: tuple[int, float] | None = None  # (step, loss) of the last `validate`
+        self._validation_loss: float | None = None  # of the present state
+        self._earlier = EarlierCheckpoints(self.checkpoints, topology)
 
     @property
     def checkpoints(self) -> Path:
@@ -163,6 +175,7 @@ class Session:
             CorruptionError: silent data corruption was found; nothing was updated. As LocalCorruptionError it is raised
                 on this rank alone: the others wait for it, so end the process.
         """
+        self._validation_loss = None
         self._stages.enter()
         result = self._stepper.step()
         if not result.healthy:
@@ -170,7 +183,8 @@ class Session:
         if (spike := result.spike) is not None and spike.action == OnSpike.stop:
             raise UnhealthyError(f"step {spike.step}: {spike.reason}; nothing was updated")
         if spike is not None and spike.action == OnSpike.rollback:
-            left_out = go_back(self.state, spike, self.config, self._description(), self.topology)
+            others = self._earlier.others
+            left_out = go_back(self.state, spike, self.config, self._description(), self.topology, others)
             result.metrics["spike_action"] = str(OnSpike.skip if left_out is None else OnSpike.rollback)
         return result.metrics
 
@@ -180,57 +194,71 @@ class Session:
         It is measured in the stage of ``data.stages`` of the last step, after `resume` in that of the next one.
         """
         found = self._validator.measure(self.state)
-        self._validated = self.state.counters.step, found.loss
+        self._validation_loss = found.loss
         return found
 
     def save(self, folder: Path | None = None) -> Path:
         """Write and commit a checkpoint `step-…` below ``folder`` (default: ``checkpoints``); returns its path.
 
-        In ``checkpoints`` it keeps what ``checkpoint.keep``, ``keep_every`` and ``keep_best`` say and renames those of
-        later steps, which this state does not come from; the first one writes config.yaml. Ctrl-C waits for its end.
+        In ``checkpoints`` it keeps what ``checkpoint.keep``, ``keep_every`` and ``keep_best`` say, but first warns
+        before that removes what is older than this session. It renames, with a warning, those that this state does not
+        come from. The first save writes config.yaml. Ctrl-C waits for the end, a second one does not.
 
         Raises:
-            SaveError: it could not be written.
+            SaveError: it could not be written, or with ``is_saved`` others could not be renamed or removed.
             UnhealthyError: a weight, a moment or a bias is not finite.
         """
-        step, description = self.state.counters.step, self._description()
-        val_loss = self._validated[1] if self._validated and self._validated[0] == step else None
+        description = self._description()
         with deferred_interrupt():
             if folder is not None:
-                return save(self.state, folder, description, self.topology, val_loss=val_loss)
+                return save(self.state, folder, description, self.topology, val_loss=self._validation_loss)
             self._describe()
-            keep = Keep.of(self.config.checkpoint)
-            path = save(self.state, self.checkpoints, description, self.topology, keep, val_loss)
-            if self.topology.is_first:
-                abandon_later(self.checkpoints, step)
+            keep, settles = Keep.of(self.config.checkpoint), self._earlier.is_pending
+            path = save(
+                self.state,
+                self.checkpoints,
+                description,
+                self.topology,
+                Keep() if settles else keep,
+                self._validation_loss,
+            )
+            if settles:
+                self._earlier.settle(path, keep)
             return path
 
     def _describe(self) -> None:
-        """Write config.yaml as a run does, on the first rank: the folder has a run from here on."""
-        if self._is_described or not self.topology.is_first:
+        """Write config.yaml as a run does, without a measured FLOP/s: the folder has a run from here on."""
+        if self._is_described:
             return
-        device = self.topology.device
-        peak, _ = peak_flops(device, getattr(torch, self.config.train.dtype))
-        derived = derived_values(self.config, peak, self._measured_chunks)
-        self._is_described = write_config(
-            self.config, derived, device_name(device), self.topology.world_size, warnings.warn
-        )
+
+        def write() -> bool:
+            if not self.topology.is_first:
+                return False
+            device = self.topology.device
+            peak = data_sheet_flops(device, getattr(torch, self.config.train.dtype))
+            derived = derived_values(self.config, None if peak is None else peak[0], self._measured_chunks)
+            return write_config(self.config, derived, device_name(device), self.topology.world_size, warnings.warn)
+
+        self._is_described = ThreadContext().run_on_all_ranks(SpanKind.REPORT, write)[0]
 
     def resume(self, checkpoint: Path | None = None) -> Path | None:
         """Load ``checkpoint``, or the newest valid one of this run; returns what was loaded, None if there is none.
 
-        A deterministic run with ``overlap.num_chunks=auto`` goes on with the checkpoint's number of chunks.
+        No checkpoint is renamed or removed before the next `save`, and a rollback loads none that the state does not
+        come from. A deterministic run with ``overlap.num_chunks=auto`` goes on with the checkpoint's number of chunks.
 
         Raises:
             ConfigError: the checkpoint is damaged or of another model or data.
         """
-        path, _ = find_on_all_ranks(self.checkpoints, str(checkpoint or "auto"), self.topology)
+        path, skipped = find_on_all_ranks(self.checkpoints, str(checkpoint or "auto"), self.topology)
         if path is not None:
             own = is_inside(path, self.checkpoints)
             if self._automatic_chunks:
                 self.config.overlap.num_chunks = AUTO
                 run.decide_num_chunks(self._measured_chunks, self.state, self.config, path, SilentTerminal())
+            self._validation_loss = None
             load(self.state, path, self._description(), self.config.data.from_start, own)
+            self._earlier.start_from(path, self.state.counters.step, skipped)
             self._stages.enter()
         return path
 
@@ -240,11 +268,9 @@ class Session:
 
     def close(self) -> None:
         """Release the model's resources and the run folder, and leave the process group."""
-        self._folder_lock.close()
-        self._stepper.reader.close()
-        self.state.engine.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        with self._held:
+            self._stepper.reader.close()
+            self.state.engine.close()
 
     def _description(self) -> dict[str, Any]:
         return as_mapping(self.config) | describe_corpora(self.config)

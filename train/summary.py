@@ -16,15 +16,15 @@ from train.config import Config
 from train.samples import PaddingShare, size_rows
 
 
-def derived_values(config: Config, peak: float, chunks: ChunkChoice | None = None) -> dict[str, Any]:
-    """The section `derived` of config.yaml. ``peak`` is the device's FLOP/s."""
+def derived_values(config: Config, peak: float | None, chunks: ChunkChoice | None = None) -> dict[str, Any]:
+    """The section `derived` of config.yaml. ``peak`` is the device's FLOP/s; None = not known."""
     counts = count_parameters(config.model)
     return {
         "parameters": counts.total,
         "mtp_parameters": counts.mtp,
         "active_parameters": list(active_range(config.model)),
         "flops_per_token": flops_per_token(config.model, config.train.sequence_length),
-        "peak_gflops_per_rank": peak / 1e9,
+        **({} if peak is None else {"peak_gflops_per_rank": peak / 1e9}),
         **({} if chunks is None else {"chunks": chunks.as_mapping()}),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from longcat.errors import ConfigError, FolderInUseError
+from longcat.errors import ConfigError, FolderInUseError, SaveError
 from tests.support.distributed import run_ranks
 from tests.support.running import NARROW, lines, train_here
+from train import api
 from train.api import build_session, compose
 from train.checkpoint import save as saving
 from train.checkpoint.manifest import list_checkpoints, step_of
@@ -78,7 +81,8 @@ def test_a_session_that_went_back_keeps_its_own_checkpoints(overrides: list[str]
         assert steps(checkpoints) == [3, 4], "to look at it changes nothing"
     with build_session(compose(*words)) as session:
         session.step()
-        session.save()
+        with pytest.warns(UserWarning, match=r"step-00000003\.abandoned, step-00000004\.abandoned"):
+            session.save()
         assert steps(checkpoints) == [1]
         session.step()
         session.save()
@@ -95,6 +99,70 @@ def test_the_best_checkpoint_is_kept(overrides: list[str], tmp_path: Path) -> No
             session.step()
             session.save()
         assert steps(session.checkpoints) == [1, 3]
+
+
+def test_a_validation_counts_for_the_state_that_it_measured(overrides: list[str], tmp_path: Path) -> None:
+    """`resume` may bring other weights of the same step."""
+    lower = [*overrides, *NARROW, "optim.lr=1e-5", "run.name=other"]
+    with build_session(compose(*lower)) as session:
+        session.step()
+        other = session.save()
+    with build_session(compose(*overrides, *NARROW)) as session:
+        session.step()
+        session.validate()
+        session.resume(other)
+        assert json.loads((session.save() / "state.json").read_text())["val_loss"] is None
+
+
+def test_a_save_leaves_the_random_state(overrides: list[str], tmp_path: Path) -> None:
+    """Where one rank alone drew numbers, ranks would differ; config.yaml has no measured FLOP/s."""
+    with build_session(compose(*overrides, *NARROW)) as session:
+        session.step()
+        before = torch.get_rng_state()
+        session.save()
+        assert torch.equal(torch.get_rng_state(), before)
+    derived = read_unchanged_config(tmp_path / "run")["derived"]
+    assert derived["parameters"] > 0 and "peak_gflops_per_rank" not in derived
+
+
+def test_a_corrected_configuration_builds_after_a_failure(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        build_session(compose(*overrides, "model.vocab_size=400"))
+    assert not dist.is_initialized()
+    with build_session(compose(*overrides)):
+        pass
+
+
+def test_a_second_session_is_refused_and_the_first_goes_on(overrides: list[str]) -> None:
+    with build_session(compose(*overrides, *NARROW)) as session:
+        with pytest.raises(ConfigError, match=r"another session is open, call its close\(\)"):
+            build_session(compose(*overrides, *NARROW, "run.name=other"))
+        session.step()
+        session.save()
+    with build_session(compose(*overrides, *NARROW, "run.name=other")) as other:
+        session.close()  # once more
+        other.step()
+        assert dist.is_initialized()
+
+
+def config_fails(words: list[str]) -> str:
+    """On each of two ranks: how a save ends if the first one cannot write config.yaml."""
+
+    def fail(*arguments: Any) -> None:
+        raise ConfigError("config.yaml cannot be read")
+
+    with build_session(compose(*words)) as session, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "write_config", fail)
+        session.step()
+        with pytest.raises(SaveError) as failed:
+            session.save()
+        return str(failed.value)
+
+
+def test_every_rank_hears_that_config_yaml_is_not_written(overrides: list[str]) -> None:
+    two = [*overrides, *NARROW, "parallel.fsdp=2", "parallel.timeout_seconds=20"]
+    first, second = run_ranks(config_fails, 2, two)
+    assert first == second and "config.yaml cannot be read" in first
 
 
 def test_a_folder_has_one_session_or_training(overrides: list[str], tmp_path: Path) -> None:

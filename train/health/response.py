@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,25 @@ SHOWN = 3  # events of a step that the terminal shows; health.jsonl has all
 
 
 def go_back(
-    state: TrainState, spike: Spike, config: Config, configuration: dict[str, Any], topology: Topology
+    state: TrainState,
+    spike: Spike,
+    config: Config,
+    configuration: dict[str, Any],
+    topology: Topology,
+    others: Collection[Path] = (),
 ) -> tuple[int, int] | None:
     """Load the last checkpoint of this run and leave out the samples that led to the spike; a collective.
 
     Returns the range of those samples, or None (and changes nothing) if the run has no checkpoint yet. Steps, samples
     and tokens are those of the checkpoint; the samples that are left out, and the actions taken, are those of now.
+
+    Args:
+        others: checkpoints in the run's folder that the state does not come from.
     """
     folder = config.run.folder / "checkpoints"
     with watchdog.slow_timeout():  # they read all of a checkpoint
         path = find_together(
-            lambda check: newest_scheduled(folder, spike.step, config.checkpoint.every, check), topology
+            lambda check: newest_scheduled(folder, spike.step, config.checkpoint.every, check, others), topology
         )
     if path is None:
         return None
@@ -70,13 +78,13 @@ def go_back(
     return first, last + 1
 
 
-def newest_scheduled(folder: Path, before: int, every: int, check: Check) -> Path | None:
-    """The newest valid checkpoint of a step below ``before``, of `checkpoint.every` if there is one.
+def newest_scheduled(folder: Path, before: int, every: int, check: Check, others: Collection[Path] = ()) -> Path | None:
+    """The newest valid checkpoint of a step below ``before`` but for ``others``, of `checkpoint.every` if there is one.
 
     Checkpoints that a signal or the clock caused come last: a run that was stopped and resumed then goes back to where
     an uninterrupted one does.
     """
-    earlier = [path for path in list_checkpoints(folder) if step_of(path) < before]
+    earlier = [path for path in list_checkpoints(folder) if step_of(path) < before and path not in others]
     scheduled = [path for path in earlier if every and step_of(path) % every == 0]
     others = [path for path in earlier if path not in scheduled]
     return next((path for path in (*scheduled[::-1], *others[::-1]) if verify(path, check).problem is None), None)

@@ -54,20 +54,34 @@ def interruptible() -> Iterator[None]:
 def deferred_interrupt() -> Iterator[None]:
     """Inside, Ctrl-C waits until the end, and then raises KeyboardInterrupt: other ranks are in the same collectives.
 
-    Outside of the main thread, or where SIGINT has another handler than Python's own, nothing changes.
+    An exception from inside is then its context. A second Ctrl-C raises at once, as in `StopSignal`. Outside of the
+    main thread, or where SIGINT has another handler than Python's own, nothing changes.
     """
-    came: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    is_due = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal is_due
+        if is_due and is_second_ctrl_c(number):
+            is_due = False  # this one ends it
+            raise KeyboardInterrupt("stopped by a second Ctrl-C, before the end")
+        is_due = True
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if came:
-        raise KeyboardInterrupt
+        if is_due:
+            raise KeyboardInterrupt
+
+
+def is_second_ctrl_c(number: int) -> bool:
+    """Whether a repeated signal is a second Ctrl-C: under torchrun one arrives twice, from terminal and agent."""
+    return number == signal.SIGINT and "RANK" not in os.environ
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
@@ -110,9 +124,7 @@ class StopSignal:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is not None and number == signal.SIGINT and "RANK" not in os.environ:
-            # A second Ctrl-C: do not wait for the step to end. Under torchrun one Ctrl-C arrives twice, from the
-            # terminal and from its agent.
+        if self.reason is not None and is_second_ctrl_c(number):  # do not wait for the step to end
             raise KeyboardInterrupt(
                 "stopped by a second Ctrl-C within a step, without saving; the same command resumes from the newest "
                 "checkpoint"

@@ -13,6 +13,7 @@ from tests.support.running import NARROW
 from tests.train.health.planted import WATCHFUL, plant
 from train.api import Session, build_session, compose
 from train.checkpoint.dcp_tensors import box_values, saved
+from train.checkpoint.manifest import list_checkpoints, step_of
 
 
 @pytest.fixture
@@ -59,3 +60,24 @@ def test_a_stop_raises(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_pa
             session.step()
         with pytest.raises(UnhealthyError, match=r"step 8: the gradient norm of .* σ above"):
             session.step()
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_rollback_loads_no_checkpoint_of_another_past(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, resumes: bool
+) -> None:
+    """Without a resume there is none of its own, so the batch is skipped and the folder stays as it is."""
+    words = [*words, "health.on_spike=rollback", "checkpoint.keep=0"]
+    with build_session(compose(*words)) as session:
+        for step in range(1, 7):
+            session.step()
+            if step in (2, 6):
+                session.save()
+        checkpoints = session.checkpoints
+    plant(monkeypatch, [28])
+    with build_session(compose(*words)) as session:
+        if resumes:
+            session.resume(checkpoints / "step-00000002")
+        action = next(filter(None, (session.step().get("spike_action") for _ in range(8))))
+        assert (action, session.state.counters.step) == (("rollback", 2) if resumes else ("skip", 8))
+    assert [step_of(path) for path in list_checkpoints(checkpoints)] == ([2] if resumes else [2, 6])
