@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.support.fixtures import checkpoint, corpus, overrides, refused
+from tests.support.fixtures import checkpoint, corpus, heeds_ctrl_c, overrides, refused
 
-__all__ = ["checkpoint", "corpus", "overrides", "refused"]
+__all__ = ["checkpoint", "corpus", "heeds_ctrl_c", "overrides", "refused"]

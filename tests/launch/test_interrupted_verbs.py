@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,7 @@ from launch.__main__ import main as longcat
 from tests.support.running import exit_json, run_cleanly
 from train.process.stop import SAVE_SIGNAL, STOP_SIGNALS, interruptible
 
-
-@pytest.fixture(autouse=True)
-def _not_ignored() -> Iterator[None]:
-    """A shell starts what it puts in the background with SIGINT ignored, the tests too."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("heeds_ctrl_c")
 
 
 def killing(number: signal.Signals) -> None:

@@ -1,9 +1,10 @@
-"""Fixtures that several folders import: a small corpus, a short run, its checkpoint, and commands that are refused."""
+"""Fixtures that several folders import: a corpus, a short run, its checkpoint, commands that are refused, Ctrl-C."""
 
 from __future__ import annotations
 
 import email
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,11 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
         return line
 
     return run
+
+
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """A shell starts what it puts in the background with SIGINT ignored, the tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.support.fixtures import corpus, overrides, refused
+from tests.support.fixtures import corpus, heeds_ctrl_c, overrides, refused
 
-__all__ = ["corpus", "overrides", "refused"]
+__all__ = ["corpus", "heeds_ctrl_c", "overrides", "refused"]

@@ -196,7 +196,7 @@ def test_every_rank_hears_that_the_folder_is_in_use(overrides: list[str], tmp_pa
 
 
 def test_ctrl_c_waits_for_the_end_of_a_save(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heeds_ctrl_c: None
 ) -> None:
     """Under torchrun the other ranks wait for this one in the save's collectives."""
     plain = saving.write_shards

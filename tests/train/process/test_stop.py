@@ -9,6 +9,8 @@ import pytest
 
 from train.process.stop import deferred_interrupt
 
+pytestmark = pytest.mark.usefixtures("heeds_ctrl_c")
+
 
 def ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
