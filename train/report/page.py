@@ -221,7 +221,7 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
         (
             "Peak memory",
             f"{plain(_largest(run, 'memory_gib'))} GiB".replace(f"{DASH} GiB", DASH),
-            "per rank",
+            "of the largest rank",
         ),
     ]
 
