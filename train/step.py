@@ -214,8 +214,7 @@ class Stepper:
         by_layer |= figures.named("router_grad_ratio", figures.ratios_by_layer(grads))
         by_layer |= figures.named("expert_load_max_over_mean", figures.loads_by_layer(counts, model))
         by_layer |= {f"grad_rms/{part}": value for part, value in rms.items()}
-        norms = figures.norms_by_part(part_squares, use_mtp)
-        of_ranks = RankUsage.of(usage)
+        norms, of_ranks = figures.norms_by_part(part_squares, use_mtp), RankUsage.of(usage)
         return StepResult(metrics, divisors.tokens, counts, norms, problem, totals.requests, by_layer, of_ranks, spike)
 
     def _backward(self, batches: list[Batch], divisors: Divisors, use_mtp: bool) -> StepSums:

@@ -81,9 +81,8 @@ class Watchdog:
     def stop(self) -> None:
         """End the threads. Those that a lost store blocks are abandoned."""
         self.stopped.set()
-        for thread in self.threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout=2 * self.timing.heartbeat)
+        for thread in set(self.threads) - {threading.current_thread()}:
+            thread.join(timeout=2 * self.timing.heartbeat)
 
     def heartbeat(self) -> Heartbeat:
         """What this rank does now."""

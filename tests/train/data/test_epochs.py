@@ -9,25 +9,32 @@ import numpy as np
 import pytest
 
 from tests.support.corpora import unique_documents, write_corpus
-from train.data.epochs import SPLIT_SEED, SPLITS, CorpusReader
+from train.data.epochs import SPLIT_SEED, SPLITS, CorpusReader, SplitName
 from train.data.megatron import GPTDataset, GPTDatasetConfig, IndexedDataset, Split
 from train.data.megatron_index import NoPadding
 from train.data.packed import PackedReader
+
+
+def open_reader(
+    kind: type[CorpusReader], prefix: str, folder: Path, split: SplitName = "train", held_out: float = 0.1
+) -> CorpusReader:
+    """Samples of 10 tokens, with their index below ``folder``."""
+    return kind(
+        prefix,
+        sequence_length=10,
+        seed=3,
+        split=split,
+        validation_fraction=held_out,
+        cache_dirs=[folder / "index"],
+        info=None,
+    )
 
 
 @pytest.mark.parametrize("sequences_each", [1, 3])
 def test_windows_equal_those_of_megatron(tmp_path: Path, sequences_each: int) -> None:
     """Two epochs; documents of one sequence, and of several, some of them without tokens."""
     prefix = write_corpus(tmp_path / "c" / "corpus", unique_documents(40, 7), sequences_each)
-    reader = CorpusReader(
-        prefix,
-        sequence_length=10,
-        seed=3,
-        split="train",
-        validation_fraction=0.1,
-        cache_dirs=[tmp_path / "index"],
-        info=None,
-    )
+    reader = open_reader(CorpusReader, prefix, tmp_path)
     for epoch in (0, 1):
         config = GPTDatasetConfig(
             random_seed=3 + epoch,
@@ -53,20 +60,9 @@ def test_ranks_share_what_grows_with_the_corpus(tmp_path: Path, reader_type: typ
     """Once an index is written, a reader keeps no array of its own with an item for each document or sample."""
     prefix = write_corpus(tmp_path / "c" / "corpus", unique_documents(400, 7))
 
-    def open_reader() -> CorpusReader:
-        reader = reader_type(
-            prefix,
-            sequence_length=10,
-            seed=3,
-            split="train",
-            validation_fraction=0.1,
-            cache_dirs=[tmp_path / "index"],
-            info=None,
-        )
+    first, second = (open_reader(reader_type, prefix, tmp_path) for _ in range(2))
+    for reader in (first, second):
         reader.open_index(0)
-        return reader
-
-    first, second = open_reader(), open_reader()
     assert first.num_tokens == second.num_tokens
     np.testing.assert_array_equal(first.validation_documents, second.validation_documents)
     for reader in (first, second):
@@ -100,8 +96,7 @@ def test_split_is_the_one_of_before_its_index(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "c" / "corpus", documents, 3)
     chosen = np.sort(np.random.RandomState(SPLIT_SEED).permutation(50)[:10])
     for split in SPLITS:
-        wanted = {"prefix": prefix, "sequence_length": 10, "seed": 3, "validation_fraction": 0.2, "info": None}
-        reader = CorpusReader(split=split, cache_dirs=[tmp_path / "index"], **wanted)  # type: ignore[arg-type]
+        reader = open_reader(CorpusReader, prefix, tmp_path, split, 0.2)
         np.testing.assert_array_equal(reader.validation_documents, chosen)
         numbers = chosen if split == "validation" else np.setdiff1d(np.arange(50), chosen)
         assert reader.num_tokens == sum(reader.document(number).size for number in numbers)
