@@ -13,6 +13,7 @@ import yaml
 from longcat.errors import ConfigError
 
 FOLDER = Path("docs/evidence")
+ROUTING_MEASURES = ("micro_batch_violation", "token_spread")
 
 
 class Expectation(StrEnum):
@@ -81,6 +82,11 @@ class Claim:
     tuning: Tuning | None = None
     notes: str = ""
     overrides: tuple[str, ...] = field(default=())
+
+    @property
+    def compares_routing(self) -> bool:
+        """Whether a comparison is of what `benchmarks.evidence.routing` measures."""
+        return any(one.measure in ROUTING_MEASURES for one in self.comparisons)
 
 
 def parse(name: str, tree: dict[str, Any]) -> Claim:

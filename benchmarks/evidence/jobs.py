@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence import routing
 from benchmarks.evidence.claims import FOLDER, Arm, Claim
+from longcat.errors import OK
 from longcat.json_text import dumps
 from train.checkpoint.grow import GrowConfig, GrowthOptions, grow
 from train.checkpoint.manifest import list_checkpoints
@@ -44,6 +46,7 @@ class Result:
     corpus: str  # hash of the fingerprints of corpus and tokenizer
     seconds: float
     curve: list[list[float | None]]
+    routing: dict[str, float] = field(default_factory=dict)  # of the last checkpoint, see benchmarks.evidence.routing
 
     def column(self, name: str) -> list[float]:
         """The numbers of one of COLUMNS, without missing ones."""
@@ -91,7 +94,9 @@ class Job:
 
     @property
     def result(self) -> Result | None:
-        return stored(RESULTS / f"{self.key}.json")
+        """The stored result; None where the claim compares what older runs' checkpoints were not measured for."""
+        found = stored(RESULTS / f"{self.key}.json")
+        return None if found and found.code == OK and not found.routing and self.claim.compares_routing else found
 
     def command(self, seconds: float) -> list[str]:
         """Arguments of benchmarks.evidence.train_arm; it stops and saves after ``seconds``."""
@@ -128,6 +133,7 @@ class Job:
             hashlib.sha256(dumps(corpora, sort_keys=True).encode()).hexdigest()[:16],
             round(sum(line["step_seconds"] for line in lines), 1),
             [*before, *thinned(lines, offset)],
+            routing.measured(self.folder),
         )
         RESULTS.mkdir(parents=True, exist_ok=True)
         path = RESULTS / f"{self.key}.json"

@@ -55,6 +55,16 @@ def max_violation(result: Result) -> float:
     return float(tail(result, "load_max_over_mean").mean() - 1)
 
 
+def micro_batch_violation(result: Result) -> float:
+    """As `max_violation`, in one micro-batch of validation text, at the end of the run."""
+    return result.routing.get("micro_batch_violation", math.nan)
+
+
+def token_spread(result: Result) -> float:
+    """Standard deviation of the FFN experts between a layer's tokens of validation text, at the end of the run."""
+    return result.routing.get("token_spread", math.nan)
+
+
 def after_change(result: Result, name: str) -> float:
     """A column's value over the first window after the first stage of `data.stages` began."""
     start = composed(tuple(result.overrides)).data.stages[0].start_tokens
@@ -82,12 +92,14 @@ MEASURES = {
     "largest_hidden_norm": Measure("largest hidden norm", "log10", largest_hidden_norm),
     "budget_error": Measure("error of the compute budget", "% of K_e", budget_error),
     "budget_swing": Measure("swing of the compute budget", "% of K_e", budget_swing),
-    "max_violation": Measure("maximum violation of the balance", "", max_violation),
+    "max_violation": Measure("maximum violation by global batch", "", max_violation),
+    "micro_batch_violation": Measure("maximum violation by micro-batch", "", micro_batch_violation),
+    "token_spread": Measure("spread between tokens", "FFN experts", token_spread),
     "budget_error_after_change": Measure(
         "error of the compute budget after the change", "% of K_e", budget_error_after_change
     ),
     "max_violation_after_change": Measure(
-        "maximum violation of the balance after the change", "", max_violation_after_change
+        "maximum violation by global batch after the change", "", max_violation_after_change
     ),
 }
 

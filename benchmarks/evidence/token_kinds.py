@@ -23,6 +23,7 @@ from benchmarks.evidence.claims import FOLDER, Comparison, Expectation, load
 from benchmarks.evidence.jobs import Job
 from benchmarks.evidence.looks import judged_job
 from benchmarks.evidence.measures import Interval, Verdict, interval, judge
+from benchmarks.evidence.routing import chosen_experts
 from longcat.json_text import dumps
 
 if TYPE_CHECKING:
@@ -168,19 +169,7 @@ def measure(job: Job) -> None:
 
 def ffn_experts(model: LongCat, ids: np.ndarray) -> np.ndarray:
     """FFN experts among the chosen ones of each token of one text, int64 [tokens, layers]."""
-    import torch
-
-    chosen: list[np.ndarray] = []
-
-    def count(_module: Any, _inputs: Any, output: Any) -> None:
-        chosen.append((output[1] < model.config.num_experts).sum(-1).numpy())
-
-    hooks = [router.register_forward_hook(count) for router in model.routers()]
-    with torch.inference_mode():
-        model.logits(torch.from_numpy(ids[None]))
-    for hook in hooks:
-        hook.remove()
-    return np.stack(chosen, 1)
+    return (chosen_experts(model, ids[None]) < model.config.num_experts).sum(-1).T
 
 
 def documents(job: Job, tokenizer: Any) -> Iterator[tuple[np.ndarray, list[str]]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from benchmarks.evidence import routing
 from benchmarks.evidence.variants import VARIANTS
+from longcat.errors import OK
 from train.compose import compose
 from train.process.rank import main
 
@@ -12,4 +14,8 @@ if __name__ == "__main__":
     variant, *overrides = sys.argv[1:]
     if variant != "-":
         VARIANTS[variant]()
-    raise SystemExit(main(compose(overrides)))
+    config = compose(overrides)
+    code = main(config)
+    if code == OK:
+        routing.measure(config)
+    raise SystemExit(code)
