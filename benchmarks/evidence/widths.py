@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from benchmarks.evidence.claims import FOLDER, Arm, Claim
-from benchmarks.evidence.jobs import Job
+from benchmarks.evidence.jobs import COLUMNS, Job, Result
 from benchmarks.evidence.measures import MEASURES, Verdict
 from longcat.config import ModelConfig
 from longcat.counts import active_parameters
@@ -78,6 +78,14 @@ class Sweep:
         losses = self.losses(kind, width)
         return losses[transferred] / losses[own] - 1
 
+    def seeds_of_regret(self, kind: str, width: int) -> list[tuple[Result, Result]]:
+        """By seed, this width's runs at the proxy's best rate and at its own; empty while runs are missing."""
+        transferred, own = self.best(TABLE, self.proxy), self.best(kind, width)
+        if transferred is None or own is None:
+            return []
+        pairs = zip(self.jobs(kind, width, transferred), self.jobs(kind, width, own), strict=True)
+        return [(first.result, second.result) for first, second in pairs if first.result and second.result]
+
     def active(self, width: int) -> float:
         """Active parameters at the expected FFN experts."""
         config = self.jobs(PLAIN, width, self.rates[0])[0].config.model
@@ -86,6 +94,17 @@ class Sweep:
     @cached_property
     def widest(self) -> int:
         return max(self.widths)
+
+
+def lost_compute(transferred: Result, own: Result) -> float:
+    """The share of its FLOPs that the run at the best rate had left when it was as low as the other one ends.
+
+    Interpolated between validations.
+    """
+    rows = [(row[COLUMNS.index("flops")], row[COLUMNS.index("val_loss")]) for row in own.curve]
+    flops, losses = np.array([row for row in rows if row[1] is not None], dtype=float).T
+    reached = np.interp(-MEASURES["final_loss"].of(transferred), -np.minimum.accumulate(losses), flops)
+    return float(1 - reached / flops[-1])
 
 
 def arm_name(kind: str, width: int, rate: float) -> str:
@@ -166,6 +185,22 @@ def verdict() -> str:
     return Verdict.SHOWN if steps[PLAIN, sweep.widest] > 1.5 else Verdict.NOT_SHOWN
 
 
+def row(kind: str, width: int) -> str:
+    """One width's line of the table: its best rate, and what the proxy's rate costs there."""
+    sweep = load()
+    best, regret, pairs = sweep.best(kind, width), sweep.regret(kind, width), sweep.seeds_of_regret(kind, width)
+    jobs = [job for rate in sweep.rates for job in sweep.jobs(kind, width, rate)]
+    cells = [PARAMETERISATIONS[kind], str(width)]
+    if best is None or regret is None:
+        cells += ["", "", "", ""]
+    else:
+        loss = MEASURES["final_loss"].of
+        seeds = ", ".join(f"{loss(transferred) / loss(own) - 1:.2%}" for transferred, own in pairs)
+        lost = np.mean([lost_compute(transferred, own) for transferred, own in pairs])
+        cells += [f"{best:g}", f"{sweep.losses(kind, width)[best]:.4f}", f"{regret:.2%} ({seeds})", f"{lost:.0%}"]
+    return f"| {' | '.join(cells)} | {sum(job.result is not None for job in jobs)} of {len(jobs)} |"
+
+
 def section(drawn: bool) -> list[str]:
     """Lines of the page: each width's best rate and regret, and the forecast. ``drawn``: it has a picture."""
     sweep = load()
@@ -176,24 +211,22 @@ def section(drawn: bool) -> list[str]:
     if drawn:
         lines += [f"![Loss over rate by width, with and without Table 1](images/evidence/{NAME}.png)", ""]
     lines += [
-        "| parameterisation | width | best rate | lowest loss | regret of the proxy's rate | runs |",
-        "|---|---|---|---|---|---|",
+        "| parameterisation | width | best rate | lowest loss | regret of the proxy's rate (seeds) | compute | runs |",
+        "|---|---|---|---|---|---|---|",
+        *(row(kind, width) for kind in PARAMETERISATIONS for width in sweep.widths),
+        "",
+        "Compute: what the regret is worth, the share of its FLOPs that a run at the width's best rate had left when "
+        "it was as low as one at the proxy's rate ends.",
     ]
-    for kind, what in PARAMETERISATIONS.items():
-        for width in sweep.widths:
-            losses, best, regret = sweep.losses(kind, width), sweep.best(kind, width), sweep.regret(kind, width)
-            lowest = f"{losses[best]:.4f}" if best else ""
-            done = sum(job.result is not None for rate in sweep.rates for job in sweep.jobs(kind, width, rate))
-            lines.append(
-                f"| {what} | {width} | {best or ''} | {lowest} | {'' if regret is None else f'{regret:.2%}'} | "
-                f"{done} of {len(sweep.rates) * sweep.claim.least} |"
-            )
     said = registered_forecast()
     if said:
         came = sweep.losses(TABLE, sweep.widest).get(said["rate"])
         text = (
             f"Forecast for width {sweep.widest} at rate {said['rate']:g}, written before its runs: {said['loss']:.4f}"
         )
-        lines += ["", f"{text}; it came out at {came:.4f}." if came else f"{text}."]
+        if came:
+            text += f"; it came out at {came:.4f}, {abs(came / said['loss'] - 1):.1%} "
+            text += "higher" if came > said["loss"] else "lower"
+        lines += ["", f"{text}."]
     lines += ["", f"[Registered]({FOLDER.name}/{NAME}.yaml). `python -m benchmarks.evidence run {NAME}`", ""]
     return lines

@@ -192,6 +192,18 @@ def test_transfer_is_judged_by_the_registered_rule(
     jobs.stored.cache_clear()
 
 
+def test_regret_as_compute() -> None:
+    """The best run is at 4.5 between its validations at 1 and 2 of 4 FLOPs, before it goes up for a while."""
+
+    def result(*losses: float | None) -> jobs.Result:
+        rows: list[list[float | None]] = [[1, 1, float(flops), loss] for flops, loss in enumerate(losses, 1)]
+        return jobs.Result("", 0, [], "", 1, "", "", "", 1.0, rows)
+
+    own = result(5.0, 4.0, 4.8, None, 3.0)
+    assert widths.lost_compute(result(9.0, 4.5), own) == 1 - 1.5 / 5
+    assert widths.lost_compute(own, own) == 0
+
+
 def test_both_parameterisations_are_one_at_the_proxy() -> None:
     sweep = widths.load()
     kinds = list(widths.PARAMETERISATIONS)
