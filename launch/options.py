@@ -13,6 +13,7 @@ from longcat.config_choices import unknown_choice
 from longcat.errors import ConfigError
 
 Options = TypeVar("Options")
+NEAR = 0.8  # difflib's ratio from which a key is an option misspelt
 PATHS = ("source", "target", "tokenizer", "proxy", "cluster")  # options that are paths
 
 
@@ -33,12 +34,17 @@ def read_options(kind: type[Options], arguments: list[str]) -> Options:
 
 
 def split_options(kind: type[Options], arguments: list[str]) -> tuple[Options, list[str]]:
-    """The options of ``kind`` among ``arguments``, and the other arguments."""
+    """The options of ``kind`` among ``arguments``, and the other arguments, which may be keys of a run.
+
+    Raises:
+        ConfigError: an option of a wrong type, or a key that no run has and that is nearly an option's.
+    """
     types, rest = dict(typed_keys(kind)), []
     options = kind()
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or key not in types:
+            refuse_misspelt(key, list(types))
             rest.append(argument)
             continue
         *sections, name = key.split(".")
@@ -48,6 +54,16 @@ def split_options(kind: type[Options], arguments: list[str]) -> tuple[Options, l
         text = os.path.expanduser(text) if name in PATHS else text  # some shells expand ~ only where a word begins
         setattr(section, name, convert(key, text, types[key]))
     return options, rest
+
+
+def refuse_misspelt(key: str, options: list[str]) -> None:
+    """Raise ConfigError for what is nearly one of ``options`` and no key of a run, where other keys would be looked up."""
+    from train.compose import leaf_keys
+    from train.config import Config
+
+    near = difflib.get_close_matches(key, options, 1, cutoff=NEAR)
+    if near and key not in leaf_keys(Config):
+        raise ConfigError(f"unknown key {key!r}; the nearest is {near[0]!r}")
 
 
 def typed_keys(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]]]:
