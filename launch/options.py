@@ -57,7 +57,7 @@ def split_options(kind: type[Options], arguments: list[str]) -> tuple[Options, l
 
 
 def refuse_misspelt(key: str, options: list[str]) -> None:
-    """Raise ConfigError for what is nearly one of ``options`` and no key of a run, where other keys would be looked up."""
+    """Raise ConfigError for a key that is nearly one of ``options`` and that no run has."""
     from train.compose import leaf_keys
     from train.config import Config
 

@@ -127,11 +127,14 @@ def list_stages(config: Config) -> list[tuple[str, str]]:
     """Rows (name, value) for people: each stage, and the step with which it begins, counted from the data's first."""
     train = config.train
     step_tokens = train.global_batch_size * train.sequence_length
-    return [
-        ("stages" if segment.number == 1 else "", f"from step {segment.tokens // step_tokens + 1:,}: {text}")
-        for segment in segments_of(config)[1:]
-        for text in [describe(config, segment)]
-    ]
+    rows = []
+    for segment in segments_of(config)[1:]:
+        step = segment.tokens // step_tokens + 1
+        text = f"from step {step:,}: {describe(config, segment)}"
+        if step > train.steps:
+            text += f" (not in this run, which ends with step {train.steps:,})"
+        rows.append(("stages" if segment.number == 1 else "", text))
+    return rows
 
 
 def describe(config: Config, segment: Segment) -> str:

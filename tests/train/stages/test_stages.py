@@ -25,7 +25,7 @@ from train.compose import compose
 from train.config import Config
 from train.data.epochs import CorpusReader, EpochIndex
 from train.health.ranges import SampleRanges
-from train.stages.configs import configs_of_stages, segments_of, stage_config, tokens_seen
+from train.stages.configs import configs_of_stages, list_stages, segments_of, stage_config, tokens_seen
 
 STEP = 8 * 32  # tokens
 YARN = "{factor: 4, original_max_position_embeddings: 32}"
@@ -181,6 +181,14 @@ def test_mtp_goes_on_where_it_was_off(words: list[str], sharding: str, tmp_path:
     for row, other in zip(expected, found, strict=True):
         for key in ("loss", "loss_mtp", "grad_norm"):
             assert (other[key] or 0) == pytest.approx(row[key] or 0, rel=1e-4), (row["step"], key)
+
+
+def test_a_stage_behind_the_last_step_is_told(words: list[str]) -> None:
+    for steps, is_late in ((9, False), (8, True)):
+        found = [text for _, text in list_stages(compose([*words, f"train.steps={steps}"]))]
+        assert [text.partition(":")[0] for text in found] == ["from step 3", "from step 5", "from step 9"]
+        ends = [text.endswith("(not in this run, which ends with step 8)") for text in found]
+        assert ends == [False, False, is_late]
 
 
 def test_configurations_of_stages_keep_a_step_s_tokens(words: list[str]) -> None:
