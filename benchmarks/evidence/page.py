@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.evidence import token_kinds, widths
 from benchmarks.evidence.claims import FOLDER, Claim, Comparison, Expectation
 from benchmarks.evidence.jobs import RESULTS
-from benchmarks.evidence.looks import OVERALL, best_value, level, look, seeds_wanted
+from benchmarks.evidence.looks import OVERALL, best_value, judged_job, level, look, seeds_wanted
 from benchmarks.evidence.measures import MEASURES, Interval, Verdict
 from benchmarks.evidence.picture import draw_claim, draw_kinds, draw_overview, draw_widths
 from benchmarks.evidence.run import wanted
@@ -17,6 +18,7 @@ from longcat.errors import ConfigError
 
 PAGE = Path("docs/evidence.md")
 FEW = 4  # comparisons that are also told in sentences; more are a table alone
+MANY = 8  # comparisons up to which all of them are shown at once
 HEAD = """# Evidence
 
 The technical report's claims about its model, tried again at a size that any machine can train: one experiment for each
@@ -154,11 +156,11 @@ def section(claim: Claim) -> str:
     picture = Path("docs/images/evidence") / f"{claim.name}.png"
     if draw_claim(claim, seeds, picture):
         lines += ["", f"![{claim.title}: losses and paired differences]({picture.relative_to('docs')})"]
-    lines += ["", *table(claim, found), "", "Arms:", ""]
-    for arm in claim.arms.values():
-        tuned = best_value(claim, arm.name) if claim.tuning else None
-        rate = f"; {claim.tuning.key} {tuned:g}" if claim.tuning and tuned is not None else ""
-        lines.append(f"- `{arm.name}`: {arm.what}{rate}")
+    lines += ["", *arms_table(claim, seeds), ""]
+    differences = table(claim, found)
+    if len(claim.comparisons) > MANY:
+        differences = ["<details><summary>All differences</summary>", "", *differences, "", "</details>"]
+    lines += differences
     hours = sum(result.seconds for result in results) / 3600
     lines += [
         "",
@@ -168,6 +170,29 @@ def section(claim: Claim) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def arms_table(claim: Claim, seeds: int) -> list[str]:
+    """One row for each arm: what it is, and what was measured of its runs, mean and standard deviation over seeds."""
+    measures = list(dict.fromkeys(one.measure for one in claim.comparisons))
+    heads = [f"{MEASURES[name].title}{f', {unit}' if (unit := MEASURES[name].unit) else ''}" for name in measures]
+    lines = [f"| arm | {' | '.join(heads)} | |", f"|---|{'---|' * (len(heads) + 1)}"]
+    for arm in claim.arms.values():
+        tuned = best_value(claim, arm.name) if claim.tuning else None
+        rate = f"; {claim.tuning.key} {tuned:g}" if claim.tuning and tuned is not None else ""
+        results = [job.result for seed in range(1, seeds + 1) if (job := judged_job(claim, arm.name, seed))]
+        cells = [over_seeds([MEASURES[name].of(one) for one in results if one]) for name in measures]
+        lines.append(f"| `{arm.name}` | {' | '.join(cells)} | {arm.what}{rate} |")
+    return lines
+
+
+def over_seeds(values: list[float]) -> str:
+    """Mean ± standard deviation, or nothing where there are no finite numbers."""
+    values = [one for one in values if math.isfinite(one)]
+    if not values:
+        return ""
+    mean = number(statistics.fmean(values), sign=False)
+    return f"{mean} ± {number(statistics.stdev(values), sign=False)}" if len(values) > 1 else mean
 
 
 def table(claim: Claim, found: list[tuple[Interval, str]]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.evidence import jobs, routing, run
+from benchmarks.evidence import jobs, page, routing, run
 from benchmarks.evidence.claims import load
 from train.compose import compose
 from train.process.rank import main
@@ -73,3 +74,17 @@ def test_run_that_was_not_measured_is_wanted(tmp_path: Path, monkeypatch: pytest
         assert (job.key in {one.key for one in run.queue([spread])}) != is_there
     monkeypatch.setattr(jobs, "stored", lambda _path: replace(result, code=4))  # it blew up
     assert job.result is not None
+
+
+def test_page_has_each_arm_s_mean_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path)
+    spread = CLAIMS["balance_spread"]
+    for seed, value in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        job = jobs.Job(spread, spread.arms["sign"], seed)
+        result = jobs.Result(job.key, 0, job.overrides, "", seed, "", "", "", 1.0, [], {"token_spread": value})
+        (tmp_path / f"{job.key}.json").write_text(json.dumps(vars(result)))
+    jobs.stored.cache_clear()
+    head, _, *rows = page.arms_table(spread, 3)
+    jobs.stored.cache_clear()
+    assert head == "| arm | maximum violation by micro-batch | spread between tokens, FFN experts | |"
+    assert "| `sign` |  | 2.000 ± 1.000 | sign rule, u = 1e-3 |" in rows and len(rows) == len(spread.arms)
