@@ -16,6 +16,7 @@ from benchmarks.evidence.widths import PARAMETERISATIONS, TABLE, Sweep
 from benchmarks.growth_picture import INK, SOFT, STYLE, few_colours
 from train.report.theme import PALETTE_LIGHT
 
+ACROSS = 4  # charts side by side
 TINT = "#e9eef5"  # the margin within which a difference counts as none
 MARGIN = 0.01  # nats: the size of the effects that the report counts as gains
 COLOURS = {
@@ -39,17 +40,22 @@ def draw_claim(claim: Claim, seeds: int, target: Path) -> bool:
     import matplotlib.pyplot as plt
 
     rows = max(sum(one.measure == name for one in claim.comparisons) for name in measures)
-    size = (3.2 + 3.0 * len(measures), 2.2 + 0.3 * rows)
+    columns = min(1 + len(measures), ACROSS)
+    lines = math.ceil((1 + len(measures)) / columns)
+    size = (0.2 + 3.0 * columns, (2.2 + 0.3 * rows) * lines)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 1 + len(measures), figsize=size, layout="constrained")
+        figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+        axes = list(grid.flat)
         curves(axes[0], claim, seeds)
         pairs: list[tuple[str, str]] = []
-        for axis, name in zip(axes[1:], measures, strict=True):
+        for place, (axis, name) in enumerate(zip(axes[1:], measures, strict=False), start=1):
             chosen = [one for one in claim.comparisons if one.measure == name]
             differences_chart(axis, claim, [(one, finite[one]) for one in chosen], name)
-            if pairs == [(one.first, one.second) for one in chosen]:
+            if place % columns and pairs == [(one.first, one.second) for one in chosen]:
                 axis.set_yticklabels([])  # as in the chart to its left
             pairs = [(one.first, one.second) for one in chosen]
+        for axis in axes[1 + len(measures) :]:
+            axis.set_axis_off()
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=130)
         plt.close(figure)
