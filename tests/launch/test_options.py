@@ -7,9 +7,9 @@ import pytest
 from launch.options import split_options
 from launch.plan.plan import Arguments
 from longcat.errors import ConfigError
-from tests.house import reference
 from train.compose import leaf_keys
 from train.config import Config
+from train.huggingface.import_folder import ImportOptions
 from train.transfer import TransferConfig
 
 MISSPELT = [
@@ -28,7 +28,7 @@ def test_misspelt_option_is_told_its_nearest(kind: type[object], argument: str, 
     assert str(caught.value) == f"unknown key {argument.partition('=')[0]!r}; the nearest is {nearest!r}"
 
 
-@pytest.mark.parametrize("kind", [Arguments, *reference.VERBS.values()])
+@pytest.mark.parametrize("kind", [Arguments, TransferConfig, ImportOptions])
 def test_keys_of_a_run_are_no_misspelt_options(kind: type[object]) -> None:
     words = [f"{key}=1" for key in leaf_keys(Config)] + ["model=tiny", "data=python_source", "+experiment=evidence"]
     options = {key for key in words if key.partition("=")[0] in leaf_keys(kind)}
