@@ -44,7 +44,8 @@ def split_options(kind: type[Options], arguments: list[str]) -> tuple[Options, l
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or key not in types:
-            refuse_misspelt(key, list(types))
+            if equals:
+                refuse_misspelt(key, list(types))
             rest.append(argument)
             continue
         *sections, name = key.split(".")

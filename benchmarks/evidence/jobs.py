@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,11 @@ class Job:
                 grow(GrowConfig(str(source), str(target), GrowthOptions(self.arm.grown.factor)))
 
     def store(self, code: int) -> None:
-        """Write the result of a run that has ended, from its metrics."""
+        """Write the result of a run that has ended, from its metrics.
+
+        Where the run was made again for what its last checkpoint is measured for, the curve of the first one stays: it
+        has been judged, and a repeated run on another machine or version differs in its rounding.
+        """
         lines = intact_lines(self.folder / "metrics.jsonl")
         before: list[list[float | None]] = []
         if self.source and self.arm.grown:
@@ -137,6 +141,9 @@ class Job:
         )
         RESULTS.mkdir(parents=True, exist_ok=True)
         path = RESULTS / f"{self.key}.json"
+        first = stored(path)
+        if first and first.code == code == OK and first.corpus == result.corpus:
+            result = replace(first, routing=result.routing)
         part = path.with_suffix(".partial")
         rows = ",\n  ".join(dumps(row) for row in result.curve)
         head = dumps({name: value for name, value in asdict(result).items() if name != "curve"}, indent=1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from longcat.errors import ConfigError
 from longcat.json_text import dumps
 from train.config import Config
 
@@ -23,7 +24,10 @@ def measure(config: Config) -> None:
 
     ``micro_batch_violation``: the busiest FFN expert's load over the mean, minus 1, in one micro-batch of validation
     text; largest over layers, mean over micro-batches. ``token_spread``: the standard deviation of the number of FFN
-    experts between the tokens of a layer, mean over layers.
+    experts between the tokens of a layer, mean over layers. Validation text is that of the first stage.
+
+    Raises:
+        ConfigError: the validation split is shorter than a micro-batch.
     """
     import torch
 
@@ -34,6 +38,8 @@ def measure(config: Config) -> None:
     model = load_model(checkpoint.model, checkpoint, torch.float32, torch.device("cpu"))
     samples, size = open_samples(config, "validation"), config.train.micro_batch_size
     count = min(MICRO_BATCHES, samples.num_samples // size)
+    if not count:
+        raise ConfigError(f"the validation split has {samples.num_samples} samples, fewer than a micro-batch of {size}")
     violations, used = [], []
     for first in range(0, count * size, size):
         chosen = chosen_experts(model, np.stack([samples[index][:-1] for index in range(first, first + size)]))

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.evidence import token_kinds
+from benchmarks.evidence import routing, token_kinds
 from benchmarks.evidence.claims import Claim
 from benchmarks.evidence.jobs import Job
 from benchmarks.evidence.looks import judged_job, seeds_wanted
@@ -99,6 +99,9 @@ class Runner:
                     job.store(code)
                 if token_kinds.registered().wants(job):
                     token_kinds.measure(job)
+                if job.result is None:  # it would be started again without end
+                    self.failed.append(job.label)
+                    print(f"error: {job.label} left no {routing.FILE} in {job.folder}", file=sys.stderr)
             elif code != STOPPED and not (self.stopping and code == -signal.SIGTERM):
                 self.failed.append(job.label)
                 print(f"error: {job.label} ended with code {code}; see {job.folder}/output.txt", file=sys.stderr)

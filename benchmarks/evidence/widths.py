@@ -215,8 +215,8 @@ def section(drawn: bool) -> list[str]:
         "|---|---|---|---|---|---|---|",
         *(row(kind, width) for kind in PARAMETERISATIONS for width in sweep.widths),
         "",
-        "Compute: what the regret is worth, the share of its FLOPs that a run at the width's best rate had left when "
-        "it was as low as one at the proxy's rate ends.",
+        "Compute: what the regret is worth at least, the share of its FLOPs that a run at the width's best rate had "
+        "left when it was as low, before its rate decayed, as one at the proxy's rate ends.",
     ]
     said = registered_forecast()
     if said:
