@@ -47,11 +47,11 @@ def draw(folder: Path, found: list[Outcome], target: Path) -> None:
 
 
 def few_colours(path: Path) -> None:
-    """Make a PNG small: lines on white need no more than 64 colours."""
+    """Make a PNG small: lines on white need no more than 256 colours."""
     from PIL import Image
 
     with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
 
 

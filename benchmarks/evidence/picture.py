@@ -17,6 +17,7 @@ from benchmarks.growth_picture import INK, SOFT, STYLE, few_colours
 from train.report.theme import PALETTE_LIGHT
 
 ACROSS = 4  # charts side by side
+LINES = ("-", "--", ":")  # the second and third time through the colours
 TINT = "#e9eef5"  # the margin within which a difference counts as none
 MARGIN = 0.01  # nats: the size of the effects that the report counts as gains
 COLOURS = {
@@ -113,7 +114,8 @@ def curves(axis: Any, claim: Claim, seeds: int) -> None:
         means = [tuple(sum(part) / len(part) for part in zip(*each, strict=True)) for each in points.values()]
         if means:
             x, y = zip(*means, strict=True)
-            axis.plot(x, y, color=PALETTE_LIGHT[number % len(PALETTE_LIGHT)], label=arm, marker="o", markersize=3)
+            colour, style = PALETTE_LIGHT[number % len(PALETTE_LIGHT)], LINES[number // len(PALETTE_LIGHT) % len(LINES)]
+            axis.plot(x, y, color=colour, linestyle=style, label=arm, marker="o", markersize=3)
     axis.set_title("Validation loss,\nmean over seeds")
     axis.set_xlabel("TFLOPs of training")
     axis.set_ylabel("nats per token")
